@@ -1,0 +1,94 @@
+"""Speed of everything around the training step, at the size of the Reddit run. Prints one table.
+
+    python benchmarks/data_and_accounting.py
+
+500,000 synthetic samples of 304,279 authors (heavy-tailed), GPT-2 sized vocabulary where ../shared/data has GPT-2's
+tokenizer, the demo's tokenizer otherwise. No network, no GPU.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+from transformers import GPT2TokenizerFast  # noqa: E402
+
+from data_utils import AuthorDataset, collate, column_of, group_by_author, load_files, tokenize  # noqa: E402
+from dp_utils import DrawnDataset, PoissonAuthorSampler, compute_epsilon, find_noise_multiplier  # noqa: E402
+
+SAMPLES, AUTHORS, BATCH = 500_000, 304_279, 1_024
+
+
+def timed(function, repetitions=1):
+    """Return the median seconds of a call, and its last result."""
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        result = function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
+
+
+def make_corpus(path: Path) -> None:
+    """Every author once, the other samples by a heavy-tailed choice; about 100 words a sample."""
+    generator = np.random.default_rng(0)
+    authors = np.concatenate([np.arange(AUTHORS), generator.zipf(1.6, SAMPLES - AUTHORS) % AUTHORS])
+    generator.shuffle(authors)
+    texts = [json.loads(line)["content"] for line in open(ROOT / "demo" / "comments.jsonl")]
+    with open(path, "w") as file:
+        for start, author in zip(generator.integers(0, len(texts) - 9, SAMPLES), authors):
+            file.write(json.dumps({"author": f"user_{author}", "content": " ".join(texts[start : start + 9])}) + "\n")
+
+
+def main() -> None:
+    datasets.disable_progress_bars()
+    shared = ROOT.parent / "shared" / "data" / "gpt2-tokenizer"
+    tokenizer = GPT2TokenizerFast.from_pretrained(shared if shared.exists() else ROOT / "demo" / "model")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "comments.jsonl"
+        make_corpus(path)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        load_seconds, samples = timed(
+            lambda: load_files("--train_file", [str(path)], text_column="content", author_column="author")
+        )
+        rows.append(("load 500,000 samples from JSONL", load_seconds, f"{SAMPLES / load_seconds:,.0f} samples/s"))
+        part = samples.select(range(50_000))["content"][:]
+        bare, _ = timed(
+            lambda: [tokenizer(part[i : i + 1_000], truncation=True, max_length=128) for i in range(0, 50_000, 1_000)]
+        )
+        rows.append(("tokenizer alone, 50,000 samples", bare, f"{50_000 / bare:,.0f} samples/s"))
+        token_seconds, tokens = timed(lambda: tokenize(samples, tokenizer, text_column="content", sequence_len=128))
+        rows.append(("tokenize 500,000 samples", token_seconds, f"{SAMPLES / token_seconds:,.0f} samples/s"))
+        authors = column_of(tokens, "author")
+        group_seconds, (offsets, indices) = timed(lambda: group_by_author(authors), 5)
+        rows.append((f"group by {len(offsets) - 1:,} authors", group_seconds, ""))
+        options = {"sample_rate": BATCH / AUTHORS, "samples_per_author": 1, "steps": 1, "key": 1}
+        sampler = PoissonAuthorSampler(offsets, indices, **options)
+        rows.append(("one Poisson draw over all authors", timed(sampler.draw_authors, 20)[0], ""))
+        draw_seconds, draw = timed(sampler.draw, 20)
+        rows.append(("the draw with its samples", draw_seconds, f"{draw.batch_size:,} authors"))
+        dataset = DrawnDataset(AuthorDataset(tokens, offsets, indices), 64, collate)
+        rows.append(
+            ("fetch and collate the draw", timed(lambda: dataset.__getitems__(draw), 20)[0], "microbatches of 64 authors")
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calibration, sigma = timed(lambda: find_noise_multiplier(BATCH / AUTHORS, 894, 8.0, 1 / AUTHORS))
+    rows.append(("calibrate the noise, epsilon 8, 894 steps", calibration, f"noise multiplier {sigma:.4f}"))
+    accounting, epsilon = timed(lambda: compute_epsilon(sigma, BATCH / AUTHORS, 894, 1 / AUTHORS), 5)
+    rows.append(("epsilon of the run", accounting, f"epsilon {epsilon:.3f}"))
+
+    print(f"| what | seconds | |\n|---|---|---|\n" + "\n".join(f"| {a} | {b:.4f} | {c} |" for a, b, c in rows))  # noqa: F541
+    print(f"\nPeak memory {peak / 2**20:.2f} GiB, of which {before / 2**20:.2f} GiB before loading.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,795 @@
+"""The mechanism: DP-SGD whose privacy unit is the author, for Hugging Face's Trainer.
+
+Promise: every model that a run saves is (epsilon, delta)-differentially private under add-or-remove-one-author
+adjacency: all samples of one author together. The number of authors N, the sample rate q, the number of steps
+and all options are public. Losses, evaluation metrics and gradient statistics are not covered: they are
+computed on private data without noise.
+
+A step, in the order of this file:
+
+1. every author enters the batch independently with probability q = B / N (Poisson sampling), and up to k of
+   the author's samples are drawn, fresh each time and without replacement (`PoissonAuthorSampler`);
+2. author a's loss is the mean cross-entropy over a's own target tokens (`author_losses`);
+3. g_a, the gradient of that loss, is clipped to norm C over all trainable parameters together and summed over
+   the authors (`GradSampleClipping`);
+4. the step is written to the ledger (`PrivacyLedger`), then one draw of N(0, sigma^2 C^2 I) is added, the sum
+   is divided by the constant B, and the optimizer takes it as its gradient (`AuthorDPOptimizer`).
+
+Example:
+
+    >>> privacy = PrivacyArguments(target_epsilon=8.0, per_sample_max_grad_norm=1.0)
+    >>> trainer = DPTrainer(model, args, privacy, train_dataset=AuthorDataset(...), data_collator=collate)
+    >>> trainer.train()
+
+References:
+    [1] Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv 1607.00133 (the mechanism)
+    [2] McMahan et al. 2018, Learning Differentially Private Recurrent Language Models, arXiv 1710.06963 (users)
+    [3] Charles et al. 2024, Fine-Tuning LLMs with User-Level Differential Privacy, arXiv 2407.07737 (user-level sampling)
+"""
+
+import copy
+import inspect
+import math
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate.utils import DistributedType
+from opacus.grad_sample import GradSampleModule, register_grad_sampler
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from accounting import (
+    LEDGER_NAME,
+    REPORT_NAME,
+    PrivacyLedger,
+    PrivacyLoss,
+    PrivacyPlan,
+    Spending,
+    compute_epsilon,
+    find_noise_multiplier,
+    write_json,
+)
+from data_utils import IGNORED, UserError, cut_into_microbatches
+from guards import check_model, check_options, check_output_dir
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+__all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
+
+BUCKET_ELEMENTS = 2**26  # gradients are noised and reduced in buffers of 256 MB
+
+
+# --- options ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PrivacyArguments:
+    """What is promised, and how. All of it is public."""
+
+    target_epsilon: Optional[float] = field(default=None, metadata={"help": "Promised epsilon; the noise follows from it."})
+    noise_multiplier: Optional[float] = field(
+        default=None, metadata={"help": "Noise standard deviation over the clip norm, instead of --target_epsilon."}
+    )
+    target_delta: Optional[float] = field(
+        default=None, metadata={"help": "Promised delta. Default: 1 / number of training authors."}
+    )
+    per_sample_max_grad_norm: Optional[float] = field(
+        default=None, metadata={"help": "Clip norm C: bound on the L2 norm of one author's gradient. Required."}
+    )
+    samples_per_author: int = field(default=1, metadata={"help": "At most so many samples of an author enter one step (k)."})
+    clipping: str = field(
+        default="grad_sample",
+        metadata={"help": "How per-author gradients are clipped: grad_sample (Opacus).", "choices": ["grad_sample"]},
+    )
+    disable_dp: bool = field(
+        default=False, metadata={"help": "Ordinary fine-tuning through the same data path, for comparison. No privacy."}
+    )
+
+    def __post_init__(self):
+        for name in ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm"):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+                raise UserError(f"--{name} {getattr(self, name)} must be a finite number")
+        if self.target_epsilon is not None and self.target_epsilon <= 0:
+            raise UserError(f"--target_epsilon {self.target_epsilon} must be above 0")
+        if self.noise_multiplier is not None and self.noise_multiplier < 0:
+            raise UserError(f"--noise_multiplier {self.noise_multiplier} must be at least 0")
+        if self.target_delta is not None and not 0 < self.target_delta < 1:
+            raise UserError(f"--target_delta {self.target_delta} must be above 0 and below 1")
+        if self.samples_per_author < 1:
+            raise UserError(f"--samples_per_author {self.samples_per_author} must be at least 1")
+        if self.clipping not in ENGINES:
+            raise UserError(f"--clipping {self.clipping} must be one of {', '.join(ENGINES)}")
+        if self.disable_dp:
+            return
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise UserError("give exactly one of --target_epsilon and --noise_multiplier (or --disable_dp for no privacy)")
+        if self.per_sample_max_grad_norm is None or self.per_sample_max_grad_norm <= 0:
+            raise UserError(
+                "--per_sample_max_grad_norm, the clip norm of an author's gradient, must be given and above 0; try 1.0"
+            )
+
+
+def make_plan(
+    privacy: PrivacyArguments, args: TrainingArguments, offsets: np.ndarray, noise_multiplier: Optional[float] = None
+) -> PrivacyPlan:
+    """Work out sample rate, steps and noise.
+
+    Args:
+        offsets: (authors + 1,), from `data_utils.group_by_author`.
+        noise_multiplier: of the run that is resumed, if any; otherwise it is as given or calibrated.
+    Raises:
+        UserError: for fewer than two authors, or a target that cannot be reached.
+    """
+    num_authors = len(offsets) - 1
+    if num_authors < 2:
+        raise UserError(
+            "--author_column: there is one author only, whom no noise can hide among others; give data of many authors"
+        )
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    sample_rate = min(1.0, batch_size / num_authors)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
+    delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
+    if privacy.disable_dp:
+        sigma = None
+    elif privacy.noise_multiplier is not None:
+        sigma = privacy.noise_multiplier
+    elif noise_multiplier is not None:
+        sigma = noise_multiplier
+    else:
+        sigma = find_noise_multiplier(sample_rate, steps, privacy.target_epsilon, delta)
+    return PrivacyPlan(
+        target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
+        delta=delta,
+        noise_multiplier=sigma,
+        clip_norm=None if privacy.disable_dp else privacy.per_sample_max_grad_norm,
+        sample_rate=sample_rate,
+        expected_batch_size=batch_size,
+        steps=steps,
+        num_authors=num_authors,
+        num_samples=int(offsets[-1]),
+        samples_per_author=privacy.samples_per_author,
+        clipping=privacy.clipping,
+        world_size=args.world_size,
+        disable_dp=privacy.disable_dp,
+    )
+
+
+# --- step 1: which authors, which samples ---------------------------------------------------------------
+
+
+class AuthorDraw(NamedTuple):
+    """One step's batch, as one process sees it."""
+
+    samples: list[np.ndarray]  # of each author in this process' share: the indices of the drawn samples
+    batch_size: int  # authors in the whole draw. Private: never divide a gradient by it
+
+
+class PoissonAuthorSampler:
+    """Draw the authors of each step, independently, and some samples of each.
+
+    Guarantee: every author is in a step's draw with probability `sample_rate`, independently of the other
+    authors, of the other steps and of --seed; empty draws are kept. This is the sampling that the accountant
+    assumes. The processes share the key of the draw, so their shares are disjoint and together the whole draw.
+
+    Args:
+        offsets, indices: samples grouped by author, from `data_utils.group_by_author`.
+        sample_rate: q.
+        samples_per_author: k; an author with fewer samples gives them all.
+        steps: number of draws of one iteration (an epoch); the next iteration goes on drawing afresh.
+        key: 128 bits from the operating system, the same on all processes, new for each run.
+        rank, world_size: which share of the draw is this process'.
+    """
+
+    def __init__(
+        self,
+        offsets: np.ndarray,
+        indices: np.ndarray,
+        *,
+        sample_rate: float,
+        samples_per_author: int,
+        steps: int,
+        key: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.offsets, self.indices = offsets, indices
+        self.sample_rate = sample_rate
+        self.samples_per_author = samples_per_author
+        self.steps = steps
+        self.rank, self.world_size = rank, world_size
+        self._authors_generator = np.random.Generator(np.random.Philox(key=key))
+        self._samples_generator = np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[AuthorDraw]:
+        for _ in range(self.steps):
+            yield self.draw()
+
+    def draw(self) -> AuthorDraw:
+        """Return the share of this process in a new draw."""
+        authors = self.draw_authors()
+        return AuthorDraw(self.draw_samples(authors[self.rank :: self.world_size]), len(authors))
+
+    def draw_authors(self) -> np.ndarray:
+        """Return the authors of a new global draw, the same on every process."""
+        return np.flatnonzero(self._authors_generator.random(len(self.offsets) - 1) < self.sample_rate)
+
+    def draw_samples(self, authors: np.ndarray) -> list[np.ndarray]:
+        """Return for each author min(k, all) sample indices, uniformly and without replacement."""
+        counts = self.offsets[authors + 1] - self.offsets[authors]
+        owners = np.repeat(np.arange(len(authors)), counts)
+        starts = np.cumsum(counts) - counts
+        # A random order within each author; its first k are the draw.
+        order = np.lexsort((self._samples_generator.random(len(owners)), owners))
+        place = np.arange(len(owners)) - starts[owners]
+        chosen = place < self.samples_per_author
+        samples = self.indices[(self.offsets[authors][owners] + order - starts[owners])[chosen]]
+        taken = np.minimum(counts, self.samples_per_author)
+        return np.split(samples, np.cumsum(taken)[:-1]) if len(authors) else []
+
+
+class LogicalBatch(NamedTuple):
+    """One step's batch on one process, cut into what fits in memory at once."""
+
+    microbatches: list[dict[str, torch.Tensor]]
+    batch_size: int  # as in AuthorDraw
+
+
+class DrawnDataset(torch.utils.data.Dataset):
+    """Adapter for DataLoader: one AuthorDraw in, one LogicalBatch out, so that both happen in its workers."""
+
+    def __init__(self, dataset, max_authors: int, collate: Callable):
+        self.dataset, self.max_authors, self.collate = dataset, max_authors, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, draw: AuthorDraw) -> LogicalBatch:
+        authors = self.dataset.__getitems__(draw.samples)
+        return LogicalBatch(cut_into_microbatches(authors, self.max_authors, self.collate), draw.batch_size)
+
+
+# --- step 2: per-author loss ----------------------------------------------------------------------------
+
+
+def author_losses(model: nn.Module, batch: dict[str, torch.Tensor], needs_positions: bool = True) -> torch.Tensor:
+    """Return each author's mean cross-entropy over the author's own target tokens.
+
+    Guarantee: an entry depends on that author's samples only. The model's built-in loss does not give this: it
+    is a mean over the tokens of the batch, so one author's gradient would depend on the others' token counts.
+
+    Args:
+        batch: input_ids, labels (samples, tokens), labels -100 where nothing is predicted; author (samples,), num_authors.
+        needs_positions: whether the model takes position_ids.
+    Returns:
+        losses, float32 (authors,); 0 for an author without target tokens.
+    """
+    input_ids, author = batch["input_ids"], batch["author"]
+    inputs = {"input_ids": input_ids}
+    if needs_positions:
+        # GPT-2's own position ids have batch size 1, in which no per-sample gradient can be told apart.
+        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    logits = model(**inputs).logits[:, :-1]  # (samples, tokens - 1, vocabulary)
+    targets = batch["labels"][:, 1:]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(
+        targets
+    )
+    # From (samples, tokens - 1) to (authors,).
+    authors = torch.zeros(batch["num_authors"], device=losses.device)
+    totals = authors.index_add(0, author, losses.sum(1))
+    counts = authors.index_add(0, author, (targets != IGNORED).sum(1).float())
+    return totals / counts.clamp(min=1)
+
+
+# --- step 3: clipping -----------------------------------------------------------------------------------
+
+
+@register_grad_sampler(Conv1D)
+def conv1d_grad_sample(
+    layer: Conv1D, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[nn.Parameter, torch.Tensor]:
+    """Per-sample gradients of Hugging Face's Conv1D, a linear layer with weight (inputs, outputs)."""
+    grad_samples = {}
+    if layer.weight.requires_grad:
+        grad_samples[layer.weight] = torch.einsum("n...i,n...j->nij", activations[0].to(backprops.dtype), backprops)
+    if layer.bias.requires_grad:
+        grad_samples[layer.bias] = torch.einsum("n...j->nj", backprops)
+    return grad_samples
+
+
+class GradSampleClipping:
+    """Clip per-author gradients that Opacus' GradSampleModule stores: any layer, memory authors x parameters.
+
+    Guarantee: each call adds to every `parameter.summed_grad` a sum over authors in which each author has L2 norm
+    at most `clip_norm` over all trainable parameters together, tied ones counted once, as the sum of their uses.
+    An author whose gradient is not finite contributes zero. `norms` and the summed gradients are not private.
+
+    Args:
+        model: its trainable parameters are clipped.
+        clip_norm: C.
+    Raises:
+        UserError: where a trainable parameter has no per-sample gradient; nothing is ever trained unclipped.
+    """
+
+    def __init__(self, model: nn.Module, clip_norm: float):
+        self.clip_norm = clip_norm
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            self.module = GradSampleModule(model, loss_reduction="sum", strict=True)
+        except NotImplementedError as error:
+            raise UserError(f"--model_name: {str(error)[:200]}; train it with --enable_lora, or choose another") from error
+
+    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+        """Backpropagate one microbatch, clip, and add to `summed_grad`.
+
+        Args:
+            losses: (authors,), attached to the graph of `self.module`.
+            author: int64 (samples,), the author of each sample.
+        Returns:
+            norms before clipping, (authors,); inf or nan for an author who contributes nothing.
+        """
+        with warnings.catch_warnings():
+            # The inputs of embeddings, and of adapters behind frozen layers, need no gradient; the hooks do fire.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            losses.sum().backward()
+        gradients = {}
+        for name, parameter in self.parameters.items():
+            gradients[parameter] = self._per_author(name, parameter, author, len(losses))
+            parameter.grad = parameter.grad_sample = None
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+        factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
+        finite = norms.isfinite()
+        if not finite.all():  # leave these authors out: zero times nan would be nan
+            factors, gradients = factors[finite], {p: gradient[finite] for p, gradient in gradients.items()}
+        for parameter, gradient in gradients.items():
+            clipped = torch.einsum("a,a...->...", factors, gradient)
+            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad.add_(clipped)
+        return norms
+
+    def _per_author(self, name: str, parameter: nn.Parameter, author: torch.Tensor, authors: int) -> torch.Tensor:
+        """Sum per-sample gradients over each author's samples: (samples, ...) to float32 (authors, ...)."""
+        per_sample = parameter.grad_sample
+        if not isinstance(per_sample, torch.Tensor) or len(per_sample) != len(author):
+            raise UserError(
+                f"--model_name: the trainable parameter {name} has no per-author gradient (an unused parameter, or a layer "
+                "that hides its samples); train with --enable_lora, or choose another model"
+            )
+        per_sample = per_sample.float()
+        if authors == len(author):
+            return per_sample
+        return per_sample.new_zeros(authors, *per_sample.shape[1:]).index_add_(0, author, per_sample)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.module.to_standard_module()
+
+
+# A further engine is a class with the same methods in a module of its own, and a name here.
+ENGINES = {"grad_sample": GradSampleClipping}
+
+
+# --- step 4: noise and update ---------------------------------------------------------------------------
+
+
+class NoiseSource:
+    """Standard normal noise whose keys come from the operating system, never from --seed, and are never saved.
+
+    torch's generators will not do: seeding keeps 32 bits on the CPU, whose Mersenne twister can moreover be
+    reconstructed from noise seen where the gradient is zero; on a GPU the key has 64 bits. On the CPU the noise
+    is numpy's Philox (128-bit key); elsewhere the scaled sum of four streams of the device's generator, each with
+    a key of its own (4 x 64 bits).
+
+    Args:
+        device: where the noise is wanted.
+    """
+
+    def __init__(self, device: torch.device):
+        if device.type == "cpu":
+            self._generators = [self._new_philox() for _ in range(torch.get_num_threads())]
+        else:
+            self._generators = [torch.Generator(device) for _ in range(4)]
+            for generator in self._generators:
+                generator.manual_seed(secrets.randbits(64))
+
+    @staticmethod
+    def _new_philox() -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
+
+    def fill(self, buffer: torch.Tensor, std: float) -> torch.Tensor:
+        """Overwrite the flat float32 `buffer` with independent N(0, std^2) draws."""
+        if buffer.device.type != "cpu":
+            buffer.zero_()
+            for generator in self._generators:
+                buffer.add_(torch.empty_like(buffer).normal_(std=std / 2, generator=generator))
+            return buffer
+        parts = np.array_split(buffer.numpy(), len(self._generators))
+        with ThreadPoolExecutor(len(parts)) as pool:  # numpy draws without the interpreter's lock
+            list(pool.map(lambda g, part: g.standard_normal(out=part, dtype=np.float32), self._generators, parts))
+        return buffer.mul_(std)
+
+
+class AuthorDPOptimizer(DPOptimizer):
+    """Opacus' DPOptimizer for gradients that a clipping engine has already clipped and summed over authors.
+
+    Guarantee: what reaches the wrapped optimizer is (sum of clipped gradients + N(0, sigma^2 C^2 I)) / B, the sum
+    taken over the whole draw and the noise drawn once per step, whatever the number of processes and
+    microbatches: each process adds an independent share of variance sigma^2 C^2 / world_size, then all are summed.
+    A summed gradient is used once. The step of an empty draw is noise.
+
+    A step is:
+    1) `before_release` is called, which records the step in the ledger (on the first process)
+    2) the noise share is added to this process' sum of clipped gradients
+    3) the processes' buffers are summed: none can go on before all have done 1)
+    4) the sum is divided by the constant B
+    5) the wrapped optimizer updates the parameters
+
+    Args:
+        optimizer: the wrapped torch optimizer.
+        noise_multiplier: sigma.
+        clip_norm: C.
+        expected_batch_size: B, in authors.
+        before_release: called at the start of every step; an exception prevents the step.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        expected_batch_size: int,
+        before_release: Callable[[], None],
+    ):
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clip_norm,
+            expected_batch_size=expected_batch_size,
+        )
+        self.before_release = before_release
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.noise = NoiseSource(self.params[0].device)
+
+    def pre_step(self, closure: Optional[Callable] = None) -> bool:
+        """Steps 1 to 4 of the class' list. Overrides Opacus', which would clip here."""
+        self.before_release()
+        std = self.noise_multiplier * self.max_grad_norm / math.sqrt(self.world_size)
+        for bucket in self._buckets():
+            buffer = torch.empty(sum(p.numel() for p in bucket), device=bucket[0].device)
+            buffer = self.noise.fill(buffer, std) if std > 0 else buffer.zero_()
+            views = buffer.split([p.numel() for p in bucket])
+            for parameter, view in zip(bucket, views):
+                if parameter.summed_grad is not None:
+                    view.add_(parameter.summed_grad.flatten())
+                    parameter.summed_grad = None
+            if self.world_size > 1:
+                dist.all_reduce(buffer)
+            buffer.div_(self.expected_batch_size)
+            for parameter, view in zip(bucket, views):
+                parameter.grad = view.view_as(parameter)
+        return True
+
+    def _buckets(self) -> Iterator[list[nn.Parameter]]:
+        """Group the parameters into few large buffers."""
+        bucket: list[nn.Parameter] = []
+        for parameter in self.params:
+            if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_ELEMENTS:
+                yield bucket
+                bucket = []
+            bucket.append(parameter)
+        yield bucket
+
+
+# --- the Trainer ----------------------------------------------------------------------------------------
+
+SUPPORTED_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+
+
+class BudgetCallback(TrainerCallback):
+    """Stop the training when the ledger allows no further step."""
+
+    def __init__(self, trainer: "DPTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.run_steps >= self.trainer.allowed_steps and state.global_step < state.max_steps:
+            logger.warning(f"Stopped at step {state.global_step} of {state.max_steps}: --target_epsilon is used up.")
+            control.should_training_stop = True
+
+
+class DPTrainer(Trainer):
+    """Trainer whose training is the mechanism of this module; everything else is the Trainer's.
+
+    The batch size that is accounted for, B, is per_device_train_batch_size x gradient_accumulation_steps x
+    world_size authors; a draw is cut into microbatches of at most per_device_train_batch_size authors, and the
+    Trainer's own loop sees one logical batch per step.
+
+    Args:
+        model: in float32; its trainable parameters are trained, all others are left as they are.
+        args: Hugging Face's, with max_grad_norm 0.
+        privacy: what is promised.
+        train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
+        data_collator: pads a list of samples to input_ids and labels of shape (samples, tokens).
+        kwargs: the Trainer's.
+    Raises:
+        UserError: for options, a model or data under which the guarantee would not hold.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        privacy: PrivacyArguments,
+        *,
+        train_dataset: Any,
+        data_collator: Callable,
+        **kwargs,
+    ):
+        check_options(args, privacy)
+        check_model(model)
+        args = copy.copy(args)
+        if args.n_gpu > 1:
+            logger.warning(
+                "Several GPUs in one process would need DataParallel, which mixes authors: using one. To use all, start a "
+                "process for each with torch.distributed.run."
+            )
+            args._n_gpu = 1
+        self.privacy = privacy
+        self.ledger = PrivacyLedger(Path(args.output_dir) / LEDGER_NAME)
+        earlier = broadcast(self.ledger.spendings)
+        self.plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1].noise_multiplier if earlier else None)
+        self.privacy_loss: Optional[PrivacyLoss] = None  # of the earlier runs and this one, on the first process
+        self.run_steps = 0  # steps of this run, as opposed to those of earlier runs in the ledger
+        self.allowed_steps: float = math.inf
+        self.engine: Optional[GradSampleClipping] = None
+        self._step_loss = torch.zeros((), device=args.device)
+        self._clip_counts = torch.zeros(3, device=args.device)  # authors seen, clipped, not finite, since the last log
+        args.max_steps = self.plan.steps
+        args.gradient_accumulation_steps = 1  # the logical batch is cut in training_step
+        args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        if self.accelerator.scaler is not None or self.accelerator.distributed_type not in SUPPORTED_LAUNCHES:
+            raise UserError(
+                "accelerate's configuration asks for fp16, deepspeed, fsdp or a TPU: use --bf16, torch.distributed.run"
+            )
+        self.add_callback(BudgetCallback(self))
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._needs_positions = "position_ids" in inspect.signature(base.forward).parameters
+
+    # What the Trainer asks for, in the order in which it asks.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train under the plan, continuing at `resume_from_checkpoint` if given (args.resume_from_checkpoint otherwise)."""
+        if resume_from_checkpoint:
+            self.args.resume_from_checkpoint = resume_from_checkpoint
+            check_output_dir(self.args, self.privacy)
+        if not self.privacy.disable_dp:
+            self._start_run()
+        try:
+            return super().train(self.args.resume_from_checkpoint, **kwargs)
+        finally:
+            if self.engine is not None:
+                self.engine.close()
+                self.engine, self.model_wrapped = None, self.model
+
+    def _start_run(self) -> None:
+        """Work out how many steps the budget allows, and write the ledger's header."""
+        plan = self.plan
+        if self.run_steps:  # trained before: the grid was planned for these steps only
+            self.run_steps, self.privacy_loss = 0, None
+        if plan.noise_multiplier == 0:
+            logger.warning("*** NO PRIVACY: --noise_multiplier 0 clips without noise. Epsilon is infinite. ***")
+        if dist.is_initialized():
+            dist.barrier()  # every process has checked the folder before the first one writes to it
+        if self.args.process_index == 0:
+            if plan.target_epsilon is not None:
+                self.allowed_steps = largest(plan.steps, lambda steps: self.epsilon(steps) <= plan.target_epsilon)
+            if self.allowed_steps >= 1:
+                versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
+                self.ledger.start_run({**asdict(plan), "versions": versions})
+        self.allowed_steps = broadcast(self.allowed_steps)
+        if self.allowed_steps < 1:
+            raise UserError(f"--target_epsilon {plan.target_epsilon} is used up by the steps in {self.ledger.path}: raise it")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the logical batches of an epoch, ceil(1 / q) of them, drawn and padded in the workers."""
+        args = self.args
+        sampler = PoissonAuthorSampler(
+            self.train_dataset.offsets,
+            self.train_dataset.indices,
+            sample_rate=self.plan.sample_rate,
+            samples_per_author=self.plan.samples_per_author,
+            steps=math.ceil(1 / self.plan.sample_rate),
+            key=broadcast(secrets.randbits(128)),
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return DataLoader(
+            DrawnDataset(self.train_dataset, args.per_device_train_batch_size, self.data_collator),
+            batch_sampler=sampler,
+            collate_fn=as_is,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Wrap the Trainer's optimizer in the one that adds the noise."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self.privacy.disable_dp and not isinstance(getattr(optimizer, "optimizer", optimizer), AuthorDPOptimizer):
+            self.optimizer = AuthorDPOptimizer(
+                optimizer,
+                noise_multiplier=self.plan.noise_multiplier,
+                clip_norm=self.plan.clip_norm,
+                expected_batch_size=self.plan.expected_batch_size,
+                before_release=self._record_step,
+            )
+        return self.optimizer
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Optional[DataLoader] = None) -> nn.Module:
+        """Return the clipping engine's wrapper, for training only, so that accelerate adds no DistributedDataParallel."""
+        if not training:
+            return model
+        if dist.is_initialized():
+            for parameter in self.model.parameters():
+                dist.broadcast(parameter.data, src=0)
+        if self.privacy.disable_dp:
+            return Wrapper(self.model)
+        self.engine = ENGINES[self.plan.clipping](self.model, self.plan.clip_norm)
+        return self.engine.module
+
+    def training_step(
+        self, model: nn.Module, inputs: LogicalBatch, num_items_in_batch: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """Accumulate the clipped gradients of one logical batch; an empty one costs nothing.
+
+        Returns:
+            the mean loss over the authors of the whole draw, as this process' summand of a mean over processes.
+            Not private.
+        """
+        model.train()
+        total = torch.zeros_like(self._step_loss)
+        for microbatch in inputs.microbatches:
+            microbatch = self._prepare_inputs(microbatch)
+            with self.accelerator.autocast():
+                losses = author_losses(model, microbatch, self._needs_positions)
+            if self.engine is None:
+                (losses.sum() / self.plan.expected_batch_size).backward()
+            else:
+                norms = self.engine.backward(losses, microbatch["author"])
+                counts = [norms.new_tensor(len(norms)), (norms > self.plan.clip_norm).sum(), (~norms.isfinite()).sum()]
+                self._clip_counts += torch.stack(counts)
+            total += losses.detach().nan_to_num(posinf=0.0).sum()
+        if self.engine is None and dist.is_initialized():
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    dist.all_reduce(parameter.grad)
+        if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one
+            self._step_loss = total * self.args.world_size / inputs.batch_size
+        return self._step_loss.clone()
+
+    def _record_step(self) -> None:
+        """Write the step ahead of its update; refuse one that the budget does not allow."""
+        if self.run_steps >= self.allowed_steps:
+            raise RuntimeError(f"step {self.run_steps + 1} would exceed --target_epsilon {self.plan.target_epsilon}")
+        if self.args.process_index == 0:
+            self.ledger.record_step()
+        self.run_steps += 1
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Optional[torch.Tensor] = None) -> Optional[torch.Tensor]:
+        """Skip the norm that the Trainer logs: before the optimizer's step there is no gradient that could be shown."""
+        return super()._get_grad_norm(model, grad_norm) if self.privacy.disable_dp else None
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Return B, for the Trainer's log."""
+        return self.plan.expected_batch_size
+
+    def floating_point_ops(self, inputs: LogicalBatch) -> int:
+        """Sum over the microbatches."""
+        return sum(super(DPTrainer, self).floating_point_ops(microbatch) for microbatch in inputs.microbatches)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add epsilon spent so far to every line, and the share of clipped authors (not private) to the training ones."""
+        if not self.privacy.disable_dp:
+            if "loss" in logs:
+                authors, clipped, not_finite = self._pop_clip_counts()
+                logs["clip_fraction"] = clipped / max(authors, 1)
+                if not_finite:
+                    logger.warning(f"The gradients of {not_finite:.0f} authors were not finite; they contributed zero.")
+            if self.args.process_index == 0:
+                logs["epsilon"] = self.epsilon()
+        super().log(logs, *args, **kwargs)
+
+    def _pop_clip_counts(self) -> list[float]:
+        if dist.is_initialized():
+            dist.all_reduce(self._clip_counts)
+        counts = self._clip_counts.tolist()
+        self._clip_counts.zero_()
+        return counts
+
+    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
+        """Save model and tokenizer, and the privacy report beside them."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            report = self.privacy_report()
+            for folder in {output_dir or self.args.output_dir, self.args.output_dir}:
+                write_json(Path(folder) / REPORT_NAME, report)
+
+    # What the run has promised and spent.
+
+    def _spending(self, steps: int) -> Spending:
+        return Spending(self.plan.noise_multiplier, self.plan.sample_rate, steps)
+
+    def privacy_report(self) -> dict[str, Any]:
+        """Return what privacy.json holds; on the first process only."""
+        if self.plan.disable_dp:
+            return self.plan.report(math.inf, self.state.global_step)
+        return self.plan.report(self.epsilon(), self.ledger.steps, self.privacy_loss.accountant)
+
+    def summary(self) -> str:
+        """Return what will happen, for the log before training."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+        epsilon = math.inf if self.plan.disable_dp or self.args.process_index > 0 else self.epsilon(self.plan.steps)
+        return self.plan.summary(np.diff(self.train_dataset.offsets), trained, total, epsilon, self.ledger.steps)
+
+    def epsilon(self, more_steps: int = 0) -> float:
+        """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
+        if self.privacy_loss is None:
+            self.privacy_loss = PrivacyLoss([*self.ledger.spendings, self._spending(self.plan.steps)], self.plan.delta)
+        return self.privacy_loss.epsilon([*self.ledger.spendings, self._spending(more_steps)])
+
+
+class Wrapper(nn.Module):
+    """Call the model, nothing else: accelerate adds DistributedDataParallel to a bare model only."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def as_is(batch: Any) -> Any:
+    """Collate nothing: the data set returns whole batches. A function by name, so that workers can be spawned."""
+    return batch
+
+
+def broadcast(value: Any) -> Any:
+    """Return the first process' value on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def largest(limit: int, allowed: Callable[[int], bool]) -> int:
+    """Return the largest number up to `limit` that is allowed, by bisection; 0 if none is."""
+    low, high = 0, limit
+    if allowed(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low

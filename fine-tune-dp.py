@@ -1,0 +1,239 @@
+"""Fine-tune a GPT-2 style language model with author-level differential privacy.
+
+The demo, without a hub, in minutes on a laptop:
+
+    python fine-tune-dp.py --model_name demo/model --train_file demo/comments.jsonl --output_dir scratch \
+        --target_epsilon 8 --per_sample_max_grad_norm 1.0
+
+Full fine-tuning on Reddit (500,000 comments of 304,279 authors), one process per GPU:
+
+    python -m torch.distributed.run --nproc_per_node 16 fine-tune-dp.py --output_dir scratch --model_name gpt2 \
+        --sequence_len 128 --per_device_train_batch_size 32 --gradient_accumulation_steps 2 \
+        --evaluation_strategy steps --eval_steps 45 --log_level info --per_device_eval_batch_size 64 \
+        --eval_accumulation_steps 1 --seed 42 --target_epsilon 8 --per_sample_max_grad_norm 1.0 \
+        --prediction_loss_only --weight_decay 0.01 --remove_unused_columns False --num_train_epochs 3 \
+        --logging_steps 5 --max_grad_norm 0 --lr_scheduler_type constant --learning_rate 1e-4 \
+        --disable_tqdm True --label_names labels --dataloader_num_workers 2
+
+LoRA: the same with
+
+        --per_device_train_batch_size 64 --gradient_accumulation_steps 1 --learning_rate 3e-4 \
+        --enable_lora --lora_dim 4 --lora_alpha 32 --lora_dropout 0.0
+
+`data_utils.py` makes samples and authors of a data set; `dp_utils.py` is the mechanism and its Trainer.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import NoReturn, Optional
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from accounting import guarantee_in_words
+from data_utils import (
+    AuthorDataset,
+    DataArguments,
+    UserError,
+    collate,
+    column_of,
+    group_by_author,
+    hub_error,
+    hub_is_reachable,
+    load_samples,
+    tokenize,
+)
+from dp_utils import DPTrainer, PrivacyArguments
+from guards import check_options
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+
+@dataclass
+class ModelArguments:
+    """What to fine-tune."""
+
+    model_name: str = field(default="gpt2", metadata={"help": "Hub name or local folder of a causal language model."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Two steps, with logging and evaluation at each, to see that everything works."}
+    )
+
+
+@dataclass
+class LoraArguments:
+    """Train low-rank adapters instead of all weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+    enable_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters; the base model stays frozen."})
+    lora_dim: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=8, metadata={"help": "The adapters' output is scaled by lora_alpha / lora_dim."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: Optional[list[str]] = field(
+        default=None, metadata={"help": "Names of the layers to adapt. Default: peft's choice for the model."}
+    )
+
+    def __post_init__(self):
+        if self.lora_dim < 1:
+            raise UserError(f"--lora_dim {self.lora_dim} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Hugging Face's, with the defaults of this script."""
+
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Must be 0 under DP: --per_sample_max_grad_norm clips each author's gradient instead."}
+    )
+    log_level: str = field(
+        default="info",
+        metadata={"help": "Log level of the main process.", "choices": [*logging.get_log_levels_dict(), "passive"]},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Of no effect: the samples hold what is used."})
+    evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Older name of --eval_strategy."})
+
+    def __post_init__(self):
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+            self.evaluation_strategy = None
+        if self.resume_from_checkpoint in ("True", "true"):
+            self.resume_from_checkpoint = True
+        # Without it the Trainer takes processes on CPUs for runs that know nothing of each other, and refuses --bf16.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+class ArgumentParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in a line, without the pages of usage; --help shows these."""
+        raise UserError(message)
+
+
+def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, PrivacyArguments, TrainingArguments]:
+    parser = ArgumentParser((ModelArguments, LoraArguments, DataArguments, PrivacyArguments, TrainingArguments))
+    _, unknown = parser.parse_known_args()
+    if unknown:
+        raise UserError(f"unknown option {' '.join(unknown)}; --help lists all options")
+    try:
+        groups = parser.parse_args_into_dataclasses()
+    except (ValueError, TypeError, ImportError) as error:  # what the dataclasses' own checks raise
+        raise UserError(str(error).strip().splitlines()[0]) from error
+    model_args, _, _, privacy_args, training_args = groups
+    if model_args.dry_run:
+        training_args.max_steps = 2
+        training_args.logging_steps = training_args.eval_steps = 1
+        training_args.logging_strategy = training_args.eval_strategy = "steps"
+    check_options(training_args, privacy_args)
+    return groups
+
+
+def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer, in float32 (noise would be rounded in less), and add LoRA if asked for."""
+    name = model_args.model_name
+    local_only = not os.path.isdir(name) and not hub_is_reachable()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, local_files_only=local_only)
+    except (OSError, ValueError, KeyError) as error:
+        if local_only:
+            raise hub_error("--model_name", name) from error
+        raise UserError(f"--model_name {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"--model_name {name}: its tokenizer has {len(tokenizer)} tokens, its model {vocabulary} embeddings; resize the "
+            "embeddings, or give the tokenizer that belongs to the model"
+        )
+    if not lora_args.enable_lora:
+        return model, tokenizer
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora_args.lora_dim,
+        lora_alpha=lora_args.lora_alpha,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules=lora_args.lora_target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    try:
+        return get_peft_model(model, config), tokenizer
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules do not fit {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def main() -> None:
+    model_args, lora_args, data_args, privacy_args, training_args = parse_arguments()
+    if training_args.disable_tqdm or training_args.process_index > 0:
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+    set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise or sampling
+
+    model, tokenizer = load_model(model_args, lora_args)
+    logging.set_verbosity(training_args.get_process_log_level())
+    longest = getattr(model.config, "max_position_embeddings", data_args.sequence_len)
+    if data_args.sequence_len > longest:
+        raise UserError(f"--sequence_len {data_args.sequence_len} is more than the model's {longest} positions: lower it")
+
+    with training_args.main_process_first(desc="load and tokenize"):
+        train, evaluation = load_samples(data_args, training_args.seed)
+        tokens = {
+            "text_column": data_args.text_column,
+            "sequence_len": data_args.sequence_len,
+            "num_proc": data_args.preprocessing_num_workers,
+        }
+        train = tokenize(train, tokenizer, **tokens)
+        evaluation = tokenize(evaluation, tokenizer, **tokens) if evaluation is not None else None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers may be forked from here on
+    offsets, indices = group_by_author(column_of(train, data_args.author_column))
+    if evaluation is None and training_args.eval_strategy != "no":
+        raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
+
+    trainer = DPTrainer(
+        model,
+        training_args,
+        privacy_args,
+        train_dataset=AuthorDataset(train, offsets, indices),
+        eval_dataset=evaluation,
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    logger.info(trainer.summary())
+    if evaluation is not None and not training_args.resume_from_checkpoint:
+        # In words, since the Trainer's progress bar shows log lines during training only.
+        logger.info(f"Evaluation loss before training: {trainer.evaluate()['eval_loss']:.2f}")
+    trainer.train()
+    metrics = trainer.evaluate() if evaluation is not None else {}
+    trainer.save_model()
+
+    if trainer.is_world_process_zero():
+        report = trainer.privacy_report()
+        loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
+        print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {training_args.output_dir}")
+
+
+def complain(error: UserError) -> NoReturn:
+    """Say on stderr what the user can mend, once, and exit with status 2."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(10)  # the first process says it, and its exit ends this one; if it has no complaint, go on and say it
+    print(f"fine-tune-dp.py: error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        complain(error)

@@ -1,0 +1,120 @@
+"""Options and models under which the guarantee would silently not hold: each is refused by name, with the remedy.
+
+Promise: what passes here works as the mechanism of dp_utils.py is accounted for. The list in README.md, "Refused by name",
+is made from this file.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from accounting import LEDGER_NAME, REPORT_NAME
+from data_utils import UserError
+
+RUNS_TWICE = (
+    "it runs layers twice, which confuses the clipping hooks; lower --per_device_train_batch_size and raise "
+    "--gradient_accumulation_steps by the same factor"
+)
+
+# Options that would change the mechanism behind the accountant's back: refused by name, with the remedy.
+REFUSED_OPTIONS = {
+    "auto_find_batch_size": "the batch size is part of the guarantee; lower --per_device_train_batch_size and raise "
+    "--gradient_accumulation_steps by the same factor",
+    "fp16": "its loss scaler rescales and skips steps; use --bf16",
+    "deepspeed": "it averages and clips gradients on its own; start processes with torch.distributed.run",
+    "fsdp": "its sharded gradients are not per author; start processes with torch.distributed.run",
+    "neftune_noise_alpha": "its noise is not the noise of the mechanism; leave it out",
+    "label_smoothing_factor": "it would replace the per-author loss; leave it at 0",
+    "torch_compile": "it hides the layers from the clipping hooks; leave it out",
+    "use_liger_kernel": "it fuses the loss, which must be per author; leave it out",
+    "gradient_checkpointing": RUNS_TWICE,
+    "activation_checkpointing": RUNS_TWICE,
+}
+
+
+def check_options(args: TrainingArguments, privacy: Any) -> None:
+    """Raise UserError for an option under which the guarantee would not hold, or training would be nothing.
+
+    The script calls it before data are loaded; DPTrainer calls it again for whoever builds one directly.
+
+    Args:
+        args: Hugging Face's.
+        privacy: dp_utils.PrivacyArguments.
+    """
+    for name, remedy in REFUSED_OPTIONS.items():
+        if getattr(args, name, None):
+            raise UserError(f"--{name} does not work here: {remedy}")
+    if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError("torch.distributed.run started several processes, but they are not connected: on CPUs add --use_cpu")
+    if args.max_grad_norm and not privacy.disable_dp:
+        raise UserError(
+            f"--max_grad_norm {args.max_grad_norm} would clip the noisy sum once more; set it to 0, as "
+            "--per_sample_max_grad_norm already clips each author's gradient"
+        )
+    if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
+        raise UserError("--train_sampling_strategy does not work here: authors are sampled by the mechanism; leave it out")
+    if any(word in str(args.optim).lower() for word in ("lomo", "layerwise")):
+        raise UserError(f"--optim {args.optim.value} updates weights during the backward pass, before clipping; use adamw_torch")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise UserError(f"--num_train_epochs {args.num_train_epochs} must be above 0 where --max_steps is not given")
+    check_output_dir(args, privacy)
+
+
+def check_output_dir(args: TrainingArguments, privacy: Any) -> None:
+    """Raise UserError where a ledger would be forgotten, or there is nothing to resume."""
+    resume, ledger = args.resume_from_checkpoint, Path(args.output_dir) / LEDGER_NAME
+    if not resume:
+        if ledger.exists() and not privacy.disable_dp:
+            raise UserError(
+                f"--output_dir {args.output_dir} holds the privacy ledger of an earlier run: continue that run with "
+                "--resume_from_checkpoint True, or choose another --output_dir"
+            )
+        return
+    if resume is True:
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if resume is None:
+            raise UserError(
+                f"--resume_from_checkpoint: there is no checkpoint in --output_dir {args.output_dir}; leave it out to start"
+            )
+    if not os.path.isdir(resume):
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: there is no such folder; give a checkpoint folder, or True for the newest"
+        )
+    if not privacy.disable_dp:
+        check_checkpoint(Path(resume), ledger)
+
+
+def check_checkpoint(checkpoint: Path, ledger: Path) -> None:
+    """Raise UserError unless the steps behind `checkpoint` are in `ledger`: others would be spent but not counted."""
+    report = checkpoint / REPORT_NAME
+    if checkpoint.resolve().parent != ledger.resolve().parent or not ledger.exists() or not report.exists():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: what it has spent is not in {ledger}; resume in the --output_dir that "
+            "the checkpoint was made in, with its ledger"
+        )
+    if json.loads(report.read_text())["disable_dp"]:
+        raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise UserError for a model whose per-author gradients do not exist, or that would round the noise."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(f"--model_name: {name} is a batch norm, which mixes the authors of a batch; choose another model")
+    config = getattr(model, "config", None)
+    if any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise UserError("--model_name: a mixture of experts, whose balancing mixes the authors of a batch; choose another model")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise UserError(
+                f"--model_name: {name} is {parameter.dtype}, which would round the noise; load it in float32, use --bf16"
+            )

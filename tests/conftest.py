@@ -1,0 +1,130 @@
+"""Small models, data and trainers for the tests; nothing here is downloaded."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainingArguments
+
+from data_utils import AuthorDataset, collate, group_by_author
+from dp_utils import DPTrainer, PrivacyArguments
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+VOCABULARY = 61
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """Let each test start accelerate anew, so that --bf16 of one is not seen by the next."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def tiny_gpt2(tied: bool = True, lora: bool = False, dropout: float = 0.0, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=tied, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    if lora:
+        adapters = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, fan_in_fan_out=True, target_modules=["c_attn", "c_fc"])
+        model = get_peft_model(model, adapters)
+        for name, parameter in model.named_parameters():  # lora_B starts at zero, which would hide half of the gradients
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_dataset(counts: list[int], seed: int = 0, longest: int = 12) -> AuthorDataset:
+    """Authors with `counts` samples each, of 2 to `longest` random tokens."""
+    generator = random.Random(seed)
+    authors = [author for author, count in enumerate(counts) for _ in range(count)]
+    generator.shuffle(authors)
+    tokens = [[generator.randrange(VOCABULARY) for _ in range(generator.randint(2, longest))] for _ in authors]
+    return AuthorDataset(datasets.Dataset.from_dict({"input_ids": tokens}), *group_by_author(authors))
+
+
+def make_trainer(folder, model=None, dataset=None, *, privacy=None, **options) -> DPTrainer:
+    """A trainer whose update is minus the gradient: SGD with learning rate 1."""
+    privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, **(privacy or {})}
+    defaults = {
+        "output_dir": str(folder), "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant",
+        "max_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
+        "per_device_train_batch_size": 4, "remove_unused_columns": False,
+    }  # fmt: skip
+    return DPTrainer(
+        model if model is not None else tiny_gpt2(),
+        TrainingArguments(**{**defaults, **options}),
+        PrivacyArguments(**privacy),
+        train_dataset=dataset if dataset is not None else make_dataset([1, 2, 3, 1, 1, 5]),
+        data_collator=collate,
+    )
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run fine-tune-dp.py as a user would; with `processes`, through torch.distributed.run."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
+    command = [sys.executable, *launcher, str(ROOT / "fine-tune-dp.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> str:
+    """A tiny GPT-2 with GPT-2's own tokenizer, or the demo's where that is absent."""
+    tokenizer = GPT2TokenizerFast.from_pretrained(
+        SHARED / "gpt2-tokenizer" if SHARED.exists() else ROOT / "demo" / "model", local_files_only=True
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=16, n_layer=2, n_head=2))
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def comments(tmp_path_factory) -> Path:
+    """Text by author: speeches of plays where they are at hand, the demo's comments otherwise."""
+    source = SHARED / "shakespeare.jsonl" if SHARED.exists() else ROOT / "demo" / "comments.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()[:2_000]]
+    path = tmp_path_factory.mktemp("comments") / "comments.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_report(folder) -> dict:
+    return json.loads((Path(folder) / "privacy.json").read_text())
+
+
+def within(observed: float, expected: float, deviation: float) -> bool:
+    """Whether a random figure is within six standard deviations, which chance alone misses once in 5e8 times."""
+    return abs(observed - expected) <= 6 * deviation
+
+
+def as_arrays(batch: dict) -> list[list[np.ndarray]]:
+    """Undo collation: the token ids of each author's samples."""
+    rows = [ids[labels != -100].numpy() for ids, labels in zip(batch["input_ids"], batch["labels"])]
+    return [[rows[i] for i in np.flatnonzero(batch["author"].numpy() == author)] for author in range(batch["num_authors"])]

@@ -1,0 +1,32 @@
+"""One step of a trainer under torch.distributed.run, for test_dp_utils.py: python one_step.py FOLDER JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from conftest import as_arrays, flat, make_dataset, make_trainer, tiny_gpt2, trainable
+from test_dp_utils import train
+
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+trainer = make_trainer(
+    folder / "run",
+    tiny_gpt2(**options["model"]),
+    make_dataset(options["counts"]),
+    privacy={"noise_multiplier": options["sigma"], "samples_per_author": options["k"]},
+    per_device_train_batch_size=options["per_device"],
+)
+batches, recorder = train(trainer)
+trainer.save_model()
+torch.save(
+    {
+        "authors": [[row.tolist() for row in samples] for batch in batches[0].microbatches for samples in as_arrays(batch)],
+        "batch_size": batches[0].batch_size,
+        "gradient": recorder.gradients[0],
+        "weights": flat(trainable(trainer.model).values()),
+        "loss": recorder.logs[0]["loss"],
+    },
+    folder / f"{trainer.args.process_index}.pt",
+)

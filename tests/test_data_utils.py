@@ -1,0 +1,282 @@
+"""data_utils.py: who is an author, what is a sample, and that neither changes silently."""
+
+import json
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+from transformers import AutoTokenizer
+
+import data_utils
+from data_utils import AuthorDataset, DataArguments, UserError, collate, column_of, group_by_author, load_files, load_samples
+
+ROWS = [("alice", "one two three"), (" alice", "four five"), ("bob", "six"), ("alice", "seven eight"), ("Bob", "nine ten")]
+
+
+def write(folder, suffix, authors, texts):
+    frame = pd.DataFrame({"user": authors, "body": texts, "score": range(len(texts))})
+    path = folder / f"comments{suffix}"
+    {
+        ".jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        ".json": lambda: frame.to_json(path, orient="records"),
+        ".csv": lambda: frame.to_csv(path, index=False),
+        ".parquet": lambda: frame.to_parquet(path, index=False),
+    }[suffix]()
+    return str(path)
+
+
+def load(*patterns):
+    return load_files("--train_file", list(patterns), text_column="body", author_column="user")
+
+
+# --- grouping -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "authors", [["b", "a", "b", "c"], [7, -1, 7, 2**62], np.array(["b", "a", "b", "c"]), np.array([7, 1, 7, 2]),
+                pa.chunked_array([["b", "a"], ["b", "c"]]), [True, False, True], [1.5, 0.5, 1.5, 2.5]]
+)  # fmt: skip
+def test_group_by_author(authors):
+    offsets, indices = group_by_author(authors)
+    assert offsets.dtype == indices.dtype == np.int64
+    groups = [indices[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
+    assert groups == ([[0, 2], [1]] if len(authors) == 3 else [[0, 2], [1], [3]])
+
+
+def test_group_by_author_against_a_dictionary():
+    authors = np.random.default_rng(0).zipf(1.5, 5_000) % 700
+    expected = {}
+    for i, author in enumerate(authors.tolist()):
+        expected.setdefault(author, []).append(i)
+    offsets, indices = group_by_author(authors)
+    assert [indices[a:b].tolist() for a, b in zip(offsets, offsets[1:])] == list(expected.values())
+
+
+@pytest.mark.parametrize("authors", [["a", None], [1.0, float("nan")], [1, "1"], [["a"], ["b"]]])
+def test_group_by_author_refuses_what_is_no_author(authors):
+    with pytest.raises(UserError):
+        group_by_author(authors)
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_samples(tmp_path, suffix):
+    samples = load(write(tmp_path, suffix, *zip(*ROWS)))
+    assert list(zip(samples["user"], samples["body"])) == ROWS
+    assert set(samples.column_names) == {"user", "body"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_authors_may_be_integers(tmp_path, suffix):
+    samples = load(write(tmp_path, suffix, [3, 10, 3], ["a b", "c d", "e f"]))
+    offsets, indices = group_by_author(column_of(samples, "user"))
+    assert offsets.tolist() == [0, 2, 3] and indices.tolist() == [0, 2, 1]
+
+
+def test_csv_authors_are_as_written(tmp_path):
+    path = tmp_path / "comments.csv"
+    path.write_text("user,body\n007,a b\n7,c d\nNA,e f\nnull,g h\n7.0,i j\n")
+    assert load(str(path))["user"][:] == ["007", "7", "NA", "null", "7.0"]
+
+
+def test_several_files_and_globs(tmp_path):
+    for name, author in (("x1", "a"), ("x2", "b"), ("y", "c")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"user": author, "body": "t u"}) + "\n")
+    assert load(str(tmp_path / "x*.jsonl"), str(tmp_path / "y.jsonl"))["user"][:] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"user": "a", "text": "t"}\n', ["--text_column", "'body'", "user, text"]),
+        ("a.jsonl", '{"writer": "a", "body": "t"}\n', ["--author_column", "'user'", "writer, body"]),
+        ("a.jsonl", '{"user": null, "body": "t"}\n{"user": "a", "body": "t"}\n', ["--author_column", "row 1"]),
+        ("a.jsonl", '{"user": "a", "body": "t"}\n{"body": "t"}\n', ["--author_column", "row 2"]),
+        ("a.jsonl", '{"user": "a", "body": "t"}\n{"user": "  ", "body": "t"}\n', ["--author_column", "row 2"]),
+        ("a.csv", "user,body\na,t\n,u\n", ["--author_column", "row 2"]),
+        ("a.jsonl", '{"user": "a", "body": 3}\n', ["--text_column", "int64"]),
+        ("a.jsonl", '{"user": 1.5, "body": "t"}\n', ["--author_column", "float"]),
+        ("a.jsonl", '{"user": 12345678901234567890123, "body": "t"}\n', ["--author_column"]),
+        ("a.jsonl", '{"user": ["a"], "body": "t"}\n', ["--author_column"]),
+        ("a.jsonl", '{"user": 1, "body": "t"}\n{"user": "1", "body": "t"}\n', ["--author_column"]),
+        ("a.jsonl", '{"user": "a", "body": \n', ["--train_file", "a.jsonl"]),
+        ("a.jsonl", "", ["--train_file", "empty"]),
+        ("a.csv", "user,body\n", ["--train_file", "no rows"]),
+        ("a.csv", "user,body,user\na,t,b\n", ["--author_column", "2 times"]),
+        ("a.csv", b"user,body\na,\xff\xfe\n", ["--train_file", "a.csv"]),
+        ("a.parquet", b"PAR1 and then nothing", ["--train_file", "a.parquet"]),
+        ("a.xlsx", "x", ["--train_file", ".xlsx", ".csv"]),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_remedy(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        load(str(path))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"--train_file .*nothing\.jsonl"):
+        load(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(UserError, match="folder"):
+        load(str(tmp_path))
+
+
+# --- the hub's layout ---------------------------------------------------------------------------------
+
+
+def make_conversion(root, rows_per_shard, shards, split="partial-train"):
+    folder = root / "default" / split
+    folder.mkdir(parents=True)
+    for shard in range(shards):
+        numbers = range(shard * rows_per_shard, (shard + 1) * rows_per_shard)
+        table = pa.table(
+            {"author": [f"u{n % 7}" for n in numbers], "content": [f"text {n}" for n in numbers], "id": list(numbers)}
+        )
+        pq.write_table(table, folder / f"{shard:04d}.parquet")
+
+
+@pytest.mark.parametrize("split", ["partial-train", "train"])
+def test_hub_layout_in_a_local_folder(tmp_path, split):
+    make_conversion(tmp_path, rows_per_shard=10, shards=3, split=split)
+    args = DataArguments(dataset_name=str(tmp_path), eval_fraction=0.0)
+    train, evaluation = load_samples(args, seed=0)
+    assert evaluation is None and train["content"][:] == [f"text {n}" for n in range(30)]
+
+
+def test_only_the_shards_that_are_needed_are_read(tmp_path):
+    make_conversion(tmp_path, rows_per_shard=10, shards=3)
+    (tmp_path / "default" / "partial-train" / "0002.parquet").write_bytes(b"must not be opened")
+    columns = {"text_column": "content", "author_column": "author"}
+    samples = data_utils.load_hub(str(tmp_path), "default", "main", limit=15, **columns)
+    assert samples["content"][:] == [f"text {n}" for n in range(15)]
+
+
+def test_hub_errors_name_option_and_remedy(tmp_path):
+    columns = {"text_column": "content", "author_column": "author", "limit": None}
+    with pytest.raises(UserError, match="--dataset_config_name"):
+        data_utils.load_hub(str(tmp_path), "default", "main", **columns)
+    with pytest.raises(UserError, match=r"--train_file.*--model_name.*demo"):
+        data_utils.load_hub("webis/tldr-17", "default", "main", **columns)
+    make_conversion(tmp_path, rows_per_shard=3, shards=1)
+    with pytest.raises(UserError, match="--author_column 'user'"):
+        data_utils.load_hub(str(tmp_path), "default", "main", text_column="content", author_column="user", limit=None)
+
+
+# --- split --------------------------------------------------------------------------------------------
+
+
+def split(authors, seed=0, fraction=0.2):
+    samples = datasets.Dataset.from_dict({"user": authors, "body": [f"text {i}" for i in range(len(authors))]})
+    train, evaluation = data_utils.split_by_author(samples, "user", fraction, seed)
+    return set(train["user"]), set(evaluation["user"]), len(train) + len(evaluation)
+
+
+def test_no_author_is_on_both_sides():
+    authors = [f"u{i % 500}" for i in range(1_300)]
+    train, evaluation, total = split(authors)
+    assert total == 1_300 and not train & evaluation and train | evaluation == set(authors)
+    assert 60 <= len(evaluation) <= 140  # 100 expected, standard deviation 9
+
+
+def test_split_depends_on_seed_and_author_alone():
+    authors = [f"u{i}" for i in range(500)]
+    _, evaluation, _ = split(authors)
+    assert split(authors)[1] == evaluation != split(authors, seed=1)[1]
+    # Adding or removing an author moves nobody else: neighbouring data sets stay neighbours.
+    assert split([*authors, "newcomer"])[1] - {"newcomer"} == evaluation
+    assert split(authors[1:])[1] == evaluation - {"u0"}
+    assert split(authors[::-1])[1] == evaluation
+
+
+def test_small_data_still_has_an_author_on_each_side():
+    train, evaluation, _ = split(["a", "b", "c"], fraction=0.001)
+    assert len(train) == 2 and len(evaluation) == 1
+    with pytest.raises(UserError, match="--eval_fraction"):
+        split(["a", "b"], fraction=0.999999)
+
+
+def test_limits_cut_each_side(tmp_path):
+    path = write(tmp_path, ".jsonl", [f"u{i}" for i in range(200)], ["t u"] * 200)
+    args = DataArguments(train_file=[path], text_column="body", author_column="user", eval_fraction=0.5)
+    args.max_train_samples, args.max_eval_samples = 20, 10
+    assert [len(part) for part in load_samples(args, seed=1)] == [20, 10]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sequence_len", 1), ("eval_fraction", 1.0), ("eval_fraction", -0.1), ("max_train_samples", 0), ("max_eval_samples", 0),
+     ("preprocessing_num_workers", 0), ("text_column", "author")],
+)  # fmt: skip
+def test_options_are_checked(option, value):
+    with pytest.raises(UserError, match=f"--{option}"):
+        DataArguments(**{option: value})
+    with pytest.raises(UserError, match="--train_file"):
+        DataArguments(dataset_name="x", train_file=["y"])
+
+
+# --- tokens -------------------------------------------------------------------------------------------
+
+
+def test_tokenize_cuts_adds_nothing_and_drops_what_predicts_nothing(caplog):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
+    texts = ["My dog got lazy after I walked it", "", "I", None, "Hello there, a long text " * 50]
+    samples = datasets.Dataset.from_dict({"user": list("abcde"), "body": texts})
+    tokens = data_utils.tokenize(samples, tokenizer, text_column="body", sequence_len=20)
+    assert tokens["user"][:] == ["a", "e"]
+    assert tokens["input_ids"][:] == [tokenizer(text)["input_ids"][:20] for text in (texts[0], texts[4])]
+    assert len(tokenizer(texts[4])["input_ids"]) > 20  # the tokenizer that is saved does not cut
+    with pytest.raises(UserError, match="--text_column"):
+        data_utils.tokenize(samples.select([1, 2, 3]), tokenizer, text_column="body", sequence_len=20)
+
+
+def test_author_dataset_fetches_the_drawn_samples():
+    tokens = [[i, i + 1] + [9] * (i % 3) for i in range(20)]
+    dataset = AuthorDataset(datasets.Dataset.from_dict({"input_ids": tokens}), *group_by_author(list("ab" * 10)))
+    assert len(dataset) == 2
+    fetched = dataset.__getitems__([np.array([3, 17]), np.array([0]), np.array([4, 4, 19])])
+    assert [[row["input_ids"].tolist() for row in rows] for rows in fetched] == [
+        [tokens[3], tokens[17]], [tokens[0]], [tokens[4], tokens[4], tokens[19]]
+    ]  # fmt: skip
+    assert dataset.__getitems__([]) == []
+
+
+def test_author_dataset_after_a_selection():
+    samples = datasets.Dataset.from_dict({"input_ids": [[i, i] for i in range(10)]}).select([7, 2, 5])
+    fetched = AuthorDataset(samples, *group_by_author([0, 0, 1])).__getitems__([np.array([2, 0])])
+    assert [row["input_ids"].tolist() for row in fetched[0]] == [[5, 5], [7, 7]]
+
+
+def test_padding_is_on_the_right_and_in_no_label():
+    batch = collate([{"input_ids": [5, 6, 7], "user": "a"}, {"input_ids": np.array([8, 0])}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, 0, -100]]
+
+
+def test_microbatches_hold_everything_once_and_pad_little():
+    generator = np.random.default_rng(0)
+    authors = [
+        [{"input_ids": np.full(generator.integers(2, 100), a)} for _ in range(generator.integers(1, 4))] for a in range(50)
+    ]
+    microbatches = data_utils.cut_into_microbatches(authors, max_authors=8)
+    assert len(microbatches) == 7 and max(batch["num_authors"] for batch in microbatches) <= 8
+    seen = {}
+    for batch in microbatches:
+        assert sorted(set(batch["author"].tolist())) == list(range(batch["num_authors"]))
+        for ids, labels, owner in zip(batch["input_ids"], batch["labels"], batch["author"]):
+            row = ids[labels != -100]
+            seen.setdefault((id(batch), owner.item()), []).append((row[0].item(), len(row)))
+    assert sorted(sorted(rows) for rows in seen.values()) == sorted(
+        sorted((a, len(row["input_ids"])) for row in rows) for a, rows in enumerate(authors)
+    )
+    widths = [batch["input_ids"].shape[1] for batch in microbatches]
+    assert widths == sorted(widths) and widths[0] < 60
+    assert data_utils.cut_into_microbatches([], max_authors=8) == []

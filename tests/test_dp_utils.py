@@ -1,0 +1,785 @@
+"""dp_utils.py: the mechanism against its definition, and each silent way to break it.
+
+Random checks allow six standard deviations: none of them fails by chance in a lifetime of runs, and all of them fail
+when the property is broken.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import naive
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    VOCABULARY,
+    as_arrays,
+    flat,
+    make_dataset,
+    make_trainer,
+    read_report,
+    tiny_gpt2,
+    trainable,
+    within,
+)
+from scipy import stats
+from torch import nn
+from transformers import TrainerCallback
+
+import dp_utils
+import guards
+from accounting import PrivacyLedger, compute_epsilon, guarantee_in_words
+from data_utils import UserError, collate, cut_into_microbatches, group_by_author
+from dp_utils import (
+    AuthorDPOptimizer,
+    GradSampleClipping,
+    LogicalBatch,
+    NoiseSource,
+    PoissonAuthorSampler,
+    PrivacyArguments,
+    author_losses,
+)
+
+COUNTS = [1, 2, 3, 1, 1, 5]
+
+# --- step 1: sampling -----------------------------------------------------------------------------------
+
+
+def make_sampler(authors=1_000, sample_rate=0.05, samples_per_author=1, counts=None, **options) -> PoissonAuthorSampler:
+    offsets, indices = group_by_author(np.repeat(np.arange(authors), counts if counts is not None else 1))
+    options = {"steps": 10, "key": 1234, **options}
+    return PoissonAuthorSampler(offsets, indices, sample_rate=sample_rate, samples_per_author=samples_per_author, **options)
+
+
+def draws_of(sampler, steps) -> np.ndarray:
+    """(steps, authors), 1 where an author is in the draw."""
+    present = np.zeros((steps, len(sampler.offsets) - 1))
+    for row in present:
+        row[sampler.draw_authors()] = 1
+    return present
+
+
+def test_every_author_is_drawn_with_probability_q():
+    steps, q = 4_000, 0.05
+    rates = draws_of(make_sampler(sample_rate=q), steps).mean(0)
+    deviation = math.sqrt(q * (1 - q) / steps)
+    assert all(within(rate, q, deviation) for rate in rates)
+    assert within(rates.mean(), q, deviation / math.sqrt(len(rates)))
+
+
+def test_batch_sizes_are_binomial():
+    sizes = draws_of(make_sampler(authors=300, sample_rate=0.02), 5_000).sum(1)
+    observed = np.bincount(sizes.astype(int), minlength=20)[:20]
+    expected = stats.binom.pmf(np.arange(20), 300, 0.02) * len(sizes)
+    common = expected > 10
+    chi_square = ((observed - expected)[common] ** 2 / expected[common]).sum()
+    assert chi_square < stats.chi2.isf(1e-9, common.sum())
+    assert observed[0] > 0  # empty draws are among them
+
+
+def test_authors_and_steps_are_independent():
+    present = draws_of(make_sampler(authors=40, sample_rate=0.3), 5_000)
+    between_authors = np.corrcoef(present.T) - np.eye(40)
+    between_steps = np.array([np.corrcoef(a[1:], a[:-1])[0, 1] for a in present.T])
+    assert np.abs(between_authors).max() < 6 / math.sqrt(5_000)
+    assert np.abs(between_steps).max() < 6 / math.sqrt(5_000)
+
+
+def test_everybody_is_drawn_at_rate_one_and_empty_draws_stay():
+    assert len(make_sampler(sample_rate=1.0).draw().samples) == 1_000
+    draws = list(make_sampler(authors=3, sample_rate=0.01, steps=500))
+    assert len(draws) == 500 and sum(draw.batch_size == 0 for draw in draws) > 400
+    assert all(draw.samples == [] for draw in draws if draw.batch_size == 0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_shares_are_disjoint_even_and_together_the_draw(world_size):
+    whole = make_sampler(key=99)
+    shares = [make_sampler(key=99, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for _ in range(50):
+        expected = whole.draw_authors().tolist()
+        parts = [share.draw() for share in shares]
+        authors = [int(samples[0]) for part in parts for samples in part.samples]
+        assert sorted(authors) == expected
+        assert {part.batch_size for part in parts} == {len(expected)}
+        assert max(len(part.samples) for part in parts) - min(len(part.samples) for part in parts) <= 1
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_up_to_k_samples_of_each_author_without_replacement_uniformly(k):
+    counts = np.array([1, 2, 5, 40])
+    sampler = make_sampler(authors=4, sample_rate=1.0, samples_per_author=k, counts=counts)
+    drawn = np.zeros(counts.sum())
+    steps = 4_000
+    for _ in range(steps):
+        samples = sampler.draw().samples
+        assert [len(part) for part in samples] == np.minimum(counts, k).tolist()
+        for author, part in enumerate(samples):
+            assert len(set(part.tolist())) == len(part)
+            low, high = sampler.offsets[author : author + 2]
+            assert set(part.tolist()) <= set(sampler.indices[low:high].tolist())
+            drawn[part] += 1
+    expected = np.repeat(np.minimum(counts, k) / counts, counts)
+    deviation = np.sqrt(expected * (1 - expected) / steps)
+    assert all(within(*figures) for figures in zip(drawn / steps, expected, deviation))
+
+
+# --- step 2: the loss -----------------------------------------------------------------------------------
+
+
+def make_batch(counts=COUNTS, seed=0, longest=12) -> dict:
+    dataset = make_dataset(counts, seed, longest)
+    draws = [dataset.indices[a:b] for a, b in zip(dataset.offsets, dataset.offsets[1:])]
+    (batch,) = cut_into_microbatches(dataset.__getitems__(draws), len(counts), collate)
+    return batch
+
+
+def test_author_loss_is_the_mean_over_the_authors_own_tokens():
+    model, batch = tiny_gpt2().eval(), make_batch()
+    losses = author_losses(model, batch)
+    assert losses.shape == (len(COUNTS),) and losses.dtype == torch.float32
+    for loss, samples in zip(losses, as_arrays(batch)):
+        total, tokens = 0.0, 0
+        for sample in samples:
+            ids = torch.from_numpy(sample)
+            logits = model(ids[None]).logits[0, :-1]
+            total += nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+            tokens += len(ids) - 1
+        assert loss.item() == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_author_without_targets_has_loss_zero():
+    batch = collate([{"input_ids": [3]}, {"input_ids": [1, 2, 3]}])
+    batch |= {"author": torch.tensor([0, 1]), "num_authors": 2}
+    losses = author_losses(tiny_gpt2(), batch)
+    assert losses[0] == 0 and losses[1] > 0
+
+
+# --- step 3: clipping -----------------------------------------------------------------------------------
+
+MODELS = {
+    "tied": {"tied": True},
+    "untied": {"tied": False},
+    "lora": {"lora": True},
+}
+
+
+def clipped_sum(model, batch, clip_norm):
+    """Flat clipped sum over the authors of a batch, and the norms before clipping, by the engine."""
+    engine = GradSampleClipping(model, clip_norm)
+    for parameter in trainable(model).values():
+        parameter.summed_grad = None
+    model.train()
+    norms = engine.backward(author_losses(engine.module, batch), batch["author"])
+    total = flat(parameter.summed_grad for parameter in trainable(model).values())
+    engine.close()
+    return total, norms
+
+
+def select_authors(batch, chosen) -> dict:
+    samples = [as_arrays(batch)[author] for author in chosen]
+    (batch,) = cut_into_microbatches([[{"input_ids": row} for row in rows] for rows in samples], len(chosen), collate)
+    return batch
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("clip_norm", [1e-2, 1.0, 1e3])
+def test_clipped_sum_equals_the_naive_one(kind, clip_norm):
+    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
+    ours, _ = clipped_sum(model, batch, clip_norm)
+    expected = naive.clipped_sum(model, as_arrays(batch), clip_norm)
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_norm_is_that_of_all_parameters_together(kind):
+    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
+    _, norms = clipped_sum(model, batch, 1.0)
+    expected = [flat(naive.author_gradient(model, samples)).norm().item() for samples in as_arrays(batch)]
+    assert norms.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_authors_clipped_gradient_is_the_same_alone_and_among_others(kind):
+    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
+    everybody, _ = clipped_sum(model, batch, 0.1)
+    for author in range(len(COUNTS)):
+        alone, _ = clipped_sum(model, select_authors(batch, [author]), 0.1)
+        others, _ = clipped_sum(model, select_authors(batch, [a for a in range(len(COUNTS)) if a != author]), 0.1)
+        assert alone.norm() <= 0.1 * (1 + 1e-5)
+        assert (everybody - others - alone).norm() < 1e-5 * everybody.norm()
+
+
+def test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most():
+    model = tiny_gpt2()
+    total, _ = clipped_sum(model, make_batch([40]), 0.1)
+    assert total.norm() <= 0.1 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
+def test_an_author_whose_gradient_is_not_finite_contributes_zero(poison):
+    model, batch = tiny_gpt2(), make_batch()
+    expected, _ = clipped_sum(model, select_authors(batch, [0, 1, 2, 4, 5]), 0.1)
+    engine = GradSampleClipping(model, 0.1)
+    for parameter in model.parameters():
+        parameter.summed_grad = None
+    losses = author_losses(engine.module, batch)
+    weights = torch.ones_like(losses)
+    poisoned = 3
+    weights[poisoned] = poison
+    norms = engine.backward(losses * weights, batch["author"])
+    ours = flat(parameter.summed_grad for parameter in model.parameters())
+    assert norms.isfinite().sum() == len(COUNTS) - 1
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_frozen_parameters_are_left_alone():
+    model = tiny_gpt2()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "h.1" in name
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    batch = make_batch()
+    ours, _ = clipped_sum(model, batch, 0.1)
+    expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+    for name, before in frozen.items():
+        parameter = model.get_parameter(name)
+        assert torch.equal(parameter, before) and getattr(parameter, "summed_grad", None) is None
+
+
+def test_a_trainable_parameter_without_per_author_gradient_is_an_error():
+    model = tiny_gpt2()
+    model.transformer.unused = nn.Linear(3, 3)
+    with pytest.raises(UserError, match=r"transformer\.unused"):
+        clipped_sum(model, make_batch(), 0.1)
+
+
+def test_positions_without_a_batch_dimension_are_an_error():
+    model, batch = tiny_gpt2(), make_batch()
+    engine = GradSampleClipping(model, 0.1)
+    with pytest.raises(UserError, match="wpe"):
+        engine.backward(author_losses(engine.module, batch, needs_positions=False), batch["author"])
+
+
+# --- step 4: noise and update ---------------------------------------------------------------------------
+
+
+def make_optimizer(size=200_000, *, sigma=1.5, clip_norm=0.2, batch_size=10, before_release=lambda: None):
+    parameters = [nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size // 100, 100))]
+    optimizer = AuthorDPOptimizer(
+        torch.optim.SGD(parameters, lr=1.0),
+        noise_multiplier=sigma, clip_norm=clip_norm, expected_batch_size=batch_size, before_release=before_release,
+    )  # fmt: skip
+    return optimizer, parameters
+
+
+def test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size():
+    optimizer, parameters = make_optimizer()
+    optimizer.step()  # an empty draw: noise only
+    noise = -flat(parameters) * 10 / (1.5 * 0.2)
+    assert within(noise.mean().item(), 0, 1 / math.sqrt(len(noise)))
+    assert within(noise.var().item(), 1, math.sqrt(2 / len(noise)))
+    assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-9
+    assert stats.kstest(-parameters[1].detach().flatten().numpy() * 10 / 0.3, "norm").pvalue > 1e-9
+
+
+def test_noise_is_independent_between_parameters_entries_and_steps():
+    optimizer, parameters = make_optimizer()
+    steps = []
+    for _ in range(2):
+        before = flat(parameters).clone()
+        optimizer.step()
+        steps.append((flat(parameters) - before).numpy())
+    size = len(steps[0]) // 2
+    pairs = [(steps[0], steps[1]), (steps[0][:size], steps[0][size:]), (steps[0][1:], steps[0][:-1])]
+    pairs += [(np.abs(a), np.abs(b)) for a, b in pairs]
+    for a, b in pairs:
+        assert within(np.corrcoef(a, b)[0, 1], 0, 1 / math.sqrt(len(a)))
+    assert len(np.unique(steps[0])) > 0.9 * len(steps[0])
+
+
+def test_the_sum_is_divided_by_the_constant_and_used_once():
+    optimizer, parameters = make_optimizer(size=100, sigma=0.0)
+    parameters[0].summed_grad = torch.full((100,), 5.0)
+    optimizer.step()
+    assert torch.allclose(parameters[0], torch.full((100,), -0.5)) and parameters[1].abs().sum() == 0
+    optimizer.step()
+    assert torch.allclose(parameters[0], torch.full((100,), -0.5))
+
+
+def test_parameters_are_noised_in_buckets(monkeypatch):
+    monkeypatch.setattr(dp_utils, "BUCKET_ELEMENTS", 50)
+    optimizer, parameters = make_optimizer(size=100, sigma=0.0)
+    assert len(list(optimizer._buckets())) == 2
+    for parameter in parameters:
+        parameter.summed_grad = torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter)
+    optimizer.step()
+    assert all(torch.allclose(-p.flatten() * 10, torch.arange(p.numel(), dtype=torch.float32)) for p in parameters)
+
+
+def test_noise_does_not_follow_any_seed_and_comes_from_the_operating_system(monkeypatch):
+    def noise():
+        torch.manual_seed(0)
+        np.random.seed(0)
+        return NoiseSource(torch.device("cpu")).fill(torch.empty(1_000), 1.0)
+
+    assert not torch.equal(noise(), noise())
+    asked = []
+    monkeypatch.setattr(dp_utils.secrets, "randbits", lambda bits: asked.append(bits) or 1)
+    assert torch.equal(noise(), noise())  # all of its randomness is the operating system's ...
+    assert min(asked) >= 128  # ... and at least 128 bits a stream
+
+
+def test_keys_of_the_streams_differ():
+    source = NoiseSource(torch.device("cpu"))
+    source._generators = [source._new_philox() for _ in range(4)]
+    parts = source.fill(torch.empty(4_000), 1.0).split(1_000)
+    assert all(not torch.equal(a, b) for i, a in enumerate(parts) for b in parts[:i])
+
+
+def test_nothing_is_updated_when_the_step_cannot_be_recorded():
+    def fail():
+        raise OSError("disk full")
+
+    optimizer, parameters = make_optimizer(size=100, before_release=fail)
+    with pytest.raises(OSError):
+        optimizer.step()
+    assert all(parameter.abs().sum() == 0 for parameter in parameters)
+
+
+# --- the Trainer ----------------------------------------------------------------------------------------
+
+
+class Recorder(TrainerCallback):
+    """Keep the gradient that each step releases, and the weights around it."""
+
+    def __init__(self):
+        self.gradients, self.logs = [], []
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append(flat(p.grad for p in trainable(model).values()).clone())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def train(trainer) -> tuple[list[LogicalBatch], Recorder]:
+    """Train, and return what each step saw and released."""
+    batches, recorder = [], Recorder()
+    step = trainer.training_step
+
+    def training_step(model, inputs, *args):
+        batches.append(inputs)
+        return step(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.add_callback(recorder)
+    trainer.train()
+    return batches, recorder
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("per_device", "accumulation"), [(4, 1), (2, 2), (1, 3), (64, 1)])
+def test_the_update_of_a_step_equals_a_naive_loop_over_authors(tmp_path, kind, k, per_device, accumulation):
+    model = tiny_gpt2(**MODELS[kind])
+    before = flat(trainable(model).values()).clone()
+    trainer = make_trainer(
+        tmp_path, model, privacy={"noise_multiplier": 0.0, "samples_per_author": k},
+        per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    batches, recorder = train(trainer)
+    after = flat(trainable(model).values())
+    authors = [samples for batch in batches[0].microbatches for samples in as_arrays(batch)]
+    assert all(1 <= len(samples) <= k for samples in authors)
+    assert all(batch["num_authors"] <= per_device for batch in batches[0].microbatches)
+    reference = tiny_gpt2(**MODELS[kind])
+    expected = naive.clipped_sum(reference, authors, 0.5) / (per_device * accumulation) if authors else torch.zeros_like(before)
+    assert torch.allclose(recorder.gradients[0], expected, atol=1e-5 * expected.norm().item(), rtol=0)
+    assert (before - after - expected).norm() <= 1e-5 * expected.norm() + 1e-6
+    if kind == "tied":
+        assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_noise_is_drawn_once_per_step_whatever_the_microbatches(tmp_path):
+    for per_device, accumulation in ((16, 1), (1, 16)):
+        trainer = make_trainer(
+            tmp_path / str(accumulation), dataset=make_dataset([1] * 12), privacy={"noise_multiplier": 3.0},
+            per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        batches, recorder = train(trainer)
+        assert len(batches[0].microbatches) == (1 if per_device == 16 else 12)
+        authors = [samples for batch in batches[0].microbatches for samples in as_arrays(batch)]
+        noise = recorder.gradients[0] * 16 - naive.clipped_sum(tiny_gpt2(), authors, 0.5)
+        assert within(noise.var().item() / 1.5**2, 1, math.sqrt(2 / len(noise)))
+
+
+def test_empty_draws_are_steps_of_noise_alone(tmp_path):
+    trainer = make_trainer(
+        tmp_path, dataset=make_dataset([1] * 1_000), privacy={"noise_multiplier": 1.0}, max_steps=3, logging_steps=3
+    )
+    trainer.plan = type(trainer.plan)(**{**vars(trainer.plan), "sample_rate": 1e-9})
+    trainer.args.max_steps = 3
+    batches, recorder = train(trainer)
+    assert [batch.batch_size for batch in batches] == [0, 0, 0] and trainer.ledger.steps == 3
+    for gradient in recorder.gradients:
+        assert within(gradient.var().item(), (0.5 / 4) ** 2, (0.5 / 4) ** 2 * math.sqrt(2 / len(gradient)))
+
+
+def test_one_seed_shares_neither_noise_nor_batches(tmp_path):
+    runs = []
+    for run in "ab":
+        batches, recorder = train(make_trainer(tmp_path / run, dataset=make_dataset([1] * 40), max_steps=3, seed=7))
+        drawn = [[samples for batch in b.microbatches for samples in as_arrays(batch)] for b in batches]
+        runs.append((drawn, recorder.gradients))
+    assert str(runs[0][0]) != str(runs[1][0])
+    for a, b in zip(runs[0][1], runs[1][1]):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.3
+
+
+def test_training_and_gradients_never_touch_the_global_generators(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    states = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            states.append(torch.get_rng_state())
+
+        def on_optimizer_step(self, *args, **kwargs):
+            states.append(torch.get_rng_state())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert torch.equal(states[0], states[1]) and torch.equal(states[2], states[3])
+
+
+def test_the_ledger_is_ahead_of_every_update(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    seen = []
+    optimizer_step = torch.optim.SGD.step
+
+    class Watched(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            seen.append(PrivacyLedger(tmp_path / "privacy_ledger.jsonl").steps)
+            return optimizer_step(self, *args, **kwargs)
+
+    trainer.optimizer = Watched(trainer.model.parameters(), lr=1.0)
+    trainer.train()
+    assert seen == [1, 2, 3]
+
+
+def test_a_ledger_that_fails_stops_the_run_before_the_update(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    before = flat(trainer.model.parameters()).clone()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(PrivacyLedger, "record_step", fail)
+    with pytest.raises(OSError):
+        trainer.train()
+    assert torch.equal(before, flat(trainer.model.parameters()))
+
+
+def test_report_and_ledger_say_what_was_done(tmp_path):
+    trainer = make_trainer(
+        tmp_path, dataset=make_dataset([1, 2] * 50), max_steps=5, save_strategy="steps", save_steps=2,
+        per_device_train_batch_size=5, gradient_accumulation_steps=2,
+        privacy={"noise_multiplier": None, "target_epsilon": 4.0, "samples_per_author": 2},
+    )  # fmt: skip
+    _, recorder = train(trainer)
+    trainer.save_model()
+    report = read_report(tmp_path)
+    sigma = report["noise_multiplier"]
+    assert report["epsilon"] == pytest.approx(compute_epsilon(sigma, 0.1, 5, 0.01)) and 3.9 < report["epsilon"] <= 4.0
+    expected = {
+        "privacy_unit": "author", "adjacency": "add-or-remove-one", "accountant": "prv", "sampling": "poisson", "delta": 0.01,
+        "target_epsilon": 4.0, "clip_norm": 0.5, "sample_rate": 0.1, "expected_batch_size": 10, "steps": 5, "num_authors": 100,
+        "num_samples": 150, "samples_per_author": 2, "clipping": "grad_sample", "world_size": 1, "disable_dp": False,
+    }  # fmt: skip
+    assert {key: report[key] for key in expected} == expected
+    middle = read_report(tmp_path / "checkpoint-2")
+    assert middle["steps"] == 2 and middle["epsilon"] < report["epsilon"]
+    header, *steps = (json.loads(line) for line in (tmp_path / "privacy_ledger.jsonl").read_text().splitlines())
+    assert header["noise_multiplier"] == sigma and header["sample_rate"] == 0.1 and len(steps) == 5
+    epsilons = [log["epsilon"] for log in recorder.logs]
+    assert epsilons == sorted(epsilons) and epsilons[-1] == pytest.approx(report["epsilon"])
+
+
+def test_default_delta_steps_and_rate():
+    class Args:
+        per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 32, 2, 16, -1, 3
+
+    privacy = PrivacyArguments(noise_multiplier=0.5, per_sample_max_grad_norm=1.0)
+    plan = dp_utils.make_plan(privacy, Args, np.arange(304_280))
+    assert plan.delta == 1 / 304_279 and plan.sample_rate == 1_024 / 304_279 and plan.steps == math.ceil(3 * 304_279 / 1_024)
+    Args.max_steps = 7
+    assert dp_utils.make_plan(privacy, Args, np.arange(304_280)).steps == 7
+    assert dp_utils.make_plan(privacy, Args, np.arange(101)).sample_rate == 1.0
+    with pytest.raises(UserError, match="one author"):
+        dp_utils.make_plan(privacy, Args, np.array([0, 5]))
+
+
+def test_the_trainer_samples_as_the_ledger_says(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=make_dataset([1, 3] * 100), per_device_train_batch_size=10,
+                           gradient_accumulation_steps=2, privacy={"samples_per_author": 2})  # fmt: skip
+    sampler = trainer.get_train_dataloader().batch_sampler
+    sizes = np.array([sampler.draw().batch_size for _ in range(2_000)])
+    q = trainer.plan.sample_rate
+    assert q == 0.1 == trainer._spending(1).sample_rate and len(sampler) == 10
+    assert within(sizes.mean(), 200 * q, math.sqrt(200 * q * (1 - q) / len(sizes)))
+    assert {len(samples) for _ in range(5) for samples in sampler.draw().samples} <= {1, 2}
+
+
+def test_logged_loss_is_the_mean_over_authors_and_clipping_is_counted(tmp_path):
+    trainer = make_trainer(
+        tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=0.0,
+        privacy={"noise_multiplier": 0.0, "samples_per_author": 9, "per_sample_max_grad_norm": 1e-6},
+    )  # fmt: skip
+    model = tiny_gpt2()
+    model.train()
+    expected = author_losses(model, make_batch()).mean().item()
+    _, recorder = train(trainer)
+    assert recorder.logs[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert recorder.logs[0]["clip_fraction"] == 1.0
+
+
+def test_without_noise_epsilon_is_null_and_the_warning_loud(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(dp_utils.logger, "warning", warnings.append)
+    trainer = make_trainer(tmp_path, privacy={"noise_multiplier": 0.0})
+    trainer.train()
+    trainer.save_model()
+    assert read_report(tmp_path)["epsilon"] is None and any("NO PRIVACY" in message for message in warnings)
+    assert "no privacy" in guarantee_in_words(None, 1e-5)
+
+
+def test_a_bound_that_is_not_the_prv_accountants_is_not_called_so(tmp_path):
+    trainer = make_trainer(tmp_path, privacy={"noise_multiplier": 0.01})
+    trainer.train()
+    trainer.save_model()
+    report = read_report(tmp_path)
+    assert report["epsilon"] > 1_000 and report["accountant"] == "rdp"
+
+
+def test_disable_dp_is_plain_averaging(tmp_path):
+    model = tiny_gpt2()
+    before = flat(model.parameters()).clone()
+    trainer = make_trainer(tmp_path, model, privacy={"disable_dp": True, "noise_multiplier": None, "samples_per_author": 9},
+                           per_device_train_batch_size=3, gradient_accumulation_steps=2)  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    expected = naive.clipped_sum(tiny_gpt2(), as_arrays(make_batch()), 1e9) / 6
+    assert (before - flat(model.parameters()) - expected).norm() < 1e-5 * expected.norm()
+    report = read_report(tmp_path)
+    assert report["disable_dp"] is True and report["epsilon"] is None and report["noise_multiplier"] is None
+    assert not (tmp_path / "privacy_ledger.jsonl").exists()
+
+
+def test_dropout_gives_every_author_a_mask_of_its_own(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_gpt2(dropout=0.3), max_steps=2)
+    trainer.train()
+    assert trainer.ledger.steps == 2
+
+
+# --- runs that go on -----------------------------------------------------------------------------------
+
+
+def resumable(folder, max_steps=6, target=3.0, **options):
+    privacy = {"noise_multiplier": None, "target_epsilon": target}
+    return make_trainer(folder, dataset=make_dataset([1] * 60), max_steps=max_steps, privacy=privacy,
+                        save_strategy="steps", save_steps=2, **options)  # fmt: skip
+
+
+def test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(tmp_path):
+    first = resumable(tmp_path)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3  # one step after the checkpoint: it will be lost
+
+    first.add_callback(Stop())
+    _, before = train(first)
+    second = resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert second.plan.noise_multiplier == first.plan.noise_multiplier
+    _, after = train(second)
+    assert second.ledger.steps == 6 and second.state.global_step == 5  # the budget was for six steps, one was lost
+    assert second.epsilon() <= 3.0
+    assert abs(np.corrcoef(before.gradients[2], after.gradients[0])[0, 1]) < 0.3
+    with pytest.raises(UserError, match=r"--target_epsilon 3\.0 is used up"):
+        resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
+
+
+def test_a_folder_with_a_ledger_is_not_started_afresh(tmp_path):
+    resumable(tmp_path, max_steps=1).train()
+    with pytest.raises(UserError, match="--resume_from_checkpoint"):
+        resumable(tmp_path)
+
+
+def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):
+    """The steps behind it would be spent, and forgotten."""
+    resumable(tmp_path / "a", max_steps=2).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    elsewhere = "what it has spent is not in"
+    with pytest.raises(UserError, match=elsewhere):
+        resumable(tmp_path / "b", resume_from_checkpoint=checkpoint)
+    with pytest.raises(UserError, match=elsewhere):
+        resumable(tmp_path / "b").train(resume_from_checkpoint=checkpoint)
+    (tmp_path / "a" / "privacy_ledger.jsonl").unlink()
+    with pytest.raises(UserError, match=elsewhere):
+        resumable(tmp_path / "a", resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_privacy_is_not_resumed_with_it(tmp_path):
+    resumable(tmp_path, max_steps=1).train()
+    plain = {"disable_dp": True, "noise_multiplier": None}
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, privacy=plain).train()
+    with pytest.raises(UserError, match="--disable_dp"):
+        resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(tmp_path):
+    trainer = resumable(tmp_path)
+    trainer.callback_handler.callbacks = [
+        c for c in trainer.callback_handler.callbacks if not isinstance(c, dp_utils.BudgetCallback)
+    ]
+    trainer._start_run()
+    for _ in range(6):
+        trainer._record_step()
+    with pytest.raises(RuntimeError, match="exceed"):
+        trainer._record_step()
+    assert trainer.ledger.steps == 6
+
+
+def test_checkpoints_hold_no_noise_state_and_load_plainly(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    loaded = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1")
+    assert torch.equal(flat(loaded.parameters()), flat(trainer.model.parameters()))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    rng = torch.load(tmp_path / "checkpoint-1" / "rng_state.pth", weights_only=False)
+    assert set(rng) <= {"python", "numpy", "cpu", "cuda", "xpu", "npu", "mlu", "musa", "xla", "hpu", "neuron"}
+
+
+# --- refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_grad_norm": 1.0}, "--max_grad_norm.*--per_sample_max_grad_norm"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size.*--gradient_accumulation_steps"),
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
+        ({"torch_compile": True}, "--torch_compile"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel"),
+        ({"gradient_checkpointing": True}, "--(gradient|activation)_checkpointing"),
+        ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["c_attn"]}, "--optim"),
+    ],
+)
+def test_options_that_would_change_the_mechanism_are_refused_by_name(tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        make_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["fp16", "deepspeed", "fsdp"])
+def test_options_that_need_a_gpu_are_refused_by_name(tmp_path, name):
+    args = make_trainer(tmp_path).args
+    setattr(args, name, True)
+    with pytest.raises(UserError, match=f"--{name}"):
+        guards.check_options(args, PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0))
+
+
+def test_models_that_mix_authors_or_round_noise_are_refused(tmp_path):
+    batch_norm, experts, half = tiny_gpt2(), tiny_gpt2(), tiny_gpt2().bfloat16()
+    batch_norm.transformer.h[0].norm = nn.BatchNorm1d(4)
+    experts.config.num_local_experts = 8
+    for model, words in ((batch_norm, r"h\.0\.norm"), (experts, "mixture of experts"), (half, "bfloat16")):
+        with pytest.raises(UserError, match=words):
+            make_trainer(tmp_path, model)
+
+
+def test_several_gpus_in_one_process_become_one(tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 1) or 1))
+    seen = []
+    init = dp_utils.Trainer.__init__
+    monkeypatch.setattr(
+        dp_utils.Trainer, "__init__", lambda self, *a, args, **k: seen.append(args._n_gpu) or init(self, *a, args=args, **k)
+    )
+    args = make_trainer(tmp_path / "a").args
+    args._n_gpu = 4
+    dp_utils.DPTrainer(tiny_gpt2(), args, PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0),
+                       train_dataset=make_dataset(COUNTS), data_collator=collate)  # fmt: skip
+    assert seen[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "exactly one of --target_epsilon and --noise_multiplier"),
+        ({"target_epsilon": 8.0, "noise_multiplier": 1.0}, "exactly one"),
+        ({"target_epsilon": 0.0}, "--target_epsilon"),
+        ({"target_epsilon": math.inf}, "--target_epsilon"),
+        ({"target_epsilon": math.nan}, "--target_epsilon"),
+        ({"noise_multiplier": -1.0}, "--noise_multiplier"),
+        ({"target_epsilon": 8.0, "per_sample_max_grad_norm": None}, "--per_sample_max_grad_norm"),
+        ({"target_epsilon": 8.0, "per_sample_max_grad_norm": 0.0}, "--per_sample_max_grad_norm"),
+        ({"target_epsilon": 8.0, "target_delta": 1.0}, "--target_delta"),
+        ({"target_epsilon": 8.0, "samples_per_author": 0}, "--samples_per_author"),
+        ({"target_epsilon": 8.0, "clipping": "none"}, "--clipping"),
+    ],
+)
+def test_privacy_options_are_checked(options, words):
+    with pytest.raises(UserError, match=words):
+        PrivacyArguments(**{"per_sample_max_grad_norm": 1.0, **options})
+
+
+# --- several processes ----------------------------------------------------------------------------------
+
+
+def run_processes(folder: Path, processes: int, **options) -> list[dict]:
+    """Run tests/one_step.py under torch.distributed.run; return what each process saw and released."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(ROOT / "tests/one_step.py")]
+    done = subprocess.run([*command, str(folder), json.dumps(options)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("kind", ["tied", "lora"])
+def test_two_processes_release_the_naive_update_and_stay_identical(tmp_path, kind):
+    options = {"model": MODELS[kind], "counts": [1, 2, 3, 1, 4, 1, 1, 2, 2], "k": 3, "sigma": 0.0, "per_device": 2}
+    first, second = run_processes(tmp_path, 2, **options)
+    authors = first["authors"] + second["authors"]
+    assert abs(len(first["authors"]) - len(second["authors"])) <= 1
+    assert len({str(samples) for samples in authors}) == len(authors) == first["batch_size"] == second["batch_size"]
+    expected = naive.clipped_sum(tiny_gpt2(**MODELS[kind]), authors, 0.5) / 4
+    assert (first["gradient"] - expected).norm() <= 1e-5 * expected.norm()
+    assert torch.equal(first["gradient"], second["gradient"]) and torch.equal(first["weights"], second["weights"])
+    assert first["loss"] == pytest.approx(second["loss"])
+    assert read_report(tmp_path / "run")["world_size"] == 2
+    assert PrivacyLedger(tmp_path / "run" / "privacy_ledger.jsonl").steps == 1
+
+
+def test_two_processes_add_the_noise_of_one(tmp_path):
+    # Expected batch 1 of 9: one process' share is usually empty, sometimes both are.
+    options = {"model": {}, "counts": [1] * 9, "k": 1, "sigma": 3.0, "per_device": 1}
+    first, second = run_processes(tmp_path, 2, **options)
+    authors = first["authors"] + second["authors"]
+    total = naive.clipped_sum(tiny_gpt2(), authors, 0.5) if authors else 0.0
+    noise = first["gradient"] * 2 - total  # expected batch 2 = 1 per device on two processes
+    assert within(noise.var().item() / (3.0 * 0.5) ** 2, 1, math.sqrt(2 / len(noise)))
+    assert torch.equal(first["gradient"], second["gradient"])
+
+
+def test_nothing_in_the_project_seeds_protected_randomness():
+    for name in ("dp_utils.py", "accounting.py"):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"args\.seed|data_seed|default_rng\(|torch\.randn|np\.random\.seed", text)
+    assert VOCABULARY == tiny_gpt2().config.vocab_size

@@ -1,0 +1,261 @@
+"""fine-tune-dp.py by its command line, as a user would run it."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, flat, read_report, run_script
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from accounting import PrivacyLedger, compute_epsilon
+
+# The two commands of the original example, flag for flag, but for the process count.
+FULL = """--output_dir scratch --model_name gpt2 --sequence_len 128 --per_device_train_batch_size 32
+--gradient_accumulation_steps 2 --evaluation_strategy steps --eval_steps 45 --log_level info --per_device_eval_batch_size 64
+--eval_accumulation_steps 1 --seed 42 --target_epsilon 8 --per_sample_max_grad_norm 1.0 --prediction_loss_only
+--weight_decay 0.01 --remove_unused_columns False --num_train_epochs 3 --logging_steps 5 --max_grad_norm 0
+--lr_scheduler_type constant --learning_rate 1e-4 --disable_tqdm True --label_names labels --dataloader_num_workers 2"""
+LORA = """--output_dir scratch --model_name gpt2 --sequence_len 128 --per_device_train_batch_size 64
+--gradient_accumulation_steps 1 --evaluation_strategy steps --eval_steps 45 --log_level info --per_device_eval_batch_size 64
+--eval_accumulation_steps 1 --seed 42 --target_epsilon 8 --per_sample_max_grad_norm 1.0 --prediction_loss_only
+--weight_decay 0.01 --remove_unused_columns False --num_train_epochs 3 --logging_steps 5 --max_grad_norm 0 --lora_dim 4
+--lora_alpha 32 --lora_dropout 0.0 --lr_scheduler_type constant --learning_rate 3e-4 --disable_tqdm True
+--label_names labels --dataloader_num_workers 2 --enable_lora"""
+
+PRIVACY = ["--target_epsilon", "8", "--per_sample_max_grad_norm", "1.0"]
+
+
+def small(checkpoint, comments, folder, *more) -> list[str]:
+    return [
+        "--model_name", checkpoint, "--train_file", str(comments), "--output_dir", str(folder), "--sequence_len", "32",
+        "--max_steps", "3", "--disable_tqdm", "True", "--max_eval_samples", "20", "--eval_fraction", "0.1", *more,
+    ]  # fmt: skip
+
+
+def run_here(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
+    """Run the script in this process; return its exit status and what it wrote on stderr."""
+    monkeypatch.setattr(sys, "argv", ["fine-tune-dp.py", *arguments])
+    capfd.readouterr()
+    try:
+        runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code or 0, capfd.readouterr().err
+    return 0, capfd.readouterr().err
+
+
+# --- the published commands -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [FULL, LORA], ids=["full", "lora"])
+def test_the_published_commands_on_two_processes(checkpoint, comments, tmp_path, command):
+    arguments = [checkpoint if word == "gpt2" else word for word in command.split()]
+    arguments += ["--train_file", str(comments), "--max_train_samples", "700", "--num_train_epochs", "1"]
+    done = run_script(*arguments, processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path / "scratch")
+    assert report["expected_batch_size"] == 128 and report["world_size"] == 2
+    assert 7.5 < report["epsilon"] <= 8.0
+    spent = compute_epsilon(report["noise_multiplier"], report["sample_rate"], report["steps"], report["delta"])
+    assert report["epsilon"] == pytest.approx(spent)
+    assert PrivacyLedger(tmp_path / "scratch" / "privacy_ledger.jsonl").steps == report["steps"]
+    # What the user sees: once, in this order.
+    output = done.stdout + done.stderr
+    summary = re.search(r"authors \(N\) +(\d+) .*\n.*sample rate.*\n.*steps.*\n.*trained parameters.*\n.*clip norm", done.stderr)
+    assert summary and int(summary[1]) == report["num_authors"]
+    last = done.stdout.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"epsilon \d\.\d\d at delta \S+ \(author level, add or remove one\), eval loss \d+\.\d\d, saved to scratch", last
+    )
+    assert output.count("saved to scratch") == 1 and "Traceback" not in output
+    logs = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert "eval_loss" in logs[0] and "eval_loss" in logs[-1] and all("'epsilon'" in line for line in logs)
+    # What loads.
+    if command is LORA:
+        base = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model = PeftModel.from_pretrained(base, tmp_path / "scratch")
+        assert model.peft_config["default"].r == 4
+        assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "scratch")
+        assert model.lm_head.weight is model.transformer.wte.weight
+    assert AutoTokenizer.from_pretrained(tmp_path / "scratch")("hello there")["input_ids"]
+
+
+def test_the_published_commands_without_a_hub(tmp_path):
+    done = run_script(*FULL.split(), cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert all(word in message for word in ("hub", "--train_file", "--model_name", "demo")), done.stderr
+    assert not (tmp_path / "scratch" / "privacy_ledger.jsonl").exists()
+
+
+def test_a_hub_data_set_as_a_local_folder(checkpoint, tmp_path, monkeypatch, capfd):
+    shards = tmp_path / "tldr-17" / "default" / "partial-train"
+    shards.mkdir(parents=True)
+    for shard in range(2):
+        rows = [(f"u{n % 30}", f"text number {n} of shard {shard}") for n in range(100)]
+        table = pa.table({"author": [a for a, _ in rows], "content": [c for _, c in rows], "subreddit": ["x"] * 100})
+        pq.write_table(table, shards / f"{shard:04d}.parquet")
+    arguments = ["--model_name", checkpoint, "--dataset_name", str(tmp_path / "tldr-17"), "--output_dir", str(tmp_path / "out")]
+    status, stderr = run_here(monkeypatch, capfd, *arguments, *PRIVACY, "--dry_run", "--disable_tqdm", "True")
+    assert status == 0, stderr
+    report = read_report(tmp_path / "out")
+    assert report["steps"] == 2 and 20 <= report["num_authors"] <= 30
+
+
+# --- own data -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_own_columns_and_whole_numbers_as_authors(checkpoint, tmp_path, suffix, monkeypatch, capfd):
+    frame = pd.DataFrame({"user": [n % 40 for n in range(200)], "body": [f"comment {n} of mine" for n in range(200)]})
+    path = tmp_path / f"comments{suffix}"
+    frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
+    arguments = small(checkpoint, path, tmp_path / "out", "--author_column", "user", "--text_column", "body", *PRIVACY)
+    status, stderr = run_here(monkeypatch, capfd, *arguments)
+    assert status == 0, stderr
+    assert 30 <= read_report(tmp_path / "out")["num_authors"] < 40
+
+
+def test_validation_file_bf16_and_several_samples_per_author(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    options = "--bf16 --samples_per_author 3 --per_device_train_batch_size 4 --noise_multiplier 1 --per_sample_max_grad_norm 0.5"
+    arguments = small(checkpoint, comments, tmp_path / "out", "--validation_file", str(comments), *options.split())
+    status, stderr = run_here(monkeypatch, capfd, *arguments)
+    assert status == 0, stderr
+    report = read_report(tmp_path / "out")
+    assert report["samples_per_author"] == 3 and report["target_epsilon"] is None and 0 < report["epsilon"] < 10
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert next(weights.parameters()).dtype == torch.float32
+
+
+def test_one_seed_shares_split_and_lora_but_neither_noise_nor_batches(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    runs = []
+    for name, rate in (("a", "0"), ("b", "0"), ("c", "1e-3"), ("d", "1e-3")):
+        lora = ["--enable_lora", "--seed", "5", "--learning_rate", rate]
+        status, stderr = run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / name, *PRIVACY, *lora))
+        assert status == 0, stderr
+        adapters = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / name)
+        runs.append((read_report(tmp_path / name), flat(p for n, p in adapters.named_parameters() if "lora_" in n)))
+    assert len({(report["num_authors"], report["num_samples"]) for report, _ in runs}) == 1
+    assert torch.equal(runs[0][1], runs[1][1])  # nothing learned: the same initial adapters
+    assert not torch.equal(runs[2][1], runs[3][1])  # two steps of different batches and noise
+
+
+def test_resume_and_the_ways_on(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    first = small(
+        checkpoint, comments, tmp_path / "out", "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--save_steps", "2"
+    )
+    assert run_here(monkeypatch, capfd, *first)[0] == 0
+    status, stderr = run_here(monkeypatch, capfd, *first)
+    assert status == 2 and "--resume_from_checkpoint" in stderr and "--output_dir" in stderr
+    status, stderr = run_here(monkeypatch, capfd, *first, "--resume_from_checkpoint", "True", "--max_steps", "5")
+    assert status == 0, stderr
+    assert read_report(tmp_path / "out")["steps"] == 5
+
+
+def test_disable_dp(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    arguments = small(checkpoint, comments, tmp_path / "out", "--disable_dp", "--max_grad_norm", "1.0")
+    status, stderr = run_here(monkeypatch, capfd, *arguments)
+    assert status == 0, stderr
+    assert read_report(tmp_path / "out")["disable_dp"] is True
+
+
+def test_disable_dp_on_two_processes(checkpoint, comments, tmp_path):
+    done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp"), processes=2)
+    assert done.returncode == 0 and done.stderr.count("NO PRIVACY") == 1, done.stderr
+    assert read_report(tmp_path / "out")["world_size"] == 2
+
+
+# --- what the user can mend -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--no_such_option", "3"], ["--no_such_option", "--help"]),
+        (["--target_epsilon", "eight"], ["--target_epsilon"]),
+        (["--target_epsilon", "8"], ["--per_sample_max_grad_norm"]),
+        (["--per_sample_max_grad_norm", "1"], ["--target_epsilon", "--noise_multiplier"]),
+        ([*PRIVACY, "--noise_multiplier", "1"], ["--target_epsilon", "--noise_multiplier"]),
+        ([*PRIVACY, "--clipping", "sideways"], ["--clipping", "grad_sample"]),
+        ([*PRIVACY, "--max_grad_norm", "1"], ["--max_grad_norm", "--per_sample_max_grad_norm"]),
+        ([*PRIVACY, "--text_column", "body"], ["--text_column", "body", "content"]),
+        ([*PRIVACY, "--author_column", "user"], ["--author_column", "user", "author"]),
+        ([*PRIVACY, "--train_file", "nowhere.jsonl"], ["--train_file", "nowhere.jsonl"]),
+        ([*PRIVACY, "--validation_file", "nowhere.csv"], ["--validation_file", "nowhere.csv"]),
+        ([*PRIVACY, "--model_name", "."], ["--model_name"]),
+        ([*PRIVACY, "--sequence_len", "100000"], ["--sequence_len"]),
+        ([*PRIVACY, "--enable_lora", "--lora_dim", "0"], ["--lora_dim"]),
+        ([*PRIVACY, "--enable_lora", "--lora_target_modules", "nothing"], ["--lora_target_modules"]),
+        ([*PRIVACY, "--optim", "nothing"], ["--optim"]),
+        ([*PRIVACY, "--eval_fraction", "0", "--eval_strategy", "steps"], ["--eval_strategy", "--validation_file"]),
+        ([*PRIVACY, "--max_train_samples", "1"], ["author"]),
+        ([*PRIVACY, "--target_delta", "2"], ["--target_delta"]),
+        ([*PRIVACY, "--evaluation_strategy", "sometimes"], ["sometimes"]),
+        ([*PRIVACY, "--per_device_train_batch_size", "0"], ["--per_device_train_batch_size"]),
+        ([*PRIVACY, "--gradient_accumulation_steps", "0"], ["--gradient_accumulation_steps"]),
+        ([*PRIVACY, "--num_train_epochs", "0", "--max_steps", "-1"], ["--num_train_epochs"]),
+        ([*PRIVACY, "--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint", "nowhere"]),
+        ([*PRIVACY, "--resume_from_checkpoint", "True"], ["--resume_from_checkpoint"]),
+        (["--target_epsilon", "1e-9", "--target_delta", "1e-12", "--per_sample_max_grad_norm", "1"], ["--target_epsilon"]),
+    ],
+)
+def test_mistakes_end_with_status_2_and_name_option_and_remedy(
+    checkpoint, comments, tmp_path, monkeypatch, capfd, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    status, stderr = run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "out", *arguments))
+    complaint = stderr[stderr.rindex("fine-tune-dp.py: error:") :].strip().splitlines()
+    assert status == 2 and len(complaint) <= 2 and "Traceback" not in stderr, stderr
+    assert all(word in complaint[0] for word in words), complaint
+    assert not Path("out/privacy_ledger.jsonl").exists()
+
+
+def test_several_processes_complain_once(checkpoint, comments, tmp_path):
+    done = run_script(*small(checkpoint, comments, tmp_path / "out", *PRIVACY, "--text_column", "body"), processes=2)
+    assert done.returncode != 0 and done.stderr.count("fine-tune-dp.py: error:") == 1
+    assert "--text_column" in done.stderr and not Path(tmp_path / "out/privacy_ledger.jsonl").exists()
+
+
+def test_help_lists_the_options(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["fine-tune-dp.py", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="__main__")
+    assert exit_.value.code == 0
+    assert {"--target_epsilon", "--train_file", "--enable_lora", "--samples_per_author"} <= set(capfd.readouterr().out.split())
+
+
+# --- the demo -------------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_what_its_script_makes():
+    sys.path.insert(0, str(ROOT / "demo"))
+    from make_corpus import make_corpus
+
+    comments = [json.loads(line) for line in (ROOT / "demo" / "comments.jsonl").read_text().splitlines()]
+    assert comments == make_corpus("private", authors=20_000, seed=7)
+    sizes = pd.Series([comment["author"] for comment in comments]).value_counts()
+    assert len(sizes) == 20_000 and (sizes <= 2).mean() > 0.7 and (sizes > 100).sum() >= 3
+    assert sum(path.stat().st_size for path in (ROOT / "demo").rglob("*") if path.is_file()) < 10e6
+
+
+def test_the_demo_learns(tmp_path):
+    """A tenth of the README's demo, from the same files, at the same epsilon."""
+    demo = ["--model_name", str(ROOT / "demo/model"), "--train_file", str(ROOT / "demo/comments.jsonl"), "--sequence_len", "64"]
+    done = run_script(*demo, *PRIVACY, "--output_dir", str(tmp_path / "out"), "--max_steps", "8", "--max_eval_samples", "300",
+                      "--per_device_train_batch_size", "128", "--gradient_accumulation_steps", "4", "--learning_rate", "5e-3",
+                      "--lr_scheduler_type", "constant", "--disable_tqdm", "True")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = (float(loss) for loss in re.findall(r"'eval_loss': '?([\d.]+)", done.stdout))
+    assert after < before - 1
+    said = re.search(r"Evaluation loss before training: (\d+\.\d\d)$", done.stderr, re.MULTILINE)
+    assert float(said[1]) == pytest.approx(before, abs=0.01)
+    assert read_report(tmp_path / "out")["epsilon"] <= 8.0
