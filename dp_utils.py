@@ -33,7 +33,6 @@ import math
 import secrets
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -64,14 +63,13 @@ from accounting import (
     write_json,
 )
 from data_utils import IGNORED, UserError, cut_into_microbatches
+from ghost_clipping import GhostClipping
 from guards import check_model, check_options, check_output_dir
+from noise import NoiseSource
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
-
-BUCKET_ELEMENTS = 2**26  # gradients are noised and reduced in buffers of 256 MB
-
 
 # --- options ------------------------------------------------------------------------------------------
 
@@ -92,8 +90,11 @@ class PrivacyArguments:
     )
     samples_per_author: int = field(default=1, metadata={"help": "At most so many samples of an author enter one step (k)."})
     clipping: str = field(
-        default="grad_sample",
-        metadata={"help": "How per-author gradients are clipped: grad_sample (Opacus).", "choices": ["grad_sample"]},
+        default="ghost",
+        metadata={
+            "help": "How per-author gradients are clipped: ghost never stores them; grad_sample (Opacus) does, for any layer.",
+            "choices": ["ghost", "grad_sample"],
+        },
     )
     disable_dp: bool = field(
         default=False, metadata={"help": "Ordinary fine-tuning through the same data path, for comparison. No privacy."}
@@ -268,6 +269,39 @@ class DrawnDataset(torch.utils.data.Dataset):
 # --- step 2: per-author loss ----------------------------------------------------------------------------
 
 
+class TokenLosses(torch.autograd.Function):
+    """Cross-entropy of each token, a few rows at a time: of the size of the logits there is only their gradient.
+
+    Call apply(logits, targets), (tokens, vocabulary) and (tokens,), for float32 losses (tokens,), 0 where ignored.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = TokenLosses.rows_at_once(logits)
+        normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(rows)])
+        ctx.save_for_backward(logits, targets, normalizers)
+        picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
+        return torch.where(targets == IGNORED, 0.0, normalizers - picked)
+
+    @staticmethod
+    def backward(ctx, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """weight x (softmax - one-hot), in the logits' type."""
+        logits, targets, normalizers = ctx.saved_tensors
+        rows = TokenLosses.rows_at_once(logits)
+        weights = torch.where(targets == IGNORED, 0.0, weights)[:, None]
+        gradient = torch.empty_like(logits)
+        parts = (tensor.split(rows) for tensor in (logits, targets[:, None], normalizers[:, None], weights, gradient))
+        for logit, target, normalizer, weight, result in zip(*parts):
+            part = torch.sub(logit, normalizer, out=result if result.dtype == torch.float32 else None).exp_().mul_(weight)
+            result.copy_(part.scatter_add_(1, target.clamp(min=0), -weight))  # nothing to copy where they are one
+        return gradient, None
+
+    @staticmethod
+    def rows_at_once(logits: torch.Tensor) -> int:
+        """What stays in a CPU's cache; on a GPU 256 MB, to launch few kernels."""
+        return max(1, (2**20 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
+
+
 def author_losses(model: nn.Module, batch: dict[str, torch.Tensor], needs_positions: bool = True) -> torch.Tensor:
     """Return each author's mean cross-entropy over the author's own target tokens.
 
@@ -285,12 +319,10 @@ def author_losses(model: nn.Module, batch: dict[str, torch.Tensor], needs_positi
     if needs_positions:
         # GPT-2's own position ids have batch size 1, in which no per-sample gradient can be told apart.
         inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    logits = model(**inputs).logits[:, :-1]  # (samples, tokens - 1, vocabulary)
-    targets = batch["labels"][:, 1:]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(
-        targets
-    )
-    # From (samples, tokens - 1) to (authors,).
+    logits = model(**inputs).logits  # (samples, tokens, vocabulary)
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (samples, tokens): what comes next
+    losses = TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    # From (samples, tokens) to (authors,).
     authors = torch.zeros(batch["num_authors"], device=losses.device)
     totals = authors.index_add(0, author, losses.sum(1))
     counts = authors.index_add(0, author, (targets != IGNORED).sum(1).float())
@@ -358,8 +390,7 @@ class GradSampleClipping:
         if not finite.all():  # leave these authors out: zero times nan would be nan
             factors, gradients = factors[finite], {p: gradient[finite] for p, gradient in gradients.items()}
         for parameter, gradient in gradients.items():
-            clipped = torch.einsum("a,a...->...", factors, gradient)
-            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad.add_(clipped)
+            parameter.summed_grad.add_(torch.einsum("a,a...->...", factors, gradient))
         return norms
 
     def _per_author(self, name: str, parameter: nn.Parameter, author: torch.Tensor, authors: int) -> torch.Tensor:
@@ -381,47 +412,10 @@ class GradSampleClipping:
 
 
 # A further engine is a class with the same methods in a module of its own, and a name here.
-ENGINES = {"grad_sample": GradSampleClipping}
+ENGINES = {"ghost": GhostClipping, "grad_sample": GradSampleClipping}
 
 
 # --- step 4: noise and update ---------------------------------------------------------------------------
-
-
-class NoiseSource:
-    """Standard normal noise whose keys come from the operating system, never from --seed, and are never saved.
-
-    torch's generators will not do: seeding keeps 32 bits on the CPU, whose Mersenne twister can moreover be
-    reconstructed from noise seen where the gradient is zero; on a GPU the key has 64 bits. On the CPU the noise
-    is numpy's Philox (128-bit key); elsewhere the scaled sum of four streams of the device's generator, each with
-    a key of its own (4 x 64 bits).
-
-    Args:
-        device: where the noise is wanted.
-    """
-
-    def __init__(self, device: torch.device):
-        if device.type == "cpu":
-            self._generators = [self._new_philox() for _ in range(torch.get_num_threads())]
-        else:
-            self._generators = [torch.Generator(device) for _ in range(4)]
-            for generator in self._generators:
-                generator.manual_seed(secrets.randbits(64))
-
-    @staticmethod
-    def _new_philox() -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
-
-    def fill(self, buffer: torch.Tensor, std: float) -> torch.Tensor:
-        """Overwrite the flat float32 `buffer` with independent N(0, std^2) draws."""
-        if buffer.device.type != "cpu":
-            buffer.zero_()
-            for generator in self._generators:
-                buffer.add_(torch.empty_like(buffer).normal_(std=std / 2, generator=generator))
-            return buffer
-        parts = np.array_split(buffer.numpy(), len(self._generators))
-        with ThreadPoolExecutor(len(parts)) as pool:  # numpy draws without the interpreter's lock
-            list(pool.map(lambda g, part: g.standard_normal(out=part, dtype=np.float32), self._generators, parts))
-        return buffer.mul_(std)
 
 
 class AuthorDPOptimizer(DPOptimizer):
@@ -432,12 +426,13 @@ class AuthorDPOptimizer(DPOptimizer):
     microbatches: each process adds an independent share of variance sigma^2 C^2 / world_size, then all are summed.
     A summed gradient is used once. The step of an empty draw is noise.
 
-    A step is:
+    The engine adds to `parameter.summed_grad`, float32 and of the parameter's shape; these lie one after another in
+    one buffer, `sums`, so that noise and processes each take one pass. A step is:
     1) `before_release` is called, which records the step in the ledger (on the first process)
-    2) the noise share is added to this process' sum of clipped gradients
+    2) the noise share is added to this process' sum of clipped gradients, and it is divided by the constant B
     3) the processes' buffers are summed: none can go on before all have done 1)
-    4) the sum is divided by the constant B
-    5) the wrapped optimizer updates the parameters
+    4) the wrapped optimizer updates the parameters
+    5) `zero_grad` makes the sums zero; without it there is no further step
 
     Args:
         optimizer: the wrapped torch optimizer.
@@ -465,35 +460,34 @@ class AuthorDPOptimizer(DPOptimizer):
         self.before_release = before_release
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.noise = NoiseSource(self.params[0].device)
+        sizes = [parameter.numel() for parameter in self.params]
+        self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
+        self._used = False
+        for parameter, view in zip(self.params, self.sums.split(sizes)):
+            parameter.summed_grad = view.view_as(parameter)
 
     def pre_step(self, closure: Optional[Callable] = None) -> bool:
-        """Steps 1 to 4 of the class' list. Overrides Opacus', which would clip here."""
+        """Steps 1 to 3 of the class' list. Overrides Opacus', which would clip here."""
+        if self._used:
+            raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next one")
         self.before_release()
+        self._used = True
         std = self.noise_multiplier * self.max_grad_norm / math.sqrt(self.world_size)
-        for bucket in self._buckets():
-            buffer = torch.empty(sum(p.numel() for p in bucket), device=bucket[0].device)
-            buffer = self.noise.fill(buffer, std) if std > 0 else buffer.zero_()
-            views = buffer.split([p.numel() for p in bucket])
-            for parameter, view in zip(bucket, views):
-                if parameter.summed_grad is not None:
-                    view.add_(parameter.summed_grad.flatten())
-                    parameter.summed_grad = None
-            if self.world_size > 1:
-                dist.all_reduce(buffer)
-            buffer.div_(self.expected_batch_size)
-            for parameter, view in zip(bucket, views):
-                parameter.grad = view.view_as(parameter)
+        for part in self.sums.split(self.noise.elements):  # while it is in the cache
+            if std > 0:
+                self.noise.add_(part, std)
+            part.div_(self.expected_batch_size)
+        if self.world_size > 1:
+            dist.all_reduce(self.sums)
+        for parameter in self.params:
+            parameter.grad = parameter.summed_grad
         return True
 
-    def _buckets(self) -> Iterator[list[nn.Parameter]]:
-        """Group the parameters into few large buffers."""
-        bucket: list[nn.Parameter] = []
-        for parameter in self.params:
-            if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_ELEMENTS:
-                yield bucket
-                bucket = []
-            bucket.append(parameter)
-        yield bucket
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the last step's gradients. Overrides Opacus', which would take the sums' places away."""
+        self.original_optimizer.zero_grad(set_to_none)
+        self.sums.zero_()
+        self._used = False
 
 
 # --- the Trainer ----------------------------------------------------------------------------------------
@@ -666,6 +660,7 @@ class DPTrainer(Trainer):
             Not private.
         """
         model.train()
+        self.optimizer.zero_grad()  # also what a step left that was broken off
         total = torch.zeros_like(self._step_loss)
         for microbatch in inputs.microbatches:
             microbatch = self._prepare_inputs(microbatch)

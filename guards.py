@@ -17,11 +17,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from accounting import LEDGER_NAME, REPORT_NAME
 from data_utils import UserError
 
-RUNS_TWICE = (
-    "it runs layers twice, which confuses the clipping hooks; lower --per_device_train_batch_size and raise "
-    "--gradient_accumulation_steps by the same factor"
-)
-
 # Options that would change the mechanism behind the accountant's back: refused by name, with the remedy.
 REFUSED_OPTIONS = {
     "auto_find_batch_size": "the batch size is part of the guarantee; lower --per_device_train_batch_size and raise "
@@ -33,8 +28,6 @@ REFUSED_OPTIONS = {
     "label_smoothing_factor": "it would replace the per-author loss; leave it at 0",
     "torch_compile": "it hides the layers from the clipping hooks; leave it out",
     "use_liger_kernel": "it fuses the loss, which must be per author; leave it out",
-    "gradient_checkpointing": RUNS_TWICE,
-    "activation_checkpointing": RUNS_TWICE,
 }
 
 
@@ -50,6 +43,7 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     for name, remedy in REFUSED_OPTIONS.items():
         if getattr(args, name, None):
             raise UserError(f"--{name} does not work here: {remedy}")
+    check_checkpointing(args, privacy)
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("torch.distributed.run started several processes, but they are not connected: on CPUs add --use_cpu")
     if args.max_grad_norm and not privacy.disable_dp:
@@ -67,6 +61,17 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs} must be above 0 where --max_steps is not given")
     check_output_dir(args, privacy)
+
+
+def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
+    """Raise UserError for gradient checkpointing that runs layers again where the clipping cannot tell."""
+    name = next((n for n in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, n, None)), None)
+    if name is None or privacy.disable_dp:
+        return
+    if privacy.clipping != "ghost":
+        raise UserError(f"--{name} runs layers twice, which --clipping {privacy.clipping} would count: use --clipping ghost")
+    if (getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant"):
+        raise UserError(f"--{name}_kwargs: use_reentrant hides the layers from the clipping hooks; set it to false")
 
 
 def check_output_dir(args: TrainingArguments, privacy: Any) -> None:

@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingA
 from data_utils import AuthorDataset, collate, group_by_author  # noqa: E402
 from dp_utils import DPTrainer, PrivacyArguments  # noqa: E402
 
-ROWS = ("non-private", "grad_sample")
+ROWS = ("non-private", "ghost", "grad_sample")
 
 
 class StepTimes(TrainerCallback):

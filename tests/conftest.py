@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainingArguments
 
-from data_utils import AuthorDataset, collate, group_by_author
-from dp_utils import DPTrainer, PrivacyArguments
+from data_utils import AuthorDataset, collate, cut_into_microbatches, group_by_author
+from dp_utils import ENGINES, DPTrainer, PrivacyArguments, author_losses
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -57,6 +57,26 @@ def make_dataset(counts: list[int], seed: int = 0, longest: int = 12) -> AuthorD
     generator.shuffle(authors)
     tokens = [[generator.randrange(VOCABULARY) for _ in range(generator.randint(2, longest))] for _ in authors]
     return AuthorDataset(datasets.Dataset.from_dict({"input_ids": tokens}), *group_by_author(authors))
+
+
+def make_batch(counts: list[int] = (1, 2, 3, 1, 1, 5), seed: int = 0, longest: int = 12) -> dict:
+    """One microbatch with all samples of all authors."""
+    dataset = make_dataset(counts, seed, longest)
+    draws = [dataset.indices[a:b] for a, b in zip(dataset.offsets, dataset.offsets[1:])]
+    (batch,) = cut_into_microbatches(dataset.__getitems__(draws), len(counts), collate)
+    return batch
+
+
+def clipped_sum(model, batch: dict, clip_norm: float, clipping: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat clipped sum over the authors of a batch, and the norms before clipping, by an engine of dp_utils."""
+    engine = ENGINES[clipping](model, clip_norm)
+    for parameter in trainable(model).values():
+        parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
+    model.train()
+    norms = engine.backward(author_losses(engine.module, batch, **options), batch["author"])
+    total = flat(parameter.summed_grad for parameter in trainable(model).values())
+    engine.close()
+    return total, norms
 
 
 def make_trainer(folder, model=None, dataset=None, *, privacy=None, **options) -> DPTrainer:

@@ -19,7 +19,9 @@ from conftest import (
     ROOT,
     VOCABULARY,
     as_arrays,
+    clipped_sum,
     flat,
+    make_batch,
     make_dataset,
     make_trainer,
     read_report,
@@ -35,15 +37,7 @@ import dp_utils
 import guards
 from accounting import PrivacyLedger, compute_epsilon, guarantee_in_words
 from data_utils import UserError, collate, cut_into_microbatches, group_by_author
-from dp_utils import (
-    AuthorDPOptimizer,
-    GradSampleClipping,
-    LogicalBatch,
-    NoiseSource,
-    PoissonAuthorSampler,
-    PrivacyArguments,
-    author_losses,
-)
+from dp_utils import ENGINES, AuthorDPOptimizer, LogicalBatch, PoissonAuthorSampler, PrivacyArguments, author_losses
 
 COUNTS = [1, 2, 3, 1, 1, 5]
 
@@ -132,13 +126,6 @@ def test_up_to_k_samples_of_each_author_without_replacement_uniformly(k):
 # --- step 2: the loss -----------------------------------------------------------------------------------
 
 
-def make_batch(counts=COUNTS, seed=0, longest=12) -> dict:
-    dataset = make_dataset(counts, seed, longest)
-    draws = [dataset.indices[a:b] for a, b in zip(dataset.offsets, dataset.offsets[1:])]
-    (batch,) = cut_into_microbatches(dataset.__getitems__(draws), len(counts), collate)
-    return batch
-
-
 def test_author_loss_is_the_mean_over_the_authors_own_tokens():
     model, batch = tiny_gpt2().eval(), make_batch()
     losses = author_losses(model, batch)
@@ -169,16 +156,9 @@ MODELS = {
 }
 
 
-def clipped_sum(model, batch, clip_norm):
-    """Flat clipped sum over the authors of a batch, and the norms before clipping, by the engine."""
-    engine = GradSampleClipping(model, clip_norm)
-    for parameter in trainable(model).values():
-        parameter.summed_grad = None
-    model.train()
-    norms = engine.backward(author_losses(engine.module, batch), batch["author"])
-    total = flat(parameter.summed_grad for parameter in trainable(model).values())
-    engine.close()
-    return total, norms
+@pytest.fixture(params=ENGINES)
+def clipping(request) -> str:
+    return request.param
 
 
 def select_authors(batch, chosen) -> dict:
@@ -189,45 +169,45 @@ def select_authors(batch, chosen) -> dict:
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("clip_norm", [1e-2, 1.0, 1e3])
-def test_clipped_sum_equals_the_naive_one(kind, clip_norm):
+def test_clipped_sum_equals_the_naive_one(clipping, kind, clip_norm):
     model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    ours, _ = clipped_sum(model, batch, clip_norm)
+    ours, _ = clipped_sum(model, batch, clip_norm, clipping)
     expected = naive.clipped_sum(model, as_arrays(batch), clip_norm)
     assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_norm_is_that_of_all_parameters_together(kind):
+def test_norm_is_that_of_all_parameters_together(clipping, kind):
     model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    _, norms = clipped_sum(model, batch, 1.0)
+    _, norms = clipped_sum(model, batch, 1.0, clipping)
     expected = [flat(naive.author_gradient(model, samples)).norm().item() for samples in as_arrays(batch)]
     assert norms.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_an_authors_clipped_gradient_is_the_same_alone_and_among_others(kind):
+def test_an_authors_clipped_gradient_is_the_same_alone_and_among_others(clipping, kind):
     model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    everybody, _ = clipped_sum(model, batch, 0.1)
+    everybody, _ = clipped_sum(model, batch, 0.1, clipping)
     for author in range(len(COUNTS)):
-        alone, _ = clipped_sum(model, select_authors(batch, [author]), 0.1)
-        others, _ = clipped_sum(model, select_authors(batch, [a for a in range(len(COUNTS)) if a != author]), 0.1)
+        alone, _ = clipped_sum(model, select_authors(batch, [author]), 0.1, clipping)
+        others, _ = clipped_sum(model, select_authors(batch, [a for a in range(len(COUNTS)) if a != author]), 0.1, clipping)
         assert alone.norm() <= 0.1 * (1 + 1e-5)
         assert (everybody - others - alone).norm() < 1e-5 * everybody.norm()
 
 
-def test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most():
+def test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most(clipping):
     model = tiny_gpt2()
-    total, _ = clipped_sum(model, make_batch([40]), 0.1)
+    total, _ = clipped_sum(model, make_batch([40]), 0.1, clipping)
     assert total.norm() <= 0.1 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
-def test_an_author_whose_gradient_is_not_finite_contributes_zero(poison):
+def test_an_author_whose_gradient_is_not_finite_contributes_zero(clipping, poison):
     model, batch = tiny_gpt2(), make_batch()
-    expected, _ = clipped_sum(model, select_authors(batch, [0, 1, 2, 4, 5]), 0.1)
-    engine = GradSampleClipping(model, 0.1)
+    expected, _ = clipped_sum(model, select_authors(batch, [0, 1, 2, 4, 5]), 0.1, clipping)
+    engine = ENGINES[clipping](model, 0.1)
     for parameter in model.parameters():
-        parameter.summed_grad = None
+        parameter.summed_grad = torch.zeros_like(parameter)
     losses = author_losses(engine.module, batch)
     weights = torch.ones_like(losses)
     poisoned = 3
@@ -238,13 +218,13 @@ def test_an_author_whose_gradient_is_not_finite_contributes_zero(poison):
     assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_are_left_alone(clipping):
     model = tiny_gpt2()
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "h.1" in name
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     batch = make_batch()
-    ours, _ = clipped_sum(model, batch, 0.1)
+    ours, _ = clipped_sum(model, batch, 0.1, clipping)
     expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
     assert (ours - expected).norm() < 1e-5 * expected.norm()
     for name, before in frozen.items():
@@ -252,17 +232,17 @@ def test_frozen_parameters_are_left_alone():
         assert torch.equal(parameter, before) and getattr(parameter, "summed_grad", None) is None
 
 
-def test_a_trainable_parameter_without_per_author_gradient_is_an_error():
+def test_a_trainable_parameter_without_per_author_gradient_is_an_error(clipping):
     model = tiny_gpt2()
     model.transformer.unused = nn.Linear(3, 3)
     with pytest.raises(UserError, match=r"transformer\.unused"):
-        clipped_sum(model, make_batch(), 0.1)
+        clipped_sum(model, make_batch(), 0.1, clipping)
 
 
-def test_positions_without_a_batch_dimension_are_an_error():
+def test_positions_without_a_batch_dimension_are_an_error(clipping):
     model, batch = tiny_gpt2(), make_batch()
-    engine = GradSampleClipping(model, 0.1)
-    with pytest.raises(UserError, match="wpe"):
+    engine = ENGINES[clipping](model, 0.1)
+    with pytest.raises(UserError, match=r"wpe|Embedding, which hides its samples"):
         engine.backward(author_losses(engine.module, batch, needs_positions=False), batch["author"])
 
 
@@ -293,6 +273,7 @@ def test_noise_is_independent_between_parameters_entries_and_steps():
     steps = []
     for _ in range(2):
         before = flat(parameters).clone()
+        optimizer.zero_grad()
         optimizer.step()
         steps.append((flat(parameters) - before).numpy())
     size = len(steps[0]) // 2
@@ -305,41 +286,23 @@ def test_noise_is_independent_between_parameters_entries_and_steps():
 
 def test_the_sum_is_divided_by_the_constant_and_used_once():
     optimizer, parameters = make_optimizer(size=100, sigma=0.0)
-    parameters[0].summed_grad = torch.full((100,), 5.0)
+    parameters[0].summed_grad.fill_(5.0)
     optimizer.step()
     assert torch.allclose(parameters[0], torch.full((100,), -0.5)) and parameters[1].abs().sum() == 0
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        optimizer.step()
+    optimizer.zero_grad()
     optimizer.step()
     assert torch.allclose(parameters[0], torch.full((100,), -0.5))
 
 
-def test_parameters_are_noised_in_buckets(monkeypatch):
-    monkeypatch.setattr(dp_utils, "BUCKET_ELEMENTS", 50)
+def test_each_parameter_has_its_place_in_the_sums_whatever_is_noised_at_once():
     optimizer, parameters = make_optimizer(size=100, sigma=0.0)
-    assert len(list(optimizer._buckets())) == 2
+    optimizer.noise.elements = 7
     for parameter in parameters:
-        parameter.summed_grad = torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter)
+        parameter.summed_grad.copy_(torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter))
     optimizer.step()
     assert all(torch.allclose(-p.flatten() * 10, torch.arange(p.numel(), dtype=torch.float32)) for p in parameters)
-
-
-def test_noise_does_not_follow_any_seed_and_comes_from_the_operating_system(monkeypatch):
-    def noise():
-        torch.manual_seed(0)
-        np.random.seed(0)
-        return NoiseSource(torch.device("cpu")).fill(torch.empty(1_000), 1.0)
-
-    assert not torch.equal(noise(), noise())
-    asked = []
-    monkeypatch.setattr(dp_utils.secrets, "randbits", lambda bits: asked.append(bits) or 1)
-    assert torch.equal(noise(), noise())  # all of its randomness is the operating system's ...
-    assert min(asked) >= 128  # ... and at least 128 bits a stream
-
-
-def test_keys_of_the_streams_differ():
-    source = NoiseSource(torch.device("cpu"))
-    source._generators = [source._new_philox() for _ in range(4)]
-    parts = source.fill(torch.empty(4_000), 1.0).split(1_000)
-    assert all(not torch.equal(a, b) for i, a in enumerate(parts) for b in parts[:i])
 
 
 def test_nothing_is_updated_when_the_step_cannot_be_recorded():
@@ -386,11 +349,11 @@ def train(trainer) -> tuple[list[LogicalBatch], Recorder]:
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize(("per_device", "accumulation"), [(4, 1), (2, 2), (1, 3), (64, 1)])
-def test_the_update_of_a_step_equals_a_naive_loop_over_authors(tmp_path, kind, k, per_device, accumulation):
+def test_the_update_of_a_step_equals_a_naive_loop_over_authors(tmp_path, clipping, kind, k, per_device, accumulation):
     model = tiny_gpt2(**MODELS[kind])
     before = flat(trainable(model).values()).clone()
     trainer = make_trainer(
-        tmp_path, model, privacy={"noise_multiplier": 0.0, "samples_per_author": k},
+        tmp_path, model, privacy={"noise_multiplier": 0.0, "samples_per_author": k, "clipping": clipping},
         per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     batches, recorder = train(trainer)
@@ -486,6 +449,16 @@ def test_a_ledger_that_fails_stops_the_run_before_the_update(tmp_path, monkeypat
     assert torch.equal(before, flat(trainer.model.parameters()))
 
 
+def test_a_step_that_was_broken_off_leaves_nothing_for_the_next(tmp_path):
+    """Or its authors would count twice."""
+    trainer = make_trainer(tmp_path, privacy={"noise_multiplier": 0.0})
+    trainer.create_optimizer()
+    for parameter in trainer.model.parameters():
+        parameter.summed_grad.fill_(1e6)
+    _, recorder = train(trainer)
+    assert recorder.gradients[0].norm() * 4 <= 0.5 * len(COUNTS)
+
+
 def test_report_and_ledger_say_what_was_done(tmp_path):
     trainer = make_trainer(
         tmp_path, dataset=make_dataset([1, 2] * 50), max_steps=5, save_strategy="steps", save_steps=2,
@@ -500,7 +473,7 @@ def test_report_and_ledger_say_what_was_done(tmp_path):
     expected = {
         "privacy_unit": "author", "adjacency": "add-or-remove-one", "accountant": "prv", "sampling": "poisson", "delta": 0.01,
         "target_epsilon": 4.0, "clip_norm": 0.5, "sample_rate": 0.1, "expected_batch_size": 10, "steps": 5, "num_authors": 100,
-        "num_samples": 150, "samples_per_author": 2, "clipping": "grad_sample", "world_size": 1, "disable_dp": False,
+        "num_samples": 150, "samples_per_author": 2, "clipping": "ghost", "world_size": 1, "disable_dp": False,
     }  # fmt: skip
     assert {key: report[key] for key in expected} == expected
     middle = read_report(tmp_path / "checkpoint-2")
@@ -678,13 +651,24 @@ def test_checkpoints_hold_no_noise_state_and_load_plainly(tmp_path):
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
         ({"torch_compile": True}, "--torch_compile"),
         ({"use_liger_kernel": True}, "--use_liger_kernel"),
-        ({"gradient_checkpointing": True}, "--(gradient|activation)_checkpointing"),
         ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["c_attn"]}, "--optim"),
     ],
 )
 def test_options_that_would_change_the_mechanism_are_refused_by_name(tmp_path, options, words):
     with pytest.raises(UserError, match=words):
         make_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("clipping_of_run", "options", "words"),
+    [
+        ("grad_sample", {}, "--(gradient|activation)_checkpointing.*--clipping ghost"),
+        ("ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+    ],
+)
+def test_checkpointing_is_refused_where_layers_cannot_be_told_apart(tmp_path, clipping_of_run, options, words):
+    with pytest.raises(UserError, match=words):
+        make_trainer(tmp_path, privacy={"clipping": clipping_of_run}, gradient_checkpointing=True, **options)
 
 
 @pytest.mark.parametrize("name", ["fp16", "deepspeed", "fsdp"])
@@ -752,9 +736,10 @@ def run_processes(folder: Path, processes: int, **options) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("kind", ["tied", "lora"])
-def test_two_processes_release_the_naive_update_and_stay_identical(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "engine"), [("tied", "ghost"), ("lora", "ghost"), ("tied", "grad_sample")])
+def test_two_processes_release_the_naive_update_and_stay_identical(tmp_path, kind, engine):
     options = {"model": MODELS[kind], "counts": [1, 2, 3, 1, 4, 1, 1, 2, 2], "k": 3, "sigma": 0.0, "per_device": 2}
+    options["clipping"] = engine
     first, second = run_processes(tmp_path, 2, **options)
     authors = first["authors"] + second["authors"]
     assert abs(len(first["authors"]) - len(second["authors"])) <= 1
@@ -769,7 +754,7 @@ def test_two_processes_release_the_naive_update_and_stay_identical(tmp_path, kin
 
 def test_two_processes_add_the_noise_of_one(tmp_path):
     # Expected batch 1 of 9: one process' share is usually empty, sometimes both are.
-    options = {"model": {}, "counts": [1] * 9, "k": 1, "sigma": 3.0, "per_device": 1}
+    options = {"model": {}, "counts": [1] * 9, "k": 1, "sigma": 3.0, "per_device": 1, "clipping": "ghost"}
     first, second = run_processes(tmp_path, 2, **options)
     authors = first["authors"] + second["authors"]
     total = naive.clipped_sum(tiny_gpt2(), authors, 0.5) if authors else 0.0
@@ -779,7 +764,7 @@ def test_two_processes_add_the_noise_of_one(tmp_path):
 
 
 def test_nothing_in_the_project_seeds_protected_randomness():
-    for name in ("dp_utils.py", "accounting.py"):
+    for name in ("dp_utils.py", "accounting.py", "noise.py", "ghost_clipping.py"):
         text = (ROOT / name).read_text()
         assert not re.search(r"args\.seed|data_seed|default_rng\(|torch\.randn|np\.random\.seed", text)
     assert VOCABULARY == tiny_gpt2().config.vocab_size

@@ -1,0 +1,95 @@
+"""noise.py: independent normal draws, from secret keys."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import within
+from scipy import stats
+
+import noise
+from noise import PAIRS, NoiseSource
+
+CPU = torch.device("cpu")
+
+
+def draws(size: int, std: float = 1.0, source: NoiseSource | None = None) -> torch.Tensor:
+    source = source or NoiseSource(CPU)
+    total = torch.zeros(size)
+    for part in total.split(source.elements):
+        source.add_(part, std)
+    return total
+
+
+def test_draws_are_normal_in_the_middle_and_in_the_tails():
+    values = draws(8_000_000).numpy()
+    assert stats.kstest(values[:1_000_000], "norm").pvalue > 1e-9
+    for moment, expected in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
+        spread = math.sqrt(stats.norm.moment(2 * moment) / len(values))
+        assert within((values.astype(np.float64) ** moment).mean(), expected, spread)
+    for threshold in (2.0, 3.0, 4.0, 4.5):
+        expected = 2 * stats.norm.sf(threshold) * len(values)
+        assert within((np.abs(values) > threshold).sum(), expected, math.sqrt(expected))
+
+
+def test_draws_are_independent_of_each_other():
+    source = NoiseSource(CPU)
+    first, second = draws(4 * PAIRS, source=source).numpy(), draws(4 * PAIRS, source=source).numpy()
+    half = 2 * PAIRS
+    pairs = [(first, second), (first[:half], first[half:]), (first[:-1], first[1:])]
+    pairs += [(first[:PAIRS], first[PAIRS:half])]  # the cosine and the sine of the same angles
+    for a, b in [*pairs, *((a**2, b**2) for a, b in pairs)]:
+        assert within(np.corrcoef(a, b)[0, 1], 0, 1 / math.sqrt(len(a)))
+    assert len(np.unique(first)) > 0.9 * len(first)
+
+
+@pytest.mark.parametrize("size", [1, 2, PAIRS - 1, PAIRS, PAIRS + 1, 2 * PAIRS])
+def test_every_element_gets_a_draw_of_the_asked_scale_on_top_of_what_it_held(size):
+    total = torch.full((size,), 1_000.0)
+    NoiseSource(CPU).add_(total, 10.0)
+    assert (total != 1_000.0).float().mean() > 0.99  # float32 is coarse there
+    if size > 100:
+        assert within(total.var().item(), 100, 100 * math.sqrt(2 / size))
+
+
+def test_the_radius_reaches_beyond_what_32_bits_would_give():
+    source = NoiseSource(CPU)
+    source._stream = type("Stream", (), {"update_into": lambda self, zeros, bits: None})()  # the bits stay as set here
+    source._for_radius.fill_(1)
+    source._for_angle.fill_(0)
+    assert source.add_(torch.zeros(1), 1.0).item() == pytest.approx(math.sqrt(2 * 63 * math.log(2)))
+    source._for_radius.fill_(0)
+    assert math.isfinite(source.add_(torch.zeros(1), 1.0).item())
+
+
+def test_noise_does_not_follow_any_seed_and_comes_from_the_operating_system(monkeypatch):
+    def seeded():
+        torch.manual_seed(0)
+        np.random.seed(0)
+        return draws(1_000)
+
+    assert not torch.equal(seeded(), seeded())
+    asked = []
+    monkeypatch.setattr(noise.secrets, "token_bytes", lambda size: asked.append(size) or bytes(size))
+    assert torch.equal(seeded(), seeded())  # all of its randomness is the operating system's ...
+    assert min(asked) >= 16  # ... and at least 128 bits
+
+
+def test_a_gpu_sums_streams_of_keys_of_their_own(monkeypatch):
+    """As far as it can be seen without one: its code, with generators of the CPU."""
+    keys = []
+
+    class Generator(torch.Generator):
+        def __new__(cls, device):
+            return super().__new__(cls)
+
+        def manual_seed(self, key):
+            keys.append(key)
+            return super().manual_seed(key % 2**63)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    total = NoiseSource(torch.device("cuda")).add_(torch.zeros(200_000), 3.0)
+    assert len(set(keys)) == 4 and max(keys) > 2**40
+    assert within(total.var().item(), 9, 9 * math.sqrt(2 / len(total)))
+    assert stats.kstest(total.numpy() / 3, "norm").pvalue > 1e-9
