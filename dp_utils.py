@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from opacus.optimizers import DPOptimizer
 from torch import nn
@@ -362,6 +362,11 @@ class GradSampleClipping:
     def __init__(self, model: nn.Module, clip_norm: float):
         self.clip_norm = clip_norm
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward and layer.weight.requires_grad:
+                raise UserError(
+                    f"--clipping grad_sample cannot follow the trainable {name} (OPT's positions): use --clipping ghost"
+                )
         try:
             self.module = GradSampleModule(model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
@@ -663,7 +668,7 @@ class DPTrainer(Trainer):
         self.optimizer.zero_grad()  # also what a step left that was broken off
         total = torch.zeros_like(self._step_loss)
         for microbatch in inputs.microbatches:
-            microbatch = self._prepare_inputs(microbatch)
+            microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
                 losses = author_losses(model, microbatch, self._needs_positions)
             if self.engine is None:

@@ -36,6 +36,8 @@ from data_utils import UserError
 EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
 BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
 
+FLAT_BLOCKS = ("OPTDecoderLayer",)  # join samples and tokens, sample by sample, into one dimension for some of their layers
+
 # --- what a call of a layer adds to the gradient of one parameter ---------------------------------------
 
 
@@ -324,6 +326,7 @@ class GhostClipping:
         self._anchor = torch.zeros((), requires_grad=True, device=next(iter(self.parameters)).device)
         self._authors: Authors | None = None
         self._contributions: dict[nn.Parameter, list[Contribution]] = defaultdict(list)
+        self._flat = {layer for block in model.modules() if type(block).__name__ in FLAT_BLOCKS for layer in block.modules()}
         layers = {layer for uses in owners.values() for _, layer in uses}
         self._hooks = [layer.register_forward_hook(self._tap) for layer in layers]
 
@@ -369,9 +372,11 @@ class GhostClipping:
 
     def _collect(self, layer: nn.Module, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         """Apply the layer's rule to one call of it; called by its tap in the backward pass."""
-        rows = []
+        samples, rows = len(self._authors.author), []
         for tensor in (inputs, gradients):
-            if len(tensor) != len(self._authors.author):
+            if layer in self._flat and tensor.dim() == 2:
+                tensor = tensor.unflatten(0, (samples, -1))
+            if len(tensor) != samples:
                 raise cannot_clip(f"layer {type(layer).__name__}, which hides its samples")
             rows.append(tensor.flatten(1, -2) if tensor.dim() > 3 else tensor)  # (samples, tokens, features)
         parts = rule_of(layer)(layer, *rows, self._authors, layer.weight not in self.tied)
