@@ -1,12 +1,13 @@
 """Training steps with and without DP, side by side in one run. Prints one table.
 
-    python benchmarks/throughput.py                         # GPT-2 small, 16 authors x 128 tokens a step
-    python benchmarks/throughput.py --lora
-    python benchmarks/throughput.py --authors 64 --bf16     # where there is a GPU
+    python benchmarks/throughput.py                                   # GPT-2 small, 16 authors x 128 tokens, full and LoRA
+    python benchmarks/throughput.py --authors 128 --bf16 --runs 5     # where there is a GPU
 
 Random weights and token ids in GPT-2 small's shapes; nothing is downloaded. Each row trains in a process of its own, so
 that its peak memory is its own; rows alternate, and the medians of their steps are compared. A step is everything:
-sampling, collation, forward, backward, clipping, noise, ledger, AdamW.
+sampling, collation, forward, backward, clipping, noise, ledger, AdamW. The non-private row is the same Trainer with
+--disable_dp: the same data path, microbatches, loss and optimizer. The last row is Opacus' own ghost mode in a loop of its
+documentation (no sampling, no ledger), where it takes the model at all.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,57 +27,128 @@ sys.path.insert(0, str(ROOT))
 import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from opacus.grad_sample import GradSampleModuleFastGradientClipping  # noqa: E402
+from opacus.optimizers import DPOptimizerFastGradientClipping  # noqa: E402
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments  # noqa: E402
 
 from data_utils import AuthorDataset, collate, group_by_author  # noqa: E402
 from dp_utils import DPTrainer, PrivacyArguments  # noqa: E402
 
-ROWS = ("non-private", "ghost", "grad_sample")
+ROWS = ("non-private", "ghost", "grad_sample", "Opacus' ghost mode")
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def synchronize() -> float:
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 class StepTimes(TrainerCallback):
+    """Seconds of each step, from one step's end to the next one's: data loading is part of it."""
+
     def __init__(self):
-        self.seconds, self.start = [], 0.0
-
-    def synchronize(self):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_step_begin(self, *args, **kwargs):
-        self.start = self.synchronize()
+        self.seconds, self.last = [], None
 
     def on_step_end(self, *args, **kwargs):
-        self.seconds.append(self.synchronize() - self.start)
+        now = synchronize()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
 
 
-def train(row: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train a few steps in this process; every author is in every batch, so that all rows do the same work."""
+def make_model(lora: bool, **config: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config())
-    if options.lora:
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    if lora:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, fan_in_fan_out=True))
-    tokens = np.random.default_rng(0).integers(0, 50_257, (options.authors, options.tokens), dtype=np.int32)
-    samples = datasets.Dataset.from_dict({"input_ids": tokens})
+    return model
+
+
+def make_data(authors: int, samples_per_author: int, tokens: int, vocabulary: int = 50_257) -> AuthorDataset:
+    ids = np.random.default_rng(0).integers(0, vocabulary, (authors * samples_per_author, tokens), dtype=np.int32)
+    owners = np.repeat(np.arange(authors), samples_per_author)
+    return AuthorDataset(datasets.Dataset.from_dict({"input_ids": ids}), *group_by_author(owners))
+
+
+def train(
+    row: str, model: torch.nn.Module, data: AuthorDataset, *, steps: int, k: int = 1, collator=collate, **options
+) -> list[float]:
+    """Return the seconds of `steps` steps after a first one. By default every author is in every batch: rows do equal work."""
     privacy = {"disable_dp": True} if row == "non-private" else {"noise_multiplier": 1.0, "clipping": row}
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
+        arguments = {
+            "output_dir": folder, "max_steps": steps + 1, "per_device_train_batch_size": len(data), "max_grad_norm": 0.0,
+            "use_cpu": DEVICE.type == "cpu", "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+            "logging_strategy": "no", "log_level": "error",
+        }  # fmt: skip
         trainer = DPTrainer(
             model,
-            TrainingArguments(
-                output_dir=folder, max_steps=options.steps + 1, per_device_train_batch_size=options.authors, max_grad_norm=0.0,
-                use_cpu=not torch.accelerator.is_available(), bf16=options.bf16, report_to=[], save_strategy="no",
-                disable_tqdm=True, logging_strategy="no", log_level="error", dataloader_num_workers=0,
-            ),
-            PrivacyArguments(**privacy, per_sample_max_grad_norm=1.0),
-            train_dataset=AuthorDataset(samples, *group_by_author(np.arange(options.authors))),
-            data_collator=collate,
+            TrainingArguments(**{**arguments, **options}),
+            PrivacyArguments(**privacy, per_sample_max_grad_norm=1.0, samples_per_author=k),
+            train_dataset=data,
+            data_collator=collator,
             callbacks=[times],
-        )  # fmt: skip
+        )
         trainer.train()
-    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {"seconds": times.seconds[1:], "memory": gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return times.seconds
+
+
+def train_with_opacus(model: torch.nn.Module, data: AuthorDataset, *, steps: int, bf16: bool) -> list[float]:
+    model = GradSampleModuleFastGradientClipping(model.to(DEVICE).train(), max_grad_norm=1.0, use_ghost_clipping=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.optim.AdamW(parameters, fused=True)
+    optimizer = DPOptimizerFastGradientClipping(plain, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=len(data))
+    criterion = DPLossFastGradientClipping(model, optimizer, torch.nn.CrossEntropyLoss())
+    ids = collate([sample for samples in data.__getitems__(list(np.arange(len(data))[:, None])) for sample in samples])
+    ids = ids["input_ids"].to(DEVICE)
+    positions = torch.arange(ids.shape[1], device=DEVICE).expand_as(ids)
+    seconds = []
+    for _ in range(steps + 1):
+        start = synchronize()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=ids, position_ids=positions).logits[:, :-1]
+            loss = criterion(logits.float().flatten(0, 1), ids[:, 1:].flatten(), shape=logits.shape)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(synchronize() - start)
+    return seconds[1:]
+
+
+def peak_memory() -> float:
+    """GiB: of the GPU where there is one, of the process otherwise."""
+    if DEVICE.type != "cpu":
+        return torch.accelerator.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(row: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    model, data = make_model(kind == "LoRA"), make_data(options.authors, 1, options.tokens)
+    if row == ROWS[-1]:
+        try:
+            seconds = train_with_opacus(model, data, steps=options.steps, bf16=options.bf16)
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            return {"refused": str(error).splitlines()[0]}
+    else:
+        seconds = train(row, model, data, steps=options.steps, bf16=options.bf16)
+    return {"seconds": seconds, "memory": peak_memory()}
+
+
+def run(script: str, *arguments: str) -> dict[str, Any]:
+    """Run this or another benchmark's one measurement in a new process; its last line is JSON."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def where() -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
+    return f"{name}, torch {torch.__version__}"
 
 
 def main() -> None:
@@ -84,29 +157,34 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens a sample")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each row, in turn")
-    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=("full", "LoRA"), default=("full", "LoRA"))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.row:
-        print(json.dumps(train(options.row, options)))
+    if options.one:
+        print(json.dumps(measure(*options.one, options)))
         return
-    seconds, memory = {row: [] for row in ROWS}, {}
-    for _ in range(options.runs):
-        for row in ROWS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
-            result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-            seconds[row] += result["seconds"]
-            memory[row] = max(memory.get(row, 0.0), result["memory"])
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
-    kind = "LoRA" if options.lora else "full"
-    print(f"GPT-2 small, {kind}, {options.authors} authors x {options.tokens} tokens a step, {where}\n")
-    print("| row | tokens/s | ratio to non-private | peak memory (GiB) | ratio |\n|---|---|---|---|---|")
-    plain = statistics.median(seconds["non-private"])
-    for row in ROWS:
-        median = statistics.median(seconds[row])
-        rate = options.authors * options.tokens / median
-        print(f"| {row} | {rate:,.0f} | {plain / median:.2f} | {memory[row]:.2f} | {memory[row] / memory['non-private']:.2f} |")
+    print(f"GPT-2 small, {options.authors} authors x {options.tokens} tokens a step, {where()}\n")
+    print("| | tokens/s | ratio to non-private | peak memory (GiB) | ratio |\n|---|---|---|---|---|")
+    for kind in options.kinds:
+        seconds, memory, refused = {row: [] for row in options.rows}, {}, {}
+        for _ in range(options.runs):
+            for row in options.rows:
+                if row not in refused:
+                    result = run(__file__, *sys.argv[1:], "--one", row, kind)
+                    refused |= {row: result["refused"]} if "refused" in result else {}
+                    seconds[row] += result.get("seconds", [])
+                    memory[row] = max(memory.get(row, 0.0), result.get("memory", 0.0))
+        first = options.rows[0]
+        for row in options.rows:
+            if row in refused:
+                print(f"| {kind}, {row} | cannot run: {refused[row]} | | | |")
+                continue
+            median = statistics.median(seconds[row])
+            ratio, memory_ratio = statistics.median(seconds[first]) / median, memory[row] / memory[first]
+            rate = options.authors * options.tokens / median
+            print(f"| {kind}, {row} | {rate:,.0f} | {ratio:.2f} | {memory[row]:.2f} | {memory_ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
