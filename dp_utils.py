@@ -11,7 +11,7 @@ A step, in the order of this file:
    the author's samples are drawn, fresh each time and without replacement (`PoissonAuthorSampler`);
 2. author a's loss is the mean cross-entropy over a's own target tokens (`author_losses`);
 3. g_a, the gradient of that loss, is clipped to norm C over all trainable parameters together and summed over
-   the authors (`GradSampleClipping`);
+   the authors (`GhostClipping`, in a module of its own, or `GradSampleClipping`, the plain reference);
 4. the step is written to the ledger (`PrivacyLedger`), then one draw of N(0, sigma^2 C^2 I) is added, the sum
    is divided by the constant B, and the optimizer takes it as its gradient (`AuthorDPOptimizer`).
 
@@ -644,7 +644,7 @@ class DPTrainer(Trainer):
         return self.optimizer
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Optional[DataLoader] = None) -> nn.Module:
-        """Return the clipping engine's wrapper, for training only, so that accelerate adds no DistributedDataParallel."""
+        """Return the clipping engine's module, for training only; wrapped, so that accelerate adds no DistributedDataParallel."""
         if not training:
             return model
         if dist.is_initialized():
@@ -653,7 +653,7 @@ class DPTrainer(Trainer):
         if self.privacy.disable_dp:
             return Wrapper(self.model)
         self.engine = ENGINES[self.plan.clipping](self.model, self.plan.clip_norm)
-        return self.engine.module
+        return Wrapper(self.engine.module)
 
     def training_step(
         self, model: nn.Module, inputs: LogicalBatch, num_items_in_batch: Optional[torch.Tensor] = None

@@ -26,6 +26,7 @@ torch.save(
         "batch_size": batches[0].batch_size,
         "gradient": recorder.gradients[0],
         "weights": flat(trainable(trainer.model).values()),
+        "wrapped_in": recorder.wrapped_in,
         "loss": recorder.logs[0]["loss"],
     },
     folder / f"{trainer.args.process_index}.pt",

@@ -1,0 +1,77 @@
+"""Padding is not work: real tokens per second with length-sorted microbatches, against padding every sample to 128.
+
+    python benchmarks/padding.py --file speeches.jsonl --tokenizer gpt2
+
+GPT-2 small with random weights on real text with the columns author and content; without --file, the demo's comments.
+Both rows train with ghost clipping on the same draws of all authors; they differ in the collator alone. Prints one table.
+"""
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from throughput import ROOT, make_model, run, train, where
+from transformers import AutoTokenizer
+
+from data_utils import IGNORED, AuthorDataset, DataArguments, collate, column_of, group_by_author, load_samples, tokenize
+
+ROWS = ("padded to the longest possible", "sorted by length")
+
+
+def collate_to(tokens: int, samples: list) -> dict[str, torch.Tensor]:
+    """Pad to a fixed length, as most scripts do."""
+    batch = collate(samples)
+    missing = (0, tokens - batch["input_ids"].shape[1])
+    return {name: torch.nn.functional.pad(x, missing, value=IGNORED if name == "labels" else 0) for name, x in batch.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--file", default=str(ROOT / "demo" / "comments.jsonl"))
+    parser.add_argument("--tokenizer", default=str(ROOT / "demo" / "model"))
+    parser.add_argument("--tokens", type=int, default=128, help="longest sample")
+    parser.add_argument("--authors", type=int, default=128, help="authors a step, one sample each")
+    parser.add_argument("--microbatch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    samples, _ = load_samples(DataArguments(train_file=[options.file], eval_fraction=0.0), seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    samples = tokenize(samples, tokenizer, text_column="content", sequence_len=options.tokens)
+    offsets, indices = group_by_author(column_of(samples, "author"))
+    # One sample of each of the first authors, so that both rows see the same tokens in every step.
+    chosen = samples.select(indices[offsets[:-1]][np.linspace(0, len(offsets) - 2, options.authors).astype(int)])
+    lengths = [len(ids) for ids in chosen["input_ids"]]
+    if options.one:
+        collator = partial(collate_to, options.tokens) if options.one == ROWS[0] else collate
+        data = AuthorDataset(chosen, *group_by_author(np.arange(len(chosen))))
+        size = {
+            "per_device_train_batch_size": options.microbatch,
+            "gradient_accumulation_steps": -(-len(chosen) // options.microbatch),
+        }
+        print(json.dumps(train("ghost", make_model(False), data, steps=options.steps, collator=collator, **size)))
+        return
+    seconds = {row: [] for row in ROWS}
+    for _ in range(options.runs):
+        for row in ROWS:
+            arguments = [f"--{name}={value}" for name, value in vars(options).items() if name != "one"]
+            seconds[row] += run(__file__, *arguments, "--one", row)
+    print(
+        f"GPT-2 small, ghost, {len(chosen)} samples a step in microbatches of {options.microbatch}; {np.mean(lengths):.0f} tokens"
+    )
+    print(f"a sample on average, {options.tokens} at most, from {Path(options.file).name}; {where()}\n")
+    print("| microbatches | real tokens/s | ratio |\n|---|---|---|")
+    slowest = statistics.median(seconds[ROWS[0]])
+    for row in ROWS:
+        median = statistics.median(seconds[row])
+        print(f"| {row} | {sum(lengths) / median:,.0f} | {slowest / median:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
