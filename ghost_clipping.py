@@ -35,7 +35,6 @@ from data_utils import UserError
 
 EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
 BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
-
 FLAT_BLOCKS = ("OPTDecoderLayer",)  # join samples and tokens, sample by sample, into one dimension for some of their layers
 
 # --- what a call of a layer adds to the gradient of one parameter ---------------------------------------
@@ -190,6 +189,8 @@ class Authors:
         """Line up each author's samples: (samples, tokens, ...) to (authors, tokens of all, ...), zeros at the end."""
         if not self.several:
             return tensor
+        if self.count * self.most == len(tensor):  # all have as many: nothing to move
+            return tensor.unflatten(0, (self.count, self.most)).flatten(1, 2)
         rows = tensor.new_zeros(self.count, self.most, *tensor.shape[1:])
         rows[self.author, self.place] = tensor
         return rows.flatten(1, 2)
@@ -349,7 +350,7 @@ class GhostClipping:
             losses: (authors,), attached to the graph of `self.module`.
             author: int64 (samples,), ascending, the author of each sample.
         Returns:
-            norms before clipping, (authors,); inf or nan for an author who contributes nothing.
+            norms before clipping, (authors,); inf for an author who contributes nothing.
         """
         self._contributions.clear()
         self._authors = authors = Authors(author, len(losses))
@@ -358,8 +359,9 @@ class GhostClipping:
         for parameter, parts in contributions.items():
             if not parts:
                 raise cannot_clip(f"parameter {self.parameters[parameter]}, of which the loss shows no use")
-        squares = [total_squared_norms(parts, authors) for parts in contributions.values()]
-        norms = torch.stack(squares).sum(0).clamp(min=0).sqrt()  # nan stays nan
+        squares = torch.stack([total_squared_norms(parts, authors) for parts in contributions.values()]).sum(0)
+        # Rounding may leave a small norm below zero; overflow must not pass for one.
+        norms = squares.clamp(min=0).where(squares.isfinite(), torch.inf).sqrt()
         factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
         finite = norms.isfinite()
         if not finite.all():  # zero times nan would be nan: leave these authors out

@@ -113,7 +113,7 @@ def test_clipped_sum_equals_the_naive_one_and_that_of_grad_sample(family, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("counts", [[1] * 5, [4, 1, 2, 4], [3]])
+@pytest.mark.parametrize("counts", [[1] * 5, [2] * 5, [4, 1, 2, 4], [3]])
 def test_ragged_authors_and_long_samples(kind, counts):
     """Long samples of a narrow model: the explicit gradient is the cheaper way to the norm."""
     model, batch = make_model("llama", kind), make_batch(counts, longest=100)
@@ -273,6 +273,8 @@ def test_authors_line_up_and_add_up_their_samples():
     tensor = torch.arange(1.0, 13).view(6, 2, 1)
     assert authors.gather(tensor)[..., 0].tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 0, 0, 0, 0], [9, 10, 11, 12, 0, 0]]
     assert authors.sum(tensor)[..., 0].tolist() == [[9, 12], [7, 8], [20, 22]]
+    even = Authors(torch.tensor([0, 0, 1, 1, 2, 2]), 3).gather(tensor)
+    assert even[..., 0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]] and even.data_ptr() == tensor.data_ptr()
 
 
 # --- what is kept, and what is refused ------------------------------------------------------------------
@@ -307,6 +309,17 @@ def test_evaluation_between_forward_and_backward_leaves_no_trace():
     author_losses(model.train(), make_batch(seed=3))  # a forward that nobody goes back through
     engine.backward(losses, batch["author"])
     assert close(flat(p.summed_grad for p in model.parameters()), naive.clipped_sum(tiny_gpt2(), as_arrays(batch), 0.1))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_overflow_never_passes_for_a_small_norm(monkeypatch, value):
+    bad = torch.tensor([0, value, 0, 0, 0, 0])
+    norms_of_lookups = ghost_clipping.lookup_squared_norms
+    monkeypatch.setattr(ghost_clipping, "lookup_squared_norms", lambda *tensors: norms_of_lookups(*tensors) + bad)
+    model, batch = tiny_gpt2(), make_batch()
+    ours, norms = clipped_sum(model, batch, 0.1, "ghost")
+    others = [samples for author, samples in enumerate(as_arrays(batch)) if author != 1]
+    assert close(ours, naive.clipped_sum(model, others, 0.1)) and norms.isinf().tolist() == [False, True] + [False] * 4
 
 
 def test_hooks_are_taken_off():
