@@ -542,6 +542,8 @@ class DPTrainer(Trainer):
     ):
         check_options(args, privacy)
         check_model(model)
+        if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
+            ENGINES[privacy.clipping](model, privacy.per_sample_max_grad_norm).close()
         args = copy.copy(args)
         if args.n_gpu > 1:
             logger.warning(
@@ -679,10 +681,7 @@ class DPTrainer(Trainer):
                 self._clip_counts += torch.stack(counts)
             total += losses.detach().nan_to_num(posinf=0.0).sum()
         if self.engine is None and dist.is_initialized():
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    dist.all_reduce(parameter.grad)
+            sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one
             self._step_loss = total * self.args.world_size / inputs.batch_size
         return self._step_loss.clone()
@@ -773,6 +772,15 @@ class Wrapper(nn.Module):
 def as_is(batch: Any) -> Any:
     """Collate nothing: the data set returns whole batches. A function by name, so that workers can be spawned."""
     return batch
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum the gradients of all processes, in one buffer; one who had no author has zeros."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(total)
+    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
 
 
 def broadcast(value: Any) -> Any:

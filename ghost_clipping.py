@@ -364,9 +364,8 @@ class GhostClipping:
         norms = squares.clamp(min=0).where(squares.isfinite(), torch.inf).sqrt()
         factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
         finite = norms.isfinite()
-        if not finite.all():  # zero times nan would be nan: leave these authors out
+        if not finite.all():  # their factor is zero, but zero times nan would be nan: leave these authors out
             contributions = {p: [without(part, ~finite, author) for part in parts] for p, parts in contributions.items()}
-            factors = factors.where(finite, 0.0)
         for parameter in self.parameters:  # let go of each tensor once it is used
             for part in contributions.pop(parameter):
                 part.add_clipped(parameter.summed_grad, factors, authors)

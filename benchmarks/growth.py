@@ -76,7 +76,7 @@ def plot(results: dict, path: Path) -> None:
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
         low, high = axis.get_ylim()
-        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
+        ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20) if low <= t <= high]
         axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes[0].set_ylabel("seconds a step")
     axes[0].legend(frameon=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from throughput import ROOT, make_model, run, train, where
-from transformers import AutoTokenizer
+from transformers import GPT2TokenizerFast
 
 from data_utils import IGNORED, AuthorDataset, DataArguments, collate, column_of, group_by_author, load_samples, tokenize
 
@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
 
     samples, _ = load_samples(DataArguments(train_file=[options.file], eval_fraction=0.0), seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = GPT2TokenizerFast.from_pretrained(options.tokenizer)
     samples = tokenize(samples, tokenizer, text_column="content", sequence_len=options.tokens)
     offsets, indices = group_by_author(column_of(samples, "author"))
     # One sample of each of the first authors, so that both rows see the same tokens in every step.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, flat, read_report, run_script
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from accounting import PrivacyLedger, compute_epsilon
 
@@ -35,7 +35,7 @@ PRIVACY = ["--target_epsilon", "8", "--per_sample_max_grad_norm", "1.0"]
 
 def small(checkpoint, comments, folder, *more) -> list[str]:
     return [
-        "--model_name", checkpoint, "--train_file", str(comments), "--output_dir", str(folder), "--sequence_len", "32",
+        "--model_name", str(checkpoint), "--train_file", str(comments), "--output_dir", str(folder), "--sequence_len", "32",
         "--max_steps", "3", "--disable_tqdm", "True", "--max_eval_samples", "20", "--eval_fraction", "0.1", *more,
     ]  # fmt: skip
 
@@ -172,6 +172,31 @@ def test_disable_dp_on_two_processes(checkpoint, comments, tmp_path):
     done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp"), processes=2)
     assert done.returncode == 0 and done.stderr.count("NO PRIVACY") == 1, done.stderr
     assert read_report(tmp_path / "out")["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    "options", [["--clipping", "grad_sample"], ["--activation_checkpointing"]], ids=["grad_sample", "checkpointing"]
+)
+def test_the_other_engine_and_checkpointing(checkpoint, comments, tmp_path, monkeypatch, capfd, options):
+    status, stderr = run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "out", *PRIVACY, *options))
+    assert status == 0, stderr
+    assert read_report(tmp_path / "out")["clipping"] == ("grad_sample" if "grad_sample" in options else "ghost")
+
+
+def test_a_model_without_rules_is_refused_and_the_remedy_works(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    """Gemma's norms scale by 1 + weight: not the rule of the other families."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    config = GemmaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    GemmaForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    arguments = small(tmp_path / "gemma", comments, tmp_path / "out", *PRIVACY)
+    status, stderr = run_here(monkeypatch, capfd, *arguments)
+    assert status == 2 and re.search(r"error: --clipping ghost .*norm \(GemmaRMSNorm\): use --clipping grad_sample", stderr), (
+        stderr
+    )
+    status, stderr = run_here(monkeypatch, capfd, *arguments, "--clipping", "grad_sample")
+    assert status == 0, stderr
 
 
 # --- what the user can mend -----------------------------------------------------------------------------

@@ -95,10 +95,15 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -
 # --- against the other engines --------------------------------------------------------------------------
 
 
+BATCHES = {"short": ([1] * 6, 5), "ragged": ([1, 2, 3, 1, 1, 5], 12)}  # by ghost norms, and by explicit gradients
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_clipped_sum_equals_the_naive_one_and_that_of_grad_sample(family, kind):
-    model, batch = make_model(family, kind), make_batch()
+def test_clipped_sum_equals_the_naive_one_and_that_of_grad_sample(family, kind, batch):
+    counts, longest = BATCHES[batch]
+    model, batch = make_model(family, kind), make_batch(counts, longest=longest)
     expected_norms = [flat(naive.author_gradient(model, samples)).norm().item() for samples in as_arrays(batch)]
     for clip_norm in (0.3 * sorted(expected_norms)[2], 2 * max(expected_norms)):
         expected = naive.clipped_sum(model, as_arrays(batch), clip_norm)
