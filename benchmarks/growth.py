@@ -70,14 +70,17 @@ def plot(results: dict, path: Path) -> None:
             times = [results[name][value][row] for value in values]
             axis.plot(values, times, marker="o", markersize=4, color=colors[row], label=row)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
         axis.set_xticks(values, [f"{value:,}" for value in values])
+        if len(values) > 2:
+            axis.set_yscale("log")
+            low, high = axis.get_ylim()
+            ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20) if low <= t <= high]
+            axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        else:
+            axis.set_ylim(bottom=0)
         axis.minorticks_off()
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
-        low, high = axis.get_ylim()
-        ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20) if low <= t <= high]
-        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes[0].set_ylabel("seconds a step")
     axes[0].legend(frameon=False)
     figure.suptitle(f"Time of a training step, {where()}", fontsize=11)

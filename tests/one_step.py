@@ -15,7 +15,7 @@ trainer = make_trainer(
     folder / "run",
     tiny_gpt2(**options["model"]),
     make_dataset(options["counts"]),
-    privacy={"noise_multiplier": options["sigma"], "samples_per_author": options["k"], "clipping": options["clipping"]},
+    privacy=options["privacy"],
     per_device_train_batch_size=options["per_device"],
 )
 batches, recorder = train(trainer)
