@@ -363,10 +363,8 @@ class GradSampleClipping:
         self.clip_norm = clip_norm
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, layer in model.named_modules():
-            if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward and layer.weight.requires_grad:
-                raise UserError(
-                    f"--clipping grad_sample cannot follow the trainable {name} (OPT's positions): use --clipping ghost"
-                )
+            if isinstance(layer, nn.Embedding) and layer.weight.requires_grad and takes_more_than_ids(layer):
+                raise UserError(f"--clipping grad_sample cannot follow the trainable {name}: use --clipping ghost")
         try:
             self.module = GradSampleModule(model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
@@ -414,6 +412,11 @@ class GradSampleClipping:
     def close(self) -> None:
         """Take the hooks off the model."""
         self.module.to_standard_module()
+
+
+def takes_more_than_ids(layer: nn.Embedding) -> bool:
+    """Whether an embedding has inputs that are no tensors, like OPT's positions: Opacus' hooks end in an error there."""
+    return len(inspect.signature(layer.forward).parameters) > 1
 
 
 # A further engine is a class with the same methods in a module of its own, and a name here.
