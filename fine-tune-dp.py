@@ -222,6 +222,9 @@ def main() -> None:
         report = trainer.privacy_report()
         loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
         print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {training_args.output_dir}")
+    if torch.distributed.is_initialized():  # a process that just ends may abort: its gloo threads are still there
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def complain(error: UserError) -> NoReturn:

@@ -31,3 +31,5 @@ torch.save(
     },
     folder / f"{trainer.args.process_index}.pt",
 )
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
