@@ -2,8 +2,8 @@
 
 The demo, without a hub, in minutes on a laptop:
 
-    python fine-tune-dp.py --model_name demo/model --train_file demo/comments.jsonl --output_dir scratch \
-        --target_epsilon 8 --per_sample_max_grad_norm 1.0
+    python fine-tune-dp.py --model_name demo/model --train_file demo/comments.jsonl --sequence_len 64 \
+        --output_dir scratch --target_epsilon 8 --per_sample_max_grad_norm 1.0
 
 Full fine-tuning on Reddit (500,000 comments of 304,279 authors), one process per GPU:
 

@@ -45,7 +45,7 @@ def main() -> None:
     tokenizer = GPT2TokenizerFast.from_pretrained(options.tokenizer)
     samples = tokenize(samples, tokenizer, text_column="content", sequence_len=options.tokens)
     offsets, indices = group_by_author(column_of(samples, "author"))
-    # One sample of each of the first authors, so that both rows see the same tokens in every step.
+    # One sample of each of so many authors, evenly spread: both rows see the same tokens in every step.
     chosen = samples.select(indices[offsets[:-1]][np.linspace(0, len(offsets) - 2, options.authors).astype(int)])
     lengths = [len(ids) for ids in chosen["input_ids"]]
     if options.one:
