@@ -92,7 +92,7 @@ class PrivacyArguments:
     clipping: str = field(
         default="ghost",
         metadata={
-            "help": "How per-author gradients are clipped: ghost never stores them; grad_sample (Opacus) does, and knows more layers.",
+            "help": "How per-author gradients are clipped: ghost never stores them; grad_sample (Opacus) does, for more layers.",
             "choices": ["ghost", "grad_sample"],
         },
     )
