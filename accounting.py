@@ -1,7 +1,7 @@
-"""What is promised and what is spent: the epsilon of steps, the noise for a target, the ledger, the report.
+"""What is promised and what is spent: the epsilon of steps, the noise for a target, the report.
 
-Promise: every epsilon is an upper bound for add-or-remove-one adjacency and Poisson sampling, and the ledger holds
-every step whose result can have left the program. All of it is computed from public parameters.
+Promise: every epsilon is an upper bound for add-or-remove-one adjacency and Poisson sampling, computed from public
+parameters alone.
 
 Example:
 
@@ -14,13 +14,10 @@ References:
     [2] Mironov, Talwar and Zhang 2019, Renyi DP of the Sampled Gaussian Mechanism, arXiv 1908.10530 (the cheap bound)
 """
 
-import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -284,79 +281,3 @@ def guarantee_in_words(epsilon: Optional[float], delta: float) -> str:
     if epsilon is None or math.isinf(epsilon):
         return "no privacy guarantee (epsilon is infinite)"
     return f"epsilon {math.ceil(epsilon * 100) / 100:.2f} at delta {delta:.2g} (author level, add or remove one)"
-
-
-# --- the ledger and the report on disk ----------------------------------------------------------------
-
-LEDGER_NAME = "privacy_ledger.jsonl"
-REPORT_NAME = "privacy.json"
-
-
-class PrivacyLedger:
-    """Append-only record of what was spent, one JSON object a line: a header per run, then a record per step.
-
-    Guarantee: `record_step` returns only when the record is on disk; called before the update, it lets nothing be
-    released that the ledger does not hold. A step recorded and then lost in a crash counts as spent.
-
-    Args:
-        path: the file; made at the first header.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.spendings: list[Spending] = []
-        if path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        lines = self.path.read_bytes().split(b"\n")
-        torn = lines.pop()  # empty, unless a crash cut the last record short
-        for number, line in enumerate(lines, 1):
-            try:
-                self._count(json.loads(line))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise UserError(
-                    f"{self.path}, line {number} is not a ledger record: restore the file, or start in a new --output_dir"
-                ) from error
-        if torn and self.spendings:
-            logger.warning(f"The last record of {self.path} is incomplete; it is counted as a step.")
-            self._count({"record": "step"})
-
-    def _count(self, record: dict[str, Any]) -> None:
-        if record["record"] == "run":
-            self.spendings.append(Spending(record["noise_multiplier"], record["sample_rate"], 0))
-        else:
-            self.spendings[-1] = self.spendings[-1]._replace(steps=self.spendings[-1].steps + 1)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps of all runs."""
-        return sum(spending.steps for spending in self.spendings)
-
-    def start_run(self, header: dict[str, Any]) -> None:
-        """Write the header of a run: the parameters of the steps that follow."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and not (content := self.path.read_bytes()).endswith(b"\n") and content:
-            os.truncate(self.path, content.rfind(b"\n") + 1)
-            self._append({"record": "step", "step": self.steps, "torn": True})
-        self._append({"record": "run", **header})
-        self._count({"record": "run", **header})
-
-    def record_step(self) -> None:
-        """Write one step of the current run to disk."""
-        self._append({"record": "step", "step": self.steps + 1})
-        self._count({"record": "step"})
-
-    def _append(self, record: dict[str, Any]) -> None:
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)

@@ -31,9 +31,10 @@ import copy
 import inspect
 import math
 import secrets
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -43,28 +44,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.utils import DistributedType, send_to_device
-from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from accounting import (
-    LEDGER_NAME,
-    REPORT_NAME,
-    PrivacyLedger,
-    PrivacyLoss,
-    PrivacyPlan,
-    Spending,
-    compute_epsilon,
-    find_noise_multiplier,
-    write_json,
-)
+from accounting import PrivacyLoss, PrivacyPlan, Spending, compute_epsilon, find_noise_multiplier
+from checkpoints import SEAL_NAME, SignalError, StopOnSignal, check_same_authors, find_checkpoint, rotate, seal
 from data_utils import IGNORED, UserError, cut_into_microbatches
 from ghost_clipping import GhostClipping
-from guards import check_model, check_options, check_output_dir
+from grad_sample_clipping import GradSampleClipping
+from guards import check_model, check_options, check_weights
+from ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
 from noise import NoiseSource
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -95,6 +89,15 @@ class PrivacyArguments:
             "help": "How per-author gradients are clipped: ghost never stores them; grad_sample (Opacus) does, for more layers.",
             "choices": ["ghost", "grad_sample"],
         },
+    )
+    secure_noise: bool = field(
+        default=False,
+        metadata={
+            "help": "Harden the noise against floating-point attacks: four cryptographic draws summed; four times the cost."
+        },
+    )
+    allow_other_authors: bool = field(
+        default=False, metadata={"help": "Resume with another number of training authors than before: it is meant."}
     )
     disable_dp: bool = field(
         default=False, metadata={"help": "Ordinary fine-tuning through the same data path, for comparison. No privacy."}
@@ -332,93 +335,6 @@ def author_losses(model: nn.Module, batch: dict[str, torch.Tensor], needs_positi
 # --- step 3: clipping -----------------------------------------------------------------------------------
 
 
-@register_grad_sampler(Conv1D)
-def conv1d_grad_sample(
-    layer: Conv1D, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> dict[nn.Parameter, torch.Tensor]:
-    """Per-sample gradients of Hugging Face's Conv1D, a linear layer with weight (inputs, outputs)."""
-    grad_samples = {}
-    if layer.weight.requires_grad:
-        grad_samples[layer.weight] = torch.einsum("n...i,n...j->nij", activations[0].to(backprops.dtype), backprops)
-    if layer.bias.requires_grad:
-        grad_samples[layer.bias] = torch.einsum("n...j->nj", backprops)
-    return grad_samples
-
-
-class GradSampleClipping:
-    """Clip per-author gradients that Opacus' GradSampleModule stores: any layer, memory authors x parameters.
-
-    Guarantee: each call adds to every `parameter.summed_grad` a sum over authors in which each author has L2 norm
-    at most `clip_norm` over all trainable parameters together, tied ones counted once, as the sum of their uses.
-    An author whose gradient is not finite contributes zero. `norms` and the summed gradients are not private.
-
-    Args:
-        model: its trainable parameters are clipped.
-        clip_norm: C.
-    Raises:
-        UserError: where a trainable parameter has no per-sample gradient; nothing is ever trained unclipped.
-    """
-
-    def __init__(self, model: nn.Module, clip_norm: float):
-        self.clip_norm = clip_norm
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for name, layer in model.named_modules():
-            if isinstance(layer, nn.Embedding) and layer.weight.requires_grad and takes_more_than_ids(layer):
-                raise UserError(f"--clipping grad_sample cannot follow the trainable {name}: use --clipping ghost")
-        try:
-            self.module = GradSampleModule(model, loss_reduction="sum", strict=True)
-        except NotImplementedError as error:
-            raise UserError(f"--model_name: {str(error)[:200]}; train it with --enable_lora, or choose another") from error
-
-    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
-        """Backpropagate one microbatch, clip, and add to `summed_grad`.
-
-        Args:
-            losses: (authors,), attached to the graph of `self.module`.
-            author: int64 (samples,), the author of each sample.
-        Returns:
-            norms before clipping, (authors,); inf or nan for an author who contributes nothing.
-        """
-        with warnings.catch_warnings():
-            # The inputs of embeddings, and of adapters behind frozen layers, need no gradient; the hooks do fire.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            losses.sum().backward()
-        gradients = {}
-        for name, parameter in self.parameters.items():
-            gradients[parameter] = self._per_author(name, parameter, author, len(losses))
-            parameter.grad = parameter.grad_sample = None
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
-        factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
-        finite = norms.isfinite()
-        if not finite.all():  # leave these authors out: zero times nan would be nan
-            factors, gradients = factors[finite], {p: gradient[finite] for p, gradient in gradients.items()}
-        for parameter, gradient in gradients.items():
-            parameter.summed_grad.add_(torch.einsum("a,a...->...", factors, gradient))
-        return norms
-
-    def _per_author(self, name: str, parameter: nn.Parameter, author: torch.Tensor, authors: int) -> torch.Tensor:
-        """Sum per-sample gradients over each author's samples: (samples, ...) to float32 (authors, ...)."""
-        per_sample = parameter.grad_sample
-        if not isinstance(per_sample, torch.Tensor) or len(per_sample) != len(author):
-            raise UserError(
-                f"--model_name: the trainable parameter {name} has no per-author gradient (an unused parameter, or a layer "
-                "that hides its samples); train with --enable_lora, or choose another model"
-            )
-        per_sample = per_sample.float()
-        if authors == len(author):
-            return per_sample
-        return per_sample.new_zeros(authors, *per_sample.shape[1:]).index_add_(0, author, per_sample)
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        self.module.to_standard_module()
-
-
-def takes_more_than_ids(layer: nn.Embedding) -> bool:
-    """Whether an embedding has inputs that are no tensors, like OPT's positions: Opacus' hooks end in an error there."""
-    return len(inspect.signature(layer.forward).parameters) > 1
-
-
 # A further engine is a class with the same methods in a module of its own, and a name here.
 ENGINES = {"ghost": GhostClipping, "grad_sample": GradSampleClipping}
 
@@ -448,6 +364,7 @@ class AuthorDPOptimizer(DPOptimizer):
         clip_norm: C.
         expected_batch_size: B, in authors.
         before_release: called at the start of every step; an exception prevents the step.
+        secure_noise: harden the noise (`NoiseSource`).
     """
 
     def __init__(
@@ -458,6 +375,7 @@ class AuthorDPOptimizer(DPOptimizer):
         clip_norm: float,
         expected_batch_size: int,
         before_release: Callable[[], None],
+        secure_noise: bool = False,
     ):
         super().__init__(
             optimizer,
@@ -467,7 +385,7 @@ class AuthorDPOptimizer(DPOptimizer):
         )
         self.before_release = before_release
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.noise = NoiseSource(self.params[0].device)
+        self.noise = NoiseSource(self.params[0].device, secure_noise)
         sizes = [parameter.numel() for parameter in self.params]
         self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
         self._used = False
@@ -555,16 +473,22 @@ class DPTrainer(Trainer):
             )
             args._n_gpu = 1
         self.privacy = privacy
+        self.checkpoint = find_checkpoint(args, privacy)
         self.ledger = PrivacyLedger(Path(args.output_dir) / LEDGER_NAME)
-        earlier = broadcast(self.ledger.spendings)
-        self.plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1].noise_multiplier if earlier else None)
+        earlier = broadcast(self.ledger.runs)
+        self.plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1]["noise_multiplier"] if earlier else None)
+        if not privacy.disable_dp and self.ledger.steps:
+            check_same_authors(earlier, self.plan.num_authors, privacy.allow_other_authors)
         self.privacy_loss: Optional[PrivacyLoss] = None  # of the earlier runs and this one, on the first process
         self.run_steps = 0  # steps of this run, as opposed to those of earlier runs in the ledger
+        self._earlier_steps = self.ledger.steps
         self.allowed_steps: float = math.inf
         self.engine: Optional[GradSampleClipping] = None
+        self.audit: Optional[dict[str, Any]] = None  # its result, for the report
         self._step_loss = torch.zeros((), device=args.device)
         self._clip_counts = torch.zeros(3, device=args.device)  # authors seen, clipped, not finite, since the last log
         args.max_steps = self.plan.steps
+        args.ignore_data_skip = True  # batches are drawn afresh: there is nothing to skip
         args.gradient_accumulation_steps = 1  # the logical batch is cut in training_step
         args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
@@ -574,42 +498,78 @@ class DPTrainer(Trainer):
             )
         self.add_callback(BudgetCallback(self))
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._needs_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self.needs_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     # What the Trainer asks for, in the order in which it asks.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train under the plan, continuing at `resume_from_checkpoint` if given (args.resume_from_checkpoint otherwise)."""
+        """Train under the plan, continuing at `resume_from_checkpoint` if given (args.resume_from_checkpoint otherwise).
+
+        Raises:
+            UserError: where the budget is used up, or the folder in use or not to be written.
+            SignalError: after a signal, when the checkpoint is saved.
+        """
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint
-            check_output_dir(self.args, self.privacy)
-        if not self.privacy.disable_dp:
-            self._start_run()
+            self.checkpoint = find_checkpoint(self.args, self.privacy)
+        if self._is_finished():
+            logger.info(f"{self.checkpoint} is the end of the training: nothing is left to do, or spent.")
+            self.state = TrainerState.load_from_json(str(self.checkpoint / TRAINER_STATE_NAME))
+            return self._load_from_checkpoint(str(self.checkpoint))
+        signals = StopOnSignal()
+        self.add_callback(signals)
         try:
-            return super().train(self.args.resume_from_checkpoint, **kwargs)
+            with self._folder_of_ones_own():
+                if not self.privacy.disable_dp:
+                    self._start_run()
+                result = super().train(str(self.checkpoint) if self.checkpoint else None, **kwargs)
         finally:
+            self.checkpoint = None
+            self.remove_callback(signals)
+            signals.restore()
             if self.engine is not None:
                 self.engine.close()
                 self.engine, self.model_wrapped = None, self.model
+        if signals.received:
+            raise SignalError(signals.received)
+        return result
+
+    def _is_finished(self) -> bool:
+        """Whether all planned steps are in the checkpoint."""
+        if self.checkpoint is None:
+            return False
+        return TrainerState.load_from_json(str(self.checkpoint / TRAINER_STATE_NAME)).global_step >= self.plan.steps
+
+    def _folder_of_ones_own(self) -> AbstractContextManager:
+        """Lock the folder, for the first process; every process has looked into it before that one writes."""
+        if dist.is_initialized():
+            dist.barrier()
+        return nullcontext() if self.privacy.disable_dp or self.args.process_index > 0 else self.ledger.locked()
 
     def _start_run(self) -> None:
         """Work out how many steps the budget allows, and write the ledger's header."""
         plan = self.plan
-        if self.run_steps:  # trained before: the grid was planned for these steps only
-            self.run_steps, self.privacy_loss = 0, None
         if plan.noise_multiplier == 0:
             logger.warning("*** NO PRIVACY: --noise_multiplier 0 clips without noise. Epsilon is infinite. ***")
-        if dist.is_initialized():
-            dist.barrier()  # every process has checked the folder before the first one writes to it
         if self.args.process_index == 0:
+            if self.ledger.steps != self._earlier_steps + self.run_steps:
+                raise UserError(
+                    f"--output_dir {self.args.output_dir}: another run wrote to it just now; look what it is, then resume"
+                )
+            if self.run_steps:  # trained before: the grid was planned for these steps only
+                self._earlier_steps, self.run_steps, self.privacy_loss = self.ledger.steps, 0, None
             if plan.target_epsilon is not None:
                 self.allowed_steps = largest(plan.steps, lambda steps: self.epsilon(steps) <= plan.target_epsilon)
             if self.allowed_steps >= 1:
                 versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
-                self.ledger.start_run({**asdict(plan), "versions": versions})
-        self.allowed_steps = broadcast(self.allowed_steps)
+                started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                self.ledger.start_run({**asdict(plan), "started": started, "versions": versions})
+        self.run_steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
         if self.allowed_steps < 1:
-            raise UserError(f"--target_epsilon {plan.target_epsilon} is used up by the steps in {self.ledger.path}: raise it")
+            raise UserError(
+                f"--target_epsilon {plan.target_epsilon} is used up by the steps in {self.ledger.path}: raise it, or take the "
+                "model of the newest checkpoint as it is"
+            )
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch, ceil(1 / q) of them, drawn and padded in the workers."""
@@ -645,6 +605,7 @@ class DPTrainer(Trainer):
                 clip_norm=self.plan.clip_norm,
                 expected_batch_size=self.plan.expected_batch_size,
                 before_release=self._record_step,
+                secure_noise=self.privacy.secure_noise,
             )
         return self.optimizer
 
@@ -675,7 +636,7 @@ class DPTrainer(Trainer):
         for microbatch in inputs.microbatches:
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
-                losses = author_losses(model, microbatch, self._needs_positions)
+                losses = author_losses(model, microbatch, self.needs_positions)
             if self.engine is None:
                 (losses.sum() / self.plan.expected_batch_size).backward()
             else:
@@ -713,6 +674,7 @@ class DPTrainer(Trainer):
         """Add epsilon spent so far to every line, and the share of clipped authors (not private) to the training ones."""
         if not self.privacy.disable_dp:
             if "loss" in logs:
+                self._check_weights()
                 authors, clipped, not_finite = self._pop_clip_counts()
                 logs["clip_fraction"] = clipped / max(authors, 1)
                 if not_finite:
@@ -727,6 +689,26 @@ class DPTrainer(Trainer):
         counts = self._clip_counts.tolist()
         self._clip_counts.zero_()
         return counts
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as the Trainer does, whole or not at all: sealed at the end, and only then are older ones deleted."""
+        self._check_weights()
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / SEAL_NAME).unlink(missing_ok=True)  # of a lost step of the same number
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
+        if dist.is_initialized():
+            dist.barrier()  # every process has its files in there
+        if self.args.should_save:
+            seal(folder)
+            rotate(folder, keep, self.state.best_model_checkpoint)
+
+    def _check_weights(self) -> None:
+        check_weights(self.model, f"--learning_rate: by step {self.state.global_step}, ", "lower it, and start anew")
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
         """Save model and tokenizer, and the privacy report beside them."""
@@ -743,9 +725,11 @@ class DPTrainer(Trainer):
 
     def privacy_report(self) -> dict[str, Any]:
         """Return what privacy.json holds; on the first process only."""
+        audit = {"audit": self.audit} if self.audit else {}
         if self.plan.disable_dp:
-            return self.plan.report(math.inf, self.state.global_step)
-        return self.plan.report(self.epsilon(), self.ledger.steps, self.privacy_loss.accountant)
+            return {**self.plan.report(math.inf, self.state.global_step), **audit}
+        report = self.plan.report(self.epsilon(), self.ledger.steps, self.privacy_loss.accountant)
+        return {**report, "secure_noise": self.privacy.secure_noise, **audit, "ledger_link": self.ledger.links[-1]}
 
     def summary(self) -> str:
         """Return what will happen, for the log before training."""

@@ -45,6 +45,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from accounting import guarantee_in_words
+from checkpoints import LostProcessError, SignalError, explain, find_checkpoint
 from data_utils import (
     AuthorDataset,
     DataArguments,
@@ -59,6 +60,7 @@ from data_utils import (
 )
 from dp_utils import DPTrainer, PrivacyArguments
 from guards import check_options
+from privacy_audit import Audit, AuditArguments, secret_key
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -123,8 +125,8 @@ class ArgumentParser(HfArgumentParser):
         raise UserError(message)
 
 
-def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, PrivacyArguments, TrainingArguments]:
-    parser = ArgumentParser((ModelArguments, LoraArguments, DataArguments, PrivacyArguments, TrainingArguments))
+def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, TrainingArguments]:
+    parser = ArgumentParser((ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, TrainingArguments))
     _, unknown = parser.parse_known_args()
     if unknown:
         raise UserError(f"unknown option {' '.join(unknown)}; --help lists all options")
@@ -132,12 +134,13 @@ def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, Pri
         groups = parser.parse_args_into_dataclasses()
     except (ValueError, TypeError, ImportError) as error:  # what the dataclasses' own checks raise
         raise UserError(str(error).strip().splitlines()[0]) from error
-    model_args, _, _, privacy_args, training_args = groups
+    model_args, _, _, privacy_args, _, training_args = groups
     if model_args.dry_run:
         training_args.max_steps = 2
         training_args.logging_steps = training_args.eval_steps = 1
         training_args.logging_strategy = training_args.eval_strategy = "steps"
     check_options(training_args, privacy_args)
+    find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
     return groups
 
 
@@ -175,7 +178,7 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
 
 
 def main() -> None:
-    model_args, lora_args, data_args, privacy_args, training_args = parse_arguments()
+    model_args, lora_args, data_args, privacy_args, audit_args, training_args = parse_arguments()
     if training_args.disable_tqdm or training_args.process_index > 0:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
@@ -197,15 +200,21 @@ def main() -> None:
         train = tokenize(train, tokenizer, **tokens)
         evaluation = tokenize(evaluation, tokenizer, **tokens) if evaluation is not None else None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers may be forked from here on
-    offsets, indices = group_by_author(column_of(train, data_args.author_column))
+    grouped = (train, *group_by_author(column_of(train, data_args.author_column)))
     if evaluation is None and training_args.eval_strategy != "no":
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
+    audit = None
+    if audit_args.audit_canaries:
+        key = secret_key(training_args.output_dir, go_on=bool(training_args.resume_from_checkpoint))
+        shape = (audit_args.audit_canaries, privacy_args.samples_per_author, data_args.sequence_len)
+        audit = Audit(*shape, model.get_input_embeddings().num_embeddings, key)
+        grouped = audit.join(*grouped)
 
     trainer = DPTrainer(
         model,
         training_args,
         privacy_args,
-        train_dataset=AuthorDataset(train, offsets, indices),
+        train_dataset=AuthorDataset(*grouped),
         eval_dataset=evaluation,
         data_collator=collate,
         processing_class=tokenizer,
@@ -214,13 +223,19 @@ def main() -> None:
     if evaluation is not None and not training_args.resume_from_checkpoint:
         # In words, since the Trainer's progress bar shows log lines during training only.
         logger.info(f"Evaluation loss before training: {trainer.evaluate()['eval_loss']:.2f}")
+    if audit is not None:
+        audit.start(trainer)
     trainer.train()
+    if audit is not None:
+        trainer.audit = audit.finish(trainer)
     metrics = trainer.evaluate() if evaluation is not None else {}
     trainer.save_model()
 
     if trainer.is_world_process_zero():
         report = trainer.privacy_report()
         loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
+        if trainer.audit is not None:
+            loss += f", audit: epsilon at least {trainer.audit['epsilon_lower_bound']:.2f}"
         print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {training_args.output_dir}")
     if torch.distributed.is_initialized():  # a process that just ends may abort: its gloo threads are still there
         torch.distributed.barrier()
@@ -229,10 +244,19 @@ def main() -> None:
 
 def complain(error: UserError) -> NoReturn:
     """Say on stderr what the user can mend, once, and exit with status 2."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if int(os.environ.get("RANK", 0)) > 0 and not isinstance(error, LostProcessError):
         time.sleep(10)  # the first process says it, and its exit ends this one; if it has no complaint, go on and say it
     print(f"fine-tune-dp.py: error: {error}", file=sys.stderr)
-    sys.exit(2)
+    end(2)
+
+
+def end(status: int) -> NoReturn:
+    """Exit at once where there are several processes: gloo's threads may abort one that ends in the usual way."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if torch.distributed.is_initialized():
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
@@ -240,3 +264,17 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         complain(error)
+    except SignalError as interruption:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("fine-tune-dp.py: interrupted; go on with --resume_from_checkpoint True", file=sys.stderr)
+        end(128 + interruption.number)
+    except KeyboardInterrupt:
+        print(
+            "fine-tune-dp.py: interrupted; no checkpoint was saved just now, and no step that was taken is forgotten",
+            file=sys.stderr,
+        )
+        end(130)
+    except Exception as error:
+        if (mistake := explain(error)) is None:
+            raise
+        complain(mistake)

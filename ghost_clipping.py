@@ -1,6 +1,6 @@
 """Ghost clipping with book-keeping: per-author clipping at nearly the speed and memory of ordinary training.
 
-Promise: the same clipped sums as dp_utils.GradSampleClipping, to rounding, from one forward and one backward, without
+Promise: the same clipped sums as grad_sample_clipping.GradSampleClipping, to rounding, from one forward and one backward, without
 ever storing the per-author gradient of a large layer. With a_t the inputs and g_t the output gradients of a linear layer,
 t running over all tokens of all the author's samples, the author's weight gradient is G = sum_t g_t a_t^T, and
 

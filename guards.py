@@ -4,17 +4,13 @@ Promise: what passes here works as the mechanism of dp_utils.py is accounted for
 is made from this file.
 """
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from accounting import LEDGER_NAME, REPORT_NAME
 from data_utils import UserError
 
 # Options that would change the mechanism behind the accountant's back: refused by name, with the remedy.
@@ -60,7 +56,6 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs} must be above 0 where --max_steps is not given")
-    check_output_dir(args, privacy)
 
 
 def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
@@ -74,44 +69,9 @@ def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
         raise UserError(f"--{name}_kwargs: use_reentrant hides the layers from the clipping hooks; set it to false")
 
 
-def check_output_dir(args: TrainingArguments, privacy: Any) -> None:
-    """Raise UserError where a ledger would be forgotten, or there is nothing to resume."""
-    resume, ledger = args.resume_from_checkpoint, Path(args.output_dir) / LEDGER_NAME
-    if not resume:
-        if ledger.exists() and not privacy.disable_dp:
-            raise UserError(
-                f"--output_dir {args.output_dir} holds the privacy ledger of an earlier run: continue that run with "
-                "--resume_from_checkpoint True, or choose another --output_dir"
-            )
-        return
-    if resume is True:
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        if resume is None:
-            raise UserError(
-                f"--resume_from_checkpoint: there is no checkpoint in --output_dir {args.output_dir}; leave it out to start"
-            )
-    if not os.path.isdir(resume):
-        raise UserError(
-            f"--resume_from_checkpoint {resume}: there is no such folder; give a checkpoint folder, or True for the newest"
-        )
-    if not privacy.disable_dp:
-        check_checkpoint(Path(resume), ledger)
-
-
-def check_checkpoint(checkpoint: Path, ledger: Path) -> None:
-    """Raise UserError unless the steps behind `checkpoint` are in `ledger`: others would be spent but not counted."""
-    report = checkpoint / REPORT_NAME
-    if checkpoint.resolve().parent != ledger.resolve().parent or not ledger.exists() or not report.exists():
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: what it has spent is not in {ledger}; resume in the --output_dir that "
-            "the checkpoint was made in, with its ledger"
-        )
-    if json.loads(report.read_text())["disable_dp"]:
-        raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
-
-
 def check_model(model: nn.Module) -> None:
-    """Raise UserError for a model whose per-author gradients do not exist, or that would round the noise."""
+    """Raise UserError for a model whose per-author gradients do not exist, that would round the noise, or is broken."""
+    check_weights(model, "--model_name: ", "choose another model, or mend the checkpoint")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(f"--model_name: {name} is a batch norm, which mixes the authors of a batch; choose another model")
@@ -123,3 +83,10 @@ def check_model(model: nn.Module) -> None:
             raise UserError(
                 f"--model_name: {name} is {parameter.dtype}, which would round the noise; load it in float32, use --bf16"
             )
+
+
+def check_weights(model: nn.Module, where: str, remedy: str) -> None:
+    """Raise UserError where a weight is not a finite number. Weights are public, so this tells nothing about any author."""
+    for name, parameter in model.named_parameters():
+        if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            raise UserError(f"{where}{name} holds weights that are not finite: {remedy}")

@@ -1,6 +1,5 @@
 """accounting.py, judged by Google's dp-accounting and Microsoft's prv-accountant, which share no code with it."""
 
-import json
 import math
 import time
 
@@ -10,7 +9,7 @@ import pytest
 from dp_accounting import pld
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
-from accounting import PrivacyLedger, PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier
+from accounting import PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier
 from data_utils import UserError
 
 N = 304_279
@@ -126,63 +125,3 @@ def test_edges():
 def test_a_large_target_needs_little_noise():
     sigma = find_noise_multiplier(0.01, 10, 5_000.0, 1e-5)
     assert 0 < sigma < 0.1 and compute_epsilon(sigma, 0.01, 10, 1e-5) <= 5_000
-
-
-# --- the ledger ---------------------------------------------------------------------------------------
-
-HEADER = {"noise_multiplier": 0.7, "sample_rate": 0.1}
-
-
-def make_ledger(folder, steps=3):
-    ledger = PrivacyLedger(folder / "ledger.jsonl")
-    ledger.start_run(HEADER)
-    for _ in range(steps):
-        ledger.record_step()
-    return ledger
-
-
-def test_ledger_counts_runs_and_steps(tmp_path):
-    make_ledger(tmp_path)
-    again = PrivacyLedger(tmp_path / "ledger.jsonl")
-    again.start_run({"noise_multiplier": 1.5, "sample_rate": 0.2})
-    again.record_step()
-    expected = [Spending(0.7, 0.1, 3), Spending(1.5, 0.2, 1)]
-    assert again.spendings == PrivacyLedger(again.path).spendings == expected and again.steps == 4
-    records = [json.loads(line) for line in again.path.read_text().splitlines()]
-    assert [record["record"] for record in records] == ["run", "step", "step", "step", "run", "step"]
-    assert [record.get("step") for record in records] == [None, 1, 2, 3, None, 4]
-
-
-def test_a_step_is_on_disk_when_record_step_returns(tmp_path):
-    ledger = make_ledger(tmp_path, steps=0)
-    for steps in (1, 2, 3):
-        ledger.record_step()
-        assert PrivacyLedger(ledger.path).steps == steps
-
-
-def test_a_torn_last_record_counts_as_a_step_now_and_later(tmp_path):
-    ledger = make_ledger(tmp_path, steps=3)
-    ledger.path.write_bytes(ledger.path.read_bytes()[:-5])
-    torn = PrivacyLedger(ledger.path)
-    assert torn.steps == 3
-    torn.start_run(HEADER)
-    torn.record_step()
-    assert PrivacyLedger(ledger.path).steps == torn.steps == 4
-
-
-def test_a_damaged_ledger_is_refused(tmp_path):
-    ledger = make_ledger(tmp_path, steps=3)
-    lines = ledger.path.read_text().splitlines(keepends=True)
-    for damage in ("nonsense\n", "{}\n", '{"record": "run"}\n', "\n"):
-        ledger.path.write_text("".join([lines[0], damage, *lines[2:]]))
-        with pytest.raises(UserError, match="line 2"):
-            PrivacyLedger(ledger.path)
-
-
-def test_a_ledger_that_cannot_be_written_raises(tmp_path):
-    ledger = make_ledger(tmp_path)
-    ledger.path.unlink()
-    ledger.path.mkdir()
-    with pytest.raises(OSError):
-        ledger.record_step()
-    assert ledger.steps == 3

@@ -35,9 +35,10 @@ from transformers import TrainerCallback
 
 import dp_utils
 import guards
-from accounting import PrivacyLedger, compute_epsilon, guarantee_in_words
+from accounting import compute_epsilon, guarantee_in_words
 from data_utils import UserError, collate, cut_into_microbatches, group_by_author
 from dp_utils import ENGINES, AuthorDPOptimizer, LogicalBatch, PoissonAuthorSampler, PrivacyArguments, author_losses
+from ledger import PrivacyLedger
 
 COUNTS = [1, 2, 3, 1, 1, 5]
 
@@ -605,16 +606,21 @@ def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):
     with pytest.raises(UserError, match=elsewhere):
         resumable(tmp_path / "b").train(resume_from_checkpoint=checkpoint)
     (tmp_path / "a" / "privacy_ledger.jsonl").unlink()
+    with pytest.raises(UserError, match="lacks records"):  # the report beside it knows better
+        resumable(tmp_path / "a", resume_from_checkpoint=True)
+    (tmp_path / "a" / "privacy.json").unlink()
     with pytest.raises(UserError, match=elsewhere):
         resumable(tmp_path / "a", resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_without_privacy_is_not_resumed_with_it(tmp_path):
+    plain = {"privacy": {"disable_dp": True, "noise_multiplier": None}, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(tmp_path, **plain).train()
     resumable(tmp_path, max_steps=1).train()
-    plain = {"disable_dp": True, "noise_multiplier": None}
-    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, privacy=plain).train()
-    with pytest.raises(UserError, match="--disable_dp"):
+    with pytest.raises(UserError, match=r"checkpoint-2 was trained with --disable_dp"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(UserError, match="holds a private run"):
+        make_trainer(tmp_path, **plain)
 
 
 def test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(tmp_path):

@@ -15,7 +15,8 @@ from conftest import ROOT, flat, read_report, run_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
-from accounting import PrivacyLedger, compute_epsilon
+from accounting import compute_epsilon
+from ledger import PrivacyLedger
 
 # The two commands of the original example, flag for flag, but for the process count.
 FULL = """--output_dir scratch --model_name gpt2 --sequence_len 128 --per_device_train_batch_size 32

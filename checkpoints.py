@@ -1,0 +1,246 @@
+"""How a run ends early and goes on: whole checkpoints, signals, faults, and what may be resumed.
+
+Promise: a checkpoint counts only when all its files are on disk, so that what a crash left half written is passed over; a
+checkpoint is resumed only beside the ledger that holds its steps; Ctrl-C and SIGTERM save one before the run ends. Nothing here
+decides about epsilon: the ledger alone does.
+
+Example:
+
+    >>> seal(Path("scratch/checkpoint-100"))
+    >>> newest_whole(Path("scratch"))
+    PosixPath('scratch/checkpoint-100')
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from data_utils import UserError
+from ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, write_json
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+WRITE_FAILURES = (
+    "PytorchStreamWriter",
+    "iostream error",
+    "unexpected pos",
+    "file write failed",
+    "I/O error",
+)  # torch's, safetensors'
+SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is on disk
+
+# --- whole checkpoints ------------------------------------------------------------------------------------
+
+
+def seal(checkpoint: Path) -> None:
+    """Put every file of `checkpoint` on disk, then say so in a file of its own, with their sizes."""
+    sizes = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL_NAME):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
+    fsync_folder(checkpoint)
+    write_json(checkpoint / SEAL_NAME, {"files": sizes})
+    fsync_folder(checkpoint.parent)
+
+
+def find_damage(checkpoint: Path) -> Optional[str]:
+    """Return what is missing in `checkpoint`, or None where it is whole."""
+    try:
+        sizes = json.loads((checkpoint / SEAL_NAME).read_text())["files"]
+    except FileNotFoundError:
+        return f"it was not written to its end ({SEAL_NAME} is missing)"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{SEAL_NAME} cannot be read"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is missing or was cut short"
+    return None
+
+
+def newest_whole(output_dir: Path) -> Optional[Path]:
+    """Return the checkpoint of the highest step that is whole; pass over the others with a warning."""
+    for checkpoint in reversed(by_step(output_dir)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        logger.warning_once(f"Passed over {checkpoint}: {damage}.")
+    return None
+
+
+def by_step(output_dir: Path) -> list[Path]:
+    """Return the checkpoints in the order of their steps, not of their times: a clock may go backwards."""
+    names = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in output_dir.glob("*")}
+    return sorted((path for path, match in names.items() if match), key=lambda path: int(names[path][1]))
+
+
+def rotate(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
+    """Delete whole checkpoints beside `newest` but for `limit` of them; never `newest` itself, nor `best`."""
+    others = [path for path in by_step(newest.parent) if path != newest and find_damage(path) is None]
+    if limit is not None and limit > 0:
+        for path in others[: max(0, len(others) + 1 - limit)]:
+            if best is None or path.resolve() != Path(best).resolve():
+                shutil.rmtree(path)
+
+
+# --- what may be resumed ----------------------------------------------------------------------------------
+
+
+def find_checkpoint(args: TrainingArguments, privacy: Any) -> Optional[Path]:
+    """Return the checkpoint to go on from; None where the run starts with the model as it was given.
+
+    Args:
+        args: Hugging Face's; of interest are output_dir and resume_from_checkpoint (a path, or True for the newest).
+        privacy: dp_utils.PrivacyArguments.
+    Raises:
+        UserError: where spent steps would be forgotten, or there is nothing to resume.
+    """
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    ledger = PrivacyLedger(folder / LEDGER_NAME)
+    if args.process_index == 0 and ledger.path.exists():
+        with ledger.locked():  # or say at once that another run is in there
+            pass
+    if ledger.steps and privacy.disable_dp:
+        raise UserError(f"--output_dir {folder} holds a private run: choose another --output_dir for one with --disable_dp")
+    if (folder / REPORT_NAME).exists() and not privacy.disable_dp:
+        ledger.check_report(folder / REPORT_NAME)
+    if not resume:
+        if ledger.steps:
+            raise UserError(
+                f"--output_dir {folder} holds the privacy ledger of an earlier run: continue that run with "
+                "--resume_from_checkpoint True, or choose another --output_dir"
+            )
+        return None
+    checkpoint = newest_whole(folder) if resume is True else Path(resume)
+    if checkpoint is None:
+        if ledger.steps:
+            logger.warning_once(
+                f"No checkpoint in {folder} is whole: starting anew, with the {ledger.steps} steps of its ledger counted."
+            )
+            return None
+        raise UserError(f"--resume_from_checkpoint: there is no checkpoint in --output_dir {folder}; leave it out to start")
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: there is no such folder; give a checkpoint folder, or True for the newest"
+        )
+    if damage := find_damage(checkpoint):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {damage}; give an earlier checkpoint, or True for the newest whole one"
+        )
+    if not privacy.disable_dp:
+        check_history(checkpoint, ledger)
+    return checkpoint
+
+
+def check_history(checkpoint: Path, ledger: PrivacyLedger) -> None:
+    """Raise UserError unless the steps behind `checkpoint` are in `ledger`: others would be spent but not counted."""
+    if checkpoint.resolve().parent != ledger.path.resolve().parent or not ledger.path.exists():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: what it has spent is not in {ledger.path}; resume in the --output_dir that "
+            "the checkpoint was made in, with its ledger"
+        )
+    if ledger.check_report(checkpoint / REPORT_NAME)["disable_dp"]:
+        raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
+
+
+def check_same_authors(runs: list[dict[str, Any]], num_authors: int, allowed: bool) -> None:
+    """Raise UserError for another number of authors than in the run before, unless the user says that it is meant.
+
+    Args:
+        runs: the ledger's headers. Other sample rates, noise, clip norms or samples per author compose as they ran; so do other
+            authors, but these are more likely a mistake.
+        allowed: --allow_other_authors.
+    """
+    if runs and runs[-1]["num_authors"] != num_authors and not allowed:
+        raise UserError(
+            f"--resume_from_checkpoint: there are {num_authors:,} training authors now, {runs[-1]['num_authors']:,} before; "
+            "give the same data and options, or add --allow_other_authors if it is meant"
+        )
+
+
+# --- how a run ends early ---------------------------------------------------------------------------------
+
+
+class SignalError(Exception):
+    """A signal ended the training after a whole step; its checkpoint is saved.
+
+    Args:
+        number: of the signal. The exit status is 128 + number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM or Ctrl-C, finish the step, save a checkpoint and stop; a second signal acts at once.
+
+    All processes stop after the same step, whichever of them got the signal. Transformers' own --enable_jit_checkpoint knows
+    neither Ctrl-C nor several processes.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.received = 0
+        self.earlier: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.received = 0
+        if threading.current_thread() is threading.main_thread():
+            self.earlier = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+
+    def receive(self, number: int, frame: Any) -> None:
+        self.received = number
+        logger.warning(
+            f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint. Once more ends it at once."
+        )
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+        self.earlier = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if dist.is_initialized():
+            received = torch.tensor(self.received, device=args.device)
+            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+            self.received = int(received)
+        if self.received:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+
+def explain(error: Exception) -> Optional[UserError]:
+    """Return what the user can do about a fault around the run; None for an error of ours."""
+    text, go_on = str(error), "nothing that was counted is lost: go on with --resume_from_checkpoint True"
+    if "DataLoader worker" in text:
+        return UserError(
+            f"--dataloader_num_workers: a worker ended unexpectedly, perhaps for want of memory; lower it, and {go_on}"
+        )
+    if isinstance(error, dist.DistBackendError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return LostProcessError(f"another process of this run has ended, see what it said or what killed it; {go_on}")
+    if getattr(error, "errno", None) in WRITE_ERRORS or any(word in text for word in WRITE_FAILURES):
+        reason = getattr(error, "strerror", None) or "the write failed"
+        return UserError(f"--output_dir cannot be written ({reason}): make it writable, with free space; {go_on}")
+    return None
+
+
+class LostProcessError(UserError):
+    """Another process of the run is gone: every process that is left says so."""

@@ -1,0 +1,276 @@
+"""The ledger of a run: what was spent, on disk before it is spent. As a program, it says what an output folder has spent.
+
+    python ledger.py OUTPUT_DIR
+
+Promise: `record_step` returns only when the record is on disk, so that nothing is released which the ledger does not hold;
+a step recorded and then lost in a crash counts as spent. Records are chained by hashes: one that was edited, removed or put
+in between is noticed, and so is a missing end that some privacy.json knows of. (Whoever rewrites the whole chain and every
+report is not noticed: the chain protects from accidents and from retouching, not from the folder's owner.)
+
+Everything in the ledger is public, but for the number of samples; no text, author, seed or duration of a step is in it.
+
+Example:
+
+    >>> ledger = PrivacyLedger(Path("scratch") / LEDGER_NAME)
+    >>> with ledger.locked():
+    ...     ledger.start_run({"noise_multiplier": 0.7, "sample_rate": 0.01})
+    ...     ledger.record_step()
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from accounting import PrivacyLoss, Spending, guarantee_in_words
+from data_utils import UserError
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+LEDGER_NAME = "privacy_ledger.jsonl"
+REPORT_NAME = "privacy.json"
+LOCK_SECONDS = 10  # data loader workers of a killed run hold its lock until they notice, about five seconds later
+FIRST_LINK = hashlib.sha256(b"privacy ledger").hexdigest()
+
+
+class PrivacyLedger:
+    """Append-only record of what was spent, one JSON object a line: a header per run, then a record per step.
+
+    Args:
+        path: the file; made at the first header.
+    Attributes:
+        runs: the headers, in order.
+        spendings: of each header, the steps that were taken under it.
+        links: the hash of every record so far; a report that holds one of them knows no more than this ledger.
+    Raises:
+        UserError: for a ledger that was edited, cannot be read, or (from the methods that write) cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._size = 0
+        self._lock = FileLock(f"{path}.lock")
+        self.read()
+
+    # Reading.
+
+    def read(self) -> None:
+        """Read the file anew."""
+        self.runs: list[dict[str, Any]] = []
+        self.spendings: list[Spending] = []
+        self.links = [FIRST_LINK]
+        try:
+            content = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be read ({error.strerror}): the privacy ledger must be a readable file"
+            ) from error
+        *lines, self._torn = content.split(b"\n")  # the last one is empty, unless a crash cut its record short
+        self._size = len(content)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if record.pop("link") != link(self.links[-1], record):
+                    raise ValueError("the chain is broken")
+                self._count(record)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                raise UserError(
+                    f"{self.path}, line {number} was changed after it was written: restore it, or start in a new --output_dir"
+                ) from error
+        if self._torn and self.spendings:
+            logger.warning(f"The last record of {self.path} is incomplete; it is counted as a step.")
+            self._count_step()
+
+    def _count(self, record: dict[str, Any]) -> None:
+        if record["record"] == "run":
+            self.spendings.append(Spending(float(record["noise_multiplier"]), float(record["sample_rate"]), 0))
+            self.runs.append(record)
+        elif record["step"] != self.steps + 1:
+            raise ValueError("a step is missing")
+        else:
+            self._count_step()
+        self.links.append(link(self.links[-1], record))
+
+    def _count_step(self) -> None:
+        self.spendings[-1] = self.spendings[-1]._replace(steps=self.spendings[-1].steps + 1)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of all runs."""
+        return sum(spending.steps for spending in self.spendings)
+
+    def check_report(self, path: Path) -> dict[str, Any]:
+        """Return the report at `path`; raise UserError where it knows of records that this ledger has lost."""
+        try:
+            report = json.loads(path.read_text())
+            known = report["disable_dp"] or report["ledger_link"] in self.links
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a report of this program: restore it, or choose another folder") from error
+        if not known:
+            raise UserError(f"{self.path} lacks records that {path} knows of: restore the file, or start in a new --output_dir")
+        return report
+
+    # Writing.
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder, and read what they wrote before.
+
+        Raises:
+            UserError: where another run is in there.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.2)
+        except Timeout as error:
+            raise UserError(
+                f"--output_dir {self.path.parent} is in use by another run: wait for its end, or choose another --output_dir"
+            ) from error
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self.read()
+            yield
+        finally:
+            self._lock.release()
+
+    def start_run(self, header: dict[str, Any]) -> None:
+        """Write the header of a run: the parameters of the steps that follow."""
+        if self._torn:  # it was counted, if there is a run that it can belong to
+            whole = self._size - len(self._torn)
+            try:
+                os.truncate(self.path, whole)
+            except OSError as error:
+                raise self._unwritable(error) from error
+            self._size, self._torn = whole, b""
+            if self.spendings:
+                self._write({"record": "step", "step": self.steps, "torn": True})
+                self.links.append(self._link)
+        self._append({"record": "run", **header})
+
+    def record_step(self) -> None:
+        """Write one step of the current run to disk."""
+        self._append({"record": "step", "step": self.steps + 1})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._write(record)
+        self._count(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """Write, flush and fsync. Only the first record makes the file: it must not begin anew when it was taken away."""
+        self._link = link(self.links[-1], record)
+        line = json.dumps({**record, "link": self._link}).encode() + b"\n"
+        try:
+            created = 0 if self._size else os.O_CREAT
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | created, 0o644)
+            try:
+                if os.fstat(descriptor).st_size != self._size:
+                    raise OSError(0, "another program has written to it")
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]  # where half a record had room, the second try says why
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if created:
+                fsync_folder(self.path.parent)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._size += len(line)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path} cannot be written ({error.strerror}): stopped before the next update. Make --output_dir writable, with "
+            "free space, then go on with --resume_from_checkpoint True"
+        )
+
+
+def link(previous: str, record: dict[str, Any]) -> str:
+    """Return the hash that chains `record` to the one before it."""
+    return hashlib.sha256(f"{previous}{json.dumps(record)}".encode()).hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace `path` atomically: a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Let the names in `folder` survive a power cut, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# --- what a folder has spent --------------------------------------------------------------------------------
+
+
+def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
+    """Return in words what the ledger says was spent, computed anew, and what one more run like its last would cost.
+
+    Args:
+        delta: at which epsilon is asked for; by default that of the last run.
+    """
+    last = ledger.runs[-1]
+    delta = delta or last["delta"]
+    again = Spending(last["noise_multiplier"], last["sample_rate"], last["steps"])
+    loss = PrivacyLoss([*ledger.spendings, again], delta)
+    lines = [f"{ledger.path}: {len(ledger.runs)} runs, {ledger.steps:,} steps, records unbroken"]
+    for number, (header, spending) in enumerate(zip(ledger.runs, ledger.spendings), 1):
+        lines.append(
+            f"  run {number}: {spending.steps:,} of {header['steps']:,} steps, noise multiplier {spending.noise_multiplier:.4f}, "
+            f"sample rate {spending.sample_rate:.6g} of {header['num_authors']:,} authors, clip norm {header['clip_norm']:g}"
+        )
+    target, more = last["target_epsilon"], [*ledger.spendings, again]
+    return "\n".join(
+        [
+            *lines,
+            f"  spent: {guarantee_in_words(loss.epsilon(ledger.spendings), delta)}",
+            "  promised: " + (f"epsilon {target:g}" if target is not None else "no target, the noise was given"),
+            f"  after one more run of {again.steps:,} steps: {guarantee_in_words(loss.epsilon(more), delta)}",
+        ]
+    )
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) not in (1, 2) or arguments[0].startswith("-"):
+        raise UserError("usage: python ledger.py OUTPUT_DIR [DELTA]")
+    folder = Path(arguments[0])
+    ledger = PrivacyLedger(folder / LEDGER_NAME)
+    if not ledger.runs:
+        raise UserError(f"OUTPUT_DIR {folder} holds no {LEDGER_NAME} with a run in it: give the --output_dir of a run")
+    try:
+        delta = float(arguments[1]) if len(arguments) == 2 else None
+    except ValueError:
+        delta = math.nan
+    if delta is not None and not 0 < delta < 1:
+        raise UserError(f"DELTA {arguments[1]} must be a number above 0 and below 1")
+    if (folder / REPORT_NAME).exists():
+        ledger.check_report(folder / REPORT_NAME)
+    print(account(ledger, delta))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"ledger.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,303 @@
+"""Faults, each for real: processes killed, disks full, folders shared. The README's table of faults is what is tested here."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_dataset, make_trainer, read_report, run_script
+from test_fine_tune_dp import small
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoints import SEAL_NAME, find_damage, newest_whole, seal
+from data_utils import UserError
+from ledger import PrivacyLedger
+
+NOISE = ["--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--save_steps", "3", "--logging_steps", "2"]
+LONG = ["--max_steps", "100000"]
+GO_ON = ["--resume_from_checkpoint", "True"]
+HAS_NAMESPACES = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+def start(*arguments: str, processes: int = 0, before: tuple[str, ...] = ()) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
+    environment = {**{k: v for k, v in os.environ.items() if k != "CI"}, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*before, sys.executable, *launcher, str(ROOT / "fine-tune-dp.py"), *arguments],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+    )  # fmt: skip
+
+
+def steps_in(folder: Path) -> int:
+    """Whole records of steps, without the judgement of the program."""
+    path = folder / "privacy_ledger.jsonl"
+    return path.read_bytes().count(b'"record": "step"') if path.exists() else 0
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while steps_in(folder) < steps:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def end_of(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str]:
+    _, stderr = process.communicate(timeout=seconds)
+    return process.returncode, stderr
+
+
+def children(pid: int) -> dict[int, dict[str, str]]:
+    """Child processes with their environment."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        pairs = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        found[int(child)] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    return found
+
+
+def goes_on(arguments: list[str], folder: Path, lost_before: int, processes: int = 0) -> None:
+    """Resume for two steps beyond the newest whole checkpoint; everything that was in the ledger must stay counted."""
+    checkpoint = newest_whole(folder)
+    steps = int(checkpoint.name.split("-")[1]) + 2
+    arguments = [*arguments, *GO_ON, "--max_steps", str(steps)]
+    done = run_script(*arguments, processes=processes)
+    assert done.returncode == 0, done.stderr
+    report = read_report(folder)
+    assert report["steps"] == PrivacyLedger(folder / "privacy_ledger.jsonl").steps == lost_before + 2
+
+
+def test_kill_minus_9_loses_no_step(checkpoint, comments, tmp_path):
+    arguments = small(checkpoint, comments, tmp_path / "out", *NOISE)
+    process = start(*arguments, *LONG)
+    wait_for_steps(process, tmp_path / "out", 8)
+    process.kill()
+    assert end_of(process)[0] == -signal.SIGKILL
+    taken = PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps
+    assert taken >= 8 and newest_whole(tmp_path / "out") is not None
+    goes_on(arguments, tmp_path / "out", taken)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_kill_minus_9_of_one_of_two_processes_ends_the_other(checkpoint, comments, tmp_path, rank):
+    arguments = small(checkpoint, comments, tmp_path / "out", *NOISE)
+    process = start(*arguments, *LONG, processes=2)
+    wait_for_steps(process, tmp_path / "out", 5)
+    (victim,) = (pid for pid, environment in children(process.pid).items() if environment.get("RANK") == rank)
+    os.kill(victim, signal.SIGKILL)
+    status, stderr = end_of(process)
+    assert status != 0 and "another process of this run has ended" in stderr and "--resume_from_checkpoint True" in stderr, stderr
+    goes_on(arguments, tmp_path / "out", PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps, processes=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint(checkpoint, comments, tmp_path, number):
+    arguments = small(checkpoint, comments, tmp_path / "out", *NOISE, "--save_strategy", "no")
+    process = start(*arguments, *LONG)
+    wait_for_steps(process, tmp_path / "out", 4)
+    process.send_signal(number)
+    status, stderr = end_of(process)
+    assert status == 128 + number and "Traceback" not in stderr and "--resume_from_checkpoint True" in stderr, stderr
+    taken = steps_in(tmp_path / "out")
+    assert newest_whole(tmp_path / "out").name == f"checkpoint-{taken}"  # not one step is lost
+    if number == signal.SIGINT:
+        goes_on(arguments, tmp_path / "out", taken)
+
+
+def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_processes(checkpoint, comments, tmp_path):
+    process = start(*small(checkpoint, comments, tmp_path / "out", *NOISE, "--save_strategy", "no"), *LONG, processes=2)
+    wait_for_steps(process, tmp_path / "out", 4)
+    process.send_signal(signal.SIGTERM)
+    status, stderr = end_of(process)
+    taken = steps_in(tmp_path / "out")
+    assert status != 0 and newest_whole(tmp_path / "out").name == f"checkpoint-{taken}", stderr
+
+
+def test_a_signal_while_loading_has_no_traceback(checkpoint, comments, tmp_path):
+    process = start(*small(checkpoint, comments, tmp_path / "out", *NOISE))
+    while b"fine-tune-dp" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    status, stderr = end_of(process)
+    assert status in (130, -signal.SIGINT) and not (tmp_path / "out" / "privacy_ledger.jsonl").exists(), stderr
+
+
+def on_a_small_disk(folder: Path, size: str, *arguments: str) -> tuple[int, str, int]:
+    """Run with an output folder of `size` bytes; return status, stderr, and the steps that the ledger there holds."""
+    folder.mkdir()
+    inside = 'mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99; "${@:4}"; status=$?; cp "$2"/*.jsonl "$3"; exit $status'
+    process = start(*arguments, before=("unshare", "-rm", "bash", "-c", inside, "bash", size, str(folder), str(folder.parent)))
+    status, stderr = end_of(process, 120)
+    return status, stderr, steps_in(folder.parent)
+
+
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="a small disk needs user namespaces")
+def test_a_disk_too_full_for_the_ledger_stops_before_the_update(checkpoint, comments, tmp_path):
+    arguments = small(checkpoint, comments, tmp_path / "out", *NOISE, "--save_strategy", "no", *LONG)
+    status, stderr, steps = on_a_small_disk(tmp_path / "out", "8k", *arguments)
+    assert status == 2 and "privacy_ledger.jsonl cannot be written (No space left on device)" in stderr, stderr
+    assert "Traceback" not in stderr and 5 < steps < 100
+
+
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="a small disk needs user namespaces")
+@pytest.mark.parametrize("size", ["2m", "7m"], ids=["model", "optimizer"])
+def test_a_disk_too_full_for_a_checkpoint_says_so(checkpoint, comments, tmp_path, size):
+    status, stderr, steps = on_a_small_disk(tmp_path / "out", size, *small(checkpoint, comments, tmp_path / "out", *NOISE, *LONG))
+    assert status == 2 and "--output_dir cannot be written" in stderr and "Traceback" not in stderr, stderr
+    assert steps == 3
+
+
+def broken_model(checkpoint: str, comments: Path, folder: Path, words: list[str]) -> Path:
+    """A model whose logits overflow for every sample that holds one of the tokens of `words`."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    config = AutoModelForCausalLM.from_pretrained(checkpoint).config
+    config.tie_word_embeddings, config.embd_pdrop, config.resid_pdrop, config.attn_pdrop = False, 0, 0, 0
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for word in words:
+            model.transformer.wte.weight[tokenizer(word)["input_ids"]] = 3e38 * torch.tensor([1.0, -1.0] * 8)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_loss_that_is_not_finite_for_one_author_or_for_all(checkpoint, tmp_path):
+    rows = [{"author": str(a), "content": "the cat sat on the mat"} for a in range(30)]
+    for words, expected in ((["zebra"], 1), (["zebra", "the"], 31)):
+        data = tmp_path / f"{expected}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"author": "z", "content": "zebra crossing"}]))
+        model = broken_model(checkpoint, data, tmp_path / f"model{expected}", words)
+        out = tmp_path / f"out{expected}"
+        arguments = [*small(model, data, out), *NOISE, "--per_device_train_batch_size", "64", "--eval_fraction", "0"]
+        done = run_script(*arguments, "--max_steps", "2")
+        assert done.returncode == 0 and f"The gradients of {2 * expected} authors were not finite" in done.stderr, done.stderr
+        trained = AutoModelForCausalLM.from_pretrained(out)
+        assert all(parameter.isfinite().all() for parameter in trained.parameters())
+        assert read_report(out)["steps"] == 2
+
+
+def test_weights_gone_astray_stop_the_run_and_are_not_saved(checkpoint, comments, tmp_path):
+    arguments = small(checkpoint, comments, tmp_path / "out", *NOISE, "--learning_rate", "1e38", "--optim", "sgd")
+    done = run_script(*arguments, "--max_steps", "20")
+    assert done.returncode == 2 and "--learning_rate" in done.stderr and "not finite" in done.stderr, done.stderr
+    assert newest_whole(tmp_path / "out") is None and "Traceback" not in done.stderr
+
+
+def test_a_data_loader_worker_that_dies_ends_the_run(checkpoint, comments, tmp_path):
+    arguments = small(checkpoint, comments, tmp_path / "out", *NOISE, "--dataloader_num_workers", "1")
+    process = start(*arguments, *LONG)
+    wait_for_steps(process, tmp_path / "out", 5)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    status, stderr = end_of(process)
+    assert status == 2 and "--dataloader_num_workers" in stderr and "Traceback" not in stderr, stderr
+    goes_on(arguments, tmp_path / "out", PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps)
+
+
+def test_a_second_run_into_the_folder_is_refused(checkpoint, comments, tmp_path):
+    arguments = small(checkpoint, comments, tmp_path / "out", *NOISE)
+    process = start(*arguments, *LONG)
+    wait_for_steps(process, tmp_path / "out", 4)
+    for more in ([], GO_ON):
+        done = run_script(*arguments, *more)
+        assert done.returncode == 2 and "in use by another run" in done.stderr, done.stderr
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process)[0] == 143 and PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps >= 4
+
+
+# --- in one process -------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
+    now = [2e9]
+
+    def backwards() -> float:
+        now[0] -= 3_600
+        return now[0]
+
+    def seal_and_age(folder: Path) -> None:
+        seal(folder)
+        os.utime(folder, (backwards(),) * 2)
+
+    monkeypatch.setattr("dp_utils.seal", seal_and_age)
+    monkeypatch.setattr(time, "time", backwards)
+    trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert newest_whole(tmp_path).name == "checkpoint-5" and trainer.ledger.steps == 5
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    if how == "unsealed":
+        (checkpoint / SEAL_NAME).unlink()
+    elif how == "seal cut short":
+        (checkpoint / SEAL_NAME).write_text('{"files": ')
+    elif how == "optimizer cut short":
+        path = checkpoint / "optimizer.pt"
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        (checkpoint / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("how", ["unsealed", "seal cut short", "optimizer cut short", "model gone"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, how):
+    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    damage(tmp_path / "checkpoint-4", how)
+    assert find_damage(tmp_path / "checkpoint-4") and newest_whole(tmp_path).name == "checkpoint-2"
+    with pytest.raises(UserError, match=r"checkpoint-4.*give an earlier checkpoint"):
+        make_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer = make_trainer(tmp_path, max_steps=4, resume_from_checkpoint=True, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.ledger.steps == 6
+    assert newest_whole(tmp_path).name == "checkpoint-4"  # sealed anew
+
+
+def test_a_crash_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1)
+
+    def crash(folder):
+        if folder.endswith("checkpoint-4"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_rng_state", crash)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and newest_whole(tmp_path).name == "checkpoint-2"
+
+
+def test_without_a_whole_checkpoint_a_run_starts_anew_with_its_steps_counted(tmp_path):
+    make_trainer(tmp_path, max_steps=3).train()
+    trainer = make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=True)
+    assert trainer.checkpoint is None
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.ledger.steps == 5
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    again = make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=True)
+    again.train()
+    assert again.ledger.steps == 2 and again.epsilon() == pytest.approx(first.epsilon(), rel=3e-3)
+    for a, b in zip(first.model.parameters(), again.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_the_folder_is_free_again_after_a_mistake(tmp_path, monkeypatch):
+    monkeypatch.setattr("ledger.LOCK_SECONDS", 0)
+    make_trainer(tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}).train()
+    spent = make_trainer(
+        tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}, resume_from_checkpoint=True,
+        dataset=make_dataset([1, 2, 3, 1, 1, 5]),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="used up"):
+        spent.train()
+    with spent.ledger.locked():
+        pass

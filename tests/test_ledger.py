@@ -1,0 +1,212 @@
+"""ledger.py: what is on disk when, what is noticed, and what the program says."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_accounting import exact_epsilon
+
+from accounting import Spending
+from data_utils import UserError
+from ledger import PrivacyLedger, link, main, write_json
+
+HEADER = {"noise_multiplier": 0.7, "sample_rate": 0.1, "steps": 10, "num_authors": 1_000, "clip_norm": 1.0,
+          "target_epsilon": 8.0, "delta": 1e-3}  # fmt: skip
+
+
+def make_ledger(folder, steps=3, **header) -> PrivacyLedger:
+    ledger = PrivacyLedger(folder / "privacy_ledger.jsonl")
+    ledger.start_run({**HEADER, **header})
+    for _ in range(steps):
+        ledger.record_step()
+    return ledger
+
+
+def test_ledger_counts_runs_and_steps(tmp_path):
+    make_ledger(tmp_path)
+    again = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
+    again.start_run({"noise_multiplier": 1.5, "sample_rate": 0.2})
+    again.record_step()
+    expected = [Spending(0.7, 0.1, 3), Spending(1.5, 0.2, 1)]
+    assert again.spendings == PrivacyLedger(again.path).spendings == expected and again.steps == 4
+    records = [json.loads(line) for line in again.path.read_text().splitlines()]
+    assert [record["record"] for record in records] == ["run", "step", "step", "step", "run", "step"]
+    assert [record.get("step") for record in records] == [None, 1, 2, 3, None, 4]
+    assert again.links == PrivacyLedger(again.path).links and len(set(again.links)) == 7
+
+
+def test_a_step_is_on_disk_when_record_step_returns(tmp_path, monkeypatch):
+    ledger, synced = make_ledger(tmp_path, steps=0), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    for steps in (1, 2, 3):
+        ledger.record_step()
+        assert PrivacyLedger(ledger.path).steps == steps
+        assert synced[-1] == ledger.path.stat().st_size and len(synced) == steps
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60])
+def test_a_torn_last_record_counts_as_a_step_now_and_later(tmp_path, cut):
+    ledger = make_ledger(tmp_path, steps=3)
+    ledger.path.write_bytes(ledger.path.read_bytes()[:-cut])
+    torn = PrivacyLedger(ledger.path)
+    assert torn.steps == 3
+    torn.start_run(HEADER)
+    torn.record_step()
+    assert PrivacyLedger(ledger.path).steps == torn.steps == 4 and PrivacyLedger(ledger.path).links == torn.links
+
+
+def test_a_torn_header_is_no_run(tmp_path):
+    ledger = make_ledger(tmp_path, steps=0)
+    ledger.path.write_bytes(ledger.path.read_bytes()[:-9])
+    torn = PrivacyLedger(ledger.path)
+    assert torn.steps == 0 and torn.runs == []
+    torn.start_run(HEADER)
+    assert len(PrivacyLedger(ledger.path).runs) == 1
+
+
+def edited(text: bytes, how: str) -> bytes:
+    lines = text.splitlines(keepends=True)
+    record = json.loads(lines[0])
+    return b"".join(
+        {
+            "less noise counted": [json.dumps({**record, "noise_multiplier": 9.0}).encode() + b"\n", *lines[1:]],
+            "a step taken out": [lines[0], *lines[2:]],
+            "a step put in": [*lines[:2], lines[1], *lines[2:]],
+            "order": [lines[0], lines[2], lines[1], *lines[3:]],
+            "nonsense": [lines[0], b"nonsense\n", *lines[2:]],
+            "an empty line": [lines[0], b"\n", *lines[2:]],
+            "another kind": [lines[0], b"[]\n", *lines[2:]],
+            "a step number": [lines[0], lines[1].replace(b'"step": 1', b'"step": 2'), *lines[2:]],
+            "another run's records": [*lines, *lines],
+        }[how]
+    )
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["less noise counted", "a step taken out", "a step put in", "order", "nonsense", "an empty line", "another kind",
+     "a step number", "another run's records"],
+)  # fmt: skip
+def test_an_edited_ledger_is_refused(tmp_path, how):
+    ledger = make_ledger(tmp_path, steps=4)
+    ledger.path.write_bytes(edited(ledger.path.read_bytes(), how))
+    with pytest.raises(UserError, match=r"line \d+ was changed"):
+        PrivacyLedger(ledger.path)
+
+
+def test_a_step_left_out_of_the_numbers_is_refused_even_with_a_chain(tmp_path):
+    ledger = make_ledger(tmp_path, steps=1)
+    ledger._write({"record": "step", "step": 3})
+    with pytest.raises(UserError, match="line 3"):
+        PrivacyLedger(ledger.path)
+
+
+def test_a_missing_end_that_a_report_knows_of_is_refused(tmp_path):
+    ledger = make_ledger(tmp_path, steps=4)
+    write_json(tmp_path / "privacy.json", {"disable_dp": False, "ledger_link": ledger.links[-1]})
+    ledger.check_report(tmp_path / "privacy.json")
+    ledger.record_step()
+    PrivacyLedger(ledger.path).check_report(tmp_path / "privacy.json")
+    ledger.path.write_bytes(b"".join(ledger.path.read_bytes().splitlines(keepends=True)[:-2]))
+    with pytest.raises(UserError, match=r"lacks records that .*privacy\.json"):
+        PrivacyLedger(ledger.path).check_report(tmp_path / "privacy.json")
+
+
+@pytest.mark.parametrize("fault", ["deleted", "a folder", "written to", "full"])
+def test_a_ledger_that_cannot_be_written_raises_and_counts_nothing(tmp_path, fault, monkeypatch):
+    ledger = make_ledger(tmp_path)
+    content = ledger.path.read_bytes()
+    if fault == "written to":
+        ledger.path.write_bytes(content + b"{}\n")
+    elif fault == "full":
+        write, left = os.write, [40, 0]
+
+        def write_little(descriptor, data):
+            room = left.pop(0)
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, data[:room])
+
+        monkeypatch.setattr(os, "write", write_little)
+    else:
+        ledger.path.unlink()
+        if fault == "a folder":
+            ledger.path.mkdir()
+    with pytest.raises(UserError, match=r"privacy_ledger\.jsonl cannot be written .*--output_dir"):
+        ledger.record_step()
+    assert ledger.steps == 3 and (fault != "deleted" or not ledger.path.exists())
+
+
+def test_a_second_run_is_kept_out_until_the_first_one_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("ledger.LOCK_SECONDS", 0)
+    first, second = PrivacyLedger(tmp_path / "privacy_ledger.jsonl"), PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
+    with first.locked():
+        first.start_run(HEADER)
+        first.record_step()
+        with pytest.raises(UserError, match="in use by another run"):
+            with second.locked():
+                pass
+    with second.locked():
+        assert second.steps == 1  # read anew: what the first one wrote is known
+
+
+def test_a_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "privacy.json"
+    write_json(path, {"epsilon": 1.0})
+
+    def crash(*args):
+        assert json.loads(path.read_text()) == {"epsilon": 1.0}
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="power cut"):
+        write_json(path, {"epsilon": 2.0})
+    assert json.loads(path.read_text()) == {"epsilon": 1.0}
+    monkeypatch.undo()
+    write_json(path, {"epsilon": 2.0})
+    assert json.loads(path.read_text()) == {"epsilon": 2.0}
+
+
+# --- the program ----------------------------------------------------------------------------------------
+
+
+def ledger_program(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "ledger.py"), *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_the_program_says_what_was_spent_and_what_one_more_run_would_cost(tmp_path):
+    ledger = make_ledger(tmp_path, steps=10, noise_multiplier=2.0)
+    ledger.start_run({**HEADER, "noise_multiplier": 3.0})
+    for _ in range(5):
+        ledger.record_step()
+    done = ledger_program(str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    spent = exact_epsilon([(2.0, 0.1, 10), (3.0, 0.1, 5)], 1e-3)
+    after = exact_epsilon([(2.0, 0.1, 10), (3.0, 0.1, 15)], 1e-3)
+    said = [float(line.split("epsilon ")[1].split()[0]) for line in done.stdout.splitlines() if "at delta" in line]
+    assert said == [pytest.approx(spent, abs=0.02), pytest.approx(after, abs=0.02)]
+    assert "2 runs, 15 steps" in done.stdout and "promised: epsilon 8" in done.stdout
+    assert "at delta 1e-05" in ledger_program(str(tmp_path), "1e-5").stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["nowhere"], ["{}", "two"], ["{}", "0"], ["{}", "1e-5", "more"]])
+def test_the_program_names_mistakes(tmp_path, arguments):
+    make_ledger(tmp_path)
+    with pytest.raises(UserError, match=r"OUTPUT_DIR|DELTA"):
+        main([word.format(tmp_path) for word in arguments])
+
+
+def test_the_program_ends_with_status_2_for_a_mistake(tmp_path):
+    ledger = make_ledger(tmp_path)
+    ledger.path.write_bytes(edited(ledger.path.read_bytes(), "less noise counted"))
+    done = ledger_program(str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith("ledger.py: error: ") and "line 1 was changed" in done.stderr
+
+
+def test_the_chain_depends_on_all_before():
+    first = link("a", {"record": "step", "step": 1})
+    assert first != link("b", {"record": "step", "step": 1}) and first != link("a", {"record": "step", "step": 2})
