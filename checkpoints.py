@@ -33,6 +33,13 @@ from ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, write_
 logger = logging.get_logger(f"transformers.{__name__}")
 
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer")
+KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
+    "DataLoader worker": "--dataloader_num_workers: a worker ended, perhaps for want of memory; lower it, and {go_on}",
+    "to be installed. Run `pip": "--report_to: {text}",
+    "`metric_for_best_model` training argument": "--metric_for_best_model: there is no such metric; leave it out for eval_loss",
+    "ConnectError": "--push_to_hub: the Hugging Face hub cannot be reached; leave it out, and upload --output_dir later",
+}
 WRITE_FAILURES = (
     "PytorchStreamWriter",
     "iostream error",
@@ -230,12 +237,11 @@ class StopOnSignal(TrainerCallback):
 def explain(error: Exception) -> Optional[UserError]:
     """Return what the user can do about a fault around the run; None for an error of ours."""
     text, go_on = str(error), "nothing that was counted is lost: go on with --resume_from_checkpoint True"
-    if "DataLoader worker" in text:
-        return UserError(
-            f"--dataloader_num_workers: a worker ended unexpectedly, perhaps for want of memory; lower it, and {go_on}"
-        )
-    if isinstance(error, dist.DistBackendError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
+    if isinstance(error, dist.DistBackendError) or any(words in text for words in PEER_LOST):
         return LostProcessError(f"another process of this run has ended, see what it said or what killed it; {go_on}")
+    for words, message in KNOWN_FAULTS.items():
+        if words in text or words in type(error).__name__:
+            return UserError(message.format(text=text.strip().splitlines()[0], go_on=go_on))
     if getattr(error, "errno", None) in WRITE_ERRORS or any(word in text for word in WRITE_FAILURES):
         reason = getattr(error, "strerror", None) or "the write failed"
         return UserError(f"--output_dir cannot be written ({reason}): make it writable, with free space; {go_on}")

@@ -15,6 +15,7 @@ Example:
             [   8,    9, -100]])
 """
 
+import csv
 import glob
 import hashlib
 import math
@@ -31,6 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.utils import logging as datasets_logging
 from huggingface_hub import constants, get_session
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -45,7 +47,10 @@ IGNORED = -100  # label of a position that counts in no loss; cross_entropy's ig
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The message names the option or column, and the remedy."""
+    """Something that the user can mend. The message, one line, names the option or column, and the remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass
@@ -138,9 +143,12 @@ def load_files(option: str, patterns: list[str], *, text_column: str, author_col
     if suffix == ".csv":
         for name in files:
             check_columns(f"{option} {name}", read_csv_header(option, name), text_column, author_column)
+            check_csv_rows(option, name)
         # As written: an author "007" is not 7, and one called "NA" is not a missing value.
         options = {"usecols": columns, "keep_default_na": False, "na_filter": False}
         options["features"] = Features({name: Value("string") for name in read_csv_header(option, files[0]) if name in columns})
+    verbosity = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what goes wrong is said below, once
     try:
         samples = load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
     except Exception as error:  # pandas, pyarrow and datasets each raise their own for a file that is not what it says
@@ -149,6 +157,8 @@ def load_files(option: str, patterns: list[str], *, text_column: str, author_col
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = "it holds no rows" if "corresponds to no data" in reason else reason
         raise UserError(f"{option} {' '.join(patterns)} cannot be read as {suffix}: {reason}") from error
+    finally:
+        datasets_logging.set_verbosity(verbosity)
     check_columns(f"{option} {' '.join(patterns)}", samples.column_names, text_column, author_column)
     return check_samples(option, samples.select_columns(columns), text_column, author_column)
 
@@ -178,6 +188,27 @@ def read_csv_header(option: str, name: str) -> list[str]:
     return list(header.iloc[0])
 
 
+def check_csv_rows(option: str, name: str) -> None:
+    """Raise UserError for a row of another length than the header: its values would stand in other columns, unnoticed."""
+    csv.field_size_limit(2**31 - 1)
+    with open(name, newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file)
+        try:
+            columns = len(next(rows))
+            for row in rows:
+                if row and len(row) != columns:
+                    raise UserError(
+                        f"{option} {name}, line {rows.line_num} has {len(row)} values and the header {columns}: quote "
+                        "values that hold a comma, or mend the line"
+                    )
+        except csv.Error as error:
+            raise UserError(f"{option} {name} cannot be read as .csv, line {rows.line_num}: {error}") from error
+        except UnicodeDecodeError as error:
+            with open(name, "rb") as lines:
+                line = next(number for number, text in enumerate(lines, 1) if text.decode(errors="ignore").encode() != text)
+            raise UserError(f"{option} {name}, line {line} is not UTF-8: save the file as UTF-8") from error
+
+
 def check_columns(source: str, names: list[str], text_column: str, author_column: str) -> None:
     """Raise UserError unless both columns are there, once each."""
     for option, column in (("--text_column", text_column), ("--author_column", author_column)):
@@ -194,14 +225,17 @@ def check_samples(source: str, samples: Dataset, text_column: str, author_column
     text, author = (samples.features.arrow_schema.field(name).type for name in (text_column, author_column))
     if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
         raise UserError(
-            f"--text_column {text_column!r} of {source} holds {samples.features[text_column]}, not text: name another"
+            f"--text_column {text_column!r} of {source} holds {find_odd_value(samples, text_column)}, not text: name another "
+            "column, or mend the row"
         )
     scalar = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_temporal)
     if not any(is_type(author) for is_type in scalar) or isinstance(samples.features[author_column], dict | list):
         raise UserError(
-            f"--author_column {author_column!r} of {source} holds {samples.features[author_column]}, not strings or whole "
-            "numbers: write the authors as strings"
+            f"--author_column {author_column!r} of {source} holds {find_odd_value(samples, author_column)}, not strings or whole "
+            "numbers throughout: write the authors as strings"
         )
+    for name in (text_column, author_column):
+        check_utf8(source, name, column_of(samples, name))
     values = column_of(samples, author_column)
     missing = pc.is_null(values)
     if pa.types.is_string(author) or pa.types.is_large_string(author):
@@ -213,6 +247,25 @@ def check_samples(source: str, samples: Dataset, text_column: str, author_column
             f"{rows[0] + 1}: remove these rows or give them an author each"
         )
     return samples
+
+
+def find_odd_value(samples: Dataset, column: str) -> str:
+    """Return the first value that is not text, and its row; what is a mixture is read as strings but for that."""
+    for row, value in enumerate(samples[column], 1):
+        if value is not None and not isinstance(value, str):
+            return f"{str(value)[:40]!r} in row {row}"
+    return str(samples.features[column])
+
+
+def check_utf8(source: str, column: str, values: pa.ChunkedArray) -> None:
+    """Raise UserError for text that is not UTF-8, which Arrow reads without a word."""
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid as error:
+        for row, value in enumerate(values.cast(pa.large_binary()).to_pylist(), 1):
+            if value is not None and value.decode(errors="ignore").encode() != value:
+                raise UserError(f"{source}: column {column!r}, row {row} is not UTF-8: save the file as UTF-8") from error
+        raise
 
 
 def column_of(samples: Dataset, name: str) -> pa.ChunkedArray:
@@ -285,6 +338,8 @@ def split_by_author(samples: Dataset, author_column: str, eval_fraction: float, 
     """
     values = encode_authors(column_of(samples, author_column))
     codes, authors = values.indices.to_numpy(), values.dictionary.to_pylist()
+    if len(authors) < 2:
+        raise UserError(f"--author_column {author_column!r}: there is one author only, whom no noise can hide; give data of many")
     digests = [hashlib.blake2b(f"{seed}:{author}".encode(), digest_size=8).digest() for author in authors]
     draws = np.frombuffer(b"".join(digests), dtype=">u8") / 2.0**64  # uniform in [0, 1)
     held_out = draws < eval_fraction

@@ -597,7 +597,10 @@ class DPTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Wrap the Trainer's optimizer in the one that adds the noise."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (ValueError, TypeError, ImportError, KeyError) as error:
+            raise UserError(f"--optim {self.args.optim.value}, with --optim_args {self.args.optim_args}: {error}") from error
         if not self.privacy.disable_dp and not isinstance(getattr(optimizer, "optimizer", optimizer), AuthorDPOptimizer):
             self.optimizer = AuthorDPOptimizer(
                 optimizer,
@@ -608,6 +611,14 @@ class DPTrainer(Trainer):
                 secure_noise=self.privacy.secure_noise,
             )
         return self.optimizer
+
+    def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
+        """Name the option where the Trainer's scheduler does not take its arguments."""
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (ValueError, TypeError, KeyError) as error:
+            kind, options = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
+            raise UserError(f"--lr_scheduler_type {kind}, with --lr_scheduler_kwargs {options}: {error}") from error
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Optional[DataLoader] = None) -> nn.Module:
         """Return the clipping engine's module, for training only; wrapped, so that accelerate adds no DistributedDataParallel."""

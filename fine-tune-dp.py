@@ -88,8 +88,9 @@ class LoraArguments:
     )
 
     def __post_init__(self):
-        if self.lora_dim < 1:
-            raise UserError(f"--lora_dim {self.lora_dim} must be at least 1")
+        for name in ("lora_dim", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
 
@@ -132,8 +133,10 @@ def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, Pri
         raise UserError(f"unknown option {' '.join(unknown)}; --help lists all options")
     try:
         groups = parser.parse_args_into_dataclasses()
-    except (ValueError, TypeError, ImportError) as error:  # what the dataclasses' own checks raise
-        raise UserError(str(error).strip().splitlines()[0]) from error
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # what Hugging Face's own checks raise
+        raise UserError(blame(str(error).strip().splitlines()[0], sys.argv[1:])) from error
     model_args, _, _, privacy_args, _, training_args = groups
     if model_args.dry_run:
         training_args.max_steps = 2
@@ -142,6 +145,15 @@ def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, Pri
     check_options(training_args, privacy_args)
     find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
     return groups
+
+
+def blame(message: str, arguments: list[str]) -> str:
+    """Name the options that an error may be about, where it does not say: those whose values it quotes, or all."""
+    given = [(option, value) for option, value in zip(arguments, [*arguments[1:], ""]) if option.startswith("--")]
+    if any(option in message for option, _ in given):
+        return message
+    quoted = [option for option, value in given if value and (value in message or value.startswith("{"))]
+    return f"{', '.join(quoted or [option for option, _ in given])}: {message}"
 
 
 def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

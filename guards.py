@@ -27,6 +27,28 @@ REFUSED_OPTIONS = {
 }
 
 
+# Lowest and highest value of Hugging Face's options that would otherwise fail late, or train to nothing.
+RANGES = {
+    "learning_rate": (0, 1e38),
+    "weight_decay": (0, 1e38),
+    "adam_beta1": (0, 1 - 1e-12),
+    "adam_beta2": (0, 1 - 1e-12),
+    "adam_epsilon": (0, 1e38),
+    "num_train_epochs": (-1e9, 1e9),
+    "warmup_steps": (0, 1e9),
+    "per_device_train_batch_size": (1, 2**31),
+    "per_device_eval_batch_size": (1, 2**31),
+    "gradient_accumulation_steps": (1, 2**31),
+    "eval_accumulation_steps": (1, 2**31),
+    "logging_steps": (1e-9, 2**31),
+    "eval_steps": (1e-9, 2**31),
+    "save_steps": (1e-9, 2**31),
+    "eval_delay": (0, 2**31),
+    "dataloader_num_workers": (0, 2**15),
+    "seed": (0, 2**32 - 1),
+}
+
+
 def check_options(args: TrainingArguments, privacy: Any) -> None:
     """Raise UserError for an option under which the guarantee would not hold, or training would be nothing.
 
@@ -51,9 +73,13 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
         raise UserError("--train_sampling_strategy does not work here: authors are sampled by the mechanism; leave it out")
     if any(word in str(args.optim).lower() for word in ("lomo", "layerwise")):
         raise UserError(f"--optim {args.optim.value} updates weights during the backward pass, before clipping; use adamw_torch")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    for name, (lowest, highest) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not lowest <= value <= highest:  # nan is neither
+            raise UserError(f"--{name} {value} must be a number from {lowest:g} to {highest:g}")
+    for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
+        if not isinstance(getattr(args, name, None) or {}, dict):
+            raise UserError(f"--{name} {getattr(args, name)} must be a JSON object, like '{{\"name\": 1}}'")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs} must be above 0 where --max_steps is not given")
 

@@ -100,8 +100,16 @@ def test_several_files_and_globs(tmp_path):
         ("a.jsonl", '{"user": "a", "body": "t"}\n{"body": "t"}\n', ["--author_column", "row 2"]),
         ("a.jsonl", '{"user": "a", "body": "t"}\n{"user": "  ", "body": "t"}\n', ["--author_column", "row 2"]),
         ("a.csv", "user,body\na,t\n,u\n", ["--author_column", "row 2"]),
-        ("a.jsonl", '{"user": "a", "body": 3}\n', ["--text_column", "int64"]),
-        ("a.jsonl", '{"user": 1.5, "body": "t"}\n', ["--author_column", "float"]),
+        ("a.jsonl", '{"user": "a", "body": "t"}\n{"user": "a", "body": 3}\n', ["--text_column", "'3' in row 2", "mend"]),
+        ("a.jsonl", '{"user": "a", "body": ["t"]}\n', ["--text_column", "row 1", "mend"]),
+        ("a.jsonl", '{"user": 1.5, "body": "t"}\n', ["--author_column", "'1.5' in row 1", "as strings"]),
+        ("a.jsonl", b'{"user": "a", "body": "t"}\n{"user": "a\xff", "body": "t"}\n', ["'user'", "row 2", "UTF-8"]),
+        ("a.jsonl", b'{"user": "a", "body": "t"}\n{"user": "a", "body": "\xe9"}\n', ["'body'", "row 2", "UTF-8"]),
+        ("a.csv", "user,body\na,t\nb,one, two\n", ["--train_file", "line 3", "3 values", "quote"]),
+        ("a.csv", "body,user\none, two,a\none, two,b\n", ["--train_file", "line 2", "quote"]),
+        ("a.csv", "user,body\na,t\nb\n", ["--train_file", "line 3", "1 values"]),
+        ("a.csv", 'user,body\na,"t\nb,u\n', ["--train_file", "a.csv"]),
+        ("a.json", '{"data": [{"user": "a", "body": "t"}]}', ["--text_column", "'body'", "data"]),
         ("a.jsonl", '{"user": 12345678901234567890123, "body": "t"}\n', ["--author_column"]),
         ("a.jsonl", '{"user": ["a"], "body": "t"}\n', ["--author_column"]),
         ("a.jsonl", '{"user": 1, "body": "t"}\n{"user": "1", "body": "t"}\n', ["--author_column"]),
@@ -109,7 +117,7 @@ def test_several_files_and_globs(tmp_path):
         ("a.jsonl", "", ["--train_file", "empty"]),
         ("a.csv", "user,body\n", ["--train_file", "no rows"]),
         ("a.csv", "user,body,user\na,t,b\n", ["--author_column", "2 times"]),
-        ("a.csv", b"user,body\na,\xff\xfe\n", ["--train_file", "a.csv"]),
+        ("a.csv", b"user,body\na,t\na,\xff\xfe\n", ["--train_file", "a.csv", "line 3", "UTF-8"]),
         ("a.parquet", b"PAR1 and then nothing", ["--train_file", "a.parquet"]),
         ("a.xlsx", "x", ["--train_file", ".xlsx", ".csv"]),
     ],
@@ -121,6 +129,34 @@ def test_a_wrong_file_is_named_with_the_remedy(tmp_path, name, content, words):
         load(str(path))
     assert all(word in str(error.value) for word in words), str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path):
+    write(tmp_path, ".parquet", ["a", "b"], ["one", "two"])
+    (path,) = tmp_path.glob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"--train_file .*{path.name} cannot be read as \.parquet"):
+        load(str(path))
+
+
+def test_nothing_is_said_but_the_complaint(tmp_path, capfd):
+    (tmp_path / "a.jsonl").write_text("no JSON\n")
+    with pytest.raises(UserError, match=r"cannot be read as \.jsonl"):
+        load(str(tmp_path / "a.jsonl"))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path, suffix):
+    write(tmp_path, suffix, ["a", "b"], ["one", "two"])
+    (path,) = tmp_path.glob(f"*{suffix}")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(str(path))["user"][:] == ["a", "b"]
+
+
+def test_one_author_only_is_refused():
+    with pytest.raises(UserError, match="one author only"):
+        split(["a"] * 10)
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, flat, read_report, run_script
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from accounting import compute_epsilon
 from ledger import PrivacyLedger
@@ -204,6 +204,22 @@ def test_a_model_without_rules_is_refused_and_the_remedy_works(checkpoint, comme
 
 
 @pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--report_to", "wandb"], "--report_to"),
+        (["--optim_args", "x"], "--optim_args"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type"),
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--metric_for_best_model", "no"], "--metric_for_best_model"),
+    ],
+)
+def test_what_the_trainer_alone_notices_ends_with_status_2_too(
+    checkpoint, comments, tmp_path, monkeypatch, capfd, arguments, word
+):
+    status, stderr = run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "out", *PRIVACY, *arguments))
+    assert status == 2 and word in stderr[stderr.rindex("fine-tune-dp.py: error:") :] and "Traceback" not in stderr, stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--no_such_option", "3"], ["--no_such_option", "--help"]),
@@ -225,6 +241,14 @@ def test_a_model_without_rules_is_refused_and_the_remedy_works(checkpoint, comme
         ([*PRIVACY, "--eval_fraction", "0", "--eval_strategy", "steps"], ["--eval_strategy", "--validation_file"]),
         ([*PRIVACY, "--max_train_samples", "1"], ["author"]),
         ([*PRIVACY, "--target_delta", "2"], ["--target_delta"]),
+        ([*PRIVACY, "--learning_rate", "-1"], ["--learning_rate"]),
+        ([*PRIVACY, "--learning_rate", "nan"], ["--learning_rate"]),
+        ([*PRIVACY, "--save_steps", "inf"], ["--save_steps"]),
+        ([*PRIVACY, "--accelerator_config", "nowhere.json"], ["--accelerator_config", "nowhere.json"]),
+        ([*PRIVACY, "--lr_scheduler_kwargs", "x"], ["--lr_scheduler_kwargs"]),
+        ([*PRIVACY, "--lr_scheduler_kwargs", "{"], ["--lr_scheduler_kwargs"]),
+        ([*PRIVACY, "--audit_canaries", "3"], ["--audit_canaries"]),
+        ([*PRIVACY, "--seed", "-1"], ["--seed"]),
         ([*PRIVACY, "--evaluation_strategy", "sometimes"], ["sometimes"]),
         ([*PRIVACY, "--per_device_train_batch_size", "0"], ["--per_device_train_batch_size"]),
         ([*PRIVACY, "--gradient_accumulation_steps", "0"], ["--gradient_accumulation_steps"]),
@@ -243,6 +267,46 @@ def test_mistakes_end_with_status_2_and_name_option_and_remedy(
     assert status == 2 and len(complaint) <= 2 and "Traceback" not in stderr, stderr
     assert all(word in complaint[0] for word in words), complaint
     assert not Path("out/privacy_ledger.jsonl").exists()
+
+
+def test_a_flood_and_a_very_long_text_are_samples_like_any_other(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    """100,000 samples of one author, and a text of 10 MB."""
+    rows = [*comments.read_text().splitlines()[:200]]
+    rows += [json.dumps({"author": "flood", "content": f"the flood {i}"}) for i in range(100_000)]
+    rows += [json.dumps({"author": "long", "content": "a very long text " * 600_000})]
+    (tmp_path / "many.jsonl").write_text("\n".join(rows) + "\n")
+    arguments = small(checkpoint, tmp_path / "many.jsonl", tmp_path / "out", *PRIVACY, "--eval_fraction", "0")
+    status, stderr = run_here(monkeypatch, capfd, *arguments, "--samples_per_author", "4", "--per_device_train_batch_size", "512")
+    assert status == 0, stderr
+    assert read_report(tmp_path / "out")["num_samples"] > 100_100
+
+
+def test_a_tokenizer_without_pad_or_eos_token_is_fine(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    assert bare.pad_token is None and bare.eos_token is None
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    bare.save_pretrained(tmp_path / "model")
+    status, stderr = run_here(monkeypatch, capfd, *small(tmp_path / "model", comments, tmp_path / "out", *PRIVACY))
+    assert status == 0, stderr
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.resize_token_embeddings(500)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    status, stderr = run_here(monkeypatch, capfd, *small(tmp_path / "model", comments, tmp_path / "out", *PRIVACY))
+    assert status == 2 and "500 embeddings" in stderr and "Traceback" not in stderr
+
+
+def test_a_model_that_is_broken_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.transformer.ln_f.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    status, stderr = run_here(monkeypatch, capfd, *small(tmp_path / "model", comments, tmp_path / "out", *PRIVACY))
+    assert status == 2 and "--model_name: transformer.ln_f.weight holds weights that are not finite" in stderr
 
 
 def test_several_processes_complain_once(checkpoint, comments, tmp_path):
