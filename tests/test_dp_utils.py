@@ -7,8 +7,10 @@ when the property is broken.
 import json
 import math
 import re
+import secrets
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 import naive
@@ -30,15 +32,17 @@ from conftest import (
     within,
 )
 from scipy import stats
+from test_accounting import exact_epsilon
 from torch import nn
 from transformers import TrainerCallback
 
 import dp_utils
 import guards
-from accounting import compute_epsilon, guarantee_in_words
+from accounting import Spending, compute_epsilon, guarantee_in_words
 from data_utils import UserError, collate, cut_into_microbatches, group_by_author
 from dp_utils import ENGINES, AuthorDPOptimizer, LogicalBatch, PoissonAuthorSampler, PrivacyArguments, author_losses
 from ledger import PrivacyLedger
+from noise import NoiseSource
 
 COUNTS = [1, 2, 3, 1, 1, 5]
 
@@ -590,6 +594,82 @@ def test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(tmp_path):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
 
 
+def test_other_noise_batch_clip_norm_and_samples_compose_exactly_as_they_ran(tmp_path):
+    def run(steps, sigma, batch, **privacy):
+        trainer = make_trainer(
+            tmp_path, dataset=make_dataset([2] * 60), max_steps=steps, save_strategy="steps", save_steps=1,
+            per_device_train_batch_size=batch, resume_from_checkpoint=steps > 2,
+            privacy={"noise_multiplier": sigma, "per_sample_max_grad_norm": 1.0, **privacy},
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    run(2, 1.5, 6)
+    run(5, 2.0, 12, samples_per_author=2)
+    last = run(6, 2.0, 6, per_sample_max_grad_norm=0.1)
+    expected = exact_epsilon([(1.5, 0.1, 2), (2.0, 0.2, 3), (2.0, 0.1, 1)], 1 / 60, 1e-4)
+    report = last.privacy_report()
+    assert expected <= report["epsilon"] * (1 + 1e-6) and report["epsilon"] == pytest.approx(expected, rel=5e-3)
+    assert report["steps"] == 6 and [run["samples_per_author"] for run in last.ledger.runs] == [1, 2, 1]
+
+
+def test_another_number_of_authors_needs_a_word(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "dataset": make_dataset([1] * 60)}
+    make_trainer(tmp_path, **options).train()
+    options = {**options, "dataset": make_dataset([1] * 59), "max_steps": 3, "resume_from_checkpoint": True}
+    with pytest.raises(UserError, match=r"59 training authors now, 60 before.*--allow_other_authors"):
+        make_trainer(tmp_path, **options)
+    trainer = make_trainer(tmp_path, **options, privacy={"allow_other_authors": True})
+    trainer.train()
+    assert trainer.ledger.steps == 3 and [run["num_authors"] for run in trainer.ledger.runs] == [60, 59]
+    assert trainer.ledger.spendings == [Spending(1.0, 4 / 60, 2), Spending(1.0, 4 / 59, 1)]
+
+
+def test_more_epochs_on_resume_spend_only_what_is_left(tmp_path):
+    resumable(tmp_path, max_steps=6).train()
+    with pytest.raises(UserError, match="used up"):
+        resumable(tmp_path, max_steps=60, resume_from_checkpoint=True).train()
+    more = resumable(tmp_path, max_steps=60, target=4.0, resume_from_checkpoint=True)
+    more.train()
+    assert 6 < more.ledger.steps < 60 and more.epsilon() <= 4.0 < more.epsilon(1)
+
+
+def test_resuming_restores_optimizer_and_scheduler(tmp_path):
+    """And nothing is drawn in vain: the batches before are not drawn again."""
+    options = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    first = make_trainer(tmp_path, max_steps=4, **options)
+    first.add_callback(stop := StopAt(2))
+    first.train()
+    moments = {name: stop.optimizer.state[p]["exp_avg"].clone() for name, p in trainable(first.model).items()}
+    second = make_trainer(tmp_path, tiny_gpt2(), max_steps=4, resume_from_checkpoint=True, **options)
+    second.add_callback(seen := StopAt(4))
+    batches, recorder = train(second)
+    assert seen.before.keys() == moments.keys() and all(torch.equal(seen.before[name], moments[name]) for name in moments)
+    assert recorder.logs[0]["learning_rate"] == pytest.approx(1e-2 * (4 - 2) / 4) and len(batches) == 2
+
+
+class StopAt(TrainerCallback):
+    """Stop after a step, and keep Adam's first moments as they were at the start of this run."""
+
+    def __init__(self, step: int):
+        self.step, self.before, self.optimizer = step, None, None
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.optimizer = optimizer
+        if self.before is None:
+            states = {name: optimizer.state.get(p, {}) for name, p in trainable(model).items()}
+            self.before = {name: state["exp_avg"].clone() for name, state in states.items() if "exp_avg" in state}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
 def test_a_folder_with_a_ledger_is_not_started_afresh(tmp_path):
     resumable(tmp_path, max_steps=1).train()
     with pytest.raises(UserError, match="--resume_from_checkpoint"):
@@ -644,6 +724,39 @@ def test_checkpoints_hold_no_noise_state_and_load_plainly(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     rng = torch.load(tmp_path / "checkpoint-1" / "rng_state.pth", weights_only=False)
     assert set(rng) <= {"python", "numpy", "cpu", "cuda", "xpu", "npu", "mlu", "musa", "xla", "hpu", "neuron"}
+
+
+def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch, capfd):
+    """Every key that the operating system gave, and every noise that was added, is looked for in all files and in the log."""
+    keys, noises = [], []
+    randbits, token_bytes, add = secrets.randbits, secrets.token_bytes, NoiseSource.add_
+
+    def watched_add(self, total, std):
+        before = total.clone()
+        add(self, total, std)
+        noises.append((total - before).numpy().tobytes())
+        return total
+
+    monkeypatch.setattr(secrets, "randbits", lambda bits: keys.append(randbits(bits)) or keys[-1])
+    monkeypatch.setattr(secrets, "token_bytes", lambda size: keys.append(token_bytes(size)) or keys[-1])
+    monkeypatch.setattr(NoiseSource, "add_", watched_add)
+    torch.manual_seed(5)
+    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, optim="adamw_torch")
+    trainer.train()
+    trainer.save_model()
+    keys = [key if isinstance(key, int) else int.from_bytes(key, "big") for key in keys]
+    assert len(keys) >= 3 and all(key.bit_length() > 90 for key in keys) and len(noises) >= 2
+    needles = [noise[:16] for noise in noises]
+    for key in keys:
+        size = (key.bit_length() + 7) // 8
+        raw = [key.to_bytes(size, order) for order in ("big", "little")]
+        needles += [*raw, *(part.hex().encode() for part in raw), str(key).encode(), *(b64encode(part)[:-4] for part in raw)]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"rng_state.pth", "optimizer.pt", "model.safetensors", "privacy_ledger.jsonl"} <= {path.name for path in files}
+    contents = [path.read_bytes() for path in files] + [stream.encode() for stream in capfd.readouterr()]
+    assert not [needle for needle in needles for content in contents if needle in content]
+    rng = torch.load(tmp_path / "checkpoint-2" / "rng_state.pth", weights_only=False)
+    assert not any(str(key) in str(rng) for key in keys)
 
 
 # --- refusals -------------------------------------------------------------------------------------------

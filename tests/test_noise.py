@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import within
+from conftest import make_trainer, within
 from scipy import stats
 
 import noise
@@ -93,3 +93,47 @@ def test_a_gpu_sums_streams_of_keys_of_their_own(monkeypatch):
     assert len(set(keys)) == 4 and max(keys) > 2**40
     assert within(total.var().item(), 9, 9 * math.sqrt(2 / len(total)))
     assert stats.kstest(total.numpy() / 3, "norm").pvalue > 1e-9
+
+
+# --- hardened noise -------------------------------------------------------------------------------------
+
+
+def test_secure_noise_is_normal_of_the_same_scale():
+    noise = draws(400_000, std=0.5, source=NoiseSource(torch.device("cpu"), secure=True))
+    assert stats.kstest(noise / 0.5, "norm").statistic < 6 * 0.27 / math.sqrt(len(noise)) + 1e-3
+    assert within(noise.var(), 0.25, 0.25 * math.sqrt(2 / len(noise)))
+
+
+def test_secure_noise_sums_four_independent_draws(monkeypatch):
+    source = NoiseSource(torch.device("cpu"), secure=True)
+    pairs, parts = source._add_pairs, []
+
+    def watched(total, std):
+        before = total.clone()
+        pairs(total, std)
+        parts.append((total - before).numpy())
+        return total
+
+    source._add_pairs = watched
+    total = source.add_(torch.full((20_000,), 7.0), 2.0).numpy()
+    assert len(parts) == 4 and np.abs(np.corrcoef(parts) - np.eye(4)).max() < 6 / math.sqrt(20_000)
+    assert np.allclose(total - 7, sum(parts), atol=1e-5)
+    assert all(within(part.std(), 1.0, 1 / math.sqrt(40_000)) for part in parts)
+
+
+def test_secure_noise_reaches_numbers_that_one_draw_cannot():
+    """Box and Muller's radius and angle leave gaps among float32 numbers; the sum of four draws is not confined to them."""
+    one, four = NoiseSource(torch.device("cpu")), NoiseSource(torch.device("cpu"), secure=True)
+    assert np.unique(draws(1_000_000, source=four)).size > np.unique(draws(1_000_000, source=one)).size * 0.99
+
+
+def test_secure_noise_comes_from_the_cipher_on_any_device(monkeypatch):
+    monkeypatch.setattr(torch, "Generator", None)  # no device generator takes part
+    source = NoiseSource(torch.device("cuda"), secure=True)
+    assert draws(1_000, source=source).std() > 0.5
+
+
+def test_the_option_hardens_the_noise_of_a_run(tmp_path):
+    trainer = make_trainer(tmp_path, privacy={"secure_noise": True})
+    trainer.train()
+    assert trainer.optimizer.optimizer.noise.draws == 4 and trainer.privacy_report()["secure_noise"] is True
