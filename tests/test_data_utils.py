@@ -47,6 +47,11 @@ def test_group_by_author(authors):
     assert groups == ([[0, 2], [1]] if len(authors) == 3 else [[0, 2], [1], [3]])
 
 
+def test_blanks_and_case_make_another_author():
+    offsets, _ = group_by_author([" alice", "alice", "Alice", "alice "])
+    assert len(offsets) - 1 == 4
+
+
 def test_group_by_author_against_a_dictionary():
     authors = np.random.default_rng(0).zipf(1.5, 5_000) % 700
     expected = {}

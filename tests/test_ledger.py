@@ -45,7 +45,7 @@ def test_a_step_is_on_disk_when_record_step_returns(tmp_path, monkeypatch):
     for steps in (1, 2, 3):
         ledger.record_step()
         assert PrivacyLedger(ledger.path).steps == steps
-        assert synced[-1] == ledger.path.stat().st_size and len(synced) == steps
+        assert len(synced) == steps and synced[-1] == ledger.path.stat().st_size
 
 
 @pytest.mark.parametrize("cut", [1, 5, 60])
