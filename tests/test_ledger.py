@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from test_accounting import exact_epsilon
 
-from accounting import Spending
+from accounting import PrivacyLoss, Spending
 from data_utils import UserError
 from ledger import PrivacyLedger, link, main, write_json
 
@@ -210,3 +213,49 @@ def test_the_program_ends_with_status_2_for_a_mistake(tmp_path):
 def test_the_chain_depends_on_all_before():
     first = link("a", {"record": "step", "step": 1})
     assert first != link("b", {"record": "step", "step": 1}) and first != link("a", {"record": "step", "step": 2})
+
+
+# --- the judges -----------------------------------------------------------------------------------------
+
+
+def settings(number: int) -> list[tuple[float, int, float, float]]:
+    """Random sample rates from 1e-4 to 1 (every tenth is 1), 1 to 20,000 steps, noise multipliers from 0.3 to 20, deltas."""
+    generator = np.random.default_rng(11)
+    low, high = np.log([1e-4, 1, 0.3, 1e-8]), np.log([1, 20_000, 20, 1e-3])
+    drawn = np.exp(generator.uniform(low, high, size=(number, 4)))
+    return [(1.0 if i % 10 == 0 else q, max(1, int(n)), sigma, delta) for i, (q, n, sigma, delta) in enumerate(drawn.tolist())]
+
+
+def google_bounds(q: float, steps: int, sigma: float, delta: float, interval: float) -> list[float]:
+    """Lower and upper bound by dp-accounting's privacy loss distributions, rounded down and up."""
+    options = {"sampling_prob": q, "value_discretization_interval": interval, "use_connect_dots": False}
+    losses = [from_gaussian_mechanism(sigma, pessimistic_estimate=upper, **options) for upper in (False, True)]
+    return [loss.self_compose(steps).get_epsilon_for_delta(delta) for loss in losses]
+
+
+def microsoft_bounds(q: float, steps: int, sigma: float, delta: float, error: float) -> tuple[float, float] | None:
+    mechanism = PoissonSubsampledGaussianMechanism(sampling_probability=q, noise_multiplier=sigma)
+    try:
+        judge = PRVAccountant(prvs=[mechanism], max_self_compositions=[steps], eps_error=error, delta_error=delta / 100)
+        lower, _, upper = judge.compute_epsilon(delta=delta, num_self_compositions=[steps])
+    except (RuntimeError, MemoryError):  # it does not handle every setting, and says so
+        return None
+    return lower, upper
+
+
+@pytest.mark.parametrize("setting", settings(60), ids="q={0[0]:.2g} steps={0[1]} sigma={0[2]:.2g}".format)
+def test_epsilon_of_a_ledger_agrees_with_the_judges(tmp_path, monkeypatch, setting):
+    """Within the errors that each of the three states; ours is an upper bound."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(PrivacyLoss, "MAX_CELLS", 2**21)
+    q, steps, sigma, delta = setting
+    make_ledger(tmp_path, steps, sample_rate=q, noise_multiplier=sigma)
+    (spending,) = PrivacyLedger(tmp_path / "privacy_ledger.jsonl").spendings
+    assert spending == (sigma, q, steps)
+    loss = PrivacyLoss([spending], delta)
+    epsilon, error = loss.epsilon([spending]), 2 * getattr(loss, "epsilon_error", np.inf)
+    judges = [google_bounds(q, steps, sigma, delta, max(2e-5, 1e-3 * epsilon / steps**0.5))]
+    if loss.accountant == "prv":
+        judges.append(microsoft_bounds(q, steps, sigma, delta, max(0.02 * epsilon, 0.002)))
+    for bounds in filter(None, judges):
+        assert bounds[0] <= epsilon * (1 + 1e-9) and epsilon - error <= bounds[1], (epsilon, error, judges)
