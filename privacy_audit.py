@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, concatenate_datasets
 from scipy import stats
 from transformers.utils import logging
 
@@ -76,8 +76,8 @@ class Audit:
     def join(self, train: Dataset, offsets: np.ndarray, indices: np.ndarray) -> tuple[Dataset, np.ndarray, np.ndarray]:
         """Return data set and grouping (`data_utils.group_by_author`) with the included canaries as further authors."""
         rows = self.tokens[self.included]  # (included, samples, tokens)
-        column = train.features["input_ids"]
-        canaries = Dataset.from_dict({"input_ids": list(rows.reshape(-1, rows.shape[2]))}).cast_column("input_ids", column)
+        features = Features({"input_ids": train.features["input_ids"]})
+        canaries = Dataset.from_dict({"input_ids": list(rows.reshape(-1, rows.shape[2]))}, features=features)
         more = np.arange(1, len(rows) + 1) * rows.shape[1]
         return (
             concatenate_datasets([train.select_columns(["input_ids"]), canaries]),

@@ -23,6 +23,7 @@ from transformers import GPT2TokenizerFast  # noqa: E402
 
 from data_utils import AuthorDataset, collate, column_of, group_by_author, load_files, tokenize  # noqa: E402
 from dp_utils import DrawnDataset, PoissonAuthorSampler, compute_epsilon, find_noise_multiplier  # noqa: E402
+from ledger import PrivacyLedger  # noqa: E402
 
 SAMPLES, AUTHORS, BATCH = 500_000, 304_279, 1_024
 
@@ -80,6 +81,9 @@ def main() -> None:
         rows.append(
             ("fetch and collate the draw", timed(lambda: dataset.__getitems__(draw), 20)[0], "microbatches of 64 authors")
         )
+        ledger = PrivacyLedger(Path(folder) / "ledger.jsonl")
+        ledger.start_run({"noise_multiplier": 0.5, "sample_rate": BATCH / AUTHORS})
+        rows.append(("one step's record in the ledger, on disk", timed(ledger.record_step, 200)[0], "fsync included"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     calibration, sigma = timed(lambda: find_noise_multiplier(BATCH / AUTHORS, 894, 8.0, 1 / AUTHORS))
     rows.append(("calibrate the noise, epsilon 8, 894 steps", calibration, f"noise multiplier {sigma:.4f}"))

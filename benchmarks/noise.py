@@ -23,11 +23,12 @@ RUNS = 7
 
 def main() -> None:
     total, threads = torch.ones(SIZE), torch.get_num_threads()
-    source, generator = NoiseSource(torch.device("cpu")), torch.Generator()
+    source, hardened = NoiseSource(torch.device("cpu")), NoiseSource(torch.device("cpu"), secure=True)
+    generator = torch.Generator()
     philox = [np.random.Generator(np.random.Philox(key=secrets.randbits(128))) for _ in range(threads)]
     parts = np.array_split(total.numpy(), threads)
 
-    def ours() -> None:
+    def ours(source: NoiseSource = source) -> None:
         for part in total.split(source.elements):
             source.add_(part, 1.0)
 
@@ -37,6 +38,7 @@ def main() -> None:
 
     ways = {
         "this project: AES-128 in counter mode, Box-Muller": ours,
+        "the same with --secure_noise: four draws summed": lambda: ours(hardened),
         f"numpy: Philox, ziggurat, {threads} threads": numpy,
         "torch: Mersenne twister (32-bit seed: not private)": lambda: total.add_(torch.empty(SIZE).normal_(generator=generator)),
         "no noise: add 1, the speed of memory": lambda: total.add_(1.0),
