@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -195,29 +196,29 @@ class SignalError(Exception):
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or Ctrl-C, finish the step, save a checkpoint and stop; a second signal acts at once.
+    """On SIGTERM or Ctrl-C, finish the step, save a checkpoint and stop; a second Ctrl-C acts at once.
 
     All processes stop after the same step, whichever of them got the signal. Transformers' own --enable_jit_checkpoint knows
     neither Ctrl-C nor several processes.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    IMPATIENCE = 2.0  # seconds; a launcher hands the same signal on to its processes sooner than that, people do not
 
     def __init__(self):
-        self.received = 0
+        self.received, self.when, self.agreed = 0, 0.0, 0
         self.earlier: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.received = 0
         if threading.current_thread() is threading.main_thread():
             self.earlier = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
 
     def receive(self, number: int, frame: Any) -> None:
-        self.received = number
-        logger.warning(
-            f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint. Once more ends it at once."
-        )
-        self.restore()
+        if not self.received:
+            self.received, self.when = number, time.monotonic()
+            logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint.")
+        elif number == signal.SIGINT and time.monotonic() - self.when > self.IMPATIENCE:
+            raise KeyboardInterrupt
 
     def restore(self) -> None:
         for number, handler in self.earlier.items():
@@ -225,11 +226,12 @@ class StopOnSignal(TrainerCallback):
         self.earlier = {}
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.agreed = self.received
         if dist.is_initialized():
             received = torch.tensor(self.received, device=args.device)
             dist.all_reduce(received, op=dist.ReduceOp.MAX)
-            self.received = int(received)
-        if self.received:
+            self.agreed = int(received)  # not `received`, which a signal may set just now
+        if self.agreed:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 

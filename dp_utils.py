@@ -530,8 +530,8 @@ class DPTrainer(Trainer):
             if self.engine is not None:
                 self.engine.close()
                 self.engine, self.model_wrapped = None, self.model
-        if signals.received:
-            raise SignalError(signals.received)
+        if signals.agreed:
+            raise SignalError(signals.agreed)
         return result
 
     def _is_finished(self) -> bool:

@@ -15,7 +15,7 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, run_script
 from test_fine_tune_dp import small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import SEAL_NAME, find_damage, newest_whole, seal
+from checkpoints import SEAL_NAME, StopOnSignal, find_damage, newest_whole, seal
 from data_utils import UserError
 from ledger import PrivacyLedger
 
@@ -31,6 +31,7 @@ def start(*arguments: str, processes: int = 0, before: tuple[str, ...] = ()) -> 
     return subprocess.Popen(
         [*before, sys.executable, *launcher, str(ROOT / "fine-tune-dp.py"), *arguments],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
     )  # fmt: skip
 
 
@@ -110,13 +111,28 @@ def test_a_signal_saves_a_checkpoint(checkpoint, comments, tmp_path, number):
         goes_on(arguments, tmp_path / "out", taken)
 
 
-def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_processes(checkpoint, comments, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_processes(checkpoint, comments, tmp_path, number):
+    """Which hands it on, once or twice."""
     process = start(*small(checkpoint, comments, tmp_path / "out", *NOISE, "--save_strategy", "no"), *LONG, processes=2)
     wait_for_steps(process, tmp_path / "out", 4)
-    process.send_signal(signal.SIGTERM)
+    for pid in [process.pid, *children(process.pid)] if number == signal.SIGINT else [process.pid]:
+        os.kill(pid, number)  # a terminal sends Ctrl-C to all
     status, stderr = end_of(process)
     taken = steps_in(tmp_path / "out")
     assert status != 0 and newest_whole(tmp_path / "out").name == f"checkpoint-{taken}", stderr
+
+
+def test_only_an_impatient_second_ctrl_c_acts_at_once(monkeypatch):
+    callback = StopOnSignal()
+    callback.receive(signal.SIGTERM, None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        callback.receive(number, None)  # from a launcher: too soon for people
+    callback.when -= 10
+    callback.receive(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        callback.receive(signal.SIGINT, None)
+    assert callback.received == signal.SIGTERM
 
 
 def test_a_signal_while_loading_has_no_traceback(checkpoint, comments, tmp_path):
@@ -185,7 +201,7 @@ def test_a_loss_that_is_not_finite_for_one_author_or_for_all(checkpoint, tmp_pat
 
 def test_weights_gone_astray_stop_the_run_and_are_not_saved(checkpoint, comments, tmp_path):
     arguments = small(checkpoint, comments, tmp_path / "out", *NOISE, "--learning_rate", "1e38", "--optim", "sgd")
-    done = run_script(*arguments, "--max_steps", "20")
+    done = run_script(*arguments, "--noise_multiplier", "100")
     assert done.returncode == 2 and "--learning_rate" in done.stderr and "not finite" in done.stderr, done.stderr
     assert newest_whole(tmp_path / "out") is None and "Traceback" not in done.stderr
 
