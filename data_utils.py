@@ -74,6 +74,13 @@ class DataArguments:
     text_column: str = field(default="content", metadata={"help": "Column of the text."})
     author_column: str = field(default="author", metadata={"help": "Column of the author, the privacy unit."})
     sequence_len: int = field(default=128, metadata={"help": "Tokens per sample; longer samples are cut."})
+    long_samples: str = field(
+        default="truncate",
+        metadata={
+            "help": "What of a sample longer than --sequence_len: truncate it, or split it into samples of the same author.",
+            "choices": ["truncate", "split"],
+        },
+    )
     eval_fraction: float = field(
         default=0.02, metadata={"help": "Share of the authors held out for evaluation when there is no --validation_file."}
     )
@@ -388,11 +395,18 @@ def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
 
 
 def tokenize(
-    samples: Dataset, tokenizer: PreTrainedTokenizerBase, *, text_column: str, sequence_len: int, num_proc: Optional[int] = None
+    samples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_column: str,
+    sequence_len: int,
+    long_samples: str = "truncate",
+    num_proc: Optional[int] = None,
 ) -> Dataset:
     """Replace the text by `input_ids`: the tokenizer's ids, cut at `sequence_len`, nothing added.
 
-    Samples of fewer than two tokens have nothing to predict; they are dropped, and counted in the log.
+    What is longer is truncated, or split into pieces that are samples of the same author, which costs no privacy where the
+    author is the unit. Samples of fewer than two tokens have nothing to predict; they are dropped, and counted in the log.
     """
     features = samples.features.copy()
     features.pop(text_column)
@@ -400,8 +414,13 @@ def tokenize(
 
     def tokenize_batch(batch):
         texts = [text or "" for text in batch[text_column]]
-        encoded = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=sequence_len)
-        return {"input_ids": encoded["input_ids"]}
+        if long_samples == "truncate":
+            encoded = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=sequence_len)
+            return {"input_ids": encoded["input_ids"]}
+        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = [[row[i : i + sequence_len] for i in range(0, max(1, len(row)), sequence_len)] for row in rows]
+        others = {name: [v for v, p in zip(batch[name], pieces) for _ in p] for name in batch if name != text_column}
+        return {**others, "input_ids": [piece for row in pieces for piece in row]}
 
     tokens = samples.map(
         tokenize_batch,

@@ -486,6 +486,7 @@ class DPTrainer(Trainer):
         self.engine: Optional[GradSampleClipping] = None
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
         self._step_loss = torch.zeros((), device=args.device)
+        self._logged_step = 0
         self._clip_counts = torch.zeros(3, device=args.device)  # authors seen, clipped, not finite, since the last log
         args.max_steps = self.plan.steps
         args.ignore_data_skip = True  # batches are drawn afresh: there is nothing to skip
@@ -682,12 +683,15 @@ class DPTrainer(Trainer):
         return sum(super(DPTrainer, self).floating_point_ops(microbatch) for microbatch in inputs.microbatches)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add epsilon spent so far to every line, and the share of clipped authors (not private) to the training ones."""
+        """Add epsilon spent so far to every line, and to the training ones statistics that are not private."""
         if not self.privacy.disable_dp:
             if "loss" in logs:
                 self._check_weights()
                 authors, clipped, not_finite = self._pop_clip_counts()
                 logs["clip_fraction"] = clipped / max(authors, 1)
+                logs["authors_per_step"] = authors / max(1, self.state.global_step - self._logged_step)
+                logs["noise_multiplier"] = self.plan.noise_multiplier
+                self._logged_step = self.state.global_step
                 if not_finite:
                     logger.warning(f"The gradients of {not_finite:.0f} authors were not finite; they contributed zero.")
             if self.args.process_index == 0:

@@ -20,18 +20,23 @@ LoRA: the same with
         --per_device_train_batch_size 64 --gradient_accumulation_steps 1 --learning_rate 3e-4 \
         --enable_lora --lora_dim 4 --lora_alpha 32 --lora_dropout 0.0
 
+All options may stand in a YAML file, and others after it: fine-tune-dp.py --config configs/reddit-lora.yaml --seed 7
+
 `data_utils.py` makes samples and authors of a data set; `dp_utils.py` is the mechanism and its Trainer.
 """
 
+import json
 import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn, Optional
 
 import datasets
 import torch
 import transformers
+import yaml
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -127,16 +132,17 @@ class ArgumentParser(HfArgumentParser):
 
 
 def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, TrainingArguments]:
+    arguments = expand_config(sys.argv[1:])
     parser = ArgumentParser((ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, TrainingArguments))
-    _, unknown = parser.parse_known_args()
+    _, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(f"unknown option {' '.join(unknown)}; --help lists all options")
     try:
-        groups = parser.parse_args_into_dataclasses()
+        groups = parser.parse_args_into_dataclasses(arguments)
     except UserError:
         raise
     except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # what Hugging Face's own checks raise
-        raise UserError(blame(str(error).strip().splitlines()[0], sys.argv[1:])) from error
+        raise UserError(blame(str(error).strip().splitlines()[0], arguments)) from error
     model_args, _, _, privacy_args, _, training_args = groups
     if model_args.dry_run:
         training_args.max_steps = 2
@@ -145,6 +151,25 @@ def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, Pri
     check_options(training_args, privacy_args)
     find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
     return groups
+
+
+def expand_config(arguments: list[str]) -> list[str]:
+    """Replace `--config FILE` by the options in that YAML file; options on the command line come after, and prevail."""
+    if "--config" not in arguments:
+        return arguments
+    place = arguments.index("--config")
+    path, rest = Path("".join(arguments[place + 1 : place + 2])), arguments[:place] + arguments[place + 2 :]
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path} must hold options, a line each, like 'target_epsilon: 8'")
+    expanded = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        expanded += [f"--{name}", *map(str, values)] if value is not None else []
+    return expanded + rest
 
 
 def blame(message: str, arguments: list[str]) -> str:
@@ -207,6 +232,7 @@ def main() -> None:
         tokens = {
             "text_column": data_args.text_column,
             "sequence_len": data_args.sequence_len,
+            "long_samples": data_args.long_samples,
             "num_proc": data_args.preprocessing_num_workers,
         }
         train = tokenize(train, tokenizer, **tokens)

@@ -279,6 +279,21 @@ def test_tokenize_cuts_adds_nothing_and_drops_what_predicts_nothing(caplog):
         data_utils.tokenize(samples.select([1, 2, 3]), tokenizer, text_column="body", sequence_len=20)
 
 
+def test_split_keeps_every_token_with_its_author():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
+    texts = ["one two three four five six seven", "", "eight nine", "ten " * 40]
+    samples = datasets.Dataset.from_dict({"user": ["a", "b", "c", "a"], "body": texts})
+    options = {"text_column": "body", "sequence_len": 4}
+    pieces = data_utils.tokenize(samples, tokenizer, **options, long_samples="split")
+    assert max(map(len, pieces["input_ids"])) == 4 and min(map(len, pieces["input_ids"])) >= 2
+    for author in "ac":
+        ids = [i for user, row in zip(pieces["user"], pieces["input_ids"]) if user == author for i in row]
+        whole = [i for user, text in zip("abca", texts) if user == author for i in tokenizer(text)["input_ids"]]
+        assert ids == whole[: len(ids)] and len(whole) - len(ids) < 2  # a last piece of one token predicts nothing
+    truncated = data_utils.tokenize(samples, tokenizer, **options)
+    assert truncated["user"][:] == ["a", "c", "a"] and set(pieces["user"]) == {"a", "c"}
+
+
 def test_author_dataset_fetches_the_drawn_samples():
     tokens = [[i, i + 1] + [9] * (i % 3) for i in range(20)]
     dataset = AuthorDataset(datasets.Dataset.from_dict({"input_ids": tokens}), *group_by_author(list("ab" * 10)))

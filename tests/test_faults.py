@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, make_dataset, make_trainer, read_report, run_script
 from test_fine_tune_dp import small
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
 from checkpoints import SEAL_NAME, StopOnSignal, find_damage, newest_whole, seal
 from data_utils import UserError
@@ -133,6 +135,17 @@ def test_only_an_impatient_second_ctrl_c_acts_at_once(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         callback.receive(signal.SIGINT, None)
     assert callback.received == signal.SIGTERM
+
+
+def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
+    callback, control = StopOnSignal(), TrainerControl()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: callback.receive(signal.SIGTERM, None))
+    arguments = SimpleNamespace(device=torch.device("cpu"))
+    callback.on_step_end(arguments, None, control)
+    assert not control.should_training_stop
+    callback.on_step_end(arguments, None, control)
+    assert control.should_training_stop and control.should_save and callback.agreed == signal.SIGTERM
 
 
 def test_a_signal_while_loading_has_no_traceback(checkpoint, comments, tmp_path):

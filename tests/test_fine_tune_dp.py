@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,21 @@ import pytest
 import torch
 from conftest import ROOT, flat, read_report, run_script
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from accounting import compute_epsilon
 from ledger import PrivacyLedger
@@ -198,6 +214,111 @@ def test_a_model_without_rules_is_refused_and_the_remedy_works(checkpoint, comme
     )
     status, stderr = run_here(monkeypatch, capfd, *arguments, "--enable_lora")
     assert status == 0, stderr
+
+
+@pytest.mark.parametrize(("name", "command"), [("reddit-full", FULL), ("reddit-lora", LORA)])
+def test_the_published_commands_as_files(name, command):
+    script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="read")
+    pairs = zip(command.split(), [*command.split()[1:], "--"])
+    expected = {option: "True" if value.startswith("--") else value for option, value in pairs if option.startswith("--")}
+    words = script["expand_config"](["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    found = dict(zip(words[::2], words[1::2]))
+    folder = {"--output_dir": "scratch-lora" if name == "reddit-lora" else "scratch"}
+    assert found.keys() == expected.keys()
+    for option, value in {**expected, **folder}.items():
+        assert found[option] == value or float(found[option]) == float(value), option
+
+
+def test_a_config_file_is_read_and_the_command_line_prevails(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    options = ["model_name: nowhere", f"train_file: [{comments}]", "target_epsilon: 8", "per_sample_max_grad_norm: 1.0"]
+    options += ["max_steps: 2", "lr_scheduler_kwargs: {}", "target_delta: null", "disable_tqdm: true", "learning_rate: 1e-4"]
+    (tmp_path / "run.yaml").write_text("\n".join(options))
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--model_name", checkpoint, "--output_dir", str(tmp_path / "out")]
+    status, stderr = run_here(monkeypatch, capfd, *arguments, "--sequence_len", "32")
+    assert status == 0, stderr
+    assert read_report(tmp_path / "out")["target_epsilon"] == 8
+
+
+@pytest.mark.parametrize("content", [None, "- a list", "a: [", b"\xff", "no_such_option: 3"])
+def test_a_wrong_config_file_is_named(tmp_path, content, monkeypatch, capfd):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, stderr = run_here(monkeypatch, capfd, "--config", str(path))
+    assert status == 2 and ("--config" in stderr or "--no_such_option" in stderr) and "Traceback" not in stderr, stderr
+
+
+def tiny(family: str, vocabulary: int):
+    """A checkpoint of the family's shape, as its name on the hub would load."""
+    small = {"vocab_size": vocabulary, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"intermediate_size": 24, "max_position_embeddings": 64}
+    configs = {
+        "gpt2": lambda: GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=16, n_layer=2, n_head=2),
+        "pythia": lambda: GPTNeoXConfig(**small),
+        "opt": lambda: OPTConfig(**{**small, "ffn_dim": 24, "word_embed_proj_dim": 16}),
+        "llama": lambda: LlamaConfig(**small, num_key_value_heads=1),
+        "mistral": lambda: MistralConfig(**small, num_key_value_heads=1),
+        "qwen2": lambda: Qwen2Config(**small, num_key_value_heads=1),
+        "qwen3": lambda: Qwen3Config(**small, num_key_value_heads=1, head_dim=8),
+    }
+    return AutoModelForCausalLM.from_config(configs[family]())
+
+
+@pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["pythia", "opt", "llama", "mistral", "qwen2", "qwen3"])
+def test_other_families_train_by_name_alone(checkpoint, comments, tmp_path, monkeypatch, capfd, family, lora):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tiny(family, len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    status, stderr = run_here(monkeypatch, capfd, *small(tmp_path / "model", comments, tmp_path / "out", *PRIVACY, *lora))
+    assert status == 0, stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / ("model" if lora else "out"))
+    if lora:
+        model = PeftModel.from_pretrained(model, tmp_path / "out")
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
+def test_the_recipe_of_the_readme_writes_text(checkpoint, comments, tmp_path, monkeypatch, capfd, lora):
+    assert run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "mine", *PRIVACY, *lora))[0] == 0
+    recipe = re.search(r"<!-- the recipe -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(recipe.replace("max_new_tokens=60", "max_new_tokens=5").replace("num_return_sequences=8", "num_return_sequences=2"), {})
+    written = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_text().splitlines()]
+    assert len(written) == 2 and all(isinstance(row["content"], str) for row in written)
+
+
+def test_what_tensorboard_shows(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    arguments = ["--report_to", "tensorboard", "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "2"]
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    status, stderr = run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "out", *PRIVACY, *arguments))
+    assert status == 0, stderr
+    events = EventAccumulator(str(next((tmp_path / "board").rglob("events*")).parent))
+    events.Reload()
+    wanted = {
+        "train/epsilon",
+        "train/noise_multiplier",
+        "train/clip_fraction",
+        "train/authors_per_step",
+        "train/loss",
+        "eval/loss",
+    }
+    assert wanted <= set(events.Tags()["scalars"]), events.Tags()
+    assert all(event.value > 0 for event in events.Scalars("train/noise_multiplier"))
+
+
+def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "7"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, str(ROOT / "fine-tune-dp.py")]
+    arguments = [*launcher, *small(checkpoint, comments, tmp_path / "out", *PRIVACY)]
+    nodes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    report = read_report(tmp_path / "out")
+    assert report["world_size"] == 2 and report["expected_batch_size"] == 16 and report["steps"] == 3
 
 
 # --- what the user can mend -----------------------------------------------------------------------------
