@@ -485,8 +485,12 @@ class DPTrainer(Trainer):
         self.allowed_steps: float = math.inf
         self.engine: Optional[GradSampleClipping] = None
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
+        self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
         self._step_loss = torch.zeros((), device=args.device)
         self._logged_step = 0
+        # Norms over the clip norm that were seen, in bins of a tenth of a decade; private.
+        self.norm_edges = torch.logspace(-4, 4, 81, device=args.device)
+        self._norm_counts = torch.zeros(len(self.norm_edges) + 1, device=args.device)
         self._clip_counts = torch.zeros(3, device=args.device)  # authors seen, clipped, not finite, since the last log
         args.max_steps = self.plan.steps
         args.ignore_data_skip = True  # batches are drawn afresh: there is nothing to skip
@@ -655,6 +659,8 @@ class DPTrainer(Trainer):
                 norms = self.engine.backward(losses, microbatch["author"])
                 counts = [norms.new_tensor(len(norms)), (norms > self.plan.clip_norm).sum(), (~norms.isfinite()).sum()]
                 self._clip_counts += torch.stack(counts)
+                bins = torch.bucketize(norms / self.plan.clip_norm, self.norm_edges)
+                self._norm_counts.scatter_add_(0, bins, torch.ones_like(norms))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
         if self.engine is None and dist.is_initialized():
             sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
@@ -704,6 +710,18 @@ class DPTrainer(Trainer):
         counts = self._clip_counts.tolist()
         self._clip_counts.zero_()
         return counts
+
+    def gathered_norm_counts(self) -> list[float]:
+        """Return how many gradient norms of all processes lie below, between and above `norm_edges`; private."""
+        counts = self._norm_counts.clone()
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        return counts.tolist()
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write `model_card`, if there is one, instead of the Trainer's card, which would show private metrics."""
+        if self.model_card is not None and self.is_world_process_zero():
+            (Path(self.args.output_dir) / "README.md").write_text(self.model_card(self.privacy_report()))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, whole or not at all: sealed at the end, and only then are older ones deleted."""

@@ -25,6 +25,7 @@ All options may stand in a YAML file, and others after it: fine-tune-dp.py --con
 `data_utils.py` makes samples and authors of a data set; `dp_utils.py` is the mechanism and its Trainer.
 """
 
+import functools
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import NoReturn, Optional
 
 import datasets
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -66,6 +68,7 @@ from data_utils import (
 from dp_utils import DPTrainer, PrivacyArguments
 from guards import check_options
 from privacy_audit import Audit, AuditArguments, secret_key
+from report import Statistics, card, write_report
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -257,6 +260,8 @@ def main() -> None:
         data_collator=collate,
         processing_class=tokenizer,
     )
+    trainer.add_callback(Statistics(trainer, np.diff(grouped[1])))
+    trainer.model_card = functools.partial(card, base_model=model_args.model_name)
     logger.info(trainer.summary())
     if evaluation is not None and not training_args.resume_from_checkpoint:
         # In words, since the Trainer's progress bar shows log lines during training only.
@@ -270,6 +275,8 @@ def main() -> None:
     trainer.save_model()
 
     if trainer.is_world_process_zero():
+        trainer.create_model_card()
+        write_report(Path(training_args.output_dir), hidden=training_args.push_to_hub)
         report = trainer.privacy_report()
         loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
         if trainer.audit is not None:

@@ -64,6 +64,11 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     check_checkpointing(args, privacy)
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("torch.distributed.run started several processes, but they are not connected: on CPUs add --use_cpu")
+    if args.push_to_hub and not privacy.disable_dp:
+        if args.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise UserError("--hub_strategy checkpoint would publish trainer_state.json, with private losses: use every_save")
+        if os.path.exists(os.path.join(args.output_dir, "report.html")):
+            raise UserError("--push_to_hub would publish report.html of --output_dir, which is private: move it and report/ away")
     if args.max_grad_norm and not privacy.disable_dp:
         raise UserError(
             f"--max_grad_norm {args.max_grad_norm} would clip the noisy sum once more; set it to 0, as "

@@ -1,0 +1,112 @@
+"""report.py: what the page and the card say, from the ledger, and that the card tells nothing private."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_dataset, make_trainer
+from matplotlib.image import imread
+
+from accounting import Spending, compute_epsilon
+from data_utils import UserError
+from ledger import PrivacyLedger
+from report import Statistics, card, first, guarantee, write_report
+
+
+def run(folder, **privacy):
+    dataset = make_dataset([1, 2, 3, 70] * 10)
+    trainer = make_trainer(
+        folder, dataset=dataset, max_steps=4, learning_rate=0.1, eval_strategy="no", logging_steps=1,
+        privacy={"noise_multiplier": None, "target_epsilon": 8.0, "samples_per_author": 2, **privacy},
+    )  # fmt: skip
+    trainer.add_callback(Statistics(trainer, np.diff(dataset.offsets)))
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def test_the_page_shows_the_guarantee_and_the_run(tmp_path):
+    trainer = run(tmp_path)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert f"epsilon {np.ceil(trainer.epsilon() * 100) / 100:.2f} at delta 0.025" in page
+    assert page.count("data:image/png;base64,") == 5 and page.count("private: do not publish") == 4
+    assert "http" not in page.replace("http-equiv", "")  # self-contained
+    names = {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert names == {"loss", "epsilon", "samples", "norms", "time"}
+    for path in (tmp_path / "report").glob("*.png"):
+        assert imread(path)[..., :3].std() > 0.03  # something is drawn
+    statistics = json.loads((tmp_path / "_private_statistics.json").read_text())
+    assert statistics["samples_per_author"] == {"samples": [1, 2, 3, 70], "authors": [10, 10, 10, 10]}
+    assert len(statistics["seconds_per_step"]) == 4 and sum(statistics["norms_over_clip_norm"]["counts"]) > 0
+
+
+def test_norms_are_counted_in_their_bins(tmp_path):
+    trainer = run(tmp_path)
+    counts, edges = trainer.gathered_norm_counts(), trainer.norm_edges
+    clipped = sum(counts[i] for i in range(len(counts)) if i > 0 and (i == len(edges) or edges[i] > 1.0001))
+    assert sum(counts) > 0 and clipped == sum(counts)  # C is 0.5, the norms of a new model are above 1
+
+
+def test_the_card_holds_public_values_only(tmp_path):
+    trainer = run(tmp_path)
+    trainer.audit = {"epsilon_lower_bound": 0.5, "confidence": 0.95, "correct": 60, "guesses": 100, "canaries": 200}
+    text = card(trainer.privacy_report(), "gpt2")
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "gpt2" and "differential-privacy" in metadata["tags"]
+    assert "760" not in re.sub(r"\d\.\d+", "", text)  # the number of samples
+    assert "loss" not in text.lower() and "60 of 100" in text and f"{trainer.plan.noise_multiplier:.6g}" in text
+    assert "base_model" not in card(trainer.privacy_report(), str(tmp_path))  # a local path tells others nothing
+
+
+def test_the_trainer_writes_this_card_and_not_its_own(tmp_path):
+    trainer = run(tmp_path)
+    trainer.create_model_card()
+    assert not (tmp_path / "README.md").exists()
+    trainer.model_card = lambda report: card(report, "gpt2")
+    trainer.create_model_card()
+    assert "author-level-dp" in (tmp_path / "README.md").read_text()
+
+
+def test_epsilon_comes_from_the_ledger(tmp_path):
+    trainer = run(tmp_path)
+    ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
+    ledger.start_run({key: value for key, value in ledger.runs[0].items() if key != "record"})
+    for _ in range(20):
+        ledger.record_step()
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    found = re.search(r"<tr><th>Epsilon</th><td>([\d.]+)</td>", page)
+    expected = compute_epsilon(trainer.plan.noise_multiplier, trainer.plan.sample_rate, 24, trainer.plan.delta)
+    assert float(found[1]) == pytest.approx(expected, rel=3e-3) and "<td>24</td>" in page
+
+
+def test_without_privacy_nothing_is_promised(tmp_path):
+    trainer = run(tmp_path, target_epsilon=None, disable_dp=True)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "without a privacy guarantee" in page and "--disable_dp" in page and page.count("data:image") == 3
+    assert guarantee(trainer.privacy_report())[0][1].startswith("none")
+    assert "differential-privacy" not in card(trainer.privacy_report(), "gpt2")
+
+
+def test_uploads_leave_the_report_here(tmp_path):
+    run(tmp_path)
+    write_report(tmp_path, hidden=True)
+    assert (tmp_path / "_report.html").exists() and not (tmp_path / "report.html").exists() and not (tmp_path / "report").exists()
+    (tmp_path / "report.html").write_text("private")
+    for options, words in (({}, "report.html"), ({"hub_strategy": "checkpoint"}, "--hub_strategy")):
+        with pytest.raises(UserError, match=words):
+            make_trainer(tmp_path, push_to_hub=True, **options)
+
+
+def test_first_steps_of_several_runs():
+    spendings = [Spending(1.0, 0.1, 5), Spending(2.0, 0.1, 5)]
+    assert [s.steps for s in first(spendings, 7)] == [5, 2] and [s.steps for s in first(spendings, 3)] == [3, 0]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="OUTPUT_DIR"):
+        write_report(tmp_path)
