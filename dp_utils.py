@@ -487,11 +487,10 @@ class DPTrainer(Trainer):
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
         self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
         self._step_loss = torch.zeros((), device=args.device)
-        self._logged_step = 0
         # Norms over the clip norm that were seen, in bins of a tenth of a decade; private.
         self.norm_edges = torch.logspace(-4, 4, 81, device=args.device)
         self._norm_counts = torch.zeros(len(self.norm_edges) + 1, device=args.device)
-        self._clip_counts = torch.zeros(3, device=args.device)  # authors seen, clipped, not finite, since the last log
+        self._clip_counts = torch.zeros(4, device=args.device)  # authors seen, clipped, not finite, and steps, since the last log
         args.max_steps = self.plan.steps
         args.ignore_data_skip = True  # batches are drawn afresh: there is nothing to skip
         args.gradient_accumulation_steps = 1  # the logical batch is cut in training_step
@@ -658,10 +657,11 @@ class DPTrainer(Trainer):
             else:
                 norms = self.engine.backward(losses, microbatch["author"])
                 counts = [norms.new_tensor(len(norms)), (norms > self.plan.clip_norm).sum(), (~norms.isfinite()).sum()]
-                self._clip_counts += torch.stack(counts)
+                self._clip_counts[:3] += torch.stack(counts)
                 bins = torch.bucketize(norms / self.plan.clip_norm, self.norm_edges)
                 self._norm_counts.scatter_add_(0, bins, torch.ones_like(norms))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
+        self._clip_counts[3] += 1 / self.args.world_size
         if self.engine is None and dist.is_initialized():
             sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one
@@ -693,11 +693,10 @@ class DPTrainer(Trainer):
         if not self.privacy.disable_dp:
             if "loss" in logs:
                 self._check_weights()
-                authors, clipped, not_finite = self._pop_clip_counts()
+                authors, clipped, not_finite, steps = self._pop_clip_counts()
                 logs["clip_fraction"] = clipped / max(authors, 1)
-                logs["authors_per_step"] = authors / max(1, self.state.global_step - self._logged_step)
+                logs["authors_per_step"] = authors / max(1, steps)
                 logs["noise_multiplier"] = self.plan.noise_multiplier
-                self._logged_step = self.state.global_step
                 if not_finite:
                     logger.warning(f"The gradients of {not_finite:.0f} authors were not finite; they contributed zero.")
             if self.args.process_index == 0:
@@ -741,7 +740,8 @@ class DPTrainer(Trainer):
             rotate(folder, keep, self.state.best_model_checkpoint)
 
     def _check_weights(self) -> None:
-        check_weights(self.model, f"--learning_rate: by step {self.state.global_step}, ", "lower it, and start anew")
+        trained = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        check_weights(trained, f"--learning_rate: by step {self.state.global_step}, ", "lower it, and start anew")
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
         """Save model and tokenizer, and the privacy report beside them."""

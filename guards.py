@@ -5,6 +5,7 @@ is made from this file.
 """
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
 
 def check_model(model: nn.Module) -> None:
     """Raise UserError for a model whose per-author gradients do not exist, that would round the noise, or is broken."""
-    check_weights(model, "--model_name: ", "choose another model, or mend the checkpoint")
+    check_weights(model.named_parameters(), "--model_name: ", "choose another model, or mend the checkpoint")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(f"--model_name: {name} is a batch norm, which mixes the authors of a batch; choose another model")
@@ -116,8 +117,8 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def check_weights(model: nn.Module, where: str, remedy: str) -> None:
+def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], where: str, remedy: str) -> None:
     """Raise UserError where a weight is not a finite number. Weights are public, so this tells nothing about any author."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
             raise UserError(f"{where}{name} holds weights that are not finite: {remedy}")

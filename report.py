@@ -88,7 +88,7 @@ def draw_losses(axes: pyplot.Axes, log: list[dict]) -> None:
 def draw_epsilon(axes: pyplot.Axes, ledger: PrivacyLedger, delta: float, target: Optional[float]) -> None:
     """Epsilon after each number of steps, across runs."""
     loss = PrivacyLoss(ledger.spendings, delta)
-    steps = np.unique(np.linspace(0, ledger.steps, 41).round().astype(int)).tolist()
+    steps = np.unique(np.linspace(0, ledger.steps, 21).round().astype(int)).tolist()
     epsilons = [loss.epsilon(first(ledger.spendings, count)) for count in steps]
     axes.plot(steps, epsilons, color=BLUE, label="spent")
     for end in np.cumsum([spending.steps for spending in ledger.spendings])[:-1]:

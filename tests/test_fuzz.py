@@ -94,7 +94,7 @@ def load(name: str, content: bytes) -> list | None:
         return values.to_pylist()
 
 
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=120)
 @given(name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet"]), content=st.binary(max_size=60))
 def test_any_bytes_are_refused_or_read(name, content):
     load(name, content)
@@ -109,7 +109,7 @@ def test_any_json_is_refused_or_read_with_its_authors_as_they_are(rows):
         assert all(type(a) is type(row["author"]) for a, row in zip(found, rows)) and None not in found
 
 
-@settings(FUZZ, max_examples=200)
+@settings(FUZZ, max_examples=100)
 @given(st.lists(st.tuples(AUTHORS, TEXTS), min_size=1, max_size=4), st.sampled_from(["a.jsonl", "a.csv", "a.parquet"]))
 def test_authors_are_read_as_they_are_written_or_refused(rows, name):
     authors = [author for author, _ in rows]

@@ -247,7 +247,7 @@ def microsoft_bounds(q: float, steps: int, sigma: float, delta: float, error: fl
 def test_epsilon_of_a_ledger_agrees_with_the_judges(tmp_path, monkeypatch, setting):
     """Within the errors that each of the three states; ours is an upper bound."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(PrivacyLoss, "MAX_CELLS", 2**21)
+    monkeypatch.setattr(PrivacyLoss, "MAX_CELLS", 2**20)
     q, steps, sigma, delta = setting
     make_ledger(tmp_path, steps, sample_rate=q, noise_multiplier=sigma)
     (spending,) = PrivacyLedger(tmp_path / "privacy_ledger.jsonl").spendings
