@@ -66,10 +66,7 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("torch.distributed.run started several processes, but they are not connected: on CPUs add --use_cpu")
     if args.push_to_hub and not privacy.disable_dp:
-        if args.hub_strategy in ("checkpoint", "all_checkpoints"):
-            raise UserError("--hub_strategy checkpoint would publish trainer_state.json, with private losses: use every_save")
-        if os.path.exists(os.path.join(args.output_dir, "report.html")):
-            raise UserError("--push_to_hub would publish report.html of --output_dir, which is private: move it and report/ away")
+        check_uploads(args)
     if args.max_grad_norm and not privacy.disable_dp:
         raise UserError(
             f"--max_grad_norm {args.max_grad_norm} would clip the noisy sum once more; set it to 0, as "
@@ -88,6 +85,20 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be a JSON object, like '{{\"name\": 1}}'")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs} must be above 0 where --max_steps is not given")
+
+
+def check_uploads(args: TrainingArguments) -> None:
+    """Raise UserError where --push_to_hub would publish losses and norms of private data."""
+    if args.hub_strategy in ("checkpoint", "all_checkpoints"):
+        raise UserError("--hub_strategy checkpoint would publish trainer_state.json, with private losses: use every_save")
+    for name in ("report.html", "report", "runs"):
+        if os.path.exists(os.path.join(args.output_dir, name)):
+            raise UserError(f"--push_to_hub would publish {name} of --output_dir, which is private: move it away")
+    if "tensorboard" in args.report_to and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        raise UserError(
+            "--report_to tensorboard writes private losses to --output_dir, which --push_to_hub would publish: set "
+            "TENSORBOARD_LOGGING_DIR to another folder"
+        )
 
 
 def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:

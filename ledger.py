@@ -233,7 +233,7 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     delta = delta or last["delta"]
     again = Spending(last["noise_multiplier"], last["sample_rate"], last["steps"])
     loss = PrivacyLoss([*ledger.spendings, again], delta)
-    lines = [f"{ledger.path}: {len(ledger.runs)} runs, {ledger.steps:,} steps, records unbroken"]
+    lines = [f"{ledger.path}: runs {len(ledger.runs)}, steps {ledger.steps:,}, records unbroken"]
     for number, (header, spending) in enumerate(zip(ledger.runs, ledger.spendings), 1):
         lines.append(
             f"  run {number}: {spending.steps:,} of {header['steps']:,} steps, noise multiplier {spending.noise_multiplier:.4f}, "

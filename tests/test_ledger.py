@@ -192,7 +192,7 @@ def test_the_program_says_what_was_spent_and_what_one_more_run_would_cost(tmp_pa
     after = exact_epsilon([(2.0, 0.1, 10), (3.0, 0.1, 15)], 1e-3)
     said = [float(line.split("epsilon ")[1].split()[0]) for line in done.stdout.splitlines() if "at delta" in line]
     assert said == [pytest.approx(spent, abs=0.02), pytest.approx(after, abs=0.02)]
-    assert "2 runs, 15 steps" in done.stdout and "promised: epsilon 8" in done.stdout
+    assert "runs 2, steps 15" in done.stdout and "promised: epsilon 8" in done.stdout
     assert "at delta 1e-05" in ledger_program(str(tmp_path), "1e-5").stdout
 
 

@@ -96,10 +96,12 @@ def test_uploads_leave_the_report_here(tmp_path):
     run(tmp_path)
     write_report(tmp_path, hidden=True)
     assert (tmp_path / "_report.html").exists() and not (tmp_path / "report.html").exists() and not (tmp_path / "report").exists()
-    (tmp_path / "report.html").write_text("private")
-    for options, words in (({}, "report.html"), ({"hub_strategy": "checkpoint"}, "--hub_strategy")):
+    for options, words in (({"hub_strategy": "checkpoint"}, "--hub_strategy"), ({"report_to": ["tensorboard"]}, "LOGGING_DIR")):
         with pytest.raises(UserError, match=words):
-            make_trainer(tmp_path, push_to_hub=True, **options)
+            make_trainer(tmp_path / "new", push_to_hub=True, **options)
+    (tmp_path / "report.html").write_text("private")
+    with pytest.raises(UserError, match=r"publish report\.html"):
+        make_trainer(tmp_path, push_to_hub=True)
 
 
 def test_first_steps_of_several_runs():
