@@ -113,7 +113,7 @@ def epsilon_table(losses: dict) -> None:
     axes.set_xticks((1, 2, 4, 8), ("1", "2", "4", "8"), minor=False)
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.63))
     figure.savefig(Path(__file__).with_name("epsilon.png"), dpi=150)
 
 
