@@ -41,13 +41,8 @@ KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
     "`metric_for_best_model` training argument": "--metric_for_best_model: there is no such metric; leave it out for eval_loss",
     "ConnectError": "--push_to_hub: the Hugging Face hub cannot be reached; leave it out, and upload --output_dir later",
 }
-WRITE_FAILURES = (
-    "PytorchStreamWriter",
-    "iostream error",
-    "unexpected pos",
-    "file write failed",
-    "I/O error",
-)  # torch's, safetensors'
+# In errors of torch and safetensors, which have no errno.
+WRITE_FAILURES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
 SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is on disk
 
 # --- whole checkpoints ------------------------------------------------------------------------------------
@@ -98,11 +93,12 @@ def by_step(output_dir: Path) -> list[Path]:
 
 def rotate(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
     """Delete whole checkpoints beside `newest` but for `limit` of them; never `newest` itself, nor `best`."""
+    if limit is None or limit <= 0:
+        return
     others = [path for path in by_step(newest.parent) if path != newest and find_damage(path) is None]
-    if limit is not None and limit > 0:
-        for path in others[: max(0, len(others) + 1 - limit)]:
-            if best is None or path.resolve() != Path(best).resolve():
-                shutil.rmtree(path)
+    for path in others[: max(0, len(others) + 1 - limit)]:
+        if best is None or path.resolve() != Path(best).resolve():
+            shutil.rmtree(path)
 
 
 # --- what may be resumed ----------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def check_csv_rows(option: str, name: str) -> None:
             raise UserError(f"{option} {name} cannot be read as .csv, line {rows.line_num}: {error}") from error
         except UnicodeDecodeError as error:
             with open(name, "rb") as lines:
-                line = next(number for number, text in enumerate(lines, 1) if text.decode(errors="ignore").encode() != text)
+                line = next(number for number, text in enumerate(lines, 1) if not is_utf8(text))
             raise UserError(f"{option} {name}, line {line} is not UTF-8: save the file as UTF-8") from error
 
 
@@ -270,9 +270,13 @@ def check_utf8(source: str, column: str, values: pa.ChunkedArray) -> None:
         values.validate(full=True)
     except pa.ArrowInvalid as error:
         for row, value in enumerate(values.cast(pa.large_binary()).to_pylist(), 1):
-            if value is not None and value.decode(errors="ignore").encode() != value:
+            if value is not None and not is_utf8(value):
                 raise UserError(f"{source}: column {column!r}, row {row} is not UTF-8: save the file as UTF-8") from error
         raise
+
+
+def is_utf8(text: bytes) -> bool:
+    return text.decode(errors="ignore").encode() == text
 
 
 def column_of(samples: Dataset, name: str) -> pa.ChunkedArray:

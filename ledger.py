@@ -78,18 +78,18 @@ class PrivacyLedger:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                if record.pop("link") != link(self.links[-1], record):
+                if (found := record.pop("link")) != link(self.links[-1], record):
                     raise ValueError("the chain is broken")
-                self._count(record)
+                self._count(record, found)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise UserError(
                     f"{self.path}, line {number} was changed after it was written: restore it, or start in a new --output_dir"
                 ) from error
         if self._torn and self.spendings:
-            logger.warning(f"The last record of {self.path} is incomplete; it is counted as a step.")
+            logger.warning_once(f"The last record of {self.path} is incomplete; it is counted as a step.")
             self._count_step()
 
-    def _count(self, record: dict[str, Any]) -> None:
+    def _count(self, record: dict[str, Any], its_link: str) -> None:
         if record["record"] == "run":
             self.spendings.append(Spending(float(record["noise_multiplier"]), float(record["sample_rate"]), 0))
             self.runs.append(record)
@@ -97,7 +97,7 @@ class PrivacyLedger:
             raise ValueError("a step is missing")
         else:
             self._count_step()
-        self.links.append(link(self.links[-1], record))
+        self.links.append(its_link)
 
     def _count_step(self) -> None:
         self.spendings[-1] = self.spendings[-1]._replace(steps=self.spendings[-1].steps + 1)
@@ -152,8 +152,7 @@ class PrivacyLedger:
                 raise self._unwritable(error) from error
             self._size, self._torn = whole, b""
             if self.spendings:
-                self._write({"record": "step", "step": self.steps, "torn": True})
-                self.links.append(self._link)
+                self.links.append(self._write({"record": "step", "step": self.steps, "torn": True}))
         self._append({"record": "run", **header})
 
     def record_step(self) -> None:
@@ -161,13 +160,12 @@ class PrivacyLedger:
         self._append({"record": "step", "step": self.steps + 1})
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._write(record)
-        self._count(record)
+        self._count(record, self._write(record))
 
-    def _write(self, record: dict[str, Any]) -> None:
-        """Write, flush and fsync. Only the first record makes the file: it must not begin anew when it was taken away."""
-        self._link = link(self.links[-1], record)
-        line = json.dumps({**record, "link": self._link}).encode() + b"\n"
+    def _write(self, record: dict[str, Any]) -> str:
+        """Write, flush and fsync; return the link. Only the first record makes the file: one taken away must not begin anew."""
+        its_link = link(self.links[-1], record)
+        line = json.dumps({**record, "link": its_link}).encode() + b"\n"
         try:
             created = 0 if self._size else os.O_CREAT
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | created, 0o644)
@@ -185,6 +183,7 @@ class PrivacyLedger:
         except OSError as error:
             raise self._unwritable(error) from error
         self._size += len(line)
+        return its_link
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(

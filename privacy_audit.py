@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, Features, concatenate_datasets
 from scipy import stats
 from transformers.utils import logging
@@ -108,8 +109,8 @@ class Audit:
         losses = []
         with torch.no_grad():
             for batch in cut_into_microbatches(authors, trainer.args.per_device_eval_batch_size):
-                moved = {name: value.to(trainer.args.device) if name != "num_authors" else value for name, value in batch.items()}
-                losses.append(author_losses(trainer.model, moved, trainer.needs_positions).cpu())
+                batch = send_to_device(batch, trainer.args.device)
+                losses.append(author_losses(trainer.model, batch, trainer.needs_positions).cpu())
         return torch.cat(losses).double().numpy()
 
 

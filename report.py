@@ -46,7 +46,7 @@ class Statistics(TrainerCallback):
 
     Args:
         samples_of_authors: (authors,), how many samples each has.
-        trainer: of class DPTrainer; its `norm_counts` are read at the end.
+        trainer: of class DPTrainer; its `gathered_norm_counts` are read at the end.
     """
 
     def __init__(self, trainer: Any, samples_of_authors: np.ndarray):
@@ -85,9 +85,8 @@ def draw_losses(axes: pyplot.Axes, log: list[dict]) -> None:
     axes.legend()
 
 
-def draw_epsilon(axes: pyplot.Axes, ledger: PrivacyLedger, delta: float, target: Optional[float]) -> None:
+def draw_epsilon(axes: pyplot.Axes, ledger: PrivacyLedger, loss: PrivacyLoss, target: Optional[float]) -> None:
     """Epsilon after each number of steps, across runs."""
-    loss = PrivacyLoss(ledger.spendings, delta)
     steps = np.unique(np.linspace(0, ledger.steps, 21).round().astype(int)).tolist()
     epsilons = [loss.epsilon(first(ledger.spendings, count)) for count in steps]
     axes.plot(steps, epsilons, color=BLUE, label="spent")
@@ -95,7 +94,9 @@ def draw_epsilon(axes: pyplot.Axes, ledger: PrivacyLedger, delta: float, target:
         axes.axvline(end, color=GREY, linewidth=1, linestyle="--")
     if target is not None:
         axes.axhline(target, color=RED, linestyle=":", label=f"target {target:g}")
-    axes.set(title="Epsilon spent", xlabel="step, lost ones included", ylabel=f"epsilon at delta {delta:.2g}", ylim=(0, None))
+    axes.set(
+        title="Epsilon spent", xlabel="step, lost ones included", ylabel=f"epsilon at delta {loss.delta:.2g}", ylim=(0, None)
+    )
     axes.legend()
 
 
@@ -137,13 +138,15 @@ def draw_times(axes: pyplot.Axes, seconds: list[float]) -> None:
     axes.legend()
 
 
-def draw_all(pictures: Path, report: dict, ledger: PrivacyLedger, statistics: dict) -> dict[str, tuple[Path, bool]]:
+def draw_all(
+    pictures: Path, report: dict, ledger: PrivacyLedger, loss: Optional[PrivacyLoss], statistics: dict
+) -> dict[str, tuple[Path, bool]]:
     """Write the figures that there are data for; return for each name its file in `pictures`, and whether it is private."""
     drawings: dict[str, tuple] = {}
     if any("loss" in row or "eval_loss" in row for row in statistics.get("log", [])):
         drawings["loss"] = (draw_losses, (statistics["log"],), True)
-    if ledger.steps and report["epsilon"] is not None:
-        drawings["epsilon"] = (draw_epsilon, (ledger, report["delta"], report["target_epsilon"]), False)
+    if loss is not None and report["epsilon"] is not None:
+        drawings["epsilon"] = (draw_epsilon, (ledger, loss, report["target_epsilon"]), False)
     if statistics:
         samples = statistics["samples_per_author"]
         drawings["samples"] = (draw_samples, (samples["samples"], samples["authors"], report["samples_per_author"]), True)
@@ -167,11 +170,14 @@ def draw_all(pictures: Path, report: dict, ledger: PrivacyLedger, statistics: di
 # --- words ------------------------------------------------------------------------------------------------
 
 
+def number(value: Optional[float]) -> str:
+    return "none" if value is None else f"{value:,.6g}"
+
+
 def guarantee(report: dict) -> list[tuple[str, str]]:
     """Return the reporting list of Ponomareva et al. 2023, section 5.3.3; public values only."""
     if report["disable_dp"]:
         return [("Guarantee", "none: trained with --disable_dp")]
-    number = lambda value: "none" if value is None else f"{value:,.6g}"  # noqa: E731
     rows = [
         ("Guarantee", guarantee_in_words(report["epsilon"], report["delta"])),
         ("Setting", "central: the trainer sees the data, the public sees the model"),
@@ -300,13 +306,15 @@ def write_report(folder: Path, hidden: bool = False) -> None:
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME}: give the --output_dir of a run")
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     report: dict[str, Any] = ledger.check_report(folder / REPORT_NAME)
+    loss = None
     if not report["disable_dp"] and ledger.steps:  # more may have been spent since
-        epsilon = PrivacyLoss(ledger.spendings, report["delta"]).epsilon(ledger.spendings)
+        loss = PrivacyLoss(ledger.spendings, report["delta"])
+        epsilon = loss.epsilon(ledger.spendings)
         report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps}
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}
     prefix = "_" if hidden else ""
-    figures = draw_all(folder / f"{prefix}report", report, ledger, statistics)
+    figures = draw_all(folder / f"{prefix}report", report, ledger, loss, statistics)
     (folder / f"{prefix}{PAGE_NAME}").write_text(page(folder.resolve().name, report, figures))
 
 
