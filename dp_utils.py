@@ -32,7 +32,7 @@ import inspect
 import math
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -475,13 +475,11 @@ class DPTrainer(Trainer):
         self.privacy = privacy
         self.checkpoint = find_checkpoint(args, privacy)
         self.ledger = PrivacyLedger(Path(args.output_dir) / LEDGER_NAME)
-        earlier = broadcast(self.ledger.runs)
+        earlier = broadcast(self.ledger.runs if self.ledger.steps else [])  # a run that took no step binds nobody
         self.plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1]["noise_multiplier"] if earlier else None)
-        if not privacy.disable_dp and self.ledger.steps:
-            check_same_authors(earlier, self.plan.num_authors, privacy.allow_other_authors)
+        check_same_authors(earlier, self.plan.num_authors, privacy.allow_other_authors)
         self.privacy_loss: Optional[PrivacyLoss] = None  # of the earlier runs and this one, on the first process
         self.run_steps = 0  # steps of this run, as opposed to those of earlier runs in the ledger
-        self._earlier_steps = self.ledger.steps
         self.allowed_steps: float = math.inf
         self.engine: Optional[GradSampleClipping] = None
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
@@ -544,11 +542,21 @@ class DPTrainer(Trainer):
             return False
         return TrainerState.load_from_json(str(self.checkpoint / TRAINER_STATE_NAME)).global_step >= self.plan.steps
 
-    def _folder_of_ones_own(self) -> AbstractContextManager:
+    @contextmanager
+    def _folder_of_ones_own(self) -> Iterator[None]:
         """Lock the folder, for the first process; every process has looked into it before that one writes."""
         if dist.is_initialized():
             dist.barrier()
-        return nullcontext() if self.privacy.disable_dp or self.args.process_index > 0 else self.ledger.locked()
+        if self.privacy.disable_dp or self.args.process_index > 0:
+            yield
+            return
+        known = self.ledger.steps
+        with self.ledger.locked():
+            if self.ledger.steps != known:
+                raise UserError(
+                    f"--output_dir {self.args.output_dir}: another run wrote to it just now; look what it is, then resume"
+                )
+            yield
 
     def _start_run(self) -> None:
         """Work out how many steps the budget allows, and write the ledger's header."""
@@ -556,12 +564,8 @@ class DPTrainer(Trainer):
         if plan.noise_multiplier == 0:
             logger.warning("*** NO PRIVACY: --noise_multiplier 0 clips without noise. Epsilon is infinite. ***")
         if self.args.process_index == 0:
-            if self.ledger.steps != self._earlier_steps + self.run_steps:
-                raise UserError(
-                    f"--output_dir {self.args.output_dir}: another run wrote to it just now; look what it is, then resume"
-                )
             if self.run_steps:  # trained before: the grid was planned for these steps only
-                self._earlier_steps, self.run_steps, self.privacy_loss = self.ledger.steps, 0, None
+                self.run_steps, self.privacy_loss = 0, None
             if plan.target_epsilon is not None:
                 self.allowed_steps = largest(plan.steps, lambda steps: self.epsilon(steps) <= plan.target_epsilon)
             if self.allowed_steps >= 1:

@@ -594,6 +594,18 @@ def test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(tmp_path):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
 
 
+def test_a_run_that_took_no_step_binds_nobody(tmp_path):
+    """Its header may be there; a new run is calibrated and counted for itself."""
+    idle = resumable(tmp_path, max_steps=60, target=1.0)
+    idle._start_run()
+    assert idle.ledger.steps == 0 and len(idle.ledger.runs) == 1
+    fresh = make_trainer(
+        tmp_path, dataset=make_dataset([1] * 50), max_steps=3, privacy={"noise_multiplier": None, "target_epsilon": 4.0}
+    )
+    fresh.train()
+    assert fresh.ledger.steps == 3 and 3.9 < fresh.epsilon() <= 4.0
+
+
 def test_other_noise_batch_clip_norm_and_samples_compose_exactly_as_they_ran(tmp_path):
     def run(steps, sigma, batch, **privacy):
         trainer = make_trainer(
