@@ -273,7 +273,9 @@ def card(report: dict, base_model: str) -> str:
     """Return a model card with Hugging Face's metadata; public values only."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in guarantee(report))
     base = f"base_model: {base_model}\n" if base_model and not Path(base_model).exists() else ""
-    tags = "" if report["disable_dp"] else "- differential-privacy\n- author-level-dp\n"
+    is_private = report["epsilon"] is not None
+    tags = "- differential-privacy\n- author-level-dp\n" if is_private else ""
+    title = "Fine-tuned with author-level differential privacy" if is_private else "Fine-tuned without a privacy guarantee"
     return f"""---
 {base}pipeline_tag: text-generation
 library_name: transformers
@@ -281,7 +283,7 @@ tags:
 - text-generation
 {tags}---
 
-# Fine-tuned with author-level differential privacy
+# {title}
 
 {in_plain_words(report)}
 
