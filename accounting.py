@@ -30,6 +30,7 @@ from opacus.accountants.analysis.prv import (
     compute_safe_domain_size,
     discretize,
 )
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from data_utils import UserError
@@ -274,6 +275,53 @@ class PrivacyPlan:
                 "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",
             ]
         return "\n".join(lines)
+
+
+def make_plan(
+    privacy: Any, args: TrainingArguments, offsets: np.ndarray, noise_multiplier: Optional[float] = None
+) -> PrivacyPlan:
+    """Work out sample rate, steps and noise.
+
+    Args:
+        privacy: dp_utils.PrivacyArguments.
+        args: Hugging Face's.
+        offsets: (authors + 1,), from `data_utils.group_by_author`.
+        noise_multiplier: of the run that is resumed, if any; otherwise it is as given or calibrated.
+    Raises:
+        UserError: for fewer than two authors, or a target that cannot be reached.
+    """
+    num_authors = len(offsets) - 1
+    if num_authors < 2:
+        raise UserError(
+            "--author_column: there is one author only, whom no noise can hide among others; give data of many authors"
+        )
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    sample_rate = min(1.0, batch_size / num_authors)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
+    delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
+    if privacy.disable_dp:
+        sigma = None
+    elif privacy.noise_multiplier is not None:
+        sigma = privacy.noise_multiplier
+    elif noise_multiplier is not None:
+        sigma = noise_multiplier
+    else:
+        sigma = find_noise_multiplier(sample_rate, steps, privacy.target_epsilon, delta)
+    return PrivacyPlan(
+        target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
+        delta=delta,
+        noise_multiplier=sigma,
+        clip_norm=None if privacy.disable_dp else privacy.per_sample_max_grad_norm,
+        sample_rate=sample_rate,
+        expected_batch_size=batch_size,
+        steps=steps,
+        num_authors=num_authors,
+        num_samples=int(offsets[-1]),
+        samples_per_author=privacy.samples_per_author,
+        clipping=privacy.clipping,
+        world_size=args.world_size,
+        disable_dp=privacy.disable_dp,
+    )
 
 
 def guarantee_in_words(epsilon: Optional[float], delta: float) -> str:

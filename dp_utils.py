@@ -1,30 +1,18 @@
-"""The mechanism: DP-SGD whose privacy unit is the author, for Hugging Face's Trainer.
+"""Author-level DP for Hugging Face's Trainer: what is promised, and the Trainer that keeps the promise.
 
 Promise: every model that a run saves is (epsilon, delta)-differentially private under add-or-remove-one-author
 adjacency: all samples of one author together. The number of authors N, the sample rate q, the number of steps
 and all options are public. Losses, evaluation metrics and gradient statistics are not covered: they are
 computed on private data without noise.
 
-A step, in the order of this file:
-
-1. every author enters the batch independently with probability q = B / N (Poisson sampling), and up to k of
-   the author's samples are drawn, fresh each time and without replacement (`PoissonAuthorSampler`);
-2. author a's loss is the mean cross-entropy over a's own target tokens (`author_losses`);
-3. g_a, the gradient of that loss, is clipped to norm C over all trainable parameters together and summed over
-   the authors (`GhostClipping`, in a module of its own, or `GradSampleClipping`, the plain reference);
-4. the step is written to the ledger (`PrivacyLedger`), then one draw of N(0, sigma^2 C^2 I) is added, the sum
-   is divided by the constant B, and the optimizer takes it as its gradient (`AuthorDPOptimizer`).
+Sampling, loss, clipping and noise are in `mechanism.py`, epsilon in `accounting.py`, the record of every step in
+`ledger.py`, resuming in `checkpoints.py`. `DPTrainer` connects them, in the order in which the Trainer asks.
 
 Example:
 
     >>> privacy = PrivacyArguments(target_epsilon=8.0, per_sample_max_grad_norm=1.0)
     >>> trainer = DPTrainer(model, args, privacy, train_dataset=AuthorDataset(...), data_collator=collate)
     >>> trainer.train()
-
-References:
-    [1] Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv 1607.00133 (the mechanism)
-    [2] McMahan et al. 2018, Learning Differentially Private Recurrent Language Models, arXiv 1710.06963 (users)
-    [3] Charles et al. 2024, Fine-Tuning LLMs with User-Level Differential Privacy, arXiv 2407.07737 (user-level sampling)
 """
 
 import copy
@@ -37,14 +25,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from accelerate.utils import DistributedType, send_to_device
-from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -52,14 +38,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from accounting import PrivacyLoss, PrivacyPlan, Spending, compute_epsilon, find_noise_multiplier
+from accounting import PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier, make_plan
 from checkpoints import SEAL_NAME, SignalError, StopOnSignal, check_same_authors, find_checkpoint, rotate, seal
-from data_utils import IGNORED, UserError, cut_into_microbatches
-from ghost_clipping import GhostClipping
-from grad_sample_clipping import GradSampleClipping
+from data_utils import UserError
 from guards import check_model, check_options, check_weights
 from ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
-from noise import NoiseSource
+from mechanism import ENGINES, AuthorDPOptimizer, ClippingEngine, DrawnDataset, LogicalBatch, PoissonAuthorSampler, author_losses
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -127,295 +111,6 @@ class PrivacyArguments:
             )
 
 
-def make_plan(
-    privacy: PrivacyArguments, args: TrainingArguments, offsets: np.ndarray, noise_multiplier: Optional[float] = None
-) -> PrivacyPlan:
-    """Work out sample rate, steps and noise.
-
-    Args:
-        offsets: (authors + 1,), from `data_utils.group_by_author`.
-        noise_multiplier: of the run that is resumed, if any; otherwise it is as given or calibrated.
-    Raises:
-        UserError: for fewer than two authors, or a target that cannot be reached.
-    """
-    num_authors = len(offsets) - 1
-    if num_authors < 2:
-        raise UserError(
-            "--author_column: there is one author only, whom no noise can hide among others; give data of many authors"
-        )
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    sample_rate = min(1.0, batch_size / num_authors)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
-    delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
-    if privacy.disable_dp:
-        sigma = None
-    elif privacy.noise_multiplier is not None:
-        sigma = privacy.noise_multiplier
-    elif noise_multiplier is not None:
-        sigma = noise_multiplier
-    else:
-        sigma = find_noise_multiplier(sample_rate, steps, privacy.target_epsilon, delta)
-    return PrivacyPlan(
-        target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
-        delta=delta,
-        noise_multiplier=sigma,
-        clip_norm=None if privacy.disable_dp else privacy.per_sample_max_grad_norm,
-        sample_rate=sample_rate,
-        expected_batch_size=batch_size,
-        steps=steps,
-        num_authors=num_authors,
-        num_samples=int(offsets[-1]),
-        samples_per_author=privacy.samples_per_author,
-        clipping=privacy.clipping,
-        world_size=args.world_size,
-        disable_dp=privacy.disable_dp,
-    )
-
-
-# --- step 1: which authors, which samples ---------------------------------------------------------------
-
-
-class AuthorDraw(NamedTuple):
-    """One step's batch, as one process sees it."""
-
-    samples: list[np.ndarray]  # of each author in this process' share: the indices of the drawn samples
-    batch_size: int  # authors in the whole draw. Private: never divide a gradient by it
-
-
-class PoissonAuthorSampler:
-    """Draw the authors of each step, independently, and some samples of each.
-
-    Guarantee: every author is in a step's draw with probability `sample_rate`, independently of the other
-    authors, of the other steps and of --seed; empty draws are kept. This is the sampling that the accountant
-    assumes. The processes share the key of the draw, so their shares are disjoint and together the whole draw.
-
-    Args:
-        offsets, indices: samples grouped by author, from `data_utils.group_by_author`.
-        sample_rate: q.
-        samples_per_author: k; an author with fewer samples gives them all.
-        steps: number of draws of one iteration (an epoch); the next iteration goes on drawing afresh.
-        key: 128 bits from the operating system, the same on all processes, new for each run.
-        rank, world_size: which share of the draw is this process'.
-    """
-
-    def __init__(
-        self,
-        offsets: np.ndarray,
-        indices: np.ndarray,
-        *,
-        sample_rate: float,
-        samples_per_author: int,
-        steps: int,
-        key: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.offsets, self.indices = offsets, indices
-        self.sample_rate = sample_rate
-        self.samples_per_author = samples_per_author
-        self.steps = steps
-        self.rank, self.world_size = rank, world_size
-        self._authors_generator = np.random.Generator(np.random.Philox(key=key))
-        self._samples_generator = np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[AuthorDraw]:
-        for _ in range(self.steps):
-            yield self.draw()
-
-    def draw(self) -> AuthorDraw:
-        """Return the share of this process in a new draw."""
-        authors = self.draw_authors()
-        return AuthorDraw(self.draw_samples(authors[self.rank :: self.world_size]), len(authors))
-
-    def draw_authors(self) -> np.ndarray:
-        """Return the authors of a new global draw, the same on every process."""
-        return np.flatnonzero(self._authors_generator.random(len(self.offsets) - 1) < self.sample_rate)
-
-    def draw_samples(self, authors: np.ndarray) -> list[np.ndarray]:
-        """Return for each author min(k, all) sample indices, uniformly and without replacement."""
-        counts = self.offsets[authors + 1] - self.offsets[authors]
-        owners = np.repeat(np.arange(len(authors)), counts)
-        starts = np.cumsum(counts) - counts
-        # A random order within each author; its first k are the draw.
-        order = np.lexsort((self._samples_generator.random(len(owners)), owners))
-        place = np.arange(len(owners)) - starts[owners]
-        chosen = place < self.samples_per_author
-        samples = self.indices[(self.offsets[authors][owners] + order - starts[owners])[chosen]]
-        taken = np.minimum(counts, self.samples_per_author)
-        return np.split(samples, np.cumsum(taken)[:-1]) if len(authors) else []
-
-
-class LogicalBatch(NamedTuple):
-    """One step's batch on one process, cut into what fits in memory at once."""
-
-    microbatches: list[dict[str, torch.Tensor]]
-    batch_size: int  # as in AuthorDraw
-
-
-class DrawnDataset(torch.utils.data.Dataset):
-    """Adapter for DataLoader: one AuthorDraw in, one LogicalBatch out, so that both happen in its workers."""
-
-    def __init__(self, dataset, max_authors: int, collate: Callable):
-        self.dataset, self.max_authors, self.collate = dataset, max_authors, collate
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, draw: AuthorDraw) -> LogicalBatch:
-        authors = self.dataset.__getitems__(draw.samples)
-        return LogicalBatch(cut_into_microbatches(authors, self.max_authors, self.collate), draw.batch_size)
-
-
-# --- step 2: per-author loss ----------------------------------------------------------------------------
-
-
-class TokenLosses(torch.autograd.Function):
-    """Cross-entropy of each token, a few rows at a time: of the size of the logits there is only their gradient.
-
-    Call apply(logits, targets), (tokens, vocabulary) and (tokens,), for float32 losses (tokens,), 0 where ignored.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = TokenLosses.rows_at_once(logits)
-        normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(rows)])
-        ctx.save_for_backward(logits, targets, normalizers)
-        picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
-        return torch.where(targets == IGNORED, 0.0, normalizers - picked)
-
-    @staticmethod
-    def backward(ctx, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """weight x (softmax - one-hot), in the logits' type."""
-        logits, targets, normalizers = ctx.saved_tensors
-        rows = TokenLosses.rows_at_once(logits)
-        weights = torch.where(targets == IGNORED, 0.0, weights)[:, None]
-        gradient = torch.empty_like(logits)
-        parts = (tensor.split(rows) for tensor in (logits, targets[:, None], normalizers[:, None], weights, gradient))
-        for logit, target, normalizer, weight, result in zip(*parts):
-            part = torch.sub(logit, normalizer, out=result if result.dtype == torch.float32 else None).exp_().mul_(weight)
-            result.copy_(part.scatter_add_(1, target.clamp(min=0), -weight))  # nothing to copy where they are one
-        return gradient, None
-
-    @staticmethod
-    def rows_at_once(logits: torch.Tensor) -> int:
-        """What stays in a CPU's cache; on a GPU 256 MB, to launch few kernels."""
-        return max(1, (2**20 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
-
-
-def author_losses(model: nn.Module, batch: dict[str, torch.Tensor], needs_positions: bool = True) -> torch.Tensor:
-    """Return each author's mean cross-entropy over the author's own target tokens.
-
-    Guarantee: an entry depends on that author's samples only. The model's built-in loss does not give this: it
-    is a mean over the tokens of the batch, so one author's gradient would depend on the others' token counts.
-
-    Args:
-        batch: input_ids, labels (samples, tokens), labels -100 where nothing is predicted; author (samples,), num_authors.
-        needs_positions: whether the model takes position_ids.
-    Returns:
-        losses, float32 (authors,); 0 for an author without target tokens.
-    """
-    input_ids, author = batch["input_ids"], batch["author"]
-    inputs = {"input_ids": input_ids}
-    if needs_positions:
-        # GPT-2's own position ids have batch size 1, in which no per-sample gradient can be told apart.
-        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    logits = model(**inputs).logits  # (samples, tokens, vocabulary)
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (samples, tokens): what comes next
-    losses = TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
-    # From (samples, tokens) to (authors,).
-    authors = torch.zeros(batch["num_authors"], device=losses.device)
-    totals = authors.index_add(0, author, losses.sum(1))
-    counts = authors.index_add(0, author, (targets != IGNORED).sum(1).float())
-    return totals / counts.clamp(min=1)
-
-
-# --- step 3: clipping -----------------------------------------------------------------------------------
-
-
-# A further engine is a class with the same methods in a module of its own, and a name here.
-ENGINES = {"ghost": GhostClipping, "grad_sample": GradSampleClipping}
-
-
-# --- step 4: noise and update ---------------------------------------------------------------------------
-
-
-class AuthorDPOptimizer(DPOptimizer):
-    """Opacus' DPOptimizer for gradients that a clipping engine has already clipped and summed over authors.
-
-    Guarantee: what reaches the wrapped optimizer is (sum of clipped gradients + N(0, sigma^2 C^2 I)) / B, the sum
-    taken over the whole draw and the noise drawn once per step, whatever the number of processes and
-    microbatches: each process adds an independent share of variance sigma^2 C^2 / world_size, then all are summed.
-    A summed gradient is used once. The step of an empty draw is noise.
-
-    The engine adds to `parameter.summed_grad`, float32 and of the parameter's shape; these lie one after another in
-    one buffer, `sums`, so that noise and processes each take one pass. A step is:
-    1) `before_release` is called, which records the step in the ledger (on the first process)
-    2) the noise share is added to this process' sum of clipped gradients, and it is divided by the constant B
-    3) the processes' buffers are summed: none can go on before all have done 1)
-    4) the wrapped optimizer updates the parameters
-    5) `zero_grad` makes the sums zero; without it there is no further step
-
-    Args:
-        optimizer: the wrapped torch optimizer.
-        noise_multiplier: sigma.
-        clip_norm: C.
-        expected_batch_size: B, in authors.
-        before_release: called at the start of every step; an exception prevents the step.
-        secure_noise: harden the noise (`NoiseSource`).
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        noise_multiplier: float,
-        clip_norm: float,
-        expected_batch_size: int,
-        before_release: Callable[[], None],
-        secure_noise: bool = False,
-    ):
-        super().__init__(
-            optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=clip_norm,
-            expected_batch_size=expected_batch_size,
-        )
-        self.before_release = before_release
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.noise = NoiseSource(self.params[0].device, secure_noise)
-        sizes = [parameter.numel() for parameter in self.params]
-        self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
-        self._used = False
-        for parameter, view in zip(self.params, self.sums.split(sizes)):
-            parameter.summed_grad = view.view_as(parameter)
-
-    def pre_step(self, closure: Optional[Callable] = None) -> bool:
-        """Steps 1 to 3 of the class' list. Overrides Opacus', which would clip here."""
-        if self._used:
-            raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next one")
-        self.before_release()
-        self._used = True
-        std = self.noise_multiplier * self.max_grad_norm / math.sqrt(self.world_size)
-        for part in self.sums.split(self.noise.elements):  # while it is in the cache
-            if std > 0:
-                self.noise.add_(part, std)
-            part.div_(self.expected_batch_size)
-        if self.world_size > 1:
-            dist.all_reduce(self.sums)
-        for parameter in self.params:
-            parameter.grad = parameter.summed_grad
-        return True
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the last step's gradients. Overrides Opacus', which would take the sums' places away."""
-        self.original_optimizer.zero_grad(set_to_none)
-        self.sums.zero_()
-        self._used = False
-
-
 # --- the Trainer ----------------------------------------------------------------------------------------
 
 SUPPORTED_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -481,7 +176,7 @@ class DPTrainer(Trainer):
         self.privacy_loss: Optional[PrivacyLoss] = None  # of the earlier runs and this one, on the first process
         self.run_steps = 0  # steps of this run, as opposed to those of earlier runs in the ledger
         self.allowed_steps: float = math.inf
-        self.engine: Optional[GradSampleClipping] = None
+        self.engine: Optional[ClippingEngine] = None
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
         self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
         self._step_loss = torch.zeros((), device=args.device)

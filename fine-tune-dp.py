@@ -22,7 +22,7 @@ LoRA: the same with
 
 All options may stand in a YAML file, and others after it: fine-tune-dp.py --config configs/reddit-lora.yaml --seed 7
 
-`data_utils.py` makes samples and authors of a data set; `dp_utils.py` is the mechanism and its Trainer.
+`data_utils.py` makes samples and authors of a data set; `dp_utils.py` holds the Trainer, `mechanism.py` what it does in a step.
 """
 
 import functools

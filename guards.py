@@ -1,6 +1,6 @@
 """Options and models under which the guarantee would silently not hold: each is refused by name, with the remedy.
 
-Promise: what passes here works as the mechanism of dp_utils.py is accounted for. The list in README.md, "Refused by name",
+Promise: what passes here works as the mechanism is accounted for. The list in README.md, "Refused by name",
 is made from this file.
 """
 

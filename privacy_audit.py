@@ -32,7 +32,8 @@ from scipy import stats
 from transformers.utils import logging
 
 from data_utils import UserError, cut_into_microbatches
-from dp_utils import DPTrainer, author_losses, broadcast
+from dp_utils import DPTrainer, broadcast
+from mechanism import author_losses
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -16,11 +16,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainingArguments
 
 from data_utils import AuthorDataset, collate, cut_into_microbatches, group_by_author
-from dp_utils import ENGINES, DPTrainer, PrivacyArguments, author_losses
+from dp_utils import DPTrainer, PrivacyArguments
+from mechanism import ENGINES, author_losses
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 VOCABULARY = 61
+COUNTS = [1, 2, 3, 1, 1, 5]  # samples of each author
+MODELS = {
+    "tied": {"tied": True},
+    "untied": {"tied": False},
+    "lora": {"lora": True},
+}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,6 +39,11 @@ def fresh_accelerate_state():
     """Let each test start accelerate anew, so that --bf16 of one is not seen by the next."""
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
+
+
+@pytest.fixture(params=ENGINES)
+def clipping(request) -> str:
+    return request.param
 
 
 def tiny_gpt2(tied: bool = True, lora: bool = False, dropout: float = 0.0, seed: int = 0) -> torch.nn.Module:
@@ -59,7 +71,7 @@ def make_dataset(counts: list[int], seed: int = 0, longest: int = 12) -> AuthorD
     return AuthorDataset(datasets.Dataset.from_dict({"input_ids": tokens}), *group_by_author(authors))
 
 
-def make_batch(counts: list[int] = (1, 2, 3, 1, 1, 5), seed: int = 0, longest: int = 12) -> dict:
+def make_batch(counts: list[int] = COUNTS, seed: int = 0, longest: int = 12) -> dict:
     """One microbatch with all samples of all authors."""
     dataset = make_dataset(counts, seed, longest)
     draws = [dataset.indices[a:b] for a, b in zip(dataset.offsets, dataset.offsets[1:])]
@@ -68,7 +80,7 @@ def make_batch(counts: list[int] = (1, 2, 3, 1, 1, 5), seed: int = 0, longest: i
 
 
 def clipped_sum(model, batch: dict, clip_norm: float, clipping: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat clipped sum over the authors of a batch, and the norms before clipping, by an engine of dp_utils."""
+    """Flat clipped sum over the authors of a batch, and the norms before clipping, by an engine."""
     engine = ENGINES[clipping](model, clip_norm)
     for parameter in trainable(model).values():
         parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)

@@ -9,8 +9,9 @@ import pytest
 from dp_accounting import pld
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
-from accounting import PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier
+from accounting import PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier, make_plan
 from data_utils import UserError
+from dp_utils import PrivacyArguments
 
 N = 304_279
 README_RUN = {"sample_rate": 1024 / N, "steps": 894}
@@ -125,3 +126,17 @@ def test_edges():
 def test_a_large_target_needs_little_noise():
     sigma = find_noise_multiplier(0.01, 10, 5_000.0, 1e-5)
     assert 0 < sigma < 0.1 and compute_epsilon(sigma, 0.01, 10, 1e-5) <= 5_000
+
+
+def test_default_delta_steps_and_rate():
+    class Args:
+        per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 32, 2, 16, -1, 3
+
+    privacy = PrivacyArguments(noise_multiplier=0.5, per_sample_max_grad_norm=1.0)
+    plan = make_plan(privacy, Args, np.arange(304_280))
+    assert plan.delta == 1 / 304_279 and plan.sample_rate == 1_024 / 304_279 and plan.steps == math.ceil(3 * 304_279 / 1_024)
+    Args.max_steps = 7
+    assert make_plan(privacy, Args, np.arange(304_280)).steps == 7
+    assert make_plan(privacy, Args, np.arange(101)).sample_rate == 1.0
+    with pytest.raises(UserError, match="one author"):
+        make_plan(privacy, Args, np.array([0, 5]))

@@ -1,8 +1,4 @@
-"""dp_utils.py: the mechanism against its definition, and each silent way to break it.
-
-Random checks allow six standard deviations: none of them fails by chance in a lifetime of runs, and all of them fail
-when the property is broken.
-"""
+"""dp_utils.py: whole steps and runs of the Trainer against their definition, and each silent way to break them."""
 
 import json
 import math
@@ -18,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    COUNTS,
+    MODELS,
     ROOT,
     VOCABULARY,
     as_arrays,
-    clipped_sum,
     flat,
     make_batch,
     make_dataset,
@@ -31,7 +28,6 @@ from conftest import (
     trainable,
     within,
 )
-from scipy import stats
 from test_accounting import exact_epsilon
 from torch import nn
 from transformers import TrainerCallback
@@ -39,286 +35,11 @@ from transformers import TrainerCallback
 import dp_utils
 import guards
 from accounting import Spending, compute_epsilon, guarantee_in_words
-from data_utils import UserError, collate, cut_into_microbatches, group_by_author
-from dp_utils import ENGINES, AuthorDPOptimizer, LogicalBatch, PoissonAuthorSampler, PrivacyArguments, author_losses
+from data_utils import UserError, collate
+from dp_utils import PrivacyArguments
 from ledger import PrivacyLedger
+from mechanism import LogicalBatch, author_losses
 from noise import NoiseSource
-
-COUNTS = [1, 2, 3, 1, 1, 5]
-
-# --- step 1: sampling -----------------------------------------------------------------------------------
-
-
-def make_sampler(authors=1_000, sample_rate=0.05, samples_per_author=1, counts=None, **options) -> PoissonAuthorSampler:
-    offsets, indices = group_by_author(np.repeat(np.arange(authors), counts if counts is not None else 1))
-    options = {"steps": 10, "key": 1234, **options}
-    return PoissonAuthorSampler(offsets, indices, sample_rate=sample_rate, samples_per_author=samples_per_author, **options)
-
-
-def draws_of(sampler, steps) -> np.ndarray:
-    """(steps, authors), 1 where an author is in the draw."""
-    present = np.zeros((steps, len(sampler.offsets) - 1))
-    for row in present:
-        row[sampler.draw_authors()] = 1
-    return present
-
-
-def test_every_author_is_drawn_with_probability_q():
-    steps, q = 4_000, 0.05
-    rates = draws_of(make_sampler(sample_rate=q), steps).mean(0)
-    deviation = math.sqrt(q * (1 - q) / steps)
-    assert all(within(rate, q, deviation) for rate in rates)
-    assert within(rates.mean(), q, deviation / math.sqrt(len(rates)))
-
-
-def test_batch_sizes_are_binomial():
-    sizes = draws_of(make_sampler(authors=300, sample_rate=0.02), 5_000).sum(1)
-    observed = np.bincount(sizes.astype(int), minlength=20)[:20]
-    expected = stats.binom.pmf(np.arange(20), 300, 0.02) * len(sizes)
-    common = expected > 10
-    chi_square = ((observed - expected)[common] ** 2 / expected[common]).sum()
-    assert chi_square < stats.chi2.isf(1e-9, common.sum())
-    assert observed[0] > 0  # empty draws are among them
-
-
-def test_authors_and_steps_are_independent():
-    present = draws_of(make_sampler(authors=40, sample_rate=0.3), 5_000)
-    between_authors = np.corrcoef(present.T) - np.eye(40)
-    between_steps = np.array([np.corrcoef(a[1:], a[:-1])[0, 1] for a in present.T])
-    assert np.abs(between_authors).max() < 6 / math.sqrt(5_000)
-    assert np.abs(between_steps).max() < 6 / math.sqrt(5_000)
-
-
-def test_everybody_is_drawn_at_rate_one_and_empty_draws_stay():
-    assert len(make_sampler(sample_rate=1.0).draw().samples) == 1_000
-    draws = list(make_sampler(authors=3, sample_rate=0.01, steps=500))
-    assert len(draws) == 500 and sum(draw.batch_size == 0 for draw in draws) > 400
-    assert all(draw.samples == [] for draw in draws if draw.batch_size == 0)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_shares_are_disjoint_even_and_together_the_draw(world_size):
-    whole = make_sampler(key=99)
-    shares = [make_sampler(key=99, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for _ in range(50):
-        expected = whole.draw_authors().tolist()
-        parts = [share.draw() for share in shares]
-        authors = [int(samples[0]) for part in parts for samples in part.samples]
-        assert sorted(authors) == expected
-        assert {part.batch_size for part in parts} == {len(expected)}
-        assert max(len(part.samples) for part in parts) - min(len(part.samples) for part in parts) <= 1
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_up_to_k_samples_of_each_author_without_replacement_uniformly(k):
-    counts = np.array([1, 2, 5, 40])
-    sampler = make_sampler(authors=4, sample_rate=1.0, samples_per_author=k, counts=counts)
-    drawn = np.zeros(counts.sum())
-    steps = 4_000
-    for _ in range(steps):
-        samples = sampler.draw().samples
-        assert [len(part) for part in samples] == np.minimum(counts, k).tolist()
-        for author, part in enumerate(samples):
-            assert len(set(part.tolist())) == len(part)
-            low, high = sampler.offsets[author : author + 2]
-            assert set(part.tolist()) <= set(sampler.indices[low:high].tolist())
-            drawn[part] += 1
-    expected = np.repeat(np.minimum(counts, k) / counts, counts)
-    deviation = np.sqrt(expected * (1 - expected) / steps)
-    assert all(within(*figures) for figures in zip(drawn / steps, expected, deviation))
-
-
-# --- step 2: the loss -----------------------------------------------------------------------------------
-
-
-def test_author_loss_is_the_mean_over_the_authors_own_tokens():
-    model, batch = tiny_gpt2().eval(), make_batch()
-    losses = author_losses(model, batch)
-    assert losses.shape == (len(COUNTS),) and losses.dtype == torch.float32
-    for loss, samples in zip(losses, as_arrays(batch)):
-        total, tokens = 0.0, 0
-        for sample in samples:
-            ids = torch.from_numpy(sample)
-            logits = model(ids[None]).logits[0, :-1]
-            total += nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
-            tokens += len(ids) - 1
-        assert loss.item() == pytest.approx(total / tokens, rel=1e-5)
-
-
-def test_author_without_targets_has_loss_zero():
-    batch = collate([{"input_ids": [3]}, {"input_ids": [1, 2, 3]}])
-    batch |= {"author": torch.tensor([0, 1]), "num_authors": 2}
-    losses = author_losses(tiny_gpt2(), batch)
-    assert losses[0] == 0 and losses[1] > 0
-
-
-# --- step 3: clipping -----------------------------------------------------------------------------------
-
-MODELS = {
-    "tied": {"tied": True},
-    "untied": {"tied": False},
-    "lora": {"lora": True},
-}
-
-
-@pytest.fixture(params=ENGINES)
-def clipping(request) -> str:
-    return request.param
-
-
-def select_authors(batch, chosen) -> dict:
-    samples = [as_arrays(batch)[author] for author in chosen]
-    (batch,) = cut_into_microbatches([[{"input_ids": row} for row in rows] for rows in samples], len(chosen), collate)
-    return batch
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("clip_norm", [1e-2, 1.0, 1e3])
-def test_clipped_sum_equals_the_naive_one(clipping, kind, clip_norm):
-    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    ours, _ = clipped_sum(model, batch, clip_norm, clipping)
-    expected = naive.clipped_sum(model, as_arrays(batch), clip_norm)
-    assert (ours - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_norm_is_that_of_all_parameters_together(clipping, kind):
-    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    _, norms = clipped_sum(model, batch, 1.0, clipping)
-    expected = [flat(naive.author_gradient(model, samples)).norm().item() for samples in as_arrays(batch)]
-    assert norms.tolist() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_an_authors_clipped_gradient_is_the_same_alone_and_among_others(clipping, kind):
-    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    everybody, _ = clipped_sum(model, batch, 0.1, clipping)
-    for author in range(len(COUNTS)):
-        alone, _ = clipped_sum(model, select_authors(batch, [author]), 0.1, clipping)
-        others, _ = clipped_sum(model, select_authors(batch, [a for a in range(len(COUNTS)) if a != author]), 0.1, clipping)
-        assert alone.norm() <= 0.1 * (1 + 1e-5)
-        assert (everybody - others - alone).norm() < 1e-5 * everybody.norm()
-
-
-def test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most(clipping):
-    model = tiny_gpt2()
-    total, _ = clipped_sum(model, make_batch([40]), 0.1, clipping)
-    assert total.norm() <= 0.1 * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
-def test_an_author_whose_gradient_is_not_finite_contributes_zero(clipping, poison):
-    model, batch = tiny_gpt2(), make_batch()
-    expected, _ = clipped_sum(model, select_authors(batch, [0, 1, 2, 4, 5]), 0.1, clipping)
-    engine = ENGINES[clipping](model, 0.1)
-    for parameter in model.parameters():
-        parameter.summed_grad = torch.zeros_like(parameter)
-    losses = author_losses(engine.module, batch)
-    weights = torch.ones_like(losses)
-    poisoned = 3
-    weights[poisoned] = poison
-    norms = engine.backward(losses * weights, batch["author"])
-    ours = flat(parameter.summed_grad for parameter in model.parameters())
-    assert norms.isfinite().sum() == len(COUNTS) - 1
-    assert (ours - expected).norm() < 1e-5 * expected.norm()
-
-
-def test_frozen_parameters_are_left_alone(clipping):
-    model = tiny_gpt2()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "h.1" in name
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    batch = make_batch()
-    ours, _ = clipped_sum(model, batch, 0.1, clipping)
-    expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
-    assert (ours - expected).norm() < 1e-5 * expected.norm()
-    for name, before in frozen.items():
-        parameter = model.get_parameter(name)
-        assert torch.equal(parameter, before) and getattr(parameter, "summed_grad", None) is None
-
-
-def test_a_trainable_parameter_without_per_author_gradient_is_an_error(clipping):
-    model = tiny_gpt2()
-    model.transformer.unused = nn.Linear(3, 3)
-    with pytest.raises(UserError, match=r"transformer\.unused"):
-        clipped_sum(model, make_batch(), 0.1, clipping)
-
-
-def test_positions_without_a_batch_dimension_are_an_error(clipping):
-    model, batch = tiny_gpt2(), make_batch()
-    engine = ENGINES[clipping](model, 0.1)
-    with pytest.raises(UserError, match=r"wpe|Embedding, which hides its samples"):
-        engine.backward(author_losses(engine.module, batch, needs_positions=False), batch["author"])
-
-
-# --- step 4: noise and update ---------------------------------------------------------------------------
-
-
-def make_optimizer(size=200_000, *, sigma=1.5, clip_norm=0.2, batch_size=10, before_release=lambda: None):
-    parameters = [nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size // 100, 100))]
-    optimizer = AuthorDPOptimizer(
-        torch.optim.SGD(parameters, lr=1.0),
-        noise_multiplier=sigma, clip_norm=clip_norm, expected_batch_size=batch_size, before_release=before_release,
-    )  # fmt: skip
-    return optimizer, parameters
-
-
-def test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size():
-    optimizer, parameters = make_optimizer()
-    optimizer.step()  # an empty draw: noise only
-    noise = -flat(parameters) * 10 / (1.5 * 0.2)
-    assert within(noise.mean().item(), 0, 1 / math.sqrt(len(noise)))
-    assert within(noise.var().item(), 1, math.sqrt(2 / len(noise)))
-    assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-9
-    assert stats.kstest(-parameters[1].detach().flatten().numpy() * 10 / 0.3, "norm").pvalue > 1e-9
-
-
-def test_noise_is_independent_between_parameters_entries_and_steps():
-    optimizer, parameters = make_optimizer()
-    steps = []
-    for _ in range(2):
-        before = flat(parameters).clone()
-        optimizer.zero_grad()
-        optimizer.step()
-        steps.append((flat(parameters) - before).numpy())
-    size = len(steps[0]) // 2
-    pairs = [(steps[0], steps[1]), (steps[0][:size], steps[0][size:]), (steps[0][1:], steps[0][:-1])]
-    pairs += [(np.abs(a), np.abs(b)) for a, b in pairs]
-    for a, b in pairs:
-        assert within(np.corrcoef(a, b)[0, 1], 0, 1 / math.sqrt(len(a)))
-    assert len(np.unique(steps[0])) > 0.9 * len(steps[0])
-
-
-def test_the_sum_is_divided_by_the_constant_and_used_once():
-    optimizer, parameters = make_optimizer(size=100, sigma=0.0)
-    parameters[0].summed_grad.fill_(5.0)
-    optimizer.step()
-    assert torch.allclose(parameters[0], torch.full((100,), -0.5)) and parameters[1].abs().sum() == 0
-    with pytest.raises(RuntimeError, match="zero_grad"):
-        optimizer.step()
-    optimizer.zero_grad()
-    optimizer.step()
-    assert torch.allclose(parameters[0], torch.full((100,), -0.5))
-
-
-def test_each_parameter_has_its_place_in_the_sums_whatever_is_noised_at_once():
-    optimizer, parameters = make_optimizer(size=100, sigma=0.0)
-    optimizer.noise.elements = 7
-    for parameter in parameters:
-        parameter.summed_grad.copy_(torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter))
-    optimizer.step()
-    assert all(torch.allclose(-p.flatten() * 10, torch.arange(p.numel(), dtype=torch.float32)) for p in parameters)
-
-
-def test_nothing_is_updated_when_the_step_cannot_be_recorded():
-    def fail():
-        raise OSError("disk full")
-
-    optimizer, parameters = make_optimizer(size=100, before_release=fail)
-    with pytest.raises(OSError):
-        optimizer.step()
-    assert all(parameter.abs().sum() == 0 for parameter in parameters)
-
 
 # --- the Trainer ----------------------------------------------------------------------------------------
 
@@ -488,20 +209,6 @@ def test_report_and_ledger_say_what_was_done(tmp_path):
     assert header["noise_multiplier"] == sigma and header["sample_rate"] == 0.1 and len(steps) == 5
     epsilons = [log["epsilon"] for log in recorder.logs]
     assert epsilons == sorted(epsilons) and epsilons[-1] == pytest.approx(report["epsilon"])
-
-
-def test_default_delta_steps_and_rate():
-    class Args:
-        per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 32, 2, 16, -1, 3
-
-    privacy = PrivacyArguments(noise_multiplier=0.5, per_sample_max_grad_norm=1.0)
-    plan = dp_utils.make_plan(privacy, Args, np.arange(304_280))
-    assert plan.delta == 1 / 304_279 and plan.sample_rate == 1_024 / 304_279 and plan.steps == math.ceil(3 * 304_279 / 1_024)
-    Args.max_steps = 7
-    assert dp_utils.make_plan(privacy, Args, np.arange(304_280)).steps == 7
-    assert dp_utils.make_plan(privacy, Args, np.arange(101)).sample_rate == 1.0
-    with pytest.raises(UserError, match="one author"):
-        dp_utils.make_plan(privacy, Args, np.array([0, 5]))
 
 
 def test_the_trainer_samples_as_the_ledger_says(tmp_path):
@@ -908,7 +615,7 @@ def test_two_processes_without_privacy_average_over_all(tmp_path):
 
 
 def test_nothing_in_the_project_seeds_protected_randomness():
-    for name in ("dp_utils.py", "accounting.py", "noise.py", "ghost_clipping.py"):
+    for name in ("dp_utils.py", "mechanism.py", "accounting.py", "noise.py", "ghost_clipping.py"):
         text = (ROOT / name).read_text()
         assert not re.search(r"args\.seed|data_seed|default_rng\(|torch\.randn|np\.random\.seed", text)
     assert VOCABULARY == tiny_gpt2().config.vocab_size

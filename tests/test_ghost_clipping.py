@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 import ghost_clipping
 from data_utils import UserError
-from dp_utils import author_losses
 from ghost_clipping import Authors, Explicit, GhostClipping, Product, lookup_squared_norms, product_squared_norms
+from mechanism import author_losses
 
 # --- the models -----------------------------------------------------------------------------------------
 

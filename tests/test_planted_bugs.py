@@ -16,15 +16,16 @@ import test_dp_utils
 import test_faults
 import test_ghost_clipping
 import test_ledger
+import test_mechanism
 import test_noise
 import test_privacy_audit
 from planting import find, with_edit
 
-STEP = "dp_utils.AuthorDPOptimizer.pre_step"
+STEP = "mechanism.AuthorDPOptimizer.pre_step"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
 LOADER = "dp_utils.DPTrainer.get_train_dataloader"
 GHOST = "ghost_clipping.GhostClipping.backward"
-DRAW = "dp_utils.PoissonAuthorSampler"
+DRAW = "mechanism.PoissonAuthorSampler"
 
 
 class Bug(NamedTuple):
@@ -46,10 +47,10 @@ def update(k: int = 1, per_device: int = 4, clipping: str = "ghost", kind: str =
 BUGS = [
     # The noise.
     Bug("no noise", STEP, "if std > 0:", "if False:",
-        lambda *_: test_dp_utils.test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size()),
+        lambda *_: test_mechanism.test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size()),
     Bug("noise for the first part of the parameters only", STEP, "self.sums.split(self.noise.elements)",
         "self.sums.split(self.noise.elements)[:1]",
-        lambda *_: test_dp_utils.test_each_parameter_has_its_place_in_the_sums_whatever_is_noised_at_once()),
+        lambda *_: test_mechanism.test_each_parameter_has_its_place_in_the_sums_whatever_is_noised_at_once()),
     Bug("all of the noise on every rank", STEP, " / math.sqrt(self.world_size)", "",
         lambda path, _: test_dp_utils.test_two_processes_add_the_noise_of_one(path), spawned=True),
     Bug("the noise of one rank alone, short of its share", STEP, "if std > 0:", "if std > 0 and dist.get_rank() == 0:",
@@ -60,7 +61,7 @@ BUGS = [
         lambda path, _: test_dp_utils.test_noise_is_drawn_once_per_step_whatever_the_microbatches(path)),
     Bug("noise that does not scale with the clip norm", STEP, "self.noise_multiplier * self.max_grad_norm",
         "self.noise_multiplier",
-        lambda *_: test_dp_utils.test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size()),
+        lambda *_: test_mechanism.test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size()),
     Bug("noise of half the variance", "noise.NoiseSource._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)",
         lambda *_: test_noise.test_draws_are_normal_in_the_middle_and_in_the_tails()),
     Bug("the same noise for two parameters", "noise.NoiseSource._add_pairs", "second.addcmul_(radius[: len(second)], self._sine",
@@ -73,53 +74,53 @@ BUGS = [
         lambda *_: test_noise.test_secure_noise_sums_four_independent_draws(None)),
     # The clipping.
     Bug("half the clip: a bound of twice C", GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)",
-        lambda *_: test_dp_utils.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
+        lambda *_: test_mechanism.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
     Bug("no clip", GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)",
-        lambda *_: test_dp_utils.test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most("ghost")),
+        lambda *_: test_mechanism.test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most("ghost")),
     Bug("scaled up to C, not only down", GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "self.clip_norm / norms",
-        lambda *_: test_dp_utils.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
+        lambda *_: test_mechanism.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
     Bug("no clip by the other engine", "grad_sample_clipping.GradSampleClipping.backward",
         "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", update(clipping="grad_sample")),
     Bug("a clip for each sample", TRAINING_STEP, "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']))",
         update(k=3, per_device=64)),
     Bug("tied weights counted as two", "ghost_clipping.tied_cross_terms", "return 2 * (hidden", "return 0 * (hidden",
-        lambda *_: test_dp_utils.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
+        lambda *_: test_mechanism.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
     Bug("each layer clipped by itself", "grad_sample_clipping.GradSampleClipping.backward", "]).norm(dim=0)", "]).amax(dim=0)",
         update(clipping="grad_sample", per_device=64)),
     Bug("a gradient that is not finite is let in", "grad_sample_clipping.GradSampleClipping.backward",
         "if not finite.all():", "if False:",
-        lambda *_: test_dp_utils.test_an_author_whose_gradient_is_not_finite_contributes_zero("grad_sample", float("nan"))),
+        lambda *_: test_mechanism.test_an_author_whose_gradient_is_not_finite_contributes_zero("grad_sample", float("nan"))),
     Bug("a margin for rounding the wrong way", "ghost_clipping.Authors.scale",
         "(1 - BFLOAT16_MARGIN)", "(1 + BFLOAT16_MARGIN)",
         lambda *_: test_ghost_clipping.test_bfloat16_agrees_to_its_rounding_and_stays_below_the_clip_norm("tied", [1] * 6)),
     # The loss and the sum.
-    Bug("a mean over the tokens of the batch", "dp_utils.author_losses", "counts.clamp(min=1)", "counts.sum().clamp(min=1)",
-        lambda *_: test_dp_utils.test_author_loss_is_the_mean_over_the_authors_own_tokens()),
-    Bug("one author's gradient depends on the others", "dp_utils.author_losses", "counts.clamp(min=1)",
-        "counts.mean().clamp(min=1)", lambda *_: test_dp_utils.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
+    Bug("a mean over the tokens of the batch", "mechanism.author_losses", "counts.clamp(min=1)", "counts.sum().clamp(min=1)",
+        lambda *_: test_mechanism.test_author_loss_is_the_mean_over_the_authors_own_tokens()),
+    Bug("one author's gradient depends on the others", "mechanism.author_losses", "counts.clamp(min=1)",
+        "counts.mean().clamp(min=1)", lambda *_: test_mechanism.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
     Bug("division by the real batch size", TRAINING_STEP, "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", update(per_device=64)),
-    Bug("a gradient used twice", "dp_utils.AuthorDPOptimizer.zero_grad", "self.sums.zero_()", "pass",
-        lambda *_: test_dp_utils.test_the_sum_is_divided_by_the_constant_and_used_once()),
+    Bug("a gradient used twice", "mechanism.AuthorDPOptimizer.zero_grad", "self.sums.zero_()", "pass",
+        lambda *_: test_mechanism.test_the_sum_is_divided_by_the_constant_and_used_once()),
     Bug("what a broken step left is used", TRAINING_STEP, "self.optimizer.zero_grad()", "pass",
         lambda path, _: test_dp_utils.test_a_step_that_was_broken_off_leaves_nothing_for_the_next(path)),
     # The sampling.
     Bug("shuffled, of a fixed size", f"{DRAW}.draw_authors",
         "np.flatnonzero(self._authors_generator.random(len(self.offsets) - 1) < self.sample_rate)",
         "np.sort(self._authors_generator.permutation(len(self.offsets) - 1)[: round(self.sample_rate * len(self.offsets))])",
-        lambda *_: test_dp_utils.test_batch_sizes_are_binomial()),
+        lambda *_: test_mechanism.test_batch_sizes_are_binomial()),
     Bug("an author who is always in", f"{DRAW}.draw_authors", "< self.sample_rate",
         "< self.sample_rate + (np.arange(len(self.offsets) - 1) == 0)",
-        lambda *_: test_dp_utils.test_every_author_is_drawn_with_probability_q()),
+        lambda *_: test_mechanism.test_every_author_is_drawn_with_probability_q()),
     Bug("authors drawn two by two", f"{DRAW}.draw_authors", "self._authors_generator.random(len(self.offsets) - 1)",
         "np.repeat(self._authors_generator.random(len(self.offsets) // 2 + 1), 2)[: len(self.offsets) - 1]",
-        lambda *_: test_dp_utils.test_authors_and_steps_are_independent()),
+        lambda *_: test_mechanism.test_authors_and_steps_are_independent()),
     Bug("k + 1 samples", f"{DRAW}.draw_samples", "place < self.samples_per_author", "place <= self.samples_per_author",
-        lambda *_: test_dp_utils.test_up_to_k_samples_of_each_author_without_replacement_uniformly(3)),
+        lambda *_: test_mechanism.test_up_to_k_samples_of_each_author_without_replacement_uniformly(3)),
     Bug("an empty draw skipped", f"{DRAW}.__iter__", "yield self.draw()",
         "yield next(draw for draw in iter(self.draw, None) if draw.batch_size)",
-        lambda *_: test_dp_utils.test_everybody_is_drawn_at_rate_one_and_empty_draws_stay()),
+        lambda *_: test_mechanism.test_everybody_is_drawn_at_rate_one_and_empty_draws_stay()),
     Bug("q miscounted: sampled at twice the rate", LOADER, "sample_rate=self.plan.sample_rate",
         "sample_rate=min(1.0, 2 * self.plan.sample_rate)",
         lambda path, _: test_dp_utils.test_the_trainer_samples_as_the_ledger_says(path)),
