@@ -1,12 +1,14 @@
 """What a user can choose: epsilon, full or LoRA, batch, schedule, samples per author, clip norm. Prints tables, draws a plot.
 
-python benchmarks/results.py [--only epsilon|recipe] [--repetitions 3] [--parallel 2] [--cache results.jsonl]
+python benchmarks/results.py [--only epsilon|recipe|lora] [--repetitions 3] [--parallel 2] [--cache results.jsonl]
+python benchmarks/results.py --plays FILE       # few authors: any file of author and content; here 309 roles of plays
 
-Every run is the script itself on the demo's corpus and model, in a folder of its own; the evaluation loss is that of held-out
-authors. Runs that are in the cache are not repeated. Writes epsilon.png beside this file.
+Every run is the script itself with the demo's model, on its corpus or on FILE, in a folder of its own; the evaluation loss is
+that of held-out authors. Runs that are in the cache are not repeated. Writes epsilon.png and plays.png beside this file.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -32,6 +34,7 @@ def private(epsilon: float | None) -> str:
     return "--disable_dp" if epsilon is None else f"--target_epsilon {epsilon}"
 
 
+DEMO = "The demo's corpus, two epochs"
 CONSTANT = "--lr_scheduler_type constant"
 EPSILON = {
     (name, epsilon): f"{batch(256)} {options} {private(epsilon)}"
@@ -39,6 +42,7 @@ EPSILON = {
     for name, options in (("full", FULL), ("LoRA", LORA))
 }
 # All of them process two epochs' worth of samples; the order of options is that of EPSILON, so that the cache serves both.
+BEST = f"{batch(256)} --learning_rate 5e-3 {CONSTANT} {private(8)}"
 TWO = f"{batch(1024)} {FULL} {private(8)} --samples_per_author 2".replace("epochs 2", "epochs 1.5")
 RECIPE = {
     "the original: batch 1024, constant 1e-4": f"{batch(1024)} --learning_rate 1e-4 {CONSTANT} {private(8)}",
@@ -52,12 +56,67 @@ RECIPE = {
     "batch 4096, cosine 5e-3": f"{batch(4096)} {FULL} {private(8)}",
     "batch 256, cosine 5e-3": f"{batch(256)} {FULL} {private(8)}",
     "batch 256, cosine 1e-2": f"{batch(256)} --learning_rate 1e-2 --lr_scheduler_type cosine {private(8)}",
-    "batch 256, constant 5e-3": f"{batch(256)} --learning_rate 5e-3 {CONSTANT} {private(8)}",
+    "batch 512, constant 1e-2": f"{batch(512)} --learning_rate 1e-2 {CONSTANT} {private(8)}",
+    "batch 256, constant 5e-3": BEST,
+    "batch 256, constant 5e-3, Adam's epsilon 1e-4": f"{BEST} --adam_epsilon 1e-4",
+    "batch 256, constant 5e-3, Adam's epsilon 1e-3": f"{BEST} --adam_epsilon 1e-3",
+    "batch 256, constant 1e-2": f"{batch(256)} --learning_rate 1e-2 {CONSTANT} {private(8)}",
+    "batch 256, constant 2e-2": f"{batch(256)} --learning_rate 2e-2 {CONSTANT} {private(8)}",
+    "batch 128, constant 5e-3": f"{batch(128)} --learning_rate 5e-3 {CONSTANT} {private(8)}",
     "batch 64, cosine 5e-3": f"{batch(64)} {FULL} {private(8)}",
     "not private, batch 1024, cosine 5e-3": f"{batch(1024)} {FULL} {private(None)}",
     "not private, batch 64, cosine 5e-3": f"{batch(64)} {FULL} {private(None)}",
     "not private, batch 256, cosine 5e-3": f"{batch(256)} {FULL} {private(None)}",
 }
+
+
+def lora(rate: str, rank: int, everywhere: bool, epsilon: float | None = 8) -> str:
+    layers = "--lora_target_modules c_attn c_proj c_fc" if everywhere else ""
+    scale = f"--enable_lora --lora_dim {rank} --lora_alpha {rank}"
+    return f"{batch(256)} --learning_rate {rate} {CONSTANT} {private(epsilon)} {scale} {layers}".strip()
+
+
+LORA_ROWS = {
+    "attention's c_attn (peft's choice), rank 8, 1e-2": lora("1e-2", 8, False),
+    "c_attn, rank 8, 3e-2": lora("3e-2", 8, False),
+    "c_attn, rank 32, 1e-2": lora("1e-2", 32, False),
+    "all linear layers, rank 2, 1e-2": lora("1e-2", 2, True),
+    "all linear layers, rank 8, 1e-2": lora("1e-2", 8, True),
+    "all linear layers, rank 32, 1e-2": lora("1e-2", 32, True),
+    "not private, c_attn, rank 8, 3e-2": lora("3e-2", 8, False, None),
+    "not private, all linear layers, rank 32, 1e-2": lora("1e-2", 32, True, None),
+}
+
+
+def plays(file: Path, steps: int, authors: int, rate: str, epsilon: float | None, more: str = "") -> str:
+    """Options of a run on few authors; an expected batch above their number means all of them."""
+    data = f"--train_file {file} --eval_fraction 0.1 --long_samples split {CONSTANT} {more}".strip()
+    batch = f"--per_device_train_batch_size {min(authors, 64)} --gradient_accumulation_steps {max(1, authors // 64)}"
+    return f"{data} {batch} --max_steps {steps} --learning_rate {rate} {private(epsilon)}"
+
+
+def plays_rows(file: Path) -> tuple[dict, dict]:
+    """Return the runs of both tables: epsilon, and the recipe at epsilon 8, of as many samples each (but where it says so)."""
+    epsilons = {
+        (name, epsilon): plays(file, 60, 320, rate, epsilon, more)
+        for epsilon in (1, 2, 4, 8, None)
+        for name, rate, more in (("full", "5e-3", ""), ("LoRA", "3e-2", "--enable_lora"))
+    }
+    recipe = {
+        "batch 32, 520 steps, constant 1e-4": plays(file, 520, 32, "1e-4", 8),
+        "batch 32, 520 steps, constant 5e-3": plays(file, 520, 32, "5e-3", 8),
+        "batch 128, 130 steps, constant 5e-3": plays(file, 130, 128, "5e-3", 8),
+        "all, 60 steps, constant 5e-3": plays(file, 60, 320, "5e-3", 8),
+        "all, 60 steps, constant 1e-2": plays(file, 60, 320, "1e-2", 8),
+        "all, 20 steps, three samples of each, constant 5e-3": plays(file, 20, 320, "5e-3", 8, "--samples_per_author 3"),
+        "all, 60 steps, three samples of each (three times as many), constant 5e-3": plays(
+            file, 60, 320, "5e-3", 8, "--samples_per_author 3"
+        ),
+        "all, 200 steps (three times as many), constant 5e-3": plays(file, 200, 320, "5e-3", 8),
+        "not private, all, 60 steps, constant 5e-3": plays(file, 60, 320, "5e-3", None),
+        "not private, all, 200 steps (three times as many), constant 5e-3": plays(file, 200, 320, "5e-3", None),
+    }
+    return epsilons, recipe
 
 
 def run(options: str) -> float:
@@ -93,7 +152,7 @@ def mean_and_spread(losses: list[float]) -> str:
     return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses) if len(losses) > 1 else 0:.3f}"
 
 
-def epsilon_table(losses: dict) -> None:
+def epsilon_table(losses: dict, title: str, picture: str, legend: float) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,12 +168,12 @@ def epsilon_table(losses: dict) -> None:
         spreads = [statistics.stdev(losses[name, epsilon]) if len(losses[name, epsilon]) > 1 else 0 for epsilon in (1, 2, 4, 8)]
         axes.errorbar((1, 2, 4, 8), means, spreads, marker="o", capsize=3, color=colour, label=name)
         axes.axhline(statistics.mean(losses[name, None]), color=colour, linestyle=":", label=f"{name}, not private")
-    axes.set(xscale="log", xlabel="epsilon (author level)", ylabel="evaluation loss", title="The demo's corpus, two epochs")
+    axes.set(xscale="log", xlabel="epsilon (author level)", ylabel="evaluation loss", title=title)
     axes.set_xticks((1, 2, 4, 8), ("1", "2", "4", "8"), minor=False)
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.63))
-    figure.savefig(Path(__file__).with_name("epsilon.png"), dpi=150)
+    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, legend))
+    figure.savefig(Path(__file__).with_name(picture), dpi=150)
 
 
 def recipe_table(losses: dict) -> None:
@@ -127,14 +186,30 @@ def recipe_table(losses: dict) -> None:
         print(f"| {name} | {mean_and_spread(losses[name])} | {closed:.0%} |")
 
 
+def plain_table(losses: dict) -> None:
+    print("\n| at epsilon 8 | evaluation loss |\n|---|---|")
+    for name, values in losses.items():
+        print(f"| {name} | {mean_and_spread(values)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["epsilon", "recipe"])
+    parser.add_argument("--only", choices=["epsilon", "recipe", "lora"])
+    parser.add_argument("--plays", type=Path, metavar="FILE", help="the two tables of few authors instead")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--cache", type=Path, default=Path("results.jsonl"))
     args = parser.parse_args()
-    for name, runs, table in (("epsilon", EPSILON, epsilon_table), ("recipe", RECIPE, recipe_table)):
+    tables = {
+        "epsilon": (EPSILON, functools.partial(epsilon_table, title=DEMO, picture="epsilon.png", legend=0.63)),
+        "recipe": (RECIPE, recipe_table),
+        "lora": (LORA_ROWS, plain_table),
+    }
+    if args.plays:
+        epsilons, recipe = plays_rows(args.plays)
+        figure = {"title": "The plays' few authors, 60 steps of all", "picture": "plays.png", "legend": 0.5}
+        tables = {"epsilon": (epsilons, functools.partial(epsilon_table, **figure)), "recipe": (recipe, plain_table)}
+    for name, (runs, table) in tables.items():
         if args.only in (None, name):
             table(measure(runs, args.repetitions, args.parallel, args.cache))
 
