@@ -37,6 +37,7 @@ from data_utils import UserError
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
+SMALL_BATCH, FEW_STEPS = 64, 20  # authors, steps: below them the log has advice
 EPSILON_BEYOND_USE = 1_000.0  # from here on epsilon is the cheap bound [2]; the grid of [1] would take minutes and GBs
 
 
@@ -275,6 +276,17 @@ class PrivacyPlan:
                 "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",
             ]
         return "\n".join(lines)
+
+    def advice(self) -> Optional[str]:
+        """Return what stands in the way of a good model, if it can be told from the plan."""
+        if self.expected_batch_size < SMALL_BATCH and self.sample_rate < 1:
+            return (
+                f"An expected batch of {self.expected_batch_size} authors is small, noise outweighs them: raise "
+                "--gradient_accumulation_steps, to 256 authors or so"
+            )
+        if self.steps < FEW_STEPS:
+            return f"{self.steps} steps teach little: raise --num_train_epochs; under --target_epsilon the noise follows"
+        return None
 
 
 def make_plan(

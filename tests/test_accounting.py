@@ -128,6 +128,17 @@ def test_a_large_target_needs_little_noise():
     assert 0 < sigma < 0.1 and compute_epsilon(sigma, 0.01, 10, 1e-5) <= 5_000
 
 
+def test_advice_for_small_batches_and_few_steps_alone():
+    class Args:
+        per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 8, 1, 1, -1, 3
+
+    privacy = PrivacyArguments(noise_multiplier=0.5, per_sample_max_grad_norm=1.0)
+    assert "--gradient_accumulation_steps" in make_plan(privacy, Args, np.arange(1_001)).advice()
+    Args.gradient_accumulation_steps = 32
+    assert make_plan(privacy, Args, np.arange(10_001)).advice() is None
+    assert "3 steps" in make_plan(privacy, Args, np.arange(201)).advice()  # all of 200 authors in each of three
+
+
 def test_default_delta_steps_and_rate():
     class Args:
         per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 32, 2, 16, -1, 3
