@@ -49,6 +49,7 @@ from transformers import (
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from accounting import guarantee_in_words
@@ -71,6 +72,10 @@ from privacy_audit import Audit, AuditArguments, secret_key
 from report import Statistics, card, write_report
 
 logger = logging.get_logger(f"transformers.{__name__}")
+
+# What transformers warns of without need: padding is on the right, where causal attention does not look; and GPT-2's class name,
+# which nobody "set in the config", makes it take the default loss.
+NEEDLESS_WARNINGS = ("We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config")
 
 
 @dataclass
@@ -110,6 +115,10 @@ class TrainingArguments(transformers.TrainingArguments):
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "Must be 0 under DP: --per_sample_max_grad_norm clips each author's gradient instead."}
     )
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "Higher than for ordinary fine-tuning: the steps are few, and noise is averaged out."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(default="constant", metadata={"help": "The scheduler type to use."})
     log_level: str = field(
         default="info",
         metadata={"help": "Log level of the main process.", "choices": [*logging.get_log_levels_dict(), "passive"]},
@@ -222,6 +231,8 @@ def main() -> None:
     if training_args.disable_tqdm or training_args.process_index > 0:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
+    modeling_log = logging.get_logger("transformers.modeling_utils")
+    modeling_log.addFilter(lambda record: not record.getMessage().startswith(NEEDLESS_WARNINGS))
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise or sampling
 
     model, tokenizer = load_model(model_args, lora_args)
@@ -263,6 +274,8 @@ def main() -> None:
     trainer.add_callback(Statistics(trainer, np.diff(grouped[1])))
     trainer.model_card = functools.partial(card, base_model=model_args.model_name)
     logger.info(trainer.summary())
+    if not (model_args.dry_run or privacy_args.disable_dp) and (advice := trainer.plan.advice()):
+        logger.warning(advice)
     if evaluation is not None and not training_args.resume_from_checkpoint:
         # In words, since the Trainer's progress bar shows log lines during training only.
         logger.info(f"Evaluation loss before training: {trainer.evaluate()['eval_loss']:.2f}")
