@@ -308,6 +308,23 @@ def test_what_tensorboard_shows(checkpoint, comments, tmp_path, monkeypatch, cap
     assert all(event.value > 0 for event in events.Scalars("train/noise_multiplier"))
 
 
+@pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
+def test_the_best_checkpoint_is_loaded_at_the_end_and_every_step_counts(checkpoint, comments, tmp_path, monkeypatch, capfd, lora):
+    # The first step has rate 0, the noise of the others ruins the model: the first checkpoint is the best.
+    arguments = ["--noise_multiplier", "50", "--per_sample_max_grad_norm", "1", "--learning_rate", "1", "--warmup_steps", "3"]
+    arguments += ["--lr_scheduler_type", "constant_with_warmup", "--load_best_model_at_end", *lora]
+    arguments += ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    status, stderr = run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "out", *arguments))
+    assert status == 0, stderr
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    losses = [log["eval_loss"] for log in state["log_history"] if "eval_loss" in log]
+    assert state["best_global_step"] == 1 and losses[-3] < min(losses[-2:])
+    first, released = (AutoModelForCausalLM.from_pretrained(folder) for folder in (checkpoint, tmp_path / "out"))
+    tokens = torch.arange(8)[None]
+    assert torch.equal(first(tokens).logits, released(tokens).logits)
+    assert read_report(tmp_path / "out")["steps"] == 3
+
+
 def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
