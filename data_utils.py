@@ -220,7 +220,10 @@ def check_columns(source: str, names: list[str], text_column: str, author_column
     """Raise UserError unless both columns are there, once each."""
     for option, column in (("--text_column", text_column), ("--author_column", author_column)):
         if column not in names:
-            raise UserError(f"{option} {column!r} is not in {source}: its columns are {', '.join(map(str, names))}; name one")
+            columns, remedy = f"its columns are {', '.join(map(str, names))}", "name one"
+            if len(names) == 1 and any(separator in str(names[0]) for separator in ";\t|"):
+                columns, remedy = f"its only column is {names[0]!r}", "separate columns by commas"
+            raise UserError(f"{option} {column!r} is not in {source}: {columns}; {remedy}")
         if names.count(column) > 1:
             raise UserError(f"{option} {column!r} is in {source} {names.count(column)} times: rename all but one")
 

@@ -90,6 +90,12 @@ def test_csv_authors_are_as_written(tmp_path):
     assert load(str(path))["user"][:] == ["007", "7", "NA", "null", "7.0"]
 
 
+def test_a_byte_order_mark_as_spreadsheets_write_it_is_no_part_of_a_column(tmp_path):
+    path = tmp_path / "comments.csv"
+    path.write_text("user,body\na,b c\n", encoding="utf-8-sig")
+    assert load(str(path))["user"][:] == ["a"]
+
+
 def test_several_files_and_globs(tmp_path):
     for name, author in (("x1", "a"), ("x2", "b"), ("y", "c")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"user": author, "body": "t u"}) + "\n")
@@ -121,6 +127,7 @@ def test_several_files_and_globs(tmp_path):
         ("a.jsonl", '{"user": "a", "body": \n', ["--train_file", "a.jsonl"]),
         ("a.jsonl", "", ["--train_file", "empty"]),
         ("a.csv", "user,body\n", ["--train_file", "no rows"]),
+        ("a.csv", "user;body\na;t\n", ["--text_column", "'user;body'", "commas"]),
         ("a.csv", "user,body,user\na,t,b\n", ["--author_column", "2 times"]),
         ("a.csv", b"user,body\na,t\na,\xff\xfe\n", ["--train_file", "a.csv", "line 3", "UTF-8"]),
         ("a.parquet", b"PAR1 and then nothing", ["--train_file", "a.parquet"]),
