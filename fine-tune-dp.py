@@ -118,7 +118,9 @@ class TrainingArguments(transformers.TrainingArguments):
     learning_rate: float = field(
         default=1e-3, metadata={"help": "Higher than for ordinary fine-tuning: the steps are few, and noise is averaged out."}
     )
-    lr_scheduler_type: SchedulerType | str = field(default="constant", metadata={"help": "The scheduler type to use."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant_with_warmup", metadata={"help": "Shape of the learning rate; warmup is of 0 steps by default."}
+    )
     log_level: str = field(
         default="info",
         metadata={"help": "Log level of the main process.", "choices": [*logging.get_log_levels_dict(), "passive"]},

@@ -306,6 +306,8 @@ def test_what_tensorboard_shows(checkpoint, comments, tmp_path, monkeypatch, cap
     }
     assert wanted <= set(events.Tags()["scalars"]), events.Tags()
     assert all(event.value > 0 for event in events.Scalars("train/noise_multiplier"))
+    rates = [event.value for event in events.Scalars("train/learning_rate")]
+    assert rates == pytest.approx([1e-3] * 3)  # this script's default, constant
 
 
 @pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
