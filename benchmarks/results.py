@@ -1,7 +1,7 @@
 """What a user can choose: epsilon, full or LoRA, batch, schedule, samples per author, clip norm. Prints tables, draws a plot.
 
 python benchmarks/results.py [--only epsilon|recipe|lora] [--repetitions 3] [--parallel 2] [--cache results.jsonl]
-python benchmarks/results.py --plays FILE       # few authors: any file of author and content; here 309 roles of plays
+python benchmarks/results.py --plays FILE       # few authors: any file of author and content; here the roles of plays
 
 Every run is the script itself with the demo's model, on its corpus or on FILE, in a folder of its own; the evaluation loss is
 that of held-out authors. Runs that are in the cache are not repeated. Writes epsilon.png and plays.png beside this file.
