@@ -37,7 +37,7 @@ from data_utils import UserError
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-SMALL_BATCH, FEW_STEPS = 64, 20  # authors, steps: below them the log has advice
+SMALL_BATCH, FEW_STEPS, ENOUGH_STEPS = 64, 20, 60  # authors, steps: below the first two the log has advice
 EPSILON_BEYOND_USE = 1_000.0  # from here on epsilon is the cheap bound [2]; the grid of [1] would take minutes and GBs
 
 
@@ -285,7 +285,11 @@ class PrivacyPlan:
                 "--gradient_accumulation_steps, to 256 authors or so"
             )
         if self.steps < FEW_STEPS:
-            return f"{self.steps} steps teach little: raise --num_train_epochs; under --target_epsilon the noise follows"
+            epochs = math.ceil(ENOUGH_STEPS * self.sample_rate)
+            return (
+                f"{self.steps} steps teach little: raise --num_train_epochs, to {epochs} or so; under --target_epsilon the noise "
+                "follows"
+            )
         return None
 
 

@@ -31,6 +31,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from logging import LogRecord
 from pathlib import Path
 from typing import NoReturn, Optional
 
@@ -73,9 +74,13 @@ from report import Statistics, card, write_report
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# What transformers warns of without need: padding is on the right, where causal attention does not look; and GPT-2's class name,
-# which nobody "set in the config", makes it take the default loss.
-NEEDLESS_WARNINGS = ("We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config")
+# What transformers warns of without need: padding is on the right, where causal attention does not look; GPT-2's class name,
+# which nobody "set in the config", makes it take the default loss; and the number of steps is that of the plan, made of the epochs.
+NEEDLESS_WARNINGS = (
+    "We strongly recommend passing in an `attention_mask`",
+    "`loss_type=None` was set in the config",
+    "max_steps is given, it will override",
+)
 
 
 @dataclass
@@ -228,13 +233,18 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
         raise UserError(f"--lora_target_modules do not fit {name}: {str(error).strip().splitlines()[0]}") from error
 
 
+def is_needed(record: LogRecord) -> bool:
+    """Let a log record through unless it is one of NEEDLESS_WARNINGS."""
+    return not record.getMessage().startswith(NEEDLESS_WARNINGS)
+
+
 def main() -> None:
     model_args, lora_args, data_args, privacy_args, audit_args, training_args = parse_arguments()
     if training_args.disable_tqdm or training_args.process_index > 0:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
-    modeling_log = logging.get_logger("transformers.modeling_utils")
-    modeling_log.addFilter(lambda record: not record.getMessage().startswith(NEEDLESS_WARNINGS))
+    for name in ("transformers.modeling_utils", "transformers.trainer"):
+        logging.get_logger(name).addFilter(is_needed)
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise or sampling
 
     model, tokenizer = load_model(model_args, lora_args)

@@ -136,7 +136,8 @@ def test_advice_for_small_batches_and_few_steps_alone():
     assert "--gradient_accumulation_steps" in make_plan(privacy, Args, np.arange(1_001)).advice()
     Args.gradient_accumulation_steps = 32
     assert make_plan(privacy, Args, np.arange(10_001)).advice() is None
-    assert "3 steps" in make_plan(privacy, Args, np.arange(201)).advice()  # all of 200 authors in each of three
+    advice = make_plan(privacy, Args, np.arange(201)).advice()  # all of 200 authors in each of three steps
+    assert advice.startswith("3 steps") and "--num_train_epochs, to 60" in advice
 
 
 def test_default_delta_steps_and_rate():
