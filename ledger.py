@@ -231,20 +231,21 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     last = ledger.runs[-1]
     delta = delta or last["delta"]
     again = Spending(last["noise_multiplier"], last["sample_rate"], last["steps"])
-    loss = PrivacyLoss([*ledger.spendings, again], delta)
     lines = [f"{ledger.path}: runs {len(ledger.runs)}, steps {ledger.steps:,}, records unbroken"]
     for number, (header, spending) in enumerate(zip(ledger.runs, ledger.spendings), 1):
         lines.append(
             f"  run {number}: {spending.steps:,} of {header['steps']:,} steps, noise multiplier {spending.noise_multiplier:.4f}, "
             f"sample rate {spending.sample_rate:.6g} of {header['num_authors']:,} authors, clip norm {header['clip_norm']:g}"
         )
-    target, more = last["target_epsilon"], [*ledger.spendings, again]
+    # Each with a grid of its own: the coarser one of more steps would say more than was spent.
+    spent, after = (PrivacyLoss(s, delta).epsilon(s) for s in (ledger.spendings, [*ledger.spendings, again]))
+    target = last["target_epsilon"]
     return "\n".join(
         [
             *lines,
-            f"  spent: {guarantee_in_words(loss.epsilon(ledger.spendings), delta)}",
+            f"  spent: {guarantee_in_words(spent, delta)}",
             "  promised: " + (f"epsilon {target:g}" if target is not None else "no target, the noise was given"),
-            f"  after one more run of {again.steps:,} steps: {guarantee_in_words(loss.epsilon(more), delta)}",
+            f"  after one more run of {again.steps:,} steps: {guarantee_in_words(after, delta)}",
         ]
     )
 

@@ -13,7 +13,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from test_accounting import exact_epsilon
 
-from accounting import PrivacyLoss, Spending
+from accounting import PrivacyLoss, Spending, find_noise_multiplier
 from data_utils import UserError
 from ledger import PrivacyLedger, link, main, write_json
 
@@ -21,10 +21,10 @@ HEADER = {"noise_multiplier": 0.7, "sample_rate": 0.1, "steps": 10, "num_authors
           "target_epsilon": 8.0, "delta": 1e-3}  # fmt: skip
 
 
-def make_ledger(folder, steps=3, **header) -> PrivacyLedger:
+def make_ledger(folder, taken=3, **header) -> PrivacyLedger:
     ledger = PrivacyLedger(folder / "privacy_ledger.jsonl")
     ledger.start_run({**HEADER, **header})
-    for _ in range(steps):
+    for _ in range(taken):
         ledger.record_step()
     return ledger
 
@@ -43,7 +43,7 @@ def test_ledger_counts_runs_and_steps(tmp_path):
 
 
 def test_a_step_is_on_disk_when_record_step_returns(tmp_path, monkeypatch):
-    ledger, synced = make_ledger(tmp_path, steps=0), []
+    ledger, synced = make_ledger(tmp_path, taken=0), []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     for steps in (1, 2, 3):
         ledger.record_step()
@@ -53,7 +53,7 @@ def test_a_step_is_on_disk_when_record_step_returns(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cut", [1, 5, 60])
 def test_a_torn_last_record_counts_as_a_step_now_and_later(tmp_path, cut):
-    ledger = make_ledger(tmp_path, steps=3)
+    ledger = make_ledger(tmp_path, taken=3)
     ledger.path.write_bytes(ledger.path.read_bytes()[:-cut])
     torn = PrivacyLedger(ledger.path)
     assert torn.steps == 3
@@ -63,7 +63,7 @@ def test_a_torn_last_record_counts_as_a_step_now_and_later(tmp_path, cut):
 
 
 def test_a_torn_header_is_no_run(tmp_path):
-    ledger = make_ledger(tmp_path, steps=0)
+    ledger = make_ledger(tmp_path, taken=0)
     ledger.path.write_bytes(ledger.path.read_bytes()[:-9])
     torn = PrivacyLedger(ledger.path)
     assert torn.steps == 0 and torn.runs == []
@@ -95,21 +95,21 @@ def edited(text: bytes, how: str) -> bytes:
      "a step number", "another run's records"],
 )  # fmt: skip
 def test_an_edited_ledger_is_refused(tmp_path, how):
-    ledger = make_ledger(tmp_path, steps=4)
+    ledger = make_ledger(tmp_path, taken=4)
     ledger.path.write_bytes(edited(ledger.path.read_bytes(), how))
     with pytest.raises(UserError, match=r"line \d+ was changed"):
         PrivacyLedger(ledger.path)
 
 
 def test_a_step_left_out_of_the_numbers_is_refused_even_with_a_chain(tmp_path):
-    ledger = make_ledger(tmp_path, steps=1)
+    ledger = make_ledger(tmp_path, taken=1)
     ledger._write({"record": "step", "step": 3})
     with pytest.raises(UserError, match="line 3"):
         PrivacyLedger(ledger.path)
 
 
 def test_a_missing_end_that_a_report_knows_of_is_refused(tmp_path):
-    ledger = make_ledger(tmp_path, steps=4)
+    ledger = make_ledger(tmp_path, taken=4)
     write_json(tmp_path / "privacy.json", {"disable_dp": False, "ledger_link": ledger.links[-1]})
     ledger.check_report(tmp_path / "privacy.json")
     ledger.record_step()
@@ -182,7 +182,7 @@ def ledger_program(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_program_says_what_was_spent_and_what_one_more_run_would_cost(tmp_path):
-    ledger = make_ledger(tmp_path, steps=10, noise_multiplier=2.0)
+    ledger = make_ledger(tmp_path, taken=10, noise_multiplier=2.0)
     ledger.start_run({**HEADER, "noise_multiplier": 3.0})
     for _ in range(5):
         ledger.record_step()
@@ -194,6 +194,15 @@ def test_the_program_says_what_was_spent_and_what_one_more_run_would_cost(tmp_pa
     assert said == [pytest.approx(spent, abs=0.02), pytest.approx(after, abs=0.02)]
     assert "runs 2, steps 15" in done.stdout and "promised: epsilon 8" in done.stdout
     assert "at delta 1e-05" in ledger_program(str(tmp_path), "1e-5").stdout
+
+
+@pytest.mark.parametrize(("rate", "steps", "target"), [(0.898, 61, 8.0), (0.05, 300, 2.0), (1.0, 40, 1.0)])
+def test_the_program_does_not_say_more_than_was_promised(tmp_path, rate, steps, target, capsys):
+    """The grid of one more run is coarser: it must not pass for what was spent."""
+    sigma = find_noise_multiplier(rate, steps, target, 1e-3)
+    make_ledger(tmp_path, steps, noise_multiplier=sigma, sample_rate=rate, steps=steps, target_epsilon=target)
+    main([str(tmp_path)])
+    assert f"spent: epsilon {target:.2f} at" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["nowhere"], ["{}", "two"], ["{}", "0"], ["{}", "1e-5", "more"]])
