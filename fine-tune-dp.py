@@ -75,7 +75,7 @@ from report import Statistics, card, write_report
 logger = logging.get_logger(f"transformers.{__name__}")
 
 # What transformers warns of without need: padding is on the right, where causal attention does not look; GPT-2's class name,
-# which nobody "set in the config", makes it take the default loss; and the number of steps is that of the plan, made of the epochs.
+# which nobody "set in the config", makes it take the default loss; and the number of steps is the plan's, made of the epochs.
 NEEDLESS_WARNINGS = (
     "We strongly recommend passing in an `attention_mask`",
     "`loss_type=None` was set in the config",
