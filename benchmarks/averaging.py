@@ -43,6 +43,10 @@ class Averages(TrainerCallback):
         for average, weight in zip(kept, self.weights):
             average.lerp_(weight.detach(), share)
 
+    def load(self, values: list[torch.Tensor]) -> None:
+        for weight, value in zip(self.weights, values):
+            weight.data.copy_(value)
+
 
 class AveragingTrainer(DPTrainer):
     def train(self, *args, **kwargs):
@@ -51,11 +55,10 @@ class AveragingTrainer(DPTrainer):
         result = super().train(*args, **kwargs)
         last = [weight.detach().clone() for weight in averages.weights]
         print("\n| weights | evaluation loss |\n|---|---|")
-        for name, weights in {"the last": last, **averages.kept, "": last}.items():
-            for weight, value in zip(averages.weights, weights):
-                weight.data.copy_(value)
-            if name:
-                print(f"| {name} | {self.evaluate()['eval_loss']:.3f} |", flush=True)
+        for name, values in {"the last": last, **averages.kept}.items():
+            averages.load(values)
+            print(f"| {name} | {self.evaluate()['eval_loss']:.3f} |", flush=True)
+        averages.load(last)
         return result
 
 

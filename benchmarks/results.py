@@ -34,6 +34,10 @@ def private(epsilon: float | None) -> str:
     return "--disable_dp" if epsilon is None else f"--target_epsilon {epsilon}"
 
 
+def full(authors: int, rate: str, schedule: str = "constant", epsilon: float | None = 8) -> str:
+    return f"{batch(authors)} --learning_rate {rate} --lr_scheduler_type {schedule} {private(epsilon)}"
+
+
 DEMO = "The demo's corpus, two epochs"
 CONSTANT = "--lr_scheduler_type constant"
 EPSILON = {
@@ -42,31 +46,31 @@ EPSILON = {
     for name, options in (("full", FULL), ("LoRA", LORA))
 }
 # All of them process two epochs' worth of samples; the order of options is that of EPSILON, so that the cache serves both.
-BEST = f"{batch(256)} --learning_rate 5e-3 {CONSTANT} {private(8)}"
-TWO = f"{batch(1024)} {FULL} {private(8)} --samples_per_author 2".replace("epochs 2", "epochs 1.5")
+BEST = full(256, "5e-3")
+TWO = full(1024, "5e-3", "cosine").replace("epochs 2", "epochs 1.5") + " --samples_per_author 2"
 RECIPE = {
-    "the original: batch 1024, constant 1e-4": f"{batch(1024)} --learning_rate 1e-4 {CONSTANT} {private(8)}",
-    "batch 1024, constant 1e-3": f"{batch(1024)} --learning_rate 1e-3 {CONSTANT} {private(8)}",
-    "batch 1024, constant 5e-3": f"{batch(1024)} --learning_rate 5e-3 {CONSTANT} {private(8)}",
-    "batch 1024, cosine 5e-3": f"{batch(1024)} {FULL} {private(8)}",
-    "batch 1024, cosine 1e-2": f"{batch(1024)} --learning_rate 1e-2 --lr_scheduler_type cosine {private(8)}",
+    "the original: batch 1024, constant 1e-4": full(1024, "1e-4"),
+    "batch 1024, constant 1e-3": full(1024, "1e-3"),
+    "batch 1024, constant 5e-3": full(1024, "5e-3"),
+    "batch 1024, cosine 5e-3": full(1024, "5e-3", "cosine"),
+    "batch 1024, cosine 1e-2": full(1024, "1e-2", "cosine"),
     "batch 1024, cosine 5e-3, two samples per author": TWO,
-    "batch 1024, cosine 5e-3, clip norm 0.1": f"{batch(1024)} {FULL} {private(8)} --per_sample_max_grad_norm 0.1",
-    "batch 1024, cosine 5e-3, Adam's beta2 0.95": f"{batch(1024)} {FULL} {private(8)} --adam_beta2 0.95",
-    "batch 4096, cosine 5e-3": f"{batch(4096)} {FULL} {private(8)}",
-    "batch 256, cosine 5e-3": f"{batch(256)} {FULL} {private(8)}",
-    "batch 256, cosine 1e-2": f"{batch(256)} --learning_rate 1e-2 --lr_scheduler_type cosine {private(8)}",
-    "batch 512, constant 1e-2": f"{batch(512)} --learning_rate 1e-2 {CONSTANT} {private(8)}",
+    "batch 1024, cosine 5e-3, clip norm 0.1": full(1024, "5e-3", "cosine") + " --per_sample_max_grad_norm 0.1",
+    "batch 1024, cosine 5e-3, Adam's beta2 0.95": full(1024, "5e-3", "cosine") + " --adam_beta2 0.95",
+    "batch 4096, cosine 5e-3": full(4096, "5e-3", "cosine"),
+    "batch 256, cosine 5e-3": full(256, "5e-3", "cosine"),
+    "batch 256, cosine 1e-2": full(256, "1e-2", "cosine"),
+    "batch 512, constant 1e-2": full(512, "1e-2"),
     "batch 256, constant 5e-3": BEST,
-    "batch 256, constant 5e-3, Adam's epsilon 1e-4": f"{BEST} --adam_epsilon 1e-4",
-    "batch 256, constant 5e-3, Adam's epsilon 1e-3": f"{BEST} --adam_epsilon 1e-3",
-    "batch 256, constant 1e-2": f"{batch(256)} --learning_rate 1e-2 {CONSTANT} {private(8)}",
-    "batch 256, constant 2e-2": f"{batch(256)} --learning_rate 2e-2 {CONSTANT} {private(8)}",
-    "batch 128, constant 5e-3": f"{batch(128)} --learning_rate 5e-3 {CONSTANT} {private(8)}",
-    "batch 64, cosine 5e-3": f"{batch(64)} {FULL} {private(8)}",
-    "not private, batch 1024, cosine 5e-3": f"{batch(1024)} {FULL} {private(None)}",
-    "not private, batch 64, cosine 5e-3": f"{batch(64)} {FULL} {private(None)}",
-    "not private, batch 256, cosine 5e-3": f"{batch(256)} {FULL} {private(None)}",
+    "batch 256, constant 5e-3, Adam's epsilon 1e-4": BEST + " --adam_epsilon 1e-4",
+    "batch 256, constant 5e-3, Adam's epsilon 1e-3": BEST + " --adam_epsilon 1e-3",
+    "batch 256, constant 1e-2": full(256, "1e-2"),
+    "batch 256, constant 2e-2": full(256, "2e-2"),
+    "batch 128, constant 5e-3": full(128, "5e-3"),
+    "batch 64, cosine 5e-3": full(64, "5e-3", "cosine"),
+    "not private, batch 1024, cosine 5e-3": full(1024, "5e-3", "cosine", epsilon=None),
+    "not private, batch 64, cosine 5e-3": full(64, "5e-3", "cosine", epsilon=None),
+    "not private, batch 256, cosine 5e-3": full(256, "5e-3", "cosine", epsilon=None),
 }
 
 
