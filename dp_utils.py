@@ -184,11 +184,11 @@ class DPTrainer(Trainer):
         self.norm_edges = torch.logspace(-4, 4, 81, device=args.device)
         self._norm_counts = torch.zeros(len(self.norm_edges) + 1, device=args.device)
         self._clip_counts = torch.zeros(4, device=args.device)  # authors seen, clipped, not finite, and steps, since the last log
-        args.max_steps = self.plan.steps
         args.ignore_data_skip = True  # batches are drawn afresh: there is nothing to skip
         args.gradient_accumulation_steps = 1  # the logical batch is cut in training_step
         args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        args.max_steps = self.plan.steps  # not before: it would be said to override --num_train_epochs, of which it is made
         if self.accelerator.scaler is not None or self.accelerator.distributed_type not in SUPPORTED_LAUNCHES:
             raise UserError(
                 "accelerate's configuration asks for fp16, deepspeed, fsdp or a TPU: use --bf16, torch.distributed.run"
