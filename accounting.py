@@ -30,7 +30,6 @@ from opacus.accountants.analysis.prv import (
     compute_safe_domain_size,
     discretize,
 )
-from transformers import TrainingArguments
 from transformers.utils import logging
 
 from data_utils import UserError
@@ -287,20 +286,18 @@ class PrivacyPlan:
         if self.steps < FEW_STEPS:
             epochs = math.ceil(ENOUGH_STEPS * self.sample_rate)
             return (
-                f"{self.steps} steps teach little: raise --num_train_epochs, to {epochs} or so; under --target_epsilon the noise "
-                "follows"
+                f"{self.steps} steps teach little: raise --num_train_epochs, to {epochs} or so, or --max_steps if you gave it; "
+                "under --target_epsilon the noise follows"
             )
         return None
 
 
-def make_plan(
-    privacy: Any, args: TrainingArguments, offsets: np.ndarray, noise_multiplier: Optional[float] = None
-) -> PrivacyPlan:
+def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Optional[float] = None) -> PrivacyPlan:
     """Work out sample rate, steps and noise.
 
     Args:
         privacy: dp_utils.PrivacyArguments.
-        args: Hugging Face's.
+        args: transformers.TrainingArguments, whose import would take ledger.py a second.
         offsets: (authors + 1,), from `data_utils.group_by_author`.
         noise_multiplier: of the run that is resumed, if any; otherwise it is as given or calibrated.
     Raises:

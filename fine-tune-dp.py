@@ -74,13 +74,9 @@ from report import Statistics, card, write_report
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# What transformers warns of without need: padding is on the right, where causal attention does not look; GPT-2's class name,
-# which nobody "set in the config", makes it take the default loss; and the number of steps is the plan's, made of the epochs.
-NEEDLESS_WARNINGS = (
-    "We strongly recommend passing in an `attention_mask`",
-    "`loss_type=None` was set in the config",
-    "max_steps is given, it will override",
-)
+# What transformers warns of without need: padding is on the right, where causal attention does not look; and GPT-2's class name,
+# which nobody "set in the config", makes it take the default loss.
+NEEDLESS_WARNINGS = ("We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config")
 
 
 @dataclass
@@ -243,8 +239,7 @@ def main() -> None:
     if training_args.disable_tqdm or training_args.process_index > 0:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
-    for name in ("transformers.modeling_utils", "transformers.trainer"):
-        logging.get_logger(name).addFilter(is_needed)
+    logging.get_logger("transformers.modeling_utils").addFilter(is_needed)
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise or sampling
 
     model, tokenizer = load_model(model_args, lora_args)
@@ -286,7 +281,8 @@ def main() -> None:
     trainer.add_callback(Statistics(trainer, np.diff(grouped[1])))
     trainer.model_card = functools.partial(card, base_model=model_args.model_name)
     logger.info(trainer.summary())
-    if not (model_args.dry_run or privacy_args.disable_dp) and (advice := trainer.plan.advice()):
+    advice = None if model_args.dry_run or privacy_args.disable_dp else trainer.plan.advice()
+    if advice and trainer.is_world_process_zero():
         logger.warning(advice)
     if evaluation is not None and not training_args.resume_from_checkpoint:
         # In words, since the Trainer's progress bar shows log lines during training only.
