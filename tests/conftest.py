@@ -103,7 +103,7 @@ def make_trainer(folder, model=None, dataset=None, *, privacy=None, **options) -
         model if model is not None else tiny_gpt2(),
         TrainingArguments(**{**defaults, **options}),
         PrivacyArguments(**privacy),
-        train_dataset=dataset if dataset is not None else make_dataset([1, 2, 3, 1, 1, 5]),
+        train_dataset=dataset if dataset is not None else make_dataset(COUNTS),
         data_collator=collate,
     )
 

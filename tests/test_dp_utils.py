@@ -109,6 +109,13 @@ def test_noise_is_drawn_once_per_step_whatever_the_microbatches(tmp_path):
         assert within(noise.var().item() / 1.5**2, 1, math.sqrt(2 / len(noise)))
 
 
+def test_epochs_are_as_many_steps_as_were_planned_and_accounted_for(tmp_path):
+    # q = 4 / 10: 3 epochs are ceil(7.5) steps, where the Trainer's own count of whole epochs is 9.
+    trainer = make_trainer(tmp_path, dataset=make_dataset([1] * 10), max_steps=-1, num_train_epochs=3)
+    trainer.train()
+    assert trainer.ledger.steps == trainer.state.global_step == trainer.plan.steps == 8
+
+
 def test_empty_draws_are_steps_of_noise_alone(tmp_path):
     trainer = make_trainer(
         tmp_path, dataset=make_dataset([1] * 1_000), privacy={"noise_multiplier": 1.0}, max_steps=3, logging_steps=3
