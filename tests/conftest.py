@@ -120,9 +120,12 @@ def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None) -> 
     """Run fine-tune-dp.py as a user would; with `processes`, through torch.distributed.run."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
     command = [sys.executable, *launcher, str(ROOT / "fine-tune-dp.py"), *arguments]
-    # transformers says each line twice where CI is set; a user's terminal is meant here.
-    environment = {name: value for name, value in os.environ.items() if name != "CI"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=of_a_terminal())
+
+
+def of_a_terminal() -> dict[str, str]:
+    """The environment of a user; transformers says each line twice where CI is set."""
+    return {name: value for name, value in os.environ.items() if name != "CI"}
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, make_dataset, make_trainer, read_report, run_script
+from conftest import ROOT, make_dataset, make_trainer, of_a_terminal, read_report, run_script
 from test_fine_tune_dp import small
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
@@ -29,7 +29,7 @@ HAS_NAMESPACES = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "
 
 def start(*arguments: str, processes: int = 0, before: tuple[str, ...] = ()) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
-    environment = {**{k: v for k, v in os.environ.items() if k != "CI"}, "OMP_NUM_THREADS": "1"}
+    environment = {**of_a_terminal(), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*before, sys.executable, *launcher, str(ROOT / "fine-tune-dp.py"), *arguments],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, flat, read_report, run_script
+from conftest import ROOT, flat, of_a_terminal, read_report, run_script
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
@@ -338,7 +338,7 @@ def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "7"]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, str(ROOT / "fine-tune-dp.py")]
     arguments = [*launcher, *small(checkpoint, comments, tmp_path / "out", *PRIVACY)]
-    nodes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    nodes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=of_a_terminal()) for _ in range(2)]
     outputs = [node.communicate(timeout=240)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "".join(outputs).count("noise outweighs them") == 1  # advice is given once, whatever the number of processes
