@@ -1,4 +1,4 @@
-"""Samples and their authors: load, split by author, tokenize, group, collate, cut into microbatches.
+"""Samples and their authors: load, split by author, tokenize, group, collate.
 
 Promise: a row never silently changes who its author is. Author values are compared exactly (" alice"
 and "alice" are two authors), a missing author is an error and no author is on both sides of the split.
@@ -18,9 +18,8 @@ Example:
 import csv
 import glob
 import hashlib
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -37,20 +36,15 @@ from huggingface_hub import constants, get_session
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from author_dp.errors import UserError
+from author_dp.mechanism import IGNORED
+
 # A child of transformers' own logger, so that its handler and --log_level hold here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 DEFAULT_DATASET = "webis/tldr-17"
 DEFAULT_DATASET_SAMPLES = 500_000
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-IGNORED = -100  # label of a position that counts in no loss; cross_entropy's ignore_index
-
-
-class UserError(ValueError):
-    """Something that the user can mend. The message, one line, names the option or column, and the remedy."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass
@@ -159,9 +153,10 @@ def load_files(option: str, patterns: list[str], *, text_column: str, author_col
     try:
         samples = load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
     except Exception as error:  # pandas, pyarrow and datasets each raise their own for a file that is not what it says
-        while error.__cause__ is not None:
-            error = error.__cause__
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         reason = "it holds no rows" if "corresponds to no data" in reason else reason
         raise UserError(f"{option} {' '.join(patterns)} cannot be read as {suffix}: {reason}") from error
     finally:
@@ -495,27 +490,3 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     input_ids, labels = np.zeros(present.shape, np.int64), np.full(present.shape, IGNORED)
     input_ids[present] = labels[present] = np.concatenate(rows)
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
-
-
-def cut_into_microbatches(
-    authors: list[list[dict[str, Any]]], max_authors: int, collate: Callable[[list], dict[str, torch.Tensor]] = collate
-) -> list[dict[str, torch.Tensor]]:
-    """Cut a draw into microbatches of at most `max_authors` authors, similar in length: padding is not work.
-
-    Args:
-        authors: the drawn samples of each author.
-        collate: pads a list of samples to tensors of shape (samples, tokens).
-    Returns:
-        microbatches, each what `collate` returns, `author`, int64 (samples,): which author of the microbatch a
-        sample belongs to, counted from 0, and `num_authors`.
-    """
-    if not authors:
-        return []
-    by_length = sorted(authors, key=lambda samples: max(len(sample["input_ids"]) for sample in samples))
-    microbatches = []
-    for part in np.array_split(np.arange(len(by_length)), math.ceil(len(by_length) / max_authors)):
-        chosen = [by_length[i] for i in part]
-        owners = np.repeat(np.arange(len(chosen)), [len(samples) for samples in chosen])
-        batch = collate([sample for samples in chosen for sample in samples])
-        microbatches.append({**batch, "author": torch.from_numpy(owners), "num_authors": len(chosen)})
-    return microbatches

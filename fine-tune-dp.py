@@ -22,7 +22,7 @@ LoRA: the same with
 
 All options may stand in a YAML file, and others after it: fine-tune-dp.py --config configs/reddit-lora.yaml --seed 7
 
-`data_utils.py` makes samples and authors of a data set; `dp_utils.py` holds the Trainer, `mechanism.py` what it does in a step.
+`data_utils.py` makes samples and authors of a data set; `dp_utils.py` holds the Trainer; `author_dp/` what it does in a step.
 """
 
 import functools
@@ -53,12 +53,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
-from accounting import guarantee_in_words
-from checkpoints import LostProcessError, SignalError, explain, find_checkpoint
+from author_dp.accounting import guarantee_in_words
+from author_dp.audit import Audit, AuditArguments, secret_key
+from author_dp.checkpoints import SignalError, explain, find_checkpoint
+from author_dp.errors import LostProcessError, UserError
+from author_dp.guards import check_options
+from author_dp.report import Statistics, card, write_report
 from data_utils import (
     AuthorDataset,
     DataArguments,
-    UserError,
     collate,
     column_of,
     group_by_author,
@@ -68,9 +71,6 @@ from data_utils import (
     tokenize,
 )
 from dp_utils import DPTrainer, PrivacyArguments
-from guards import check_options
-from privacy_audit import Audit, AuditArguments, secret_key
-from report import Statistics, card, write_report
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -278,7 +278,7 @@ def main() -> None:
         data_collator=collate,
         processing_class=tokenizer,
     )
-    trainer.add_callback(Statistics(trainer, np.diff(grouped[1])))
+    trainer.add_callback(Statistics(trainer.norms, np.diff(grouped[1])))
     trainer.model_card = functools.partial(card, base_model=model_args.model_name)
     logger.info(trainer.summary())
     advice = None if model_args.dry_run or privacy_args.disable_dp else trainer.plan.advice()

@@ -19,9 +19,9 @@ from datasets import Dataset, Features, List, Value
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
+from author_dp.audit import Audit
 from data_utils import AuthorDataset, collate
 from dp_utils import DPTrainer, PrivacyArguments
-from privacy_audit import Audit
 
 VOCABULARY, TOKENS, DELTA, RUNS = 61, 10, 1e-5, 3
 

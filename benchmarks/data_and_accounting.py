@@ -21,10 +21,10 @@ import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 from transformers import GPT2TokenizerFast  # noqa: E402
 
-from accounting import compute_epsilon, find_noise_multiplier  # noqa: E402
+from author_dp.accounting import compute_epsilon, find_noise_multiplier  # noqa: E402
+from author_dp.ledger import PrivacyLedger  # noqa: E402
+from author_dp.mechanism import DrawnDataset, PoissonAuthorSampler  # noqa: E402
 from data_utils import AuthorDataset, collate, column_of, group_by_author, load_files, tokenize  # noqa: E402
-from ledger import PrivacyLedger  # noqa: E402
-from mechanism import DrawnDataset, PoissonAuthorSampler  # noqa: E402
 
 SAMPLES, AUTHORS, BATCH = 500_000, 304_279, 1_024
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 
-from data_utils import AuthorDataset, collate, cut_into_microbatches, group_by_author
+from author_dp.clipping import ENGINES
+from author_dp.mechanism import LogicalBatch, author_losses, cut_into_microbatches
+from data_utils import AuthorDataset, collate, group_by_author
 from dp_utils import DPTrainer, PrivacyArguments
-from mechanism import ENGINES, author_losses
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -29,6 +30,7 @@ MODELS = {
     "lora": {"lora": True},
 }
 
+torch.set_num_threads(1)  # of tiny models; two workers share two cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 datasets.disable_progress_bars()
@@ -165,3 +167,38 @@ def as_arrays(batch: dict) -> list[list[np.ndarray]]:
     """Undo collation: the token ids of each author's samples."""
     rows = [ids[labels != -100].numpy() for ids, labels in zip(batch["input_ids"], batch["labels"])]
     return [[rows[i] for i in np.flatnonzero(batch["author"].numpy() == author)] for author in range(batch["num_authors"])]
+
+
+class Recorder(TrainerCallback):
+    """Keep the gradient that each step releases, and the weights around it."""
+
+    def __init__(self):
+        self.gradients, self.logs = [], []
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append(flat(p.grad for p in trainable(model).values()).clone())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def train(trainer) -> tuple[list[LogicalBatch], Recorder]:
+    """Train, and return what each step saw and released."""
+    batches, recorder = [], Recorder()
+    step = trainer.training_step
+
+    def training_step(model, inputs, *args):
+        batches.append(inputs)
+        recorder.wrapped_in = type(model).__name__
+        return step(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.add_callback(recorder)
+    trainer.train()
+    return batches, recorder
+
+
+def resumable(folder, max_steps: int = 6, target: float = 3.0, **options):
+    privacy = {"noise_multiplier": None, "target_epsilon": target}
+    return make_trainer(folder, dataset=make_dataset([1] * 60), max_steps=max_steps, privacy=privacy,
+                        save_strategy="steps", save_steps=2, **options)  # fmt: skip

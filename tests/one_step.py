@@ -1,4 +1,4 @@
-"""One step of a trainer under torch.distributed.run, for test_dp_utils.py: python one_step.py FOLDER JSON."""
+"""One step of a trainer under torch.distributed.run, for test_processes.py: python one_step.py FOLDER JSON."""
 
 import json
 import sys
@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from conftest import as_arrays, flat, make_dataset, make_trainer, tiny_gpt2, trainable
+from conftest import as_arrays, flat, make_dataset, make_trainer, tiny_gpt2, train, trainable
 from planting import find, with_edit
-from test_dp_utils import train
 
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 if "plant" in options:  # for test_planted_bugs.py

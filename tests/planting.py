@@ -1,7 +1,7 @@
 """Change one place in a function of the project while it runs, as a careless colleague would have written it."""
 
-import importlib
 import inspect
+import pkgutil
 import textwrap
 from collections.abc import Callable
 from types import CodeType
@@ -9,11 +9,7 @@ from types import CodeType
 
 def find(name: str) -> Callable:
     """Return the function called module.function or module.Class.method."""
-    module, *path = name.split(".")
-    found = importlib.import_module(module)
-    for part in path:
-        found = getattr(found, part)
-    return inspect.unwrap(found)
+    return inspect.unwrap(pkgutil.resolve_name(name))
 
 
 def with_edit(function: Callable, old: str, new: str) -> CodeType:

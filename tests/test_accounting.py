@@ -9,8 +9,8 @@ import pytest
 from dp_accounting import pld
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
-from accounting import PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier, make_plan
-from data_utils import UserError
+from author_dp.accounting import PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier, make_plan
+from author_dp.errors import UserError
 from dp_utils import PrivacyArguments
 
 N = 304_279
@@ -49,6 +49,7 @@ def test_readme_run_is_within_a_fifth_of_a_percent_and_never_above():
     assert lower <= compute_epsilon(sigma, **README_RUN, delta=1 / N) and upper <= 8.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "steps", "epsilon", "delta"),
     [(0.01, 1_000, 1.0, 1e-5), (0.05, 117, 8.0, 5e-5), (0.001, 300, 0.5, 1e-6), (0.3, 20, 3.0, 1e-4), (1.0, 10, 2.0, 1e-5)],
@@ -60,6 +61,7 @@ def test_calibration_is_within_half_a_percent_of_the_exact_noise(rate, steps, ep
     assert 1 - 1e-3 < sigma / exact_noise(rate, steps, epsilon, delta) < 1 + 5e-3
 
 
+@pytest.mark.slow
 def test_epsilon_is_an_upper_bound_and_close():
     generator = np.random.default_rng(0)
     for _ in range(15):

@@ -12,7 +12,8 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 import data_utils
-from data_utils import AuthorDataset, DataArguments, UserError, collate, column_of, group_by_author, load_files, load_samples
+from author_dp.errors import UserError
+from data_utils import AuthorDataset, DataArguments, collate, column_of, group_by_author, load_files, load_samples
 
 ROWS = [("alice", "one two three"), (" alice", "four five"), ("bob", "six"), ("alice", "seven eight"), ("Bob", "nine ten")]
 
@@ -322,24 +323,3 @@ def test_padding_is_on_the_right_and_in_no_label():
     batch = collate([{"input_ids": [5, 6, 7], "user": "a"}, {"input_ids": np.array([8, 0])}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, 0, -100]]
-
-
-def test_microbatches_hold_everything_once_and_pad_little():
-    generator = np.random.default_rng(0)
-    authors = [
-        [{"input_ids": np.full(generator.integers(2, 100), a)} for _ in range(generator.integers(1, 4))] for a in range(50)
-    ]
-    microbatches = data_utils.cut_into_microbatches(authors, max_authors=8)
-    assert len(microbatches) == 7 and max(batch["num_authors"] for batch in microbatches) <= 8
-    seen = {}
-    for batch in microbatches:
-        assert sorted(set(batch["author"].tolist())) == list(range(batch["num_authors"]))
-        for ids, labels, owner in zip(batch["input_ids"], batch["labels"], batch["author"]):
-            row = ids[labels != -100]
-            seen.setdefault((id(batch), owner.item()), []).append((row[0].item(), len(row)))
-    assert sorted(sorted(rows) for rows in seen.values()) == sorted(
-        sorted((a, len(row["input_ids"])) for row in rows) for a, rows in enumerate(authors)
-    )
-    widths = [batch["input_ids"].shape[1] for batch in microbatches]
-    assert widths == sorted(widths) and widths[0] < 60
-    assert data_utils.cut_into_microbatches([], max_authors=8) == []

@@ -1,4 +1,4 @@
-"""Faults, each for real: processes killed, disks full, folders shared. The README's table of faults is what is tested here."""
+"""Faults, each for real: processes killed, disks full, folders shared: the table of docs/when-something-goes-wrong.md."""
 
 import json
 import os
@@ -8,18 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import ROOT, make_dataset, make_trainer, of_a_terminal, read_report, run_script
+from conftest import ROOT, of_a_terminal, read_report, run_script
 from test_fine_tune_dp import small
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import SEAL_NAME, StopOnSignal, find_damage, newest_whole, seal
-from data_utils import UserError
-from ledger import PrivacyLedger
+from author_dp.checkpoints import newest_whole
+from author_dp.ledger import PrivacyLedger
+
+pytestmark = pytest.mark.slow
 
 NOISE = ["--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--save_steps", "3", "--logging_steps", "2"]
 LONG = ["--max_steps", "100000"]
@@ -125,29 +124,6 @@ def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_processes(checkpoi
     assert status != 0 and newest_whole(tmp_path / "out").name == f"checkpoint-{taken}", stderr
 
 
-def test_only_an_impatient_second_ctrl_c_acts_at_once(monkeypatch):
-    callback = StopOnSignal()
-    callback.receive(signal.SIGTERM, None)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        callback.receive(number, None)  # from a launcher: too soon for people
-    callback.when -= 10
-    callback.receive(signal.SIGTERM, None)
-    with pytest.raises(KeyboardInterrupt):
-        callback.receive(signal.SIGINT, None)
-    assert callback.received == signal.SIGTERM
-
-
-def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
-    callback, control = StopOnSignal(), TrainerControl()
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: callback.receive(signal.SIGTERM, None))
-    arguments = SimpleNamespace(device=torch.device("cpu"))
-    callback.on_step_end(arguments, None, control)
-    assert not control.should_training_stop
-    callback.on_step_end(arguments, None, control)
-    assert control.should_training_stop and control.should_save and callback.agreed == signal.SIGTERM
-
-
 def test_a_signal_while_loading_has_no_traceback(checkpoint, comments, tmp_path):
     process = start(*small(checkpoint, comments, tmp_path / "out", *NOISE))
     while b"fine-tune-dp" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
@@ -239,94 +215,3 @@ def test_a_second_run_into_the_folder_is_refused(checkpoint, comments, tmp_path)
         assert done.returncode == 2 and "in use by another run" in done.stderr, done.stderr
     process.send_signal(signal.SIGTERM)
     assert end_of(process)[0] == 143 and PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps >= 4
-
-
-# --- in one process -------------------------------------------------------------------------------------
-
-
-def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
-    now = [2e9]
-
-    def backwards() -> float:
-        now[0] -= 3_600
-        return now[0]
-
-    def seal_and_age(folder: Path) -> None:
-        seal(folder)
-        os.utime(folder, (backwards(),) * 2)
-
-    monkeypatch.setattr("dp_utils.seal", seal_and_age)
-    monkeypatch.setattr(time, "time", backwards)
-    trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
-    trainer.train()
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
-    assert newest_whole(tmp_path).name == "checkpoint-5" and trainer.ledger.steps == 5
-
-
-def damage(checkpoint: Path, how: str) -> None:
-    if how == "unsealed":
-        (checkpoint / SEAL_NAME).unlink()
-    elif how == "seal cut short":
-        (checkpoint / SEAL_NAME).write_text('{"files": ')
-    elif how == "optimizer cut short":
-        path = checkpoint / "optimizer.pt"
-        path.write_bytes(path.read_bytes()[:-7])
-    else:
-        (checkpoint / "model.safetensors").unlink()
-
-
-@pytest.mark.parametrize("how", ["unsealed", "seal cut short", "optimizer cut short", "model gone"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, how):
-    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
-    damage(tmp_path / "checkpoint-4", how)
-    assert find_damage(tmp_path / "checkpoint-4") and newest_whole(tmp_path).name == "checkpoint-2"
-    with pytest.raises(UserError, match=r"checkpoint-4.*give an earlier checkpoint"):
-        make_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    trainer = make_trainer(tmp_path, max_steps=4, resume_from_checkpoint=True, save_strategy="steps", save_steps=2)
-    trainer.train()
-    assert trainer.state.global_step == 4 and trainer.ledger.steps == 6
-    assert newest_whole(tmp_path).name == "checkpoint-4"  # sealed anew
-
-
-def test_a_crash_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1)
-
-    def crash(folder):
-        if folder.endswith("checkpoint-4"):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "_save_rng_state", crash)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and newest_whole(tmp_path).name == "checkpoint-2"
-
-
-def test_without_a_whole_checkpoint_a_run_starts_anew_with_its_steps_counted(tmp_path):
-    make_trainer(tmp_path, max_steps=3).train()
-    trainer = make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=True)
-    assert trainer.checkpoint is None
-    trainer.train()
-    assert trainer.state.global_step == 2 and trainer.ledger.steps == 5
-
-
-def test_a_finished_run_is_not_trained_again(tmp_path):
-    first = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
-    first.train()
-    again = make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=True)
-    again.train()
-    assert again.ledger.steps == 2 and again.epsilon() == pytest.approx(first.epsilon(), rel=3e-3)
-    for a, b in zip(first.model.parameters(), again.model.parameters()):
-        assert torch.equal(a, b)
-
-
-def test_the_folder_is_free_again_after_a_mistake(tmp_path, monkeypatch):
-    monkeypatch.setattr("ledger.LOCK_SECONDS", 0)
-    make_trainer(tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}).train()
-    spent = make_trainer(
-        tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}, resume_from_checkpoint=True,
-        dataset=make_dataset([1, 2, 3, 1, 1, 5]),
-    )  # fmt: skip
-    with pytest.raises(UserError, match="used up"):
-        spent.train()
-    with spent.ledger.locked():
-        pass

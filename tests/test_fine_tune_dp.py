@@ -32,8 +32,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from accounting import compute_epsilon
-from ledger import PrivacyLedger
+from author_dp.accounting import compute_epsilon
+from author_dp.ledger import PrivacyLedger
 
 # The two commands of the original example, flag for flag, but for the process count.
 FULL = """--output_dir scratch --model_name gpt2 --sequence_len 128 --per_device_train_batch_size 32
@@ -72,6 +72,7 @@ def run_here(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
 # --- the published commands -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [FULL, LORA], ids=["full", "lora"])
 def test_the_published_commands_on_two_processes(checkpoint, comments, tmp_path, command):
     arguments = [checkpoint if word == "gpt2" else word for word in command.split()]
@@ -109,6 +110,7 @@ def test_the_published_commands_on_two_processes(checkpoint, comments, tmp_path,
     assert AutoTokenizer.from_pretrained(tmp_path / "scratch")("hello there")["input_ids"]
 
 
+@pytest.mark.slow
 def test_the_published_commands_without_a_hub(tmp_path):
     done = run_script(*FULL.split(), cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -117,6 +119,7 @@ def test_the_published_commands_without_a_hub(tmp_path):
     assert not (tmp_path / "scratch" / "privacy_ledger.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_hub_data_set_as_a_local_folder(checkpoint, tmp_path, monkeypatch, capfd):
     shards = tmp_path / "tldr-17" / "default" / "partial-train"
     shards.mkdir(parents=True)
@@ -145,6 +148,7 @@ def test_own_columns_and_whole_numbers_as_authors(checkpoint, tmp_path, suffix, 
     assert 30 <= read_report(tmp_path / "out")["num_authors"] < 40
 
 
+@pytest.mark.slow
 def test_validation_file_bf16_and_several_samples_per_author(checkpoint, comments, tmp_path, monkeypatch, capfd):
     options = "--bf16 --samples_per_author 3 --per_device_train_batch_size 4 --noise_multiplier 1 --per_sample_max_grad_norm 0.5"
     arguments = small(checkpoint, comments, tmp_path / "out", "--validation_file", str(comments), *options.split())
@@ -156,6 +160,7 @@ def test_validation_file_bf16_and_several_samples_per_author(checkpoint, comment
     assert next(weights.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_one_seed_shares_split_and_lora_but_neither_noise_nor_batches(checkpoint, comments, tmp_path, monkeypatch, capfd):
     runs = []
     for name, rate in (("a", "0"), ("b", "0"), ("c", "1e-3"), ("d", "1e-3")):
@@ -188,12 +193,14 @@ def test_disable_dp(checkpoint, comments, tmp_path, monkeypatch, capfd):
     assert read_report(tmp_path / "out")["disable_dp"] is True
 
 
+@pytest.mark.slow
 def test_disable_dp_on_two_processes(checkpoint, comments, tmp_path):
     done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp"), processes=2)
     assert done.returncode == 0 and done.stderr.count("NO PRIVACY") == 1, done.stderr
     assert read_report(tmp_path / "out")["world_size"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--clipping", "grad_sample"], ["--activation_checkpointing"]], ids=["grad_sample", "checkpointing"]
 )
@@ -203,6 +210,7 @@ def test_the_other_engine_and_checkpointing(checkpoint, comments, tmp_path, monk
     assert read_report(tmp_path / "out")["clipping"] == ("grad_sample" if "grad_sample" in options else "ghost")
 
 
+@pytest.mark.slow
 def test_a_model_without_rules_is_refused_and_the_remedy_works(checkpoint, comments, tmp_path, monkeypatch, capfd):
     """Gemma's norms scale by 1 + weight: not the rule of the other families."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -232,6 +240,7 @@ def test_the_published_commands_as_files(name, command):
         assert found[option] == value or float(found[option]) == float(value), option
 
 
+@pytest.mark.slow
 def test_a_config_file_is_read_and_the_command_line_prevails(checkpoint, comments, tmp_path, monkeypatch, capfd):
     options = ["model_name: nowhere", f"train_file: [{comments}]", "target_epsilon: 8", "per_sample_max_grad_norm: 1.0"]
     options += ["max_steps: 2", "lr_scheduler_kwargs: {}", "target_delta: null", "disable_tqdm: true", "learning_rate: 1e-4"]
@@ -267,6 +276,7 @@ def tiny(family: str, vocabulary: int):
     return AutoModelForCausalLM.from_config(configs[family]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["pythia", "opt", "llama", "mistral", "qwen2", "qwen3"])
 def test_other_families_train_by_name_alone(checkpoint, comments, tmp_path, monkeypatch, capfd, family, lora):
@@ -281,16 +291,18 @@ def test_other_families_train_by_name_alone(checkpoint, comments, tmp_path, monk
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
 def test_the_recipe_of_the_readme_writes_text(checkpoint, comments, tmp_path, monkeypatch, capfd, lora):
     assert run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "mine", *PRIVACY, *lora))[0] == 0
-    recipe = re.search(r"<!-- the recipe -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    recipe = re.search(r"<!-- the recipe -->\n```python\n(.*?)```", (ROOT / "docs" / "result.md").read_text(), re.S)[1]
     monkeypatch.chdir(tmp_path)
     exec(recipe.replace("max_new_tokens=60", "max_new_tokens=5").replace("num_return_sequences=8", "num_return_sequences=2"), {})
     written = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_text().splitlines()]
     assert len(written) == 2 and all(isinstance(row["content"], str) for row in written)
 
 
+@pytest.mark.slow
 def test_what_tensorboard_shows(checkpoint, comments, tmp_path, monkeypatch, capfd):
     arguments = ["--report_to", "tensorboard", "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "2"]
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
@@ -312,6 +324,7 @@ def test_what_tensorboard_shows(checkpoint, comments, tmp_path, monkeypatch, cap
     assert rates == pytest.approx([1e-3] * 3)  # this script's default, constant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
 def test_the_best_checkpoint_is_loaded_at_the_end_and_every_step_counts(checkpoint, comments, tmp_path, monkeypatch, capfd, lora):
     # The first step has rate 0, the noise of the others ruins a model that is trained in full: checkpoint 1 is best.
@@ -331,6 +344,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_every_step_counts(checkpoi
     assert read_report(tmp_path / "out")["steps"] == 3
 
 
+@pytest.mark.slow
 def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -349,6 +363,7 @@ def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
 # --- what the user can mend -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -415,6 +430,7 @@ def test_mistakes_end_with_status_2_and_name_option_and_remedy(
     assert not Path("out/privacy_ledger.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_flood_and_a_very_long_text_are_samples_like_any_other(checkpoint, comments, tmp_path, monkeypatch, capfd):
     """100,000 samples of one author, and a text of 10 MB."""
     rows = [*comments.read_text().splitlines()[:200]]
@@ -427,6 +443,7 @@ def test_a_flood_and_a_very_long_text_are_samples_like_any_other(checkpoint, com
     assert read_report(tmp_path / "out")["num_samples"] > 100_100
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_pad_or_eos_token_is_fine(checkpoint, comments, tmp_path, monkeypatch, capfd):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
@@ -455,6 +472,7 @@ def test_a_model_that_is_broken_is_refused(checkpoint, comments, tmp_path, monke
     assert status == 2 and "--model_name: transformer.ln_f.weight holds weights that are not finite" in stderr
 
 
+@pytest.mark.slow
 def test_several_processes_complain_once(checkpoint, comments, tmp_path):
     done = run_script(*small(checkpoint, comments, tmp_path / "out", *PRIVACY, "--text_column", "body"), processes=2)
     assert done.returncode != 0 and done.stderr.count("fine-tune-dp.py: error:") == 1
@@ -483,6 +501,7 @@ def test_the_demo_is_what_its_script_makes():
     assert sum(path.stat().st_size for path in (ROOT / "demo").rglob("*") if path.is_file()) < 10e6
 
 
+@pytest.mark.slow
 def test_the_demo_learns(tmp_path):
     """A tenth of the README's demo, from the same files, at the same epsilon."""
     demo = ["--model_name", str(ROOT / "demo/model"), "--train_file", str(ROOT / "demo/comments.jsonl"), "--sequence_len", "64"]

@@ -18,7 +18,8 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_utils import UserError, column_of, group_by_author, load_files
+from author_dp.errors import UserError
+from data_utils import column_of, group_by_author, load_files
 
 SCRIPT = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="fuzzed")
 GROUPS = ("ModelArguments", "LoraArguments", "DataArguments", "PrivacyArguments", "AuditArguments", "TrainingArguments")
@@ -94,12 +95,14 @@ def load(name: str, content: bytes) -> list | None:
         return values.to_pylist()
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=120)
 @given(name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet"]), content=st.binary(max_size=60))
 def test_any_bytes_are_refused_or_read(name, content):
     load(name, content)
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=80)
 @given(st.lists(st.fixed_dictionaries({}, optional={"author": JSON, "content": JSON, "more": JSON}), min_size=1, max_size=3))
 def test_any_json_is_refused_or_read_with_its_authors_as_they_are(rows):
@@ -109,6 +112,7 @@ def test_any_json_is_refused_or_read_with_its_authors_as_they_are(rows):
         assert all(type(a) is type(row["author"]) for a, row in zip(found, rows)) and None not in found
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=100)
 @given(st.lists(st.tuples(AUTHORS, TEXTS), min_size=1, max_size=4), st.sampled_from(["a.jsonl", "a.csv", "a.parquet"]))
 def test_authors_are_read_as_they_are_written_or_refused(rows, name):

@@ -13,9 +13,9 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from test_accounting import exact_epsilon
 
-from accounting import PrivacyLoss, Spending, find_noise_multiplier
-from data_utils import UserError
-from ledger import PrivacyLedger, link, main, write_json
+from author_dp.accounting import PrivacyLoss, Spending, find_noise_multiplier
+from author_dp.errors import UserError
+from author_dp.ledger import PrivacyLedger, link, main, write_json
 
 HEADER = {"noise_multiplier": 0.7, "sample_rate": 0.1, "steps": 10, "num_authors": 1_000, "clip_norm": 1.0,
           "target_epsilon": 8.0, "delta": 1e-3}  # fmt: skip
@@ -145,7 +145,7 @@ def test_a_ledger_that_cannot_be_written_raises_and_counts_nothing(tmp_path, fau
 
 
 def test_a_second_run_is_kept_out_until_the_first_one_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("ledger.LOCK_SECONDS", 0)
+    monkeypatch.setattr("author_dp.ledger.LOCK_SECONDS", 0)
     first, second = PrivacyLedger(tmp_path / "privacy_ledger.jsonl"), PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     with first.locked():
         first.start_run(HEADER)
@@ -178,7 +178,8 @@ def test_a_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def ledger_program(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "ledger.py"), *arguments], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "author_dp.ledger", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_the_program_says_what_was_spent_and_what_one_more_run_would_cost(tmp_path):
@@ -216,7 +217,7 @@ def test_the_program_ends_with_status_2_for_a_mistake(tmp_path):
     ledger = make_ledger(tmp_path)
     ledger.path.write_bytes(edited(ledger.path.read_bytes(), "less noise counted"))
     done = ledger_program(str(tmp_path))
-    assert done.returncode == 2 and done.stderr.startswith("ledger.py: error: ") and "line 1 was changed" in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("author_dp.ledger: error: ") and "line 1 was changed" in done.stderr
 
 
 def test_the_chain_depends_on_all_before():
@@ -252,6 +253,7 @@ def microsoft_bounds(q: float, steps: int, sigma: float, delta: float, error: fl
     return lower, upper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", settings(60), ids="q={0[0]:.2g} steps={0[1]} sigma={0[2]:.2g}".format)
 def test_epsilon_of_a_ledger_agrees_with_the_judges(tmp_path, monkeypatch, setting):
     """Within the errors that each of the three states; ours is an upper bound."""

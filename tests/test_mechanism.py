@@ -6,15 +6,12 @@ when the property is broken.
 
 import math
 
-import naive
 import numpy as np
 import pytest
 import torch
 from conftest import (
     COUNTS,
-    MODELS,
     as_arrays,
-    clipped_sum,
     flat,
     make_batch,
     tiny_gpt2,
@@ -23,8 +20,8 @@ from conftest import (
 from scipy import stats
 from torch import nn
 
-from data_utils import UserError, collate, cut_into_microbatches, group_by_author
-from mechanism import ENGINES, AuthorDPOptimizer, PoissonAuthorSampler, author_losses
+from author_dp.mechanism import AuthorDPOptimizer, PoissonAuthorSampler, author_losses, cut_into_microbatches
+from data_utils import collate, group_by_author
 
 # --- step 1: sampling -----------------------------------------------------------------------------------
 
@@ -108,6 +105,27 @@ def test_up_to_k_samples_of_each_author_without_replacement_uniformly(k):
     assert all(within(*figures) for figures in zip(drawn / steps, expected, deviation))
 
 
+def test_microbatches_hold_everything_once_and_pad_little():
+    generator = np.random.default_rng(0)
+    authors = [
+        [{"input_ids": np.full(generator.integers(2, 100), a)} for _ in range(generator.integers(1, 4))] for a in range(50)
+    ]
+    microbatches = cut_into_microbatches(authors, max_authors=8, collate=collate)
+    assert len(microbatches) == 7 and max(batch["num_authors"] for batch in microbatches) <= 8
+    seen = {}
+    for batch in microbatches:
+        assert sorted(set(batch["author"].tolist())) == list(range(batch["num_authors"]))
+        for ids, labels, owner in zip(batch["input_ids"], batch["labels"], batch["author"]):
+            row = ids[labels != -100]
+            seen.setdefault((id(batch), owner.item()), []).append((row[0].item(), len(row)))
+    assert sorted(sorted(rows) for rows in seen.values()) == sorted(
+        sorted((a, len(row["input_ids"])) for row in rows) for a, rows in enumerate(authors)
+    )
+    widths = [batch["input_ids"].shape[1] for batch in microbatches]
+    assert widths == sorted(widths) and widths[0] < 60
+    assert cut_into_microbatches([], max_authors=8, collate=collate) == []
+
+
 # --- step 2: the loss -----------------------------------------------------------------------------------
 
 
@@ -130,94 +148,6 @@ def test_author_without_targets_has_loss_zero():
     batch |= {"author": torch.tensor([0, 1]), "num_authors": 2}
     losses = author_losses(tiny_gpt2(), batch)
     assert losses[0] == 0 and losses[1] > 0
-
-
-# --- step 3: clipping -----------------------------------------------------------------------------------
-
-
-def select_authors(batch, chosen) -> dict:
-    samples = [as_arrays(batch)[author] for author in chosen]
-    (batch,) = cut_into_microbatches([[{"input_ids": row} for row in rows] for rows in samples], len(chosen), collate)
-    return batch
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("clip_norm", [1e-2, 1.0, 1e3])
-def test_clipped_sum_equals_the_naive_one(clipping, kind, clip_norm):
-    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    ours, _ = clipped_sum(model, batch, clip_norm, clipping)
-    expected = naive.clipped_sum(model, as_arrays(batch), clip_norm)
-    assert (ours - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_norm_is_that_of_all_parameters_together(clipping, kind):
-    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    _, norms = clipped_sum(model, batch, 1.0, clipping)
-    expected = [flat(naive.author_gradient(model, samples)).norm().item() for samples in as_arrays(batch)]
-    assert norms.tolist() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_an_authors_clipped_gradient_is_the_same_alone_and_among_others(clipping, kind):
-    model, batch = tiny_gpt2(**MODELS[kind]), make_batch()
-    everybody, _ = clipped_sum(model, batch, 0.1, clipping)
-    for author in range(len(COUNTS)):
-        alone, _ = clipped_sum(model, select_authors(batch, [author]), 0.1, clipping)
-        others, _ = clipped_sum(model, select_authors(batch, [a for a in range(len(COUNTS)) if a != author]), 0.1, clipping)
-        assert alone.norm() <= 0.1 * (1 + 1e-5)
-        assert (everybody - others - alone).norm() < 1e-5 * everybody.norm()
-
-
-def test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most(clipping):
-    model = tiny_gpt2()
-    total, _ = clipped_sum(model, make_batch([40]), 0.1, clipping)
-    assert total.norm() <= 0.1 * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
-def test_an_author_whose_gradient_is_not_finite_contributes_zero(clipping, poison):
-    model, batch = tiny_gpt2(), make_batch()
-    expected, _ = clipped_sum(model, select_authors(batch, [0, 1, 2, 4, 5]), 0.1, clipping)
-    engine = ENGINES[clipping](model, 0.1)
-    for parameter in model.parameters():
-        parameter.summed_grad = torch.zeros_like(parameter)
-    losses = author_losses(engine.module, batch)
-    weights = torch.ones_like(losses)
-    poisoned = 3
-    weights[poisoned] = poison
-    norms = engine.backward(losses * weights, batch["author"])
-    ours = flat(parameter.summed_grad for parameter in model.parameters())
-    assert norms.isfinite().sum() == len(COUNTS) - 1
-    assert (ours - expected).norm() < 1e-5 * expected.norm()
-
-
-def test_frozen_parameters_are_left_alone(clipping):
-    model = tiny_gpt2()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "h.1" in name
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    batch = make_batch()
-    ours, _ = clipped_sum(model, batch, 0.1, clipping)
-    expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
-    assert (ours - expected).norm() < 1e-5 * expected.norm()
-    for name, before in frozen.items():
-        parameter = model.get_parameter(name)
-        assert torch.equal(parameter, before) and getattr(parameter, "summed_grad", None) is None
-
-
-def test_a_trainable_parameter_without_per_author_gradient_is_an_error(clipping):
-    model = tiny_gpt2()
-    model.transformer.unused = nn.Linear(3, 3)
-    with pytest.raises(UserError, match=r"transformer\.unused"):
-        clipped_sum(model, make_batch(), 0.1, clipping)
-
-
-def test_positions_without_a_batch_dimension_are_an_error(clipping):
-    model, batch = tiny_gpt2(), make_batch()
-    engine = ENGINES[clipping](model, 0.1)
-    with pytest.raises(UserError, match=r"wpe|Embedding, which hides its samples"):
-        engine.backward(author_losses(engine.module, batch, needs_positions=False), batch["author"])
 
 
 # --- step 4: noise and update ---------------------------------------------------------------------------

@@ -11,21 +11,32 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import test_accounting
+import test_audit
+import test_budget
+import test_checkpoints
+import test_clipping
+import test_clipping_ghost
 import test_data_utils
 import test_dp_utils
-import test_faults
-import test_ghost_clipping
+import test_guards
 import test_ledger
 import test_mechanism
 import test_noise
-import test_privacy_audit
+import test_processes
 from planting import find, with_edit
 
-STEP = "mechanism.AuthorDPOptimizer.pre_step"
+pytestmark = pytest.mark.slow
+
+STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
-LOADER = "dp_utils.DPTrainer.get_train_dataloader"
-GHOST = "ghost_clipping.GhostClipping.backward"
-DRAW = "mechanism.PoissonAuthorSampler"
+LOADER = "dp_utils.load_logical_batches"
+GHOST = "author_dp.clipping.ghost.GhostClipping.backward"
+PLAIN = "author_dp.clipping.grad_sample.GradSampleClipping.backward"
+LOSSES = "author_dp.mechanism.author_losses"
+LEDGER = "author_dp.ledger.PrivacyLedger"
+CONTRIBUTIONS = "author_dp.clipping.contributions"
+NOISE = "author_dp.noise.NoiseSource"
+DRAW = "author_dp.mechanism.PoissonAuthorSampler"
 
 
 class Bug(NamedTuple):
@@ -52,56 +63,56 @@ BUGS = [
         "self.sums.split(self.noise.elements)[:1]",
         lambda *_: test_mechanism.test_each_parameter_has_its_place_in_the_sums_whatever_is_noised_at_once()),
     Bug("all of the noise on every rank", STEP, " / math.sqrt(self.world_size)", "",
-        lambda path, _: test_dp_utils.test_two_processes_add_the_noise_of_one(path), spawned=True),
+        lambda path, _: test_processes.test_two_processes_add_the_noise_of_one(path), spawned=True),
     Bug("the noise of one rank alone, short of its share", STEP, "if std > 0:", "if std > 0 and dist.get_rank() == 0:",
-        lambda path, _: test_dp_utils.test_two_processes_add_the_noise_of_one(path), spawned=True),
-    Bug("noise per microbatch", TRAINING_STEP, "self._clip_counts[:3] += torch.stack(counts)",
-        "self._clip_counts[:3] += torch.stack(counts); self.optimizer.optimizer.sums.add_("
+        lambda path, _: test_processes.test_two_processes_add_the_noise_of_one(path), spawned=True),
+    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(self.engine.backward(losses, microbatch[\"author\"]))",
+        "self.norms.add(self.engine.backward(losses, microbatch[\"author\"])); self.optimizer.optimizer.sums.add_("
         "torch.randn_like(self.optimizer.optimizer.sums) * self.plan.noise_multiplier * self.plan.clip_norm)",
         lambda path, _: test_dp_utils.test_noise_is_drawn_once_per_step_whatever_the_microbatches(path)),
     Bug("noise that does not scale with the clip norm", STEP, "self.noise_multiplier * self.max_grad_norm",
         "self.noise_multiplier",
         lambda *_: test_mechanism.test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size()),
-    Bug("noise of half the variance", "noise.NoiseSource._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)",
+    Bug("noise of half the variance", f"{NOISE}._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)",
         lambda *_: test_noise.test_draws_are_normal_in_the_middle_and_in_the_tails()),
-    Bug("the same noise for two parameters", "noise.NoiseSource._add_pairs", "second.addcmul_(radius[: len(second)], self._sine",
+    Bug("the same noise for two parameters", f"{NOISE}._add_pairs", "second.addcmul_(radius[: len(second)], self._sine",
         "second.addcmul_(radius[: len(second)], self._cosine", lambda *_: test_noise.test_draws_are_independent_of_each_other()),
-    Bug("noise from --seed", "noise.NoiseSource.__init__", "secrets.token_bytes(16)", "torch.initial_seed().to_bytes(16, 'big')",
+    Bug("noise from --seed", f"{NOISE}.__init__", "secrets.token_bytes(16)", "torch.initial_seed().to_bytes(16, 'big')",
         lambda path, patch: test_noise.test_noise_does_not_follow_any_seed_and_comes_from_the_operating_system(patch)),
-    Bug("the same noise in every run, and on resume", "noise.NoiseSource.__init__", "secrets.token_bytes(16)", "bytes(16)",
+    Bug("the same noise in every run, and on resume", f"{NOISE}.__init__", "secrets.token_bytes(16)", "bytes(16)",
         lambda path, _: test_dp_utils.test_one_seed_shares_neither_noise_nor_batches(path)),
-    Bug("hardened noise that is not", "noise.NoiseSource.__init__", "4 if secure else 1", "1",
+    Bug("hardened noise that is not", f"{NOISE}.__init__", "4 if secure else 1", "1",
         lambda *_: test_noise.test_secure_noise_sums_four_independent_draws(None)),
     # The clipping.
     Bug("half the clip: a bound of twice C", GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)",
-        lambda *_: test_mechanism.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
+        lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
     Bug("no clip", GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)",
-        lambda *_: test_mechanism.test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most("ghost")),
+        lambda *_: test_clipping.test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most("ghost")),
     Bug("scaled up to C, not only down", GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "self.clip_norm / norms",
-        lambda *_: test_mechanism.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
-    Bug("no clip by the other engine", "grad_sample_clipping.GradSampleClipping.backward",
+        lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
+    Bug("no clip by the other engine", PLAIN,
         "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", update(clipping="grad_sample")),
     Bug("a clip for each sample", TRAINING_STEP, "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']))",
         update(k=3, per_device=64)),
-    Bug("tied weights counted as two", "ghost_clipping.tied_cross_terms", "return 2 * (hidden", "return 0 * (hidden",
-        lambda *_: test_mechanism.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
-    Bug("each layer clipped by itself", "grad_sample_clipping.GradSampleClipping.backward", "]).norm(dim=0)", "]).amax(dim=0)",
+    Bug("tied weights counted as two", f"{CONTRIBUTIONS}.tied_cross_terms", "return 2 * (hidden", "return 0 * (hidden",
+        lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
+    Bug("each layer clipped by itself", PLAIN, "]).norm(dim=0)", "]).amax(dim=0)",
         update(clipping="grad_sample", per_device=64)),
-    Bug("a gradient that is not finite is let in", "grad_sample_clipping.GradSampleClipping.backward",
+    Bug("a gradient that is not finite is let in", PLAIN,
         "if not finite.all():", "if False:",
-        lambda *_: test_mechanism.test_an_author_whose_gradient_is_not_finite_contributes_zero("grad_sample", float("nan"))),
-    Bug("a margin for rounding the wrong way", "ghost_clipping.Authors.scale",
+        lambda *_: test_clipping.test_an_author_whose_gradient_is_not_finite_contributes_zero("grad_sample", float("nan"))),
+    Bug("a margin for rounding the wrong way", f"{CONTRIBUTIONS}.Authors.scale",
         "(1 - BFLOAT16_MARGIN)", "(1 + BFLOAT16_MARGIN)",
-        lambda *_: test_ghost_clipping.test_bfloat16_agrees_to_its_rounding_and_stays_below_the_clip_norm("tied", [1] * 6)),
+        lambda *_: test_clipping_ghost.test_bfloat16_agrees_to_its_rounding_and_stays_below_the_clip_norm("tied", [1] * 6)),
     # The loss and the sum.
-    Bug("a mean over the tokens of the batch", "mechanism.author_losses", "counts.clamp(min=1)", "counts.sum().clamp(min=1)",
+    Bug("a mean over the tokens of the batch", LOSSES, "counts.clamp(min=1)", "counts.sum().clamp(min=1)",
         lambda *_: test_mechanism.test_author_loss_is_the_mean_over_the_authors_own_tokens()),
-    Bug("one author's gradient depends on the others", "mechanism.author_losses", "counts.clamp(min=1)",
-        "counts.mean().clamp(min=1)", lambda *_: test_mechanism.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
+    Bug("one author's gradient depends on the others", LOSSES, "counts.clamp(min=1)",
+        "counts.mean().clamp(min=1)", lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
     Bug("division by the real batch size", TRAINING_STEP, "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", update(per_device=64)),
-    Bug("a gradient used twice", "mechanism.AuthorDPOptimizer.zero_grad", "self.sums.zero_()", "pass",
+    Bug("a gradient used twice", "author_dp.mechanism.AuthorDPOptimizer.zero_grad", "self.sums.zero_()", "pass",
         lambda *_: test_mechanism.test_the_sum_is_divided_by_the_constant_and_used_once()),
     Bug("what a broken step left is used", TRAINING_STEP, "self.optimizer.zero_grad()", "pass",
         lambda path, _: test_dp_utils.test_a_step_that_was_broken_off_leaves_nothing_for_the_next(path)),
@@ -121,55 +132,56 @@ BUGS = [
     Bug("an empty draw skipped", f"{DRAW}.__iter__", "yield self.draw()",
         "yield next(draw for draw in iter(self.draw, None) if draw.batch_size)",
         lambda *_: test_mechanism.test_everybody_is_drawn_at_rate_one_and_empty_draws_stay()),
-    Bug("q miscounted: sampled at twice the rate", LOADER, "sample_rate=self.plan.sample_rate",
-        "sample_rate=min(1.0, 2 * self.plan.sample_rate)",
+    Bug("q miscounted: sampled at twice the rate", LOADER, "sample_rate=plan.sample_rate",
+        "sample_rate=min(1.0, 2 * plan.sample_rate)",
         lambda path, _: test_dp_utils.test_the_trainer_samples_as_the_ledger_says(path)),
-    Bug("sampling from --seed", LOADER, "secrets.randbits(128)", "self.args.seed",
+    Bug("sampling from --seed", LOADER, "secrets.randbits(128)", "args.seed",
         lambda path, _: test_dp_utils.test_one_seed_shares_neither_noise_nor_batches(path)),
     # The accounting and the ledger.
-    Bug("the lower bound for epsilon", "accounting.PrivacyLoss.epsilon", "_, _, upper =", "upper, _, _ =",
+    Bug("the lower bound for epsilon", "author_dp.accounting.PrivacyLoss.epsilon", "_, _, upper =", "upper, _, _ =",
         lambda _, patch: test_accounting.test_the_error_of_a_coarse_grid_is_added_not_hidden(patch)),
-    Bug("steps of equal mechanisms forgotten", "accounting.compose", "steps.get((sigma, rate), 0) + count", "count",
+    Bug("steps of equal mechanisms forgotten", "author_dp.accounting.compose", "steps.get((sigma, rate), 0) + count", "count",
         lambda *_: test_accounting.test_different_mechanisms_compose()),
     Bug("the ledger after the update", STEP, "self.before_release()",
         "self.original_optimizer.register_step_post_hook(lambda *_: self.before_release())",
-        lambda path, _: test_dp_utils.test_the_ledger_is_ahead_of_every_update(path)),
-    Bug("a record that is not on disk", "ledger.PrivacyLedger._write", "os.fsync(descriptor)", "pass",
+        lambda path, _: test_budget.test_the_ledger_is_ahead_of_every_update(path)),
+    Bug("a record that is not on disk", f"{LEDGER}._write", "os.fsync(descriptor)", "pass",
         lambda path, patch: test_ledger.test_a_step_is_on_disk_when_record_step_returns(path, patch)),
-    Bug("earlier runs forgotten", "ledger.PrivacyLedger._count", "self.spendings.append(",
+    Bug("earlier runs forgotten", f"{LEDGER}._count", "self.spendings.append(",
         "self.spendings.clear(); self.spendings.append(",
         lambda path, _: test_ledger.test_ledger_counts_runs_and_steps(path)),
-    Bug("a torn record forgotten", "ledger.PrivacyLedger.read", "if self._torn and self.spendings:", "if False:",
+    Bug("a torn record forgotten", f"{LEDGER}.read", "if self._torn and self.spendings:", "if False:",
         lambda path, _: test_ledger.test_a_torn_last_record_counts_as_a_step_now_and_later(path, 5)),
-    Bug("an edited record believed", "ledger.PrivacyLedger.read", '(found := record.pop("link")) != link(self.links[-1], record)',
+    Bug("an edited record believed", f"{LEDGER}.read", '(found := record.pop("link")) != link(self.links[-1], record)',
         'not (found := record.pop("link"))',
         lambda path, _: test_ledger.test_an_edited_ledger_is_refused(path, "less noise counted")),
-    Bug("a ledger that was taken away begins anew", "ledger.PrivacyLedger._write", "0 if self._size else os.O_CREAT",
+    Bug("a ledger that was taken away begins anew", f"{LEDGER}._write", "0 if self._size else os.O_CREAT",
         "os.O_CREAT",
         lambda path, patch: test_ledger.test_a_ledger_that_cannot_be_written_raises_and_counts_nothing(path, "deleted", patch)),
-    Bug("steps lost in a crash not counted on resume", "dp_utils.DPTrainer.epsilon",
-        "return self.privacy_loss.epsilon([*self.ledger.spendings, self._spending(more_steps)])",
-        "return self.privacy_loss.epsilon([self._spending(self.state.global_step + more_steps)])",
-        lambda path, _: test_dp_utils.test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(path)),
-    Bug("the budget passed", "dp_utils.DPTrainer._record_step", "if self.run_steps >= self.allowed_steps:", "if False:",
-        lambda path, _: test_dp_utils.test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(path)),
-    Bug("a checkpoint without its ledger", "checkpoints.find_checkpoint", "check_history(checkpoint, ledger)", "pass",
-        lambda path, _: test_dp_utils.test_a_checkpoint_is_not_resumed_away_from_its_ledger(path)),
-    Bug("a half-written checkpoint taken", "checkpoints.newest_whole", "if damage is None:", "if True:",
-        lambda path, _: test_faults.test_a_damaged_checkpoint_is_passed_over(path, "unsealed")),
+    Bug("steps lost in a crash not counted on resume", "author_dp.budget.Budget.epsilon",
+        "return self.loss.epsilon([*self.ledger.spendings, self.spending(more_steps)])",
+        "return self.loss.epsilon([self.spending(self.steps + more_steps)])",
+        lambda path, _: test_budget.test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(path)),
+    Bug("the budget passed", "author_dp.budget.Budget.record_step", "if self.steps >= self.allowed_steps:", "if False:",
+        lambda path, _: test_budget.test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(path)),
+    Bug("a checkpoint without its ledger", "author_dp.checkpoints.find_checkpoint", "check_history(checkpoint, ledger)", "pass",
+        lambda path, _: test_checkpoints.test_a_checkpoint_is_not_resumed_away_from_its_ledger(path)),
+    Bug("a half-written checkpoint taken", "author_dp.checkpoints.newest_whole", "if damage is None:", "if True:",
+        lambda path, _: test_checkpoints.test_a_damaged_checkpoint_is_passed_over(path, "unsealed")),
     # Around it.
-    Bug("the Trainer's clipping on top", "guards.check_options", "if args.max_grad_norm and not privacy.disable_dp:", "if False:",
-        lambda path, _: test_dp_utils.test_options_that_would_change_the_mechanism_are_refused_by_name(
+    Bug("the Trainer's clipping on top", "author_dp.guards.check_options",
+        "if args.max_grad_norm and not privacy.disable_dp:", "if False:",
+        lambda path, _: test_guards.test_options_that_would_change_the_mechanism_are_refused_by_name(
             path, {"max_grad_norm": 1.0}, "--max_grad_norm")),
     Bug("authors move when another one leaves", "data_utils.split_by_author", '{seed}:{author}".encode()',
         '{len(authors)}:{author}".encode()', lambda *_: test_data_utils.test_split_depends_on_seed_and_author_alone()),
     Bug("authors without their blanks", "data_utils.encode_authors", "values.dictionary_encode()",
         "(pc.utf8_trim_whitespace(values) if pa.types.is_string(values.type) else values).dictionary_encode()",
         lambda *_: test_data_utils.test_blanks_and_case_make_another_author()),
-    Bug("an audit that forgets delta", "privacy_audit.p_value", "+ 2 * canaries * delta * alpha", "",
-        lambda *_: test_privacy_audit.test_delta_costs_what_the_theorem_says()),
-    Bug("an audit that picks its best guess for free", "privacy_audit.lower_bound", "1 - (1 - CONFIDENCE) / len(SHARES)", "0.8",
-        lambda path, patch: test_privacy_audit.test_the_bound_covers_the_true_epsilon_of_randomized_response(0.5, patch)),
+    Bug("an audit that forgets delta", "author_dp.audit.p_value", "+ 2 * canaries * delta * alpha", "",
+        lambda *_: test_audit.test_delta_costs_what_the_theorem_says()),
+    Bug("an audit that picks its best guess for free", "author_dp.audit.lower_bound", "1 - (1 - CONFIDENCE) / len(SHARES)", "0.8",
+        lambda path, patch: test_audit.test_the_bound_covers_the_true_epsilon_of_randomized_response(0.5, patch)),
 ]  # fmt: skip
 
 
@@ -178,7 +190,7 @@ def test_the_suite_notices(bug, tmp_path, monkeypatch):
     function = find(bug.function)
     if bug.spawned:
         plant = [bug.function, bug.old, bug.new]  # one_step.py is told
-        monkeypatch.setattr(test_dp_utils, "run_processes", functools.partial(test_dp_utils.run_processes, plant=plant))
+        monkeypatch.setattr(test_processes, "run_processes", functools.partial(test_processes.run_processes, plant=plant))
     else:
         monkeypatch.setattr(function, "__code__", with_edit(function, bug.old, bug.new))
     np.random.seed(0)

@@ -1,7 +1,7 @@
 """The reference clipping engine: per-author gradients, stored by Opacus, clipped and summed.
 
 Promise: each author's gradient enters the sum with norm at most C over all trainable parameters together. Simple, and good for
-any layer that Opacus knows; memory and time grow with authors x parameters, which `ghost_clipping.py` avoids.
+any layer that Opacus knows; memory and time grow with authors x parameters, which `ghost.py` avoids.
 
 Example:
 
@@ -14,13 +14,14 @@ References:
 
 import inspect
 import warnings
+from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from data_utils import UserError
+from author_dp.errors import UserError
 
 
 @register_grad_sampler(Conv1D)
@@ -52,7 +53,7 @@ class GradSampleClipping:
 
     def __init__(self, model: nn.Module, clip_norm: float):
         self.clip_norm = clip_norm
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Embedding) and layer.weight.requires_grad and takes_more_than_ids(layer):
                 raise UserError(f"--clipping grad_sample cannot follow the trainable {name}: use --clipping ghost")
@@ -87,7 +88,7 @@ class GradSampleClipping:
             parameter.summed_grad.add_(torch.einsum("a,a...->...", factors, gradient))
         return norms
 
-    def _per_author(self, name: str, parameter: nn.Parameter, author: torch.Tensor, authors: int) -> torch.Tensor:
+    def _per_author(self, name: str, parameter: Any, author: torch.Tensor, authors: int) -> torch.Tensor:
         """Sum per-sample gradients over each author's samples: (samples, ...) to float32 (authors, ...)."""
         per_sample = parameter.grad_sample
         if not isinstance(per_sample, torch.Tensor) or len(per_sample) != len(author):

@@ -19,17 +19,21 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from data_utils import UserError
-from ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, write_json
+from author_dp.errors import LostProcessError, UserError
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, write_json
+from author_dp.processes import wait_for_all
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -87,8 +91,8 @@ def newest_whole(output_dir: Path) -> Optional[Path]:
 
 def by_step(output_dir: Path) -> list[Path]:
     """Return the checkpoints in the order of their steps, not of their times: a clock may go backwards."""
-    names = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in output_dir.glob("*")}
-    return sorted((path for path, match in names.items() if match), key=lambda path: int(names[path][1]))
+    found = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in output_dir.glob("*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def rotate(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
@@ -99,6 +103,28 @@ def rotate(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
     for path in others[: max(0, len(others) + 1 - limit)]:
         if best is None or path.resolve() != Path(best).resolve():
             shutil.rmtree(path)
+
+
+@contextmanager
+def written_whole(output_dir: Path, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+    """Within, the Trainer writes the checkpoint of its step; it is sealed at the end, and only then are older ones deleted."""
+    checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if args.should_save:
+        (checkpoint / SEAL_NAME).unlink(missing_ok=True)  # of a lost step of the same number
+    keep, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield
+    finally:
+        args.save_total_limit = keep
+    wait_for_all()  # every process has its files in there
+    if args.should_save:
+        seal(checkpoint)
+        rotate(checkpoint, keep, state.best_model_checkpoint)
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    """Return the Trainer's state in `checkpoint`."""
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 # --- what may be resumed ----------------------------------------------------------------------------------
@@ -113,7 +139,7 @@ def find_checkpoint(args: TrainingArguments, privacy: Any) -> Optional[Path]:
     Raises:
         UserError: where spent steps would be forgotten, or there is nothing to resume.
     """
-    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    folder, resume = Path(str(args.output_dir)), args.resume_from_checkpoint
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     if args.process_index == 0 and ledger.path.exists():
         with ledger.locked():  # or say at once that another run is in there
@@ -244,7 +270,3 @@ def explain(error: Exception) -> Optional[UserError]:
         reason = getattr(error, "strerror", None) or "the write failed"
         return UserError(f"--output_dir cannot be written ({reason}): make it writable, with free space; {go_on}")
     return None
-
-
-class LostProcessError(UserError):
-    """Another process of the run is gone: every process that is left says so."""

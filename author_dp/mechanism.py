@@ -10,7 +10,7 @@ A step, in the order of this file:
    the author's samples are drawn, fresh each time and without replacement (`PoissonAuthorSampler`);
 2. author a's loss is the mean cross-entropy over a's own target tokens (`author_losses`);
 3. g_a, the gradient of that loss, is clipped to norm C over all trainable parameters together and summed over
-   the authors (`GhostClipping`, in a module of its own, or `GradSampleClipping`, the plain reference);
+   the authors (an engine of `clipping`: `GhostClipping`, or `GradSampleClipping`, the plain reference);
 4. the step is written to the ledger, then one draw of N(0, sigma^2 C^2 I) is added, the sum is divided by the
    constant B, and the optimizer takes it as its gradient (`AuthorDPOptimizer`).
 
@@ -20,10 +20,11 @@ References:
     [3] Charles et al. 2024, Fine-Tuning LLMs with User-Level Differential Privacy, arXiv 2407.07737 (user-level sampling)
 """
 
+import inspect
 import math
 import secrets
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -32,10 +33,11 @@ import torch.nn.functional as F
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from data_utils import IGNORED, cut_into_microbatches
-from ghost_clipping import GhostClipping
-from grad_sample_clipping import GradSampleClipping
-from noise import NoiseSource
+from author_dp.noise import NoiseSource
+
+IGNORED = -100  # label of a position that counts in no loss; cross_entropy's ignore_index
+
+Batch = dict[str, Any]  # input_ids, labels, (samples, tokens); author, (samples,); num_authors
 
 # --- step 1: which authors, which samples ---------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class PoissonAuthorSampler:
 class LogicalBatch(NamedTuple):
     """One step's batch on one process, cut into what fits in memory at once."""
 
-    microbatches: list[dict[str, torch.Tensor]]
+    microbatches: list[Batch]
     batch_size: int  # as in AuthorDraw
 
 
@@ -132,6 +134,30 @@ class DrawnDataset(torch.utils.data.Dataset):
     def __getitems__(self, draw: AuthorDraw) -> LogicalBatch:
         authors = self.dataset.__getitems__(draw.samples)
         return LogicalBatch(cut_into_microbatches(authors, self.max_authors, self.collate), draw.batch_size)
+
+
+def cut_into_microbatches(
+    authors: list[list[dict[str, Any]]], max_authors: int, collate: Callable[[list], dict[str, torch.Tensor]]
+) -> list[Batch]:
+    """Cut a draw into microbatches of at most `max_authors` authors, similar in length: padding is not work.
+
+    Args:
+        authors: the drawn samples of each author.
+        collate: pads a list of samples to tensors of shape (samples, tokens).
+    Returns:
+        microbatches, each what `collate` returns, `author`, int64 (samples,): which author of the microbatch a
+        sample belongs to, counted from 0, and `num_authors`.
+    """
+    if not authors:
+        return []
+    by_length = sorted(authors, key=lambda samples: max(len(sample["input_ids"]) for sample in samples))
+    microbatches = []
+    for part in np.array_split(np.arange(len(by_length)), math.ceil(len(by_length) / max_authors)):
+        chosen = [by_length[i] for i in part]
+        owners = np.repeat(np.arange(len(chosen)), [len(samples) for samples in chosen])
+        batch = collate([sample for samples in chosen for sample in samples])
+        microbatches.append({**batch, "author": torch.from_numpy(owners), "num_authors": len(chosen)})
+    return microbatches
 
 
 # --- step 2: per-author loss ----------------------------------------------------------------------------
@@ -170,7 +196,7 @@ class TokenLosses(torch.autograd.Function):
         return max(1, (2**20 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
 
 
-def author_losses(model: nn.Module, batch: dict[str, torch.Tensor], needs_positions: bool = True) -> torch.Tensor:
+def author_losses(model: nn.Module, batch: Batch, needs_positions: bool = True) -> torch.Tensor:
     """Return each author's mean cross-entropy over the author's own target tokens.
 
     Guarantee: an entry depends on that author's samples only. The model's built-in loss does not give this: it
@@ -197,24 +223,13 @@ def author_losses(model: nn.Module, batch: dict[str, torch.Tensor], needs_positi
     return totals / counts.clamp(min=1)
 
 
-# --- step 3: clipping -----------------------------------------------------------------------------------
+def takes_positions(model: nn.Module) -> bool:
+    """Whether `author_losses` is to give the model position_ids."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()  # of peft's wrapper, which takes anything
+    return "position_ids" in inspect.signature(base.forward).parameters
 
 
-class ClippingEngine(Protocol):
-    """What the Trainer asks of a clipping engine. A further one is a class in a module of its own, and a name in ENGINES."""
-
-    module: nn.Module  # to be called instead of the model
-
-    def __init__(self, model: nn.Module, clip_norm: float): ...
-
-    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
-        """Add the clipped gradients of losses (authors,) to `summed_grad`; return the norms before clipping, (authors,)."""
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-
-
-ENGINES: dict[str, type[ClippingEngine]] = {"ghost": GhostClipping, "grad_sample": GradSampleClipping}
+# --- step 3, the clipping, is in clipping/ --------------------------------------------------------------
 
 
 # --- step 4: noise and update ---------------------------------------------------------------------------

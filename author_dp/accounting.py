@@ -32,7 +32,7 @@ from opacus.accountants.analysis.prv import (
 )
 from transformers.utils import logging
 
-from data_utils import UserError
+from author_dp.errors import UserError
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -208,8 +208,8 @@ class PrivacyPlan:
 
     target_epsilon: Optional[float]
     delta: float
-    noise_multiplier: Optional[float]
-    clip_norm: Optional[float]
+    noise_multiplier: float
+    clip_norm: float
     sample_rate: float
     expected_batch_size: int
     steps: int  # that the run is calibrated for
@@ -236,8 +236,8 @@ class PrivacyPlan:
             "epsilon": epsilon if math.isfinite(epsilon) and not self.disable_dp else None,
             "delta": None if self.disable_dp else self.delta,
             "target_epsilon": self.target_epsilon,
-            "noise_multiplier": self.noise_multiplier,
-            "clip_norm": self.clip_norm,
+            "noise_multiplier": None if self.disable_dp else self.noise_multiplier,
+            "clip_norm": None if self.disable_dp else self.clip_norm,
             "sample_rate": self.sample_rate,
             "expected_batch_size": self.expected_batch_size,
             "steps": steps,
@@ -313,7 +313,7 @@ def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Op
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
     delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
     if privacy.disable_dp:
-        sigma = None
+        sigma = 0.0
     elif privacy.noise_multiplier is not None:
         sigma = privacy.noise_multiplier
     elif noise_multiplier is not None:
@@ -324,7 +324,7 @@ def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Op
         target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
         delta=delta,
         noise_multiplier=sigma,
-        clip_norm=None if privacy.disable_dp else privacy.per_sample_max_grad_norm,
+        clip_norm=math.inf if privacy.disable_dp else privacy.per_sample_max_grad_norm,
         sample_rate=sample_rate,
         expected_batch_size=batch_size,
         steps=steps,

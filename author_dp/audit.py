@@ -2,7 +2,7 @@
 
 Promise: with 95 % confidence the run's true epsilon is at least `epsilon_lower_bound`, whatever the model and the data [1,
 Theorem 5.2]. A bound above the promised epsilon shows that the guarantee does not hold; one below it proves nothing, as most
-leaks are weaker than what m canaries can show (README.md says how weak).
+leaks are weaker than what m canaries can show (docs/guarantee.md says how weak).
 
 Canaries are authors like any other: counted in N, drawn, clipped, noised, in the ledger. Their texts are random tokens, so that
 nothing else teaches them. The result tells nothing about any other author, and is safe to publish.
@@ -20,20 +20,24 @@ References:
 import json
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset, Features, concatenate_datasets
 from scipy import stats
+from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import logging
 
-from data_utils import UserError, cut_into_microbatches
-from dp_utils import DPTrainer, broadcast
-from mechanism import author_losses
+from author_dp.accounting import PrivacyPlan
+from author_dp.errors import UserError
+from author_dp.mechanism import author_losses, cut_into_microbatches
+from author_dp.processes import broadcast
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -53,6 +57,20 @@ class AuditArguments:
     def __post_init__(self):
         if self.audit_canaries < 0 or 0 < self.audit_canaries < 10:
             raise UserError(f"--audit_canaries {self.audit_canaries}: fewer than 10 tell nothing; give 1000, or 0 for no audit")
+
+
+class AuditedTrainer(Protocol):
+    """What the audit asks of a Trainer: dp_utils.DPTrainer."""
+
+    model: nn.Module
+    args: TrainingArguments
+    plan: PrivacyPlan
+    data_collator: Callable
+    needs_positions: bool
+
+    def epsilon(self) -> float: ...
+
+    def is_world_process_zero(self) -> bool: ...
 
 
 class Audit:
@@ -87,11 +105,11 @@ class Audit:
             np.concatenate([indices, len(train) + np.arange(len(canaries))]),
         )
 
-    def start(self, trainer: DPTrainer) -> None:
+    def start(self, trainer: AuditedTrainer) -> None:
         """Note the losses of all canaries, in or out, before training."""
         self.losses_before = self.losses(trainer)
 
-    def finish(self, trainer: DPTrainer) -> dict[str, Any]:
+    def finish(self, trainer: AuditedTrainer) -> dict[str, Any]:
         """Return what privacy.json holds under "audit"."""
         gain = self.losses_before - self.losses(trainer)
         result = lower_bound(gain, self.included, trainer.plan.delta)
@@ -103,13 +121,13 @@ class Audit:
             )
         return result
 
-    def losses(self, trainer: DPTrainer) -> np.ndarray:
+    def losses(self, trainer: AuditedTrainer) -> np.ndarray:
         """Return the mean loss of each canary, (canaries,), without dropout."""
         authors = [[{"input_ids": row} for row in rows] for rows in self.tokens]
         trainer.model.eval()
         losses = []
         with torch.no_grad():
-            for batch in cut_into_microbatches(authors, trainer.args.per_device_eval_batch_size):
+            for batch in cut_into_microbatches(authors, trainer.args.per_device_eval_batch_size, trainer.data_collator):
                 batch = send_to_device(batch, trainer.args.device)
                 losses.append(author_losses(trainer.model, batch, trainer.needs_positions).cpu())
         return torch.cat(losses).double().numpy()

@@ -1,6 +1,6 @@
 """The ledger of a run: what was spent, on disk before it is spent. As a program, it says what an output folder has spent.
 
-    python ledger.py OUTPUT_DIR
+    python -m author_dp.ledger OUTPUT_DIR [DELTA]
 
 Promise: `record_step` returns only when the record is on disk, so that nothing is released which the ledger does not hold;
 a step recorded and then lost in a crash counts as spent. Records are chained by hashes: one that was edited, removed or put
@@ -30,8 +30,8 @@ from typing import Any, Optional
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from accounting import PrivacyLoss, Spending, guarantee_in_words
-from data_utils import UserError
+from author_dp.accounting import PrivacyLoss, Spending, guarantee_in_words
+from author_dp.errors import UserError
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -252,7 +252,7 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
 
 def main(arguments: list[str]) -> None:
     if len(arguments) not in (1, 2) or arguments[0].startswith("-"):
-        raise UserError("usage: python ledger.py OUTPUT_DIR [DELTA]")
+        raise UserError("usage: python -m author_dp.ledger OUTPUT_DIR [DELTA]")
     folder = Path(arguments[0])
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     if not ledger.runs:
@@ -272,5 +272,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"ledger.py: error: {error}", file=sys.stderr)
+        print(f"author_dp.ledger: error: {error}", file=sys.stderr)
         sys.exit(2)

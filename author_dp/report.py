@@ -1,6 +1,6 @@
 """Report of a run: one self-contained page, the same figures as PNGs, and a model card that is safe to publish.
 
-    python report.py OUTPUT_DIR
+    python -m author_dp.report OUTPUT_DIR
 
 Promise: epsilon is computed anew from the ledger. The model card (README.md) holds public values only. The page and the figures
 show losses, gradient norms, sample counts and times too, which are computed on private data: they are marked, and are not for
@@ -25,14 +25,15 @@ import numpy as np
 from matplotlib import pyplot
 from transformers import TrainerCallback
 
-from accounting import PrivacyLoss, Spending, guarantee_in_words
-from data_utils import UserError
-from ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
+from author_dp.accounting import PrivacyLoss, Spending, guarantee_in_words
+from author_dp.clipping.statistics import NormStatistics
+from author_dp.errors import UserError
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
 
 STATISTICS_NAME = "_private_statistics.json"
 PAGE_NAME = "report.html"
 BLUE, RED, GREY = "#1b6ca8", "#c8553d", "#8a8f98"
-STYLE = {
+STYLE: Any = {
     "figure.figsize": (6.4, 3.4), "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 11,
     "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e6e8eb", "axes.axisbelow": True, "legend.frameon": False,
@@ -46,11 +47,12 @@ class Statistics(TrainerCallback):
 
     Args:
         samples_of_authors: (authors,), how many samples each has.
-        trainer: of class DPTrainer; its `gathered_norm_counts` are read at the end.
+        norms: of the gradients, read at the end.
     """
 
-    def __init__(self, trainer: Any, samples_of_authors: np.ndarray):
-        self.trainer, self.seconds, self.started = trainer, [], 0.0
+    def __init__(self, norms: NormStatistics, samples_of_authors: np.ndarray):
+        self.norms, self.started = norms, 0.0
+        self.seconds: list[float] = []
         self.counts = np.unique(samples_of_authors, return_counts=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -60,13 +62,13 @@ class Statistics(TrainerCallback):
         self.seconds.append(round(time.perf_counter() - self.started, 6))
 
     def on_train_end(self, args, state, control, **kwargs):
-        norms = self.trainer.gathered_norm_counts()
+        norms = self.norms.histogram()
         if not state.is_world_process_zero:
             return
         statistics = {
             "note": "computed on private data without noise: do not publish",
             "samples_per_author": {"samples": self.counts[0].tolist(), "authors": self.counts[1].tolist()},
-            "norms_over_clip_norm": {"edges": self.trainer.norm_edges.tolist(), "counts": norms},
+            "norms_over_clip_norm": {"edges": self.norms.edges.tolist(), "counts": norms},
             "seconds_per_step": self.seconds,
             "log": state.log_history,
         }
@@ -111,16 +113,16 @@ def first(spendings: list[Spending], steps: int) -> list[Spending]:
 
 def draw_samples(axes: pyplot.Axes, samples: list[int], authors: list[int], bound: int) -> None:
     edges = np.unique(np.geomspace(1, max(samples) + 1, 25).round())
-    axes.hist(samples, bins=edges, weights=authors, color=BLUE)
+    axes.hist(samples, bins=list(edges), weights=authors, color=BLUE)
     axes.axvline(bound + 1, color=RED, linestyle=":", label=f"used per step: up to {bound} (k)")  # the end of the bin of k
     axes.set(title="Samples per author", xlabel="samples", ylabel="authors", yscale="log", xscale="log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend()
 
 
-def draw_norms(axes: pyplot.Axes, edges: list[float], counts: list[float], clip_norm: float) -> None:
+def draw_norms(axes: pyplot.Axes, edges: np.ndarray, counts: np.ndarray, clip_norm: float) -> None:
     """Histogram on a logarithmic axis; the first and the last bin hold what lies beyond."""
-    edges, counts = np.array(edges) * clip_norm, np.array(counts)
+    edges = edges * clip_norm
     share = counts[np.searchsorted(edges, clip_norm * (1 - 1e-9)) + 1 :].sum() / max(1, counts.sum())
     shown = np.flatnonzero(counts[1:-1])
     axes.stairs(counts[1:-1], edges, fill=True, color=BLUE)
@@ -152,7 +154,7 @@ def draw_all(
         drawings["samples"] = (draw_samples, (samples["samples"], samples["authors"], report["samples_per_author"]), True)
         norms = statistics["norms_over_clip_norm"]
         if report["clip_norm"] and sum(norms["counts"]):
-            drawings["norms"] = (draw_norms, (norms["edges"], norms["counts"], report["clip_norm"]), True)
+            drawings["norms"] = (draw_norms, (np.array(norms["edges"]), np.array(norms["counts"]), report["clip_norm"]), True)
         if statistics["seconds_per_step"]:
             drawings["time"] = (draw_times, (statistics["seconds_per_step"],), True)
     pictures.mkdir(exist_ok=True)
@@ -323,8 +325,8 @@ def write_report(folder: Path, hidden: bool = False) -> None:
 if __name__ == "__main__":
     try:
         if len(sys.argv) != 2:
-            raise UserError("usage: python report.py OUTPUT_DIR")
+            raise UserError("usage: python -m author_dp.report OUTPUT_DIR")
         write_report(Path(sys.argv[1]))
     except UserError as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
+        print(f"author_dp.report: error: {error}", file=sys.stderr)
         sys.exit(2)

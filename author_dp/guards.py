@@ -1,18 +1,22 @@
 """Options and models under which the guarantee would silently not hold: each is refused by name, with the remedy.
 
-Promise: what passes here works as the mechanism is accounted for. The list in README.md, "Refused by name",
-is made from this file.
+Promise: what passes here works as the mechanism is accounted for. The list in docs/guarantee.md, "Refused by
+name", is made from this file.
 """
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
-from data_utils import UserError
+from author_dp.errors import UserError
 
 # Options that would change the mechanism behind the accountant's back: refused by name, with the remedy.
 REFUSED_OPTIONS = {
@@ -27,6 +31,8 @@ REFUSED_OPTIONS = {
     "use_liger_kernel": "it fuses the loss, which must be per author; leave it out",
 }
 
+
+SUPPORTED_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 # Lowest and highest value of Hugging Face's options that would otherwise fail late, or train to nothing.
 RANGES = {
@@ -75,7 +81,8 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
         raise UserError("--train_sampling_strategy does not work here: authors are sampled by the mechanism; leave it out")
     if any(word in str(args.optim).lower() for word in ("lomo", "layerwise")):
-        raise UserError(f"--optim {args.optim.value} updates weights during the backward pass, before clipping; use adamw_torch")
+        name = OptimizerNames(args.optim).value
+        raise UserError(f"--optim {name} updates weights during the backward pass, before clipping; use adamw_torch")
     for name, (lowest, highest) in RANGES.items():
         value = getattr(args, name, None)
         if value is not None and not lowest <= value <= highest:  # nan is neither
@@ -92,9 +99,9 @@ def check_uploads(args: TrainingArguments) -> None:
     if args.hub_strategy in ("checkpoint", "all_checkpoints"):
         raise UserError("--hub_strategy checkpoint would publish trainer_state.json, with private losses: use every_save")
     for name in ("report.html", "report", "runs"):
-        if os.path.exists(os.path.join(args.output_dir, name)):
+        if (Path(str(args.output_dir)) / name).exists():
             raise UserError(f"--push_to_hub would publish {name} of --output_dir, which is private: move it away")
-    if "tensorboard" in args.report_to and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
+    if "tensorboard" in (args.report_to or []) and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
         raise UserError(
             "--report_to tensorboard writes private losses to --output_dir, which --push_to_hub would publish: set "
             "TENSORBOARD_LOGGING_DIR to another folder"
@@ -110,6 +117,12 @@ def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
         raise UserError(f"--{name} runs layers twice, which --clipping {privacy.clipping} would count: use --clipping ghost")
     if (getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant"):
         raise UserError(f"--{name}_kwargs: use_reentrant hides the layers from the clipping hooks; set it to false")
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raise UserError where accelerate's own configuration would change the mechanism."""
+    if accelerator.scaler is not None or accelerator.distributed_type not in SUPPORTED_LAUNCHES:
+        raise UserError("accelerate's configuration asks for fp16, deepspeed, fsdp or a TPU: use --bf16, torch.distributed.run")
 
 
 def check_model(model: nn.Module) -> None:

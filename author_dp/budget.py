@@ -1,0 +1,154 @@
+"""What a run may spend and what it has spent: its ledger, the steps that the target allows, and epsilon so far.
+
+Promise: no step is released that would take epsilon past the target, whoever calls the optimizer; each is in the ledger before
+its update. Epsilon is that of all steps in the folder's ledger, those of earlier runs and lost ones included.
+
+Example:
+
+    >>> budget = Budget(plan, PrivacyLedger(Path("scratch") / LEDGER_NAME), is_first_process=True)
+    >>> with budget.folder_of_ones_own():
+    ...     budget.start()
+    ...     budget.record_step()
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any, Optional
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from author_dp.accounting import PrivacyLoss, PrivacyPlan, Spending
+from author_dp.errors import UserError
+from author_dp.ledger import PrivacyLedger
+from author_dp.processes import broadcast, wait_for_all
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+
+class Budget:
+    """The budget of one run. The first process keeps the ledger and knows epsilon; all know how many steps are allowed.
+
+    Args:
+        plan: what is promised.
+        ledger: of the output folder.
+        is_first_process: whether this is the process that writes.
+    Attributes:
+        steps: of this run, as opposed to those of earlier runs in the ledger.
+        allowed_steps: of this run, under the target.
+    """
+
+    def __init__(self, plan: PrivacyPlan, ledger: PrivacyLedger, is_first_process: bool):
+        self.plan, self.ledger, self.is_first_process = plan, ledger, is_first_process
+        self.steps = 0
+        self.allowed_steps: float = math.inf
+        self._loss: Optional[PrivacyLoss] = None
+
+    @contextmanager
+    def folder_of_ones_own(self) -> Iterator[None]:
+        """Lock the folder, for the first process; every process has looked into it before that one writes.
+
+        Raises:
+            UserError: where another run is in there, or was since the ledger was read.
+        """
+        wait_for_all()
+        if self.plan.disable_dp or not self.is_first_process:
+            yield
+            return
+        known = self.ledger.steps
+        with self.ledger.locked():
+            if self.ledger.steps != known:
+                raise UserError(
+                    f"--output_dir {self.ledger.path.parent}: another run wrote to it just now; look what it is, then resume"
+                )
+            yield
+
+    def start(self) -> None:
+        """Work out how many steps the target allows, and write the ledger's header.
+
+        Raises:
+            UserError: where none is allowed.
+        """
+        plan = self.plan
+        if plan.disable_dp:
+            return
+        if plan.noise_multiplier == 0:
+            logger.warning("*** NO PRIVACY: --noise_multiplier 0 clips without noise. Epsilon is infinite. ***")
+        if self.is_first_process:
+            if self.steps:  # trained before: the grid was planned for these steps only
+                self.steps, self._loss = 0, None
+            if (target := plan.target_epsilon) is not None:
+                self.allowed_steps = largest(plan.steps, lambda steps: self.epsilon(steps) <= target)
+            if self.allowed_steps >= 1:
+                versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
+                started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                self.ledger.start_run({**asdict(plan), "started": started, "versions": versions})
+        self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
+        if self.allowed_steps < 1:
+            raise UserError(
+                f"--target_epsilon {plan.target_epsilon} is used up by the steps in {self.ledger.path}: raise it, or take the "
+                "model of the newest checkpoint as it is"
+            )
+
+    def record_step(self) -> None:
+        """Write a step ahead of its update; refuse one that the target does not allow."""
+        if self.steps >= self.allowed_steps:
+            raise RuntimeError(f"step {self.steps + 1} would exceed --target_epsilon {self.plan.target_epsilon}")
+        if self.is_first_process:
+            self.ledger.record_step()
+        self.steps += 1
+
+    def spending(self, steps: int) -> Spending:
+        """Return what so many steps of this run spend."""
+        return Spending(self.plan.noise_multiplier, self.plan.sample_rate, steps)
+
+    @property
+    def loss(self) -> PrivacyLoss:
+        """Accountant of the earlier runs and this one, on the first process; its grid is made once."""
+        if self._loss is None:
+            self._loss = PrivacyLoss([*self.ledger.spendings, self.spending(self.plan.steps)], self.plan.delta)
+        return self._loss
+
+    def epsilon(self, more_steps: int = 0) -> float:
+        """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
+        if self.plan.disable_dp:
+            return math.inf
+        return self.loss.epsilon([*self.ledger.spendings, self.spending(more_steps)])
+
+    def report(self, steps: int) -> dict[str, Any]:
+        """Return what privacy.json holds; on the first process only.
+
+        Args:
+            steps: of the training, which are reported where there is no privacy and so no ledger.
+        """
+        if self.plan.disable_dp:
+            return self.plan.report(math.inf, steps)
+        report = self.plan.report(self.epsilon(), self.ledger.steps, self.loss.accountant)
+        return {**report, "ledger_link": self.ledger.links[-1]}
+
+
+class StopWhenUsedUp(TrainerCallback):
+    """Stop the training when the budget allows no further step."""
+
+    def __init__(self, budget: Budget):
+        self.budget = budget
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.budget.steps >= self.budget.allowed_steps and state.global_step < state.max_steps:
+            logger.warning(f"Stopped at step {state.global_step} of {state.max_steps}: --target_epsilon is used up.")
+            control.should_training_stop = True
+
+
+def largest(limit: int, allowed: Callable[[int], bool]) -> int:
+    """Return the largest number up to `limit` that is allowed, by bisection; 0 if none is."""
+    low, high = 0, limit
+    if allowed(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low

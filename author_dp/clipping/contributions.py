@@ -1,0 +1,202 @@
+"""What a call of a layer adds to the gradient of one parameter: its norm for each author, and its share of the clipped sum.
+
+Promise: `squared_norms` is the squared norm of each author's gradient, and `add_clipped` adds the sum of these gradients, each
+times its author's factor; neither forms the per-author gradient of a large matrix. With a_t the inputs and g_t the output
+gradients of a linear layer, t running over all tokens of all the author's samples, the author's weight gradient is
+G = sum_t g_t a_t^T, and
+
+    ||G||^2 = sum_{s,t} <a_s, a_t> <g_s, g_t>        (the ghost norm [1]: G itself is never formed)
+
+The clipped sum over all authors is then sum_t (c_author g_t) a_t^T: an ordinary matrix product [2].
+
+References:
+    [1] Li et al. 2022, Large Language Models Can Be Strong Differentially Private Learners, arXiv 2110.05679, section 4
+    [2] Bu et al. 2023, Differentially Private Optimization on Large Model at Small Cost, arXiv 2210.00038 (book-keeping)
+"""
+
+from typing import NamedTuple
+
+import torch
+
+EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
+BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
+
+# --- which sample is whose ------------------------------------------------------------------------------
+
+
+class Authors:
+    """The authors of a microbatch.
+
+    Args:
+        author: int64 (samples,), ascending: 0 to count - 1, each at least once.
+        count: number of authors.
+    """
+
+    def __init__(self, author: torch.Tensor, count: int):
+        self.author, self.count = author, count
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+        self.several = count < len(author)
+        if self.several:
+            counts = torch.bincount(author, minlength=count)
+            self.place = torch.arange(len(author), device=author.device) - (counts.cumsum(0) - counts)[author]
+            self.most = int(counts.max())
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Line up each author's samples: (samples, tokens, ...) to (authors, tokens of all, ...), zeros at the end."""
+        if not self.several:
+            return tensor
+        if self.count * self.most == len(tensor):  # all have as many: nothing to move
+            return tensor.unflatten(0, (self.count, self.most)).flatten(1, 2)
+        rows = tensor.new_zeros(self.count, self.most, *tensor.shape[1:])
+        rows[self.author, self.place] = tensor
+        return rows.flatten(1, 2)
+
+    def scale(self, tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """Return (samples, tokens, ...) times the factor of each sample's author, until the next call overwrites it.
+
+        New memory for each would cost as much time as the matrix product that follows.
+        """
+        scratch = self._scratch.get(tensor.dtype)
+        if scratch is None or len(scratch) < tensor.numel():
+            scratch = self._scratch[tensor.dtype] = torch.empty_like(tensor).flatten()
+        if tensor.dtype != torch.float32:
+            factors = factors * (1 - BFLOAT16_MARGIN)
+        return torch.mul(tensor, factors[self.author].view(-1, 1, 1), out=scratch[: tensor.numel()].view_as(tensor))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over each author's samples: (samples, ...) to float32 (authors, ...)."""
+        tensor = tensor.float()
+        return tensor.new_zeros(self.count, *tensor.shape[1:]).index_add_(0, self.author, tensor) if self.several else tensor
+
+
+# --- what a call of a layer adds to the gradient of one parameter ---------------------------------------
+
+
+class Explicit(NamedTuple):
+    """Per-author gradients, of small parameters only."""
+
+    gradients: torch.Tensor  # (authors, ...), float32
+
+    def squared_norms(self, authors: Authors) -> torch.Tensor:
+        return self.gradients.flatten(1).square().sum(1)
+
+    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
+        total.add_(torch.einsum("a,a...->...", factors, self.gradients))
+
+
+class Product(NamedTuple):
+    """The gradient of a matrix: sum over tokens of left_t right_t^T, of the matrix' shape."""
+
+    left: torch.Tensor  # (samples, tokens, rows)
+    right: torch.Tensor  # (samples, tokens, columns)
+
+    def squared_norms(self, authors: Authors) -> torch.Tensor:
+        return product_squared_norms(authors.gather(self.left), authors.gather(self.right))
+
+    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
+        left, right = self.left, self.right
+        if left.shape[-1] < right.shape[-1]:  # scale the narrower: the other may be as wide as the vocabulary
+            left = authors.scale(left, factors)
+        else:
+            right = authors.scale(right, factors)
+        if left.dtype == torch.float32:
+            total.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+        else:
+            total.add_(matmul(left.flatten(0, 1).T, right.flatten(0, 1)))
+
+
+class Lookup(NamedTuple):
+    """The gradient of an embedding: the tokens' output gradients, added to the rows that were looked up."""
+
+    ids: torch.Tensor  # (samples, tokens)
+    gradients: torch.Tensor  # (samples, tokens, features)
+
+    def squared_norms(self, authors: Authors) -> torch.Tensor:
+        return lookup_squared_norms(authors.gather(self.ids), authors.gather(self.gradients))
+
+    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
+        gradients = authors.scale(self.gradients.float(), factors)
+        total.index_add_(0, self.ids.flatten(), gradients.flatten(0, 1))
+
+
+Contribution = Explicit | Product | Lookup
+
+
+def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Product of matrices, or of batches of them, summed and returned in float32 whatever the type of the factors."""
+    if left.dtype == torch.float32 or left.device.type != "cuda":
+        return left.float() @ right.float()
+    return (torch.bmm if left.dim() == 3 else torch.mm)(left, right, out_dtype=torch.float32)
+
+
+def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """||sum_t left_t right_t^T||^2 of each author, by the way that costs fewer multiplications.
+
+    With T tokens an author, the ghost norm takes T^2 (rows + columns) multiplications, the gradient T rows columns.
+
+    Args:
+        left, right: (authors, tokens, rows) and (authors, tokens, columns), of one type.
+    Returns:
+        float32 (authors,).
+    """
+    _, tokens, rows = left.shape
+    columns = right.shape[-1]
+    if tokens * (rows + columns) <= rows * columns:
+        return matmul(left, left.mT).mul_(matmul(right, right.mT)).sum((1, 2))
+    at_once = max(1, EXPLICIT_ELEMENTS // (rows * columns))
+    parts = zip(left.split(at_once), right.split(at_once))
+    return torch.cat([matmul(left_part.mT, right_part).square_().sum((1, 2)) for left_part, right_part in parts])
+
+
+def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """sum_{s,t} [id_s = id_t] <e_s, e_t> of each author: (authors, tokens), (authors, tokens, features) to (authors,)."""
+    same = ids[:, :, None] == ids[:, None, :]
+    return matmul(gradients, gradients.mT).mul_(same).sum((1, 2))
+
+
+def tied_cross_terms(
+    ids: torch.Tensor, gradients: torch.Tensor, logit_gradients: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """2 <G_embedding, G_head> of each author, for one matrix that is both: 2 sum_{s,t} z_t[id_s] <e_s, h_t>.
+
+    Args:
+        ids, gradients: id_s and e_s, (authors, tokens) and (authors, tokens, features).
+        logit_gradients, hidden: z_t and h_t, (authors, tokens, vocabulary) and (authors, tokens, features).
+    Returns:
+        float32 (authors,).
+    """
+    picked = logit_gradients.gather(2, ids[:, None, :].expand(-1, logit_gradients.shape[1], -1)).float()  # z_t[id_s]
+    return 2 * (hidden.float() @ gradients.float().mT).mul_(picked).sum((1, 2))
+
+
+def total_squared_norms(parts: list[Contribution], authors: Authors) -> torch.Tensor:
+    """||sum of the contributions||^2 for one parameter, (authors,): one contribution, or the two of a tied embedding."""
+    squares = torch.stack([part.squared_norms(authors) for part in parts]).sum(0)
+    if len(parts) == 1:
+        return squares
+    lookup, product = sorted(parts, key=lambda part: isinstance(part, Product))
+    return squares + tied_cross_terms(*(authors.gather(tensor) for tensor in (*lookup, *product)))
+
+
+def merge(parts: list[Contribution], authors: Authors) -> list[Contribution]:
+    """Make one contribution of those of one kind: all calls of a layer share one token axis."""
+    if len(parts) < 2:
+        return parts
+    if any(isinstance(part, Explicit) for part in parts):
+        return [Explicit(torch.stack([as_explicit(part, authors).gradients for part in parts]).sum(0))]
+    kinds = ([part for part in parts if isinstance(part, kind)] for kind in (Lookup, Product))
+    return [same[0] if len(same) == 1 else type(same[0])(*(torch.cat(t, 1) for t in zip(*same))) for same in kinds if same]
+
+
+def as_explicit(part: Contribution, authors: Authors) -> Explicit:
+    """Form the per-author gradients of a small matrix."""
+    if isinstance(part, Explicit):
+        return part
+    assert isinstance(part, Product)  # an embedding is never explicit
+    return Explicit(authors.sum(matmul(part.left.mT, part.right)))
+
+
+def without(part: Contribution, bad: torch.Tensor, author: torch.Tensor) -> Contribution:
+    """Return the contribution with zeros for the `bad` authors, (authors,), whatever they held."""
+    rows = bad if isinstance(part, Explicit) else bad[author]
+    return type(part)(*(tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in part))

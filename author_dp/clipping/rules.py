@@ -1,0 +1,73 @@
+"""A rule for each type of layer: from (layer, inputs, output gradients, authors) to what each parameter's gradient is made of.
+
+Promise: a layer has a rule only where its forward pass is known to be what the rule follows; a subclass may compute anything.
+Inputs and output gradients are of shape (samples, tokens, features); a rule returns {parameter: contribution}.
+
+To support a further layer, write its rule here, name it in `rule_of`, and put its naive twin into tests/test_clipping_rules.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from author_dp.clipping.contributions import EXPLICIT_ELEMENTS, Authors, Contribution, Explicit, Lookup, Product, matmul
+
+
+def matrix(left: torch.Tensor, right: torch.Tensor, authors: Authors, may_be_explicit: bool) -> Contribution:
+    """The gradient of a matrix, formed for each author where that is small and the cheaper way: LoRA's factors."""
+    rows, columns, tokens = left.shape[-1], right.shape[-1], left.shape[1]
+    cheaper = rows * columns < tokens * (rows + columns) and rows * columns * len(left) <= EXPLICIT_ELEMENTS
+    if may_be_explicit and cheaper:
+        return Explicit(authors.sum(matmul(left.mT, right)))
+    return Product(left, right)
+
+
+def linear(layer: nn.Linear, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, may_be_explicit: bool) -> dict:
+    contributions = {layer.weight: matrix(gradients, inputs, authors, may_be_explicit)}
+    if layer.bias is not None:
+        contributions[layer.bias] = Explicit(authors.sum(gradients.sum(1, dtype=torch.float32)))
+    return contributions
+
+
+def conv1d(layer: Conv1D, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, may_be_explicit: bool) -> dict:
+    """Hugging Face's linear layer with weight (inputs, outputs)."""
+    return {
+        layer.weight: matrix(inputs, gradients, authors, may_be_explicit),
+        layer.bias: Explicit(authors.sum(gradients.sum(1, dtype=torch.float32))),
+    }
+
+
+def embedding(layer: nn.Embedding, ids: torch.Tensor, gradients: torch.Tensor, *_) -> dict:
+    if layer.padding_idx is not None:
+        gradients = gradients * (ids != layer.padding_idx)[:, :, None]
+    return {layer.weight: Lookup(ids, gradients)}
+
+
+def layer_norm(layer: nn.LayerNorm, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, *_) -> dict:
+    normalized = F.layer_norm(inputs.float(), layer.normalized_shape, eps=layer.eps)
+    contributions = {layer.weight: Explicit(authors.sum(normalized.mul_(gradients).sum(1)))}
+    if layer.bias is not None:
+        contributions[layer.bias] = Explicit(authors.sum(gradients.sum(1, dtype=torch.float32)))
+    return contributions
+
+
+def rms_norm(layer: Any, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, *_) -> dict:
+    normalized = F.rms_norm(inputs.float(), inputs.shape[-1:], eps=layer.variance_epsilon)
+    return {layer.weight: Explicit(authors.sum(normalized.mul_(gradients).sum(1)))}
+
+
+def rule_of(layer: nn.Module) -> Callable | None:
+    """Return the rule for exactly this type of layer, None if there is none: a subclass may compute anything."""
+    if type(layer).forward is nn.Linear.forward:
+        return linear
+    if isinstance(layer, nn.Embedding) and layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse:
+        return embedding
+    if type(layer) is nn.LayerNorm and len(layer.normalized_shape) == 1 and layer.weight is not None:
+        return layer_norm
+    if type(layer).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
+        return rms_norm
+    return conv1d if type(layer) is Conv1D else None

@@ -1,0 +1,50 @@
+"""What the per-author gradients of a run were like: how many were clipped, how many not finite, and how large they were.
+
+Promise: nothing here enters an update. All of it is computed on private data without noise: not for publication.
+"""
+
+import torch
+from transformers.utils import logging
+
+from author_dp.processes import sum_over_processes
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+
+class NormStatistics:
+    """Count the norms of per-author gradients.
+
+    Args:
+        clip_norm: C; norms are counted as multiples of it.
+        device: where the norms are.
+    Attributes:
+        edges: (81,), a tenth of a decade apart, of the bins of norm / C.
+    """
+
+    def __init__(self, clip_norm: float, device: torch.device):
+        self.clip_norm = clip_norm
+        self.edges = torch.logspace(-4, 4, 81, device=device)
+        self._bins = torch.zeros(len(self.edges) + 1, device=device)
+        self._counts = torch.zeros(3, device=device)  # authors seen, clipped, not finite, since the last log line
+        self._steps = 0
+
+    def add(self, norms: torch.Tensor) -> None:
+        """Count the norms of a microbatch, (authors,), before clipping; inf or nan for a gradient that is not finite."""
+        self._counts += torch.stack([norms.new_tensor(len(norms)), (norms > self.clip_norm).sum(), (~norms.isfinite()).sum()])
+        self._bins.scatter_add_(0, torch.bucketize(norms / self.clip_norm, self.edges), torch.ones_like(norms))
+
+    def end_step(self) -> None:
+        self._steps += 1
+
+    def pop(self) -> dict[str, float]:
+        """Return clip_fraction and authors_per_step of all processes since the last call; warn of gradients not finite."""
+        authors, clipped, not_finite = sum_over_processes(self._counts).tolist()
+        steps, self._steps = self._steps, 0
+        self._counts.zero_()
+        if not_finite:
+            logger.warning(f"The gradients of {not_finite:.0f} authors were not finite; they contributed zero.")
+        return {"clip_fraction": clipped / max(1, authors), "authors_per_step": authors / max(1, steps)}
+
+    def histogram(self) -> list[float]:
+        """Return how many norms of all processes lie below, between and above `edges`, since the start; (82,)."""
+        return sum_over_processes(self._bins.clone()).tolist()

@@ -1,0 +1,98 @@
+"""The house: which way the arrows go, the names that outsiders rely on, and pages that are up to date."""
+
+import ast
+import graphlib
+import importlib
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+LIBRARY = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "author_dp").rglob("*.py"))
+}
+DOOR = {"data_utils", "dp_utils", "fine-tune-dp"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of this project that a file imports, wherever in the file it does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names} & LIBRARY.keys()
+            found |= names or {str(node.module)}
+    return {name for name in found if name in LIBRARY or name in DOOR}
+
+
+def test_three_files_stand_at_the_door():
+    assert {path.stem for path in ROOT.glob("*.py")} == DOOR
+    assert (ROOT / "README.md").stat().st_size < 10_000
+
+
+def test_arrows_go_one_way_and_never_in_a_circle():
+    arrows = {name: imports_of(path) for name, path in LIBRARY.items()}
+    assert not [name for name, used in arrows.items() if used & DOOR]
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError
+    assert not imports_of(ROOT / "data_utils.py") & DOOR and imports_of(ROOT / "dp_utils.py") & DOOR == set()
+    others = [*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("demo/*.py"), ROOT / "data_utils.py"]
+    assert not [path for path in others if "fine-tune-dp" in imports_of(path)]
+
+
+def test_the_folder_alone_is_a_library(tmp_path):
+    shutil.copytree(ROOT / "author_dp", tmp_path / "author_dp", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-P", "-c", f"import sys; sys.path[0:0] = ['.']; import {', '.join(LIBRARY)}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "dp_utils: find_noise_multiplier compute_epsilon PrivacyArguments DPTrainer",
+        "data_utils: group_by_author",
+        "author_dp.clipping: ENGINES",
+        "author_dp.mechanism: author_losses",
+        "author_dp.guards: check_model",
+        "author_dp.errors: UserError",
+        "author_dp.ledger: main",
+        "author_dp.report: write_report",
+    ],
+)
+def test_names_that_outsiders_rely_on(names):
+    module, rest = names.split(":")
+    for name in rest.split():
+        assert hasattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("program", ["ledger", "report"])
+def test_programs_name_what_they_want(program, tmp_path):
+    command = [sys.executable, "-m", f"author_dp.{program}"]
+    for arguments, words in (([], "usage"), ([str(tmp_path)], "give the --output_dir of a run")):
+        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nothing_in_the_project_seeds_protected_randomness():
+    for path in [ROOT / "dp_utils.py", *LIBRARY.values()]:
+        assert not re.search(r"args\.seed|data_seed|default_rng\(|torch\.randn|np\.random\.seed", path.read_text()), path
+
+
+def test_the_page_of_options_is_up_to_date():
+    """Else: python docs/write_options.py"""
+    page = runpy.run_path(str(ROOT / "docs" / "write_options.py"), run_name="options")["page"]
+    assert (ROOT / "docs" / "options.md").read_text() == page()
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,110 @@
+"""budget.py: no step past the target, every step on record before its update, across runs."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import flat, make_dataset, make_trainer, resumable, train
+from test_accounting import exact_epsilon
+from transformers import TrainerCallback
+
+from author_dp.budget import StopWhenUsedUp
+from author_dp.errors import UserError
+from author_dp.ledger import PrivacyLedger
+
+
+def test_the_ledger_is_ahead_of_every_update(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    seen = []
+    optimizer_step = torch.optim.SGD.step
+
+    class Watched(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            seen.append(PrivacyLedger(tmp_path / "privacy_ledger.jsonl").steps)
+            return optimizer_step(self, *args, **kwargs)
+
+    trainer.optimizer = Watched(trainer.model.parameters(), lr=1.0)
+    trainer.train()
+    assert seen == [1, 2, 3]
+
+
+def test_a_ledger_that_fails_stops_the_run_before_the_update(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    before = flat(trainer.model.parameters()).clone()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(PrivacyLedger, "record_step", fail)
+    with pytest.raises(OSError):
+        trainer.train()
+    assert torch.equal(before, flat(trainer.model.parameters()))
+
+
+def test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(tmp_path):
+    first = resumable(tmp_path)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3  # one step after the checkpoint: it will be lost
+
+    first.add_callback(Stop())
+    _, before = train(first)
+    second = resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert second.plan.noise_multiplier == first.plan.noise_multiplier
+    _, after = train(second)
+    assert second.budget.ledger.steps == 6 and second.state.global_step == 5  # the budget was for six steps, one was lost
+    assert second.epsilon() <= 3.0
+    assert abs(np.corrcoef(before.gradients[2], after.gradients[0])[0, 1]) < 0.3
+    with pytest.raises(UserError, match=r"--target_epsilon 3\.0 is used up"):
+        resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
+
+
+def test_a_run_that_took_no_step_binds_nobody(tmp_path):
+    """Its header may be there; a new run is calibrated and counted for itself."""
+    idle = resumable(tmp_path, max_steps=60, target=1.0)
+    idle.budget.start()
+    assert idle.budget.ledger.steps == 0 and len(idle.budget.ledger.runs) == 1
+    fresh = make_trainer(
+        tmp_path, dataset=make_dataset([1] * 50), max_steps=3, privacy={"noise_multiplier": None, "target_epsilon": 4.0}
+    )
+    fresh.train()
+    assert fresh.budget.ledger.steps == 3 and 3.9 < fresh.epsilon() <= 4.0
+
+
+def test_other_noise_batch_clip_norm_and_samples_compose_exactly_as_they_ran(tmp_path):
+    def run(steps, sigma, batch, **privacy):
+        trainer = make_trainer(
+            tmp_path, dataset=make_dataset([2] * 60), max_steps=steps, save_strategy="steps", save_steps=1,
+            per_device_train_batch_size=batch, resume_from_checkpoint=steps > 2,
+            privacy={"noise_multiplier": sigma, "per_sample_max_grad_norm": 1.0, **privacy},
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    run(2, 1.5, 6)
+    run(5, 2.0, 12, samples_per_author=2)
+    last = run(6, 2.0, 6, per_sample_max_grad_norm=0.1)
+    expected = exact_epsilon([(1.5, 0.1, 2), (2.0, 0.2, 3), (2.0, 0.1, 1)], 1 / 60, 1e-4)
+    report = last.privacy_report()
+    assert expected <= report["epsilon"] * (1 + 1e-6) and report["epsilon"] == pytest.approx(expected, rel=5e-3)
+    assert report["steps"] == 6 and [run["samples_per_author"] for run in last.budget.ledger.runs] == [1, 2, 1]
+
+
+def test_more_epochs_on_resume_spend_only_what_is_left(tmp_path):
+    resumable(tmp_path, max_steps=6).train()
+    with pytest.raises(UserError, match="used up"):
+        resumable(tmp_path, max_steps=60, resume_from_checkpoint=True).train()
+    more = resumable(tmp_path, max_steps=60, target=4.0, resume_from_checkpoint=True)
+    more.train()
+    assert 6 < more.budget.ledger.steps < 60 and more.epsilon() <= 4.0 < more.epsilon(1)
+
+
+def test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(tmp_path):
+    trainer = resumable(tmp_path)
+    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, StopWhenUsedUp)]
+    trainer.budget.start()
+    for _ in range(6):
+        trainer.budget.record_step()
+    with pytest.raises(RuntimeError, match="exceed"):
+        trainer.budget.record_step()
+    assert trainer.budget.ledger.steps == 6

@@ -1,0 +1,173 @@
+"""checkpoints.py in one process: what may be resumed, what is whole, what a signal does. Real faults are in test_faults.py."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import make_dataset, make_trainer, resumable
+from transformers import TrainerControl
+
+from author_dp.accounting import Spending
+from author_dp.checkpoints import SEAL_NAME, StopOnSignal, find_damage, newest_whole, seal
+from author_dp.errors import UserError
+
+
+def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):
+    """The steps behind it would be spent, and forgotten."""
+    resumable(tmp_path / "a", max_steps=2).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    elsewhere = "what it has spent is not in"
+    with pytest.raises(UserError, match=elsewhere):
+        resumable(tmp_path / "b", resume_from_checkpoint=checkpoint)
+    with pytest.raises(UserError, match=elsewhere):
+        resumable(tmp_path / "b").train(resume_from_checkpoint=checkpoint)
+    (tmp_path / "a" / "privacy_ledger.jsonl").unlink()
+    with pytest.raises(UserError, match="lacks records"):  # the report beside it knows better
+        resumable(tmp_path / "a", resume_from_checkpoint=True)
+    (tmp_path / "a" / "privacy.json").unlink()
+    with pytest.raises(UserError, match=elsewhere):
+        resumable(tmp_path / "a", resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_privacy_is_not_resumed_with_it(tmp_path):
+    plain = {"privacy": {"disable_dp": True, "noise_multiplier": None}, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(tmp_path, **plain).train()
+    resumable(tmp_path, max_steps=1).train()
+    with pytest.raises(UserError, match=r"checkpoint-2 was trained with --disable_dp"):
+        resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(UserError, match="holds a private run"):
+        make_trainer(tmp_path, **plain)
+
+
+def test_a_folder_with_a_ledger_is_not_started_afresh(tmp_path):
+    resumable(tmp_path, max_steps=1).train()
+    with pytest.raises(UserError, match="--resume_from_checkpoint"):
+        resumable(tmp_path)
+
+
+def test_another_number_of_authors_needs_a_word(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "dataset": make_dataset([1] * 60)}
+    make_trainer(tmp_path, **options).train()
+    options = {**options, "dataset": make_dataset([1] * 59), "max_steps": 3, "resume_from_checkpoint": True}
+    with pytest.raises(UserError, match=r"59 training authors now, 60 before.*--allow_other_authors"):
+        make_trainer(tmp_path, **options)
+    trainer = make_trainer(tmp_path, **options, privacy={"allow_other_authors": True})
+    trainer.train()
+    assert trainer.budget.ledger.steps == 3 and [run["num_authors"] for run in trainer.budget.ledger.runs] == [60, 59]
+    assert trainer.budget.ledger.spendings == [Spending(1.0, 4 / 60, 2), Spending(1.0, 4 / 59, 1)]
+
+
+def test_only_an_impatient_second_ctrl_c_acts_at_once(monkeypatch):
+    callback = StopOnSignal()
+    callback.receive(signal.SIGTERM, None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        callback.receive(number, None)  # from a launcher: too soon for people
+    callback.when -= 10
+    callback.receive(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        callback.receive(signal.SIGINT, None)
+    assert callback.received == signal.SIGTERM
+
+
+def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
+    callback, control = StopOnSignal(), TrainerControl()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: callback.receive(signal.SIGTERM, None))
+    arguments = SimpleNamespace(device=torch.device("cpu"))
+    callback.on_step_end(arguments, None, control)
+    assert not control.should_training_stop
+    callback.on_step_end(arguments, None, control)
+    assert control.should_training_stop and control.should_save and callback.agreed == signal.SIGTERM
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
+    now = [2e9]
+
+    def backwards() -> float:
+        now[0] -= 3_600
+        return now[0]
+
+    def seal_and_age(folder: Path) -> None:
+        seal(folder)
+        os.utime(folder, (backwards(),) * 2)
+
+    monkeypatch.setattr("author_dp.checkpoints.seal", seal_and_age)
+    monkeypatch.setattr(time, "time", backwards)
+    trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert newest_whole(tmp_path).name == "checkpoint-5" and trainer.budget.ledger.steps == 5
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    if how == "unsealed":
+        (checkpoint / SEAL_NAME).unlink()
+    elif how == "seal cut short":
+        (checkpoint / SEAL_NAME).write_text('{"files": ')
+    elif how == "optimizer cut short":
+        path = checkpoint / "optimizer.pt"
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        (checkpoint / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("how", ["unsealed", "seal cut short", "optimizer cut short", "model gone"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, how):
+    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    damage(tmp_path / "checkpoint-4", how)
+    assert find_damage(tmp_path / "checkpoint-4") and newest_whole(tmp_path).name == "checkpoint-2"
+    with pytest.raises(UserError, match=r"checkpoint-4.*give an earlier checkpoint"):
+        make_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer = make_trainer(tmp_path, max_steps=4, resume_from_checkpoint=True, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.budget.ledger.steps == 6
+    assert newest_whole(tmp_path).name == "checkpoint-4"  # sealed anew
+
+
+def test_a_crash_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1)
+
+    def crash(folder):
+        if folder.endswith("checkpoint-4"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_rng_state", crash)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and newest_whole(tmp_path).name == "checkpoint-2"
+
+
+def test_without_a_whole_checkpoint_a_run_starts_anew_with_its_steps_counted(tmp_path):
+    make_trainer(tmp_path, max_steps=3).train()
+    trainer = make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=True)
+    assert trainer.checkpoint is None
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.budget.ledger.steps == 5
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    again = make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=True)
+    again.train()
+    assert again.budget.ledger.steps == 2 and again.epsilon() == pytest.approx(first.epsilon(), rel=3e-3)
+    for a, b in zip(first.model.parameters(), again.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_the_folder_is_free_again_after_a_mistake(tmp_path, monkeypatch):
+    monkeypatch.setattr("author_dp.ledger.LOCK_SECONDS", 0)
+    make_trainer(tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}).train()
+    spent = make_trainer(
+        tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}, resume_from_checkpoint=True,
+        dataset=make_dataset([1, 2, 3, 1, 1, 5]),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="used up"):
+        spent.train()
+    with spent.budget.ledger.locked():
+        pass

@@ -1,0 +1,185 @@
+"""clipping/ghost.py: the engine against the others on every family of models, and what it keeps."""
+
+import math
+
+import naive
+import pytest
+import torch
+from conftest import as_arrays, clipped_sum, flat, make_batch, make_trainer, tiny_gpt2, trainable
+from families import FAMILIES, KINDS, close, make_model
+from torch import nn
+
+from author_dp.clipping import contributions, ghost
+from author_dp.clipping.contributions import Explicit
+from author_dp.clipping.ghost import GhostClipping
+from author_dp.errors import UserError
+from author_dp.mechanism import author_losses
+
+# --- against the other engines --------------------------------------------------------------------------
+
+
+BATCHES = {"short": ([1] * 6, 5), "ragged": ([1, 2, 3, 1, 1, 5], 12)}  # by ghost norms, and by explicit gradients
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clipped_sum_equals_the_naive_one_and_that_of_grad_sample(family, kind, batch):
+    counts, longest = BATCHES[batch]
+    model, batch = make_model(family, kind), make_batch(counts, longest=longest)
+    expected_norms = [flat(naive.author_gradient(model, samples)).norm().item() for samples in as_arrays(batch)]
+    for clip_norm in (0.3 * sorted(expected_norms)[2], 2 * max(expected_norms)):
+        expected = naive.clipped_sum(model, as_arrays(batch), clip_norm)
+        ours, norms = clipped_sum(model, batch, clip_norm, "ghost")
+        assert norms.tolist() == pytest.approx(expected_norms, rel=1e-5)
+        assert close(ours, expected)
+        if family == "opt" and kind != "lora":  # Opacus' hooks stumble over its position embedding
+            with pytest.raises(UserError, match=r"embed_positions.*--clipping ghost"):
+                clipped_sum(model, batch, clip_norm, "grad_sample")
+        else:
+            assert close(ours, clipped_sum(model, batch, clip_norm, "grad_sample")[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("counts", [[1] * 5, [2] * 5, [4, 1, 2, 4], [3]])
+def test_ragged_authors_and_long_samples(kind, counts):
+    """Long samples of a narrow model: the explicit gradient is the cheaper way to the norm."""
+    model, batch = make_model("llama", kind), make_batch(counts, longest=100)
+    assert close(clipped_sum(model, batch, 0.1, "ghost")[0], naive.clipped_sum(model, as_arrays(batch), 0.1))
+
+
+def per_author_by_autograd(model: nn.Module, batch: dict, clip_norm: float, seed: int) -> torch.Tensor:
+    """One backward an author over one forward, whose dropout masks all authors share."""
+    torch.manual_seed(seed)
+    losses, parameters = author_losses(model.train(), batch), list(trainable(model).values())
+    gradients = [flat(torch.autograd.grad(loss, parameters, retain_graph=True)) for loss in losses]
+    return sum(gradient * min(1.0, clip_norm / gradient.norm().item()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
+def test_with_dropout_the_masks_are_the_same(family, kind):
+    model, batch = make_model(family, kind, dropout=0.3), make_batch()
+    expected = per_author_by_autograd(model, batch, 0.1, seed=5)
+    assert not close(expected, per_author_by_autograd(model, batch, 0.1, seed=6))
+    for clipping in ("ghost", "grad_sample"):
+        torch.manual_seed(5)
+        assert close(clipped_sum(model, batch, 0.1, clipping)[0], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(family, kind):
+    dropout = 0.2 if family in ("gpt2", "neox") else 0.0
+    model, batch = make_model(family, kind, dropout), make_batch()
+    torch.manual_seed(5)
+    expected, expected_norms = clipped_sum(model, batch, 0.1, "ghost")
+    calls = []
+    block = next(module for name, module in model.named_modules() if name.endswith((".h.0", ".layers.0")))
+    norm = next(module for module in block.modules() if "Norm" in type(module).__name__)
+    norm.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if kind == "lora":
+        model.enable_input_require_grads()
+    torch.manual_seed(5)
+    ours, norms = clipped_sum(model, batch, 0.1, "ghost")
+    assert len(calls) == 2 and close(ours, expected) and norms.tolist() == pytest.approx(expected_norms.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("counts", [[1] * 6, [1, 2, 3, 1, 1, 5]])
+def test_bfloat16_agrees_to_its_rounding_and_stays_below_the_clip_norm(kind, counts):
+    model, batch = make_model("gpt2", kind), make_batch(counts)
+    expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, norms = clipped_sum(model, batch, 0.1, "ghost")
+        theirs, their_norms = clipped_sum(model, batch, 0.1, "grad_sample")
+    assert ours.dtype == norms.dtype == torch.float32
+    assert close(ours, expected, 0.05) and close(ours, theirs, 0.02)
+    assert norms.tolist() == pytest.approx(their_norms.tolist(), rel=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        for seed in range(5):
+            alone, _ = clipped_sum(model, make_batch([3], seed=seed, longest=15), 1e-3, "ghost")
+            assert alone.norm() <= 1e-3 * (1 + 1e-6)
+
+
+def test_the_trainer_checkpoints_and_rounds_as_asked(tmp_path):
+    """The options of a user: the update is that of the naive loop."""
+    for name, options in {"plain": {}, "checkpointed": {"gradient_checkpointing": True}, "bf16": {"bf16": True}}.items():
+        model = tiny_gpt2()
+        before = flat(model.parameters()).clone()
+        privacy = {"noise_multiplier": 0.0, "samples_per_author": 9}
+        trainer = make_trainer(tmp_path / name, model, privacy=privacy, per_device_train_batch_size=6, **options)
+        trainer.train()
+        expected = naive.clipped_sum(tiny_gpt2(), as_arrays(make_batch()), 0.5) / 6
+        tolerance = 0.05 if name == "bf16" else 1e-4
+        assert close(before - flat(model.parameters()), expected, tolerance), name
+
+
+# --- what is kept, and what is refused ------------------------------------------------------------------
+
+
+def test_no_per_author_gradient_of_a_large_layer_is_formed(monkeypatch):
+    kept = []
+    norms = ghost.total_squared_norms
+    monkeypatch.setattr(ghost, "total_squared_norms", lambda parts, authors: kept.extend(parts) or norms(parts, authors))
+    model = make_model("gpt2", "tied")
+    clipped_sum(model, make_batch([2] * 4, longest=4), 0.1, "ghost")
+    sizes = [part.gradients[0].numel() for part in kept if isinstance(part, Explicit)]
+    assert max(sizes) <= 4 * 16  # biases and layer norms; the smallest matrix has 16 x 16
+    assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
+
+
+def test_only_taps_are_visited_and_no_weight(monkeypatch):
+    model = tiny_gpt2()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: pytest.fail("autograd computed a weight's gradient"))
+    clipped_sum(model, make_batch(), 0.1, "ghost")
+
+
+def test_evaluation_between_forward_and_backward_leaves_no_trace():
+    model, batch = tiny_gpt2(), make_batch()
+    engine = GhostClipping(model, 0.1)
+    for parameter in model.parameters():
+        parameter.summed_grad = torch.zeros_like(parameter)
+    losses = author_losses(model, batch)
+    with torch.no_grad():
+        author_losses(model.eval(), batch)
+    author_losses(model.train(), make_batch(seed=3))  # a forward that nobody goes back through
+    engine.backward(losses, batch["author"])
+    assert close(flat(p.summed_grad for p in model.parameters()), naive.clipped_sum(tiny_gpt2(), as_arrays(batch), 0.1))
+
+
+def test_hooks_are_taken_off():
+    model = tiny_gpt2()
+    GhostClipping(model, 0.1).close()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_changed_input_is_an_error_rather_than_a_wrong_norm():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3, bias=False)
+
+        def forward(self, x):
+            x = x * 1.0
+            y = self.layer(x)
+            x.add_(1)
+            return (x + y).flatten(1).sum(1)
+
+    model = InPlace()
+    with pytest.raises(RuntimeError, match="inplace"):
+        engine = GhostClipping(model, 1.0)
+        engine.backward(engine.module(torch.ones(2, 4, 3)), torch.arange(2))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_overflow_never_passes_for_a_small_norm(monkeypatch, value):
+    bad = torch.tensor([0, value, 0, 0, 0, 0])
+    norms_of_lookups = contributions.lookup_squared_norms
+    monkeypatch.setattr(contributions, "lookup_squared_norms", lambda *tensors: norms_of_lookups(*tensors) + bad)
+    model, batch = tiny_gpt2(), make_batch()
+    ours, norms = clipped_sum(model, batch, 0.1, "ghost")
+    others = [samples for author, samples in enumerate(as_arrays(batch)) if author != 1]
+    assert close(ours, naive.clipped_sum(model, others, 0.1)) and norms.isinf().tolist() == [False, True] + [False] * 4

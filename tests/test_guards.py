@@ -1,0 +1,55 @@
+"""guards.py: options and models under which the guarantee would not hold are refused by name."""
+
+import pytest
+from conftest import make_trainer, tiny_gpt2
+from torch import nn
+
+from author_dp import guards
+from author_dp.errors import UserError
+from dp_utils import PrivacyArguments
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_grad_norm": 1.0}, "--max_grad_norm.*--per_sample_max_grad_norm"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size.*--gradient_accumulation_steps"),
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
+        ({"torch_compile": True}, "--torch_compile"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel"),
+        ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["c_attn"]}, "--optim"),
+    ],
+)
+def test_options_that_would_change_the_mechanism_are_refused_by_name(tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        make_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("clipping_of_run", "options", "words"),
+    [
+        ("grad_sample", {}, "--(gradient|activation)_checkpointing.*--clipping ghost"),
+        ("ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+    ],
+)
+def test_checkpointing_is_refused_where_layers_cannot_be_told_apart(tmp_path, clipping_of_run, options, words):
+    with pytest.raises(UserError, match=words):
+        make_trainer(tmp_path, privacy={"clipping": clipping_of_run}, gradient_checkpointing=True, **options)
+
+
+@pytest.mark.parametrize("name", ["fp16", "deepspeed", "fsdp"])
+def test_options_that_need_a_gpu_are_refused_by_name(tmp_path, name):
+    args = make_trainer(tmp_path).args
+    setattr(args, name, True)
+    with pytest.raises(UserError, match=f"--{name}"):
+        guards.check_options(args, PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0))
+
+
+def test_models_that_mix_authors_or_round_noise_are_refused(tmp_path):
+    batch_norm, experts, half = tiny_gpt2(), tiny_gpt2(), tiny_gpt2().bfloat16()
+    batch_norm.transformer.h[0].norm = nn.BatchNorm1d(4)
+    experts.config.num_local_experts = 8
+    for model, words in ((batch_norm, r"h\.0\.norm"), (experts, "mixture of experts"), (half, "bfloat16")):
+        with pytest.raises(UserError, match=words):
+            make_trainer(tmp_path, model)
