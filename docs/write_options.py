@@ -1,0 +1,63 @@
+"""Write docs/options.md from the help texts of the options: python docs/write_options.py
+
+A test fails where the page is out of date.
+"""
+
+import dataclasses
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "options.md"
+HEAD = """# Which options are there?
+
+Written by `python docs/write_options.py` from the options' help texts. Every option of Hugging Face's `TrainingArguments` works
+beside these, unless it would change the mechanism; then it is refused by name ([guarantee.md](guarantee.md)). A mistake that you
+can mend ends with status 2 and a line that names the option and the remedy. (Under `torch.distributed.run` the launcher adds its
+own report, and its own status 1.)
+
+`--config FILE` reads options from a YAML file; those on the command line come after it, and prevail.
+"""
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """Return the default as a user would write it."""
+    value: Any = field.default
+    if value is dataclasses.MISSING or value is None:
+        return "none"
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
+
+
+def table(group: type, names: set[str]) -> str:
+    """Return one table: the options of `group` that are in `names`."""
+    rows = []
+    for field in dataclasses.fields(group):
+        if field.name in names:
+            choices = field.metadata.get("choices")
+            text = field.metadata["help"].replace("|", "\\|")
+            if choices and field.name != "log_level":
+                text += f" One of: {', '.join(choices)}."
+            rows.append(f"| `--{field.name}` | {text} | {default_of(field)} |")
+    title = (group.__doc__ or "").strip().splitlines()[0]
+    return "\n".join([f"## {group.__name__}", "", title, "", "| option | meaning | default |", "|---|---|---|", *rows])
+
+
+def page() -> str:
+    """Return what docs/options.md is to hold."""
+    script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
+    known = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
+    tables = []
+    for name in ("ModelArguments", "LoraArguments", "DataArguments", "PrivacyArguments", "AuditArguments", "TrainingArguments"):
+        fields = dataclasses.fields(script[name])
+        ours = {field.name for field in fields if known.get(field.name) != default_of(field)}
+        tables.append(table(script[name], ours))
+    return HEAD + "\n" + "\n\n".join(tables) + "\n"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    PAGE.write_text(page())
