@@ -1,8 +1,8 @@
 """Samples and their authors: load, split by author, tokenize, group, collate.
 
-Promise: a row never silently changes who its author is. Author values are compared exactly (" alice"
-and "alice" are two authors), a missing author is an error and no author is on both sides of the split.
-This module knows nothing of privacy; `dp_utils.py` consumes what it returns.
+Promise: a row never silently changes who its author is. Authors are the texts that stand in the files (author_dp/readers.py), and
+are compared exactly (" alice" and "alice" are two authors); a missing author is an error, and no author is on both sides of the
+split. This module knows nothing of privacy; `dp_utils.py` consumes what it returns.
 
 Example:
 
@@ -15,36 +15,41 @@ Example:
             [   8,    9, -100]])
 """
 
-import csv
+import atexit
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
-import fsspec
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, List, Value, load_dataset
-from datasets.utils import logging as datasets_logging
-from huggingface_hub import constants, get_session
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, List, Value, load_from_disk
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
+from author_dp.authors import column_of, encode_authors, find_nobody
 from author_dp.errors import UserError
+from author_dp.hub import read_hub
 from author_dp.mechanism import IGNORED
+from author_dp.processes import broadcast
+from author_dp.readers import FORMATS, Columns, read_files, split_suffix
 
 # A child of transformers' own logger, so that its handler and --log_level hold here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 DEFAULT_DATASET = "webis/tldr-17"
 DEFAULT_DATASET_SAMPLES = 500_000
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -60,7 +65,7 @@ class DataArguments:
         metadata={"help": "Revision of the hub data set that holds its Parquet files, by default the hub's conversion."},
     )
     train_file: Optional[list[str]] = field(
-        default=None, metadata={"help": "Own data: .jsonl, .json, .csv or .parquet; several files or a glob."}
+        default=None, metadata={"help": "Own data: .jsonl, .json, .csv or .parquet, also .gz or .zst; several files or a glob."}
     )
     validation_file: Optional[list[str]] = field(
         default=None, metadata={"help": "Evaluation data of the same form. Default: held-out authors of the training data."}
@@ -68,6 +73,10 @@ class DataArguments:
     text_column: str = field(default="content", metadata={"help": "Column of the text."})
     author_column: str = field(default="author", metadata={"help": "Column of the author, the privacy unit."})
     sequence_len: int = field(default=128, metadata={"help": "Tokens per sample; longer samples are cut."})
+    append_eos: bool = field(
+        default=False,
+        metadata={"help": "End each text by the tokenizer's end-of-text token, so that a generator learns to stop."},
+    )
     long_samples: str = field(
         default="truncate",
         metadata={
@@ -78,8 +87,16 @@ class DataArguments:
     eval_fraction: float = field(
         default=0.02, metadata={"help": "Share of the authors held out for evaluation when there is no --validation_file."}
     )
-    max_train_samples: Optional[int] = field(default=None, metadata={"help": "Train on the first so many samples only."})
-    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate on the first so many samples only."})
+    train_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of the training authors to train on, each with all samples; chosen by a hash of the author."},
+    )
+    allow_shared_authors: bool = field(default=False, metadata={"help": "Let --validation_file hold texts of training authors."})
+    max_train_samples: Optional[int] = field(
+        default=None,
+        metadata={"help": "Train on the first so many rows only, which the guarantee then takes as given; see --train_fraction."},
+    )
+    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
     preprocessing_num_workers: Optional[int] = field(default=None, metadata={"help": "Processes that tokenize."})
 
     def __post_init__(self):
@@ -89,84 +106,149 @@ class DataArguments:
             raise UserError(f"--sequence_len {self.sequence_len}: a sample needs at least 2 tokens to predict one")
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"--eval_fraction {self.eval_fraction} must be at least 0 and below 1")
+        if not 0 < self.train_fraction <= 1:
+            raise UserError(f"--train_fraction {self.train_fraction} must be above 0 and at most 1")
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.text_column == self.author_column:
             raise UserError(f"--text_column and --author_column both name {self.text_column!r}: they must differ")
 
+    @property
+    def row_limit(self) -> Optional[int]:
+        """How many rows were taken as given, whoever wrote them: without one author, others would move up into the cut."""
+        default = DEFAULT_DATASET_SAMPLES if self.train_file is None and self.dataset_name is None else None
+        return min((limit for limit in (default, self.max_train_samples) if limit is not None), default=None)
+
 
 # --- load ---------------------------------------------------------------------------------------------
 
 
-def load_samples(args: DataArguments, seed: int) -> tuple[Dataset, Optional[Dataset]]:
+def prepare(
+    args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Optional[Dataset]]:
+    """Load and tokenize, once a machine; every process then sees the result.
+
+    Returns:
+        (train, evaluation), with the author column and input_ids; evaluation is None where there is none.
+    """
+    folder = Path(tempfile.gettempdir()) / f"author-texts-{broadcast(secrets.token_hex(8))}-{os.environ.get('GROUP_RANK', 0)}"
+    with training_args.main_process_first(desc="load and tokenize"):
+        if training_args.local_process_index == 0:
+            folder.mkdir(mode=0o700)
+            folders.append(folder)
+            options: dict[str, Any] = {
+                "text_column": args.text_column,
+                "sequence_len": args.sequence_len,
+                "long_samples": args.long_samples,
+                "append_eos": args.append_eos,
+                "num_proc": args.preprocessing_num_workers,
+            }
+            with ending_on_sigterm():
+                train, evaluation = load_samples(args, training_args.seed, folder)
+                tokenize(train, tokenizer, **options).save_to_disk(folder / "train")
+                if evaluation is not None:
+                    option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
+                    tokenize(evaluation, tokenizer, **options, option=option).save_to_disk(folder / "evaluation")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers may be forked from here on
+    has_evaluation = (folder / "evaluation").exists()
+    return load_from_disk(folder / "train"), load_from_disk(folder / "evaluation") if has_evaluation else None
+
+
+def load_samples(args: DataArguments, seed: int, folder: Optional[Path] = None) -> tuple[Dataset, Optional[Dataset]]:
     """Load, check and split the data named by `args`.
 
+    Args:
+        folder: where the texts are kept while they are used, `temporary_folder()` by default.
     Returns:
         (train, evaluation), both with the text and the author column; evaluation is None where
         --eval_fraction is 0 and no --validation_file is given.
     Raises:
         UserError: for a file or column that cannot be used.
     """
-    columns = {"text_column": args.text_column, "author_column": args.author_column}
+    columns: dict[str, Any] = {"text_column": args.text_column, "author_column": args.author_column, "folder": folder}
     if args.train_file is not None:
-        train = load_files("--train_file", args.train_file, **columns)
+        samples = load_files("--train_file", args.train_file, **columns)
     else:
         limit = DEFAULT_DATASET_SAMPLES if args.dataset_name is None else None
         name = args.dataset_name or DEFAULT_DATASET
-        train = load_hub(name, args.dataset_config_name, args.dataset_revision, limit=limit, **columns)
-    if args.validation_file is not None:
-        evaluation = load_files("--validation_file", args.validation_file, **columns)
-    elif args.eval_fraction > 0:
-        train, evaluation = split_by_author(train, args.author_column, args.eval_fraction, seed)
+        samples = load_hub(name, args.dataset_config_name, args.dataset_revision, limit=limit, **columns)
+    if args.validation_file is None:
+        train, evaluation = split_by_author(samples, args.author_column, args.eval_fraction, seed, args.train_fraction)
     else:
-        evaluation = None
+        train, _ = split_by_author(samples, args.author_column, 0.0, seed, args.train_fraction)
+        evaluation = load_files("--validation_file", args.validation_file, **columns)
+        check_apart(train, evaluation, args)
     if args.max_train_samples is not None:
         train = train.select(range(min(args.max_train_samples, len(train))))
     if evaluation is not None and args.max_eval_samples is not None:
         evaluation = evaluation.select(range(min(args.max_eval_samples, len(evaluation))))
+    for warning in find_nobody(train, args.text_column, args.author_column):
+        logger.warning(warning)
     return train, evaluation
 
 
-def load_files(option: str, patterns: list[str], *, text_column: str, author_column: str) -> Dataset:
-    """Load local files, given by name or glob, all of one format.
+def load_files(
+    option: str, patterns: list[str], *, text_column: str, author_column: str, folder: Optional[Path] = None
+) -> Dataset:
+    """Load local files, given by name or glob, all of one format: both columns as strings, exactly as they stand there.
 
     Raises:
-        UserError: naming `option` and the file or column at fault.
+        UserError: naming `option` and the file, line or column at fault.
     """
     files = expand_files(option, patterns)
-    suffixes = {os.path.splitext(name)[1] for name in files}
-    if len(suffixes) > 1 or not suffixes <= FORMATS.keys():
-        raise UserError(f"{option}: files must all be of one kind of {', '.join(FORMATS)}, not {', '.join(sorted(suffixes))}")
-    suffix = suffixes.pop()
-    columns = [text_column, author_column]
-    options: dict[str, Any] = {}
-    if suffix == ".csv":
-        for name in files:
-            check_columns(f"{option} {name}", read_csv_header(option, name), text_column, author_column)
-            check_csv_rows(option, name)
-        # As written: an author "007" is not 7, and one called "NA" is not a missing value.
-        options = {"usecols": columns, "keep_default_na": False, "na_filter": False}
-        options["features"] = Features({name: Value("string") for name in read_csv_header(option, files[0]) if name in columns})
-    verbosity = datasets_logging.get_verbosity()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what goes wrong is said below, once
+    suffixes = {split_suffix(name)[0] for name in files}
+    if len(suffixes) > 1 or not suffixes <= set(FORMATS):
+        raise UserError(
+            f"{option}: files must all be of one kind of {', '.join(FORMATS)} (or these with .gz or .zst), not "
+            f"{', '.join(sorted(suffixes))}"
+        )
+    batches = read_files(files, Columns(option, text_column, author_column))
+    return keep(batches, [text_column, author_column], f"{option} {' '.join(patterns)}", folder)
+
+
+def keep(batches: Iterable[pa.RecordBatch], columns: list[str], source: str, folder: Optional[Path]) -> Dataset:
+    """Write record batches to a file of `folder`, and return them as a data set that lies there and not in memory."""
+    file, path = tempfile.mkstemp(suffix=".arrow", dir=folder or temporary_folder())
+    os.close(file)
+    schema, rows = pa.schema([(name, pa.large_string()) for name in columns]), 0
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch.select(columns))
+            rows += len(batch)
+    if not rows:
+        raise UserError(f"{source} holds no rows")
+    return Dataset.from_file(path)
+
+
+folders: list[Path] = []  # with texts of this run, for their owner's eyes only
+
+
+@atexit.register
+def delete_texts() -> None:
+    """Leave no text behind; only a program that is killed outright does, in the system's temporary folder."""
+    while folders:
+        shutil.rmtree(folders.pop(), ignore_errors=True)
+
+
+def temporary_folder() -> Path:
+    """Return a new folder for texts of this run (TMPDIR says where)."""
+    folders.append(Path(tempfile.mkdtemp(prefix="author-texts-")))
+    return folders[-1]
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Within, let SIGTERM end the program in the usual way, so that it deletes what it wrote."""
+    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        samples = load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
-    except Exception as error:  # pandas, pyarrow and datasets each raise their own for a file that is not what it says
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        reason = "it holds no rows" if "corresponds to no data" in reason else reason
-        raise UserError(f"{option} {' '.join(patterns)} cannot be read as {suffix}: {reason}") from error
+        yield
     finally:
-        datasets_logging.set_verbosity(verbosity)
-    check_columns(f"{option} {' '.join(patterns)}", samples.column_names, text_column, author_column)
-    return check_samples(option, samples.select_columns(columns), text_column, author_column)
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def expand_files(option: str, patterns: list[str]) -> list[str]:
-    """Expand globs and check that every file is there."""
+    """Expand globs, but for names of files that are there; check that every file is."""
     files = []
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -178,188 +260,102 @@ def expand_files(option: str, patterns: list[str]) -> list[str]:
             raise UserError(f"{option} {name} is a folder: name the files in it, for example '{os.path.join(name, '*.jsonl')}'")
         if os.path.getsize(name) == 0:
             raise UserError(f"{option} {name} is empty")
+    for name in sorted({name for name in files if files.count(name) > 1}):
+        raise UserError(f"{option} names {name} {files.count(name)} times: its samples would count as often; name it once")
     return files
 
 
-def read_csv_header(option: str, name: str) -> list[str]:
-    """Return the column names of a CSV file as they are written, duplicates included."""
-    try:
-        header = pd.read_csv(name, header=None, nrows=1, dtype=str, keep_default_na=False)
-    except ValueError as error:  # pandas' parser errors and UnicodeDecodeError
-        raise UserError(f"{option} {name} cannot be read as .csv: {str(error).splitlines()[0]}") from error
-    return list(header.iloc[0])
-
-
-def check_csv_rows(option: str, name: str) -> None:
-    """Raise UserError for a row of another length than the header: its values would stand in other columns, unnoticed."""
-    csv.field_size_limit(2**31 - 1)
-    with open(name, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        try:
-            columns = len(next(rows))
-            for row in rows:
-                if row and len(row) != columns:
-                    raise UserError(
-                        f"{option} {name}, line {rows.line_num} has {len(row)} values and the header {columns}: quote "
-                        "values that hold a comma, or mend the line"
-                    )
-        except csv.Error as error:
-            raise UserError(f"{option} {name} cannot be read as .csv, line {rows.line_num}: {error}") from error
-        except UnicodeDecodeError as error:
-            with open(name, "rb") as lines:
-                line = next(number for number, text in enumerate(lines, 1) if not is_utf8(text))
-            raise UserError(f"{option} {name}, line {line} is not UTF-8: save the file as UTF-8") from error
-
-
-def check_columns(source: str, names: list[str], text_column: str, author_column: str) -> None:
-    """Raise UserError unless both columns are there, once each."""
-    for option, column in (("--text_column", text_column), ("--author_column", author_column)):
-        if column not in names:
-            columns, remedy = f"its columns are {', '.join(map(str, names))}", "name one"
-            if len(names) == 1 and any(separator in str(names[0]) for separator in ";\t|"):
-                columns, remedy = f"its only column is {names[0]!r}", "separate columns by commas"
-            raise UserError(f"{option} {column!r} is not in {source}: {columns}; {remedy}")
-        if names.count(column) > 1:
-            raise UserError(f"{option} {column!r} is in {source} {names.count(column)} times: rename all but one")
-
-
-def check_samples(source: str, samples: Dataset, text_column: str, author_column: str) -> Dataset:
-    """Check the types of both columns and that every row has an author; `source` is for the message."""
-    if len(samples) == 0:
-        raise UserError(f"{source} holds no rows")
-    text, author = (samples.features.arrow_schema.field(name).type for name in (text_column, author_column))
-    if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-        raise UserError(
-            f"--text_column {text_column!r} of {source} holds {find_odd_value(samples, text_column)}, not text: name another "
-            "column, or mend the row"
-        )
-    scalar = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_temporal)
-    if not any(is_type(author) for is_type in scalar) or isinstance(samples.features[author_column], dict | list):
-        raise UserError(
-            f"--author_column {author_column!r} of {source} holds {find_odd_value(samples, author_column)}, not strings or whole "
-            "numbers throughout: write the authors as strings"
-        )
-    for name in (text_column, author_column):
-        check_utf8(source, name, column_of(samples, name))
-    values = column_of(samples, author_column)
-    missing = pc.is_null(values)
-    if pa.types.is_string(author) or pa.types.is_large_string(author):
-        missing = pc.or_(missing, pc.equal(pc.fill_null(pc.utf8_trim_whitespace(values), ""), ""))
-    rows = np.flatnonzero(missing.to_numpy())
-    if len(rows):
-        raise UserError(
-            f"--author_column {author_column!r} of {source} is empty in {len(rows)} of {len(samples)} rows, first in row "
-            f"{rows[0] + 1}: remove these rows or give them an author each"
-        )
-    return samples
-
-
-def find_odd_value(samples: Dataset, column: str) -> str:
-    """Return the first value that is not text, and its row; what is a mixture is read as strings but for that."""
-    for row, value in enumerate(samples[column], 1):
-        if value is not None and not isinstance(value, str):
-            return f"{str(value)[:40]!r} in row {row}"
-    return str(samples.features[column])
-
-
-def check_utf8(source: str, column: str, values: pa.ChunkedArray) -> None:
-    """Raise UserError for text that is not UTF-8, which Arrow reads without a word."""
-    try:
-        values.validate(full=True)
-    except pa.ArrowInvalid as error:
-        for row, value in enumerate(values.cast(pa.large_binary()).to_pylist(), 1):
-            if value is not None and not is_utf8(value):
-                raise UserError(f"{source}: column {column!r}, row {row} is not UTF-8: save the file as UTF-8") from error
-        raise
-
-
-def is_utf8(text: bytes) -> bool:
-    return text.decode(errors="ignore").encode() == text
-
-
-def column_of(samples: Dataset, name: str) -> pa.ChunkedArray:
-    """Return a column without a detour over Python objects."""
-    return samples.with_format("arrow")[name][:]
-
-
-def hub_is_reachable() -> bool:
-    """Ask the hub once, without the minute of retries that the libraries spend where there is no network."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the HTTP library, its proxy, or offline mode raises: it is not to be had
-        return False
-    return True
-
-
-def hub_error(option: str, name: str) -> UserError:
-    return UserError(
-        f"{option} {name} is not a local path and the Hugging Face hub cannot be reached: give local files with --train_file "
-        "and a local folder with --model_name, or run the demo (README.md)"
-    )
-
-
-def load_hub(name: str, config: str, revision: str, *, text_column: str, author_column: str, limit: Optional[int]) -> Dataset:
-    """Load a data set from the hub's Parquet conversion, or from a local folder of the same layout.
-
-    The files are CONFIG/train/*.parquet, or CONFIG/partial-train/*.parquet for a large set; only the shards
-    that the first `limit` samples need are read (all where it is None).
+def load_hub(
+    name: str,
+    config: str,
+    revision: str,
+    *,
+    text_column: str,
+    author_column: str,
+    limit: Optional[int],
+    folder: Optional[Path] = None,
+) -> Dataset:
+    """Load the first `limit` samples (all where it is None) of a hub data set, or of a local folder of the same layout.
 
     Raises:
         UserError: where the hub or the data set cannot be reached, or a column is missing.
     """
-    if os.path.isdir(name):
-        root = os.path.join(os.path.abspath(name), config)
-    elif not hub_is_reachable():
-        raise hub_error("--dataset_name", name)
-    else:
-        root = f"hf://datasets/{name}@{revision.replace('/', '%2F')}/{config}"
-    filesystem, path = fsspec.core.url_to_fs(root)
-    try:
-        shards = sorted(filesystem.glob(f"{path}/train/*.parquet") or filesystem.glob(f"{path}/partial-train/*.parquet"))
-        needed, rows = [], 0
-        for shard in shards:
-            if limit is None or rows < limit:
-                with filesystem.open(shard) as file:
-                    footer = pq.ParquetFile(file)
-                    check_columns(f"--dataset_name {name}", footer.schema_arrow.names, text_column, author_column)
-                    rows += footer.metadata.num_rows
-                needed.append(filesystem.unstrip_protocol(shard))
-        if not needed:
-            raise FileNotFoundError("no Parquet files")
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"--dataset_name {name}: no readable Parquet files at {root}/train ({str(error).splitlines()[0]}): check the name, "
-            "--dataset_config_name and --dataset_revision, or download files and give them with --train_file"
-        ) from error
-    samples = load_dataset("parquet", data_files=needed, split="train", columns=[text_column, author_column])
-    samples = samples.select(range(min(limit or len(samples), len(samples))))
-    return check_samples(f"--dataset_name {name}", samples, text_column, author_column)
+    batches = read_hub(name, config, revision, Columns("--dataset_name", text_column, author_column), limit)
+    return keep(batches, [text_column, author_column], f"--dataset_name {name}", folder)
+
+
+def data_notes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what is to be known of how texts became samples; privacy.json holds it. All of it is public."""
+    start = start_token(tokenizer)
+    return {
+        "row_limit": args.row_limit,
+        "train_fraction": args.train_fraction,
+        "sequence_len": args.sequence_len,
+        "start_token": None if start is None else tokenizer.decode([start]),
+        "end_token": tokenizer.eos_token if args.append_eos else None,
+    }
+
+
+def in_words(notes: dict[str, Any]) -> list[str]:
+    """Return the lines of `data_notes` that a reader of the log should not miss."""
+    lines = []
+    if notes["row_limit"]:
+        lines.append(
+            f"  rows                    the first {notes['row_limit']:,}, taken as given: the promise is for these, not for "
+            "all of the data (--train_fraction takes whole authors)"
+        )
+    if notes["train_fraction"] < 1:
+        lines.append(f"  train_fraction          {notes['train_fraction']:g} of the training authors, by a hash of each")
+    for name, place in (("start_token", "begins"), ("end_token", "ends")):
+        if notes[name] is not None:
+            lines.append(f"  {name:<23} {notes[name]!r} {place} each sample" + (" that is not cut" if place == "ends" else ""))
+    return lines
 
 
 # --- authors ------------------------------------------------------------------------------------------
 
 
-def split_by_author(samples: Dataset, author_column: str, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Hold out about `eval_fraction` of the authors, each with all samples.
+def split_by_author(
+    samples: Dataset, author_column: str, eval_fraction: float, seed: int, train_fraction: float = 1.0
+) -> tuple[Dataset, Optional[Dataset]]:
+    """Hold out about `eval_fraction` of the authors, each with all samples; train on `train_fraction` of the others.
 
     An author's side depends on the author's value and `seed` only, not on who else is there: adding or
-    removing one author moves nobody else between the sides, so neighbouring data sets stay neighbours.
+    removing one author moves nobody else between the sides, so neighbouring data sets stay neighbours. (Where chance
+    holds out nobody, one author is held out by force.)
+
+    Returns:
+        (train, evaluation); evaluation is None where `eval_fraction` is 0.
     """
     values = encode_authors(column_of(samples, author_column))
     codes, authors = values.indices.to_numpy(), values.dictionary.to_pylist()
     if len(authors) < 2:
         raise UserError(f"--author_column {author_column!r}: there is one author only, whom no noise can hide; give data of many")
+    if eval_fraction == 0 and train_fraction == 1:
+        return samples, None
     digests = [hashlib.blake2b(f"{seed}:{author}".encode(), digest_size=8).digest() for author in authors]
     draws = np.frombuffer(b"".join(digests), dtype=">u8") / 2.0**64  # uniform in [0, 1)
     held_out = draws < eval_fraction
-    if not held_out.any() and len(authors) > 1:
+    if eval_fraction > 0 and not held_out.any():
         held_out[np.argmin(draws)] = True
-    if held_out.all():
+    trained = ~held_out & (draws < eval_fraction + train_fraction * (1 - eval_fraction))
+    if not trained.any():
+        option = f"--eval_fraction {eval_fraction}" + (f" and --train_fraction {train_fraction}" if train_fraction < 1 else "")
+        remedy = "raise the latter" if train_fraction < 1 else "lower it"
+        raise UserError(f"{option} of {len(authors)} authors leaves none to train on: {remedy}, or give more authors")
+    evaluation = samples.select(np.flatnonzero(held_out[codes])) if eval_fraction > 0 else None
+    return samples.select(np.flatnonzero(trained[codes])), evaluation
+
+
+def check_apart(train: Dataset, evaluation: Dataset, args: DataArguments) -> None:
+    """Raise UserError where evaluation authors are training authors too: their texts are no test."""
+    ours, theirs = (pc.unique(column_of(samples, args.author_column)) for samples in (train, evaluation))
+    shared = pc.sum(pc.is_in(theirs, value_set=ours)).as_py()
+    if shared and not args.allow_shared_authors:
         raise UserError(
-            f"--eval_fraction {eval_fraction} of {len(authors)} authors leaves none to train on: lower it, or give more authors"
+            f"--validation_file: {shared:,} of its {len(theirs):,} authors are in the training data too: take them out of one of "
+            "the files, or add --allow_shared_authors if it is meant"
         )
-    in_evaluation = held_out[codes]
-    return samples.select(np.flatnonzero(~in_evaluation)), samples.select(np.flatnonzero(in_evaluation))
 
 
 def group_by_author(authors: Sequence | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -380,20 +376,14 @@ def group_by_author(authors: Sequence | pa.ChunkedArray) -> tuple[np.ndarray, np
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), indices
 
 
-def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
-    """Number the authors in order of first appearance."""
-    try:
-        values = authors.combine_chunks() if isinstance(authors, pa.ChunkedArray) else pa.array(authors)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"authors must be scalars of one type: {error}") from error
-    if values.null_count or (pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py()):
-        raise UserError("an author is missing: remove these samples or give them an author each")
-    if pa.types.is_nested(values.type):
-        raise UserError(f"authors must be scalars of one type, not {values.type}")
-    return values.dictionary_encode()
-
-
 # --- tokens -------------------------------------------------------------------------------------------
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> Optional[int]:
+    """Return the token with which the tokenizer itself begins every text, as Llama's and Gemma's do; None if there is none."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and whole[:1] == [bos] != bare[:1] else None
 
 
 def tokenize(
@@ -403,24 +393,39 @@ def tokenize(
     text_column: str,
     sequence_len: int,
     long_samples: str = "truncate",
+    append_eos: bool = False,
     num_proc: Optional[int] = None,
+    option: str = "--text_column",
 ) -> Dataset:
-    """Replace the text by `input_ids`: the tokenizer's ids, cut at `sequence_len`, nothing added.
+    """Replace the text by `input_ids`: the tokenizer's ids, cut at `sequence_len`, nothing added but the tokenizer's start token.
 
     What is longer is truncated, or split into pieces that are samples of the same author, which costs no privacy where the
     author is the unit. Samples of fewer than two tokens have nothing to predict; they are dropped, and counted in the log.
+    What is spelled like a special token (<|endoftext|>) is text like any other, never that token.
+
+    Args:
+        append_eos: end each text by the end-of-text token, where there is room.
+        option: named in the complaint where no text can be used.
     """
     features = samples.features.copy()
     features.pop(text_column)
     features["input_ids"] = List(Value("int32"))
+    start, end = [token for token in [start_token(tokenizer)] if token is not None], [tokenizer.eos_token_id] * append_eos
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError("--append_eos: the model's tokenizer has no end-of-text token; leave it out")
+    room = sequence_len - len(start)
 
     def tokenize_batch(batch):
-        texts = [text or "" for text in batch[text_column]]
+        options = {"add_special_tokens": False, "split_special_tokens": True}
         if long_samples == "truncate":
-            encoded = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=sequence_len)
-            return {"input_ids": encoded["input_ids"]}
-        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces = [[row[i : i + sequence_len] for i in range(0, max(1, len(row)), sequence_len)] for row in rows]
+            rows = tokenizer([text or "" for text in batch[text_column]], **options, truncation=True, max_length=room)[
+                "input_ids"
+            ]
+            return {"input_ids": [start + row + end * (len(row) < room) for row in rows]}
+        rows = [
+            row + end for row in tokenizer([text or "" for text in batch[text_column]], **options, verbose=False)["input_ids"]
+        ]
+        pieces = [[start + row[i : i + room] for i in range(0, max(1, len(row)), room)] for row in rows]
         others = {name: [v for v, p in zip(batch[name], pieces) for _ in p] for name in batch if name != text_column}
         return {**others, "input_ids": [piece for row in pieces for piece in row]}
 
@@ -434,10 +439,11 @@ def tokenize(
     )
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # or the saved tokenizer would cut every text at sequence_len
+        tokenizer.backend_tokenizer.encode_special_tokens = False
     lengths = pc.list_value_length(tokens.data.column("input_ids")).to_numpy()
     kept = np.flatnonzero(lengths >= 2)
     if len(kept) == 0:
-        raise UserError(f"--text_column {text_column!r}: no text has two tokens or more; name the column that holds the text")
+        raise UserError(f"{option}: no text in {text_column!r} has two tokens or more; name the column that holds the text")
     if len(kept) < len(tokens):
         logger.warning(f"Dropped {len(tokens) - len(kept)} of {len(tokens)} samples: fewer than two tokens in {text_column!r}.")
         tokens = tokens.select(kept)

@@ -31,7 +31,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
@@ -41,6 +41,7 @@ from author_dp.checkpoints import SignalError, StopOnSignal, check_same_authors,
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
+from author_dp.evaluation import TextBatches, evaluate
 from author_dp.guards import check_launch, check_model, check_options, check_weights
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
 from author_dp.mechanism import (
@@ -172,6 +173,7 @@ class DPTrainer(Trainer):
         self.engine: Optional[ClippingEngine] = None  # while training
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
+        self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
         self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
         self._step_loss = torch.zeros((), device=args.device)
         args = for_logical_batches(args)
@@ -286,6 +288,24 @@ class DPTrainer(Trainer):
         """Sum over the microbatches."""
         return sum(super(DPTrainer, self).floating_point_ops(microbatch) for microbatch in inputs.microbatches)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return this process' share of the evaluation texts, in batches of --per_device_eval_batch_size."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        return DataLoader(TextBatches(dataset, size, self.data_collator, rank, world_size), batch_size=None)
+
+    def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
+        """Return losses that depend neither on the batch nor on the number of processes; see author_dp/evaluation.py."""
+
+        def on_batch() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        with self.accelerator.autocast():
+            found = evaluate(self.model, dataloader, self.needs_positions, on_batch)
+        texts = len(dataloader.dataset.authors)  # type: ignore[attr-defined]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=texts)
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add epsilon spent so far to every line, and to the training ones statistics that are not private."""
         if not self.privacy.disable_dp:
@@ -337,7 +357,7 @@ class DPTrainer(Trainer):
         report = self.budget.report(self.state.global_step)
         if not self.plan.disable_dp:
             report["secure_noise"] = self.privacy.secure_noise
-        return {**report, **({"audit": self.audit} if self.audit else {})}
+        return report | {name: value for name, value in (("data", self.data), ("audit", self.audit)) if value}
 
 
 # --- what the Trainer is told otherwise -----------------------------------------------------------------

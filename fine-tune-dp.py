@@ -40,10 +40,8 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -56,19 +54,22 @@ from transformers.utils import logging
 from author_dp.accounting import guarantee_in_words
 from author_dp.audit import Audit, AuditArguments, secret_key
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
+from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, UserError
 from author_dp.guards import check_options
+from author_dp.hub import hub_error, hub_is_reachable
+from author_dp.model_folders import absolute, base_of_adapter, first_line, load_base, load_tokenizer
 from author_dp.report import Statistics, card, write_report
 from data_utils import (
     AuthorDataset,
     DataArguments,
     collate,
     column_of,
+    data_notes,
+    delete_texts,
     group_by_author,
-    hub_error,
-    hub_is_reachable,
-    load_samples,
-    tokenize,
+    in_words,
+    prepare,
 )
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -85,7 +86,8 @@ class ModelArguments:
 
     model_name: str = field(default="gpt2", metadata={"help": "Hub name or local folder of a causal language model."})
     dry_run: bool = field(
-        default=False, metadata={"help": "Two steps, with logging and evaluation at each, to see that everything works."}
+        default=False,
+        metadata={"help": "Two steps of the run that is asked for, with evaluation at each; says how long it will take."},
     )
 
 
@@ -160,7 +162,6 @@ def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, Pri
         raise UserError(blame(str(error).strip().splitlines()[0], arguments)) from error
     model_args, _, _, privacy_args, _, training_args = groups
     if model_args.dry_run:
-        training_args.max_steps = 2
         training_args.logging_steps = training_args.eval_steps = 1
         training_args.logging_strategy = training_args.eval_strategy = "steps"
     check_options(training_args, privacy_args)
@@ -175,15 +176,16 @@ def expand_config(arguments: list[str]) -> list[str]:
     place = arguments.index("--config")
     path, rest = Path("".join(arguments[place + 1 : place + 2])), arguments[:place] + arguments[place + 2 :]
     try:
-        options = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        options, typed = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)  # "no", "042" as written; numbers in {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(options, dict):
         raise UserError(f"--config {path} must hold options, a line each, like 'target_epsilon: 8'")
     expanded = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        expanded += [f"--{name}", *map(str, values)] if value is not None else []
+    for (name, value), typed_value in zip(options.items(), typed.values()):
+        values = value if isinstance(value, list) else [json.dumps(typed_value) if isinstance(value, dict) else value]
+        expanded += [f"--{name}", *map(str, values)] if typed_value is not None else []
     return expanded + rest
 
 
@@ -198,15 +200,26 @@ def blame(message: str, arguments: list[str]) -> str:
 
 def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer, in float32 (noise would be rounded in less), and add LoRA if asked for."""
-    name = model_args.model_name
-    local_only = not os.path.isdir(name) and not hub_is_reachable()
+    name = absolute(model_args.model_name)  # for an adapter to find its base from wherever it is loaded
+    adapter = base_of_adapter(name)
+    if adapter is not None and not lora_args.enable_lora:
+        raise UserError(
+            f"--model_name {name} holds a LoRA adapter: add --enable_lora to go on training it, or merge it into its base"
+        )
+    base = adapter or name
+    local_only = not os.path.isdir(base) and not hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, local_files_only=local_only)
-    except (OSError, ValueError, KeyError) as error:
+        model = load_base(base, local_files_only=local_only)
+        tokenizer = load_tokenizer(name, local_files_only=local_only)
+        if adapter is not None:
+            logger.info(f"Going on with the LoRA adapter in {name}, as it was made: --lora_dim and the like have no effect.")
+            return PeftModel.from_pretrained(model, name, is_trainable=True), tokenizer
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors, peft and each quantization library raise their own
         if local_only:
-            raise hub_error("--model_name", name) from error
-        raise UserError(f"--model_name {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise hub_error("--model_name", base) from error
+        raise UserError(f"--model_name {base} cannot be loaded: {first_line(error)}") from error
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(
@@ -229,6 +242,13 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
         raise UserError(f"--lora_target_modules do not fit {name}: {str(error).strip().splitlines()[0]}") from error
 
 
+def losses_in_words(metrics: dict[str, float]) -> str:
+    return (
+        f"{metrics['eval_loss']:.2f} (perplexity {metrics['eval_perplexity']:,.1f}, mean over authors "
+        f"{metrics['eval_author_loss']:.2f})"
+    )
+
+
 def is_needed(record: LogRecord) -> bool:
     """Let a log record through unless it is one of NEEDLESS_WARNINGS."""
     return not record.getMessage().startswith(NEEDLESS_WARNINGS)
@@ -248,19 +268,12 @@ def main() -> None:
     if data_args.sequence_len > longest:
         raise UserError(f"--sequence_len {data_args.sequence_len} is more than the model's {longest} positions: lower it")
 
-    with training_args.main_process_first(desc="load and tokenize"):
-        train, evaluation = load_samples(data_args, training_args.seed)
-        tokens = {
-            "text_column": data_args.text_column,
-            "sequence_len": data_args.sequence_len,
-            "long_samples": data_args.long_samples,
-            "num_proc": data_args.preprocessing_num_workers,
-        }
-        train = tokenize(train, tokenizer, **tokens)
-        evaluation = tokenize(evaluation, tokenizer, **tokens) if evaluation is not None else None
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers may be forked from here on
+    train, evaluation = prepare(data_args, training_args, tokenizer)
     grouped = (train, *group_by_author(column_of(train, data_args.author_column)))
-    if evaluation is None and training_args.eval_strategy != "no":
+    held_out = None
+    if evaluation is not None:
+        held_out = AuthorDataset(evaluation, *group_by_author(column_of(evaluation, data_args.author_column)))
+    elif training_args.eval_strategy != "no":
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
     audit = None
     if audit_args.audit_canaries:
@@ -274,32 +287,40 @@ def main() -> None:
         training_args,
         privacy_args,
         train_dataset=AuthorDataset(*grouped),
-        eval_dataset=evaluation,
+        eval_dataset=held_out,
         data_collator=collate,
         processing_class=tokenizer,
     )
-    trainer.add_callback(Statistics(trainer.norms, np.diff(grouped[1])))
+    trainer.data = data_notes(data_args, tokenizer)
+    trainer.add_callback(statistics := Statistics(trainer.norms, np.diff(grouped[1])))
+    if model_args.dry_run:
+        trainer.add_callback(dry_run := DryRun())
     trainer.model_card = functools.partial(card, base_model=model_args.model_name)
-    logger.info(trainer.summary())
-    advice = None if model_args.dry_run or privacy_args.disable_dp else trainer.plan.advice()
+    logger.info("\n".join([trainer.summary(), *in_words(trainer.data)]))
+    before: dict[str, float] = {}
+    advice = None if privacy_args.disable_dp else trainer.plan.advice()
     if advice and trainer.is_world_process_zero():
         logger.warning(advice)
     if evaluation is not None and not training_args.resume_from_checkpoint:
         # In words, since the Trainer's progress bar shows log lines during training only.
-        logger.info(f"Evaluation loss before training: {trainer.evaluate()['eval_loss']:.2f}")
+        before = trainer.evaluate()
+        logger.info(f"Evaluation loss before training: {losses_in_words(before)}")
     if audit is not None:
         audit.start(trainer)
     trainer.train()
     if audit is not None:
         trainer.audit = audit.finish(trainer)
     metrics = trainer.evaluate() if evaluation is not None else {}
+    if model_args.dry_run:
+        logger.info(dry_run.in_words(trainer, metrics.get("eval_runtime", 0.0)))
     trainer.save_model()
 
     if trainer.is_world_process_zero():
         trainer.create_model_card()
+        statistics.add(training_args.output_dir, evaluation={"before": before, "after": metrics})
         write_report(Path(training_args.output_dir), hidden=training_args.push_to_hub)
         report = trainer.privacy_report()
-        loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
+        loss = f", eval loss {losses_in_words(metrics)}" if metrics else ""
         if trainer.audit is not None:
             loss += f", audit: epsilon at least {trainer.audit['epsilon_lower_bound']:.2f}"
         print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {training_args.output_dir}")
@@ -320,6 +341,7 @@ def end(status: int) -> NoReturn:
     """Exit at once where there are several processes: gloo's threads may abort one that ends in the usual way."""
     sys.stdout.flush()
     sys.stderr.flush()
+    delete_texts()
     if torch.distributed.is_initialized():
         os._exit(status)
     sys.exit(status)

@@ -171,6 +171,11 @@ def find_checkpoint(args: TrainingArguments, privacy: Any) -> Optional[Path]:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: {damage}; give an earlier checkpoint, or True for the newest whole one"
         )
+    if not (checkpoint / "scheduler.pt").exists():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: it holds the model alone (--save_only_model), so the learning rate and the "
+            "optimizer would begin anew; resume from a checkpoint that was saved without --save_only_model"
+        )
     if not privacy.disable_dp:
         check_history(checkpoint, ledger)
     return checkpoint

@@ -99,7 +99,17 @@ class PoissonAuthorSampler:
 
     def draw_authors(self) -> np.ndarray:
         """Return the authors of a new global draw, the same on every process."""
-        return np.flatnonzero(self._authors_generator.random(len(self.offsets) - 1) < self.sample_rate)
+        number, drawn = len(self.offsets) - 1, []
+        last = -1  # the last author drawn
+        while last < number:
+            # Of independent draws the gaps between those that are in are geometric; somewhat more of them than are expected.
+            expected = (number - 1 - last) * self.sample_rate
+            gaps = self._authors_generator.geometric(self.sample_rate, int(expected + 4 * math.sqrt(expected)) + 16)
+            places = last + np.cumsum(np.minimum(gaps, number + 1))
+            drawn.append(places)
+            last = places[-1]
+        places = np.concatenate(drawn)
+        return places[places < number]
 
     def draw_samples(self, authors: np.ndarray) -> list[np.ndarray]:
         """Return for each author min(k, all) sample indices, uniformly and without replacement."""
@@ -196,6 +206,20 @@ class TokenLosses(torch.autograd.Function):
         return max(1, (2**20 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
 
 
+def token_losses(model: nn.Module, batch: Batch, needs_positions: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each next token's cross-entropy, float32 (samples, tokens), 0 without a target; and bool, where there is one."""
+    inputs = {"input_ids": batch["input_ids"]}
+    if needs_positions:
+        # GPT-2's own position ids have batch size 1, in which no per-sample gradient can be told apart.
+        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1], device=batch["labels"].device).expand_as(
+            batch["labels"]
+        )
+    logits = model(**inputs).logits  # (samples, tokens, vocabulary)
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (samples, tokens): what comes next
+    losses = TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    return losses, targets != IGNORED
+
+
 def author_losses(model: nn.Module, batch: Batch, needs_positions: bool = True) -> torch.Tensor:
     """Return each author's mean cross-entropy over the author's own target tokens.
 
@@ -208,18 +232,11 @@ def author_losses(model: nn.Module, batch: Batch, needs_positions: bool = True) 
     Returns:
         losses, float32 (authors,); 0 for an author without target tokens.
     """
-    input_ids, author = batch["input_ids"], batch["author"]
-    inputs = {"input_ids": input_ids}
-    if needs_positions:
-        # GPT-2's own position ids have batch size 1, in which no per-sample gradient can be told apart.
-        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    logits = model(**inputs).logits  # (samples, tokens, vocabulary)
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (samples, tokens): what comes next
-    losses = TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    losses, counted = token_losses(model, batch, needs_positions)
     # From (samples, tokens) to (authors,).
     authors = torch.zeros(batch["num_authors"], device=losses.device)
-    totals = authors.index_add(0, author, losses.sum(1))
-    counts = authors.index_add(0, author, (targets != IGNORED).sum(1).float())
+    totals = authors.index_add(0, batch["author"], losses.sum(1))
+    counts = authors.index_add(0, batch["author"], counted.sum(1).float())
     return totals / counts.clamp(min=1)
 
 

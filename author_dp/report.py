@@ -55,6 +55,11 @@ class Statistics(TrainerCallback):
         self.seconds: list[float] = []
         self.counts = np.unique(samples_of_authors, return_counts=True)
 
+    def add(self, folder: str, **more: Any) -> None:
+        """Add to what `on_train_end` has written."""
+        path = Path(folder) / STATISTICS_NAME
+        write_json(path, {**(json.loads(path.read_text()) if path.exists() else {}), **more})
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
@@ -199,12 +204,21 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
         ("Expected batch", f"{number(report['expected_batch_size'])} authors"),
         ("Samples of an author per step", f"at most {report['samples_per_author']}"),
         ("Steps", number(report["steps"])),
+        *rows_taken(report),
         ("Tuning", "not included: each further run on the same authors adds its own epsilon"),
     ]
     if audit := report.get("audit"):
         found = f"epsilon at least {audit['epsilon_lower_bound']:.2f} with {audit['confidence']:.0%} confidence"
         rows.append(("Audit", f"{found}: {audit['correct']} of {audit['guesses']} guesses on {audit['canaries']} canaries right"))
     return rows
+
+
+def rows_taken(report: dict) -> list[tuple[str, str]]:
+    """Return a row where rows were taken as given, whoever wrote them."""
+    limit = (report.get("data") or {}).get("row_limit")
+    return (
+        [("Rows", f"the first {limit:,}, taken as given: the guarantee is for these, not for all of the file")] if limit else []
+    )
 
 
 def in_plain_words(report: dict) -> str:
@@ -250,13 +264,32 @@ pre {{ background: #fff; padding: 14px; border-radius: 6px; overflow-x: auto; fo
 <div class="headline"><strong>{headline}</strong><p>{words}</p></div>
 <h2>The guarantee, in full</h2><table>{rows}</table>
 <h2>What it does not cover</h2><p>{not_covered}</p>
-<h2>The run</h2><div class="figures">{figures}</div>
+<h2>The run</h2>{evaluation}<div class="figures">{figures}</div>
 <h2>How to cite</h2><pre>{cite}</pre>
 </main></body></html>
 """
 
 
-def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]]) -> str:
+EVALUATION = (
+    ("eval_loss", "Loss, mean over tokens"),
+    ("eval_perplexity", "Perplexity"),
+    ("eval_author_loss", "Loss, mean over authors (comparable with the training loss)"),
+)
+
+
+def evaluation_table(evaluation: dict[str, dict[str, float]]) -> str:
+    """Return losses before and after training as HTML; "" where nothing was evaluated."""
+    before, after = evaluation.get("before", {}), evaluation.get("after", {})
+    rows = "".join(
+        f"<tr><th>{label}</th><td>{number(before.get(name))}</td><td>{number(after[name])}</td></tr>"
+        for name, label in EVALUATION
+        if name in after
+    )
+    head = '<tr><th>Evaluation, <span class="private">private: do not publish</span></th><td>before</td><td>after</td></tr>'
+    return f"<table>{head}{rows}</table><p></p>" if rows else ""
+
+
+def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], evaluation: dict[str, dict[str, float]]) -> str:
     """Return the report as one HTML page with its pictures inside."""
     rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in guarantee(report))
     pictures = ""
@@ -267,7 +300,7 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]]) -> str
     return PAGE.format(
         title=html.escape(title), rows=rows, figures=pictures, cite=html.escape(CITE), not_covered=NOT_COVERED, red=RED,
         headline=html.escape(guarantee(report)[0][1]), words=html.escape(in_plain_words(report)),
-        colour=BLUE if report["epsilon"] is not None else RED,
+        colour=BLUE if report["epsilon"] is not None else RED, evaluation=evaluation_table(evaluation),
     )  # fmt: skip
 
 
@@ -319,7 +352,7 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     statistics = json.loads(path.read_text()) if path.exists() else {}
     prefix = "_" if hidden else ""
     figures = draw_all(folder / f"{prefix}report", report, ledger, loss, statistics)
-    (folder / f"{prefix}{PAGE_NAME}").write_text(page(folder.resolve().name, report, figures))
+    (folder / f"{prefix}{PAGE_NAME}").write_text(page(folder.resolve().name, report, figures, statistics.get("evaluation", {})))
 
 
 if __name__ == "__main__":

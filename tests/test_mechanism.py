@@ -66,6 +66,27 @@ def test_authors_and_steps_are_independent():
     assert np.abs(between_steps).max() < 6 / math.sqrt(5_000)
 
 
+def test_a_draw_goes_on_to_the_last_author():
+    """More gaps are drawn where the first ones did not reach: here each reaches no further than one author."""
+    sampler = make_sampler(authors=200, sample_rate=1e-3)
+
+    class Short:
+        def geometric(self, p, size):
+            return np.ones(min(size, 7), np.int64)
+
+    sampler._authors_generator = Short()
+    assert sampler.draw_authors().tolist() == list(range(200))
+
+
+def test_a_draw_of_many_authors_costs_what_it_draws():
+    sampler = make_sampler(authors=1, sample_rate=1e-5)
+    sampler.offsets = np.broadcast_to(np.int64(0), 10**9 + 1)  # 8 GB, if it were looked at
+    sizes = [len(sampler.draw_authors()) for _ in range(200)]
+    assert within(np.mean(sizes), 1e4, math.sqrt(1e4 / 200))
+    places = np.concatenate([sampler.draw_authors() for _ in range(20)])
+    assert places.min() >= 0 and places.max() < 10**9 and stats.kstest(places / 1e9, "uniform").pvalue > 1e-9
+
+
 def test_everybody_is_drawn_at_rate_one_and_empty_draws_stay():
     assert len(make_sampler(sample_rate=1.0).draw().samples) == 1_000
     draws = list(make_sampler(authors=3, sample_rate=0.01, steps=500))

@@ -23,6 +23,7 @@ import test_ledger
 import test_mechanism
 import test_noise
 import test_processes
+import test_readers
 from planting import find, with_edit
 
 pytestmark = pytest.mark.slow
@@ -118,15 +119,19 @@ BUGS = [
         lambda path, _: test_dp_utils.test_a_step_that_was_broken_off_leaves_nothing_for_the_next(path)),
     # The sampling.
     Bug("shuffled, of a fixed size", f"{DRAW}.draw_authors",
-        "np.flatnonzero(self._authors_generator.random(len(self.offsets) - 1) < self.sample_rate)",
-        "np.sort(self._authors_generator.permutation(len(self.offsets) - 1)[: round(self.sample_rate * len(self.offsets))])",
+        "places[places < number]",
+        "np.sort(self._authors_generator.permutation(number)[: round(self.sample_rate * number)])",
         lambda *_: test_mechanism.test_batch_sizes_are_binomial()),
-    Bug("an author who is always in", f"{DRAW}.draw_authors", "< self.sample_rate",
-        "< self.sample_rate + (np.arange(len(self.offsets) - 1) == 0)",
+    Bug("an author who is always in", f"{DRAW}.draw_authors", "places[places < number]",
+        "np.unique(np.append(places[places < number], 0))",
         lambda *_: test_mechanism.test_every_author_is_drawn_with_probability_q()),
-    Bug("authors drawn two by two", f"{DRAW}.draw_authors", "self._authors_generator.random(len(self.offsets) - 1)",
-        "np.repeat(self._authors_generator.random(len(self.offsets) // 2 + 1), 2)[: len(self.offsets) - 1]",
+    Bug("authors drawn two by two", f"{DRAW}.draw_authors", "places[places < number]",
+        "np.union1d(places[places < number] // 2 * 2, places[places < number] // 2 * 2 + 1)",
         lambda *_: test_mechanism.test_authors_and_steps_are_independent()),
+    Bug("a gap one too long", f"{DRAW}.draw_authors", "places = last + np.cumsum", "places = last + 1 + np.cumsum",
+        lambda *_: test_mechanism.test_every_author_is_drawn_with_probability_q()),
+    Bug("draws cut off where more gaps are needed", f"{DRAW}.draw_authors", "while last < number:", "while not drawn:",
+        lambda *_: test_mechanism.test_a_draw_goes_on_to_the_last_author()),
     Bug("k + 1 samples", f"{DRAW}.draw_samples", "place < self.samples_per_author", "place <= self.samples_per_author",
         lambda *_: test_mechanism.test_up_to_k_samples_of_each_author_without_replacement_uniformly(3)),
     Bug("an empty draw skipped", f"{DRAW}.__iter__", "yield self.draw()",
@@ -178,6 +183,13 @@ BUGS = [
     Bug("authors without their blanks", "data_utils.encode_authors", "values.dictionary_encode()",
         "(pc.utf8_trim_whitespace(values) if pa.types.is_string(values.type) else values).dictionary_encode()",
         lambda *_: test_data_utils.test_blanks_and_case_make_another_author()),
+    Bug("who is trained depends on who else is there", "data_utils.split_by_author", "draws < eval_fraction + train_fraction",
+        "np.argsort(np.argsort(draws)) / len(draws) < eval_fraction + train_fraction",
+        lambda *_: test_data_utils.test_a_fraction_of_the_authors_depends_on_each_alone()),
+    Bug("a quote that swallows other authors", "author_dp.readers.read_csv", "strict=True", "strict=False",
+        lambda path, _: test_readers.test_a_quote_that_does_not_close_is_refused_with_its_line(path)),
+    Bug("1 and '1' are one author", "author_dp.readers.note_kind", "in kinds.items():", "in []:",
+        lambda path, _: test_readers.test_authors_of_two_kinds_are_refused(path)),
     Bug("an audit that forgets delta", "author_dp.audit.p_value", "+ 2 * canaries * delta * alpha", "",
         lambda *_: test_audit.test_delta_costs_what_the_theorem_says()),
     Bug("an audit that picks its best guess for free", "author_dp.audit.lower_bound", "1 - (1 - CONFIDENCE) / len(SHARES)", "0.8",

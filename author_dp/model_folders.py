@@ -1,0 +1,107 @@
+"""Load models and tokenizers as their folders say, or say which file is wrong.
+
+Promise: a model is the one whose weights lie in the folder: none is made up where some are missing, and none is thrown away, as a
+LoRA adapter's would be where its base alone is loaded.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from author_dp.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+POINTER = b"version https://git-lfs"
+
+
+def base_of_adapter(name: str) -> Optional[str]:
+    """Return the base model of the LoRA adapter in a local folder, None where it holds none.
+
+    A base named by a relative path is looked for from here, then from the adapter's folder.
+    """
+    path = Path(name) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model_name {name}: {ADAPTER_CONFIG} does not name its base model: copy the adapter anew") from error
+    beside = Path(name) / str(base)
+    return str(beside.resolve()) if not os.path.isdir(str(base)) and beside.is_dir() else absolute(str(base))
+
+
+def absolute(name: str) -> str:
+    """Return the absolute path of a local folder, so that what names it loads from everywhere; a hub name as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def check_folder(name: str) -> None:
+    """Raise UserError for a local folder that holds no model, or files that are not what their names say."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < 1_000 and path.read_bytes().startswith(POINTER):
+            raise UserError(
+                f"--model_name {name}: {path.name} is a git-lfs pointer, not the file: run 'git lfs pull' in its repository"
+            )
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"--model_name {name} holds no config.json: give a folder that save_pretrained wrote, or a hub name")
+    try:
+        json.loads(config.read_text())
+    except ValueError as error:
+        raise UserError(f"--model_name {name}: config.json is not JSON ({error}): copy it anew") from error
+    if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin")):
+        raise UserError(f"--model_name {name} holds no weights (model.safetensors): copy them there, or give another folder")
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or local folder.
+
+    Raises:
+        UserError: for a folder without tokenizer files, or with broken ones.
+    """
+    remedy = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) of its base model there"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # each tokenizer raises its own
+        if not os.path.isdir(name):
+            raise
+        raise UserError(f"--model_name {name}: its tokenizer cannot be loaded ({first_line(error)}): {remedy}") from error
+    if not tokenizer("Some text, 123.", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"--model_name {name} holds no tokenizer files: {remedy}")
+    return tokenizer
+
+
+def load_base(name: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model in float32, as noise would be rounded in less.
+
+    Raises:
+        UserError: where weights are missing, or do not fit config.json.
+    """
+    check_folder(name)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"--model_name {name}: the weights have other sizes than config.json says (vocab_size, for example): copy both from "
+            "one place"
+        ) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"--model_name {name}: its weights lack {len(missing)} of those that config.json asks for, first {missing[0]}: copy "
+            "both from one place"
+        )
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
