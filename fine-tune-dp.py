@@ -244,8 +244,8 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
 
 def losses_in_words(metrics: dict[str, float]) -> str:
     return (
-        f"{metrics['eval_loss']:.2f} (perplexity {metrics['eval_perplexity']:,.1f}, mean over authors "
-        f"{metrics['eval_author_loss']:.2f})"
+        f"{metrics['eval_loss']:.2f}\n"
+        f"  perplexity {metrics['eval_perplexity']:,.1f}; mean over authors, as in training: {metrics['eval_author_loss']:.2f}"
     )
 
 
@@ -311,6 +311,8 @@ def main() -> None:
     if audit is not None:
         trainer.audit = audit.finish(trainer)
     metrics = trainer.evaluate() if evaluation is not None else {}
+    if metrics:
+        logger.info(f"Evaluation loss after training: {losses_in_words(metrics)}")
     if model_args.dry_run:
         logger.info(dry_run.in_words(trainer, metrics.get("eval_runtime", 0.0)))
     trainer.save_model()
@@ -320,7 +322,7 @@ def main() -> None:
         statistics.add(training_args.output_dir, evaluation={"before": before, "after": metrics})
         write_report(Path(training_args.output_dir), hidden=training_args.push_to_hub)
         report = trainer.privacy_report()
-        loss = f", eval loss {losses_in_words(metrics)}" if metrics else ""
+        loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
         if trainer.audit is not None:
             loss += f", audit: epsilon at least {trainer.audit['epsilon_lower_bound']:.2f}"
         print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {training_args.output_dir}")

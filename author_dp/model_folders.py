@@ -56,7 +56,7 @@ def check_folder(name: str) -> None:
         json.loads(config.read_text())
     except ValueError as error:
         raise UserError(f"--model_name {name}: config.json is not JSON ({error}): copy it anew") from error
-    if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin")):
+    if not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
         raise UserError(f"--model_name {name} holds no weights (model.safetensors): copy them there, or give another folder")
 
 

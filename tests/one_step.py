@@ -23,6 +23,11 @@ trainer = make_trainer(
 )
 batches, recorder = train(trainer)
 trainer.save_model()
+evaluation = None
+if "evaluate" in options:  # for test_evaluation.py: of the untrained model
+    trainer.model.load_state_dict(tiny_gpt2(**options["model"]).state_dict())
+    metrics = trainer.evaluate(make_dataset(options["evaluate"], seed=3))
+    evaluation = [metrics["eval_loss"], metrics["eval_author_loss"]]
 torch.save(
     {
         "authors": [[row.tolist() for row in samples] for batch in batches[0].microbatches for samples in as_arrays(batch)],
@@ -31,6 +36,7 @@ torch.save(
         "weights": flat(trainable(trainer.model).values()),
         "wrapped_in": recorder.wrapped_in,
         "loss": recorder.logs[0]["loss"],
+        "evaluation": evaluation,
     },
     folder / f"{trainer.args.process_index}.pt",
 )

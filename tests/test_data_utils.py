@@ -1,6 +1,7 @@
 """data_utils.py: who is an author, what is a sample, and that neither changes silently."""
 
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,11 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from transformers import AutoTokenizer
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence, Split, Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data_utils
+from author_dp.authors import find_nobody
 from author_dp.errors import UserError
-from data_utils import AuthorDataset, DataArguments, collate, column_of, group_by_author, load_files, load_samples
+from data_utils import AuthorDataset, DataArguments, collate, column_of, group_by_author, load_files, load_samples, tokenize
 
 ROWS = [("alice", "one two three"), (" alice", "four five"), ("bob", "six"), ("alice", "seven eight"), ("Bob", "nine ten")]
 
@@ -170,6 +177,25 @@ def test_one_author_only_is_refused():
         split(["a"] * 10)
 
 
+def test_a_name_that_looks_like_a_pattern_is_a_name(tmp_path):
+    for name, author in (("c[1].jsonl", "a"), ("c1.jsonl", "b")):
+        (tmp_path / name).write_text(json.dumps({"user": author, "body": "t u"}) + "\n")
+    assert load(str(tmp_path / "c[1].jsonl"))["user"][:] == ["a"]
+    with pytest.raises(UserError, match="2 times"):
+        load(str(tmp_path / "c1.jsonl"), str(tmp_path / "c?.jsonl"))
+
+
+def test_texts_are_left_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    path = write(tmp_path, ".jsonl", ["a", "b"], ["one", "two"])
+    samples = load(path)
+    (folder,) = tmp_path.glob("author-texts-*")
+    assert folder.stat().st_mode & 0o777 == 0o700 and samples["body"][:] == ["one", "two"]
+    data_utils.delete_texts()
+    assert not folder.exists()
+
+
 def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=r"--train_file .*nothing\.jsonl"):
         load(str(tmp_path / "nothing.jsonl"))
@@ -244,11 +270,66 @@ def test_split_depends_on_seed_and_author_alone():
     assert split(authors[::-1])[1] == evaluation
 
 
+def test_a_fraction_of_the_authors_depends_on_each_alone():
+    """Whole authors; without one of them, no other one moves."""
+    authors = [f"u{i % 300}" for i in range(900)]
+    samples = Dataset.from_dict({"user": authors, "body": ["a b"] * 900})
+
+    def trained(samples, fraction=0.5):
+        train, evaluation = data_utils.split_by_author(samples, "user", 0.2, 0, fraction)
+        return set(train["user"]), set(evaluation["user"])
+
+    train, evaluation = trained(samples)
+    assert 80 < len(train) < 160 and not train & evaluation and trained(samples, 0.3)[0] < train
+    assert evaluation == trained(samples, 1.0)[1]
+    for gone in (*sorted(train)[:20], *sorted(evaluation)[:5]):
+        rest = samples.select([i for i, author in enumerate(authors) if author != gone])
+        assert trained(rest) == (train - {gone}, evaluation - {gone})
+
+
 def test_small_data_still_has_an_author_on_each_side():
     train, evaluation, _ = split(["a", "b", "c"], fraction=0.001)
     assert len(train) == 2 and len(evaluation) == 1
     with pytest.raises(UserError, match="--eval_fraction"):
         split(["a", "b"], fraction=0.999999)
+
+
+def test_validation_authors_are_not_those_of_training(tmp_path, caplog):
+    files = {}
+    for name, authors in (("train", "abcd"), ("same", "xcd"), ("other", "xyz")):
+        files[name] = str(tmp_path / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(json.dumps({"author": a, "content": f"text {a}"}) + "\n" for a in authors))
+    with pytest.raises(UserError, match=r"--validation_file: 2 of its 3 authors.*--allow_shared_authors"):
+        load_samples(DataArguments(train_file=[files["train"]], validation_file=[files["same"]]), seed=0)
+    for arguments in ({"validation_file": [files["other"]]}, {"validation_file": [files["same"]], "allow_shared_authors": True}):
+        train, evaluation = load_samples(DataArguments(train_file=[files["train"]], **arguments), seed=0)
+        assert len(train) == 4 and len(evaluation) == 3
+
+
+def test_rows_taken_as_given_are_told_from_whole_authors(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert DataArguments().row_limit == 500_000 and DataArguments(max_train_samples=7).row_limit == 7
+    assert DataArguments(train_file=["a"]).row_limit is None
+    notes = data_utils.data_notes(DataArguments(train_file=["a"], max_train_samples=1_000), tokenizer)
+    assert notes["row_limit"] == 1_000 and "taken as given" in " ".join(data_utils.in_words(notes))
+    notes = data_utils.data_notes(DataArguments(train_file=["a"], train_fraction=0.5), tokenizer)
+    assert "0.5 of the training authors" in " ".join(data_utils.in_words(notes)) and notes["start_token"] is None
+
+
+def test_authors_for_nobody_and_texts_of_several_are_counted():
+    authors = [f"u{i}" for i in range(200)] + ["[deleted]"] * 3 + ["Anonymous "] + ["busy"] * 40
+    texts = [f"a text of {i}" for i in range(200)] + ["the same text"] * 4 + [f"busy text {i}" for i in range(40)]
+    texts[5] = texts[6] = "word for word"
+    texts[7] = texts[8] = "thanks"  # too short to be told from others
+    nobody, large, texts = find_nobody(Dataset.from_dict({"user": authors, "body": texts}), "body", "user")
+    assert "'[deleted]', 'Anonymous '" in nobody and "4 of 244" in nobody and "'busy' has 16%" in large
+    assert "2 texts" in texts and "6 of 244" in texts
+    assert (
+        find_nobody(
+            Dataset.from_dict({"user": ["a", "b", "c"], "body": ["one two three"[:i] for i in (9, 11, 13)]}), "body", "user"
+        )
+        == []
+    )
 
 
 def test_limits_cut_each_side(tmp_path):
@@ -283,6 +364,59 @@ def test_tokenize_cuts_adds_nothing_and_drops_what_predicts_nothing(caplog):
     assert len(tokenizer(texts[4])["input_ids"]) > 20  # the tokenizer that is saved does not cut
     with pytest.raises(UserError, match="--text_column"):
         data_utils.tokenize(samples.select([1, 2, 3]), tokenizer, text_column="body", sequence_len=20)
+
+
+def small_tokenizer(start: bool) -> PreTrainedTokenizerFast:
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "a", "b", "c", "<", "/", "s", ">"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Sequence([Whitespace(), Split("", "isolated")])
+    if start:
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def ids_of(texts, tokenizer, **options) -> list[list[int]]:
+    samples = Dataset.from_dict({"user": [str(i) for i in range(len(texts))], "body": texts})
+    return tokenize(samples, tokenizer, text_column="body", sequence_len=4, **options)["input_ids"][:]
+
+
+def test_the_start_token_is_the_tokenizers_own_and_the_end_is_asked_for():
+    plain, starting = small_tokenizer(start=False), small_tokenizer(start=True)
+    texts = ["a b", "a b c a b", "a b c"]
+    assert ids_of(texts, plain) == [[3, 4], [3, 4, 5, 3], [3, 4, 5]]
+    assert ids_of(texts, starting) == [[1, 3, 4], [1, 3, 4, 5], [1, 3, 4, 5]]
+    assert ids_of(texts, starting, append_eos=True) == [[1, 3, 4, 2], [1, 3, 4, 5], [1, 3, 4, 5]]
+    assert ids_of(texts, plain, append_eos=True) == [[3, 4, 2], [3, 4, 5, 3], [3, 4, 5, 2]]
+    split = ids_of(texts[1:2], starting, append_eos=True, long_samples="split")
+    assert split == [[1, 3, 4, 5], [1, 3, 4, 2]]
+    assert ids_of(["a"], starting) == [[1, 3]]  # one token is something to predict, after a start
+    notes = data_utils.data_notes(DataArguments(train_file=["a"], append_eos=True), starting)
+    assert (notes["start_token"], notes["end_token"]) == ("<s>", "</s>") and len(data_utils.in_words(notes)) == 2
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_the_spelling_of_a_special_token_is_text(start):
+    tokenizer = small_tokenizer(start)
+    for options in ({}, {"long_samples": "split"}):
+        (row,) = ids_of(["</s>"], tokenizer, **options)[:1]
+        assert 2 not in row and row[-1] in (8, 9)
+    assert tokenizer("a </s>", add_special_tokens=False)["input_ids"] == [3, 2]  # the tokenizer is left as it was
+
+
+def test_gpt2_adds_nothing_and_takes_no_text_for_its_end(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert data_utils.start_token(tokenizer) is None
+    samples = Dataset.from_dict({"user": ["a"], "body": ["say <|endoftext|> now"]})
+    (row,) = tokenize(samples, tokenizer, text_column="body", sequence_len=64)["input_ids"][:]
+    assert tokenizer.eos_token_id not in row and tokenizer.decode(row) == "say <|endoftext|> now"
+
+
+def test_short_evaluation_texts_blame_no_other_file(checkpoint):
+    samples = Dataset.from_dict({"user": ["a"], "body": ["x"]})
+    with pytest.raises(UserError, match=r"^--validation_file: no text"):
+        tokenize(
+            samples, AutoTokenizer.from_pretrained(checkpoint), text_column="body", sequence_len=8, option="--validation_file"
+        )
 
 
 def test_split_keeps_every_token_with_its_author():

@@ -32,7 +32,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from author_dp.accounting import compute_epsilon
+from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.ledger import PrivacyLedger
 
 # The two commands of the original example, flag for flag, but for the process count.
@@ -241,6 +241,19 @@ def test_the_published_commands_as_files(name, command):
 
 
 @pytest.mark.slow
+def test_a_config_file_is_taken_as_it_is_written(tmp_path, monkeypatch):
+    """YAML alone makes `no` and `off` false, and 042 thirty-four."""
+    script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
+    path = tmp_path / "options.yaml"
+    path.write_text(
+        "save_strategy: no\nlog_level: off\nseed: 042\nuse_cpu: yes\ntrain_file: [on.csv, 1e3]\nlearning_rate: 1e-3\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nmax_steps:\nrun_name: null\noutput_dir: '~'\n"
+    )
+    expected = "--save_strategy no --log_level off --seed 042 --use_cpu yes --train_file on.csv 1e3 --learning_rate 1e-3"
+    expected = [*expected.split(), "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--output_dir", "~", "--more"]
+    assert script["expand_config"](["--config", str(path), "--more"]) == expected
+
+
 def test_a_config_file_is_read_and_the_command_line_prevails(checkpoint, comments, tmp_path, monkeypatch, capfd):
     options = ["model_name: nowhere", f"train_file: [{comments}]", "target_epsilon: 8", "per_sample_max_grad_norm: 1.0"]
     options += ["max_steps: 2", "lr_scheduler_kwargs: {}", "target_delta: null", "disable_tqdm: true", "learning_rate: 1e-4"]
@@ -289,6 +302,47 @@ def test_other_families_train_by_name_alone(checkpoint, comments, tmp_path, monk
     if lora:
         model = PeftModel.from_pretrained(model, tmp_path / "out")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_dry_run_plans_the_run_that_is_asked_for(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    arguments = small(
+        checkpoint, comments, tmp_path / "out", *PRIVACY, "--max_steps", "400", "--dry_run", "--logging_steps", "50"
+    )
+    status, stderr = run_here(monkeypatch, capfd, *arguments)
+    assert status == 0, stderr
+    assert re.search(r"steps +400\n", stderr) and re.search(r"promise after all steps epsilon 8\.00", stderr)
+    report = read_report(tmp_path / "out")
+    assert report["steps"] == 2 and 0 < report["epsilon"] < 4
+    header = json.loads((tmp_path / "out" / "privacy_ledger.jsonl").read_text().splitlines()[0])
+    planned = find_noise_multiplier(report["sample_rate"], 400, 8.0, report["delta"])
+    assert header["steps"] == 400 and report["noise_multiplier"] == pytest.approx(planned, rel=1e-6)
+    said = re.search(
+        r"Dry run: 2 of 400 steps taken, which spent epsilon (\S+) at .* will take about \d+:\d\d:\d\d .*GiB", stderr
+    )
+    assert said and float(said[1]) == pytest.approx(report["epsilon"], abs=0.02)
+
+
+def test_an_adapter_is_gone_on_with_or_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    plain = ["--disable_dp", "--learning_rate", "0.1"]
+    lora = ["--enable_lora", "--lora_dim", "3"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_here(monkeypatch, capfd, *small(checkpoint, comments, first, *plain, *lora))[0] == 0
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), first).state_dict()
+    status, stderr = run_here(monkeypatch, capfd, *small(str(first), comments, tmp_path / "no", *plain))
+    assert status == 2 and "holds a LoRA adapter: add --enable_lora" in stderr
+    arguments = small(str(first), comments, second, "--enable_lora", "--disable_dp", "--learning_rate", "0")
+    assert run_here(monkeypatch, capfd, *arguments)[0] == 0
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), second).state_dict()
+    assert trained.keys() == again.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
+    assert any(value.abs().sum() > 0 for name, value in again.items() if "lora_B" in name)
+
+
+def test_resuming_from_a_model_alone_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    arguments = small(checkpoint, comments, tmp_path / "out", "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1")
+    assert run_here(monkeypatch, capfd, *arguments, "--save_steps", "1", "--save_only_model")[0] == 0
+    status, stderr = run_here(monkeypatch, capfd, *arguments, "--max_steps", "4", "--resume_from_checkpoint", "True")
+    assert status == 2 and "--save_only_model" in stderr and "learning rate" in stderr
 
 
 @pytest.mark.slow

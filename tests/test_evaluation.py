@@ -1,0 +1,91 @@
+"""evaluation.py: losses equal to a naive loop over the texts, whatever the batch, the processes and the model's class."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_dataset, make_trainer, tiny_gpt2
+from families import make_model
+from test_processes import run_processes
+
+COUNTS = [1, 3, 2, 1]
+
+
+def naive_losses(model, dataset) -> tuple[float, float]:
+    """Mean over all target tokens, and mean over authors of each author's mean; one text at a time."""
+    model.eval()
+    authors = []
+    for a, b in zip(dataset.offsets, dataset.offsets[1:]):
+        losses = []
+        for row in dataset.__getitems__([dataset.indices[a:b]])[0]:
+            ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+            with torch.no_grad():
+                log_probabilities = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            losses += (-log_probabilities.gather(1, ids[1:, None])[:, 0]).tolist()
+        authors.append(losses)
+    tokens = [loss for losses in authors for loss in losses]
+    return sum(tokens) / len(tokens), sum(sum(losses) / len(losses) for losses in authors) / len(authors)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 64])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_losses_equal_a_naive_loop_for_any_batch(tmp_path, family, batch):
+    model, held_out = make_model(family, "untied"), make_dataset(COUNTS, seed=3)
+    with torch.no_grad():  # losses that differ between texts
+        model.lm_head.weight.mul_(10)
+    trainer = make_trainer(tmp_path, model, per_device_eval_batch_size=batch)
+    metrics = trainer.evaluate(held_out)
+    loss, author_loss = naive_losses(model, held_out)
+    assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-4)
+    assert metrics["eval_author_loss"] == pytest.approx(author_loss, abs=1e-4)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+    assert abs(loss - author_loss) > 1e-4  # or the test would not tell one from the other
+
+
+def test_the_loss_of_training_is_the_mean_over_authors(tmp_path):
+    dataset = make_dataset([1, 2, 3])
+    trainer = make_trainer(
+        tmp_path, dataset=dataset, learning_rate=0.0, per_device_train_batch_size=3,
+        privacy={"noise_multiplier": 0.0, "samples_per_author": 9},
+    )  # fmt: skip
+    trainer.train()
+    logged = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    trainer.model.eval()
+    assert logged == pytest.approx(trainer.evaluate(dataset)["eval_author_loss"], rel=1e-4)
+
+
+def test_two_processes_find_the_same_losses(tmp_path):
+    options = {"model": {}, "counts": [1] * 9, "privacy": {"noise_multiplier": 1.0}, "per_device": 2, "evaluate": COUNTS}
+    found = run_processes(tmp_path, 2, **options)
+    model = tiny_gpt2()
+    expected = naive_losses(model, make_dataset(COUNTS, seed=3))
+    for process in found:
+        assert process["evaluation"] == pytest.approx(list(expected), abs=1e-4)
+
+
+PEAK = """
+import json, resource, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+from conftest import make_dataset, make_trainer
+from transformers import GPT2Config, GPT2LMHeadModel
+model = GPT2LMHeadModel(GPT2Config(vocab_size=30_000, n_positions=64, n_embd=16, n_layer=1, n_head=1))
+dataset = make_dataset([1] * 64, longest=64)
+trainer = make_trainer({folder!r}, model, dataset, per_device_train_batch_size=64, per_device_eval_batch_size=64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+trainer.{what}
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+def test_evaluation_takes_no_more_memory_than_training(tmp_path):
+    peaks = {}
+    for what in ("train()", "evaluate(dataset)"):
+        code = PEAK.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path / what[:5]), what=what)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+        peaks[what] = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < peaks["evaluate(dataset)"] <= peaks["train()"]

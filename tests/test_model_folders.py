@@ -1,0 +1,78 @@
+"""model_folders.py: a model is what its folder holds, or the error names the file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from author_dp.errors import UserError
+from author_dp.model_folders import absolute, base_of_adapter, load_base, load_tokenizer
+
+
+def load(folder: Path):
+    return load_base(str(folder)), load_tokenizer(str(folder))
+
+
+def reconfigure(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def remove(folder: Path, *words: str) -> None:
+    for path in folder.iterdir():
+        if any(word in path.name for word in words):
+            path.unlink()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "model.safetensors").write_text(POINTER), ["model.safetensors", "git lfs pull"]),
+        (lambda f: (f / "tokenizer.json").write_text(POINTER), ["tokenizer.json", "git lfs pull"]),
+        (lambda f: reconfigure(f, vocab_size=99_999), ["config.json", "vocab_size"]),
+        (lambda f: reconfigure(f, n_layer=9), ["lack", "transformer.h.2"]),
+        (lambda f: remove(f, "tok", "vocab", "merges"), ["tokenizer files", "tokenizer.json"]),
+        (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer"]),
+        (lambda f: remove(f, ""), ["config.json"]),
+        (lambda f: remove(f, "safetensors"), ["no weights"]),
+        (lambda f: (f / "config.json").write_text("{"), ["config.json", "not JSON"]),
+    ],
+)
+def test_what_is_wrong_with_which_file_is_said(checkpoint, tmp_path, spoil, words):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert all(word in str(error.value) for word in ["--model_name", str(folder), *words]), str(error.value)
+
+
+def test_a_whole_folder_loads(checkpoint):
+    model, tokenizer = load(Path(checkpoint))
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters()) and len(tokenizer) > 100
+
+
+def test_an_adapter_names_its_base_from_everywhere(checkpoint, tmp_path, monkeypatch):
+    assert base_of_adapter(checkpoint) is None and absolute("gpt2") == "gpt2"
+    shutil.copytree(checkpoint, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(load_base(absolute("base")), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True))
+    model.save_pretrained("adapter")
+    monkeypatch.chdir("/")
+    assert base_of_adapter(str(tmp_path / "adapter")) == str(tmp_path / "base")
+    assert isinstance(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"), PeftModel
+    )
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../base"}))
+    assert base_of_adapter(str(tmp_path / "adapter")) == str(tmp_path / "base")
+    config.write_text("{}")
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        base_of_adapter(str(tmp_path / "adapter"))
