@@ -174,9 +174,9 @@ def load_samples(args: DataArguments, seed: int, folder: Optional[Path] = None) 
         name = args.dataset_name or DEFAULT_DATASET
         samples = load_hub(name, args.dataset_config_name, args.dataset_revision, limit=limit, **columns)
     if args.validation_file is None:
-        train, evaluation = split_by_author(samples, args.author_column, args.eval_fraction, seed, args.train_fraction)
+        train, evaluation = split_by_author(samples, args.author_column, args.eval_fraction, seed, args.train_fraction, folder)
     else:
-        train, _ = split_by_author(samples, args.author_column, 0.0, seed, args.train_fraction)
+        train, _ = split_by_author(samples, args.author_column, 0.0, seed, args.train_fraction, folder)
         evaluation = load_files("--validation_file", args.validation_file, **columns)
         check_apart(train, evaluation, args)
     if args.max_train_samples is not None:
@@ -208,16 +208,30 @@ def load_files(
 
 
 def keep(batches: Iterable[pa.RecordBatch], columns: list[str], source: str, folder: Optional[Path]) -> Dataset:
-    """Write record batches to a file of `folder`, and return them as a data set that lies there and not in memory."""
+    """Write the samples of a source to `folder`, and return them."""
+    schema = pa.schema([(name, pa.large_string()) for name in columns])
+    samples = on_disk((batch.select(columns) for batch in batches), schema, folder)
+    if not len(samples):
+        raise UserError(f"{source} holds no rows")
+    return samples
+
+
+def where(samples: Dataset, mask: np.ndarray, folder: Optional[Path] = None) -> Dataset:
+    """Return the samples at which `mask`, bool (samples,), is true; written anew, as a selection by index is slow and large."""
+    batches = samples.with_format("arrow").iter(2**16)
+    places = range(0, len(samples), 2**16)
+    return on_disk(
+        (batch.filter(mask[i : i + 2**16]) for i, batch in zip(places, batches)), samples.features.arrow_schema, folder
+    )
+
+
+def on_disk(tables: Iterable[pa.Table | pa.RecordBatch], schema: pa.Schema, folder: Optional[Path]) -> Dataset:
+    """Write rows to a file of `folder`, and return them as a data set that lies there and not in memory."""
     file, path = tempfile.mkstemp(suffix=".arrow", dir=folder or temporary_folder())
     os.close(file)
-    schema, rows = pa.schema([(name, pa.large_string()) for name in columns]), 0
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch.select(columns))
-            rows += len(batch)
-    if not rows:
-        raise UserError(f"{source} holds no rows")
+        for table in tables:
+            writer.write(table)
     return Dataset.from_file(path)
 
 
@@ -316,7 +330,12 @@ def in_words(notes: dict[str, Any]) -> list[str]:
 
 
 def split_by_author(
-    samples: Dataset, author_column: str, eval_fraction: float, seed: int, train_fraction: float = 1.0
+    samples: Dataset,
+    author_column: str,
+    eval_fraction: float,
+    seed: int,
+    train_fraction: float = 1.0,
+    folder: Optional[Path] = None,
 ) -> tuple[Dataset, Optional[Dataset]]:
     """Hold out about `eval_fraction` of the authors, each with all samples; train on `train_fraction` of the others.
 
@@ -343,8 +362,7 @@ def split_by_author(
         option = f"--eval_fraction {eval_fraction}" + (f" and --train_fraction {train_fraction}" if train_fraction < 1 else "")
         remedy = "raise the latter" if train_fraction < 1 else "lower it"
         raise UserError(f"{option} of {len(authors)} authors leaves none to train on: {remedy}, or give more authors")
-    evaluation = samples.select(np.flatnonzero(held_out[codes])) if eval_fraction > 0 else None
-    return samples.select(np.flatnonzero(trained[codes])), evaluation
+    return where(samples, trained[codes], folder), where(samples, held_out[codes], folder) if eval_fraction > 0 else None
 
 
 def check_apart(train: Dataset, evaluation: Dataset, args: DataArguments) -> None:

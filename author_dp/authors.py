@@ -17,6 +17,7 @@ NOBODY = [
     "guest", "undefined", "unspecified", "no author", "?", "-",
 ]  # fmt: skip
 LARGE_SHARE = 0.03  # of all samples
+BATCH_ROWS = 2**16  # that are looked at at once
 WORDS = 3  # that a text needs to be told from others
 
 
@@ -34,8 +35,8 @@ def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
 
 
 def column_of(samples: Dataset, name: str) -> pa.ChunkedArray:
-    """Return a column without a detour over Python objects."""
-    return samples.with_format("arrow")[name][:]
+    """Return a column without a detour over Python objects, or over the other columns."""
+    return samples.select_columns([name]).with_format("arrow")[:][name]
 
 
 def find_nobody(samples: Dataset, text_column: str, author_column: str) -> list[str]:
@@ -60,15 +61,16 @@ def find_nobody(samples: Dataset, text_column: str, author_column: str) -> list[
             f"--author_column {author_column!r}: {values.dictionary[i].as_py()!r} has {counts[i] / len(samples):.0%} of all "
             "samples: is it one author?"
         )
-    hashes = np.concatenate([hash_texts(batch[text_column]) for batch in samples.with_format("arrow").iter(2**16)])
+    texts = samples.select_columns([text_column]).with_format("arrow").iter(BATCH_ROWS)
+    hashes = np.concatenate([hash_texts(batch[text_column]) for batch in texts])
     order = np.lexsort((codes, hashes))
     hashes, codes = hashes[order], codes[order]
     again = (hashes[1:] == hashes[:-1]) & (codes[1:] != codes[:-1]) & (hashes[1:] != 0)
     if again.any():
-        texts = np.unique(hashes[1:][again])
+        several = np.unique(hashes[1:][again])
         warnings.append(
-            f"--text_column {text_column!r}: {len(texts):,} texts of {WORDS} words or more stand word for word under several "
-            f"authors, in {np.isin(hashes, texts).sum():,} of {len(samples):,} samples: what is written under two names is not "
+            f"--text_column {text_column!r}: {len(several):,} texts of {WORDS} words or more stand word for word under several "
+            f"authors, in {np.isin(hashes, several).sum():,} of {len(samples):,} samples: what is written under two names is not "
             "hidden by leaving out one of them"
         )
     return warnings

@@ -1,7 +1,9 @@
 """Speed of everything around the training step, at the size of the Reddit run. Prints one table.
 
     python benchmarks/data_and_accounting.py
+    python benchmarks/data_and_accounting.py --large
 
+The second: 10,000,000 samples of 5,000,000 authors, and one draw over 100,000,000 authors. The first:
 500,000 synthetic samples of 304,279 authors (heavy-tailed), GPT-2 sized vocabulary where ../shared/data has GPT-2's
 tokenizer, the demo's tokenizer otherwise. No network, no GPU.
 """
@@ -22,9 +24,10 @@ import numpy as np  # noqa: E402
 from transformers import GPT2TokenizerFast  # noqa: E402
 
 from author_dp.accounting import compute_epsilon, find_noise_multiplier  # noqa: E402
+from author_dp.authors import column_of, find_nobody  # noqa: E402
 from author_dp.ledger import PrivacyLedger  # noqa: E402
 from author_dp.mechanism import DrawnDataset, PoissonAuthorSampler  # noqa: E402
-from data_utils import AuthorDataset, collate, column_of, group_by_author, load_files, tokenize  # noqa: E402
+from data_utils import AuthorDataset, collate, group_by_author, load_files, split_by_author, tokenize  # noqa: E402
 
 SAMPLES, AUTHORS, BATCH = 500_000, 304_279, 1_024
 
@@ -48,6 +51,40 @@ def make_corpus(path: Path) -> None:
     with open(path, "w") as file:
         for start, author in zip(generator.integers(0, len(texts) - 9, SAMPLES), authors):
             file.write(json.dumps({"author": f"user_{author}", "content": " ".join(texts[start : start + 9])}) + "\n")
+
+
+def large(samples: int = 10_000_000, authors: int = 5_000_000) -> None:
+    """Load, look through, group and draw ten million samples of five million authors."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path, generator = Path(folder) / "comments.jsonl", np.random.default_rng(0)
+        with open(path, "w") as file:
+            for start in range(0, samples, 100_000):
+                numbers = generator.integers(0, authors, 100_000)
+                file.writelines(
+                    f'{{"author": "user_{author}", "content": "sample {start + i} of this many, ten words or so"}}\n'
+                    for i, author in enumerate(numbers)
+                )
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds, loaded = timed(lambda: load_files("--train_file", [str(path)], text_column="content", author_column="author"))
+        rows.append((f"load {samples:,} samples from JSONL", seconds, f"{samples / seconds:,.0f} samples/s"))
+        rows.append(
+            ("look for nobody's authors and texts of several", timed(lambda: find_nobody(loaded, "content", "author"))[0], "")
+        )
+        seconds, (train, _) = timed(lambda: split_by_author(loaded, "author", 0.02, 0))
+        rows.append(("hold out 2 % of the authors", seconds, f"{len(loaded) - len(train):,} samples"))
+        seconds, (offsets, indices) = timed(lambda: group_by_author(column_of(train, "author")))
+        rows.append((f"group by {len(offsets) - 1:,} authors", seconds, ""))
+    for number, its_offsets in ((len(offsets) - 1, offsets), (10**8, np.broadcast_to(np.int64(0), 10**8 + 1))):
+        sampler = PoissonAuthorSampler(its_offsets, indices, sample_rate=BATCH / number, samples_per_author=1, steps=1, key=1)
+        rows.append((f"one Poisson draw over {number:,} authors", timed(sampler.draw_authors, 200)[0], ""))
+    report(rows, before)
+
+
+def report(rows: list[tuple[str, float, str]], before: int) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print("| what | seconds | |\n|---|---|---|\n" + "\n".join(f"| {a} | {b:.4f} | {c} |" for a, b, c in rows))
+    print(f"\nPeak memory {peak / 2**20:.2f} GiB, of which {before / 2**20:.2f} GiB before loading.")
 
 
 def main() -> None:
@@ -85,15 +122,12 @@ def main() -> None:
         ledger = PrivacyLedger(Path(folder) / "ledger.jsonl")
         ledger.start_run({"noise_multiplier": 0.5, "sample_rate": BATCH / AUTHORS})
         rows.append(("one step's record in the ledger, on disk", timed(ledger.record_step, 200)[0], "fsync included"))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     calibration, sigma = timed(lambda: find_noise_multiplier(BATCH / AUTHORS, 894, 8.0, 1 / AUTHORS))
     rows.append(("calibrate the noise, epsilon 8, 894 steps", calibration, f"noise multiplier {sigma:.4f}"))
     accounting, epsilon = timed(lambda: compute_epsilon(sigma, BATCH / AUTHORS, 894, 1 / AUTHORS), 5)
     rows.append(("epsilon of the run", accounting, f"epsilon {epsilon:.3f}"))
-
-    print(f"| what | seconds | |\n|---|---|---|\n" + "\n".join(f"| {a} | {b:.4f} | {c} |" for a, b, c in rows))  # noqa: F541
-    print(f"\nPeak memory {peak / 2**20:.2f} GiB, of which {before / 2**20:.2f} GiB before loading.")
+    report(rows, before)
 
 
 if __name__ == "__main__":
-    main()
+    large() if "--large" in sys.argv else main()

@@ -305,12 +305,10 @@ def test_other_families_train_by_name_alone(checkpoint, comments, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_a_dry_run_plans_the_run_that_is_asked_for(checkpoint, comments, tmp_path, monkeypatch, capfd):
-    arguments = small(
-        checkpoint, comments, tmp_path / "out", *PRIVACY, "--max_steps", "400", "--dry_run", "--logging_steps", "50"
-    )
-    status, stderr = run_here(monkeypatch, capfd, *arguments)
-    assert status == 0, stderr
+def test_a_dry_run_plans_the_run_that_is_asked_for(checkpoint, comments, tmp_path):
+    done = run_script(*small(checkpoint, comments, tmp_path / "out", *PRIVACY, "--max_steps", "400", "--dry_run"))
+    stderr = done.stderr
+    assert done.returncode == 0, stderr
     assert re.search(r"steps +400\n", stderr) and re.search(r"promise after all steps epsilon 8\.00", stderr)
     report = read_report(tmp_path / "out")
     assert report["steps"] == 2 and 0 < report["epsilon"] < 4
