@@ -285,20 +285,21 @@ def read_json(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Row
     seen: set[str] = set()
     first: list[str] = []
     for number, (line, value) in enumerate(json_values(lines, name, columns), 1):
-        row = Row(None, None, "", line, number)
-        if not isinstance(value, dict):
-            raise unreadable(name, columns, f"{row.place} is no object with columns, like {{...}}")
-        first = first or list(value)
-        seen |= value.keys() & {columns.author, columns.text}
-        if columns.author not in seen:
-            check_columns(columns, list(value), name)
+        if type(value) is not dict:
+            place = Row(None, None, "", line, number).place
+            raise unreadable(name, columns, f"{place} is no object with columns, like {{...}}")
+        if len(seen) < 2:  # columns that no row has had so far
+            first = first or list(value)
+            seen |= value.keys() & {columns.author, columns.text}
+            if columns.author not in seen:
+                check_columns(columns, list(value), name)
         author, text = value.get(columns.author), value.get(columns.text)
-        if author is not None and type(author) not in KINDS:
+        row = Row(author, text, KINDS.get(type(author), ""), line, number)
+        if author is not None and not row.kind:
             raise no_author(name, row.place, author, columns)
         if text is not None and type(text) is not str:
             raise no_text(name, row.place, text, columns)
-        kind = KINDS.get(type(author), "")
-        yield row._replace(author=JSON_NAMES[author] if isinstance(author, bool) else author, text=text, kind=kind)
+        yield row if type(author) is not bool else row._replace(author=JSON_NAMES[author])
     if first:
         check_columns(columns, [*first, *(seen - set(first))], name)
 
@@ -321,7 +322,10 @@ def json_values(lines: Iterator[str], name: str, columns: Columns) -> Iterator[t
             if is_first and line.lstrip().startswith("["):
                 yield from ((0, value) for value in array_values("".join([line, *lines]), decoder))
             elif line := line.strip(" \t\r\n"):
-                yield number, decoder.decode(line)
+                value, end = decoder.raw_decode(line)
+                if end < len(line):
+                    raise json.JSONDecodeError("something follows the object", line, end)
+                yield number, value
                 is_first = False
     except UserError:
         raise
