@@ -35,7 +35,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyPlan, compute_epsilon, find_noise_multiplier, make_plan
+from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import SignalError, StopOnSignal, check_same_authors, find_checkpoint, state_of, written_whole
 from author_dp.clipping import ENGINES, ClippingEngine
@@ -51,6 +51,7 @@ from author_dp.mechanism import (
     author_losses,
     takes_positions,
 )
+from author_dp.plan import PrivacyPlan, make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 
 logger = logging.get_logger(f"transformers.{__name__}")

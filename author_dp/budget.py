@@ -22,9 +22,10 @@ from typing import Any, Optional
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyLoss, PrivacyPlan, Spending
+from author_dp.accounting import PrivacyLoss, Spending
 from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger
+from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast, wait_for_all
 
 logger = logging.get_logger(f"transformers.{__name__}")
