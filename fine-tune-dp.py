@@ -56,7 +56,7 @@ from transformers.utils import logging
 from author_dp.accounting import guarantee_in_words
 from author_dp.audit import Audit, AuditArguments, secret_key
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
-from author_dp.errors import LostProcessError, UserError
+from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.guards import check_options
 from author_dp.report import Statistics, card, write_report
 from data_utils import (
@@ -316,6 +316,18 @@ def complain(error: UserError) -> NoReturn:
     end(2)
 
 
+def denounce(error: MechanismError) -> NoReturn:
+    """Say on stderr that the run is not what it promised to be, once, and exit with status 3."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(10)  # the first process says it, and writes it down
+    print(
+        f"fine-tune-dp.py: the mechanism is not what the ledger says: {error}. Nothing more was saved, and what this run saved "
+        "before has no guarantee, as its privacy.json now say: do not publish it",
+        file=sys.stderr,
+    )
+    end(3)
+
+
 def end(status: int) -> NoReturn:
     """Exit at once where there are several processes: gloo's threads may abort one that ends in the usual way."""
     sys.stdout.flush()
@@ -330,6 +342,8 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         complain(error)
+    except MechanismError as error:
+        denounce(error)
     except SignalError as interruption:
         if int(os.environ.get("RANK", 0)) == 0:
             print("fine-tune-dp.py: interrupted; go on with --resume_from_checkpoint True", file=sys.stderr)

@@ -193,7 +193,12 @@ class LossDistribution:
 
     def epsilon(self, spendings: Sequence[Steps], delta: float) -> float:
         """Return an upper bound on epsilon at `delta`; inf where the losses beyond the grid are more than that."""
-        return max(0.0, *(Composed(self, spendings, delta, added).epsilon(delta) for added in (False, True)))
+        removed = max(0.0, Composed(self, spendings, delta, added=False).epsilon(delta))
+        # An author who is added makes no outcome rarer than by 1 - q a step.
+        most = sum(steps * (-math.log1p(-rate) if rate < 1 else math.inf) for _, rate, steps in spendings) * (1 + 1e-9)
+        if most <= removed:
+            return removed
+        return max(removed, min(most, Composed(self, spendings, delta, added=True).epsilon(delta)))
 
 
 class Composed:
