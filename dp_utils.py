@@ -35,12 +35,12 @@ from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyPlan, compute_epsilon, find_noise_multiplier, make_plan
+from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import SignalError, StopOnSignal, check_same_authors, find_checkpoint, state_of, written_whole
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.statistics import NormStatistics
-from author_dp.errors import UserError
+from author_dp.errors import MechanismError, UserError
 from author_dp.evaluation import TextBatches, evaluate
 from author_dp.guards import check_launch, check_model, check_options, check_weights
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
@@ -52,7 +52,9 @@ from author_dp.mechanism import (
     author_losses,
     takes_positions,
 )
+from author_dp.plan import PrivacyPlan, make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
+from author_dp.selfcheck import NoiseCheck, noise_check
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -171,6 +173,7 @@ class DPTrainer(Trainer):
         check_same_authors(earlier, self.plan.num_authors, privacy.allow_other_authors)
         self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
         self.engine: Optional[ClippingEngine] = None  # while training
+        self.noise_check: Optional[NoiseCheck] = None  # while training with noise
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
@@ -191,6 +194,7 @@ class DPTrainer(Trainer):
         Raises:
             UserError: where the budget is used up, or the folder in use or not to be written.
             SignalError: after a signal, when the checkpoint is saved.
+            MechanismError: where the noise is not what the ledger says; that is then noted in the folder, and nothing saved.
         """
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
@@ -203,8 +207,17 @@ class DPTrainer(Trainer):
         try:
             with self.budget.folder_of_ones_own():
                 self.budget.start()
-                result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
+                self.noise_check = noise_check(self.plan, self.folder)
+                try:
+                    result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
+                    self._check_noise()
+                except MechanismError as error:
+                    self.budget.raise_alarm(str(error))
+                    if (self.folder / "README.md").exists():  # of an earlier run: it promises what does not hold
+                        self.create_model_card()
+                    raise
         finally:
+            self.noise_check = None
             self.checkpoint = None
             self.remove_callback(signals)
             signals.restore()
@@ -230,6 +243,7 @@ class DPTrainer(Trainer):
                 clip_norm=self.plan.clip_norm,
                 expected_batch_size=self.plan.expected_batch_size,
                 before_release=self.budget.record_step,
+                after_release=self._look_at_noise,
                 secure_noise=self.privacy.secure_noise,
             )
         return self.optimizer
@@ -310,6 +324,7 @@ class DPTrainer(Trainer):
         """Add epsilon spent so far to every line, and to the training ones statistics that are not private."""
         if not self.privacy.disable_dp:
             if "loss" in logs:
+                self._check_noise()
                 self._check_weights()
                 logs |= {**self.norms.pop(), "noise_multiplier": self.plan.noise_multiplier}
             if self.args.process_index == 0:
@@ -318,9 +333,20 @@ class DPTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, whole or not at all."""
+        self._check_noise()
         self._check_weights()
         with written_whole(self.folder, self.args, self.state):
             super()._save_checkpoint(model, trial)
+
+    def _look_at_noise(self, pad: torch.Tensor) -> None:
+        if self.noise_check is not None:
+            self.noise_check.add(pad)
+
+    def _check_noise(self) -> None:
+        if self.noise_check is not None:
+            self.noise_check.test()
+            if self.args.process_index == 0:
+                self.noise_check.keep_first()
 
     def _check_weights(self) -> None:
         trained = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)

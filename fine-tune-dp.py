@@ -55,7 +55,7 @@ from author_dp.accounting import guarantee_in_words
 from author_dp.audit import Audit, AuditArguments, secret_key
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.dry_run import DryRun
-from author_dp.errors import LostProcessError, UserError
+from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.guards import check_options
 from author_dp.hub import hub_error, hub_is_reachable
 from author_dp.model_folders import absolute, base_of_adapter, first_line, load_base, load_tokenizer
@@ -298,9 +298,9 @@ def main() -> None:
     trainer.model_card = functools.partial(card, base_model=model_args.model_name)
     logger.info("\n".join([trainer.summary(), *in_words(trainer.data)]))
     before: dict[str, float] = {}
-    advice = None if privacy_args.disable_dp else trainer.plan.advice()
-    if advice and trainer.is_world_process_zero():
-        logger.warning(advice)
+    for warning in (trainer.plan.delta_warning(), trainer.plan.advice()):
+        if warning and not privacy_args.disable_dp and trainer.is_world_process_zero():
+            logger.warning(warning)
     if evaluation is not None and not training_args.resume_from_checkpoint:
         # In words, since the Trainer's progress bar shows log lines during training only.
         before = trainer.evaluate()
@@ -339,6 +339,18 @@ def complain(error: UserError) -> NoReturn:
     end(2)
 
 
+def denounce(error: MechanismError) -> NoReturn:
+    """Say on stderr that the run is not what it promised to be, once, and exit with status 3."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(10)  # the first process says it, and writes it down
+    print(
+        f"fine-tune-dp.py: the mechanism is not what the ledger says: {error}. Nothing more was saved, and what this run saved "
+        "before has no guarantee, as its privacy.json now say: do not publish it",
+        file=sys.stderr,
+    )
+    end(3)
+
+
 def end(status: int) -> NoReturn:
     """Exit at once where there are several processes: gloo's threads may abort one that ends in the usual way."""
     sys.stdout.flush()
@@ -354,6 +366,8 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         complain(error)
+    except MechanismError as error:
+        denounce(error)
     except SignalError as interruption:
         if int(os.environ.get("RANK", 0)) == 0:
             print("fine-tune-dp.py: interrupted; go on with --resume_from_checkpoint True", file=sys.stderr)

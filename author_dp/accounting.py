@@ -1,7 +1,12 @@
-"""What is promised and what is spent: the epsilon of steps, the noise for a target, the report.
+"""What is spent: the epsilon of steps, and the noise for a target.
 
 Promise: every epsilon is an upper bound for add-or-remove-one adjacency and Poisson sampling, computed from public
-parameters alone.
+parameters alone, at any delta: floating point errs on the safe side. Whose bound it is, `PrivacyLoss.accountant` says:
+
+- gaussian: every author is in every step (q = 1). That is one Gaussian mechanism, whose epsilon has a closed form [3];
+- prv: the PRV accountant [1], where its rounding is far below delta, as it usually is;
+- pld: a privacy loss distribution of our own (pld.py), where it is not, and where epsilon is below 0.03 or beyond 1,000;
+- rdp: Renyi differential privacy [2], should the others fail.
 
 Example:
 
@@ -12,12 +17,12 @@ Example:
 References:
     [1] Gopi, Lee and Wutschitz 2021, Numerical Composition of Differential Privacy, arXiv 2106.02848 (the PRV accountant)
     [2] Mironov, Talwar and Zhang 2019, Renyi DP of the Sampled Gaussian Mechanism, arXiv 1908.10530 (the cheap bound)
+    [3] Balle and Wang 2018, Improving the Gaussian Mechanism for Differential Privacy, arXiv 1805.06530 (Theorem 8)
 """
 
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -30,14 +35,18 @@ from opacus.accountants.analysis.prv import (
     compute_safe_domain_size,
     discretize,
 )
+from scipy.special import erfcx
 from transformers.utils import logging
 
 from author_dp.errors import UserError
+from author_dp.pld import ULP, LossDistribution
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-SMALL_BATCH, FEW_STEPS, ENOUGH_STEPS = 64, 20, 60  # authors, steps: below the first two the log has advice
-EPSILON_BEYOND_USE = 1_000.0  # from here on epsilon is the cheap bound [2]; the grid of [1] would take minutes and GBs
+EPSILON_BEYOND_USE = 1_000.0  # from here on the grid of [1] would take minutes and GBs
+ROUNDING_SHARE = 1e-2  # of delta: where rounding may be more than that, [1] is not asked
+FINEST = 1e-4  # error in epsilon that the grid of [1] is made for
+COARSE = 3e-3  # of epsilon: nor is it where its grid is coarser than that
 
 
 class Spending(NamedTuple):
@@ -68,16 +77,54 @@ def rdp_epsilon(spendings: Sequence[Spending], delta: float) -> float:
     return math.inf if math.isnan(epsilon) else max(0.0, float(epsilon))
 
 
-class PrivacyLoss:
-    """Upper bound on the epsilon of composed steps, by numerical composition of privacy loss variables [1].
+# --- every author in every step: one Gaussian mechanism -------------------------------------------------
 
-    The grid is made once, for `planned`; `epsilon` then costs two FFTs a mechanism for any smaller numbers of
-    steps. Opacus' default error of 0.01 in epsilon would cost 1 % of noise at epsilon 1, so here the error is
-    0.2 % of epsilon, of which a coarse grid tells the size.
+
+def gaussian_mu(spendings: Sequence[Spending]) -> float:
+    """Return mu of steps at q = 1: together they are one Gaussian mechanism of sensitivity mu and noise 1; rounded up."""
+    return math.sqrt(math.fsum(steps / sigma**2 for sigma, _, steps in spendings)) * (1 + 8 * ULP)
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """Return delta of a Gaussian mechanism at `epsilon` ([3], Theorem 8), rounded up.
+
+    Phi(-x) - e^epsilon Phi(-x - mu) for x = epsilon / mu - mu / 2. The density at x is e^epsilon times that at x + mu, so with
+    Mills' ratio R(x) = Phi(-x) / density(x) this is density(x) (R(x) - R(x + mu)): nothing tiny is a difference of large numbers.
+    """
+    x = epsilon / mu - mu / 2
+    if x < -8:
+        return 1.0  # but for 1e-15
+    ratio, further = math.sqrt(math.pi / 2) * erfcx(np.array([x, x + mu]) / math.sqrt(2))
+    error = 32 * ULP * ratio * (1 + x * x + epsilon)  # of both ratios, of x and of the density
+    return min(1.0, float((ratio - further + error) * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return the smallest epsilon of a Gaussian mechanism at `delta`, rounded up."""
+    low, high = 0.0, mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
+    if gaussian_delta(mu, low) <= delta:
+        return 0.0
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if gaussian_delta(mu, middle) <= delta else (middle, high)
+    return high
+
+
+# --- Poisson sampling -----------------------------------------------------------------------------------
+
+
+class PrivacyLoss:
+    """Upper bound on the epsilon of composed steps.
+
+    By numerical composition of privacy loss variables [1] where that holds. The grid is made once, for `planned`; `epsilon`
+    then costs two FFTs a mechanism for any smaller numbers of steps. Opacus' default error of 0.01 in epsilon would cost 1 %
+    of noise at epsilon 1, so here the error is 0.2 % of epsilon, of which a coarse grid tells the size.
 
     Args:
         planned: the mechanisms, each with the largest number of steps that will be asked about.
         delta: the delta at which epsilon is asked for.
+    Attributes:
+        accountant: whose bound `epsilon` returns, as in the module's docstring; without noise there is none, and it says prv.
     """
 
     MAX_CELLS = 2**23  # of the grid: 64 MB an array, about two seconds
@@ -86,18 +133,40 @@ class PrivacyLoss:
         self.delta = delta
         self.delta_error = delta / 1000
         self.variables: dict[tuple[float, float], Any] = {}
+        self.distribution: Optional[LossDistribution] = None
         planned = compose(planned)
-        bound = rdp_epsilon(planned, delta) if planned else 0.0
-        if planned and bound <= EPSILON_BEYOND_USE:
-            try:
-                self._discretize(planned, max(1e-4, 2e-2 * bound))
-                finer = max(1e-4, 2e-3 * self.epsilon(planned))
-                if finer < 0.9 * self.epsilon_error and self.cells < 0.9 * self.MAX_CELLS:
-                    self._discretize(planned, finer)
-            except (RuntimeError, ValueError) as error:
-                logger.warning(f"The PRV accountant cannot handle these parameters ({error}); epsilon is the RDP bound.")
-        # Whose bound `epsilon` is; without noise there is none.
-        self.accountant = "prv" if self.variables or bound in (0.0, math.inf) else "rdp"
+        self.accountant = "prv"
+        if not planned or any(spending.noise_multiplier == 0 for spending in planned):
+            return
+        if all(spending.sample_rate == 1 for spending in planned):
+            self.accountant = "gaussian"
+        elif not self._take_prv(planned):
+            self._take_pld(planned)
+
+    def _take_prv(self, planned: list[Spending]) -> bool:
+        """Make the grid of [1]; return whether its bound holds at this delta."""
+        bound = rdp_epsilon(planned, self.delta)
+        if not FINEST / COARSE <= bound <= EPSILON_BEYOND_USE or min_rounding(planned) > ROUNDING_SHARE * self.delta:
+            return False
+        try:
+            self._discretize(planned, max(FINEST, 2e-2 * bound))
+            finer = max(FINEST, 2e-3 * self.epsilon(planned))
+            if finer < 0.9 * self.epsilon_error and self.cells < 0.9 * self.MAX_CELLS:
+                self._discretize(planned, finer)
+            exact = self.epsilon_error <= COARSE * self.epsilon(planned)
+            if exact and self.rounding(planned) <= ROUNDING_SHARE * self.delta:
+                return True
+        except (RuntimeError, ValueError) as error:
+            logger.info(f"The PRV accountant cannot handle these parameters ({error}).")
+        self.variables = {}
+        return False
+
+    def _take_pld(self, planned: list[Spending]) -> None:
+        try:
+            self.distribution, self.accountant = LossDistribution(planned, self.delta), "pld"
+        except (ArithmeticError, ValueError, MemoryError) as error:
+            self.accountant = "rdp"
+            logger.warning(f"No privacy loss distribution could be made ({error}); epsilon is the RDP bound.")
 
     def _discretize(self, planned: list[Spending], epsilon_error: float) -> None:
         """Opacus' PRVAccountant, taken apart so that the grid is made once ([1], Algorithm 1 and Remark 5.6)."""
@@ -115,22 +184,38 @@ class PrivacyLoss:
         self.epsilon_error, self.cells = epsilon_error, domain.size
         self.variables = {spending[:2]: variable for spending, variable in zip(planned, discrete)}
 
+    def rounding(self, spendings: list[Spending]) -> float:
+        """Return what rounding in the FFTs of [1] may take from delta (Higham 2002, section 24.1, and every cell the worst)."""
+        norm = sum(spending.steps * float(np.linalg.norm(self.variables[spending[:2]].pmf)) for spending in spendings)
+        return 5 * ULP * math.log2(self.cells) * math.sqrt(self.cells) * norm
+
     def epsilon(self, spendings: Sequence[Spending]) -> float:
         """Return an upper bound on the epsilon of `spendings`, at most those planned; inf without noise."""
         spendings = compose(spendings)
         if not spendings:
             return 0.0
+        if all(spending.sample_rate == 1 and spending.noise_multiplier > 0 for spending in spendings):
+            return gaussian_epsilon(gaussian_mu(spendings), self.delta)
         bound = rdp_epsilon(spendings, self.delta)
+        if self.distribution is not None:
+            return min(bound, self.distribution.epsilon(spendings, self.delta))
         if not self.variables:
             return bound
         variables = [self.variables[spending[:2]] for spending in spendings]
         try:
             composed = compose_heterogeneous(variables, [spending.steps for spending in spendings])
             with np.errstate(all="ignore"):
-                _, _, upper = composed.compute_epsilon(self.delta, self.delta_error, self.epsilon_error)
+                _, _, upper = composed.compute_epsilon(
+                    self.delta, self.delta_error + self.rounding(spendings), self.epsilon_error
+                )
         except (RuntimeError, ValueError):  # a delta beyond floating point: the bound holds all the same
             return bound
         return min(bound, max(0.0, float(upper))) if math.isfinite(upper) else bound
+
+
+def min_rounding(planned: list[Spending]) -> float:
+    """Return what `PrivacyLoss.rounding` is at least, on any grid of at least 2,048 cells, without making one."""
+    return 5 * ULP * 11 * sum(spending.steps for spending in planned)
 
 
 def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
@@ -142,7 +227,7 @@ def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, del
         steps: number of noisy steps released.
         delta: the delta of (epsilon, delta).
     Returns:
-        The PRV accountant's upper bound [1]; above 1,000 the RDP bound, which is at hand at once.
+        The upper bound of the accountant that holds there, see the module's docstring.
     Raises:
         UserError (a ValueError): for an argument out of range.
     """
@@ -197,144 +282,6 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
         else:
             low, at_low = middle, at_middle
     return high
-
-
-# --- the promise --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PrivacyPlan:
-    """The public parameters of a run; the report repeats them."""
-
-    target_epsilon: Optional[float]
-    delta: float
-    noise_multiplier: float
-    clip_norm: float
-    sample_rate: float
-    expected_batch_size: int
-    steps: int  # that the run is calibrated for
-    num_authors: int
-    num_samples: int
-    samples_per_author: int
-    clipping: str
-    world_size: int
-    disable_dp: bool
-
-    def report(self, epsilon: float, steps: int, accountant: str = "prv") -> dict[str, Any]:
-        """Return what privacy.json holds.
-
-        Args:
-            epsilon: spent so far; null in the report where it is infinite or there is no DP.
-            steps: taken so far, by this run and earlier ones.
-            accountant: whose bound epsilon is.
-        """
-        return {
-            "privacy_unit": "author",
-            "adjacency": "add-or-remove-one",
-            "accountant": accountant,
-            "sampling": "poisson",
-            "epsilon": epsilon if math.isfinite(epsilon) and not self.disable_dp else None,
-            "delta": None if self.disable_dp else self.delta,
-            "target_epsilon": self.target_epsilon,
-            "noise_multiplier": None if self.disable_dp else self.noise_multiplier,
-            "clip_norm": None if self.disable_dp else self.clip_norm,
-            "sample_rate": self.sample_rate,
-            "expected_batch_size": self.expected_batch_size,
-            "steps": steps,
-            "num_authors": self.num_authors,
-            "num_samples": self.num_samples,
-            "samples_per_author": self.samples_per_author,
-            "clipping": None if self.disable_dp else self.clipping,
-            "world_size": self.world_size,
-            "disable_dp": self.disable_dp,
-        }
-
-    def summary(self, samples_of_authors: np.ndarray, trained: int, parameters: int, epsilon: float, earlier_steps: int) -> str:
-        """Return what will happen, for the log before training.
-
-        Args:
-            samples_of_authors: number of samples of each author, (authors,).
-            trained, parameters: numbers of trained and of all parameters.
-            epsilon: after all planned steps and the earlier ones.
-            earlier_steps: taken by earlier runs.
-        """
-        median, largest = np.median(samples_of_authors), samples_of_authors.max()
-        lines = [
-            "*** NO PRIVACY: --disable_dp ***" if self.disable_dp else "Author-level DP fine-tuning",
-            f"  authors (N)             {self.num_authors:,} with {self.num_samples:,} samples; samples per author: median "
-            f"{median:g}, largest {largest:,}, used per step (k) {self.samples_per_author}",
-            f"  sample rate (q)         {self.sample_rate:.6g}, expected batch size (B) {self.expected_batch_size:,} authors",
-            f"  steps                   {self.steps:,}" + (f", {earlier_steps:,} taken by earlier runs" if earlier_steps else ""),
-            f"  trained parameters      {trained:,} of {parameters:,}",
-        ]
-        if not self.disable_dp:
-            lines += [
-                f"  clip norm (C)           {self.clip_norm:g} per author, by {self.clipping}",
-                f"  noise multiplier        {self.noise_multiplier:.4f}",
-                f"  promise after all steps {guarantee_in_words(epsilon, self.delta)}",
-                "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",
-            ]
-        return "\n".join(lines)
-
-    def advice(self) -> Optional[str]:
-        """Return what stands in the way of a good model, if it can be told from the plan."""
-        if self.expected_batch_size < SMALL_BATCH and self.sample_rate < 1:
-            return (
-                f"An expected batch of {self.expected_batch_size} authors is small, noise outweighs them: raise "
-                "--gradient_accumulation_steps, to 256 authors or so"
-            )
-        if self.steps < FEW_STEPS:
-            epochs = math.ceil(ENOUGH_STEPS * self.sample_rate)
-            return (
-                f"{self.steps} steps teach little: raise --num_train_epochs, to {epochs} or so, or --max_steps if you gave it; "
-                "under --target_epsilon the noise follows"
-            )
-        return None
-
-
-def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Optional[float] = None) -> PrivacyPlan:
-    """Work out sample rate, steps and noise.
-
-    Args:
-        privacy: dp_utils.PrivacyArguments.
-        args: transformers.TrainingArguments, whose import would take ledger.py a second.
-        offsets: (authors + 1,), from `data_utils.group_by_author`.
-        noise_multiplier: of the run that is resumed, if any; otherwise it is as given or calibrated.
-    Raises:
-        UserError: for fewer than two authors, or a target that cannot be reached.
-    """
-    num_authors = len(offsets) - 1
-    if num_authors < 2:
-        raise UserError(
-            "--author_column: there is one author only, whom no noise can hide among others; give data of many authors"
-        )
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    sample_rate = min(1.0, batch_size / num_authors)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
-    delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
-    if privacy.disable_dp:
-        sigma = 0.0
-    elif privacy.noise_multiplier is not None:
-        sigma = privacy.noise_multiplier
-    elif noise_multiplier is not None:
-        sigma = noise_multiplier
-    else:
-        sigma = find_noise_multiplier(sample_rate, steps, privacy.target_epsilon, delta)
-    return PrivacyPlan(
-        target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
-        delta=delta,
-        noise_multiplier=sigma,
-        clip_norm=math.inf if privacy.disable_dp else privacy.per_sample_max_grad_norm,
-        sample_rate=sample_rate,
-        expected_batch_size=batch_size,
-        steps=steps,
-        num_authors=num_authors,
-        num_samples=int(offsets[-1]),
-        samples_per_author=privacy.samples_per_author,
-        clipping=privacy.clipping,
-        world_size=args.world_size,
-        disable_dp=privacy.disable_dp,
-    )
 
 
 def guarantee_in_words(epsilon: Optional[float], delta: float) -> str:

@@ -34,9 +34,9 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyPlan
 from author_dp.errors import UserError
 from author_dp.mechanism import author_losses, cut_into_microbatches
+from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast
 
 logger = logging.get_logger(f"transformers.{__name__}")

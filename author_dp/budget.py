@@ -11,7 +11,9 @@ Example:
     ...     budget.record_step()
 """
 
+import json
 import math
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,9 +24,10 @@ from typing import Any, Optional
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyLoss, PrivacyPlan, Spending
+from author_dp.accounting import PrivacyLoss, Spending
 from author_dp.errors import UserError
-from author_dp.ledger import PrivacyLedger
+from author_dp.ledger import REPORT_NAME, PrivacyLedger, write_json
+from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast, wait_for_all
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -79,6 +82,7 @@ class Budget:
         if plan.noise_multiplier == 0:
             logger.warning("*** NO PRIVACY: --noise_multiplier 0 clips without noise. Epsilon is infinite. ***")
         if self.is_first_process:
+            self.ledger.check_alarm()
             if self.steps:  # trained before: the grid was planned for these steps only
                 self.steps, self._loss = 0, None
             if (target := plan.target_epsilon) is not None:
@@ -86,7 +90,8 @@ class Budget:
             if self.allowed_steps >= 1:
                 versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
                 started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                self.ledger.start_run({**asdict(plan), "started": started, "versions": versions})
+                name = uuid.uuid4().hex  # so that no two runs have the same records, were they alike in all else
+                self.ledger.start_run({**asdict(plan), "name": name, "started": started, "versions": versions})
         self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
         if self.allowed_steps < 1:
             raise UserError(
@@ -115,7 +120,7 @@ class Budget:
 
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
-        if self.plan.disable_dp:
+        if self.plan.disable_dp or self.ledger.alarm is not None:
             return math.inf
         return self.loss.epsilon([*self.ledger.spendings, self.spending(more_steps)])
 
@@ -128,7 +133,19 @@ class Budget:
         if self.plan.disable_dp:
             return self.plan.report(math.inf, steps)
         report = self.plan.report(self.epsilon(), self.ledger.steps, self.loss.accountant)
+        if self.ledger.alarm is not None:
+            report["alarm"] = self.ledger.alarm
         return {**report, "ledger_link": self.ledger.links[-1]}
+
+    def raise_alarm(self, found: str) -> None:
+        """Note in the ledger, and in every report of the folder, that there is no guarantee; on the first process only."""
+        if not self.is_first_process:
+            return
+        self.ledger.record_alarm(found)
+        folder = self.ledger.path.parent
+        changed = {"epsilon": None, "alarm": found, "ledger_link": self.ledger.links[-1]}  # a ledger without the alarm is refused
+        for path in [*folder.glob(REPORT_NAME), *folder.glob(f"*/{REPORT_NAME}")]:
+            write_json(path, {**json.loads(path.read_text()), **changed})
 
 
 class StopWhenUsedUp(TrainerCallback):

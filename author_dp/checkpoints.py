@@ -144,6 +144,7 @@ def find_checkpoint(args: TrainingArguments, privacy: Any) -> Optional[Path]:
     if args.process_index == 0 and ledger.path.exists():
         with ledger.locked():  # or say at once that another run is in there
             pass
+    ledger.check_alarm()
     if ledger.steps and privacy.disable_dp:
         raise UserError(f"--output_dir {folder} holds a private run: choose another --output_dir for one with --disable_dp")
     if (folder / REPORT_NAME).exists() and not privacy.disable_dp:

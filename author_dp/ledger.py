@@ -1,6 +1,6 @@
-"""The ledger of a run: what was spent, on disk before it is spent. As a program, it says what an output folder has spent.
+"""The ledger of a run: what was spent, on disk before it is spent. As a program, it says what output folders have spent.
 
-    python -m author_dp.ledger OUTPUT_DIR [DELTA]
+    python -m author_dp.ledger OUTPUT_DIR... [DELTA]
 
 Promise: `record_step` returns only when the record is on disk, so that nothing is released which the ledger does not hold;
 a step recorded and then lost in a crash counts as spent. Records are chained by hashes: one that was edited, removed or put
@@ -50,6 +50,7 @@ class PrivacyLedger:
         runs: the headers, in order.
         spendings: of each header, the steps that were taken under it.
         links: the hash of every record so far; a report that holds one of them knows no more than this ledger.
+        alarm: what a run found wrong with its own mechanism; then nothing in the folder has a guarantee.
     Raises:
         UserError: for a ledger that was edited, cannot be read, or (from the methods that write) cannot be written.
     """
@@ -67,6 +68,7 @@ class PrivacyLedger:
         self.runs: list[dict[str, Any]] = []
         self.spendings: list[Spending] = []
         self.links = [FIRST_LINK]
+        self.alarm: Optional[str] = None
         try:
             content = self.path.read_bytes() if self.path.exists() else b""
         except OSError as error:
@@ -93,6 +95,8 @@ class PrivacyLedger:
         if record["record"] == "run":
             self.spendings.append(Spending(float(record["noise_multiplier"]), float(record["sample_rate"]), 0))
             self.runs.append(record)
+        elif record["record"] == "alarm":
+            self.alarm = str(record["found"])
         elif record["step"] != self.steps + 1:
             raise ValueError("a step is missing")
         else:
@@ -158,6 +162,18 @@ class PrivacyLedger:
     def record_step(self) -> None:
         """Write one step of the current run to disk."""
         self._append({"record": "step", "step": self.steps + 1})
+
+    def record_alarm(self, found: str) -> None:
+        """Write that the mechanism is not what this ledger says."""
+        self._append({"record": "alarm", "found": found})
+
+    def check_alarm(self) -> None:
+        """Raise UserError where a run in this folder was stopped for its mechanism."""
+        if self.alarm is not None:
+            raise UserError(
+                f"--output_dir {self.path.parent}: a run in it found that its mechanism is not what its ledger says; its models "
+                f"have no guarantee: mend the mechanism, and choose another --output_dir. Found: {self.alarm}"
+            )
 
     def _append(self, record: dict[str, Any]) -> None:
         self._count(record, self._write(record))
@@ -240,6 +256,9 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     # Each with a grid of its own: the coarser one of more steps would say more than was spent.
     spent, after = (PrivacyLoss(s, delta).epsilon(s) for s in (ledger.spendings, [*ledger.spendings, again]))
     target = last["target_epsilon"]
+    if ledger.alarm is not None:
+        lines.append(f"  ALARM: the mechanism was not what this ledger says: {ledger.alarm}")
+        spent = after = math.inf
     return "\n".join(
         [
             *lines,
@@ -250,22 +269,77 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     )
 
 
+def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None) -> str:
+    """Return in words what several folders have spent on authors that are in all of them, at one delta.
+
+    All that was released from them is one mechanism, the steps of all ledgers in a row; its epsilon is less than the sum.
+
+    Args:
+        delta: by default that of the last runs, if they have the same one.
+    Raises:
+        UserError: where they have not, or a record is in two of the ledgers and would be counted twice.
+    """
+    check_disjoint(ledgers)
+    deltas = {ledger.runs[-1]["delta"] for ledger in ledgers}
+    if delta is None:
+        if len(deltas) > 1:
+            raise UserError(
+                f"the folders have different deltas ({', '.join(map(str, sorted(deltas)))}): give one DELTA for all at the end"
+            )
+        (delta,) = deltas
+    lines, spendings = [], []
+    for ledger in ledgers:
+        own = PrivacyLoss(ledger.spendings, delta).epsilon(ledger.spendings) if ledger.alarm is None else math.inf
+        authors = sorted({f"{header['num_authors']:,}" for header in ledger.runs})
+        lines.append((f"{ledger.path}: steps {ledger.steps:,} on {', '.join(authors)} authors", own))
+        spendings += ledger.spendings
+    alone = [own for _, own in lines]
+    together = PrivacyLoss(spendings, delta).epsilon(spendings) if max(alone) < math.inf else math.inf
+    return "\n".join(
+        [
+            *(f"{words}: {guarantee_in_words(own, delta)}" for words, own in lines),
+            f"  together: {guarantee_in_words(together, delta)}, for an author who is in all of them",
+            f"  their sum, for comparison: {guarantee_in_words(sum(alone), len(alone) * delta)}",
+            "  This holds where the options of each run were chosen without a look at private results. Options that were chosen",
+            "  by looking at earlier private results (losses, models) need more than this: composition that allows for adaptive",
+            "  choices of noise and sample rate, and a choice by losses that are not private has no bound at all.",
+        ]
+    )
+
+
+def check_disjoint(ledgers: list[PrivacyLedger]) -> None:
+    """Raise UserError where two ledgers hold the same record: one is the other, or a copy, and would be counted twice."""
+    owners: dict[str, Path] = {}
+    for ledger in ledgers:
+        for its_link in ledger.links[1:]:
+            if (other := owners.setdefault(its_link, ledger.path)) is not ledger.path:
+                raise UserError(
+                    f"OUTPUT_DIR {ledger.path.parent} and {other.parent} share records of one run, which would be counted twice: "
+                    "give each folder once, and of a copy that went on only the one with all steps"
+                )
+
+
 def main(arguments: list[str]) -> None:
-    if len(arguments) not in (1, 2) or arguments[0].startswith("-"):
-        raise UserError("usage: python -m author_dp.ledger OUTPUT_DIR [DELTA]")
-    folder = Path(arguments[0])
-    ledger = PrivacyLedger(folder / LEDGER_NAME)
-    if not ledger.runs:
-        raise UserError(f"OUTPUT_DIR {folder} holds no {LEDGER_NAME} with a run in it: give the --output_dir of a run")
-    try:
-        delta = float(arguments[1]) if len(arguments) == 2 else None
-    except ValueError:
-        delta = math.nan
+    folders, delta = list(arguments), None
+    if len(folders) > 1 and not Path(folders[-1]).is_dir():
+        try:
+            delta = float(folders[-1])
+            folders.pop()
+        except ValueError:
+            pass  # a folder, which is not there
+    if not folders or any(folder.startswith("-") for folder in folders):
+        raise UserError("usage: python -m author_dp.ledger OUTPUT_DIR... [DELTA]")
     if delta is not None and not 0 < delta < 1:
-        raise UserError(f"DELTA {arguments[1]} must be a number above 0 and below 1")
-    if (folder / REPORT_NAME).exists():
-        ledger.check_report(folder / REPORT_NAME)
-    print(account(ledger, delta))
+        raise UserError(f"DELTA {arguments[-1]} must be a number above 0 and below 1")
+    ledgers = []
+    for folder in map(Path, folders):
+        ledger = PrivacyLedger(folder / LEDGER_NAME)
+        if not ledger.runs:
+            raise UserError(f"OUTPUT_DIR {folder} holds no {LEDGER_NAME} with a run in it: give the --output_dir of a run")
+        if (folder / REPORT_NAME).exists():
+            ledger.check_report(folder / REPORT_NAME)
+        ledgers.append(ledger)
+    print(account(ledgers[0], delta) if len(ledgers) == 1 else account_together(ledgers, delta))
 
 
 if __name__ == "__main__":

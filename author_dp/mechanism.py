@@ -35,6 +35,7 @@ from torch import nn
 
 from author_dp.noise import NoiseSource
 
+PAD = 4_096  # coordinates behind the parameters to which nobody contributes: what is released there is noise alone
 IGNORED = -100  # label of a position that counts in no loss; cross_entropy's ignore_index
 
 Batch = dict[str, Any]  # input_ids, labels, (samples, tokens); author, (samples,); num_authors
@@ -261,11 +262,12 @@ class AuthorDPOptimizer(DPOptimizer):
     A summed gradient is used once. The step of an empty draw is noise.
 
     The engine adds to `parameter.summed_grad`, float32 and of the parameter's shape; these lie one after another in
-    one buffer, `sums`, so that noise and processes each take one pass. A step is:
+    one buffer, `sums`, so that noise and processes each take one pass. Behind them, `PAD` coordinates belong to no parameter:
+    there is nothing but noise, by which a run can check itself (selfcheck.py). A step is:
     1) `before_release` is called, which records the step in the ledger (on the first process)
     2) the noise share is added to this process' sum of clipped gradients, and it is divided by the constant B
     3) the processes' buffers are summed: none can go on before all have done 1)
-    4) the wrapped optimizer updates the parameters
+    4) `after_release` is given what was released in the pad, and the wrapped optimizer updates the parameters
     5) `zero_grad` makes the sums zero; without it there is no further step
 
     Args:
@@ -274,6 +276,7 @@ class AuthorDPOptimizer(DPOptimizer):
         clip_norm: C.
         expected_batch_size: B, in authors.
         before_release: called at the start of every step; an exception prevents the step.
+        after_release: called with the released pad, (PAD,), before the update; an exception prevents it.
         secure_noise: harden the noise (`NoiseSource`).
     """
 
@@ -285,6 +288,7 @@ class AuthorDPOptimizer(DPOptimizer):
         clip_norm: float,
         expected_batch_size: int,
         before_release: Callable[[], None],
+        after_release: Optional[Callable[[torch.Tensor], None]] = None,
         secure_noise: bool = False,
     ):
         super().__init__(
@@ -293,17 +297,18 @@ class AuthorDPOptimizer(DPOptimizer):
             max_grad_norm=clip_norm,
             expected_batch_size=expected_batch_size,
         )
-        self.before_release = before_release
+        self.before_release, self.after_release = before_release, after_release
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.noise = NoiseSource(self.params[0].device, secure_noise)
-        sizes = [parameter.numel() for parameter in self.params]
+        sizes = [*(parameter.numel() for parameter in self.params), PAD]
         self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
         self._used = False
-        for parameter, view in zip(self.params, self.sums.split(sizes)):
+        *views, self.pad = self.sums.split(sizes)
+        for parameter, view in zip(self.params, views):
             parameter.summed_grad = view.view_as(parameter)
 
     def pre_step(self, closure: Optional[Callable] = None) -> bool:
-        """Steps 1 to 3 of the class' list. Overrides Opacus', which would clip here."""
+        """Steps 1 to 3 of the class' list, and the check of the fourth. Overrides Opacus', which would clip here."""
         if self._used:
             raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next one")
         self.before_release()
@@ -315,6 +320,8 @@ class AuthorDPOptimizer(DPOptimizer):
             part.div_(self.expected_batch_size)
         if self.world_size > 1:
             dist.all_reduce(self.sums)
+        if self.after_release is not None:
+            self.after_release(self.pad)
         for parameter in self.params:
             parameter.grad = parameter.summed_grad
         return True

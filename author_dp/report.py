@@ -185,6 +185,8 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
     """Return the reporting list of Ponomareva et al. 2023, section 5.3.3; public values only."""
     if report["disable_dp"]:
         return [("Guarantee", "none: trained with --disable_dp")]
+    if report.get("alarm"):
+        return [("Guarantee", f"none: the run found that its mechanism is not what its ledger says ({report['alarm']})")]
     rows = [
         ("Guarantee", guarantee_in_words(report["epsilon"], report["delta"])),
         ("Setting", "central: the trainer sees the data, the public sees the model"),
@@ -346,7 +348,7 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     loss = None
     if not report["disable_dp"] and ledger.steps:  # more may have been spent since
         loss = PrivacyLoss(ledger.spendings, report["delta"])
-        epsilon = loss.epsilon(ledger.spendings)
+        epsilon = loss.epsilon(ledger.spendings) if ledger.alarm is None else math.inf
         report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps}
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}

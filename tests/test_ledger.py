@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_trainer
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from test_accounting import exact_epsilon
@@ -218,6 +220,48 @@ def test_the_program_ends_with_status_2_for_a_mistake(tmp_path):
     ledger.path.write_bytes(edited(ledger.path.read_bytes(), "less noise counted"))
     done = ledger_program(str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("author_dp.ledger: error: ") and "line 1 was changed" in done.stderr
+
+
+def test_several_folders_compose_to_one_epsilon_below_the_sum(tmp_path, capsys):
+    options = [{"noise_multiplier": 0.9}, {"noise_multiplier": 1.2, "sample_rate": 0.05}, {"noise_multiplier": 0.9, "name": "c"}]
+    for folder, header in zip("abc", options):
+        (tmp_path / folder).mkdir()
+        make_ledger(tmp_path / folder, taken=40, **header)
+    main([str(tmp_path / folder) for folder in "abc"])
+    said = capsys.readouterr().out
+    alone = [exact_epsilon([spending], 1e-3) for spending in [(0.9, 0.1, 40), (1.2, 0.05, 40), (0.9, 0.1, 40)]]
+    together = exact_epsilon([(0.9, 0.1, 80), (1.2, 0.05, 40)], 1e-3)
+    numbers = [float(found) for found in re.findall(r"epsilon ([\d.]+) at", said)]
+    assert numbers == pytest.approx([*alone, together, sum(alone)], abs=0.03) and together < 0.8 * sum(alone)
+    assert "their sum, for comparison" in said and "at delta 0.003" in said and "looking at earlier private results" in said
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "1e-6"])
+    assert "at delta 1e-06" in capsys.readouterr().out
+
+
+def test_folders_of_other_deltas_want_one_and_copies_are_refused(tmp_path, capsys):
+    for folder, delta in zip("ab", (1e-3, 1e-4)):
+        (tmp_path / folder).mkdir()
+        make_ledger(tmp_path / folder, delta=delta)
+    a, b, copy, link = (str(tmp_path / name) for name in ("a", "b", "copy", "link"))
+    with pytest.raises(UserError, match="DELTA"):
+        main([a, b])
+    main([a, b, "1e-5"])
+    assert "together" in capsys.readouterr().out
+    shutil.copytree(a, copy)
+    PrivacyLedger(tmp_path / "copy" / "privacy_ledger.jsonl").record_step()  # it went on
+    os.symlink(a, link)
+    for other in (a, f"{a}/../a", copy, link):
+        with pytest.raises(UserError, match="counted twice"):
+            main([a, other, "1e-5"])
+    with pytest.raises(UserError, match="OUTPUT_DIR nowhere"):
+        main([a, "nowhere"])
+
+
+def test_two_runs_that_are_alike_in_all_are_not_taken_for_copies(tmp_path):
+    trainers = [make_trainer(tmp_path / folder) for folder in "ab"]
+    for trainer in trainers:
+        trainer.train()
+    main([str(tmp_path / folder) for folder in "ab"])
 
 
 def test_the_chain_depends_on_all_before():

@@ -1,0 +1,169 @@
+"""What a run promises: its public parameters, what the log says about them, and what privacy.json repeats.
+
+Promise: everything in a `PrivacyPlan` is public, and follows from options and the number of authors and samples alone.
+
+Example:
+
+    >>> plan = make_plan(privacy, args, offsets)
+    >>> plan.report(epsilon=7.98, steps=154)["epsilon"]
+    7.98
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import numpy as np
+
+from author_dp.accounting import find_noise_multiplier, guarantee_in_words
+from author_dp.errors import UserError
+
+FEW_AUTHORS, LARGE_DELTA = 1_000, 1e-3  # below and above which a delta is explained, and warned of
+SMALL_BATCH, FEW_STEPS, ENOUGH_STEPS = 64, 20, 60  # authors, steps: below the first two the log has advice
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """The public parameters of a run; the report repeats them."""
+
+    target_epsilon: Optional[float]
+    delta: float
+    noise_multiplier: float
+    clip_norm: float
+    sample_rate: float
+    expected_batch_size: int
+    steps: int  # that the run is calibrated for
+    num_authors: int
+    num_samples: int
+    samples_per_author: int
+    clipping: str
+    world_size: int
+    disable_dp: bool
+
+    def report(self, epsilon: float, steps: int, accountant: str = "prv") -> dict[str, Any]:
+        """Return what privacy.json holds.
+
+        Args:
+            epsilon: spent so far; null in the report where it is infinite or there is no DP.
+            steps: taken so far, by this run and earlier ones.
+            accountant: whose bound epsilon is.
+        """
+        return {
+            "privacy_unit": "author",
+            "adjacency": "add-or-remove-one",
+            "accountant": accountant,
+            "sampling": "poisson",
+            "epsilon": epsilon if math.isfinite(epsilon) and not self.disable_dp else None,
+            "delta": None if self.disable_dp else self.delta,
+            "target_epsilon": self.target_epsilon,
+            "noise_multiplier": None if self.disable_dp else self.noise_multiplier,
+            "clip_norm": None if self.disable_dp else self.clip_norm,
+            "sample_rate": self.sample_rate,
+            "expected_batch_size": self.expected_batch_size,
+            "steps": steps,
+            "num_authors": self.num_authors,
+            "num_samples": self.num_samples,
+            "samples_per_author": self.samples_per_author,
+            "clipping": None if self.disable_dp else self.clipping,
+            "world_size": self.world_size,
+            "disable_dp": self.disable_dp,
+        }
+
+    def summary(self, samples_of_authors: np.ndarray, trained: int, parameters: int, epsilon: float, earlier_steps: int) -> str:
+        """Return what will happen, for the log before training.
+
+        Args:
+            samples_of_authors: number of samples of each author, (authors,).
+            trained, parameters: numbers of trained and of all parameters.
+            epsilon: after all planned steps and the earlier ones.
+            earlier_steps: taken by earlier runs.
+        """
+        median, largest = np.median(samples_of_authors), samples_of_authors.max()
+        lines = [
+            "*** NO PRIVACY: --disable_dp ***" if self.disable_dp else "Author-level DP fine-tuning",
+            f"  authors (N)             {self.num_authors:,} with {self.num_samples:,} samples; samples per author: median "
+            f"{median:g}, largest {largest:,}, used per step (k) {self.samples_per_author}",
+            f"  sample rate (q)         {self.sample_rate:.6g}, expected batch size (B) {self.expected_batch_size:,} authors",
+            f"  steps                   {self.steps:,}" + (f", {earlier_steps:,} taken by earlier runs" if earlier_steps else ""),
+            f"  trained parameters      {trained:,} of {parameters:,}",
+        ]
+        if not self.disable_dp:
+            lines += [
+                f"  clip norm (C)           {self.clip_norm:g} per author, by {self.clipping}",
+                f"  noise multiplier        {self.noise_multiplier:.4f}",
+                f"  promise after all steps {guarantee_in_words(epsilon, self.delta)}",
+                *([f"  delta                   {self.delta_in_words()}"] if self.num_authors < FEW_AUTHORS else []),
+                "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",
+            ]
+        return "\n".join(lines)
+
+    def delta_in_words(self) -> str:
+        return (
+            f"{self.delta:.2g}: what published all texts of one author in {1 / self.delta:,.0f}, and no other, would keep it too"
+        )
+
+    def delta_warning(self) -> Optional[str]:
+        """Return what is to be said of a delta that promises little; 1 / N, the default, does where authors are few."""
+        if self.disable_dp or self.delta <= LARGE_DELTA:
+            return None
+        return f"--target_delta: delta is {self.delta_in_words()}. Set it lower, to 1e-5 or so; the noise follows"
+
+    def advice(self) -> Optional[str]:
+        """Return what stands in the way of a good model, if it can be told from the plan."""
+        if self.expected_batch_size < SMALL_BATCH and self.sample_rate < 1:
+            return (
+                f"An expected batch of {self.expected_batch_size} authors is small, noise outweighs them: raise "
+                "--gradient_accumulation_steps, to 256 authors or so"
+            )
+        if self.steps < FEW_STEPS:
+            epochs = math.ceil(ENOUGH_STEPS * self.sample_rate)
+            return (
+                f"{self.steps} steps teach little: raise --num_train_epochs, to {epochs} or so, or --max_steps if you gave it; "
+                "under --target_epsilon the noise follows"
+            )
+        return None
+
+
+def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Optional[float] = None) -> PrivacyPlan:
+    """Work out sample rate, steps and noise.
+
+    Args:
+        privacy: dp_utils.PrivacyArguments.
+        args: transformers.TrainingArguments, whose import would take ledger.py a second.
+        offsets: (authors + 1,), from `data_utils.group_by_author`.
+        noise_multiplier: of the run that is resumed, if any; otherwise it is as given or calibrated.
+    Raises:
+        UserError: for fewer than two authors, or a target that cannot be reached.
+    """
+    num_authors = len(offsets) - 1
+    if num_authors < 2:
+        raise UserError(
+            "--author_column: there is one author only, whom no noise can hide among others; give data of many authors"
+        )
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    sample_rate = min(1.0, batch_size / num_authors)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
+    delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
+    if privacy.disable_dp:
+        sigma = 0.0
+    elif privacy.noise_multiplier is not None:
+        sigma = privacy.noise_multiplier
+    elif noise_multiplier is not None:
+        sigma = noise_multiplier
+    else:
+        sigma = find_noise_multiplier(sample_rate, steps, privacy.target_epsilon, delta)
+    return PrivacyPlan(
+        target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
+        delta=delta,
+        noise_multiplier=sigma,
+        clip_norm=math.inf if privacy.disable_dp else privacy.per_sample_max_grad_norm,
+        sample_rate=sample_rate,
+        expected_batch_size=batch_size,
+        steps=steps,
+        num_authors=num_authors,
+        num_samples=int(offsets[-1]),
+        samples_per_author=privacy.samples_per_author,
+        clipping=privacy.clipping,
+        world_size=args.world_size,
+        disable_dp=privacy.disable_dp,
+    )

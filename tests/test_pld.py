@@ -1,0 +1,97 @@
+"""pld.py: a bound at any delta, judged by closed forms and integrals that share nothing with it."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import integrate
+from scipy.special import log_ndtr
+from test_accounting import gaussian_delta_in_high_precision
+
+from author_dp.pld import Composed, LossDistribution, normal_mass
+
+DELTAS = [1e-3, 1e-9, 1e-15]
+
+
+def one_step_delta(sigma: float, rate: float, epsilon: float, added: bool = False) -> float:
+    """delta of one step in closed form: that of the Gaussian mechanism at the loss without sampling."""
+    if added:  # D(Q || P) at epsilon, from D(P || Q) at -epsilon
+        return 1 - math.exp(epsilon) + math.exp(epsilon) * one_step_delta(sigma, rate, -epsilon)
+    if math.exp(epsilon) <= 1 - rate:
+        return 1 - math.exp(epsilon)
+    return float(rate * gaussian_delta_in_high_precision(1 / sigma, math.log1p(math.expm1(epsilon) / rate)))
+
+
+def two_step_delta(sigma: float, rate: float, epsilon: float) -> float:
+    """The second step's closed form, averaged over the loss of the first."""
+
+    def integrand(z: float) -> float:
+        loss = np.logaddexp(np.log1p(-rate), math.log(rate) + (2 * z - 1) / (2 * sigma**2))
+        return (
+            math.exp(loss - (z / sigma) ** 2 / 2) / (sigma * math.sqrt(2 * math.pi)) * one_step_delta(sigma, rate, epsilon - loss)
+        )
+
+    edges = np.linspace(-12 * sigma, 1 + 14 * sigma, 9)
+    return sum(integrate.quad(integrand, a, b, epsabs=0, epsrel=1e-6, limit=40)[0] for a, b in zip(edges, edges[1:]))
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize(("sigma", "rate"), [(0.3, 1e-3), (1.0, 0.01), (0.7, 0.5), (5.0, 0.9), (20.0, 0.2)])
+def test_one_step_is_bounded_closely(sigma, rate, delta):
+    step = [(sigma, rate, 1)]
+    grids = LossDistribution(step, delta)
+    epsilon = grids.epsilon(step, delta)
+    assert one_step_delta(sigma, rate, epsilon) <= delta
+    assert epsilon == 0 or one_step_delta(sigma, rate, epsilon * (1 - 3e-3) - 1e-9) > delta
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_delta_is_bounded_closely_in_both_directions(added):
+    grids = LossDistribution([(1.0, 0.1, 1)], 1e-3)
+    composed = Composed(grids, [(1.0, 0.1, 1)], 1e-3, added)
+    for epsilon in composed.losses[np.linspace(5, len(composed.losses) - 5, 40).astype(int)]:
+        exact = one_step_delta(1.0, 0.1, float(epsilon), added)
+        if 1e-6 < exact < 1:  # in the direction that is added 1 - exp(epsilon) cancels
+            assert exact * (1 - 1e-9) <= composed.delta(epsilon) <= exact * 1.05, epsilon
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize(("sigma", "rate"), [(1.0, 0.01), (0.7, 0.5)])
+def test_two_steps_are_bounded_closely(sigma, rate, delta):
+    steps = [(sigma, rate, 2)]
+    epsilon = LossDistribution(steps, delta).epsilon(steps, delta)
+    assert two_step_delta(sigma, rate, epsilon) <= delta * (1 + 1e-5)
+    assert two_step_delta(sigma, rate, epsilon * (1 - 2e-3)) > delta
+
+
+@pytest.mark.parametrize("delta", [*DELTAS, 1e-40])
+@pytest.mark.parametrize(("sigma", "steps"), [(0.3, 1), (20.0, 1), (10.0, 100), (2.0, 20_000), (20.0, 20_000)])
+@pytest.mark.parametrize("rate", [1.0, 1 - 1e-12])
+def test_many_steps_of_everybody_are_bounded_closely(sigma, steps, rate, delta):
+    spending = [(sigma, rate, steps)]
+    epsilon, mu = LossDistribution(spending, delta).epsilon(spending, delta), math.sqrt(steps) / sigma
+    assert gaussian_delta_in_high_precision(mu, epsilon) <= delta
+    assert gaussian_delta_in_high_precision(mu, epsilon * (1 - 2e-3)) > delta
+
+
+def test_mechanisms_compose_and_one_grid_serves_fewer_steps():
+    planned = [(10.0, 1.0, 50), (10.0, 1 - 1e-12, 50)]
+    grids = LossDistribution(planned, 1e-12)
+    for share in (1, 5, 50):
+        spendings = [(sigma, rate, steps // share) for sigma, rate, steps in planned]
+        epsilon, mu = grids.epsilon(spendings, 1e-12), math.sqrt(100 // share) / 10
+        assert gaussian_delta_in_high_precision(mu, epsilon) <= 1e-12
+        assert gaussian_delta_in_high_precision(mu, epsilon * (1 - 5e-3)) > 1e-12
+
+
+def test_the_mass_of_a_cell_is_exact_in_both_tails():
+    low = np.array([-40.0, -8, -1e-3, 0, 3, 37])
+    high = low + np.array([1e-3, 1e-6, 2e-3, 1, 1e-5, 0.5])
+    mass, error = normal_mass(low, high)
+    exact = []
+    for a, b in zip(low, high):  # over exp(-a^2 / 2), which may be tiny
+        integral, _ = integrate.quad(lambda z, a=a: math.exp(-(z * z - a * a) / 2), a, b, epsabs=0)
+        exact.append(math.log(integral) - a * a / 2)
+    assert np.all(np.abs(mass - exact + math.log(2 * math.pi) / 2) <= error + 1e-12) and error.max() < 1e-7
+    assert normal_mass(np.array([-np.inf]), np.array([1.0]))[0] == pytest.approx(log_ndtr(1.0))
