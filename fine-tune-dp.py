@@ -276,6 +276,7 @@ def main() -> None:
         train_dataset=AuthorDataset(*grouped),
         eval_dataset=evaluation,
         data_collator=collate,
+        sequence_len=data_args.sequence_len,
         processing_class=tokenizer,
     )
     trainer.add_callback(Statistics(trainer.norms, np.diff(grouped[1])))
