@@ -1,0 +1,62 @@
+"""LoRA adapters for any model: which layers they go to, and what may be trained beside them.
+
+Promise: nothing here is about privacy. Whatever is trainable afterwards is clipped, or refused, by what follows (proof.py).
+
+Example:
+
+    >>> model = add_lora(model, targets=["all-linear"], r=8, lora_alpha=8)
+
+References:
+    [1] Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685
+"""
+
+from typing import Any, Optional
+
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ALL_LINEAR = "all-linear"
+FUSED_IN_MAMBA = ("out_proj", "conv1d")  # peft refuses these where Mamba's kernels read their weights past the adapter
+
+
+def add_lora(model: PreTrainedModel, targets: Optional[list[str]] = None, **options: Any) -> Any:
+    """Return the model with LoRA adapters.
+
+    Args:
+        targets: names of layers, or ["all-linear"]: all linear layers but the head. Default: peft's choice for the kind of model,
+            all-linear where peft has none.
+        options: of peft's LoraConfig.
+    Raises:
+        ValueError: where the names or options do not fit the model.
+    """
+    if targets is None and not has_choice(model):
+        targets = [ALL_LINEAR]
+    everything = targets == [ALL_LINEAR]
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        target_modules=ALL_LINEAR if everything else targets,
+        exclude_modules=(unfit_layers(model) or None) if everything else None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        **options,
+    )
+    return get_peft_model(model, config)
+
+
+def has_choice(model: PreTrainedModel) -> bool:
+    """Whether peft has a choice of layers for this kind of model, and the model has such layers."""
+    names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
+    return any(name.split(".")[-1] in names for name, _ in model.named_modules())
+
+
+def unfit_layers(model: nn.Module) -> list[str]:
+    """Return linear layers that all-linear is to leave out: those that return more than their product, like Llama 4's router."""
+    names = []
+    fused = "mamba" in str(getattr(model.config, "model_type", "")).lower()
+    for name, layer in model.named_modules():
+        is_linear = type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear"
+        if (isinstance(layer, nn.Linear) and not is_linear) or (fused and name.split(".")[-1] in FUSED_IN_MAMBA):
+            names.append(name)
+    return names
