@@ -14,6 +14,7 @@ from typing import Any, Optional
 
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -32,26 +33,21 @@ def add_lora(model: PreTrainedModel, targets: Optional[list[str]] = None, **opti
     Raises:
         ValueError: where the names or options do not fit the model.
     """
-    if targets is None and not has_choice(model):
-        targets = [ALL_LINEAR]
-    everything = targets == [ALL_LINEAR]
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        target_modules=ALL_LINEAR if everything else targets,
-        exclude_modules=(unfit_layers(model) or None) if everything else None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        **options,
-    )
-    return get_peft_model(model, config)
+    options["task_type"] = TaskType.CAUSAL_LM
+    options["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
+    if targets is None and model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        try:
+            return get_peft_model(model, LoraConfig(**options))
+        except NoMatchingPeftModuleError:  # experts of Mixtral, which are no layers any more
+            pass
+    if targets in (None, [ALL_LINEAR]):
+        return get_peft_model(
+            model, LoraConfig(target_modules=ALL_LINEAR, exclude_modules=unfit_layers(model) or None, **options)
+        )
+    return get_peft_model(model, LoraConfig(target_modules=targets, **options))
 
 
-def has_choice(model: PreTrainedModel) -> bool:
-    """Whether peft has a choice of layers for this kind of model, and the model has such layers."""
-    names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
-    return any(name.split(".")[-1] in names for name, _ in model.named_modules())
-
-
-def unfit_layers(model: nn.Module) -> list[str]:
+def unfit_layers(model: Any) -> list[str]:
     """Return linear layers that all-linear is to leave out: those that return more than their product, like Llama 4's router."""
     names = []
     fused = "mamba" in str(getattr(model.config, "model_type", "")).lower()
