@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 ALL_LINEAR = "all-linear"
-FUSED_IN_MAMBA = ("out_proj", "conv1d")  # peft refuses these where Mamba's kernels read their weights past the adapter
+# peft refuses these layers where Mamba's kernels read their weights past the adapter.
+FUSED_IN_MAMBA = ("out_proj", "conv1d")
+KINDS_OF_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 def add_lora(model: PreTrainedModel, targets: Optional[list[str]] = None, **options: Any) -> Any:
@@ -50,7 +52,7 @@ def add_lora(model: PreTrainedModel, targets: Optional[list[str]] = None, **opti
 def unfit_layers(model: Any) -> list[str]:
     """Return linear layers that all-linear is to leave out: those that return more than their product, like Llama 4's router."""
     names = []
-    fused = "mamba" in str(getattr(model.config, "model_type", "")).lower()
+    fused = model.config.model_type in KINDS_OF_MAMBA
     for name, layer in model.named_modules():
         is_linear = type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear"
         if (isinstance(layer, nn.Linear) and not is_linear) or (fused and name.split(".")[-1] in FUSED_IN_MAMBA):

@@ -69,7 +69,10 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None) -> Proo
             batches = [random_authors(model, length) for length in LENGTHS]
             unused = freeze_unused(model, batches)
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-            raise misfit(error, "--model_name: this model cannot be called with input_ids alone: choose another one") from error
+            what = (
+                f"--model_name: this model cannot be called with {longest} tokens of input_ids alone: lower --sequence_len, or "
+            )
+            raise misfit(error, what + "choose another one") from error
         try:
             found, apart = compare(model, clipping, batches)
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
