@@ -32,6 +32,7 @@ SAME = 1e-4  # of logits that are to be the same: what another order of summatio
 NEGLIGIBLE = 1e-5  # of the whole clipped sum: a parameter's share below it may be nothing but rounding (biases of keys)
 COUNTS = (1, 2, 4)  # samples of the proof's authors: seven, so that neither heads nor experts are as many
 LENGTHS = (9, 7)  # longest sample, in tokens: once another number than the samples, and once the same
+LONGEST = 512  # tokens of a further text, if samples are as long: mixers and local attention cut long texts into chunks
 
 
 class Proof(NamedTuple):
@@ -65,9 +66,13 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None) -> Proo
     longest = sequence_len or min(getattr(model.config, "max_position_embeddings", None) or 128, 128)
     with still(model), nothing_at_zero(model):
         try:
+            check_buffers(model, longest)
             check_samples_apart(model, longest)
-            batches = [random_authors(model, length) for length in LENGTHS]
-            unused = freeze_unused(model, batches)
+            batches = [
+                *(random_authors(model, length) for length in LENGTHS),
+                random_authors(model, min(longest, LONGEST), (1, 1)),
+            ]
+            unused = freeze_unused(model, batches[0])
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
             what = (
                 f"--model_name: this model cannot be called with {longest} tokens of input_ids alone: lower --sequence_len, or "
@@ -95,7 +100,7 @@ def misfit(error: Exception, message: str) -> Exception:
 def still(model: nn.Module) -> Iterator[None]:
     """In training mode, as batch norm shows itself only there, but without dropout, autocast or TF32."""
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
     owners: dict[int, Any] = {id(owner): owner for m in modes for owner in (m, getattr(m, "config", None)) if owner is not None}
     rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_rate(o, name, v)]
     device = next(model.parameters()).device
@@ -114,8 +119,9 @@ def still(model: nn.Module) -> Iterator[None]:
             for module, mode in modes.items():
                 module.training = mode
             with torch.no_grad():
-                for buffer, value in buffers.items():
+                for module, name, buffer, value in buffers:
                     buffer.copy_(value)
+                    module._buffers[name] = buffer
 
 
 def is_rate(owner: Any, name: str, value: Any) -> bool:
@@ -152,6 +158,17 @@ def random_tokens(model: Any, count: int, seed: int) -> torch.Tensor:
 # --- samples are apart, and causal ----------------------------------------------------------------------
 
 
+def check_buffers(model: Any, longest: int) -> None:
+    """Raise UserError where a forward in training changes what a checkpoint holds beside weights: it would tell of the texts."""
+    saved = model.state_dict(keep_vars=True).keys()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved}
+    with torch.no_grad():
+        model(input_ids=random_tokens(model, longest, 3)[None])
+    for name, buffer in model.named_buffers():
+        if name in before and not torch.equal(before[name], buffer):
+            raise UserError(f"--model_name: {name} changes with the texts, without noise, and is saved; choose another model")
+
+
 def check_samples_apart(model: Any, longest: int) -> None:
     """Raise UserError where a short sample's logits depend on a longer one beside it, on padding, or on its own later tokens."""
     long = random_tokens(model, longest, 1)
@@ -180,15 +197,15 @@ def check_samples_apart(model: Any, longest: int) -> None:
 # --- clipping against a plain loop ----------------------------------------------------------------------
 
 
-def random_authors(model: Any, longest: int) -> Batch:
-    """Return a microbatch of three authors with several ragged samples of random tokens."""
-    samples = sum(COUNTS)
+def random_authors(model: Any, longest: int, counts: tuple[int, ...] = COUNTS) -> Batch:
+    """Return a microbatch of authors with `counts` ragged samples each of random tokens."""
+    samples = sum(counts)
     lengths = [longest, *(2 + (3 * i) % (longest - 1) for i in range(1, samples))]
     ids = random_tokens(model, samples * longest, 10 + longest).view(samples, longest)
     there = torch.arange(longest, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
-    author = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS)).to(ids.device)
+    author = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(ids.device)
     batch = {"input_ids": ids.where(there, 0), "labels": ids.where(there, IGNORED), "author": author}
-    return {**batch, "num_authors": len(COUNTS)}
+    return {**batch, "num_authors": len(counts)}
 
 
 def plain_gradient(model: Any, batch: Batch, author: int, parameters: list[Any]) -> tuple[torch.Tensor | None, ...]:
@@ -204,16 +221,14 @@ def plain_gradient(model: Any, batch: Batch, author: int, parameters: list[Any])
     return tuple(total)
 
 
-def freeze_unused(model: Any, batches: list[Batch]) -> list[str]:
+def freeze_unused(model: Any, batch: Batch) -> list[str]:
     """Freeze trainable parameters that have no gradient, and return their names: cross-attention without an encoder.
 
     Of experts, which see some tokens only, one may be without by chance: a parameter that has used siblings stays.
     """
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    used = set()
-    for author in range(len(COUNTS)):
-        found = plain_gradient(model, batches[0], author, list(names))
-        used |= {name for name, gradient in zip(names.values(), found) if gradient is not None}
+    found = plain_gradient(model, batch, batch["num_authors"] - 1, list(names))
+    used = {name for name, gradient in zip(names.values(), found) if gradient is not None}
     of_siblings = {sibling(name) for name in used}
     unused = [p for p, name in names.items() if name not in used and sibling(name) not in of_siblings]
     for parameter in unused:
@@ -231,23 +246,23 @@ def sibling(name: str) -> str:
 def compare(model: Any, clipping: str, batches: list[Batch]) -> tuple[float, set[Any]]:
     """Return the largest relative difference between the engine and a plain loop, and what the engine takes apart."""
     parameters = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {parameter: getattr(parameter, "summed_grad", None) for parameter in parameters}
     for parameter in parameters:
         parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
     try:
-        norms, apart = clip(model, clipping, 1.0, [batches[0]], None)
-        clip_norm = float(norms.sort().values[-2:].mean())  # one author at least is clipped, and one is not
+        norms, apart = clip(model, clipping, 1.0, [batches[0], batches[-1]], None)
+        clip_norm = float(norms[: len(COUNTS)].sort().values[-2:].mean())  # one author at least is clipped, and one is not
         worst = 0.0
         for batch in batches:
             for parameter in parameters:
                 parameter.summed_grad.zero_()
             # As in training: what is taken apart comes in microbatches of one author.
             norms, _ = clip(model, clipping, clip_norm, one_by_one(batch) if apart else [batch], apart)
-            expected = (plain_gradient(model, batch, author, list(parameters)) for author in range(len(COUNTS)))
+            expected = (plain_gradient(model, batch, author, list(parameters)) for author in range(len(norms)))
             worst = max(worst, judge(clipping, clip_norm, norms, expected, parameters))
     finally:
         for parameter in parameters:
-            parameter.grad = None
-            del parameter.summed_grad
+            parameter.grad, parameter.summed_grad = None, before[parameter]
     return worst, apart
 
 

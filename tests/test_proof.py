@@ -70,6 +70,24 @@ def test_batch_norm_shows_itself_in_training_mode():
         prove(model, "ghost")
 
 
+def test_a_buffer_that_learns_from_the_texts_is_refused():
+    model = llama(True, 0.0)
+    model.model.norm = nn.Sequential(model.model.norm, Counts())
+    with pytest.raises(UserError, match=r"norm\.1\.mean changes with the texts"):
+        prove(model, "ghost")
+    assert model.model.norm[1].mean == 0
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(x.detach().mean())
+        return x
+
+
 class Rows(nn.Module):
     def __init__(self, layer):
         super().__init__()
@@ -137,7 +155,7 @@ def test_the_proof_leaves_no_trace(kind, clipping):
     prove(model, clipping)
     assert torch.equal(state, torch.get_rng_state()) and modes == [module.training for module in model.modules()]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(p.grad is None and not hasattr(p, "summed_grad") for p in model.parameters())
+    assert all(p.grad is None and getattr(p, "summed_grad", None) is None for p in model.parameters())
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
 
 
