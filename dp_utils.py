@@ -83,7 +83,7 @@ class PrivacyArguments:
     clipping: str = field(
         default="ghost",
         metadata={
-            "help": "How per-author gradients are clipped: ghost never stores them; grad_sample (Opacus) does, for more layers.",
+            "help": "How per-author gradients are clipped: ghost hardly stores any; grad_sample (Opacus) does, for comparison.",
             "choices": ["ghost", "grad_sample"],
         },
     )

@@ -70,7 +70,7 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None) -> Proo
             check_samples_apart(model, longest)
             batches = [
                 *(random_authors(model, length) for length in LENGTHS),
-                random_authors(model, min(longest, LONGEST), (1, 1)),
+                random_authors(model, max(4, min(longest, LONGEST)), (1, 1)),
             ]
             unused = freeze_unused(model, batches[0])
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:

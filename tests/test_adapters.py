@@ -19,6 +19,7 @@ OPTIONS = {
     "rank-stabilized": {"use_rslora": True},
     "the head too": {"modules_to_save": ["lm_head"]},
     "biases too": {"bias": "all"},
+    "DoRA, and biases too": {"family": "gpt2", "use_dora": True, "bias": "all"},
 }
 
 

@@ -36,7 +36,7 @@ from author_dp.errors import UserError
 
 MATRICES = {linear, conv1d, embedding}  # rules whose contributions to one matrix add up, from whichever layers they come
 SAVE_NO_OUTPUT = (nn.Linear, nn.LayerNorm, Conv1D)  # their backward does not look at what they returned
-OF_EXPERTS = re.compile(r"experts\.\d+\.")  # layers that see some tokens only, in an order of their own
+OF_EXPERTS = r"experts\.\d+\."
 
 
 class Tap(torch.autograd.Function):
@@ -85,12 +85,16 @@ class GhostClipping:
                     owners[parameter].append((name, layer))
         self._rules: dict[nn.Module, Any] = {}
         self.apart: set[Any] = set()
+        behind = [re.escape(n) for n, m in model.named_modules() if n.endswith("lora_magnitude_vector") and any(m.children())]
+        # DoRA subtracts its layer's bias once more, behind the tap; experts see some tokens only, in an order of their own.
+        unfit = re.compile("|".join([OF_EXPERTS, *(name.replace("lora_magnitude_vector", "base_layer") for name in behind)]))
         for parameter, uses in owners.items():
             # A head may hold its layer's bias once more, under a name of its own.
             uses = [(n, layer) for n, layer in uses if not any(other.startswith(f"{n}.") for other, _ in uses)]
             rules = {rule_of(layer) for _, layer in uses}
             self._rules |= {layer: rule_of(layer) for _, layer in uses}
-            if None in rules or (len(uses) > 1 and not rules <= MATRICES) or any(OF_EXPERTS.search(f"{n}.") for n, _ in uses):
+            add_up = None not in rules and (len(uses) == 1 or rules <= MATRICES)
+            if not add_up or any(unfit.search(f"{n}.") for n, _ in uses):
                 self.apart.add(parameter)
         self._trained = {layer: {p for p in layer.parameters(recurse=False) if p.requires_grad} for layer in self._rules}
         self.tied = {parameter for parameter, uses in owners.items() if len(uses) > 1}
