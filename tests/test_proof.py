@@ -219,3 +219,21 @@ def test_a_run_takes_authors_one_at_a_time_where_a_parameter_has_no_rule(tmp_pat
         trainer.train()
         updates.append(before - flat(trained.parameters()))
     assert torch.allclose(*updates, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_what_is_taken_apart_survives_checkpointing_and_bfloat16(tmp_path, options):
+    updates = []
+    for name, extra in {"plain": {}, "other": options}.items():
+        torch.manual_seed(3)
+        model = tiny_gpt2()
+        model.transformer.h[0].ln_1 = OwnScale(model.transformer.h[0].ln_1)
+        before = flat(model.parameters()).clone()
+        privacy = {"noise_multiplier": 0.0, "samples_per_author": 9}
+        trainer = make_trainer(
+            tmp_path / name, model, make_dataset([1, 2, 3]), privacy=privacy, per_device_train_batch_size=3, **extra
+        )
+        assert len(trainer.proof.apart) == 1
+        trainer.train()
+        updates.append(before - flat(model.parameters()))
+    assert (updates[0] - updates[1]).norm() < (0.05 if "bf16" in options else 1e-5) * updates[0].norm()
