@@ -39,6 +39,7 @@ from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import SignalError, StopOnSignal, check_same_authors, find_checkpoint, state_of, written_whole
 from author_dp.clipping import ENGINES, ClippingEngine
+from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import MechanismError, UserError
 from author_dp.evaluation import TextBatches, evaluate
@@ -54,6 +55,7 @@ from author_dp.mechanism import (
 )
 from author_dp.plan import PrivacyPlan, make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
+from author_dp.proof import Proof, prove
 from author_dp.selfcheck import NoiseCheck, noise_check
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -84,7 +86,7 @@ class PrivacyArguments:
     clipping: str = field(
         default="ghost",
         metadata={
-            "help": "How per-author gradients are clipped: ghost never stores them; grad_sample (Opacus) does, for more layers.",
+            "help": "How per-author gradients are clipped: ghost hardly stores any; grad_sample (Opacus) does, for comparison.",
             "choices": ["ghost", "grad_sample"],
         },
     )
@@ -141,6 +143,7 @@ class DPTrainer(Trainer):
         privacy: what is promised.
         train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
         data_collator: pads a list of samples to input_ids and labels of shape (samples, tokens).
+        sequence_len: tokens of the longest sample, for the proof at the start; default: 128, or the model's positions.
         kwargs: the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
@@ -158,12 +161,15 @@ class DPTrainer(Trainer):
         *,
         train_dataset: Any,
         data_collator: Callable,
+        sequence_len: Optional[int] = None,
         **kwargs,
     ):
         check_options(args, privacy)
         check_model(model)
+        self.proof: Optional[Proof] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
-            ENGINES[privacy.clipping](model, clip_norm=1.0).close()
+            self.proof = prove(move(model, args), privacy.clipping, sequence_len)
+            logger.info(self.proof.in_words())
         self.privacy = privacy
         self.checkpoint = find_checkpoint(args, privacy)
         self.folder = Path(str(args.output_dir))
@@ -230,7 +236,9 @@ class DPTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""
-        return load_logical_batches(self.train_dataset, self.plan, self.args, self.data_collator)
+        # Where parameters are taken author by author, a microbatch of one author costs one backward, of several one for each.
+        at_once = 1 if self.proof is not None and self.proof.apart else self.args.per_device_train_batch_size
+        return load_logical_batches(self.train_dataset, self.plan, self.args, self.data_collator, at_once)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Wrap the Trainer's optimizer in the one that adds the noise."""
@@ -262,6 +270,8 @@ class DPTrainer(Trainer):
         if self.privacy.disable_dp:
             return Wrapper(self.model)
         self.engine = ENGINES[self.plan.clipping](self.model, self.plan.clip_norm)
+        if isinstance(self.engine, GhostClipping) and self.proof is not None:
+            self.engine.settle(self.proof.apart)
         return Wrapper(self.engine.module)
 
     def training_step(self, model: nn.Module, inputs: LogicalBatch, *_) -> torch.Tensor:  # type: ignore[override]
@@ -404,7 +414,9 @@ def for_logical_batches(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
-def load_logical_batches(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, collate: Callable) -> DataLoader:
+def load_logical_batches(
+    dataset: Any, plan: PrivacyPlan, args: TrainingArguments, collate: Callable, authors_at_once: int
+) -> DataLoader:
     """Return the logical batches of an epoch, ceil(1 / q) of them, drawn by Poisson sampling and padded in the workers."""
     sampler = PoissonAuthorSampler(
         dataset.offsets,
@@ -417,7 +429,7 @@ def load_logical_batches(dataset: Any, plan: PrivacyPlan, args: TrainingArgument
         world_size=args.world_size,
     )
     return DataLoader(
-        DrawnDataset(dataset, args.per_device_train_batch_size, collate),
+        DrawnDataset(dataset, authors_at_once, collate),
         batch_sampler=sampler,  # type: ignore[arg-type]  # of draws, which DrawnDataset takes whole
         collate_fn=as_is,
         num_workers=args.dataloader_num_workers,
@@ -426,6 +438,11 @@ def load_logical_batches(dataset: Any, plan: PrivacyPlan, args: TrainingArgument
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+
+
+def move(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
+    """Move the model to where the Trainer will, unless it is spread over devices."""
+    return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
 
 
 class Wrapper(nn.Module):

@@ -40,18 +40,18 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel
 from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from author_dp.accounting import guarantee_in_words
+from author_dp.adapters import add_lora
 from author_dp.audit import Audit, AuditArguments, secret_key
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.dry_run import DryRun
@@ -100,7 +100,22 @@ class LoraArguments:
     lora_alpha: int = field(default=8, metadata={"help": "The adapters' output is scaled by lora_alpha / lora_dim."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     lora_target_modules: Optional[list[str]] = field(
-        default=None, metadata={"help": "Names of the layers to adapt. Default: peft's choice for the model."}
+        default=None,
+        metadata={
+            "help": "Names of the layers to adapt, or all-linear: all but the head. Default: peft's choice for the model, or "
+            "all-linear where peft has none."
+        },
+    )
+    lora_use_dora: bool = field(default=False, metadata={"help": "Train magnitudes apart from directions (DoRA)."})
+    lora_use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_dim) instead: rank-stabilized LoRA."}
+    )
+    lora_bias: str = field(
+        default="none",
+        metadata={"help": "Biases to train too: all, or those of adapted layers.", "choices": ["none", "all", "lora_only"]},
+    )
+    lora_modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Names of layers to train in full beside the adapters, like lm_head."}
     )
 
     def __post_init__(self):
@@ -228,18 +243,13 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
         )
     if not lora_args.enable_lora:
         return model, tokenizer
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=lora_args.lora_dim,
-        lora_alpha=lora_args.lora_alpha,
-        lora_dropout=lora_args.lora_dropout,
-        target_modules=lora_args.lora_target_modules,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
+    options = {option.removeprefix("lora_"): value for option, value in vars(lora_args).items() if option.startswith("lora_")}
+    targets, options["r"], options["lora_alpha"] = options.pop("target_modules"), options.pop("dim"), options.pop("alpha")
+    options["lora_dropout"] = options.pop("dropout")
     try:
-        return get_peft_model(model, config), tokenizer
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules do not fit {name}: {str(error).strip().splitlines()[0]}") from error
+        return add_lora(model, targets, **options), tokenizer
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--lora_target_modules, or another --lora option, does not fit {name}: {first_line(error)}") from error
 
 
 def losses_in_words(metrics: dict[str, float]) -> str:
@@ -279,7 +289,7 @@ def main() -> None:
     if audit_args.audit_canaries:
         key = secret_key(training_args.output_dir, go_on=bool(training_args.resume_from_checkpoint))
         shape = (audit_args.audit_canaries, privacy_args.samples_per_author, data_args.sequence_len)
-        audit = Audit(*shape, model.get_input_embeddings().num_embeddings, key)
+        audit = Audit(*shape, len(model.get_input_embeddings().weight), key)
         grouped = audit.join(*grouped)
 
     trainer = DPTrainer(
@@ -289,6 +299,7 @@ def main() -> None:
         train_dataset=AuthorDataset(*grouped),
         eval_dataset=held_out,
         data_collator=collate,
+        sequence_len=data_args.sequence_len,
         processing_class=tokenizer,
     )
     trainer.data = data_notes(data_args, tokenizer)

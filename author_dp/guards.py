@@ -128,12 +128,11 @@ def check_launch(accelerator: Accelerator) -> None:
 def check_model(model: nn.Module) -> None:
     """Raise UserError for a model whose per-author gradients do not exist, that would round the noise, or is broken."""
     check_weights(model.named_parameters(), "--model_name: ", "choose another model, or mend the checkpoint")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError("--model_name: an encoder-decoder model has no text of its own to continue; choose a decoder (causal LM)")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(f"--model_name: {name} is a batch norm, which mixes the authors of a batch; choose another model")
-    config = getattr(model, "config", None)
-    if any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise UserError("--model_name: a mixture of experts, whose balancing mixes the authors of a batch; choose another model")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise UserError(

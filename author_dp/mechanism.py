@@ -23,7 +23,9 @@ References:
 import inspect
 import math
 import secrets
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -207,21 +209,19 @@ class TokenLosses(torch.autograd.Function):
         return max(1, (2**20 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
 
 
-def token_losses(model: nn.Module, batch: Batch, needs_positions: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(model: nn.Module, batch: Batch, needs_positions: Optional[bool] = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each next token's cross-entropy, float32 (samples, tokens), 0 without a target; and bool, where there is one."""
-    inputs = {"input_ids": batch["input_ids"]}
-    if needs_positions:
-        # GPT-2's own position ids have batch size 1, in which no per-sample gradient can be told apart.
-        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1], device=batch["labels"].device).expand_as(
-            batch["labels"]
-        )
+    input_ids = batch["input_ids"]
+    inputs = {"input_ids": input_ids}
+    if takes_positions(model) if needs_positions is None else needs_positions:
+        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     logits = model(**inputs).logits  # (samples, tokens, vocabulary)
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (samples, tokens): what comes next
     losses = TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
     return losses, targets != IGNORED
 
 
-def author_losses(model: nn.Module, batch: Batch, needs_positions: bool = True) -> torch.Tensor:
+def author_losses(model: nn.Module, batch: Batch, needs_positions: Optional[bool] = None) -> torch.Tensor:
     """Return each author's mean cross-entropy over the author's own target tokens.
 
     Guarantee: an entry depends on that author's samples only. The model's built-in loss does not give this: it
@@ -229,7 +229,7 @@ def author_losses(model: nn.Module, batch: Batch, needs_positions: bool = True) 
 
     Args:
         batch: input_ids, labels (samples, tokens), labels -100 where nothing is predicted; author (samples,), num_authors.
-        needs_positions: whether the model takes position_ids.
+        needs_positions: whether to give the model position_ids; None: as `takes_positions` says.
     Returns:
         losses, float32 (authors,); 0 for an author without target tokens.
     """
@@ -242,9 +242,54 @@ def author_losses(model: nn.Module, batch: Batch, needs_positions: bool = True) 
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether `author_losses` is to give the model position_ids."""
-    base: Any = getattr(model, "get_base_model", lambda: model)()  # of peft's wrapper, which takes anything
-    return "position_ids" in inspect.signature(base.forward).parameters
+    """Whether `author_losses` is to give the model position_ids: 0, 1, 2, ... for each sample.
+
+    Only where that changes nothing but their shape: GPT-2's own have batch size 1, in which no per-sample gradient can be told
+    apart. Found by two calls on a few tokens, once a model; a model whose own positions are others keeps them (RoBERTa's).
+    """
+    while hasattr(model, "_module") or hasattr(model, "get_base_model"):
+        model = model._module if hasattr(model, "_module") else model.get_base_model()  # type: ignore[assignment, operator]
+    if model not in _takes_positions:
+        _takes_positions[model] = _shares_positions(model)
+    return _takes_positions[model]
+
+
+_takes_positions: MutableMapping[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _shares_positions(model: Any) -> bool:
+    words = getattr(model, "get_input_embeddings", lambda: None)()
+    tables = [layer for layer in model.modules() if isinstance(layer, nn.Embedding) and layer.weight.requires_grad]
+    tables = [table for table in tables if table is not words]
+    if not tables or "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    ids = torch.tensor([[3, 1, 4], [2, 5, 3]], device=tables[0].weight.device)
+    shared: list[bool] = []
+    hooks = [t.register_forward_hook(lambda _, args, __: shared.append(args[0].shape != ids.shape)) for t in tables]
+    try:
+        with at_rest(model), torch.no_grad():
+            own = model(input_ids=ids).logits
+            if not any(shared):
+                return False
+            given = model(input_ids=ids, position_ids=torch.arange(3, device=ids.device).expand_as(ids)).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.equal(own, given) or bool((own - given).norm() < 1e-5 * own.norm())
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Without dropout; the modes of the model and the random generators are as before, afterwards."""
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 # --- step 3, the clipping, is in clipping/ --------------------------------------------------------------

@@ -1,14 +1,14 @@
 """clipping/rules.py: each rule against its naive twin, and what has no rule."""
 
+import naive
 import pytest
 import torch
-from conftest import flat, tiny_gpt2
+from conftest import as_arrays, clipped_sum, flat, make_batch, tiny_gpt2
 from families import close, llama, qwen3
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.ghost import GhostClipping
-from author_dp.errors import UserError
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 4, 6)),
@@ -46,23 +46,7 @@ def test_each_rule_equals_autograd_on_one_sample(name, calls):
         nn.init.normal_(parameter)
     inputs = [torch.randn(shape) if shape else torch.randint(7, (3, 9)) for _ in range(calls)]
     inputs[-1] = inputs[-1].repeat(1, 30, *[1] * (inputs[-1].dim() - 2)) if calls > 1 else inputs[-1]
-    expected = []
-    for sample in range(3):
-        (loss,) = model(*(x[sample : sample + 1] for x in inputs))
-        expected.append(flat(torch.autograd.grad(loss, list(model.parameters()))))
-    engine = GhostClipping(model, 2.0)
-    for parameter in model.parameters():
-        parameter.summed_grad = torch.zeros_like(parameter)
-    norms = engine.backward(engine.module(*inputs), torch.arange(3))
-    assert norms.tolist() == pytest.approx([gradient.norm().item() for gradient in expected], rel=1e-4)
-    clipped = sum(gradient * min(1.0, 2.0 / gradient.norm().item()) for gradient in expected)
-    assert close(flat(p.summed_grad for p in model.parameters()), clipped, 1e-4)
-
-
-def refused(layer: nn.Module) -> nn.Module:
-    model = tiny_gpt2()
-    model.transformer.extra = layer
-    return model
+    check(model, inputs)
 
 
 class Scaled(nn.Linear):
@@ -75,28 +59,74 @@ class Scaled(nn.Linear):
 class OwnParameter(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return torch.sin(x * self.weight) * (1 + self.weight)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        Scaled(3, 3), OwnParameter(), nn.Conv1d(3, 3, 1), nn.Embedding(4, 3, max_norm=1.0), nn.LayerNorm((2, 3)),
-        nn.Embedding(4, 3, scale_grad_by_freq=True), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)  # fmt: skip
-def test_a_trainable_layer_without_a_rule_is_refused_by_name(layer):
-    with pytest.raises(UserError, match=r"transformer\.extra.*--clipping grad_sample"):
-        GhostClipping(refused(layer), 0.1)
+class DataDependent(OwnParameter):
+    def forward(self, x):
+        return super().forward(x) if x.sum().item() > -1e9 else x
 
 
-def test_a_frozen_layer_needs_no_rule():
-    GhostClipping(refused(Scaled(3, 3).requires_grad_(False)), 0.1)
+def check(model: nn.Module, inputs: list[torch.Tensor], authors: int = 3) -> GhostClipping:
+    """Compare an engine on `model`, called with samples, to autograd on one sample at a time; each is an author's."""
+    expected = []
+    for sample in range(authors):
+        (loss,) = model(*(x[sample : sample + 1] for x in inputs))
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        expected.append(flat(torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found)))
+    engine = GhostClipping(model, 2.0)
+    for parameter in model.parameters():
+        parameter.summed_grad = torch.zeros_like(parameter)
+    norms = engine.backward(engine.module(*inputs), torch.arange(authors))
+    assert norms.tolist() == pytest.approx([gradient.norm().item() for gradient in expected], rel=1e-4)
+    clipped = sum(gradient * min(1.0, 2.0 / gradient.norm().item()) for gradient in expected)
+    assert close(flat(p.summed_grad for p in model.parameters()), clipped, 1e-4)
+    engine.close()
+    return engine
 
 
-def test_two_matrices_that_share_a_weight_are_refused():
-    model = tiny_gpt2()
+class Uses(nn.Module):
+    """Use a layer's weight without calling it, in place, or of samples and tokens joined."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer, self.use = nn.Linear(6, 6), use
+
+    def forward(self, x):
+        return self.use(self.layer, x).square().flatten(1).sum(1)
+
+
+OTHER_LAYERS = {
+    "scaled": (lambda: Scaled(6, 5), (3, 4, 6), False),
+    "own parameter": (lambda: OwnParameter(), (3, 4, 6), False),
+    "convolution": (lambda: nn.Conv1d(4, 4, 3, padding=1, groups=4), (3, 4, 6), False),
+    "norm over two dimensions": (lambda: nn.LayerNorm((4, 6)), (3, 4, 6), False),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), (3, 4, 6), True),
+    "looks ahead of vmap": (lambda: DataDependent(), (3, 4, 6), True),
+    "weight used directly": (lambda: Uses(lambda layer, x: x @ layer.weight), (3, 4, 6), True),
+    "changed in place": (lambda: Uses(lambda layer, x: layer(x).mul_(3)), (3, 4, 6), False),
+    "joined": (lambda: Uses(lambda layer, x: layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])), (3, 4, 6), False),
+    "as many tokens as samples": (lambda: Uses(lambda layer, x: layer(x[0] * 0 + 1) * x), (3, 3, 6), None),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_a_layer_without_a_rule_is_followed_whatever_it_computes(name):
+    """By its own forward, once more for each sample, or by a backward for each author."""
+    torch.manual_seed(1)
+    make, shape, apart = OTHER_LAYERS[name]
+    layer = make()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    engine = check(layer if isinstance(layer, Uses) else Calls(layer), [torch.randn(shape)])
+    assert apart is None or bool(engine.apart) == apart
+
+
+def test_two_matrices_that_share_a_weight_count_once():
+    model, batch = tiny_gpt2(), make_batch()
     model.transformer.h[1].mlp.c_fc.weight = model.transformer.h[0].mlp.c_fc.weight
-    with pytest.raises(UserError, match=r"h\.1\.mlp\.c_fc"):
-        GhostClipping(model, 0.1)
+    ours, _ = clipped_sum(model, batch, 0.1, "ghost")
+    assert close(ours, naive.clipped_sum(model, as_arrays(batch), 0.1))

@@ -20,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -210,21 +212,34 @@ def test_the_other_engine_and_checkpointing(checkpoint, comments, tmp_path, monk
     assert read_report(tmp_path / "out")["clipping"] == ("grad_sample" if "grad_sample" in options else "ghost")
 
 
-@pytest.mark.slow
-def test_a_model_without_rules_is_refused_and_the_remedy_works(checkpoint, comments, tmp_path, monkeypatch, capfd):
-    """Gemma's norms scale by 1 + weight: not the rule of the other families."""
+ADAPTERS = "--enable_lora --lora_target_modules all-linear --lora_use_dora --lora_use_rslora --lora_bias all".split()
+ADAPTERS += ["--lora_modules_to_save", "lm_head"]
+
+
+def save_tiny(checkpoint, folder, model_class, config_class, **more) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    config = GemmaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
-    GemmaForCausalLM(config).save_pretrained(tmp_path / "gemma")
-    tokenizer.save_pretrained(tmp_path / "gemma")
-    arguments = small(tmp_path / "gemma", comments, tmp_path / "out", *PRIVACY)
-    status, stderr = run_here(monkeypatch, capfd, *arguments)
-    assert status == 2 and re.search(r"error: --clipping ghost .*norm \(GemmaRMSNorm\): use --clipping grad_sample", stderr), (
-        stderr
-    )
-    status, stderr = run_here(monkeypatch, capfd, *arguments, "--enable_lora")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model_class(config_class(**sizes, num_attention_heads=2, **more)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ADAPTERS], ids=["full", "adapters"])
+def test_a_model_whose_norms_have_no_rule_of_their_own_trains(checkpoint, comments, tmp_path, monkeypatch, capfd, options):
+    """Gemma's norms scale by 1 + weight."""
+    folder = save_tiny(checkpoint, tmp_path / "gemma", GemmaForCausalLM, GemmaConfig, num_key_value_heads=1, head_dim=8)
+    status, stderr = run_here(monkeypatch, capfd, *small(folder, comments, tmp_path / "out", *PRIVACY, *options))
     assert status == 0, stderr
+    if options:
+        kept = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out").peft_config["default"]
+        assert kept.use_dora and kept.use_rslora and kept.bias == "all" and kept.modules_to_save == ["lm_head"]
+
+
+def test_a_model_that_sees_the_future_ends_in_a_line_and_writes_nothing(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    folder = save_tiny(checkpoint, tmp_path / "bert", BertLMHeadModel, BertConfig)
+    status, stderr = run_here(monkeypatch, capfd, *small(folder, comments, tmp_path / "out", *PRIVACY))
+    assert status == 2 and re.search(r"error: --model_name: .*sees later tokens", stderr), stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "command"), [("reddit-full", FULL), ("reddit-lora", LORA)])

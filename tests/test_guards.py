@@ -47,9 +47,9 @@ def test_options_that_need_a_gpu_are_refused_by_name(tmp_path, name):
 
 
 def test_models_that_mix_authors_or_round_noise_are_refused(tmp_path):
-    batch_norm, experts, half = tiny_gpt2(), tiny_gpt2(), tiny_gpt2().bfloat16()
+    batch_norm, encoder_decoder, half = tiny_gpt2(), tiny_gpt2(), tiny_gpt2().bfloat16()
     batch_norm.transformer.h[0].norm = nn.BatchNorm1d(4)
-    experts.config.num_local_experts = 8
-    for model, words in ((batch_norm, r"h\.0\.norm"), (experts, "mixture of experts"), (half, "bfloat16")):
+    encoder_decoder.config.is_encoder_decoder = True
+    for model, words in ((batch_norm, r"h\.0\.norm"), (encoder_decoder, "encoder-decoder"), (half, "bfloat16")):
         with pytest.raises(UserError, match=words):
             make_trainer(tmp_path, model)

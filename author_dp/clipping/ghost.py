@@ -1,9 +1,13 @@
 """Ghost clipping with book-keeping: per-author clipping at nearly the speed and memory of ordinary training.
 
-Promise: the same clipped sums as `grad_sample.GradSampleClipping`, to rounding, from one forward and one backward, without ever
-storing the per-author gradient of a large layer. A tap behind each trained layer hands its inputs and output gradients to the
-layer's rule (rules.py); what the rule returns knows its norms and its clipped sum (contributions.py). Autograd is asked for the
-gradients of the layers' outputs only, which spares it the ordinary weight gradients.
+Promise: the same clipped sums as a plain loop over authors, to rounding, from one forward and one backward, without ever storing
+the per-author gradient of a large layer. A tap behind each trained layer hands its inputs and output gradients to the layer's
+rule (rules.py); what the rule returns knows its norms and its clipped sum (contributions.py). Autograd is asked for the gradients
+of the layers' outputs only, which spares it the ordinary weight gradients.
+
+Whatever no rule follows (a mixer's own parameters, the weights of experts, a layer that hides its samples) is taken author by
+author: the ordinary gradient of one author's loss, which is exact whatever the layer does. In a microbatch of one author that
+costs nothing more; with several, a backward for each. `apart` names these parameters, for whoever cuts the microbatches.
 
 Example:
 
@@ -15,19 +19,24 @@ References:
     [2] Bu et al. 2023, Differentially Private Optimization on Large Model at Small Cost, arXiv 2210.00038 (book-keeping)
 """
 
+import functools
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.contributions import Authors, Contribution, merge, total_squared_norms, without
-from author_dp.clipping.rules import embedding, linear, rule_of
+from author_dp.clipping.contributions import Authors, Contribution, Explicit, merge, total_squared_norms, without
+from author_dp.clipping.rules import conv1d, embedding, general, linear, rule_of
 from author_dp.errors import UserError
 
-FLAT_BLOCKS = ("OPTDecoderLayer",)  # join samples and tokens, sample by sample, into one dimension for some of their layers
+MATRICES = {linear, conv1d, embedding}  # rules whose contributions to one matrix add up, from whichever layers they come
+SAVE_NO_OUTPUT = (nn.Linear, nn.LayerNorm, Conv1D)  # their backward does not look at what they returned
+OF_EXPERTS = r"experts\.\d+\."
 
 
 class Tap(torch.autograd.Function):
@@ -38,16 +47,18 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, output: torch.Tensor, inputs: torch.Tensor, anchor: torch.Tensor, layer: nn.Module, collect: Callable
+        ctx, output: torch.Tensor, anchor: torch.Tensor, collect: Callable, copy: bool, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.layer, ctx.collect = layer, collect
-        return output.view_as(output)
+        ctx.save_for_backward(*inputs)
+        ctx.collect = collect
+        # No view, which must not be changed in place as CTRL, Falcon and Llama 4 do; the same memory where no one saved it.
+        return output.clone() if copy else torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
-        ctx.collect(ctx.layer, *ctx.saved_tensors, gradient)
-        return gradient, None, None, None, None
+        inputs = ctx.saved_tensors
+        ctx.collect(inputs, gradient)
+        return gradient, None, None, None, *[None] * len(inputs)
 
 
 class GhostClipping:
@@ -58,47 +69,87 @@ class GhostClipping:
     of their uses. An author whose gradient is not finite contributes zero. `norms` and the sums are not private.
 
     Args:
-        model: its trainable parameters are clipped.
+        model: its trainable parameters are clipped. Samples are along its inputs' first dimension, tokens along the second.
         clip_norm: C.
-    Raises:
-        UserError: for a trainable parameter without a rule; nothing is ever trained unclipped.
+    Attributes:
+        apart: the parameters that are taken author by author; what no rule follows joins them when that shows.
     """
 
     def __init__(self, model: nn.Module, clip_norm: float):
         self.module, self.clip_norm = model, clip_norm
         self.parameters: dict[Any, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        owners = defaultdict(list)
+        owners: dict[Any, list] = defaultdict(list)
         for name, layer in model.named_modules():
             for parameter in layer.parameters(recurse=False):
                 if parameter.requires_grad:
                     owners[parameter].append((name, layer))
-        for uses in owners.values():
-            for name, layer in uses:
-                if rule_of(layer) is None:
-                    raise cannot_clip(f"{name} ({type(layer).__name__})")
-            if len(uses) > 1 and {rule_of(layer) for _, layer in uses} != {embedding, linear}:
-                raise cannot_clip(f"{name} ({type(layer).__name__})")
+        self._rules: dict[nn.Module, Any] = {}
+        self.apart: set[Any] = set()
+        behind = [re.escape(n) for n, m in model.named_modules() if n.endswith("lora_magnitude_vector") and any(m.children())]
+        # DoRA subtracts its layer's bias once more, behind the tap; experts see some tokens only, in an order of their own.
+        unfit = re.compile("|".join([OF_EXPERTS, *(name.replace("lora_magnitude_vector", "base_layer") for name in behind)]))
+        for parameter, uses in owners.items():
+            # A head may hold its layer's bias once more, under a name of its own.
+            uses = [(n, layer) for n, layer in uses if not any(other.startswith(f"{n}.") for other, _ in uses)]
+            rules = {rule_of(layer) for _, layer in uses}
+            self._rules |= {layer: rule_of(layer) for _, layer in uses}
+            add_up = None not in rules and (len(uses) == 1 or rules <= MATRICES)
+            if not add_up or any(unfit.search(f"{n}.") for n, _ in uses):
+                self.apart.add(parameter)
+        self._trained = {layer: {p for p in layer.parameters(recurse=False) if p.requires_grad} for layer in self._rules}
         self.tied = {parameter for parameter, uses in owners.items() if len(uses) > 1}
+        self._settled = False
         # Every tap has this leaf as an input: what autograd must visit to reach it are the taps, and no weight.
         self._anchor = torch.zeros((), requires_grad=True, device=next(iter(self.parameters)).device)
         self._contributions: dict[nn.Parameter, list[Contribution]] = defaultdict(list)
-        self._flat = {layer for block in model.modules() if type(block).__name__ in FLAT_BLOCKS for layer in block.modules()}
-        self._rules: dict[nn.Module, Any] = {layer: rule_of(layer) for uses in owners.values() for _, layer in uses}
-        self._hooks = [layer.register_forward_hook(self._tap) for layer in self._rules]
+        self._authors: Authors | None = None  # while taps are to collect
+        self._collected = (0, 0)  # samples and tokens of what they collect
+        self._shape, self._in_rule = (0, 0), False  # samples and tokens of the last forward
+        self._hooks: list[Any] = [layer.register_forward_hook(self._tap, with_kwargs=True) for layer in self._rules]
+        self._hooks.append(model.register_forward_pre_hook(self._look, with_kwargs=True))
 
-    def _tap(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or not output.requires_grad:
+    def settle(self, apart: set[Any]) -> None:
+        """Take these parameters apart, as another engine found on this model, and from now on no others."""
+        self.apart, self._settled = self.apart | apart, True
+
+    def _look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        if torch.is_grad_enabled() and given is not None:
+            self._shape = (len(given), given.shape[1])  # samples, tokens
+
+    def _tap(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if self._in_rule or not torch.is_grad_enabled() or self._trained[layer] <= self.apart:
             return output
-        if isinstance(layer, nn.Embedding):
-            lookup: Any = output.grad_fn
-            if lookup.name() != "EmbeddingBackward0":
-                raise cannot_clip(f"layer {type(layer).__name__}, which does more than look up")
-            used = lookup._saved_indices  # what was really looked up: OPT computes its positions inside the layer
-        else:
-            used = inputs[0].detach()
-            if isinstance(layer, nn.Linear | Conv1D):
-                used = used.to(output.dtype)  # as autocast does inside the layer
-        return Tap.apply(output, used, self._anchor, layer, self._collect)
+        rule, collect = self._rules[layer], functools.partial(self._collect, layer, self._shape)
+        inputs = [value.detach() for value in args if isinstance(value, torch.Tensor)]
+        if rule is embedding:  # OPT computes its positions inside the layer: take what was really looked up
+            lookup = find_lookup(output)
+            if lookup is None or lookup._saved_padding_idx != (2**64 - 1 if layer.padding_idx is None else layer.padding_idx):
+                return self._leave(layer, output)
+            if lookup is not output.grad_fn:
+                collect = functools.partial(self._collect, layer, self._shape, behind=(GradientEdge(lookup, 0), output))
+            ids, samples = lookup._saved_indices, self._shape[0]
+            if ids.shape == (1, self._shape[1]) and lookup is output.grad_fn:  # positions that all samples share
+                output, ids = output.expand(samples, -1, -1), ids.expand(samples, -1)
+            return Tap.apply(output, self._anchor, collect, True, ids)
+        plain = isinstance(output, torch.Tensor) and not kwargs and len(inputs) == len(args)
+        if not plain or (rule is not general and len(inputs) > 1):
+            return self._leave(layer, output)
+        if not output.requires_grad:
+            return output
+        if isinstance(layer, nn.Linear | Conv1D):
+            inputs = [inputs[0].to(output.dtype)]  # as autocast does inside the layer
+        return Tap.apply(output, self._anchor, collect, type(layer) not in SAVE_NO_OUTPUT, *inputs)
+
+    def _leave(self, layer: nn.Module, output: Any = None) -> Any:
+        """Take the layer's parameters apart from here on."""
+        if self._settled:
+            raise UserError(
+                f"--clipping ghost: a {type(layer).__name__} is called otherwise than in the check at the start: use "
+                "--clipping grad_sample, or --enable_lora"
+            )
+        self.apart |= self._trained[layer]
+        return output
 
     def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
         """Backpropagate one microbatch, clip, and add to `summed_grad`.
@@ -110,36 +161,97 @@ class GhostClipping:
             norms before clipping, (authors,); inf for an author who contributes nothing.
         """
         self._contributions.clear()
+        self._collected = (0, 0)
         authors = self._authors = Authors(author, len(losses))
-        torch.autograd.grad(losses.sum(), self._anchor, allow_unused=True)
-        contributions = {p: merge(self._contributions.pop(p, []), authors) for p in self.parameters}
-        for parameter, parts in contributions.items():
-            if not parts:
-                raise cannot_clip(f"parameter {self.parameters[parameter]}, of which the loss shows no use")
-        squares = torch.stack([total_squared_norms(parts, authors) for parts in contributions.values()]).sum(0)
+        # With one author, the ordinary gradients are the author's.
+        known = [p for p in self.parameters if p in self.apart] if self._settled and authors.count == 1 else []
+        try:
+            _, *found = torch.autograd.grad(
+                losses.sum(),
+                [self._anchor, *known],
+                retain_graph=not self._settled or (bool(self.apart) and not known),
+                allow_unused=True,
+            )
+        finally:
+            self._authors = None
+        apart = self._learn(losses)
+        contributions = {p: merge(self._contributions.pop(p, []), authors) for p in self.parameters if p not in apart}
+        contributions |= {p: [Explicit(gradient.float()[None])] for p, gradient in zip(known, found) if gradient is not None}
+        squares = [losses.new_zeros(len(losses), dtype=torch.float32)]
+        squares += [total_squared_norms(parts, authors) for parts in contributions.values() if parts]
         # Rounding may leave a small norm below zero; overflow must not pass for one.
-        norms = squares.clamp(min=0).where(squares.isfinite(), torch.inf).sqrt()
+        total = torch.stack(squares).sum(0)
+        norms = total.clamp(min=0).where(total.isfinite(), torch.inf).sqrt()
+        if apart and not known:
+            norms = self._add_apart(losses, norms, [p for p in self.parameters if p in apart])
         factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
         finite = norms.isfinite()
         if not finite.all():  # their factor is zero, but zero times nan would be nan: leave these authors out
             contributions = {p: [without(part, ~finite, author) for part in parts] for p, parts in contributions.items()}
-        for parameter in self.parameters:  # let go of each tensor once it is used
+        for parameter in list(contributions):  # let go of each tensor once it is used
             for part in contributions.pop(parameter):
                 part.add_clipped(parameter.summed_grad, factors, authors)
         return norms
 
-    def _collect(self, layer: Any, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+    def _learn(self, losses: torch.Tensor) -> set[Any]:
+        """Return what is to be taken apart: what no rule follows, and in a first call what was used behind the taps' back."""
+        if self._settled:
+            return self.apart
+        samples, tokens = self._collected
+        if samples == tokens > 1:  # a table of positions would pass for samples: trust no tap
+            return set(self.parameters)
+        missing = [p for p in self.parameters if p not in self._contributions and p not in self.apart]
+        if missing:
+            found = torch.autograd.grad(losses.sum(), missing, retain_graph=True, allow_unused=True)
+            self.apart |= {parameter for parameter, gradient in zip(missing, found) if gradient is not None}
+        return self.apart
+
+    def _add_apart(self, losses: torch.Tensor, norms: torch.Tensor, apart: list[Any]) -> torch.Tensor:
+        """Add the clipped gradients of these parameters, by a backward an author; return the norms over all parameters.
+
+        Args:
+            norms: (authors,), over the other parameters.
+        """
+        norms = norms.clone()
+        for i in range(len(losses)):
+            found = torch.autograd.grad(losses[i], apart, retain_graph=True, allow_unused=True)
+            gradients = {p: gradient.float() for p, gradient in zip(apart, found) if gradient is not None}
+            norms[i] = torch.stack([norms[i], *(gradient.norm() for gradient in gradients.values())]).norm()
+            norms[i] = norms[i].where(norms[i].isfinite(), torch.inf)
+            if norms[i].isfinite():
+                for parameter, gradient in gradients.items():
+                    parameter.summed_grad.add_(gradient * (self.clip_norm / norms[i]).clamp(max=1.0))
+        return norms
+
+    def _collect(
+        self, layer: Any, shape: tuple[int, int], inputs: tuple, gradient: torch.Tensor, behind: tuple | None = None
+    ) -> None:
         """Apply the layer's rule to one call of it; called by its tap in the backward pass."""
-        samples, rows = len(self._authors.author), []
-        for tensor in (inputs, gradients):
-            if layer in self._flat and tensor.dim() == 2:
-                tensor = tensor.unflatten(0, (samples, -1))
-            if len(tensor) != samples:
-                raise cannot_clip(f"layer {type(layer).__name__}, which hides its samples")
-            rows.append(tensor.flatten(1, -2) if tensor.dim() > 3 else tensor)  # (samples, tokens, features)
-        parts = self._rules[layer](layer, *rows, self._authors, layer.weight not in self.tied)
+        if self._authors is None or self._trained[layer] <= self.apart:
+            return
+        self._collected = shape
+        if behind is not None:  # the lookup is scaled, or more, before it leaves the layer
+            (gradient,) = torch.autograd.grad(behind[1], [behind[0]], gradient, retain_graph=True)
+        rule, rows = self._rules[layer], []
+        for tensor in (*inputs, gradient):
+            if (row := by_sample(tensor, *shape, len(self._authors.author))) is None:
+                return self._leave(layer)
+            rows.append(row)
+        self._in_rule = True
+        try:
+            if rule is general:
+                parts = general(layer, rows[:-1], rows[-1], self._authors)
+            else:
+                rows = [rows[0].flatten(1) if rule is embedding else rows[0].flatten(1, -2), rows[-1].flatten(1, -2)]
+                parts = rule(layer, *rows, self._authors, layer.weight not in self.tied)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            if rule is not general or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._leave(layer)  # vmap cannot follow everything
+        finally:
+            self._in_rule = False
         for parameter, part in parts.items():
-            if parameter.requires_grad:
+            if parameter in self.parameters:
                 self._contributions[parameter].append(part)
 
     def close(self) -> None:
@@ -148,5 +260,24 @@ class GhostClipping:
             hook.remove()
 
 
-def cannot_clip(what: str) -> UserError:
-    return UserError(f"--clipping ghost has no rule for the trainable {what}: use --clipping grad_sample, or --enable_lora")
+def find_lookup(output: torch.Tensor) -> Any:
+    """Return the node of the graph in which an embedding's output was looked up, None where there is no one such."""
+    node = output.grad_fn
+    while node is not None and node.name() != "EmbeddingBackward0":
+        before = [other for other, _ in node.next_functions if other is not None]
+        node = before[0] if len(before) == 1 else None
+    return node
+
+
+def by_sample(tensor: torch.Tensor, samples: int, tokens: int, expected: int) -> torch.Tensor | None:
+    """Return (samples, calls, ...) of (samples, ...), or of samples and tokens that were joined; None where neither is certain.
+
+    A tensor of shape (samples, features) might as well be one row for each token: it is not certain.
+    """
+    if samples != expected:
+        return None
+    if len(tensor) == samples and tensor.dim() > (2 if tensor.is_floating_point() else 1):
+        return tensor.unsqueeze(1)
+    if len(tensor) and len(tensor) % (samples * tokens) == 0:
+        return tensor.unflatten(0, (samples, -1))
+    return None

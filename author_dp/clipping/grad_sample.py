@@ -60,7 +60,7 @@ class GradSampleClipping:
         try:
             self.module = GradSampleModule(model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
-            raise UserError(f"--model_name: {str(error)[:200]}; train it with --enable_lora, or choose another") from error
+            raise UserError(f"--model_name: {str(error)[:200]}; use --clipping ghost, or --enable_lora") from error
 
     def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
         """Backpropagate one microbatch, clip, and add to `summed_grad`.
@@ -77,7 +77,8 @@ class GradSampleClipping:
             losses.sum().backward()
         gradients = {}
         for name, parameter in self.parameters.items():
-            gradients[parameter] = self._per_author(name, parameter, author, len(losses))
+            if parameter.grad is not None:  # else the loss does not use it
+                gradients[parameter] = self._per_author(name, parameter, author, len(losses))
             parameter.grad = parameter.grad_sample = None
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
         factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
@@ -93,8 +94,8 @@ class GradSampleClipping:
         per_sample = parameter.grad_sample
         if not isinstance(per_sample, torch.Tensor) or len(per_sample) != len(author):
             raise UserError(
-                f"--model_name: the trainable parameter {name} has no per-author gradient (an unused parameter, or a layer "
-                "that hides its samples); train with --enable_lora, or choose another model"
+                f"--model_name: the trainable parameter {name} has no per-author gradient (its layer hides its samples): "
+                "use --clipping ghost, or --enable_lora"
             )
         per_sample = per_sample.float()
         if authors == len(author):

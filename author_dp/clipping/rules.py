@@ -1,7 +1,9 @@
 """A rule for each type of layer: from (layer, inputs, output gradients, authors) to what each parameter's gradient is made of.
 
-Promise: a layer has a rule only where its forward pass is known to be what the rule follows; a subclass may compute anything.
-Inputs and output gradients are of shape (samples, tokens, features); a rule returns {parameter: contribution}.
+Promise: a layer has a rule of its own only where its forward pass is known to be what the rule follows; a subclass may compute
+anything. Inputs and output gradients are of shape (samples, tokens, features); a rule returns {parameter: contribution}. A small
+layer without one is run once more for each sample (`general`), which follows whatever it computes. What has neither is left to
+ghost.py, which takes its parameters author by author.
 
 To support a further layer, write its rule here, name it in `rule_of`, and put its naive twin into tests/test_clipping_rules.py.
 """
@@ -12,9 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.contributions import EXPLICIT_ELEMENTS, Authors, Contribution, Explicit, Lookup, Product, matmul
+
+SMALL = 2**17  # parameters of a layer whose per-sample gradients are formed by `general`
 
 
 def matrix(left: torch.Tensor, right: torch.Tensor, authors: Authors, may_be_explicit: bool) -> Contribution:
@@ -60,9 +65,26 @@ def rms_norm(layer: Any, inputs: torch.Tensor, gradients: torch.Tensor, authors:
     return {layer.weight: Explicit(authors.sum(normalized.mul_(gradients).sum(1)))}
 
 
+def general(layer: nn.Module, inputs: list[torch.Tensor], gradients: torch.Tensor, authors: Authors) -> dict:
+    """The gradients of a small layer's own parameters, whatever it computes: its own forward, once more, sample by sample (vmap).
+
+    Args:
+        inputs: its arguments, each (samples, ...); a sample's outputs must depend on that sample's inputs only.
+        gradients: (samples, ...), at its output.
+    """
+    trained = {name: p.detach() for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+
+    def of_sample(gradient: torch.Tensor, *rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        output, pull, *_ = vjp(lambda parameters: functional_call(layer, parameters, rows), trained)
+        return pull(gradient.to(output.dtype))[0]
+
+    found = vmap(of_sample)(gradients, *inputs)  # {name: (samples, ...)}
+    return {layer.get_parameter(name): Explicit(authors.sum(gradient)) for name, gradient in found.items()}
+
+
 def rule_of(layer: nn.Module) -> Callable | None:
     """Return the rule for exactly this type of layer, None if there is none: a subclass may compute anything."""
-    if type(layer).forward is nn.Linear.forward:
+    if type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear":
         return linear
     if isinstance(layer, nn.Embedding) and layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse:
         return embedding
@@ -70,4 +92,8 @@ def rule_of(layer: nn.Module) -> Callable | None:
         return layer_norm
     if type(layer).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
         return rms_norm
-    return conv1d if type(layer) is Conv1D else None
+    if type(layer) is Conv1D:
+        return conv1d
+    if not any(True for _ in layer.children()) and sum(p.numel() for p in layer.parameters() if p.requires_grad) <= SMALL:
+        return general
+    return None

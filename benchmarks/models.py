@@ -1,0 +1,188 @@
+"""Every causal language model class of the installed transformers, tiny: which are clipped exactly, which are refused, and why.
+
+    python benchmarks/models.py                      # writes docs/models.md
+    python benchmarks/models.py gemma2 mamba2        # some model types, on the screen
+
+Judged by a plain loop over authors that shares no code with the library, on authors of one and of two samples.
+"""
+
+import argparse
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from tiny import VOCABULARY, build, classes  # noqa: E402
+
+from author_dp.adapters import add_lora  # noqa: E402
+from author_dp.clipping import ENGINES  # noqa: E402
+from author_dp.errors import UserError  # noqa: E402
+from author_dp.guards import check_model  # noqa: E402
+from author_dp.mechanism import author_losses  # noqa: E402
+from author_dp.proof import prove, still  # noqa: E402
+
+TOLERANCE = 2e-4
+KINDS = (("full", "ghost"), ("full", "grad_sample"), ("lora", "ghost"))
+HEAD = """# Which models?
+
+Every causal language model that transformers can load, if the proof at the start of the run passes: it takes the model itself, and
+compares logits and clipped gradients of random tokens with a plain loop over authors (`author_dp/proof.py`). What fails is refused
+in a line, with the reason.
+
+- **Mixtures of experts** train like others: a router that sends each token by itself mixes no authors, and the balancing losses
+  of pre-training are not in the loss here. Routing statistics are private, and not released. With LoRA the experts stay as they
+  are, and the layers around them are adapted; in full fine-tuning the experts' own weights are taken apart (next point).
+- **Taken apart**: parameters that no rule follows (experts' three-dimensional weights, a mixer's own parameters, DoRA's
+  magnitudes) are clipped exactly by the ordinary gradient of one author's loss. Then a microbatch is one author: memory is that
+  of one author's samples and one more copy of these parameters' gradients, and speed that of small batches.
+- **Not causal**: a BERT without `is_decoder`, XLM and XLNet see later tokens, and are refused. Encoder-decoder models are refused
+  as a whole; classes that are only the decoder of one (BartForCausalLM) train, their unused cross-attention frozen.
+- **Length**: rope that switches on the longest sample of a batch (dynamic, longrope) is refused where `--sequence_len` reaches it.
+
+## Tried
+
+Written by `python benchmarks/models.py`, which builds each class tiny by one recipe (width 32, two layers, vocabulary 120; full
+width is for your own run to prove) and compares norms and clipped sum, authors of one and of two ragged samples, with a plain loop
+that shares no code with the library: exact is within 2e-4. Of transformers {version}'s {classes} classes the recipe builds {rows}.
+Full fine-tuning by `--clipping ghost`: {sums[0]}; by grad_sample: {sums[1]}; LoRA in all linear layers by ghost: {sums[2]}.
+
+| model type | full, ghost | full, grad_sample | LoRA, ghost | remarks |
+|---|---|---|---|---|
+{table}
+
+Not built by the recipe: {missing}.
+"""  # noqa: E501
+
+
+class Verdict(NamedTuple):
+    kind: str  # exact, refused, wrong, or traceback
+    error: float = 0.0
+    remark: str = ""
+
+
+def with_lora(model: Any) -> nn.Module:
+    """LoRA in all linear layers but the head, its factors at random: the second one starts at zero."""
+    model = add_lora(model, ["all-linear"], r=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_batch(per_author: int, authors: int = 4, seed: int = 0) -> dict[str, Any]:
+    """Return ragged samples of 2 to 9 tokens, `per_author` of each author."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 10, (authors * per_author,), generator=generator)
+    lengths[0] = 9
+    ids = torch.randint(1, VOCABULARY, (len(lengths), 9), generator=generator)
+    there = torch.arange(9) < lengths[:, None]
+    author = torch.arange(authors).repeat_interleave(per_author)
+    return {"input_ids": ids * there, "labels": ids.where(there, -100), "author": author, "num_authors": authors}
+
+
+def plain(model: nn.Module, batch: dict[str, Any]) -> list[torch.Tensor]:
+    """Return each author's gradient, flat, by one backward a sample."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = []
+    for author in range(batch["num_authors"]):
+        rows = [row[row != -100] for row in batch["labels"][batch["author"] == author]]
+        loss: Any = 0
+        for row in rows:
+            logits = model(input_ids=row[None]).logits[0, :-1]
+            loss = loss + nn.functional.cross_entropy(logits, row[1:], reduction="sum") / sum(len(row) - 1 for row in rows)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found)]))
+    return gradients
+
+
+def difference(model: nn.Module, clipping: str, per_author: int) -> float:
+    """Return the largest relative difference of norms and clipped sum from the plain loop, some authors clipped."""
+    batch = make_batch(per_author)
+    gradients = plain(model, batch)
+    expected = torch.stack([gradient.norm() for gradient in gradients])
+    clip_norm = float(expected.median())
+    engine = ENGINES[clipping](model, clip_norm)
+    parameters: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
+    norms = engine.backward(author_losses(engine.module, batch), batch["author"])
+    engine.close()
+    ours = torch.cat([parameter.summed_grad.flatten() for parameter in parameters])
+    clipped = sum(gradient * min(1.0, clip_norm / float(norm)) for gradient, norm in zip(gradients, expected))
+    return max(float(((norms - expected) / expected).abs().max()), float((ours - clipped).norm() / clipped.norm()))
+
+
+def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any) -> Verdict:
+    """Prove, then compare: what a run would do with this model."""
+    model: Any = build(model_type, **options)
+    try:
+        check_model(model)
+        model = with_lora(model) if kind == "lora" else model
+        proof = prove(model, clipping, sequence_len=24)
+        with still(model):
+            error = max(difference(model, clipping, per_author) for per_author in (1, 2))
+    except UserError as refusal:
+        return Verdict("refused", remark=str(refusal))
+    except Exception as failure:
+        return Verdict("traceback", remark=f"{type(failure).__name__}: {first_line(failure)}")
+    remarks = [f"{kind}: {len(proof.apart)} of {sum(p.requires_grad for p in model.parameters())} apart"] if proof.apart else []
+    remarks += [f"{kind}: {len(proof.unused)} unused, frozen"] if proof.unused else []
+    return Verdict("exact" if error < TOLERANCE else "wrong", error, ", ".join(remarks))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+
+
+def row_of(model_type: str) -> list[str] | None:
+    """Return a row of the table, None where the recipe builds no such model."""
+    try:
+        build(model_type)
+    except Exception as failure:
+        print(f"{model_type}: not built: {first_line(failure)}", flush=True)
+        return None
+    verdicts = [try_out(model_type, *kind) for kind in KINDS]
+    remarks = list(dict.fromkeys(verdict.remark for verdict in (verdicts[0], verdicts[-1]) if verdict.remark))
+    if "is_decoder" in verdicts[0].remark:
+        as_decoder = try_out(model_type, "full", is_decoder=True)
+        remarks = [f"sees later tokens; with is_decoder in its config: {as_decoder.kind}"]
+    row = [model_type, *(verdict.kind for verdict in verdicts), "; ".join(remarks).split(" (")[0]]
+    print(*row, f"{max(verdict.error for verdict in verdicts):.0e}", sep=" | ", flush=True)
+    return row
+
+
+def page(rows: list[list[str]], missing: list[str]) -> str:
+    """Return what docs/models.md is to hold."""
+    counts = [Counter(row[column] for row in rows) for column in (1, 2, 3)]
+    sums = ["; ".join(f"{kind} {count}" for kind, count in sorted(each.items())) for each in counts]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return HEAD.format(
+        classes=len(rows) + len(missing), rows=len(rows), version=transformers.__version__, sums=sums, table=table,
+        missing=", ".join(missing),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    names = arguments.model_types or sorted(classes())
+    found = {name: row_of(name) for name in names}
+    text = page([row for row in found.values() if row], [name for name, row in found.items() if row is None])
+    if not arguments.model_types:
+        (ROOT / "docs" / "models.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

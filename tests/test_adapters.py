@@ -1,0 +1,63 @@
+"""adapters.py: where LoRA goes, and that what it trains is clipped exactly."""
+
+import naive
+import pytest
+from conftest import as_arrays, clipped_sum, make_batch, trainable
+from families import close, llama, make_model
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from author_dp.adapters import add_lora, unfit_layers
+from author_dp.proof import prove
+
+OPTIONS = {
+    "peft's choice": {},
+    "all-linear": {"targets": ["all-linear"]},
+    "by name": {"targets": ["q_proj", "down_proj"]},
+    "embeddings": {"targets": ["embed_tokens", "q_proj"]},
+    "DoRA": {"use_dora": True},
+    "rank-stabilized": {"use_rslora": True},
+    "the head too": {"modules_to_save": ["lm_head"]},
+    "biases too": {"bias": "all"},
+    "DoRA, and biases too": {"family": "gpt2", "use_dora": True, "bias": "all"},
+}
+
+
+def make(family: str = "llama", **options):
+    model = {"llama": lambda: llama(False, 0.0), "gpt2": lambda: make_model("gpt2", "untied")}[family]()
+    model = add_lora(model, options.pop("targets", None), r=2, **options)
+    for parameter in trainable(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_kind_of_adapter_is_clipped_exactly(name):
+    model, batch = make(**OPTIONS[name]), make_batch()
+    assert prove(model, "ghost").error < 1e-5
+    assert close(clipped_sum(model, batch, 0.1, "ghost")[0], naive.clipped_sum(model, as_arrays(batch), 0.1))
+
+
+def test_all_linear_is_all_but_the_head():
+    for family in ("llama", "gpt2"):
+        names = " ".join(trainable(make(family, targets=["all-linear"])))
+        assert "lm_head" not in names and ("down_proj" in names or "mlp.c_proj" in names)
+
+
+def test_all_linear_is_the_choice_where_peft_has_none():
+    model = llama(False, 0.0)
+    model.config.model_type = "unheard-of"
+    names = " ".join(trainable(add_lora(model, r=2)))
+    assert "down_proj" in names and "lm_head" not in names
+
+
+def test_a_router_that_returns_more_than_its_product_is_left_out():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, intermediate_size=8, head_dim=4,
+                                         num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+    model.model.layers[0].router = Router(8, 8)
+    assert unfit_layers(model) == ["model.layers.0.router"]
+    assert "router" not in " ".join(trainable(add_lora(model, ["all-linear"], r=2)))
