@@ -63,34 +63,41 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None) -> Proo
     Raises:
         UserError: naming the property that does not hold, or the parameters that differ.
     """
-    longest = sequence_len or min(getattr(model.config, "max_position_embeddings", None) or 128, 128)
+    longest = longest_sample(model, sequence_len)
+    check_apart(model, longest)
     with still(model), nothing_at_zero(model):
-        try:
-            check_buffers(model, longest)
-            check_samples_apart(model, longest)
-            batches = [
-                *(random_authors(model, length) for length in LENGTHS),
-                random_authors(model, max(4, min(longest, LONGEST)), (1, 1)),
-            ]
+        with naming(f"--clipping {clipping} cannot follow this model: use --clipping {other_than(clipping)}, or --enable_lora"):
+            batches = [random_authors(model, length) for length in LENGTHS]
+            batches.append(random_authors(model, max(4, min(longest, LONGEST)), (1, 1)))
             unused = freeze_unused(model, batches[0])
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-            what = (
-                f"--model_name: this model cannot be called with {longest} tokens of input_ids alone: lower --sequence_len, or "
-            )
-            raise misfit(error, what + "choose another one") from error
-        try:
-            found, apart = compare(model, clipping, batches)
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-            remedy = f"use --clipping {other_than(clipping)}, or --enable_lora"
-            raise misfit(error, f"--clipping {clipping} cannot follow this model: {remedy}") from error
-    return Proof(found, apart, unused)
+            error, apart = compare(model, clipping, batches)
+    return Proof(error, apart, unused)
 
 
-def misfit(error: Exception, message: str) -> Exception:
-    """Return what to say of an error: itself where the user can mend it, or memory has run out."""
-    if isinstance(error, UserError | torch.OutOfMemoryError):
-        return error
-    return UserError(f"{message} ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})")
+def check_apart(model: Any, sequence_len: Optional[int] = None) -> None:
+    """Raise UserError where the model mixes samples, sees the future, or keeps more of the texts than its weights do."""
+    longest = longest_sample(model, sequence_len)
+    what = (
+        f"--model_name: this model cannot be called with {longest} token ids alone: lower --sequence_len, or choose another one"
+    )
+    with still(model), nothing_at_zero(model), naming(what):
+        check_buffers(model, longest)
+        check_samples_apart(model, longest)
+
+
+def longest_sample(model: Any, sequence_len: Optional[int]) -> int:
+    return sequence_len or min(getattr(model.config, "max_position_embeddings", None) or 128, 128)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say what an error of the model's own code is about; the user can mend it by other options."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"{what} ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})") from error
 
 
 # --- the model, as it is compared -----------------------------------------------------------------------
