@@ -220,6 +220,8 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
     except (OSError, ValueError, KeyError) as error:
         if local_only:
             raise hub_error("--model_name", name) from error
+        if "Unrecognized configuration class" in str(error):  # T5, or a model of pictures
+            raise UserError(f"--model_name {name} is no causal language model: choose a decoder, like GPT-2 or Llama") from error
         raise UserError(f"--model_name {name} cannot be loaded: {first_line(error)}") from error
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
