@@ -165,7 +165,7 @@ class DPTrainer(Trainer):
         **kwargs,
     ):
         check_options(args, privacy)
-        check_model(model)
+        check_model(model, proven=False)
         self.proof: Optional[Proof] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
             self.proof = prove(move(model, args), privacy.clipping, sequence_len)

@@ -234,6 +234,8 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
     except Exception as error:  # transformers, safetensors, peft and each quantization library raise their own
         if local_only:
             raise hub_error("--model_name", base) from error
+        if "Unrecognized configuration class" in str(error):  # T5, or a model of pictures
+            raise UserError(f"--model_name {base} is no causal language model: choose a decoder, like GPT-2 or Llama") from error
         raise UserError(f"--model_name {base} cannot be loaded: {first_line(error)}") from error
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:

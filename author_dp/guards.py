@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from author_dp.errors import UserError
+from author_dp.proof import check_apart
 
 # Options that would change the mechanism behind the accountant's back: refused by name, with the remedy.
 REFUSED_OPTIONS = {
@@ -125,8 +126,12 @@ def check_launch(accelerator: Accelerator) -> None:
         raise UserError("accelerate's configuration asks for fp16, deepspeed, fsdp or a TPU: use --bf16, torch.distributed.run")
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise UserError for a model whose per-author gradients do not exist, that would round the noise, or is broken."""
+def check_model(model: nn.Module, proven: bool = True) -> None:
+    """Raise UserError for a model whose per-author gradients do not exist, that would round the noise, or is broken.
+
+    Args:
+        proven: whether to prove by calling it that it keeps samples apart; DPTrainer does so in `proof.prove`, if at all.
+    """
     check_weights(model.named_parameters(), "--model_name: ", "choose another model, or mend the checkpoint")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError("--model_name: an encoder-decoder model has no text of its own to continue; choose a decoder (causal LM)")
@@ -138,6 +143,8 @@ def check_model(model: nn.Module) -> None:
             raise UserError(
                 f"--model_name: {name} is {parameter.dtype}, which would round the noise; load it in float32, use --bf16"
             )
+    if proven:
+        check_apart(model)
 
 
 def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], where: str, remedy: str) -> None:

@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
@@ -233,6 +235,13 @@ def test_a_model_whose_norms_have_no_rule_of_their_own_trains(checkpoint, commen
     if options:
         kept = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out").peft_config["default"]
         assert kept.use_dora and kept.use_rslora and kept.bias == "all" and kept.modules_to_save == ["lm_head"]
+
+
+def test_an_encoder_decoder_is_refused_in_a_line(checkpoint, comments, tmp_path, monkeypatch, capfd):
+    T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "t5")
+    status, stderr = run_here(monkeypatch, capfd, *small(tmp_path / "t5", comments, tmp_path / "out", *PRIVACY))
+    assert status == 2 and "t5 is no causal language model: choose a decoder" in stderr, stderr
 
 
 def test_a_model_that_sees_the_future_ends_in_a_line_and_writes_nothing(checkpoint, comments, tmp_path, monkeypatch, capfd):

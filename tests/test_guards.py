@@ -3,6 +3,7 @@
 import pytest
 from conftest import make_trainer, tiny_gpt2
 from torch import nn
+from transformers import BertConfig, BertLMHeadModel
 
 from author_dp import guards
 from author_dp.errors import UserError
@@ -44,6 +45,13 @@ def test_options_that_need_a_gpu_are_refused_by_name(tmp_path, name):
     setattr(args, name, True)
     with pytest.raises(UserError, match=f"--{name}"):
         guards.check_options(args, PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0))
+
+
+def test_a_model_that_sees_the_future_is_refused_by_itself():
+    config = BertConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(UserError, match="sees later tokens"):
+        guards.check_model(BertLMHeadModel(config))
+    guards.check_model(tiny_gpt2())
 
 
 def test_models_that_mix_authors_or_round_noise_are_refused(tmp_path):

@@ -184,6 +184,14 @@ def test_experts_that_no_token_reached_are_not_frozen():
     assert sibling("layers.0.encoder_attn.weight") != sibling("layers.0.self_attn.weight")
 
 
+def test_a_frozen_base_may_be_in_bfloat16():
+    model = make_model("llama", "lora")
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    assert prove(model, "ghost").error < 0.05
+
+
 def test_without_privacy_nothing_is_proven(tmp_path):
     assert make_trainer(tmp_path, Sees("the future"), privacy={"disable_dp": True}).proof is None
 
