@@ -1,5 +1,7 @@
 """selfcheck.py: wrong noise is found in real runs, by the run itself; right noise never is."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from author_dp.ledger import PrivacyLedger, account
 from author_dp.mechanism import PAD
 from author_dp.noise import NoiseSource
 from author_dp.report import card, write_report
-from author_dp.selfcheck import NoiseCheck
+from author_dp.selfcheck import NoiseCheck, check_unseeded
 
 STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
 NOISE = "author_dp.noise.NoiseSource"
@@ -111,9 +113,31 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
         small(tmp_path, resume_from_checkpoint=True, **options)
 
 
+@pytest.mark.parametrize(
+    "seeded", ["torch.initial_seed().to_bytes(16, 'big')", "__import__('numpy').random.bytes(16)",
+               "__import__('random').randbytes(16)", "bytes(16)"],
+)  # fmt: skip
+def test_noise_from_a_seed_is_found_before_the_first_step(tmp_path, monkeypatch, seeded):
+    code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", seeded)
+    monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
+    with pytest.raises(MechanismError, match="follows the seed"):
+        small(tmp_path).train()
+    ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
+    assert ledger.steps == 0 and ledger.alarm
+
+
+def test_looking_for_seeds_leaves_every_generator_as_it_was(tmp_path):
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    check_unseeded(lambda: NoiseSource(torch.device("cpu")).add_(torch.zeros(PAD), 1.0))
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
+    assert before[2] == random.getstate()
+
+
 def test_noise_of_an_earlier_run_is_found(tmp_path, monkeypatch):
     code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", "bytes(16)")
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
+    monkeypatch.setattr("author_dp.selfcheck.check_unseeded", lambda draw: None)  # which would find it first
     small(tmp_path, save_strategy="steps", save_steps=6).train()
     with pytest.raises(MechanismError, match="correlation with run 1 of the folder"):
         small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=str(tmp_path / "checkpoint-6")).train()
