@@ -222,7 +222,8 @@ class Composed:
             wrapped = self._place(sketch, parts)
         cells = len(self.losses)
         self.mass, rounding = self._compose(parts, round(self.losses[0] / cell), cells)
-        between = 1 / math.expm1(self.tilt * cell) - 1 / math.expm1((self.tilt + 1) * cell)  # sum of exp(-tilt u) (1 - exp(-u))
+        steepness = np.minimum(700, np.array([self.tilt, self.tilt + 1]) * cell)
+        between = float(-np.diff(1 / np.expm1(steepness))[0])  # the sum over cells of exp(-tilt u) (1 - exp(-u))
         self.error = wrapped * excess(self.tilt) + rounding * (between + excess(self.tilt))
         self.infinite = sum(steps * part.infinite for part, steps in parts)
         largest = max(abs(part.first) + len(part.mass) for part, _ in parts) * cell

@@ -79,11 +79,13 @@ def test_wrong_noise_ends_a_real_run(tmp_path, monkeypatch, bug):
     assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").steps <= 12
 
 
-def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(tmp_path, monkeypatch):
+def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(tmp_path):
+    patch = pytest.MonkeyPatch()
+
     class Plant(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 4:
-                monkeypatch.setattr(NoiseSource, "add_", lambda self, total, std: total)
+                patch.setattr(NoiseSource, "add_", lambda self, total, std: total)
 
     options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
     trainer = small(tmp_path, **options)
@@ -92,13 +94,19 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
     trainer.add_callback(Plant())
     with pytest.raises(MechanismError, match=r"its scale.* \(seen in 6 steps"):
         trainer.train()
-    monkeypatch.undo()
+    patch.undo()
     assert not (tmp_path / "checkpoint-6").exists()
     for path in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
         report = read_report(path)
         assert report["epsilon"] is None and "its scale" in report["alarm"] and report["steps"] in (2, 4)
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert ledger.steps == 6 and "its scale" in ledger.alarm and "ALARM" in account(ledger) and "no privacy" in account(ledger)
+    assert (
+        ledger.steps == 6
+        and ledger.alarm
+        and "its scale" in ledger.alarm
+        and "ALARM" in account(ledger)
+        and "no privacy" in account(ledger)
+    )
     assert "without a privacy guarantee" in (tmp_path / "README.md").read_text()
     write_report(tmp_path)
     assert "none: the run found" in (tmp_path / "report.html").read_text()
