@@ -213,8 +213,8 @@ class DPTrainer(Trainer):
         try:
             with self.budget.folder_of_ones_own():
                 self.budget.start()
-                self.noise_check = noise_check(self.plan, self.folder)
                 try:
+                    self.noise_check = noise_check(self.plan, self.folder, self.args.device, self.privacy.secure_noise)
                     result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
                     self._check_noise()
                 except MechanismError as error:

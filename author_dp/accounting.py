@@ -140,6 +140,8 @@ class PrivacyLoss:
             return
         if all(spending.sample_rate == 1 for spending in planned):
             self.accountant = "gaussian"
+        elif ever_drawn(planned) <= delta:
+            return  # epsilon is 0 whatever the noise
         elif not self._take_prv(planned):
             self._take_pld(planned)
 
@@ -196,6 +198,8 @@ class PrivacyLoss:
             return 0.0
         if all(spending.sample_rate == 1 and spending.noise_multiplier > 0 for spending in spendings):
             return gaussian_epsilon(gaussian_mu(spendings), self.delta)
+        if ever_drawn(spendings) <= self.delta:
+            return 0.0
         bound = rdp_epsilon(spendings, self.delta)
         if self.distribution is not None:
             return min(bound, self.distribution.epsilon(spendings, self.delta))
@@ -211,6 +215,13 @@ class PrivacyLoss:
         except (RuntimeError, ValueError):  # a delta beyond floating point: the bound holds all the same
             return bound
         return min(bound, max(0.0, float(upper))) if math.isfinite(upper) else bound
+
+
+def ever_drawn(spendings: Sequence[Spending]) -> float:
+    """Return the probability that an author is in any of the steps, rounded up: delta is no more than that at any epsilon."""
+    if any(spending.sample_rate == 1 for spending in spendings):
+        return 1.0
+    return -math.expm1(math.fsum(steps * math.log1p(-rate) for _, rate, steps in spendings)) * (1 + 8 * ULP)
 
 
 def min_rounding(planned: list[Spending]) -> float:

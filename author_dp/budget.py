@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from author_dp.accounting import PrivacyLoss, Spending
+from author_dp.attack import attack
 from author_dp.errors import UserError
 from author_dp.ledger import REPORT_NAME, PrivacyLedger, write_json
 from author_dp.plan import PrivacyPlan
@@ -50,6 +51,7 @@ class Budget:
         self.steps = 0
         self.allowed_steps: float = math.inf
         self._loss: Optional[PrivacyLoss] = None
+        self._attack: Optional[tuple[str, dict[str, Any]]] = None
 
     @contextmanager
     def folder_of_ones_own(self) -> Iterator[None]:
@@ -135,6 +137,10 @@ class Budget:
         report = self.plan.report(self.epsilon(), self.ledger.steps, self.loss.accountant)
         if self.ledger.alarm is not None:
             report["alarm"] = self.ledger.alarm
+        if self._attack is None or self._attack[0] != self.ledger.links[-1]:  # a second, and a run's end asks again and again
+            spendings = self.ledger.spendings if report["epsilon"] is not None else []
+            self._attack = self.ledger.links[-1], attack(spendings, self.plan.delta)
+        report |= self._attack[1]
         return {**report, "ledger_link": self.ledger.links[-1]}
 
     def raise_alarm(self, found: str) -> None:
@@ -143,7 +149,9 @@ class Budget:
             return
         self.ledger.record_alarm(found)
         folder = self.ledger.path.parent
-        changed = {"epsilon": None, "alarm": found, "ledger_link": self.ledger.links[-1]}  # a ledger without the alarm is refused
+        # The link: a ledger from which the alarm is taken away is refused.
+        void = {"epsilon": None, "mu_gdp": None, "tpr_at_fpr": None}
+        changed = {**void, "alarm": found, "ledger_link": self.ledger.links[-1]}
         for path in [*folder.glob(REPORT_NAME), *folder.glob(f"*/{REPORT_NAME}")]:
             write_json(path, {**json.loads(path.read_text()), **changed})
 

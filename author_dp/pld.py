@@ -222,7 +222,8 @@ class Composed:
             wrapped = self._place(sketch, parts)
         cells = len(self.losses)
         self.mass, rounding = self._compose(parts, round(self.losses[0] / cell), cells)
-        between = 1 / math.expm1(self.tilt * cell) - 1 / math.expm1((self.tilt + 1) * cell)  # sum of exp(-tilt u) (1 - exp(-u))
+        steepness = np.minimum(700, np.array([self.tilt, self.tilt + 1]) * cell)
+        between = float(-np.diff(1 / np.expm1(steepness))[0])  # the sum over cells of exp(-tilt u) (1 - exp(-u))
         self.error = wrapped * excess(self.tilt) + rounding * (between + excess(self.tilt))
         self.infinite = sum(steps * part.infinite for part, steps in parts)
         largest = max(abs(part.first) + len(part.mass) for part, _ in parts) * cell
@@ -290,11 +291,11 @@ class Composed:
         found = self.centre + math.log(wanted) if wanted > 0 else self.losses[last]
         return float(np.clip(found, self.losses[last], self.losses[last + 1])) + self.shift
 
-    def delta(self, epsilon: float) -> float:
-        """Return an upper bound on delta at `epsilon`; 1 below the window."""
-        place = int(np.searchsorted(self.losses, epsilon - self.shift, side="right")) - 1
-        if place < 0:
-            return 1.0
-        above = math.exp(min(700.0, epsilon - self.shift - self.centre))
-        value = self.ones[place] - above * self.shares[place] + self.slack[place]
-        return min(1.0, math.exp(min(700.0, self.log_scale)) * float(value) + self.infinite)
+    def deltas(self, epsilons: np.ndarray) -> np.ndarray:
+        """Return upper bounds on delta at each of `epsilons`; 1 below the window."""
+        epsilons = epsilons - self.shift
+        place = np.searchsorted(self.losses, epsilons, side="right") - 1
+        with np.errstate(over="ignore", invalid="ignore"):
+            above = np.exp(np.minimum(epsilons - self.centre, 700)) * self.shares[place]
+            value = math.exp(min(700.0, self.log_scale)) * (self.ones[place] - above + self.slack[place]) + self.infinite
+        return np.where((place < 0) | ~(value < 1), 1.0, value)

@@ -26,6 +26,7 @@ from matplotlib import pyplot
 from transformers import TrainerCallback
 
 from author_dp.accounting import PrivacyLoss, Spending, guarantee_in_words
+from author_dp.attack import attack
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
@@ -199,6 +200,7 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
         ("Epsilon", number(report["epsilon"])),
         ("Target epsilon", number(report["target_epsilon"])),
         ("Delta", number(report["delta"])),
+        *attacker(report),
         ("Noise multiplier", number(report["noise_multiplier"])),
         ("Clip norm", f"{number(report['clip_norm'])} for each author's gradient"),
         ("Authors", number(report["num_authors"])),
@@ -223,14 +225,34 @@ def rows_taken(report: dict) -> list[tuple[str, str]]:
     )
 
 
+def attacker(report: dict) -> list[tuple[str, str]]:
+    """Return what the best attacker can do, who is to tell whether an author was in the data."""
+    rows = []
+    if report.get("mu_gdp") is not None:
+        rows.append(
+            ("Gaussian DP", f"mu {math.ceil(report['mu_gdp'] * 1e3) / 1e3:.3f}: as hard to tell as two normals that far apart")
+        )
+    for false, true in (report.get("tpr_at_fpr") or {}).items():
+        words = f"at most {math.ceil(true * 1e4) / 1e4:.4f} of those who were in are found by whoever wrongly accuses that share"
+        rows.append((f"Attacker at {float(false):.1%}", words))
+    return rows
+
+
 def in_plain_words(report: dict) -> str:
     if report["disable_dp"] or report["epsilon"] is None:
         return "This model was trained without a privacy guarantee. It may repeat what its authors wrote."
+    rates = report.get("tpr_at_fpr") or {}
+    found = ""
+    if "0.01" in rates:
+        found = (
+            " Even an attacker who knows everything else, and who wrongly accuses 1 % of the authors who were not in the data, "
+            f"finds at most {math.ceil(rates['0.01'] * 1e3) / 10:.1f} % of those who were."
+        )
     factor = f"{float(format(math.exp(min(report['epsilon'], 700)), '.3g')):,g}"
     return (
         "Whoever sees this model learns nearly the same, whether or not any one author, with all of that author's texts, was in "
         f"the training data: no conclusion becomes more than {factor} times (e^epsilon) as likely by it, but for "
-        f"a chance of {report['delta']:.2g}."
+        f"a chance of {report['delta']:.2g}." + found
     )
 
 
@@ -349,7 +371,8 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     if not report["disable_dp"] and ledger.steps:  # more may have been spent since
         loss = PrivacyLoss(ledger.spendings, report["delta"])
         epsilon = loss.epsilon(ledger.spendings) if ledger.alarm is None else math.inf
-        report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps}
+        report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps, "accountant": loss.accountant}
+        report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}
     prefix = "_" if hidden else ""

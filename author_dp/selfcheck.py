@@ -1,8 +1,8 @@
 """A run that checks its own mechanism: is what it releases noised as its ledger says?
 
 Promise: a run whose noise is not what the ledger says is stopped with `MechanismError`: of another scale (1 % off within about a
-hundred steps), shape or mean, used twice, correlated between steps or coordinates, or absent. A run whose noise is right is
-stopped with probability below `FALSE_ALARM`, however long it is and however often it looks.
+hundred steps), shape or mean, used twice, correlated between steps or coordinates, absent, or made from a seed. A run whose noise
+is right is stopped with probability below `FALSE_ALARM`, however long it is and however often it looks.
 
 How: behind the parameters, the sums that are clipped, noised, reduced and divided have mechanism.PAD further coordinates to which
 nobody contributes. What is released there must be N(0, (sigma C / B)^2), independent of everything. So the check sees noise
@@ -11,7 +11,8 @@ tells anything about anybody. The first pad of a run is kept in its folder, for 
 
 Why in the run and not in a test: people copy this code and change it, and a test suite does not travel with a copy.
 
-Not found: a wrong clip, wrong sampling, noise that somebody could predict, and a bug that spares the pad.
+Not found: a wrong clip, wrong sampling, noise that somebody could predict by other means than a seed, and a bug that spares the
+pad.
 
 Example:
 
@@ -24,7 +25,9 @@ References:
 """
 
 import os
+import random
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
@@ -34,6 +37,8 @@ from scipy import stats
 from scipy.special import ndtri
 
 from author_dp.errors import MechanismError
+from author_dp.mechanism import PAD
+from author_dp.noise import NoiseSource
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import wait_for_all
 
@@ -171,13 +176,39 @@ class NoiseCheck:
             self._walks.setdefault(name, Walk()).add(float(earlier @ later) / norm)
 
 
-def noise_check(plan: PrivacyPlan, folder: Path) -> Optional[NoiseCheck]:
-    """Return what checks the noise of a run under `plan` in `folder`; None where there is none. Collective."""
+def noise_check(plan: PrivacyPlan, folder: Path, device: torch.device, secure: bool) -> Optional[NoiseCheck]:
+    """Return what checks the noise of a run under `plan` in `folder`; None where there is none. Collective.
+
+    Args:
+        device, secure: as `NoiseSource` of the run.
+    Raises:
+        MechanismError: where its noise follows a seed.
+    """
     if plan.disable_dp or plan.noise_multiplier == 0:
         return None
+    check_unseeded(lambda: NoiseSource(device, secure).add_(torch.zeros(PAD, device=device), 1.0))
     check = NoiseCheck(plan.noise_multiplier * plan.clip_norm / plan.expected_batch_size, folder / PADS_NAME)
     wait_for_all()  # before one of the processes writes that file
     return check
+
+
+def check_unseeded(draw: Callable[[], torch.Tensor]) -> None:
+    """Raise MechanismError where two sources of noise, made from one state of every global generator, draw alike.
+
+    What is released does not show whether somebody can predict it: noise from --seed is perfect noise to whoever lacks the seed.
+    """
+    python, old = random.getstate(), np.random.get_state()
+    draws = []
+    with torch.random.fork_rng():
+        for _ in range(2):
+            random.seed(0)
+            np.random.seed(0)
+            torch.manual_seed(0)
+            draws.append(draw().cpu().double())
+    random.setstate(python)
+    np.random.set_state(old)
+    if not abs(float(torch.corrcoef(torch.stack(draws))[0, 1])) < 10 / len(draws[0]) ** 0.5:
+        raise MechanismError("the noise follows the seed of torch, numpy or random: whoever knows --seed takes it away")
 
 
 def known_pads(file: Path) -> list[np.ndarray]:

@@ -183,6 +183,7 @@ def test_edges():
     assert compute_epsilon(0.0, 0.1, 0, 1e-5) == 0.0
     assert compute_epsilon(1.0, 0.0, 5, 1e-5) == 0.0
     assert compute_epsilon(20.0, 1e-4, 1, 1e-5) < 1e-3
+    assert compute_epsilon(0.3, 1e-7, 9, 1e-6) == 0.0 < compute_epsilon(0.3, 1e-7, 11, 1e-6)  # a chance of 9e-7, 1.1e-6 to be in
     assert 10 < compute_epsilon(0.5, 0.5, 100, 1e-12) < 1_000
     assert abs(compute_epsilon(1.0, 1.0, 10, 1e-5) / exact_epsilon([(1.0, 1.0, 10)], 1e-5) - 1) < 0.01
     for wrong in [

@@ -22,11 +22,13 @@ import test_guards
 import test_ledger
 import test_mechanism
 import test_noise
+import test_pld
 import test_processes
 import test_readers
+import test_selfcheck
 from planting import find, with_edit
 
-from author_dp.errors import UserError
+from author_dp.errors import MechanismError, UserError
 
 pytestmark = pytest.mark.slow
 
@@ -175,6 +177,22 @@ BUGS = [
         lambda path, _: test_checkpoints.test_a_checkpoint_is_not_resumed_away_from_its_ledger(path)),
     Bug("a half-written checkpoint taken", "author_dp.checkpoints.newest_whole", "if damage is None:", "if True:",
         lambda path, _: test_checkpoints.test_a_damaged_checkpoint_is_passed_over(path, "unsealed")),
+    Bug("no tilt: rounding drowns delta", "author_dp.pld.Composed.__init__", "min(sketch.best_tilt(delta)[0], 30 / cell)", "1e-3",
+        lambda *_: test_pld.test_many_steps_of_everybody_are_bounded_closely(10.0, 100, 1.0, 1e-15)),
+    Bug("masses rounded down", "author_dp.pld.on_grid", "(gap + slack) / width", "0.9 * (gap + slack) / width",
+        lambda *_: test_pld.test_many_steps_of_everybody_are_bounded_closely(10.0, 100, 1.0, 1e-9)),
+    Bug("the closed form without its second term's care", "author_dp.accounting.gaussian_delta", "ratio - further + error",
+        "ratio - 2 * further + error",
+        lambda *_: test_accounting.test_at_rate_one_epsilon_is_exact_where_the_prv_accountant_was_below()),
+    Bug("a folder counted twice", "author_dp.ledger.account_together", "check_disjoint(ledgers)", "pass",
+        lambda path, _: test_ledger.test_no_step_is_counted_twice(path)),
+    # The check of the run's own noise.
+    Bug("a check that is never asked", "dp_utils.DPTrainer._check_noise", "self.noise_check.test()", "pass",
+        lambda path, patch: test_selfcheck.test_wrong_noise_ends_a_real_run(path, patch, "half the noise")),
+    Bug("an alarm that is not written down", "author_dp.budget.Budget.raise_alarm", "self.ledger.record_alarm(found)", "pass",
+        lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
+    Bug("a run with an alarm that is resumed", "author_dp.checkpoints.find_checkpoint", "ledger.check_alarm()", "pass",
+        lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
     # Around it.
     Bug("the Trainer's clipping on top", "author_dp.guards.check_options",
         "if args.max_grad_norm and not privacy.disable_dp:", "if False:",
@@ -208,7 +226,9 @@ def test_the_suite_notices(bug, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(function, "__code__", with_edit(function, bug.old, bug.new))
     np.random.seed(0)
-    with pytest.raises((AssertionError, pytest.fail.Exception, UserError)) as noticed:
+    with pytest.raises(
+        (AssertionError, pytest.fail.Exception, UserError, MechanismError)
+    ) as noticed:  # or the run itself notices
         bug.check(tmp_path, monkeypatch)
     if noticed.errisinstance(UserError):  # the proof at the start may be the first to notice
         assert "does not clip this model rightly" in str(noticed.value)

@@ -1,5 +1,7 @@
 """selfcheck.py: wrong noise is found in real runs, by the run itself; right noise never is."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from author_dp.ledger import PrivacyLedger, account
 from author_dp.mechanism import PAD
 from author_dp.noise import NoiseSource
 from author_dp.report import card, write_report
-from author_dp.selfcheck import NoiseCheck
+from author_dp.selfcheck import NoiseCheck, check_unseeded
 
 STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
 NOISE = "author_dp.noise.NoiseSource"
@@ -77,11 +79,13 @@ def test_wrong_noise_ends_a_real_run(tmp_path, monkeypatch, bug):
     assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").steps <= 12
 
 
-def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(tmp_path, monkeypatch):
+def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(tmp_path):
+    patch = pytest.MonkeyPatch()
+
     class Plant(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 4:
-                monkeypatch.setattr(NoiseSource, "add_", lambda self, total, std: total)
+                patch.setattr(NoiseSource, "add_", lambda self, total, std: total)
 
     options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
     trainer = small(tmp_path, **options)
@@ -90,13 +94,19 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
     trainer.add_callback(Plant())
     with pytest.raises(MechanismError, match=r"its scale.* \(seen in 6 steps"):
         trainer.train()
-    monkeypatch.undo()
+    patch.undo()
     assert not (tmp_path / "checkpoint-6").exists()
     for path in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
         report = read_report(path)
         assert report["epsilon"] is None and "its scale" in report["alarm"] and report["steps"] in (2, 4)
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert ledger.steps == 6 and "its scale" in ledger.alarm and "ALARM" in account(ledger) and "no privacy" in account(ledger)
+    assert (
+        ledger.steps == 6
+        and ledger.alarm
+        and "its scale" in ledger.alarm
+        and "ALARM" in account(ledger)
+        and "no privacy" in account(ledger)
+    )
     assert "without a privacy guarantee" in (tmp_path / "README.md").read_text()
     write_report(tmp_path)
     assert "none: the run found" in (tmp_path / "report.html").read_text()
@@ -111,9 +121,31 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
         small(tmp_path, resume_from_checkpoint=True, **options)
 
 
+@pytest.mark.parametrize(
+    "seeded", ["torch.initial_seed().to_bytes(16, 'big')", "__import__('numpy').random.bytes(16)",
+               "__import__('random').randbytes(16)", "bytes(16)"],
+)  # fmt: skip
+def test_noise_from_a_seed_is_found_before_the_first_step(tmp_path, monkeypatch, seeded):
+    code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", seeded)
+    monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
+    with pytest.raises(MechanismError, match="follows the seed"):
+        small(tmp_path).train()
+    ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
+    assert ledger.steps == 0 and ledger.alarm
+
+
+def test_looking_for_seeds_leaves_every_generator_as_it_was(tmp_path):
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    check_unseeded(lambda: NoiseSource(torch.device("cpu")).add_(torch.zeros(PAD), 1.0))
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
+    assert before[2] == random.getstate()
+
+
 def test_noise_of_an_earlier_run_is_found(tmp_path, monkeypatch):
     code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", "bytes(16)")
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
+    monkeypatch.setattr("author_dp.selfcheck.check_unseeded", lambda draw: None)  # which would find it first
     small(tmp_path, save_strategy="steps", save_steps=6).train()
     with pytest.raises(MechanismError, match="correlation with run 1 of the folder"):
         small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=str(tmp_path / "checkpoint-6")).train()
