@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
@@ -39,11 +38,10 @@ from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import SignalError, StopOnSignal, check_same_authors, find_checkpoint, state_of, written_whole
 from author_dp.clipping import ENGINES, ClippingEngine
-from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.statistics import NormStatistics
-from author_dp.errors import MechanismError, UserError
+from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
-from author_dp.guards import check_launch, check_model, check_options, check_weights
+from author_dp.guards import check_launch, check_model, check_options, check_trained_weights
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
 from author_dp.mechanism import (
     AuthorDPOptimizer,
@@ -211,20 +209,13 @@ class DPTrainer(Trainer):
             return self._load_from_checkpoint(str(self.checkpoint))
         self.add_callback(signals := StopOnSignal())
         try:
-            with self.budget.folder_of_ones_own():
+            with self.budget.folder_of_ones_own(), self.budget.alarm(self.create_model_card):
                 self.budget.start()
-                try:
-                    self.noise_check = noise_check(self.plan, self.folder, self.args.device, self.privacy.secure_noise)
-                    result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
-                    self._check_noise()
-                except MechanismError as error:
-                    self.budget.raise_alarm(str(error))
-                    if (self.folder / "README.md").exists():  # of an earlier run: it promises what does not hold
-                        self.create_model_card()
-                    raise
+                self.noise_check = noise_check(self.plan, self.folder, self.args.device, self.privacy.secure_noise)
+                result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
+                self._check()
         finally:
-            self.noise_check = None
-            self.checkpoint = None
+            self.noise_check = self.checkpoint = None
             self.remove_callback(signals)
             signals.restore()
             if self.engine is not None:
@@ -236,8 +227,8 @@ class DPTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""
-        # Where parameters are taken author by author, a microbatch of one author costs one backward, of several one for each.
-        at_once = 1 if self.proof is not None and self.proof.apart else self.args.per_device_train_batch_size
+        at_once = self.args.per_device_train_batch_size
+        at_once = at_once if self.proof is None else self.proof.authors_at_once(at_once)
         return load_logical_batches(self.train_dataset, self.plan, self.args, self.data_collator, at_once)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -251,7 +242,7 @@ class DPTrainer(Trainer):
                 clip_norm=self.plan.clip_norm,
                 expected_batch_size=self.plan.expected_batch_size,
                 before_release=self.budget.record_step,
-                after_release=self._look_at_noise,
+                after_release=lambda pad: self.noise_check.add(pad) if self.noise_check is not None else None,
                 secure_noise=self.privacy.secure_noise,
             )
         return self.optimizer
@@ -269,9 +260,8 @@ class DPTrainer(Trainer):
         broadcast_parameters(self.model)
         if self.privacy.disable_dp:
             return Wrapper(self.model)
-        self.engine = ENGINES[self.plan.clipping](self.model, self.plan.clip_norm)
-        if isinstance(self.engine, GhostClipping) and self.proof is not None:
-            self.engine.settle(self.proof.apart)
+        assert self.proof is not None
+        self.engine = self.proof.engine(self.model, self.plan)
         return Wrapper(self.engine.module)
 
     def training_step(self, model: nn.Module, inputs: LogicalBatch, *_) -> torch.Tensor:  # type: ignore[override]
@@ -325,17 +315,13 @@ class DPTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         with self.accelerator.autocast():
-            found = evaluate(self.model, dataloader, self.needs_positions, on_batch)
-        texts = len(dataloader.dataset.authors)  # type: ignore[attr-defined]
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=texts)
+            return evaluate(self.model, dataloader, self.needs_positions, on_batch, metric_key_prefix)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add epsilon spent so far to every line, and to the training ones statistics that are not private."""
         if not self.privacy.disable_dp:
             if "loss" in logs:
-                self._check_noise()
-                self._check_weights()
+                self._check()
                 logs |= {**self.norms.pop(), "noise_multiplier": self.plan.noise_multiplier}
             if self.args.process_index == 0:
                 logs["epsilon"] = self.epsilon()
@@ -343,24 +329,15 @@ class DPTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, whole or not at all."""
-        self._check_noise()
-        self._check_weights()
+        self._check()
         with written_whole(self.folder, self.args, self.state):
             super()._save_checkpoint(model, trial)
 
-    def _look_at_noise(self, pad: torch.Tensor) -> None:
-        if self.noise_check is not None:
-            self.noise_check.add(pad)
-
-    def _check_noise(self) -> None:
+    def _check(self) -> None:
+        """Raise MechanismError for noise that is not as promised, UserError for weights that are not finite."""
         if self.noise_check is not None:
             self.noise_check.test()
-            if self.args.process_index == 0:
-                self.noise_check.keep_first()
-
-    def _check_weights(self) -> None:
-        trained = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
-        check_weights(trained, f"--learning_rate: by step {self.state.global_step}, ", "lower it, and start anew")
+        check_trained_weights(self.model, self.state.global_step)
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
         """Save model and tokenizer, and the privacy report beside them."""
@@ -375,21 +352,18 @@ class DPTrainer(Trainer):
         if self.model_card is not None and self.is_world_process_zero():
             (self.folder / "README.md").write_text(self.model_card(self.privacy_report()))
 
-    # What the run has promised and spent; on the first process only.
+    # What the run has promised and spent.
 
     def summary(self) -> str:
         """Return what will happen, for the log before training."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
-        epsilon = self.epsilon(self.plan.steps) if self.args.process_index == 0 else math.inf
-        return self.plan.summary(np.diff(self.train_dataset.offsets), trained, total, epsilon, self.budget.ledger.steps)
+        return self.budget.summary(self.model, self.train_dataset.offsets)
 
     def epsilon(self, more_steps: int = 0) -> float:
-        """Return the epsilon spent by all steps in the ledger and `more_steps`."""
+        """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
         return self.budget.epsilon(more_steps)
 
     def privacy_report(self) -> dict[str, Any]:
-        """Return what privacy.json holds."""
+        """Return what privacy.json holds; on the first process only."""
         report = self.budget.report(self.state.global_step)
         if not self.plan.disable_dp:
             report["secure_noise"] = self.privacy.secure_noise

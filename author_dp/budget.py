@@ -21,12 +21,14 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, Optional
 
+import numpy as np
+from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from author_dp.accounting import PrivacyLoss, Spending
 from author_dp.attack import attack
-from author_dp.errors import UserError
+from author_dp.errors import MechanismError, UserError
 from author_dp.ledger import REPORT_NAME, PrivacyLedger, write_json
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast, wait_for_all
@@ -126,6 +128,17 @@ class Budget:
             return math.inf
         return self.loss.epsilon([*self.ledger.spendings, self.spending(more_steps)])
 
+    def summary(self, model: nn.Module, offsets: np.ndarray) -> str:
+        """Return what will happen, for the log before training; epsilon in it on the first process only.
+
+        Args:
+            offsets: (authors + 1,), from `data_utils.group_by_author`.
+        """
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+        epsilon = self.epsilon(self.plan.steps) if self.is_first_process else math.inf
+        return self.plan.summary(np.diff(offsets), trained, total, epsilon, self.ledger.steps)
+
     def report(self, steps: int) -> dict[str, Any]:
         """Return what privacy.json holds; on the first process only.
 
@@ -142,6 +155,21 @@ class Budget:
             self._attack = self.ledger.links[-1], attack(spendings, self.plan.delta)
         report |= self._attack[1]
         return {**report, "ledger_link": self.ledger.links[-1]}
+
+    @contextmanager
+    def alarm(self, write_card: Callable[[], None]) -> Iterator[None]:
+        """Within, a MechanismError is noted in the folder before it goes on: there is no guarantee.
+
+        Args:
+            write_card: writes the model card anew, where there is one of an earlier run: it promises what does not hold.
+        """
+        try:
+            yield
+        except MechanismError as error:
+            self.raise_alarm(str(error))
+            if (self.ledger.path.parent / "README.md").exists():
+                write_card()
+            raise
 
     def raise_alarm(self, found: str) -> None:
         """Note in the ledger, and in every report of the folder, that there is no guarantee; on the first process only."""

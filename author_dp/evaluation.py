@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers.trainer_utils import EvalLoopOutput
 
 from author_dp.authors import column_of
 from author_dp.mechanism import Batch, token_losses
@@ -48,15 +49,19 @@ class TextBatches(Dataset):
         return {**self.collate(samples), "author": torch.from_numpy(self.authors[texts])}
 
 
-def evaluate(model: nn.Module, loader: DataLoader, needs_positions: bool, on_batch: Callable[[], None]) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, loader: DataLoader, needs_positions: bool, on_batch: Callable[[], None], prefix: str
+) -> EvalLoopOutput:
     """Return loss, perplexity and author_loss of the model on a loader of `TextBatches`; the same on every process.
 
     Args:
         on_batch: called after each batch, for a progress bar.
+        prefix: of the metrics' names.
     """
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(2, len(loader.dataset.dataset), dtype=torch.float64)  # type: ignore[attr-defined]  # losses, tokens
+    texts: Any = loader.dataset
+    sums = torch.zeros(2, len(texts.dataset), dtype=torch.float64)  # losses, tokens
     with torch.no_grad():
         for batch in loader:
             batch = send_to_device(batch, device)
@@ -67,4 +72,6 @@ def evaluate(model: nn.Module, loader: DataLoader, needs_positions: bool, on_bat
     losses, tokens = sum_over_processes(sums.to(device)).cpu()
     loss = (losses.sum() / tokens.sum()).item()
     author_loss = (losses / tokens)[tokens > 0].mean().item()
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "author_loss": author_loss}
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "author_loss": author_loss}
+    metrics = {f"{prefix}_{name}": value for name, value in found.items()}
+    return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(texts.authors))

@@ -147,6 +147,12 @@ def check_model(model: nn.Module, proven: bool = True) -> None:
         check_apart(model)
 
 
+def check_trained_weights(model: nn.Module, step: int) -> None:
+    """Raise UserError where training has made a weight infinite or nan by `step`."""
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    check_weights(trained, f"--learning_rate: by step {step}, ", "lower it, and start anew")
+
+
 def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], where: str, remedy: str) -> None:
     """Raise UserError where a weight is not a finite number. Weights are public, so this tells nothing about any author."""
     for name, parameter in parameters:

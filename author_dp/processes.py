@@ -43,6 +43,10 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         parameter.grad = part.view_as(parameter)
 
 
+def is_first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def wait_for_all() -> None:
     """Return when every process is here."""
     if dist.is_initialized():

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from author_dp.clipping import ENGINES
+from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.mechanism import IGNORED, Batch, author_losses
+from author_dp.plan import PrivacyPlan
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -41,6 +42,17 @@ class Proof(NamedTuple):
     error: float  # largest relative difference between the engine and a plain loop
     apart: set[Any]  # the parameters that the engine takes author by author
     unused: list[str]  # trainable parameters that the loss does not use; frozen
+
+    def engine(self, model: nn.Module, plan: PrivacyPlan) -> ClippingEngine:
+        """Return the engine that was proven, on the model."""
+        engine = ENGINES[plan.clipping](model, plan.clip_norm)
+        if isinstance(engine, GhostClipping):
+            engine.settle(self.apart)
+        return engine
+
+    def authors_at_once(self, most: int) -> int:
+        """Return how many authors a microbatch is to have: taken apart, one costs one backward, of several each costs one."""
+        return 1 if self.apart else most
 
     def in_words(self) -> str:
         """Return what the log says of it."""

@@ -40,7 +40,7 @@ from author_dp.errors import MechanismError
 from author_dp.mechanism import PAD
 from author_dp.noise import NoiseSource
 from author_dp.plan import PrivacyPlan
-from author_dp.processes import wait_for_all
+from author_dp.processes import is_first_process, wait_for_all
 
 FALSE_ALARM = 1e-9  # of a run
 PADS_NAME = "_noise_check.npy"  # in the output folder; the leading _ keeps it out of uploads to the hub
@@ -118,6 +118,7 @@ class NoiseCheck:
                 f"noise is released that is not as promised in {', '.join(failed)} (seen in {self.steps} steps where nobody "
                 f"contributes; its standard deviation is {scale:.4g} times what it must be)"
             )
+        self._keep_first()
 
     def p_values(self) -> dict[str, float]:
         """Return for each question the probability of an answer as odd as this one, or a bound on it."""
@@ -159,9 +160,9 @@ class NoiseCheck:
             self._compare("with the first step", self._first, pad)
         self._earlier.append(pad)
 
-    def keep_first(self) -> None:
-        """Write the first pad of this run into `file`, after those of earlier runs; for one process."""
-        if self.file is None or not len(self._first):
+    def _keep_first(self) -> None:
+        """Write the first pad of this run into `file`, after those of earlier runs; the first process does."""
+        if self.file is None or not len(self._first) or not is_first_process():
             return
         temporary = self.file.with_name(f"{self.file.name}.tmp")
         with open(temporary, "wb") as file:
