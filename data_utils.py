@@ -151,7 +151,9 @@ def prepare(
                     option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
                     tokenize(evaluation, tokenizer, **options, option=option).save_to_disk(folder / "evaluation")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers may be forked from here on
-    has_evaluation = (folder / "evaluation").exists()
+    has_evaluation = args.validation_file is not None or args.eval_fraction > 0
+    if not all((folder / name / "state.json").exists() for name in ["train", *["evaluation"] * has_evaluation]):
+        raise UserError("--train_file: another process could not load the data, see what it said")
     return load_from_disk(folder / "train"), load_from_disk(folder / "evaluation") if has_evaluation else None
 
 
@@ -167,6 +169,7 @@ def load_samples(args: DataArguments, seed: int, folder: Optional[Path] = None) 
         UserError: for a file or column that cannot be used.
     """
     columns: dict[str, Any] = {"text_column": args.text_column, "author_column": args.author_column, "folder": folder}
+    columns["kinds"] = {}  # one kind of author in both files, or who is in both would not show
     if args.train_file is not None:
         samples = load_files("--train_file", args.train_file, **columns)
     else:
@@ -189,7 +192,13 @@ def load_samples(args: DataArguments, seed: int, folder: Optional[Path] = None) 
 
 
 def load_files(
-    option: str, patterns: list[str], *, text_column: str, author_column: str, folder: Optional[Path] = None
+    option: str,
+    patterns: list[str],
+    *,
+    text_column: str,
+    author_column: str,
+    folder: Optional[Path] = None,
+    kinds: Optional[dict[str, str]] = None,
 ) -> Dataset:
     """Load local files, given by name or glob, all of one format: both columns as strings, exactly as they stand there.
 
@@ -203,7 +212,7 @@ def load_files(
             f"{option}: files must all be of one kind of {', '.join(FORMATS)} (or these with .gz or .zst), not "
             f"{', '.join(sorted(suffixes))}"
         )
-    batches = read_files(files, Columns(option, text_column, author_column))
+    batches = read_files(files, Columns(option, text_column, author_column), kinds)
     return keep(batches, [text_column, author_column], f"{option} {' '.join(patterns)}", folder)
 
 
@@ -288,13 +297,15 @@ def load_hub(
     author_column: str,
     limit: Optional[int],
     folder: Optional[Path] = None,
+    kinds: Optional[dict[str, str]] = None,
 ) -> Dataset:
     """Load the first `limit` samples (all where it is None) of a hub data set, or of a local folder of the same layout.
 
     Raises:
         UserError: where the hub or the data set cannot be reached, or a column is missing.
     """
-    batches = read_hub(name, config, revision, Columns("--dataset_name", text_column, author_column), limit)
+    columns = Columns("--dataset_name", text_column, author_column)
+    batches = read_hub(name, config, revision, columns, limit, {} if kinds is None else kinds)
     return keep(batches, [text_column, author_column], f"--dataset_name {name}", folder)
 
 
@@ -404,6 +415,14 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> Optional[int]:
     return bos if bos is not None and whole[:1] == [bos] != bare[:1] else None
 
 
+def cut(row: list[int], room: int) -> list[list[int]]:
+    """Cut a row into pieces of `room` tokens; a last one of a single token, which predicts nothing, takes one from before."""
+    bounds = [*range(0, max(1, len(row)), room), len(row)]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and room > 2:
+        bounds[-2] -= 1
+    return [row[a:b] for a, b in zip(bounds, bounds[1:])]
+
+
 def tokenize(
     samples: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -443,7 +462,7 @@ def tokenize(
         rows = [
             row + end for row in tokenizer([text or "" for text in batch[text_column]], **options, verbose=False)["input_ids"]
         ]
-        pieces = [[start + row[i : i + room] for i in range(0, max(1, len(row)), room)] for row in rows]
+        pieces = [[start + piece for piece in cut(row, room)] for row in rows]
         others = {name: [v for v, p in zip(batch[name], pieces) for _ in p] for name in batch if name != text_column}
         return {**others, "input_ids": [piece for row in pieces for piece in row]}
 

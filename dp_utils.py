@@ -260,8 +260,9 @@ class DPTrainer(Trainer):
         broadcast_parameters(self.model)
         if self.privacy.disable_dp:
             return Wrapper(self.model)
-        assert self.proof is not None
-        self.engine = self.proof.engine(self.model, self.plan)
+        self.engine = ENGINES[self.plan.clipping](self.model, self.plan.clip_norm)
+        if self.proof is not None:
+            self.proof.settle(self.engine)
         return Wrapper(self.engine.module)
 
     def training_step(self, model: nn.Module, inputs: LogicalBatch, *_) -> torch.Tensor:  # type: ignore[override]

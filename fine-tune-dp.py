@@ -40,7 +40,6 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from peft import PeftModel
 from transformers import (
     HfArgumentParser,
     PreTrainedModel,
@@ -58,7 +57,7 @@ from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.guards import check_options
 from author_dp.hub import hub_error, hub_is_reachable
-from author_dp.model_folders import absolute, base_of_adapter, first_line, load_base, load_tokenizer
+from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
 from author_dp.report import Statistics, card, write_report
 from data_utils import (
     AuthorDataset,
@@ -175,10 +174,11 @@ def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, Pri
         raise
     except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # what Hugging Face's own checks raise
         raise UserError(blame(str(error).strip().splitlines()[0], arguments)) from error
-    model_args, _, _, privacy_args, _, training_args = groups
+    model_args, _, data_args, privacy_args, _, training_args = groups
     if model_args.dry_run:
         training_args.logging_steps = training_args.eval_steps = 1
-        training_args.logging_strategy = training_args.eval_strategy = "steps"
+        has_evaluation = data_args.validation_file is not None or data_args.eval_fraction > 0
+        training_args.logging_strategy, training_args.eval_strategy = "steps", "steps" if has_evaluation else "no"
     check_options(training_args, privacy_args)
     find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
     return groups
@@ -191,17 +191,22 @@ def expand_config(arguments: list[str]) -> list[str]:
     place = arguments.index("--config")
     path, rest = Path("".join(arguments[place + 1 : place + 2])), arguments[:place] + arguments[place + 2 :]
     try:
-        text = path.read_text()
-        options, typed = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)  # "no", "042" as written; numbers in {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(options, dict):
-        raise UserError(f"--config {path} must hold options, a line each, like 'target_epsilon: 8'")
-    expanded = []
-    for (name, value), typed_value in zip(options.items(), typed.values()):
-        values = value if isinstance(value, list) else [json.dumps(typed_value) if isinstance(value, dict) else value]
-        expanded += [f"--{name}", *map(str, values)] if typed_value is not None else []
+        options = yaml.compose(path.read_text())
+        expanded = [] if options is None else [word for name, value in options.value for word in as_words(name.value, value)]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = f"it must hold options, a line each, like 'target_epsilon: 8' ({error})"
+        raise UserError(f"--config {path} cannot be read: {reason}") from error
     return expanded + rest
+
+
+def as_words(name: str, value: yaml.Node) -> list[str]:
+    """Return an option of the command line, its value as it is written ("no", "042"); none for null."""
+    if isinstance(value, yaml.MappingNode):  # Hugging Face wants JSON, with numbers
+        return [f"--{name}", json.dumps(yaml.safe_load(yaml.serialize(value)), default=str)]
+    if isinstance(value, yaml.SequenceNode):
+        return [f"--{name}", *(str(item.value) for item in value.value)]
+    is_null = value.style is None and value.value.lower() in ("", "~", "null")
+    return [] if is_null else [f"--{name}", value.value]
 
 
 def blame(message: str, arguments: list[str]) -> str:
@@ -228,7 +233,7 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
         tokenizer = load_tokenizer(name, local_files_only=local_only)
         if adapter is not None:
             logger.info(f"Going on with the LoRA adapter in {name}, as it was made: --lora_dim and the like have no effect.")
-            return PeftModel.from_pretrained(model, name, is_trainable=True), tokenizer
+            model = load_adapter(model, name)
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors, peft and each quantization library raise their own
@@ -243,7 +248,7 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
             f"--model_name {name}: its tokenizer has {len(tokenizer)} tokens, its model {vocabulary} embeddings; resize the "
             "embeddings, or give the tokenizer that belongs to the model"
         )
-    if not lora_args.enable_lora:
+    if not lora_args.enable_lora or adapter is not None:
         return model, tokenizer
     options = {option.removeprefix("lora_"): value for option, value in vars(lora_args).items() if option.startswith("lora_")}
     targets, options["r"], options["lora_alpha"] = options.pop("target_modules"), options.pop("dim"), options.pop("alpha")

@@ -20,18 +20,20 @@ class DryRun(TrainerCallback):
     """Stop after two steps, and know how long the second took."""
 
     def __init__(self):
-        self.started, self.seconds = 0.0, 0.0
+        self.started, self.seconds, self.steps = 0.0, 0.0, 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds = time.perf_counter() - self.started
-        control.should_training_stop |= state.global_step >= STEPS
+        self.seconds, self.steps = time.perf_counter() - self.started, self.steps + 1
+        control.should_training_stop |= self.steps >= STEPS
 
     def in_words(self, trainer: Any, evaluation_seconds: float) -> str:
         """Say what was spent, and what the whole run will take; `trainer` is a dp_utils.DPTrainer."""
         plan, spent = trainer.plan, ""
+        if not self.steps:
+            return "Dry run: no step was left to take."
         if not plan.disable_dp and trainer.is_world_process_zero():
             spent = f", which spent {guarantee_in_words(trainer.epsilon(), plan.delta)}"
         total = timedelta(seconds=round(self.seconds * plan.steps))
@@ -39,7 +41,7 @@ class DryRun(TrainerCallback):
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**30
         return (
-            f"Dry run: {trainer.state.global_step} of {plan.steps:,} steps taken{spent}. The whole run will take about {total} "
+            f"Dry run: {self.steps} of {plan.steps:,} steps taken{spent}. The whole run will take about {total} "
             f"({self.seconds:.2g} s a step), and {evaluation_seconds:.2g} s for each evaluation; peak memory of a process: "
             f"{peak:.1f} GiB"
         )

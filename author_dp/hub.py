@@ -32,7 +32,9 @@ def hub_error(option: str, name: str) -> UserError:
     )
 
 
-def read_hub(name: str, config: str, revision: str, columns: Columns, limit: Optional[int]) -> Iterator[pa.RecordBatch]:
+def read_hub(
+    name: str, config: str, revision: str, columns: Columns, limit: Optional[int], kinds: dict[str, str]
+) -> Iterator[pa.RecordBatch]:
     """Yield the first `limit` samples, all where it is None, as record batches of text and author.
 
     The files are CONFIG/train/*.parquet, or CONFIG/partial-train/*.parquet for a large set.
@@ -47,7 +49,6 @@ def read_hub(name: str, config: str, revision: str, columns: Columns, limit: Opt
     else:
         root = f"hf://datasets/{name}@{revision.replace('/', '%2F')}/{config}"
     filesystem, path = fsspec.core.url_to_fs(root)
-    kinds: dict[str, str] = {}
     try:
         shards = sorted(filesystem.glob(f"{path}/train/*.parquet") or filesystem.glob(f"{path}/partial-train/*.parquet"))
         if not shards:

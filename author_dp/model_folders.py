@@ -6,10 +6,13 @@ LoRA adapter's would be where its base alone is loaded.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from author_dp.errors import UserError
@@ -28,10 +31,12 @@ def base_of_adapter(name: str) -> Optional[str]:
         return None
     try:
         base = json.loads(path.read_text())["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model_name {name}: {ADAPTER_CONFIG} does not name its base model: copy the adapter anew") from error
-    beside = Path(name) / str(base)
-    return str(beside.resolve()) if not os.path.isdir(str(base)) and beside.is_dir() else absolute(str(base))
+    beside = Path(name) / base
+    return str(beside.resolve()) if not os.path.isdir(base) and beside.is_dir() else absolute(base)
 
 
 def absolute(name: str) -> str:
@@ -44,11 +49,7 @@ def check_folder(name: str) -> None:
     folder = Path(name)
     if not folder.is_dir():
         return
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.stat().st_size < 1_000 and path.read_bytes().startswith(POINTER):
-            raise UserError(
-                f"--model_name {name}: {path.name} is a git-lfs pointer, not the file: run 'git lfs pull' in its repository"
-            )
+    check_pointers(folder)
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"--model_name {name} holds no config.json: give a folder that save_pretrained wrote, or a hub name")
@@ -60,6 +61,40 @@ def check_folder(name: str) -> None:
         raise UserError(f"--model_name {name} holds no weights (model.safetensors): copy them there, or give another folder")
 
 
+def check_pointers(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < 1_000 and path.read_bytes().startswith(POINTER):
+            raise UserError(
+                f"--model_name {folder}: {path.name} is a git-lfs pointer, not the file: run 'git lfs pull' in its repository"
+            )
+
+
+def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Put the LoRA adapter of a local folder on its base, to go on training it.
+
+    Raises:
+        UserError: for an adapter of another kind, without its weights, or that does not fit the base.
+    """
+    folder = Path(name)
+    check_pointers(folder)
+    kind = json.loads((folder / ADAPTER_CONFIG).read_text()).get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"--model_name {name} holds an adapter of type {kind}: only LoRA adapters can be gone on with")
+    if not any((folder / f"adapter_model{suffix}").exists() for suffix in (".safetensors", ".bin")):
+        raise UserError(f"--model_name {name} holds no adapter weights (adapter_model.safetensors): copy them there")
+    adapted: Any = PeftModel.from_pretrained(model, name, is_trainable=True)
+    given, placed = (
+        {key for key in weights if "lora_" in key}
+        for weights in (load_peft_weights(name, device="cpu"), get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    )
+    if odd := sorted(given ^ placed):
+        raise UserError(
+            f"--model_name {name}: the adapter does not fit its base: {len(odd)} weights have no place there, or are missing, "
+            f"first {odd[0]}; give the base that it was made on"
+        )
+    return adapted
+
+
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a hub name or local folder.
 
@@ -68,7 +103,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """
     remedy = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) of its base model there"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # each tokenizer raises its own
         if not os.path.isdir(name):
             raise
@@ -86,7 +121,9 @@ def load_base(name: str, **options: Any) -> PreTrainedModel:
     """
     check_folder(name)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+        )
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -100,7 +137,22 @@ def load_base(name: str, **options: Any) -> PreTrainedModel:
             f"--model_name {name}: its weights lack {len(missing)} of those that config.json asks for, first {missing[0]}: copy "
             "both from one place"
         )
+    if surplus := [key for key in sorted(report["unexpected_keys"]) if is_of_a_lost_layer(key, model)]:
+        raise UserError(
+            f"--model_name {name}: its weights hold layers that config.json does not ask for, first {surplus[0]}: copy both from "
+            "one place"
+        )
     return model
+
+
+def is_of_a_lost_layer(key: str, model: torch.nn.Module) -> bool:
+    """Whether a weight without a place belongs to a list of layers that the model has, beyond its end."""
+    place = re.match(r"(.+?)\.(\d+)\.", key)
+    if place is None:
+        return False
+    modules = dict(model.named_modules())
+    layers = [place[1], f"{getattr(model, 'base_model_prefix', '')}.{place[1]}"]
+    return any(name in modules and f"{name}.{place[2]}" not in modules for name in layers)
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,6 @@ from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.mechanism import IGNORED, Batch, author_losses
-from author_dp.plan import PrivacyPlan
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -33,6 +32,7 @@ SAME = 1e-4  # of logits that are to be the same: what another order of summatio
 NEGLIGIBLE = 1e-5  # of the whole clipped sum: a parameter's share below it may be nothing but rounding (biases of keys)
 COUNTS = (1, 2, 4)  # samples of the proof's authors: seven, so that neither heads nor experts are as many
 LENGTHS = (9, 7)  # longest sample, in tokens: once another number than the samples, and once the same
+MANY = 64  # samples beside a short one, for what begins to mix in larger batches
 LONGEST = 512  # tokens of a further text, if samples are as long: mixers and local attention cut long texts into chunks
 
 
@@ -43,12 +43,10 @@ class Proof(NamedTuple):
     apart: set[Any]  # the parameters that the engine takes author by author
     unused: list[str]  # trainable parameters that the loss does not use; frozen
 
-    def engine(self, model: nn.Module, plan: PrivacyPlan) -> ClippingEngine:
-        """Return the engine that was proven, on the model."""
-        engine = ENGINES[plan.clipping](model, plan.clip_norm)
+    def settle(self, engine: ClippingEngine) -> None:
+        """Tell an engine what was found, so that it need not find it again."""
         if isinstance(engine, GhostClipping):
             engine.settle(self.apart)
-        return engine
 
     def authors_at_once(self, most: int) -> int:
         """Return how many authors a microbatch is to have: taken apart, one costs one backward, of several each costs one."""
@@ -98,7 +96,7 @@ def check_apart(model: Any, sequence_len: Optional[int] = None) -> None:
 
 
 def longest_sample(model: Any, sequence_len: Optional[int]) -> int:
-    return sequence_len or min(getattr(model.config, "max_position_embeddings", None) or 128, 128)
+    return max(4, sequence_len or 0) if sequence_len else min(getattr(model.config, "max_position_embeddings", None) or 128, 128)
 
 
 @contextmanager
@@ -202,16 +200,17 @@ def check_samples_apart(model: Any, longest: int) -> None:
     with torch.no_grad():
         alone = model(input_ids=short[None]).logits[0]
         ended, went_on = (model(input_ids=ids[None]).logits[0, : len(short)] for ids in (padded, changed))
-        beside = model(input_ids=torch.stack([padded, long])).logits[0, : len(short)]
+        beside, behind = (model(input_ids=torch.stack(rows)).logits for rows in ([padded, long], [long, padded]))
+        beside = torch.stack([beside[0, : len(short)], behind[1, : len(short)]])
+        few = short[:4]
+        crowd = model(input_ids=torch.stack([few, *random_tokens(model, MANY * len(few), 4).view(MANY, -1)])).logits[0]
     if not alone.isfinite().all():
         raise UserError("--model_name: the model's logits are not finite: choose another model, or mend the checkpoint")
+    mixes = "lets {} in the batch change a shorter one's logits, which mixes authors: lower --sequence_len"
     for what, one, other in (
         ("sees later tokens: it is no causal language model (a BERT needs is_decoder in its config)", ended, went_on),
-        (
-            "lets a longer sample in the batch change a shorter one's logits, which mixes authors: lower --sequence_len",
-            alone,
-            beside,
-        ),
+        (mixes.format("a longer sample"), alone.expand_as(beside), beside),
+        (mixes.format("other samples"), alone[: len(few)], crowd),
     ):
         difference = float((other - one).norm() / one.norm())
         if not difference < SAME * rounding(model):

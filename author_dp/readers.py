@@ -26,6 +26,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -71,15 +72,17 @@ def split_suffix(name: str) -> tuple[str, Optional[str]]:
     return (Path(path.stem) if compression else path).suffix.lower(), compression
 
 
-def read_files(files: Iterable[str], columns: Columns) -> Iterator[pa.RecordBatch]:
+def read_files(files: Iterable[str], columns: Columns, kinds: Optional[dict[str, str]] = None) -> Iterator[pa.RecordBatch]:
     """Read the two columns of several files, in order.
 
+    Args:
+        kinds: of author values, and where the first one stood: of files read before, whose authors must be of the same kind.
     Yields:
         record batches of two columns, named as in `columns`, both large_string; a missing text is "".
     Raises:
         UserError: with file, line or row, and remedy.
     """
-    kinds: dict[str, str] = {}  # of author values: where the first one stands
+    kinds = {} if kinds is None else kinds
     for name in files:
         suffix, compression = split_suffix(name)
         try:
@@ -88,7 +91,7 @@ def read_files(files: Iterable[str], columns: Columns) -> Iterator[pa.RecordBatc
             else:
                 read = read_csv if suffix == ".csv" else read_json
                 yield from in_batches(read(lines_of(name, compression, columns), name, columns), name, columns, kinds)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise unreadable(name, columns, str(error).strip() or type(error).__name__) from error
 
 
@@ -369,7 +372,8 @@ def read_parquet(name: str, compression: Optional[str], columns: Columns, kinds:
 
 def read_open_parquet(source: Any, name: str, columns: Columns, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
     """The same for a path, or a file object that is open."""
-    file = pq.ParquetFile(source)
+    file = pq.ParquetFile(source, page_checksum_verification=True)
+    check_one_file(source, file.metadata, name, columns)
     names = file.schema_arrow.names
     check_columns(columns, names, name)
     author, text = (file.schema_arrow.field(column).type for column in (columns.author, columns.text))
@@ -390,6 +394,18 @@ def read_open_parquet(source: Any, name: str, columns: Columns, kinds: dict[str,
             note_kind(kind, f"{name}, row {start + 1}", kinds, columns)
         start += len(batch)
         yield pa.record_batch([authors, pc.fill_null(texts, "")], names=[columns.author, columns.text])
+
+
+def check_one_file(source: Any, metadata: pq.FileMetaData, name: str, columns: Columns) -> None:
+    """Raise UserError for several Parquet files in one: the last one's footer would be read with the first one's rows."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    chunks = [group.column(j) for group in groups for j in range(group.num_columns)]
+    starts = (min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in chunks)
+    end = max((start + chunk.total_compressed_size for start, chunk in zip(starts, chunks)), default=4)
+    with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+        file.seek(end)
+        if b"PAR1PAR1" in file.read():  # the end of one, the start of the next; beyond the rows there are indexes alone
+            raise unreadable(name, columns, "it is several Parquet files in one; give them apart")
 
 
 def kind_of(type_: pa.DataType) -> Optional[str]:

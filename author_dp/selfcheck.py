@@ -165,10 +165,13 @@ class NoiseCheck:
         if self.file is None or not len(self._first) or not is_first_process():
             return
         temporary = self.file.with_name(f"{self.file.name}.tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, np.stack([*self._known, self._first])[-RUNS:].astype(np.float32))
-        os.replace(temporary, self.file)
-        self.file = None
+        try:
+            with open(temporary, "wb") as file:
+                np.save(file, np.stack([*self._known, self._first])[-RUNS:].astype(np.float32))
+            os.replace(temporary, self.file)
+            self.file = None
+        except OSError:  # no space for it: the ledger and the checkpoints say so, and this is tried again at the next test
+            temporary.unlink(missing_ok=True)
 
     def _compare(self, name: str, earlier: np.ndarray, later: np.ndarray) -> None:
         """Given `earlier`, its product with independent standard normals is N(0, |earlier|^2)."""

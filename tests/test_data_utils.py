@@ -280,6 +280,11 @@ def test_a_fraction_of_the_authors_depends_on_each_alone():
         return set(train["user"]), set(evaluation["user"])
 
     train, evaluation = trained(samples)
+    few = Dataset.from_dict({"user": list("abcdefgh"), "body": ["a b"] * 8})
+    for gone in "abcdefgh":  # among few, a rank or a count of those who are there would move somebody
+        rest = few.select([i for i, author in enumerate("abcdefgh") if author != gone])
+        sides, others = (data_utils.split_by_author(s, "user", 0.0, 3, 0.5)[0]["user"][:] for s in (few, rest))
+        assert set(others) == set(sides) - {gone}
     assert 80 < len(train) < 160 and not train & evaluation and trained(samples, 0.3)[0] < train
     assert evaluation == trained(samples, 1.0)[1]
     for gone in (*sorted(train)[:20], *sorted(evaluation)[:5]):
@@ -304,6 +309,16 @@ def test_validation_authors_are_not_those_of_training(tmp_path, caplog):
     for arguments in ({"validation_file": [files["other"]]}, {"validation_file": [files["same"]], "allow_shared_authors": True}):
         train, evaluation = load_samples(DataArguments(train_file=[files["train"]], **arguments), seed=0)
         assert len(train) == 4 and len(evaluation) == 3
+
+
+def test_authors_of_another_kind_in_the_validation_file_are_refused(tmp_path):
+    """Or 7 and "7" would not be seen to be one."""
+    for name, kind in (("train", int), ("other", str)):
+        rows = [{"author": kind(i), "content": f"text {i}"} for i in range(3)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    files = {"train_file": [str(tmp_path / "train.json")], "validation_file": [str(tmp_path / "other.json")]}
+    with pytest.raises(UserError, match=r"--validation_file holds text in .*other\.json.*whole number in .*train\.json"):
+        load_samples(DataArguments(**files), seed=0)
 
 
 def test_rows_taken_as_given_are_told_from_whole_authors(checkpoint):
@@ -389,6 +404,9 @@ def test_the_start_token_is_the_tokenizers_own_and_the_end_is_asked_for():
     assert ids_of(texts, plain, append_eos=True) == [[3, 4, 2], [3, 4, 5, 3], [3, 4, 5, 2]]
     split = ids_of(texts[1:2], starting, append_eos=True, long_samples="split")
     assert split == [[1, 3, 4, 5], [1, 3, 4, 2]]
+    split = ids_of(["a b c", "a b c a b c"], starting, append_eos=True, long_samples="split")  # no end stands alone
+    assert split == [[1, 3, 4], [1, 5, 2], [1, 3, 4, 5], [1, 3, 4], [1, 5, 2]]
+    assert ids_of(["a b c a b"], plain, long_samples="split") == [[3, 4, 5], [3, 4]]
     assert ids_of(["a"], starting) == [[1, 3]]  # one token is something to predict, after a start
     notes = data_utils.data_notes(DataArguments(train_file=["a"], append_eos=True), starting)
     assert (notes["start_token"], notes["end_token"]) == ("<s>", "</s>") and len(data_utils.in_words(notes)) == 2
@@ -399,7 +417,7 @@ def test_the_spelling_of_a_special_token_is_text(start):
     tokenizer = small_tokenizer(start)
     for options in ({}, {"long_samples": "split"}):
         (row,) = ids_of(["</s>"], tokenizer, **options)[:1]
-        assert 2 not in row and row[-1] in (8, 9)
+        assert 2 not in row and row[-1] in (7, 8, 9)
     assert tokenizer("a </s>", add_special_tokens=False)["input_ids"] == [3, 2]  # the tokenizer is left as it was
 
 

@@ -156,7 +156,7 @@ def test_own_columns_and_whole_numbers_as_authors(checkpoint, tmp_path, suffix, 
 def test_validation_file_bf16_and_several_samples_per_author(checkpoint, comments, tmp_path, monkeypatch, capfd):
     options = "--bf16 --samples_per_author 3 --per_device_train_batch_size 4 --noise_multiplier 1 --per_sample_max_grad_norm 0.5"
     arguments = small(checkpoint, comments, tmp_path / "out", "--validation_file", str(comments), *options.split())
-    status, stderr = run_here(monkeypatch, capfd, *arguments)
+    status, stderr = run_here(monkeypatch, capfd, *arguments, "--allow_shared_authors")
     assert status == 0, stderr
     report = read_report(tmp_path / "out")
     assert report["samples_per_author"] == 3 and report["target_epsilon"] is None and 0 < report["epsilon"] < 10
@@ -271,10 +271,19 @@ def test_a_config_file_is_taken_as_it_is_written(tmp_path, monkeypatch):
     path = tmp_path / "options.yaml"
     path.write_text(
         "save_strategy: no\nlog_level: off\nseed: 042\nuse_cpu: yes\ntrain_file: [on.csv, 1e3]\nlearning_rate: 1e-3\n"
-        "lr_scheduler_kwargs: {num_cycles: 2}\nmax_steps:\nrun_name: null\noutput_dir: '~'\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nmax_steps:\nrun_name: null\noutput_dir: '~'\nlogging_dir: 2024-02-30\n"
     )
     expected = "--save_strategy no --log_level off --seed 042 --use_cpu yes --train_file on.csv 1e3 --learning_rate 1e-3"
-    expected = [*expected.split(), "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--output_dir", "~", "--more"]
+    expected = [
+        *expected.split(),
+        "--lr_scheduler_kwargs",
+        '{"num_cycles": 2}',
+        "--output_dir",
+        "~",
+        "--logging_dir",
+        "2024-02-30",
+        "--more",
+    ]
     assert script["expand_config"](["--config", str(path), "--more"]) == expected
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.model_folders import absolute, base_of_adapter, load_base, load_tokenizer
+from author_dp.model_folders import absolute, base_of_adapter, load_adapter, load_base, load_tokenizer
 
 
 def load(folder: Path):
@@ -38,6 +38,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548
         (lambda f: (f / "tokenizer.json").write_text(POINTER), ["tokenizer.json", "git lfs pull"]),
         (lambda f: reconfigure(f, vocab_size=99_999), ["config.json", "vocab_size"]),
         (lambda f: reconfigure(f, n_layer=9), ["lack", "transformer.h.2"]),
+        (lambda f: reconfigure(f, n_layer=1), ["does not ask for", "h.1"]),
         (lambda f: remove(f, "tok", "vocab", "merges"), ["tokenizer files", "tokenizer.json"]),
         (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer"]),
         (lambda f: remove(f, ""), ["config.json"]),
@@ -57,6 +58,37 @@ def test_what_is_wrong_with_which_file_is_said(checkpoint, tmp_path, spoil, word
 def test_a_whole_folder_loads(checkpoint):
     model, tokenizer = load(Path(checkpoint))
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters()) and len(tokenizer) > 100
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "adapter_model.safetensors").write_text(POINTER), ["git lfs pull"]),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), ["no adapter weights"]),
+        (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3"}'), ["type IA3"]),
+    ],
+)
+def test_what_is_wrong_with_an_adapter_is_said(checkpoint, tmp_path, spoil, words):
+    make_adapter(checkpoint, tmp_path)
+    assert any("lora_B" in name for name, _ in load_adapter(load_base(checkpoint), str(tmp_path)).named_parameters())
+    spoil(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_adapter(load_base(checkpoint), str(tmp_path))
+    assert all(word in str(error.value) for word in [str(tmp_path), *words]), str(error.value)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_on_another_base_is_refused(checkpoint, tmp_path, layers):
+    """Fewer layers would throw weights away, more would make some up."""
+    make_adapter(checkpoint, tmp_path)
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.n_layer = layers
+    with pytest.raises(UserError, match="does not fit its base: 2 weights"):
+        load_adapter(AutoModelForCausalLM.from_config(config), str(tmp_path))
+
+
+def make_adapter(checkpoint, folder: Path) -> None:
+    get_peft_model(load_base(checkpoint), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(folder)
 
 
 def test_an_adapter_names_its_base_from_everywhere(checkpoint, tmp_path, monkeypatch):

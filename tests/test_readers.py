@@ -165,6 +165,13 @@ def test_what_cannot_be_read_exactly_is_refused_with_its_place(tmp_path, name, c
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_several_parquet_files_in_one_are_refused(tmp_path):
+    one, other = parquet(user=["a", "b"], body=["x", "y"]), parquet(user=["c", "d"], body=["z", "w"])
+    for name, content in (("two.parquet", one + other), ("two.parquet.gz", gzip.compress(one) + gzip.compress(other))):
+        with pytest.raises(UserError, match=r"two\.parquet.*several Parquet files in one"):
+            read(write(tmp_path, name, content))
+
+
 def test_the_file_that_lacks_a_column_is_named(tmp_path):
     good, bad = write(tmp_path, "good.jsonl", '{"user": "a", "body": "x"}\n'), write(tmp_path, "bad.jsonl", '{"user": "a"}\n')
     with pytest.raises(UserError, match=r"--text_column 'body' is not in --train_file .*bad\.jsonl"):
