@@ -149,6 +149,7 @@ def test_with_the_promised_noise_the_audit_stays_below_epsilon(tmp_path, monkeyp
     assert found["epsilon_lower_bound"] <= epsilon <= 2.0 and not complaints
 
 
+@pytest.mark.slow
 def test_noise_that_is_promised_but_not_added_is_found(tmp_path, monkeypatch):
     complaints = []
     monkeypatch.setattr("author_dp.audit.logger.error", complaints.append)

@@ -71,6 +71,7 @@ def test_a_run_that_took_no_step_binds_nobody(tmp_path):
     assert fresh.budget.ledger.steps == 3 and 3.9 < fresh.epsilon() <= 4.0
 
 
+@pytest.mark.slow
 def test_other_noise_batch_clip_norm_and_samples_compose_exactly_as_they_ran(tmp_path):
     def run(steps, sigma, batch, **privacy):
         trainer = make_trainer(
@@ -90,6 +91,7 @@ def test_other_noise_batch_clip_norm_and_samples_compose_exactly_as_they_ran(tmp
     assert report["steps"] == 6 and [run["samples_per_author"] for run in last.budget.ledger.runs] == [1, 2, 1]
 
 
+@pytest.mark.slow
 def test_more_epochs_on_resume_spend_only_what_is_left(tmp_path):
     resumable(tmp_path, max_steps=6).train()
     with pytest.raises(UserError, match="used up"):

@@ -57,6 +57,7 @@ def test_the_loss_of_training_is_the_mean_over_authors(tmp_path):
     assert logged == pytest.approx(trainer.evaluate(dataset)["eval_author_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_losses(tmp_path):
     options = {"model": {}, "counts": [1] * 9, "privacy": {"noise_multiplier": 1.0}, "per_device": 2, "evaluate": COUNTS}
     found = run_processes(tmp_path, 2, **options)

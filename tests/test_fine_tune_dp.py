@@ -178,6 +178,7 @@ def test_one_seed_shares_split_and_lora_but_neither_noise_nor_batches(checkpoint
     assert not torch.equal(runs[2][1], runs[3][1])  # two steps of different batches and noise
 
 
+@pytest.mark.slow
 def test_resume_and_the_ways_on(checkpoint, comments, tmp_path, monkeypatch, capfd):
     first = small(
         checkpoint, comments, tmp_path / "out", "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--save_steps", "2"
@@ -190,6 +191,7 @@ def test_resume_and_the_ways_on(checkpoint, comments, tmp_path, monkeypatch, cap
     assert read_report(tmp_path / "out")["steps"] == 5
 
 
+@pytest.mark.slow
 def test_disable_dp(checkpoint, comments, tmp_path, monkeypatch, capfd):
     arguments = small(checkpoint, comments, tmp_path / "out", "--disable_dp", "--max_grad_norm", "1.0")
     status, stderr = run_here(monkeypatch, capfd, *arguments)
@@ -226,6 +228,7 @@ def save_tiny(checkpoint, folder, model_class, config_class, **more) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ADAPTERS], ids=["full", "adapters"])
 def test_a_model_whose_norms_have_no_rule_of_their_own_trains(checkpoint, comments, tmp_path, monkeypatch, capfd, options):
     """Gemma's norms scale by 1 + weight."""
@@ -287,6 +290,7 @@ def test_a_config_file_is_taken_as_it_is_written(tmp_path, monkeypatch):
     assert script["expand_config"](["--config", str(path), "--more"]) == expected
 
 
+@pytest.mark.slow
 def test_a_config_file_is_read_and_the_command_line_prevails(checkpoint, comments, tmp_path, monkeypatch, capfd):
     options = ["model_name: nowhere", f"train_file: [{comments}]", "target_epsilon: 8", "per_sample_max_grad_norm: 1.0"]
     options += ["max_steps: 2", "lr_scheduler_kwargs: {}", "target_delta: null", "disable_tqdm: true", "learning_rate: 1e-4"]
@@ -354,6 +358,7 @@ def test_a_dry_run_plans_the_run_that_is_asked_for(checkpoint, comments, tmp_pat
     assert said and float(said[1]) == pytest.approx(report["epsilon"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_gone_on_with_or_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
     plain = ["--disable_dp", "--learning_rate", "0.1"]
     lora = ["--enable_lora", "--lora_dim", "3"]
@@ -369,6 +374,7 @@ def test_an_adapter_is_gone_on_with_or_refused(checkpoint, comments, tmp_path, m
     assert any(value.abs().sum() > 0 for name, value in again.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_resuming_from_a_model_alone_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
     arguments = small(checkpoint, comments, tmp_path / "out", "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1")
     assert run_here(monkeypatch, capfd, *arguments, "--save_steps", "1", "--save_only_model")[0] == 0
@@ -548,6 +554,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint, comments, tmp_
     assert status == 2 and "500 embeddings" in stderr and "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_is_broken_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.transformer.ln_f.weight.data[3] = float("nan")

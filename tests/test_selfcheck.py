@@ -151,6 +151,7 @@ def test_noise_of_an_earlier_run_is_found(tmp_path, monkeypatch):
         small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=str(tmp_path / "checkpoint-6")).train()
 
 
+@pytest.mark.slow
 def test_honest_runs_of_a_folder_do_not_resemble_each_other(tmp_path):
     for resume in (None, str(tmp_path / "checkpoint-6"), str(tmp_path / "checkpoint-6")):
         small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=resume).train()
