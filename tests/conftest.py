@@ -110,6 +110,12 @@ def make_trainer(folder, model=None, dataset=None, *, privacy=None, **options) -
     )
 
 
+def sample(cases, of: int = 4) -> list:
+    """Every `of`-th of the cases, for the fast tests; the others are marked slow."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.slow] if number % of else []) for number, case in enumerate(cases)]
+
+
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

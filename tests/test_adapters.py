@@ -2,7 +2,7 @@
 
 import naive
 import pytest
-from conftest import as_arrays, clipped_sum, make_batch, trainable
+from conftest import as_arrays, clipped_sum, make_batch, sample, trainable
 from families import close, llama, make_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -31,7 +31,7 @@ def make(family: str = "llama", **options):
     return model
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", sample(OPTIONS))
 def test_every_kind_of_adapter_is_clipped_exactly(name):
     model, batch = make(**OPTIONS[name]), make_batch()
     assert prove(model, "ghost").error < 1e-5

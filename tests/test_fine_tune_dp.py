@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, flat, of_a_terminal, read_report, run_script
+from conftest import ROOT, flat, of_a_terminal, read_report, run_script, sample
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
@@ -473,42 +473,44 @@ def test_what_the_trainer_alone_notices_ends_with_status_2_too(
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [
-        (["--no_such_option", "3"], ["--no_such_option", "--help"]),
-        (["--target_epsilon", "eight"], ["--target_epsilon"]),
-        (["--target_epsilon", "8"], ["--per_sample_max_grad_norm"]),
-        (["--per_sample_max_grad_norm", "1"], ["--target_epsilon", "--noise_multiplier"]),
-        ([*PRIVACY, "--noise_multiplier", "1"], ["--target_epsilon", "--noise_multiplier"]),
-        ([*PRIVACY, "--clipping", "sideways"], ["--clipping", "grad_sample"]),
-        ([*PRIVACY, "--max_grad_norm", "1"], ["--max_grad_norm", "--per_sample_max_grad_norm"]),
-        ([*PRIVACY, "--text_column", "body"], ["--text_column", "body", "content"]),
-        ([*PRIVACY, "--author_column", "user"], ["--author_column", "user", "author"]),
-        ([*PRIVACY, "--train_file", "nowhere.jsonl"], ["--train_file", "nowhere.jsonl"]),
-        ([*PRIVACY, "--validation_file", "nowhere.csv"], ["--validation_file", "nowhere.csv"]),
-        ([*PRIVACY, "--model_name", "."], ["--model_name"]),
-        ([*PRIVACY, "--sequence_len", "100000"], ["--sequence_len"]),
-        ([*PRIVACY, "--enable_lora", "--lora_dim", "0"], ["--lora_dim"]),
-        ([*PRIVACY, "--enable_lora", "--lora_target_modules", "nothing"], ["--lora_target_modules"]),
-        ([*PRIVACY, "--optim", "nothing"], ["--optim"]),
-        ([*PRIVACY, "--eval_fraction", "0", "--eval_strategy", "steps"], ["--eval_strategy", "--validation_file"]),
-        ([*PRIVACY, "--max_train_samples", "1"], ["author"]),
-        ([*PRIVACY, "--target_delta", "2"], ["--target_delta"]),
-        ([*PRIVACY, "--learning_rate", "-1"], ["--learning_rate"]),
-        ([*PRIVACY, "--learning_rate", "nan"], ["--learning_rate"]),
-        ([*PRIVACY, "--save_steps", "inf"], ["--save_steps"]),
-        ([*PRIVACY, "--accelerator_config", "nowhere.json"], ["--accelerator_config", "nowhere.json"]),
-        ([*PRIVACY, "--lr_scheduler_kwargs", "x"], ["--lr_scheduler_kwargs"]),
-        ([*PRIVACY, "--lr_scheduler_kwargs", "{"], ["--lr_scheduler_kwargs"]),
-        ([*PRIVACY, "--audit_canaries", "3"], ["--audit_canaries"]),
-        ([*PRIVACY, "--seed", "-1"], ["--seed"]),
-        ([*PRIVACY, "--evaluation_strategy", "sometimes"], ["sometimes"]),
-        ([*PRIVACY, "--per_device_train_batch_size", "0"], ["--per_device_train_batch_size"]),
-        ([*PRIVACY, "--gradient_accumulation_steps", "0"], ["--gradient_accumulation_steps"]),
-        ([*PRIVACY, "--num_train_epochs", "0", "--max_steps", "-1"], ["--num_train_epochs"]),
-        ([*PRIVACY, "--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint", "nowhere"]),
-        ([*PRIVACY, "--resume_from_checkpoint", "True"], ["--resume_from_checkpoint"]),
-        (["--target_epsilon", "1e-9", "--target_delta", "1e-12", "--per_sample_max_grad_norm", "1"], ["--target_epsilon"]),
-    ],
+    sample(
+        [
+            (["--no_such_option", "3"], ["--no_such_option", "--help"]),
+            (["--target_epsilon", "eight"], ["--target_epsilon"]),
+            (["--target_epsilon", "8"], ["--per_sample_max_grad_norm"]),
+            (["--per_sample_max_grad_norm", "1"], ["--target_epsilon", "--noise_multiplier"]),
+            ([*PRIVACY, "--noise_multiplier", "1"], ["--target_epsilon", "--noise_multiplier"]),
+            ([*PRIVACY, "--clipping", "sideways"], ["--clipping", "grad_sample"]),
+            ([*PRIVACY, "--max_grad_norm", "1"], ["--max_grad_norm", "--per_sample_max_grad_norm"]),
+            ([*PRIVACY, "--text_column", "body"], ["--text_column", "body", "content"]),
+            ([*PRIVACY, "--author_column", "user"], ["--author_column", "user", "author"]),
+            ([*PRIVACY, "--train_file", "nowhere.jsonl"], ["--train_file", "nowhere.jsonl"]),
+            ([*PRIVACY, "--validation_file", "nowhere.csv"], ["--validation_file", "nowhere.csv"]),
+            ([*PRIVACY, "--model_name", "."], ["--model_name"]),
+            ([*PRIVACY, "--sequence_len", "100000"], ["--sequence_len"]),
+            ([*PRIVACY, "--enable_lora", "--lora_dim", "0"], ["--lora_dim"]),
+            ([*PRIVACY, "--enable_lora", "--lora_target_modules", "nothing"], ["--lora_target_modules"]),
+            ([*PRIVACY, "--optim", "nothing"], ["--optim"]),
+            ([*PRIVACY, "--eval_fraction", "0", "--eval_strategy", "steps"], ["--eval_strategy", "--validation_file"]),
+            ([*PRIVACY, "--max_train_samples", "1"], ["author"]),
+            ([*PRIVACY, "--target_delta", "2"], ["--target_delta"]),
+            ([*PRIVACY, "--learning_rate", "-1"], ["--learning_rate"]),
+            ([*PRIVACY, "--learning_rate", "nan"], ["--learning_rate"]),
+            ([*PRIVACY, "--save_steps", "inf"], ["--save_steps"]),
+            ([*PRIVACY, "--accelerator_config", "nowhere.json"], ["--accelerator_config", "nowhere.json"]),
+            ([*PRIVACY, "--lr_scheduler_kwargs", "x"], ["--lr_scheduler_kwargs"]),
+            ([*PRIVACY, "--lr_scheduler_kwargs", "{"], ["--lr_scheduler_kwargs"]),
+            ([*PRIVACY, "--audit_canaries", "3"], ["--audit_canaries"]),
+            ([*PRIVACY, "--seed", "-1"], ["--seed"]),
+            ([*PRIVACY, "--evaluation_strategy", "sometimes"], ["sometimes"]),
+            ([*PRIVACY, "--per_device_train_batch_size", "0"], ["--per_device_train_batch_size"]),
+            ([*PRIVACY, "--gradient_accumulation_steps", "0"], ["--gradient_accumulation_steps"]),
+            ([*PRIVACY, "--num_train_epochs", "0", "--max_steps", "-1"], ["--num_train_epochs"]),
+            ([*PRIVACY, "--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint", "nowhere"]),
+            ([*PRIVACY, "--resume_from_checkpoint", "True"], ["--resume_from_checkpoint"]),
+            (["--target_epsilon", "1e-9", "--target_delta", "1e-12", "--per_sample_max_grad_norm", "1"], ["--target_epsilon"]),
+        ]
+    ),
 )
 def test_mistakes_end_with_status_2_and_name_option_and_remedy(
     checkpoint, comments, tmp_path, monkeypatch, capfd, arguments, words

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sample
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -23,7 +23,7 @@ NOT_CAUSAL = set(
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", sample(FAMILIES))
 def test_both_engines_equal_a_plain_loop(model_type, kind):
     for clipping in ("ghost", "grad_sample"):
         verdict = try_out(model_type, kind, clipping)
