@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, sample
 
 LIBRARY = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -73,7 +73,7 @@ def test_names_that_outsiders_rely_on(names):
         assert hasattr(importlib.import_module(module), name)
 
 
-@pytest.mark.parametrize("program", ["ledger", "report"])
+@pytest.mark.parametrize("program", sample(["ledger", "report"]))
 def test_programs_name_what_they_want(program, tmp_path):
     command = [sys.executable, "-m", f"author_dp.{program}"]
     for arguments, words in (([], "usage"), ([str(tmp_path)], "give the --output_dir of a run")):

@@ -141,6 +141,7 @@ def test_a_hub_data_set_as_a_local_folder(checkpoint, tmp_path, monkeypatch, cap
 # --- own data -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_own_columns_and_whole_numbers_as_authors(checkpoint, tmp_path, suffix, monkeypatch, capfd):
     frame = pd.DataFrame({"user": [n % 40 for n in range(200)], "body": [f"comment {n} of mine" for n in range(200)]})
@@ -247,6 +248,7 @@ def test_an_encoder_decoder_is_refused_in_a_line(checkpoint, comments, tmp_path,
     assert status == 2 and "t5 is no causal language model: choose a decoder" in stderr, stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_sees_the_future_ends_in_a_line_and_writes_nothing(checkpoint, comments, tmp_path, monkeypatch, capfd):
     folder = save_tiny(checkpoint, tmp_path / "bert", BertLMHeadModel, BertConfig)
     status, stderr = run_here(monkeypatch, capfd, *small(folder, comments, tmp_path / "out", *PRIVACY))

@@ -184,6 +184,7 @@ def ledger_program(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_program_says_what_was_spent_and_what_one_more_run_would_cost(tmp_path):
     ledger = make_ledger(tmp_path, taken=10, noise_multiplier=2.0)
     ledger.start_run({**HEADER, "noise_multiplier": 3.0})

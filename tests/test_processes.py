@@ -9,7 +9,7 @@ from pathlib import Path
 import naive
 import pytest
 import torch
-from conftest import MODELS, ROOT, read_report, tiny_gpt2, within
+from conftest import MODELS, ROOT, read_report, sample, tiny_gpt2, within
 
 from author_dp.ledger import PrivacyLedger
 
@@ -22,7 +22,7 @@ def run_processes(folder: Path, processes: int, **options) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-@pytest.mark.parametrize(("kind", "engine"), [("tied", "ghost"), ("lora", "ghost"), ("tied", "grad_sample")])
+@pytest.mark.parametrize(("kind", "engine"), sample([("tied", "ghost"), ("lora", "ghost"), ("tied", "grad_sample")]))
 def test_two_processes_release_the_naive_update_and_stay_identical(tmp_path, kind, engine):
     # Expected batch 24 of 27 authors: an empty draw has a chance of 1e-26.
     privacy = {"noise_multiplier": 0.0, "samples_per_author": 3, "clipping": engine}
