@@ -96,7 +96,9 @@ class DataArguments:
         default=None,
         metadata={"help": "Train on the first so many rows only, which the guarantee then takes as given; see --train_fraction."},
     )
-    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+    max_eval_samples: Optional[int] = field(
+        default=None, metadata={"help": "Evaluate on the first so many rows only (so many authors, with --release_eval_epsilon)."}
+    )
     preprocessing_num_workers: Optional[int] = field(default=None, metadata={"help": "Processes that tokenize."})
 
     def __post_init__(self):
@@ -125,10 +127,12 @@ class DataArguments:
 
 
 def prepare(
-    args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+    args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, released: bool = False
 ) -> tuple[Dataset, Optional[Dataset]]:
     """Load and tokenize, once a machine; every process then sees the result.
 
+    Args:
+        released: whether a loss on the held-out authors is to be published.
     Returns:
         (train, evaluation), with the author column and input_ids; evaluation is None where there is none.
     """
@@ -145,7 +149,7 @@ def prepare(
                 "num_proc": args.preprocessing_num_workers,
             }
             with ending_on_sigterm():
-                train, evaluation = load_samples(args, training_args.seed, folder)
+                train, evaluation = load_samples(args, training_args.seed, folder, released)
                 tokenize(train, tokenizer, **options).save_to_disk(folder / "train")
                 if evaluation is not None:
                     option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
@@ -157,11 +161,15 @@ def prepare(
     return load_from_disk(folder / "train"), load_from_disk(folder / "evaluation") if has_evaluation else None
 
 
-def load_samples(args: DataArguments, seed: int, folder: Optional[Path] = None) -> tuple[Dataset, Optional[Dataset]]:
+def load_samples(
+    args: DataArguments, seed: int, folder: Optional[Path] = None, released: bool = False
+) -> tuple[Dataset, Optional[Dataset]]:
     """Load, check and split the data named by `args`.
 
     Args:
         folder: where the texts are kept while they are used, `temporary_folder()` by default.
+        released: whether a loss on the held-out authors is to be published: then nobody is held out by force, and
+            --max_eval_samples takes whole authors, by a hash of each.
     Returns:
         (train, evaluation), both with the text and the author column; evaluation is None where
         --eval_fraction is 0 and no --validation_file is given.
@@ -177,7 +185,9 @@ def load_samples(args: DataArguments, seed: int, folder: Optional[Path] = None) 
         name = args.dataset_name or DEFAULT_DATASET
         samples = load_hub(name, args.dataset_config_name, args.dataset_revision, limit=limit, **columns)
     if args.validation_file is None:
-        train, evaluation = split_by_author(samples, args.author_column, args.eval_fraction, seed, args.train_fraction, folder)
+        train, evaluation = split_by_author(
+            samples, args.author_column, args.eval_fraction, seed, args.train_fraction, folder, not released
+        )
     else:
         train, _ = split_by_author(samples, args.author_column, 0.0, seed, args.train_fraction, folder)
         evaluation = load_files("--validation_file", args.validation_file, **columns)
@@ -185,7 +195,10 @@ def load_samples(args: DataArguments, seed: int, folder: Optional[Path] = None) 
     if args.max_train_samples is not None:
         train = train.select(range(min(args.max_train_samples, len(train))))
     if evaluation is not None and args.max_eval_samples is not None:
-        evaluation = evaluation.select(range(min(args.max_eval_samples, len(evaluation))))
+        if released:
+            evaluation = lowest_authors(evaluation, args.author_column, args.max_eval_samples, seed, folder)
+        else:
+            evaluation = evaluation.select(range(min(args.max_eval_samples, len(evaluation))))
     for warning in find_nobody(train, args.text_column, args.author_column):
         logger.warning(warning)
     return train, evaluation
@@ -347,12 +360,13 @@ def split_by_author(
     seed: int,
     train_fraction: float = 1.0,
     folder: Optional[Path] = None,
+    by_force: bool = True,
 ) -> tuple[Dataset, Optional[Dataset]]:
     """Hold out about `eval_fraction` of the authors, each with all samples; train on `train_fraction` of the others.
 
     An author's side depends on the author's value and `seed` only, not on who else is there: adding or
     removing one author moves nobody else between the sides, so neighbouring data sets stay neighbours. (Where chance
-    holds out nobody, one author is held out by force.)
+    holds out nobody, one author is held out, or an error raised where not `by_force`.)
 
     Returns:
         (train, evaluation); evaluation is None where `eval_fraction` is 0.
@@ -363,10 +377,13 @@ def split_by_author(
         raise UserError(f"--author_column {author_column!r}: there is one author only, whom no noise can hide; give data of many")
     if eval_fraction == 0 and train_fraction == 1:
         return samples, None
-    digests = [hashlib.blake2b(f"{seed}:{author}".encode(), digest_size=8).digest() for author in authors]
-    draws = np.frombuffer(b"".join(digests), dtype=">u8") / 2.0**64  # uniform in [0, 1)
+    draws = uniform(authors, f"{seed}:")
     held_out = draws < eval_fraction
     if eval_fraction > 0 and not held_out.any():
+        if not by_force:
+            raise UserError(
+                f"--eval_fraction {eval_fraction} holds out none of {len(authors)} authors: raise it to publish their loss"
+            )
         held_out[np.argmin(draws)] = True
     trained = ~held_out & (draws < eval_fraction + train_fraction * (1 - eval_fraction))
     if not trained.any():
@@ -374,6 +391,25 @@ def split_by_author(
         remedy = "raise the latter" if train_fraction < 1 else "lower it"
         raise UserError(f"{option} of {len(authors)} authors leaves none to train on: {remedy}, or give more authors")
     return where(samples, trained[codes], folder), where(samples, held_out[codes], folder) if eval_fraction > 0 else None
+
+
+def uniform(authors: list, prefix: str) -> np.ndarray:
+    """Return for each author a number in [0, 1), float64 (authors,), that depends on the author's value and `prefix` alone."""
+    digests = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
+    return np.frombuffer(b"".join(digests), dtype=">u8") / 2.0**64
+
+
+def lowest_authors(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
+    """Return all samples of at most `limit` authors, those of the lowest hashes: one author less lets one other in."""
+    values = encode_authors(column_of(samples, author_column))
+    lowest = np.argsort(uniform(values.dictionary.to_pylist(), f"evaluation:{seed}:"), kind="stable")[:limit]
+    return where(samples, np.isin(values.indices.to_numpy(), lowest), folder)
+
+
+def name_of_split(args: DataArguments, seed: int) -> Optional[str]:
+    """Return a name of the rule that holds authors out: with one name, who is held out is never trained on. None with a file."""
+    rule = f"{seed}:{args.eval_fraction}"
+    return None if args.validation_file is not None else hashlib.sha256(rule.encode()).hexdigest()[:16]
 
 
 def check_apart(train: Dataset, evaluation: Dataset, args: DataArguments) -> None:

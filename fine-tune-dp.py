@@ -58,6 +58,8 @@ from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.guards import check_options
 from author_dp.hub import hub_error, hub_is_reachable
 from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
+from author_dp.release import ReleaseArguments, check_release, release_loss
+from author_dp.release import in_words as released_in_words
 from author_dp.report import Statistics, card, write_report
 from data_utils import (
     AuthorDataset,
@@ -68,6 +70,7 @@ from data_utils import (
     delete_texts,
     group_by_author,
     in_words,
+    name_of_split,
     prepare,
 )
 from dp_utils import DPTrainer, PrivacyArguments
@@ -162,9 +165,18 @@ class ArgumentParser(HfArgumentParser):
         raise UserError(message)
 
 
-def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, TrainingArguments]:
+# Of options, as --help and docs/options.md show them.
+GROUPS = (ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, ReleaseArguments, TrainingArguments)
+
+
+def parse_arguments() -> tuple:
+    """Return the options, one object for each of GROUPS.
+
+    Raises:
+        UserError: for options that are unknown, or cannot be used.
+    """
     arguments = expand_config(sys.argv[1:])
-    parser = ArgumentParser((ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, TrainingArguments))
+    parser = ArgumentParser(GROUPS)
     _, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise UserError(f"unknown option {' '.join(unknown)}; --help lists all options")
@@ -174,12 +186,14 @@ def parse_arguments() -> tuple[ModelArguments, LoraArguments, DataArguments, Pri
         raise
     except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # what Hugging Face's own checks raise
         raise UserError(blame(str(error).strip().splitlines()[0], arguments)) from error
-    model_args, _, data_args, privacy_args, _, training_args = groups
+    model_args, _, data_args, privacy_args, _, release_args, training_args = groups
+    has_evaluation = data_args.validation_file is not None or data_args.eval_fraction > 0
     if model_args.dry_run:
+        release_args.release_eval_epsilon = None  # of a model that nobody wants
         training_args.logging_steps = training_args.eval_steps = 1
-        has_evaluation = data_args.validation_file is not None or data_args.eval_fraction > 0
         training_args.logging_strategy, training_args.eval_strategy = "steps", "steps" if has_evaluation else "no"
     check_options(training_args, privacy_args)
+    check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
     find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
     return groups
 
@@ -272,7 +286,7 @@ def is_needed(record: LogRecord) -> bool:
 
 
 def main() -> None:
-    model_args, lora_args, data_args, privacy_args, audit_args, training_args = parse_arguments()
+    model_args, lora_args, data_args, privacy_args, audit_args, release_args, training_args = parse_arguments()
     if training_args.disable_tqdm or training_args.process_index > 0:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
@@ -285,7 +299,8 @@ def main() -> None:
     if data_args.sequence_len > longest:
         raise UserError(f"--sequence_len {data_args.sequence_len} is more than the model's {longest} positions: lower it")
 
-    train, evaluation = prepare(data_args, training_args, tokenizer)
+    released = release_args.release_eval_epsilon is not None
+    train, evaluation = prepare(data_args, training_args, tokenizer, released)
     grouped = (train, *group_by_author(column_of(train, data_args.author_column)))
     held_out = None
     if evaluation is not None:
@@ -310,6 +325,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.data = data_notes(data_args, tokenizer)
+    trainer.budget.split = name_of_split(data_args, training_args.seed)
     trainer.add_callback(statistics := Statistics(trainer.norms, np.diff(grouped[1])))
     if model_args.dry_run:
         trainer.add_callback(dry_run := DryRun())
@@ -333,6 +349,10 @@ def main() -> None:
         logger.info(f"Evaluation loss after training: {losses_in_words(metrics)}")
     if model_args.dry_run:
         logger.info(dry_run.in_words(trainer, metrics.get("eval_runtime", 0.0)))
+    release = None
+    if released:
+        limited = data_args.max_eval_samples is not None
+        release = release_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
     trainer.save_model()
 
     if trainer.is_world_process_zero():
@@ -341,6 +361,8 @@ def main() -> None:
         write_report(Path(training_args.output_dir), hidden=training_args.push_to_hub)
         report = trainer.privacy_report()
         loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
+        if released:
+            loss = f", {released_in_words(release)}, both public"
         if trainer.audit is not None:
             loss += f", audit: epsilon at least {trainer.audit['epsilon_lower_bound']:.2f}"
         print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {training_args.output_dir}")

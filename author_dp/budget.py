@@ -46,12 +46,15 @@ class Budget:
     Attributes:
         steps: of this run, as opposed to those of earlier runs in the ledger.
         allowed_steps: of this run, under the target.
+        split: a name of the rule by which authors are held out; runs of one name never train on an author whom another holds out.
+            None where authors may be on both sides.
     """
 
     def __init__(self, plan: PrivacyPlan, ledger: PrivacyLedger, is_first_process: bool):
         self.plan, self.ledger, self.is_first_process = plan, ledger, is_first_process
         self.steps = 0
         self.allowed_steps: float = math.inf
+        self.split: Optional[str] = None
         self._loss: Optional[PrivacyLoss] = None
         self._attack: Optional[tuple[str, dict[str, Any]]] = None
 
@@ -95,7 +98,9 @@ class Budget:
                 versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
                 started = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 name = uuid.uuid4().hex  # so that no two runs have the same records, were they alike in all else
-                self.ledger.start_run({**asdict(plan), "name": name, "started": started, "versions": versions})
+                self.ledger.start_run(
+                    {**asdict(plan), "split": self.split, "name": name, "started": started, "versions": versions}
+                )
         self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
         if self.allowed_steps < 1:
             raise UserError(
@@ -110,6 +115,11 @@ class Budget:
         if self.is_first_process:
             self.ledger.record_step()
         self.steps += 1
+
+    def record_release(self, release: dict[str, Any]) -> None:
+        """Write a released evaluation loss (release.py) and what it spends; on the first process only."""
+        with self.ledger.locked():
+            self.ledger.record_release({**release, "split": self.split})
 
     def spending(self, steps: int) -> Spending:
         """Return what so many steps of this run spend."""
@@ -154,6 +164,10 @@ class Budget:
             spendings = self.ledger.spendings if report["epsilon"] is not None else []
             self._attack = self.ledger.links[-1], attack(spendings, self.plan.delta)
         report |= self._attack[1]
+        if self.ledger.releases:
+            together = self.ledger.epsilon_with_releases(self.epsilon())
+            report["evaluation_release"] = self.ledger.released or self.ledger.releases[-1]
+            report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
         return {**report, "ledger_link": self.ledger.links[-1]}
 
     @contextmanager
@@ -178,7 +192,7 @@ class Budget:
         self.ledger.record_alarm(found)
         folder = self.ledger.path.parent
         # The link: a ledger from which the alarm is taken away is refused.
-        void = {"epsilon": None, "mu_gdp": None, "tpr_at_fpr": None}
+        void = {"epsilon": None, "epsilon_with_evaluation": None, "mu_gdp": None, "tpr_at_fpr": None}
         changed = {**void, "alarm": found, "ledger_link": self.ledger.links[-1]}
         for path in [*folder.glob(REPORT_NAME), *folder.glob(f"*/{REPORT_NAME}")]:
             write_json(path, {**json.loads(path.read_text()), **changed})

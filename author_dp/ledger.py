@@ -50,6 +50,8 @@ class PrivacyLedger:
         runs: the headers, in order.
         spendings: of each header, the steps that were taken under it.
         links: the hash of every record so far; a report that holds one of them knows no more than this ledger.
+        releases: of evaluation losses (release.py), in order.
+        released: the last of them, where no step was taken since; else None.
         alarm: what a run found wrong with its own mechanism; then nothing in the folder has a guarantee.
     Raises:
         UserError: for a ledger that was edited, cannot be read, or (from the methods that write) cannot be written.
@@ -69,6 +71,8 @@ class PrivacyLedger:
         self.spendings: list[Spending] = []
         self.links = [FIRST_LINK]
         self.alarm: Optional[str] = None
+        self.releases: list[dict[str, Any]] = []
+        self.released: Optional[dict[str, Any]] = None
         try:
             content = self.path.read_bytes() if self.path.exists() else b""
         except OSError as error:
@@ -97,6 +101,9 @@ class PrivacyLedger:
             self.runs.append(record)
         elif record["record"] == "alarm":
             self.alarm = str(record["found"])
+        elif record["record"] == "release":
+            self.released = {name: value for name, value in record.items() if name not in ("record", "link")}
+            self.releases.append({**self.released, "epsilon": float(record["epsilon"])})
         elif record["step"] != self.steps + 1:
             raise ValueError("a step is missing")
         else:
@@ -104,6 +111,7 @@ class PrivacyLedger:
         self.links.append(its_link)
 
     def _count_step(self) -> None:
+        self.released = None
         self.spendings[-1] = self.spendings[-1]._replace(steps=self.spendings[-1].steps + 1)
 
     @property
@@ -166,6 +174,23 @@ class PrivacyLedger:
     def record_alarm(self, found: str) -> None:
         """Write that the mechanism is not what this ledger says."""
         self._append({"record": "alarm", "found": found})
+
+    def record_release(self, release: dict[str, Any]) -> None:
+        """Write an evaluation loss, with what it spends, before anybody sees it."""
+        self._append({"record": "release", **release})
+
+    def epsilon_with_releases(self, epsilon: float) -> float:
+        """Return the epsilon of models and released evaluation losses together, for any author.
+
+        An author whom one split decides on is trained on or held out, never both: then the larger counts. Otherwise (a validation
+        file, runs that held out others, an older ledger) it is the sum.
+
+        Args:
+            epsilon: of the models.
+        """
+        released = sum(release["epsilon"] for release in self.releases)
+        splits = {record.get("split") for record in [*self.runs, *self.releases]}
+        return max(epsilon, released) if len(splits) == 1 and None not in splits else epsilon + released
 
     def check_alarm(self) -> None:
         """Raise UserError where a run in this folder was stopped for its mechanism."""
@@ -259,10 +284,18 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     if ledger.alarm is not None:
         lines.append(f"  ALARM: the mechanism was not what this ledger says: {ledger.alarm}")
         spent = after = math.inf
+    together = []
+    if ledger.releases:
+        total, words = sum(release["epsilon"] for release in ledger.releases), "epsilon {:g} for the held-out authors"
+        together = [
+            f"  evaluation losses released: {len(ledger.releases)}, with {words.format(total)}",
+            f"  models and these losses together: {guarantee_in_words(ledger.epsilon_with_releases(spent), delta)}",
+        ]
     return "\n".join(
         [
             *lines,
             f"  spent: {guarantee_in_words(spent, delta)}",
+            *together,
             "  promised: " + (f"epsilon {target:g}" if target is not None else "no target, the noise was given"),
             f"  after one more run of {again.steps:,} steps: {guarantee_in_words(after, delta)}",
         ]
@@ -272,7 +305,8 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
 def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None) -> str:
     """Return in words what several folders have spent on authors that are in all of them, at one delta.
 
-    All that was released from them is one mechanism, the steps of all ledgers in a row; its epsilon is less than the sum.
+    All that was released from them is one mechanism, the steps of all ledgers in a row; its epsilon is less than the sum. To it
+    the released evaluation losses are added, as another split holds out other authors.
 
     Args:
         delta: by default that of the last runs, if they have the same one.
@@ -295,10 +329,13 @@ def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None
         spendings += ledger.spendings
     alone = [own for _, own in lines]
     together = PrivacyLoss(spendings, delta).epsilon(spendings) if max(alone) < math.inf else math.inf
+    released = sum(release["epsilon"] for ledger in ledgers for release in ledger.releases)
+    with_losses = f"  with the evaluation losses that they released: {guarantee_in_words(together + released, delta)}"
     return "\n".join(
         [
             *(f"{words}: {guarantee_in_words(own, delta)}" for words, own in lines),
             f"  together: {guarantee_in_words(together, delta)}, for an author who is in all of them",
+            *([with_losses] if released else []),
             f"  their sum, for comparison: {guarantee_in_words(sum(alone), len(alone) * delta)}",
             "  This holds where the options of each run were chosen without a look at private results. Options that were chosen",
             "  by looking at earlier private results (losses, models) need more than this: composition that allows for adaptive",

@@ -30,6 +30,7 @@ from author_dp.attack import attack
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
+from author_dp.release import in_words
 
 STATISTICS_NAME = "_private_statistics.json"
 PAGE_NAME = "report.html"
@@ -211,6 +212,9 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
         *rows_taken(report),
         ("Tuning", "not included: each further run on the same authors adds its own epsilon"),
     ]
+    if release := report.get("evaluation_release"):
+        rows.append(("Evaluation, public", in_words(release)))
+        rows.append(("Epsilon with it", number(report["epsilon_with_evaluation"])))
     if audit := report.get("audit"):
         found = f"epsilon at least {audit['epsilon_lower_bound']:.2f} with {audit['confidence']:.0%} confidence"
         rows.append(("Audit", f"{found}: {audit['correct']} of {audit['guesses']} guesses on {audit['canaries']} canaries right"))
@@ -372,6 +376,9 @@ def write_report(folder: Path, hidden: bool = False) -> None:
         loss = PrivacyLoss(ledger.spendings, report["delta"])
         epsilon = loss.epsilon(ledger.spendings) if ledger.alarm is None else math.inf
         report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps, "accountant": loss.accountant}
+        if ledger.releases:
+            together = ledger.epsilon_with_releases(epsilon)
+            report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
         report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}

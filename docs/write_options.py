@@ -51,10 +51,10 @@ def page() -> str:
     script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
     known = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
     tables = []
-    for name in ("ModelArguments", "LoraArguments", "DataArguments", "PrivacyArguments", "AuditArguments", "TrainingArguments"):
-        fields = dataclasses.fields(script[name])
+    for group in script["GROUPS"]:
+        fields = dataclasses.fields(group)
         ours = {field.name for field in fields if known.get(field.name) != default_of(field)}
-        tables.append(table(script[name], ours))
+        tables.append(table(group, ours))
     return HEAD + "\n" + "\n\n".join(tables) + "\n"
 
 

@@ -25,6 +25,7 @@ import test_noise
 import test_pld
 import test_processes
 import test_readers
+import test_release
 import test_selfcheck
 from planting import find, with_edit
 
@@ -198,7 +199,7 @@ BUGS = [
         "if args.max_grad_norm and not privacy.disable_dp:", "if False:",
         lambda path, _: test_guards.test_options_that_would_change_the_mechanism_are_refused_by_name(
             path, {"max_grad_norm": 1.0}, "--max_grad_norm")),
-    Bug("authors move when another one leaves", "data_utils.split_by_author", '{seed}:{author}".encode()',
+    Bug("authors move when another one leaves", "data_utils.uniform", '{prefix}{author}".encode()',
         '{len(authors)}:{author}".encode()', lambda *_: test_data_utils.test_split_depends_on_seed_and_author_alone()),
     Bug("authors without their blanks", "data_utils.encode_authors", "values.dictionary_encode()",
         "(pc.utf8_trim_whitespace(values) if pa.types.is_string(values.type) else values).dictionary_encode()",
@@ -210,6 +211,24 @@ BUGS = [
         lambda path, _: test_readers.test_a_quote_that_does_not_close_is_refused_with_its_line(path)),
     Bug("1 and '1' are one author", "author_dp.readers.note_kind", "in kinds.items():", "in []:",
         lambda path, _: test_readers.test_authors_of_two_kinds_are_refused(path)),
+    Bug("a public loss that is not clipped", "author_dp.release.on_grid", "min(max(loss, 0.0), upper)", "loss",
+        lambda *_: test_release.test_an_author_moves_the_sums_by_the_grid_whatever_the_loss(-3.0)),
+    Bug("a public loss with half the noise", "author_dp.release.release_loss", "Fraction(sensitivity) / ",
+        "Fraction(sensitivity, 2) / ",
+        lambda path, patch: test_release.test_noise_has_the_scale_of_what_one_author_can_change(path, patch, False, 1)),
+    Bug("a place that another author takes is free", "author_dp.release.release_loss", "GRID * (2 if limited else 1)", "GRID",
+        lambda path, patch: test_release.test_noise_has_the_scale_of_what_one_author_can_change(path, patch, True, 2)),
+    Bug("noise that is zero twice as often", "author_dp.release.discrete_laplace", "if size or not negative:", "if True:",
+        lambda *_: test_release.test_noise_is_discrete_laplace(test_release.Fraction(1))),
+    Bug("a public loss that no ledger holds", "author_dp.release.release_loss", "trainer.budget.record_release(record)", "pass",
+        lambda path, patch: test_release.test_what_was_released_is_in_the_ledger_before_it_is_told(path, patch)),
+    Bug("held-out authors of two splits", "author_dp.ledger.PrivacyLedger.epsilon_with_releases", "len(splits) == 1 and", "",
+        lambda path, _: test_release.test_epsilon_of_models_and_losses_together(path, ["s", "t"], ["s"], 10.0)),
+    Bug("held-out authors who may be trained on", "author_dp.ledger.PrivacyLedger.epsilon_with_releases",
+        "and None not in splits", "",
+        lambda path, _: test_release.test_epsilon_of_models_and_losses_together(path, [None], [None], 10.0)),
+    Bug("held-out rows that others move up into", "data_utils.load_samples", "if released:", "if False:",
+        lambda path, _: test_release.test_max_eval_samples_takes_authors(path)),
     Bug("an audit that forgets delta", "author_dp.audit.p_value", "+ 2 * canaries * delta * alpha", "",
         lambda *_: test_audit.test_delta_costs_what_the_theorem_says()),
     Bug("an audit that picks its best guess for free", "author_dp.audit.lower_bound", "1 - (1 - CONFIDENCE) / len(SHARES)", "0.8",

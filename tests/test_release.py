@@ -1,0 +1,276 @@
+"""release.py: the law of its noise, what an author can change, what it costs, and what is refused."""
+
+import json
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from conftest import MODELS, make_dataset, make_trainer, read_report, run_script, tiny_gpt2, within
+from scipy import stats
+from test_evaluation import naive_losses
+from test_fine_tune_dp import PRIVACY, run_here, small
+from test_ledger import make_ledger
+
+from author_dp import release
+from author_dp.errors import UserError
+from author_dp.ledger import PrivacyLedger
+from author_dp.release import GRID, author_shares, bernoulli_exp, discrete_laplace, in_words, mean_loss, on_grid, release_loss
+from author_dp.report import guarantee
+from data_utils import AuthorDataset, load_samples, lowest_authors, split_by_author
+
+COUNTS = [1, 3, 2, 1, 7]
+
+# --- the noise ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [Fraction(1, 3), Fraction(1), Fraction(7, 2)])
+def test_noise_is_discrete_laplace(scale):
+    draws = np.array([discrete_laplace(scale) for _ in range(6_000)])
+    ratio = math.exp(-1 / scale)
+    values = np.arange(-40, 41)
+    law = (1 - ratio) / (1 + ratio) * ratio ** np.abs(values)
+    counted = np.array([(draws == value).sum() for value in values])
+    likely = law * len(draws) >= 5
+    observed = [*counted[likely], len(draws) - counted[likely].sum()]
+    expected = [*(law * len(draws))[likely], len(draws) * (1 - law[likely].sum())]
+    assert stats.chisquare(observed, expected).pvalue > 1e-6
+
+
+def test_noise_of_the_size_that_is_used_is_exact_in_scale():
+    draws = np.array([discrete_laplace(Fraction(GRID) / Fraction(0.3)) for _ in range(2_000)]) / (GRID / 0.3)
+    assert within(np.abs(draws).mean(), 1.0, 1 / 2_000**0.5) and within(draws.mean(), 0.0, (2 / 2_000) ** 0.5)
+
+
+@pytest.mark.parametrize("rate", [Fraction(0), Fraction(1, 7), Fraction(1)])
+def test_coins_have_their_probability(rate):
+    heads = sum(bernoulli_exp(rate) for _ in range(3_000))
+    p = math.exp(-rate)
+    assert within(heads, 3_000 * p, (3_000 * p * (1 - p)) ** 0.5 + 1e-9)
+
+
+# --- what an author can change ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e-9, 2.5, 4.0, 4.1, 1e300, -3.0, math.inf, -math.inf, math.nan])
+def test_an_author_moves_the_sums_by_the_grid_whatever_the_loss(loss):
+    first, second = on_grid(loss, 4.0)
+    assert min(first, second) >= 0 and first + second == GRID
+
+
+def shares_of(trainer, dataset, which=None) -> list[int]:
+    authors = range(len(dataset)) if which is None else which
+    bounds = list(zip(dataset.offsets, dataset.offsets[1:]))
+    indices = np.concatenate([dataset.indices[slice(*bounds[a])] for a in authors])
+    offsets = np.cumsum([0, *(np.diff(bounds[a])[0] for a in authors)])
+    trainer.eval_dataset = AuthorDataset(dataset.samples, offsets, indices)
+    return author_shares(trainer, upper=5.0).tolist()
+
+
+def test_nobody_changes_what_another_adds_not_even_in_the_last_bit(tmp_path):
+    dataset = make_dataset(COUNTS, seed=3)
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4)
+    alone = np.array([shares_of(trainer, dataset, [author]) for author in range(len(COUNTS))])
+    assert len(np.unique(alone[:, 0])) == len(COUNTS)  # their losses differ
+    seen = []
+    trainer.data_collator = spy(trainer.data_collator, seen)
+    assert shares_of(trainer, dataset) == alone.sum(0).tolist()
+    owner = {row.tobytes(): a for a in range(len(COUNTS)) for row in rows_of(dataset, a)}
+    assert all(len({owner[row] for row in batch}) == 1 and len(batch) <= 4 for batch in seen)
+
+
+def rows_of(dataset, author) -> list[np.ndarray]:
+    (rows,) = dataset.__getitems__([dataset.indices[dataset.offsets[author] : dataset.offsets[author + 1]]])
+    return [row["input_ids"] for row in rows]
+
+
+def spy(collate, seen):
+    def collate_and_note(samples):
+        seen.append([np.asarray(sample["input_ids"]).tobytes() for sample in samples])
+        return collate(samples)
+
+    return collate_and_note
+
+
+def test_little_noise_gives_the_mean_over_authors(tmp_path):
+    dataset, model = make_dataset(COUNTS, seed=3), tiny_gpt2()
+    trainer = ready(make_trainer(tmp_path, model), dataset)
+    found = release_loss(trainer, 1e7, 9.0, limited=False)
+    assert found["loss"] == pytest.approx(naive_losses(model, dataset)[1], abs=1e-3)
+    assert found["authors"] == len(COUNTS) and found["range"] == [0.0, 9.0]
+    assert f"{found['loss']:.3f}" in in_words(found)
+
+
+def ready(trainer, dataset):
+    """A trainer with a ledger of a run, as after training."""
+    trainer.budget.ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "split": "s"})
+    trainer.budget.ledger.record_step()
+    trainer.eval_dataset, trainer.budget.split = dataset, "s"
+    return trainer
+
+
+@pytest.mark.parametrize(("limited", "factor"), [(False, 1), (True, 2)])
+def test_noise_has_the_scale_of_what_one_author_can_change(tmp_path, monkeypatch, limited, factor):
+    scales = []
+    monkeypatch.setattr(release, "discrete_laplace", lambda scale: scales.append(scale) or 0)
+    found = release_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), 0.5, 5.0, limited)
+    assert scales == [Fraction(GRID * factor * 2)] * 2
+    assert found["standard_error"] > 0
+
+
+def test_the_standard_error_is_that_of_the_noise():
+    sums = [300 * GRID, 700 * GRID]
+    error = mean_loss(sums, 6.0, GRID / 1.0)["standard_error"]
+    generator = np.random.default_rng(0)
+    noisy = np.array(sums) + generator.laplace(scale=GRID, size=(20_000, 2))
+    assert error == pytest.approx((noisy[:, 0] / noisy.sum(1) * 6.0).std(), rel=0.05)
+
+
+def test_too_few_authors_have_no_loss():
+    found = mean_loss([-5 * GRID, 2 * GRID], 6.0, GRID)
+    assert found["loss"] is None and found["authors"] == 0 and "too few" in in_words(found)
+
+
+def test_one_author_less_lets_at_most_one_other_in(tmp_path, comments):
+    path = tmp_path / "data.jsonl"
+    rows = [{"author": f"a{i % 40}", "content": f"text {i}"} for i in range(200)]
+    taken = []
+    for gone in [None, *range(40)]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["author"] != f"a{gone}"))
+        samples = load_samples_of(path)
+        taken.append({str(author) for author in lowest_authors(samples, "author", 10, seed=1)["author"]})
+    whole = taken[0]
+    assert len(whole) == 10 and len(lowest_authors(samples, "author", 10, seed=1)) == 50  # all texts of each
+    for gone, others in enumerate(taken[1:]):
+        assert len(whole ^ others) == (2 if f"a{gone}" in whole else 0)
+
+
+def load_samples_of(path):
+    from data_utils import load_files
+
+    return load_files("--train_file", [str(path)], text_column="content", author_column="author")
+
+
+def test_nobody_is_held_out_by_force_for_a_number_that_is_published(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"author": f"a{i}", "content": "some text"}) + "\n" for i in range(5)))
+    samples = load_samples_of(path)
+    assert len(split_by_author(samples, "author", 1e-6, seed=1)[1]) == 1
+    with pytest.raises(UserError, match="--eval_fraction 1e-06 holds out none"):
+        split_by_author(samples, "author", 1e-6, seed=1, by_force=False)
+
+
+# --- what it costs ------------------------------------------------------------------------------------------
+
+
+def test_what_was_released_is_in_the_ledger_before_it_is_told(tmp_path, monkeypatch):
+    trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
+    found = release_loss(trainer, 0.5, None, limited=False)
+    again = PrivacyLedger(trainer.budget.ledger.path)
+    assert again.releases == [{**found, "split": "s"}] and again.released == again.releases[0] and again.steps == 1
+    monkeypatch.setattr(release, "discrete_laplace", lambda scale: pytest.fail("noise was drawn for the same number once more"))
+    assert release_loss(trainer, 0.5, None, limited=False)["loss"] == found["loss"]
+    monkeypatch.undo()
+    trainer.budget.ledger.record_step()
+    assert release_loss(trainer, 0.5, None, limited=False)["loss"] != found["loss"]
+    assert [one["epsilon"] for one in PrivacyLedger(again.path).releases] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("runs", "releases", "expected"),
+    [
+        (["s"], ["s"], 8.0),
+        (["s", "s"], ["s", "s"], 8.0),
+        (["s"], ["s"] * 5, 10.0),  # five times the release's 2
+        (["s", "t"], ["s"], 10.0),  # whom one run holds out, another may train on
+        (["s"], ["t"], 10.0),
+        ([None], [None], 10.0),  # a validation file
+        (["s"], ["s", None], 12.0),
+    ],
+)
+def test_epsilon_of_models_and_losses_together(tmp_path, runs, releases, expected):
+    ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
+    for split in runs:
+        ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "split": split})
+    for split in releases:
+        ledger.record_release({"epsilon": 2.0, "split": split})
+    assert PrivacyLedger(ledger.path).epsilon_with_releases(8.0) == expected
+
+
+def test_a_ledger_from_before_adds_up(tmp_path):
+    ledger = make_ledger(tmp_path)  # no word of its split
+    ledger.record_release({"epsilon": 2.0, "split": "s"})
+    assert ledger.epsilon_with_releases(8.0) == 10.0
+
+
+# --- options and whole runs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--release_eval_epsilon", "0"], "--release_eval_epsilon 0.0"),
+        (["--release_eval_epsilon", "nan"], "--release_eval_epsilon nan"),
+        (["--release_eval_range", "5"], "--release_eval_range"),
+        (["--release_eval_epsilon", "1", "--eval_fraction", "0"], "--eval_fraction above 0"),
+        (["--release_eval_epsilon", "1", "--save_strategy", "best", "--eval_strategy", "epoch"], "--save_strategy best"),
+        (["--release_eval_epsilon", "1", "--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "epoch"],
+         "--lr_scheduler_type reduce_lr_on_plateau"),
+        (["--release_eval_epsilon", "1", "--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "epoch"],
+         "--load_best_model_at_end"),
+    ],
+)  # fmt: skip
+def test_what_would_not_be_paid_for_is_refused(tmp_path, monkeypatch, capfd, options, named):
+    status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *options))
+    assert status == 2 and named in stderr and "Traceback" not in stderr, stderr
+
+
+def test_no_release_without_privacy(tmp_path, monkeypatch, capfd):
+    options = ["--disable_dp", "--release_eval_epsilon", "1"]
+    status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *options))
+    assert status == 2 and "--disable_dp" in stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_run_says_its_public_loss_and_no_other(checkpoint, comments, tmp_path, processes):
+    done = run_script(*small(checkpoint, comments, tmp_path, *PRIVACY, "--release_eval_epsilon", "2"), processes=processes)
+    assert done.returncode == 0, done.stderr
+    report, ledger = read_report(tmp_path), PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
+    found = report["evaluation_release"]
+    last = done.stdout.strip().splitlines()[-1]
+    assert found == ledger.released and report["epsilon_with_evaluation"] == max(report["epsilon"], 2.0)
+    assert "both public" in last and "eval loss" not in last
+    words = dict(guarantee(report))["Evaluation, public"]
+    assert words in (tmp_path / "README.md").read_text() and words in last
+
+
+@pytest.mark.slow
+def test_a_validation_file_adds_up(checkpoint, comments, tmp_path):
+    options = [
+        *small(checkpoint, comments, tmp_path, *PRIVACY, "--release_eval_epsilon", "2"),
+        "--validation_file",
+        str(comments),
+    ]
+    done = run_script(*options, "--allow_shared_authors")
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path)
+    assert report["epsilon_with_evaluation"] == report["epsilon"] + 2.0
+
+
+def test_models_of_all_kinds_have_a_range(tmp_path):
+    for kind, options in MODELS.items():
+        trainer = ready(make_trainer(tmp_path / kind, tiny_gpt2(**options)), make_dataset([1]))
+        assert release_loss(trainer, 1.0, None, limited=False)["range"][1] == pytest.approx(math.log(61)), kind
+
+
+def test_max_eval_samples_takes_authors(tmp_path):
+    from data_utils import DataArguments
+
+    path = tmp_path / "data.jsonl"
+    rows = [{"author": f"a{i % 50}", "content": f"text {i}"} for i in range(500)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = DataArguments(train_file=[str(path)], eval_fraction=0.5, max_eval_samples=7)
+    _, rows_taken = load_samples(arguments, seed=1)
+    _, authors_taken = load_samples(arguments, seed=1, released=True)
+    assert len(rows_taken) == 7 and len(authors_taken) == 70 and len(set(authors_taken["author"])) == 7
