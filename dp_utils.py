@@ -42,7 +42,7 @@ from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
 from author_dp.guards import check_launch, check_model, check_options, check_trained_weights
-from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count, write_json
 from author_dp.mechanism import (
     AuthorDPOptimizer,
     DrawnDataset,
@@ -94,6 +94,19 @@ class PrivacyArguments:
             "help": "Harden the noise against floating-point attacks: four cryptographic draws summed; four times the cost."
         },
     )
+    sample_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Probability with which an author enters a step (q). Default: expected batch size / number of training "
+            "authors. The product of the batch options is then only what the sum is divided by."
+        },
+    )
+    hide_counts: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the numbers of authors and samples out of all public files; needs --sample_rate and --target_delta."
+        },
+    )
     allow_other_authors: bool = field(
         default=False, metadata={"help": "Resume with another number of training authors than before: it is meant."}
     )
@@ -102,7 +115,7 @@ class PrivacyArguments:
     )
 
     def __post_init__(self):
-        for name in ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm"):
+        for name in ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "sample_rate"):
             if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
                 raise UserError(f"--{name} {getattr(self, name)} must be a finite number")
         if self.target_epsilon is not None and self.target_epsilon <= 0:
@@ -111,6 +124,12 @@ class PrivacyArguments:
             raise UserError(f"--noise_multiplier {self.noise_multiplier} must be at least 0")
         if self.target_delta is not None and not 0 < self.target_delta < 1:
             raise UserError(f"--target_delta {self.target_delta} must be above 0 and below 1")
+        if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
+            raise UserError(f"--sample_rate {self.sample_rate} must be above 0 and at most 1")
+        if self.hide_counts and (self.sample_rate is None or self.target_delta is None):
+            raise UserError(
+                "--hide_counts needs --sample_rate and --target_delta: their defaults tell the number of authors; give both"
+            )
         if self.samples_per_author < 1:
             raise UserError(f"--samples_per_author {self.samples_per_author} must be at least 1")
         if self.clipping not in ENGINES:
@@ -174,7 +193,8 @@ class DPTrainer(Trainer):
         ledger = PrivacyLedger(self.folder / LEDGER_NAME)
         earlier = broadcast(ledger.runs if ledger.steps else [])  # a run that took no step binds nobody
         self.plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1]["noise_multiplier"] if earlier else None)
-        check_same_authors(earlier, self.plan.num_authors, privacy.allow_other_authors)
+        kept = broadcast(hidden_count(self.folder))
+        check_same_authors(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
         self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
         self.engine: Optional[ClippingEngine] = None  # while training
         self.noise_check: Optional[NoiseCheck] = None  # while training with noise

@@ -35,6 +35,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from author_dp.errors import UserError
+from author_dp.ledger import write_secret
 from author_dp.mechanism import author_losses, cut_into_microbatches
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast
@@ -189,8 +190,5 @@ def secret_key(folder: str, go_on: bool) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         if go_on and path.exists():
             key = json.loads(path.read_text())["key"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump({"key": key}, file)
+        write_secret(path, {"key": key})
     return broadcast(key)

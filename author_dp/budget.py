@@ -16,7 +16,6 @@ import math
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, Optional
@@ -29,7 +28,7 @@ from transformers.utils import logging
 from author_dp.accounting import PrivacyLoss, Spending
 from author_dp.attack import attack
 from author_dp.errors import MechanismError, UserError
-from author_dp.ledger import REPORT_NAME, PrivacyLedger, write_json
+from author_dp.ledger import COUNTS_NAME, REPORT_NAME, PrivacyLedger, write_json, write_secret
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast, wait_for_all
 
@@ -98,8 +97,10 @@ class Budget:
                 versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
                 started = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 name = uuid.uuid4().hex  # so that no two runs have the same records, were they alike in all else
+                if plan.hide_counts:
+                    write_secret(self.ledger.path.with_name(COUNTS_NAME), {"num_authors": plan.num_authors})
                 self.ledger.start_run(
-                    {**asdict(plan), "split": self.split, "name": name, "started": started, "versions": versions}
+                    {**plan.public(), "split": self.split, "name": name, "started": started, "versions": versions}
                 )
         self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
         if self.allowed_steps < 1:

@@ -193,17 +193,28 @@ def check_history(checkpoint: Path, ledger: PrivacyLedger) -> None:
         raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
 
 
-def check_same_authors(runs: list[dict[str, Any]], num_authors: int, allowed: bool) -> None:
+def check_same_authors(runs: list[dict[str, Any]], kept: Optional[int], num_authors: int, hidden: bool, allowed: bool) -> None:
     """Raise UserError for another number of authors than in the run before, unless the user says that it is meant.
 
     Args:
         runs: the ledger's headers. Other sample rates, noise, clip norms or samples per author compose as they ran; so do other
             authors, but these are more likely a mistake.
+        kept: the number before, where the headers do not tell it.
+        hidden: --hide_counts, which is for a whole folder: one header that tells the number would tell it for all.
         allowed: --allow_other_authors.
     """
-    if runs and runs[-1]["num_authors"] != num_authors and not allowed:
+    if not runs:
+        return
+    before = runs[-1]["num_authors"]
+    if hidden != (before is None):
+        remedy = "add it again" if before is None else "leave it out, or start in a new --output_dir"
         raise UserError(
-            f"--resume_from_checkpoint: there are {num_authors:,} training authors now, {runs[-1]['num_authors']:,} before; "
+            f"--hide_counts was {'' if before is None else 'not '}given to the run that this one goes on with: {remedy}"
+        )
+    before = kept if before is None else before
+    if before not in (None, num_authors) and not allowed:
+        raise UserError(
+            f"--resume_from_checkpoint: there are {num_authors:,} training authors now, {before:,} before; "
             "give the same data and options, or add --allow_other_authors if it is meant"
         )
 

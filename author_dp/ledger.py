@@ -7,7 +7,8 @@ a step recorded and then lost in a crash counts as spent. Records are chained by
 in between is noticed, and so is a missing end that some privacy.json knows of. (Whoever rewrites the whole chain and every
 report is not noticed: the chain protects from accidents and from retouching, not from the folder's owner.)
 
-Everything in the ledger is public, but for the number of samples; no text, author, seed or duration of a step is in it.
+Everything in the ledger is public, but for the number of samples; --hide_counts leaves it out, and the number of authors too. No
+text, author, seed or duration of a step is in it.
 
 Example:
 
@@ -37,6 +38,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 LEDGER_NAME = "privacy_ledger.jsonl"
 REPORT_NAME = "privacy.json"
+COUNTS_NAME = "_counts.json"  # with --hide_counts: what resuming needs; the leading _ keeps it out of uploads to the hub
 LOCK_SECONDS = 10  # data loader workers of a killed run hold its lock until they notice, about five seconds later
 FIRST_LINK = hashlib.sha256(b"privacy ledger").hexdigest()
 
@@ -250,6 +252,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     fsync_folder(path.parent)
 
 
+def hidden_count(folder: Path) -> Optional[int]:
+    """Return the number of authors of the last run with --hide_counts in `folder`; None where that is not known."""
+    try:
+        return int(json.loads((folder / COUNTS_NAME).read_text())["num_authors"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # it guards from mistakes only
+
+
+def write_secret(path: Path, content: dict[str, Any]) -> None:
+    """Write a file for its owner's eyes only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(content, file)
+
+
 def fsync_folder(folder: Path) -> None:
     """Let the names in `folder` survive a power cut, where the system can."""
     if os.name == "posix":
@@ -276,7 +294,7 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     for number, (header, spending) in enumerate(zip(ledger.runs, ledger.spendings), 1):
         lines.append(
             f"  run {number}: {spending.steps:,} of {header['steps']:,} steps, noise multiplier {spending.noise_multiplier:.4f}, "
-            f"sample rate {spending.sample_rate:.6g} of {header['num_authors']:,} authors, clip norm {header['clip_norm']:g}"
+            f"sample rate {spending.sample_rate:.6g} of {authors_in_words(header)}, clip norm {header['clip_norm']:g}"
         )
     # Each with a grid of its own: the coarser one of more steps would say more than was spent.
     spent, after = (PrivacyLoss(s, delta).epsilon(s) for s in (ledger.spendings, [*ledger.spendings, again]))
@@ -302,6 +320,11 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     )
 
 
+def authors_in_words(header: dict[str, Any]) -> str:
+    number = header["num_authors"]
+    return "an untold number of authors" if number is None else f"{number:,} authors"
+
+
 def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None) -> str:
     """Return in words what several folders have spent on authors that are in all of them, at one delta.
 
@@ -324,8 +347,8 @@ def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None
     lines, spendings = [], []
     for ledger in ledgers:
         own = PrivacyLoss(ledger.spendings, delta).epsilon(ledger.spendings) if ledger.alarm is None else math.inf
-        authors = sorted({f"{header['num_authors']:,}" for header in ledger.runs})
-        lines.append((f"{ledger.path}: steps {ledger.steps:,} on {', '.join(authors)} authors", own))
+        authors = sorted({authors_in_words(header) for header in ledger.runs})
+        lines.append((f"{ledger.path}: steps {ledger.steps:,} on {', '.join(authors)}", own))
         spendings += ledger.spendings
     alone = [own for _, own in lines]
     together = PrivacyLoss(spendings, delta).epsilon(spendings) if max(alone) < math.inf else math.inf

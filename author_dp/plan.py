@@ -1,6 +1,7 @@
 """What a run promises: its public parameters, what the log says about them, and what privacy.json repeats.
 
-Promise: everything in a `PrivacyPlan` is public, and follows from options and the number of authors and samples alone.
+Promise: everything in a `PrivacyPlan` is public, and follows from options and the number of authors and samples alone; with
+`hide_counts` from options alone, but for these two numbers, which `public` then leaves out.
 
 Example:
 
@@ -10,7 +11,7 @@ Example:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
 import numpy as np
@@ -39,6 +40,12 @@ class PrivacyPlan:
     clipping: str
     world_size: int
     disable_dp: bool
+    hide_counts: bool = False
+
+    def public(self) -> dict[str, Any]:
+        """Return what a ledger's header may hold."""
+        hidden = {"num_authors": None, "num_samples": None} if self.hide_counts else {}
+        return {**asdict(self), **hidden}
 
     def report(self, epsilon: float, steps: int, accountant: str = "prv") -> dict[str, Any]:
         """Return what privacy.json holds.
@@ -61,8 +68,7 @@ class PrivacyPlan:
             "sample_rate": self.sample_rate,
             "expected_batch_size": self.expected_batch_size,
             "steps": steps,
-            "num_authors": self.num_authors,
-            "num_samples": self.num_samples,
+            **{name: self.public()[name] for name in ("num_authors", "num_samples")},
             "samples_per_author": self.samples_per_author,
             "clipping": None if self.disable_dp else self.clipping,
             "world_size": self.world_size,
@@ -83,7 +89,7 @@ class PrivacyPlan:
             "*** NO PRIVACY: --disable_dp ***" if self.disable_dp else "Author-level DP fine-tuning",
             f"  authors (N)             {self.num_authors:,} with {self.num_samples:,} samples; samples per author: median "
             f"{median:g}, largest {largest:,}, used per step (k) {self.samples_per_author}",
-            f"  sample rate (q)         {self.sample_rate:.6g}, expected batch size (B) {self.expected_batch_size:,} authors",
+            f"  sample rate (q)         {self.sample_rate:.6g}, {self.batch_in_words()}",
             f"  steps                   {self.steps:,}" + (f", {earlier_steps:,} taken by earlier runs" if earlier_steps else ""),
             f"  trained parameters      {trained:,} of {parameters:,}",
         ]
@@ -94,8 +100,19 @@ class PrivacyPlan:
                 f"  promise after all steps {guarantee_in_words(epsilon, self.delta)}",
                 *([f"  delta                   {self.delta_in_words()}"] if self.num_authors < FEW_AUTHORS else []),
                 "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",
+                *(
+                    ["  --hide_counts: this log tells numbers of authors and samples, so it is private."]
+                    if self.hide_counts
+                    else []
+                ),
             ]
         return "\n".join(lines)
+
+    def batch_in_words(self) -> str:
+        drawn, divisor = self.sample_rate * self.num_authors, self.expected_batch_size
+        if abs(min(divisor, self.num_authors) - drawn) < 1e-6 * drawn:
+            return f"expected batch size (B) {divisor:,} authors"
+        return f"expected batch {drawn:,.1f} authors, their sum divided by the constant {divisor:,} (B)"
 
     def delta_in_words(self) -> str:
         return (
@@ -141,7 +158,7 @@ def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Op
             "--author_column: there is one author only, whom no noise can hide among others; give data of many authors"
         )
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    sample_rate = min(1.0, batch_size / num_authors)
+    sample_rate = privacy.sample_rate or min(1.0, batch_size / num_authors)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
     delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
     if privacy.disable_dp:
@@ -166,4 +183,5 @@ def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Op
         clipping=privacy.clipping,
         world_size=args.world_size,
         disable_dp=privacy.disable_dp,
+        hide_counts=privacy.hide_counts,
     )

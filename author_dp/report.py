@@ -204,7 +204,7 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
         *attacker(report),
         ("Noise multiplier", number(report["noise_multiplier"])),
         ("Clip norm", f"{number(report['clip_norm'])} for each author's gradient"),
-        ("Authors", number(report["num_authors"])),
+        ("Authors", "not told" if report["num_authors"] is None else number(report["num_authors"])),
         ("Sample rate", number(report["sample_rate"])),
         ("Expected batch", f"{number(report['expected_batch_size'])} authors"),
         ("Samples of an author per step", f"at most {report['samples_per_author']}"),

@@ -19,6 +19,7 @@ import test_clipping_ghost
 import test_data_utils
 import test_dp_utils
 import test_guards
+import test_hidden_counts
 import test_ledger
 import test_mechanism
 import test_noise
@@ -229,6 +230,18 @@ BUGS = [
         lambda path, _: test_release.test_epsilon_of_models_and_losses_together(path, [None], [None], 10.0)),
     Bug("held-out rows that others move up into", "data_utils.load_samples", "if released:", "if False:",
         lambda path, _: test_release.test_max_eval_samples_takes_authors(path)),
+    Bug("a hidden number of authors in the ledger", "author_dp.plan.PrivacyPlan.public", "if self.hide_counts else {}",
+        "if False else {}",
+        lambda path, _: test_hidden_counts.test_public_files_are_the_same_for_any_number_of_authors(path)),
+    Bug("a divisor that follows the number of authors", "author_dp.plan.make_plan", "expected_batch_size=batch_size",
+        "expected_batch_size=round(sample_rate * num_authors)",
+        lambda *_: test_hidden_counts.test_steps_follow_from_options_alone()),
+    Bug("steps that follow the number of authors", "author_dp.plan.make_plan", "math.ceil(args.num_train_epochs / sample_rate)",
+        "math.ceil(args.num_train_epochs * num_authors / batch_size)",
+        lambda *_: test_hidden_counts.test_steps_follow_from_options_alone()),
+    Bug("a rate other than the one accounted for", "dp_utils.load_logical_batches", "sample_rate=plan.sample_rate",
+        "sample_rate=plan.expected_batch_size / plan.num_authors",
+        lambda path, _: test_hidden_counts.test_authors_are_drawn_at_the_rate_and_divided_by_a_constant(path)),
     Bug("an audit that forgets delta", "author_dp.audit.p_value", "+ 2 * canaries * delta * alpha", "",
         lambda *_: test_audit.test_delta_costs_what_the_theorem_says()),
     Bug("an audit that picks its best guess for free", "author_dp.audit.lower_bound", "1 - (1 - CONFIDENCE) / len(SHARES)", "0.8",
