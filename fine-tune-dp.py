@@ -55,6 +55,7 @@ from author_dp.audit import Audit, AuditArguments, secret_key
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
+from author_dp.gradient_audit import GradientCanaries
 from author_dp.guards import check_options
 from author_dp.hub import hub_error, hub_is_reachable
 from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
@@ -307,9 +308,12 @@ def main() -> None:
         held_out = AuthorDataset(evaluation, *group_by_author(column_of(evaluation, data_args.author_column)))
     elif training_args.eval_strategy != "no":
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
-    audit = None
+    audit: Audit | GradientCanaries | None = None
     if audit_args.audit_canaries:
         key = secret_key(training_args.output_dir, go_on=bool(training_args.resume_from_checkpoint))
+    if audit_args.audit_canaries and audit_args.audit_kind == "gradient":
+        audit = GradientCanaries(audit_args.audit_canaries, key)
+    elif audit_args.audit_canaries:
         shape = (audit_args.audit_canaries, privacy_args.samples_per_author, data_args.sequence_len)
         audit = Audit(*shape, len(model.get_input_embeddings().weight), key)
         grouped = audit.join(*grouped)
@@ -322,6 +326,7 @@ def main() -> None:
         eval_dataset=held_out,
         data_collator=collate,
         sequence_len=data_args.sequence_len,
+        canaries=audit if isinstance(audit, GradientCanaries) else None,
         processing_class=tokenizer,
     )
     trainer.data = data_notes(data_args, tokenizer)
@@ -339,7 +344,7 @@ def main() -> None:
         # In words, since the Trainer's progress bar shows log lines during training only.
         before = trainer.evaluate()
         logger.info(f"Evaluation loss before training: {losses_in_words(before)}")
-    if audit is not None:
+    if isinstance(audit, Audit):
         audit.start(trainer)
     trainer.train()
     if audit is not None:

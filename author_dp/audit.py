@@ -54,8 +54,20 @@ class AuditArguments:
     audit_canaries: int = field(
         default=0, metadata={"help": "Add so many canary authors, about half of them in, and report a lower bound on epsilon."}
     )
+    audit_kind: str = field(
+        default="text",
+        metadata={
+            "help": "What canaries are: text, to tell what a reader of the model could learn; gradient, which leaves the model "
+            "alone and checks draws, clipping and noise exactly.",
+            "choices": ["text", "gradient"],
+        },
+    )
 
     def __post_init__(self):
+        if self.audit_kind not in ("text", "gradient"):
+            raise UserError(f"--audit_kind {self.audit_kind} must be text or gradient")
+        if self.audit_kind == "gradient" and not self.audit_canaries:
+            raise UserError("--audit_kind gradient needs --audit_canaries: give 1000, or leave it out")
         if self.audit_canaries < 0 or 0 < self.audit_canaries < 10:
             raise UserError(f"--audit_canaries {self.audit_canaries}: fewer than 10 tell nothing; give 1000, or 0 for no audit")
 
@@ -141,15 +153,21 @@ def lower_bound(gain: np.ndarray, included: np.ndarray, delta: float) -> dict[st
         gain: (canaries,), by how much the loss fell.
         included: bool (canaries,), the coins.
     """
-    order = np.argsort(gain, kind="stable")
     best = {"epsilon_lower_bound": 0.0, "guesses": 0, "correct": 0}
+    for number, correct in guesses(gain, included):
+        bound = epsilon_lower_bound(len(gain), number, correct, delta, 1 - (1 - CONFIDENCE) / len(SHARES))
+        if bound >= best["epsilon_lower_bound"]:
+            best = {"epsilon_lower_bound": bound, "guesses": number, "correct": correct}
+    return {"method": "one run (Steinke, Nasr and Jagielski 2023)", "confidence": CONFIDENCE, "canaries": len(gain), **best}
+
+
+def guesses(gain: np.ndarray, included: np.ndarray) -> list[tuple[int, int]]:
+    """Return for each of SHARES how many canaries are guessed, half of them in and half out, and how many of these rightly."""
+    order, found = np.argsort(gain, kind="stable"), []
     for share in SHARES:
         half = int(len(gain) * share / 2)
-        correct = int(included[order[len(order) - half :]].sum() + (~included[order[:half]]).sum())
-        bound = epsilon_lower_bound(len(gain), 2 * half, correct, delta, 1 - (1 - CONFIDENCE) / len(SHARES))
-        if bound >= best["epsilon_lower_bound"]:
-            best = {"epsilon_lower_bound": bound, "guesses": 2 * half, "correct": correct}
-    return {"method": "one run (Steinke, Nasr and Jagielski 2023)", "confidence": CONFIDENCE, "canaries": len(gain), **best}
+        found.append((2 * half, int(included[order[len(order) - half :]].sum() + (~included[order[:half]]).sum())))
+    return found
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:

@@ -104,8 +104,10 @@ class PrivacyLedger:
         elif record["record"] == "alarm":
             self.alarm = str(record["found"])
         elif record["record"] == "release":
+            if not 0 < record["epsilon"] < math.inf:
+                raise ValueError("a release that gives privacy back")
             self.released = {name: value for name, value in record.items() if name not in ("record", "link")}
-            self.releases.append({**self.released, "epsilon": float(record["epsilon"])})
+            self.releases.append(self.released)
         elif record["step"] != self.steps + 1:
             raise ValueError("a step is missing")
         else:

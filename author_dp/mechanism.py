@@ -49,7 +49,7 @@ class AuthorDraw(NamedTuple):
     """One step's batch, as one process sees it."""
 
     samples: list[np.ndarray]  # of each author in this process' share: the indices of the drawn samples
-    batch_size: int  # authors in the whole draw. Private: never divide a gradient by it
+    batch_size: int  # authors in the whole draw, but for canaries. Private: never divide a gradient by it
 
 
 class PoissonAuthorSampler:
@@ -66,6 +66,8 @@ class PoissonAuthorSampler:
         steps: number of draws of one iteration (an epoch); the next iteration goes on drawing afresh.
         key: 128 bits from the operating system, the same on all processes, new for each run.
         rank, world_size: which share of the draw is this process'.
+        canaries: so many authors, the last ones, are no real ones (gradient_audit.py).
+        on_draw: called with each global draw, the places of its authors; an exception ends the run.
     """
 
     def __init__(
@@ -79,8 +81,12 @@ class PoissonAuthorSampler:
         key: int,
         rank: int = 0,
         world_size: int = 1,
+        canaries: int = 0,
+        on_draw: Optional[Callable[[np.ndarray], None]] = None,
     ):
         self.offsets, self.indices = offsets, indices
+        self.real = len(offsets) - 1 - canaries
+        self.on_draw = on_draw
         self.sample_rate = sample_rate
         self.samples_per_author = samples_per_author
         self.steps = steps
@@ -98,7 +104,10 @@ class PoissonAuthorSampler:
     def draw(self) -> AuthorDraw:
         """Return the share of this process in a new draw."""
         authors = self.draw_authors()
-        return AuthorDraw(self.draw_samples(authors[self.rank :: self.world_size]), len(authors))
+        if self.on_draw is not None:
+            self.on_draw(authors)
+        share = self.draw_samples(authors[self.rank :: self.world_size])
+        return AuthorDraw(share, int((authors < self.real).sum()))
 
     def draw_authors(self) -> np.ndarray:
         """Return the authors of a new global draw, the same on every process."""
@@ -321,7 +330,8 @@ class AuthorDPOptimizer(DPOptimizer):
         clip_norm: C.
         expected_batch_size: B, in authors.
         before_release: called at the start of every step; an exception prevents the step.
-        after_release: called with the released pad, (PAD,), before the update; an exception prevents it.
+        after_release: called with the released pad, flat, before the update; an exception prevents it.
+        canaries: whose `table.weight` is clipped and noised behind the pad, and never updated (gradient_audit.py).
         secure_noise: harden the noise (`NoiseSource`).
     """
 
@@ -334,6 +344,7 @@ class AuthorDPOptimizer(DPOptimizer):
         expected_batch_size: int,
         before_release: Callable[[], None],
         after_release: Optional[Callable[[torch.Tensor], None]] = None,
+        canaries: Any = None,
         secure_noise: bool = False,
     ):
         super().__init__(
@@ -345,12 +356,15 @@ class AuthorDPOptimizer(DPOptimizer):
         self.before_release, self.after_release = before_release, after_release
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.noise = NoiseSource(self.params[0].device, secure_noise)
-        sizes = [*(parameter.numel() for parameter in self.params), PAD]
+        behind = [] if canaries is None else [canaries.table.weight]
+        sizes = [*(parameter.numel() for parameter in self.params), PAD + sum(c.numel() for c in behind)]
         self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
         self._used = False
         *views, self.pad = self.sums.split(sizes)
         for parameter, view in zip(self.params, views):
             parameter.summed_grad = view.view_as(parameter)
+        for parameter in behind:
+            parameter.summed_grad = self.pad[PAD:].view_as(parameter)
 
     def pre_step(self, closure: Optional[Callable] = None) -> bool:
         """Steps 1 to 3 of the class' list, and the check of the fourth. Overrides Opacus', which would clip here."""

@@ -218,6 +218,10 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
     if audit := report.get("audit"):
         found = f"epsilon at least {audit['epsilon_lower_bound']:.2f} with {audit['confidence']:.0%} confidence"
         rows.append(("Audit", f"{found}: {audit['correct']} of {audit['guesses']} guesses on {audit['canaries']} canaries right"))
+        if audit.get("kind") == "gradient":
+            between = " and ".join(number(bound) for bound in audit["epsilon_between"])
+            law = f"draws, clip and noise were as promised in {audit['steps_checked']:,} steps"
+            rows.append(("Audit of gradients", f"{law}; from the noise seen, epsilon is between {between}, if it is Gaussian"))
     return rows
 
 

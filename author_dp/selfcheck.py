@@ -11,8 +11,8 @@ tells anything about anybody. The first pad of a run is kept in its folder, for 
 
 Why in the run and not in a test: people copy this code and change it, and a test suite does not travel with a copy.
 
-Not found: a wrong clip, wrong sampling, noise that somebody could predict by other means than a seed, and a bug that spares the
-pad.
+Not found: a wrong clip (gradient_audit.py does), wrong sampling (drawcheck.py does), noise that somebody could predict by other
+means than a seed, and a bug that spares the pad.
 
 Example:
 
@@ -29,7 +29,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from author_dp.plan import PrivacyPlan
 from author_dp.processes import is_first_process, wait_for_all
 
 FALSE_ALARM = 1e-9  # of a run
+CHECKS = 3  # among which it is shared: of noise (here), of draws (drawcheck.py), of canaries (gradient_audit.py)
 PADS_NAME = "_noise_check.npy"  # in the output folder; the leading _ keeps it out of uploads to the hub
 RUNS = 8  # of a folder, whose first pads are kept
 LAGS = 8  # steps back to which each step is compared, and the first one
@@ -70,18 +71,56 @@ def two_sided(z: float) -> float:
     return 2 * float(stats.norm.sf(abs(z)))
 
 
-class NoiseCheck:
+class Check:
+    """What a run tests again and again; a run that is right fails with probability below FALSE_ALARM / CHECKS, over all tests.
+
+    Attributes:
+        steps: that were looked at.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.tests = 0, 0
+
+    def p_values(self) -> dict[str, float]:
+        """Return for each question the probability of an answer as odd as this one, or a bound on it."""
+        raise NotImplementedError
+
+    def finding(self, failed: str) -> str:
+        """Return in words what is wrong."""
+        raise NotImplementedError
+
+    def take_in(self) -> None:
+        """Count what still waits."""
+
+    def test(self) -> None:
+        """Test all steps so far.
+
+        Raises:
+            MechanismError: where they are not what they must be.
+        """
+        self.take_in()
+        if not self.steps:
+            return
+        self.tests += 1
+        p_values = self.p_values()
+        # The allowed false alarms are shared among all tests that may ever come (the shares sum to 1), and among what each asks.
+        allowed = FALSE_ALARM / CHECKS / (self.tests * (self.tests + 1)) / len(p_values)
+        failed = [name for name, p_value in p_values.items() if not p_value >= allowed]
+        if failed:
+            raise MechanismError(self.finding(", ".join(failed)))
+
+
+class NoiseCheck(Check):
     """Accumulate and test what is released in the pad.
 
     Args:
         std: what its standard deviation must be: noise multiplier x clip norm / expected batch size.
         file: in which the first pads of the runs of a folder are kept; None where there was none and will be none.
-    Attributes:
-        steps: that were looked at.
     """
 
     def __init__(self, std: float, file: Optional[Path] = None):
-        self.std, self.steps, self.tests, self.file = std, 0, 0, file
+        super().__init__()
+        self.std, self.file = std, file
         self._known = known_pads(file) if file is not None else []
         self.equal = 0  # the most draws of one pad that were seen before
         self._waiting: list[torch.Tensor] = []
@@ -96,32 +135,26 @@ class NoiseCheck:
         """Take what one step released in the pad, flat."""
         self._waiting.append(pad.detach().clone())
         if len(self._waiting) >= WAITING:
-            self._take_in()
+            self.take_in()
 
     def test(self) -> None:
-        """Test all steps so far.
-
-        Raises:
-            MechanismError: where they are not what they must be.
-        """
-        self._take_in()
-        if not self.steps:
-            return
-        self.tests += 1
-        p_values = self.p_values()
-        # The allowed false alarms are shared among all tests that may ever come (the shares sum to 1), and among what each asks.
-        allowed = FALSE_ALARM / (self.tests * (self.tests + 1)) / len(p_values)
-        failed = [name for name, p_value in p_values.items() if not p_value >= allowed]
-        if failed:
-            scale = (self._moments[2] / self._moments[0]) ** 0.5
-            raise MechanismError(
-                f"noise is released that is not as promised in {', '.join(failed)} (seen in {self.steps} steps where nobody "
-                f"contributes; its standard deviation is {scale:.4g} times what it must be)"
-            )
+        """Test, and keep the first pad of a run whose noise is right."""
+        super().test()
         self._keep_first()
 
+    def finding(self, failed: str) -> str:
+        return (
+            f"noise is released that is not as promised in {failed} (seen in {self.steps} steps where nobody contributes; its "
+            f"standard deviation is {(self._moments[2] / self._moments[0]) ** 0.5:.4g} times what it must be)"
+        )
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Return between which multiples of `std` the noise's standard deviation is, if it is Gaussian."""
+        self.take_in()
+        count, _, squares = self._moments
+        return tuple(float((squares / stats.chi2.isf(p, count)) ** 0.5) for p in ((1 - confidence) / 2, (1 + confidence) / 2))  # type: ignore[return-value]
+
     def p_values(self) -> dict[str, float]:
-        """Return for each question the probability of an answer as odd as this one, or a bound on it."""
         count, total, squares = self._moments
         if not np.isfinite(self._moments).all():
             return {"values that are not finite": 0.0}
@@ -135,7 +168,7 @@ class NoiseCheck:
             **{f"correlation {name}": walk.p_value() for name, walk in self._walks.items()},
         }
 
-    def _take_in(self) -> None:
+    def take_in(self) -> None:
         waiting, self._waiting = self._waiting, []
         if waiting:
             for pad in torch.stack(waiting).cpu().double().numpy():
@@ -201,6 +234,13 @@ def check_unseeded(draw: Callable[[], torch.Tensor]) -> None:
 
     What is released does not show whether somebody can predict it: noise from --seed is perfect noise to whoever lacks the seed.
     """
+    draws = torch.stack([draw.cpu().double() for draw in twice_from_one_state(draw)])
+    if not abs(float(torch.corrcoef(draws)[0, 1])) < 10 / draws.shape[1] ** 0.5:
+        raise MechanismError("the noise follows the seed of torch, numpy or random: whoever knows --seed takes it away")
+
+
+def twice_from_one_state(draw: Callable[[], Any]) -> list[Any]:
+    """Return what `draw` returns from one state of every global generator, twice; the generators are as before, afterwards."""
     python, old = random.getstate(), np.random.get_state()
     draws = []
     with torch.random.fork_rng():
@@ -208,11 +248,10 @@ def check_unseeded(draw: Callable[[], torch.Tensor]) -> None:
             random.seed(0)
             np.random.seed(0)
             torch.manual_seed(0)
-            draws.append(draw().cpu().double())
+            draws.append(draw())
     random.setstate(python)
     np.random.set_state(old)
-    if not abs(float(torch.corrcoef(torch.stack(draws))[0, 1])) < 10 / len(draws[0]) ** 0.5:
-        raise MechanismError("the noise follows the seed of torch, numpy or random: whoever knows --seed takes it away")
+    return draws
 
 
 def known_pads(file: Path) -> list[np.ndarray]:

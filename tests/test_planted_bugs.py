@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
-LOADER = "dp_utils.load_logical_batches"
+LOADER = "dp_utils.make_sampler"
 GHOST = "author_dp.clipping.ghost.GhostClipping.backward"
 PLAIN = "author_dp.clipping.grad_sample.GradSampleClipping.backward"
 LOSSES = "author_dp.mechanism.author_losses"
@@ -189,7 +189,7 @@ BUGS = [
     Bug("a folder counted twice", "author_dp.ledger.account_together", "check_disjoint(ledgers)", "pass",
         lambda path, _: test_ledger.test_no_step_is_counted_twice(path)),
     # The check of the run's own noise.
-    Bug("a check that is never asked", "dp_utils.DPTrainer._check", "self.noise_check.test()", "pass",
+    Bug("a check that is never asked", "dp_utils.DPTrainer._check", "check.test()", "pass",
         lambda path, patch: test_selfcheck.test_wrong_noise_ends_a_real_run(path, patch, "half the noise")),
     Bug("an alarm that is not written down", "author_dp.budget.Budget.raise_alarm", "self.ledger.record_alarm(found)", "pass",
         lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
@@ -239,7 +239,7 @@ BUGS = [
     Bug("steps that follow the number of authors", "author_dp.plan.make_plan", "math.ceil(args.num_train_epochs / sample_rate)",
         "math.ceil(args.num_train_epochs * num_authors / batch_size)",
         lambda *_: test_hidden_counts.test_steps_follow_from_options_alone()),
-    Bug("a rate other than the one accounted for", "dp_utils.load_logical_batches", "sample_rate=plan.sample_rate",
+    Bug("a rate other than the one accounted for", LOADER, "sample_rate=plan.sample_rate",
         "sample_rate=plan.expected_batch_size / plan.num_authors",
         lambda path, _: test_hidden_counts.test_authors_are_drawn_at_the_rate_and_divided_by_a_constant(path)),
     Bug("an audit that forgets delta", "author_dp.audit.p_value", "+ 2 * canaries * delta * alpha", "",

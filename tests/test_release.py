@@ -274,3 +274,12 @@ def test_max_eval_samples_takes_authors(tmp_path):
     _, rows_taken = load_samples(arguments, seed=1)
     _, authors_taken = load_samples(arguments, seed=1, released=True)
     assert len(rows_taken) == 7 and len(authors_taken) == 70 and len(set(authors_taken["author"])) == 7
+
+
+@pytest.mark.parametrize("epsilon", [-5.0, 0.0, math.inf, math.nan])
+def test_a_release_that_gives_privacy_back_is_no_record(tmp_path, epsilon):
+    ledger = make_ledger(tmp_path)
+    with pytest.raises(ValueError, match="gives privacy back"):
+        ledger.record_release({"epsilon": epsilon, "split": None})
+    with pytest.raises(UserError, match="was changed"):
+        PrivacyLedger(ledger.path)

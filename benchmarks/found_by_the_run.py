@@ -1,0 +1,87 @@
+"""Which mistakes in the mechanism does a run find by itself, and how soon? python benchmarks/found_by_the_run.py
+
+Plants each of the bugs of tests/test_gradient_audit.py in a run of the demo at epsilon 8 with gradient canaries, after the proof
+at the start (which finds wrong clips before anything is trained), and prints the table of docs/guarantee.md. The run tests itself
+every five steps.
+"""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+OPTIONS = (
+    f"--model_name {ROOT}/demo/model --train_file {ROOT}/demo/comments.jsonl --sequence_len 64 --target_epsilon 8 "
+    "--per_sample_max_grad_norm 1.0 --samples_per_author 2 --audit_canaries 1000 --audit_kind gradient --logging_steps 5 "
+    "--save_strategy no --eval_fraction 0 --log_level warning --disable_tqdm True"
+)
+USUAL = "--per_device_train_batch_size 64 --gradient_accumulation_steps 4 --max_steps 100"
+SMALL = "--per_device_train_batch_size 1 --gradient_accumulation_steps 1 --max_steps 150"  # draws are often empty
+STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
+ON_TWO = {  # processes
+    "all of the noise on every process": (STEP, " / math.sqrt(self.world_size)", "", ""),
+    "noise on the first process alone": (STEP, "if std > 0:", "if dist.get_rank() == 0:", ""),
+}
+AFTER = {"an author who is never in": "--per_device_train_batch_size 512 --gradient_accumulation_steps 10 --max_steps 100"}
+
+
+def bugs() -> dict[str, tuple]:
+    from test_gradient_audit import BUGS
+
+    return {"none": (), **BUGS, **ON_TWO}
+
+
+def plant_and_run(name: str, arguments: list[str]) -> None:
+    """Run the script in this process, with a bug from the moment at which training starts."""
+    from planting import find, with_edit
+
+    import dp_utils
+
+    train = dp_utils.DPTrainer.train
+
+    def train_with_bug(*args, **kwargs):
+        if bug := bugs()[name]:
+            where, old, new = bug[:3]
+            function = find(where)
+            function.__code__ = with_edit(function, old, new)  # type: ignore[attr-defined]
+        return train(*args, **kwargs)
+
+    dp_utils.DPTrainer.train = train_with_bug  # type: ignore[method-assign]
+    sys.argv = ["fine-tune-dp.py", *arguments]
+    runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="__main__")
+
+
+def row(name: str) -> str:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if name in ON_TWO else []
+    options = SMALL if name == "empty draws skipped" else AFTER.get(name, USUAL)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [*f"{OPTIONS} {options} --output_dir {folder}/out".split(), *(["--use_cpu"] if launcher else [])]
+        command = [sys.executable, *launcher, __file__, "--plant", name, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        ledger = (Path(folder) / "out" / "privacy_ledger.jsonl").read_text()
+        said = re.search(r"is not what the ledger says: (.*?)(?: \(seen|: whoever|\. Nothing)", done.stderr)
+        if said is None:
+            assert done.returncode == 0, done.stderr
+            audit = json.loads((Path(folder) / "out" / "privacy.json").read_text())["audit"]
+            low, high = audit["epsilon_between"]
+            return f"not stopped; epsilon between {low:.2f} and {high:.2f}, at least {audit['epsilon_lower_bound']:.2f} | "
+        steps = sum('"record": "step"' in line for line in ledger.splitlines())
+        return f"{said[1]} | {steps} |"
+
+
+def main() -> None:
+    if "--plant" in sys.argv:
+        return plant_and_run(sys.argv[2], sys.argv[3:])
+    print("| planted | found | after steps |\n|---|---|---|")
+    for name in bugs():
+        if len(sys.argv) < 2 or sys.argv[1] in name:
+            print(f"| {name} | {row(name)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""gradient_audit.py and drawcheck.py: wrong draws, clips and noise are found by the run itself; right ones never are."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import flat, make_dataset, read_report, run_script, tiny_gpt2, trainable, within
+from planting import find, with_edit
+from scipy import stats
+from test_fine_tune_dp import PRIVACY, run_here, small
+from transformers import TrainingArguments
+
+from author_dp.accounting import gaussian_epsilon
+from author_dp.drawcheck import DrawCheck, check_unseeded_draws
+from author_dp.errors import MechanismError, UserError
+from author_dp.gradient_audit import (
+    CanaryCheck,
+    GradientCanaries,
+    ScoreLaw,
+    gaussian_mu_lower_bound,
+    is_ruled_out,
+    score,
+    to_normal,
+)
+from author_dp.ledger import PrivacyLedger
+from author_dp.mechanism import PAD, PoissonAuthorSampler
+from data_utils import collate
+from dp_utils import DPTrainer, PrivacyArguments
+
+STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
+GHOST = "author_dp.clipping.ghost.GhostClipping.backward"
+DRAW = "author_dp.mechanism.PoissonAuthorSampler"
+ADD = "self.noise.add_(part, std)"
+
+
+def audited(folder, canaries: int = 200, steps: int = 16, per_device: int = 16, authors: int = 150, **more) -> DPTrainer:
+    """A trainer of a tiny model with gradient canaries, two samples of an author in a step, tested after each."""
+    privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, "samples_per_author": 2, **more.pop("privacy", {})}
+    args = TrainingArguments(
+        output_dir=str(folder), max_grad_norm=0.0, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=steps,
+        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=more.pop("logging_steps", 1),
+        per_device_train_batch_size=per_device, remove_unused_columns=False, **more,
+    )  # fmt: skip
+    return DPTrainer(
+        tiny_gpt2(), args, PrivacyArguments(**privacy), train_dataset=make_dataset([2] * authors), data_collator=collate,
+        canaries=GradientCanaries(canaries, key=5) if canaries else None,
+    )  # fmt: skip
+
+
+# What a careless colleague would write, and what finds it, tested at each step.
+BUGS: dict[str, tuple] = {
+    "no noise": (STEP, "if std > 0:", "if False:", "its scale"),
+    "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "its scale"),
+    "noise for the parameters alone": (
+        STEP, "self.sums.split(self.noise.elements)", "self.sums[:-len(self.pad)].split(self.noise.elements)", "its scale"),
+    "noise that spares the canaries": (
+        STEP, "self.sums.split(self.noise.elements)", "self.sums[:-len(self.pad) + 4096].split(self.noise.elements)", "what is released"),
+    "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "what is released for canaries",
+        {"steps": 40}),
+    "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "what is released for canaries"),
+    "an author counted twice": (
+        GHOST, "(self.clip_norm / norms).clamp(max=1.0)",
+        "(self.clip_norm / norms).clamp(max=1.0) * torch.bincount(author, minlength=len(losses))", "what is released",
+        {"steps": 40}),
+    "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "what is released for",
+        {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
+    "q doubled": (
+        "dp_utils.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate", "how many authors"),
+    "shuffled batches": (
+        f"{DRAW}.draw_authors", "number, drawn = len(self.offsets) - 1, []",
+        "number, drawn = len(self.offsets) - 1, []\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
+        ".random.default_rng().permutation(number)\n    size = round(number * self.sample_rate); taken, self.deck = self.deck"
+        "[:size], self.deck[size:]\n    return np.sort(taken)", "how many authors were never drawn"),
+    "an author who is always in": (
+        f"{DRAW}.draw_authors", "return places[places < number]", "return np.unique([3, *places[places < number]])",
+        "how often one author is drawn"),
+    "an author who is never in": (
+        f"{DRAW}.draw_authors", "return places[places < number]", "return places[(places < number) & (places != 3)]",
+        "how often one author is drawn", {"steps": 260, "per_device": 50, "canaries": 0}),
+    "every draw used twice": (
+        f"{DRAW}.draw_authors", "return places[places < number]",
+        "last = getattr(self, 'last', None); self.last = places[places < number] if last is None else None\n"
+        "    return self.last if last is None else last", "in two draws in a row"),
+    "empty draws skipped": (
+        f"{DRAW}.draw", "authors = self.draw_authors()",
+        "authors = self.draw_authors()\n    while not len(authors): authors = self.draw_authors()",
+        "how many", {"steps": 120, "per_device": 1, "canaries": 0, "logging_steps": 20}),
+    "canaries drawn, real authors rarely": (
+        f"{DRAW}.draw", "authors = self.draw_authors()", "authors = self.draw_authors()\n    authors = authors[(authors >= "
+        "self.real) | (authors % 2 == 0)]", "how many authors", {"steps": 40}),
+    "division by the real batch size": (
+        "dp_utils.DPTrainer.training_step", "model.train()",
+        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "its scale"),
+    "noise of every microbatch": (
+        "dp_utils.DPTrainer.training_step", "total += losses.detach()", "self.optimizer.optimizer.sums.add_(torch.randn_like("
+        "self.optimizer.optimizer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
+        "its scale"),
+    "clipped again after the noise": (
+        STEP, "if self.after_release is not None:", "self.sums.mul_(min(1.0, 0.5 / float(self.sums.norm())))\n"
+        "    if self.after_release is not None:", "its scale"),
+    "draws from --seed": ("dp_utils.make_sampler", "secrets.randbits(128)", "torch.initial_seed()", "the draws follow the seed"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_wrong_mechanism_ends_a_real_run(tmp_path, monkeypatch, bug):
+    where, old, new, found, *options = BUGS[bug]
+    function = find(where)
+    trainer = audited(tmp_path, **(options[0] if options else {}))
+    monkeypatch.setattr(function, "__code__", with_edit(function, old, new))  # now: the proof at the start finds wrong clips
+    with pytest.raises(MechanismError, match=found):
+        trainer.train()
+    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").alarm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clipping", ["ghost", "grad_sample"])
+def test_a_right_one_does_not(tmp_path, clipping):
+    trainer = audited(tmp_path, privacy={"clipping": clipping})
+    trainer.train()
+    found = trainer.canaries.finish(trainer)
+    low, high = found["noise_multiplier_between"]
+    assert low < 1.0 < high or within((low + high) / 2, 1.0, (high - low) / 4)
+    assert found["epsilon_between"][0] <= found["epsilon_between"][1] and found["steps_checked"] == 16
+    assert found["epsilon_lower_bound"] <= trainer.epsilon()
+
+
+def test_canaries_leave_the_model_and_its_losses_alone(tmp_path):
+    """Without noise and with everybody in each step, training with canaries is training without them."""
+    ends, losses = [], []
+    for canaries in (0, 20):
+        privacy = {"noise_multiplier": 1e-3, "sample_rate": 1.0, "target_delta": 1e-5}
+        trainer = audited(tmp_path / str(canaries), canaries, steps=3, per_device=64, authors=12, privacy=privacy)
+        trainer.train()
+        ends.append(flat(trainable(trainer.model).values()))
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        assert trainer.norms.histogram() is not None
+        trainer.save_model()
+    assert torch.allclose(*ends, atol=1e-4) and np.allclose(*losses, atol=1e-4)
+    names = [set(json.loads((tmp_path / c / "config.json").read_text())) for c in ("0", "20")]
+    assert names[0] == names[1] and not any("table" in name for name in trainer.model.state_dict())
+
+
+@pytest.mark.parametrize("clipping", ["ghost", "grad_sample"])
+def test_a_canary_adds_exactly_the_clip_norm_in_its_own_coordinate(tmp_path, clipping):
+    privacy = {"noise_multiplier": 1e-6, "sample_rate": 1.0, "target_delta": 1e-5, "clipping": clipping}
+    trainer = audited(tmp_path, 30, steps=1, per_device=16, authors=5, privacy=privacy)
+    seen = []
+    trainer.canaries.add = lambda released: seen.append(released.clone())
+    trainer.train()
+    expected = torch.from_numpy(trainer.canaries.included).float() * 0.5 / 16
+    assert torch.allclose(seen[0], expected, atol=1e-5)
+    assert len(trainer.optimizer.optimizer.pad) == PAD + 30 and not trainer.canaries.table.weight.any()
+
+
+# --- the law ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sigma", "rate"), [(0.65, 0.013), (1.0, 0.3), (3.0, 1.0)])
+def test_values_become_standard_normals(sigma, rate):
+    generator = np.random.default_rng(0)
+    x = (generator.random(200_000) < rate) + sigma * generator.standard_normal(200_000)
+    assert stats.kstest(to_normal(x, sigma, rate), "norm").pvalue > 1e-4
+    assert np.isfinite(to_normal(np.array([-8.0 * sigma, 1 + 8 * sigma]), sigma, rate)).all()
+
+
+@pytest.mark.parametrize(("sigma", "rate"), [(0.65, 0.013), (1.0, 0.3), (2.0, 1.0)])
+def test_scores_have_their_moments(sigma, rate):
+    generator = np.random.default_rng(0)
+    x = (generator.random(400_000) < rate) + sigma * generator.standard_normal(400_000)
+    scores, law = score(x, sigma, rate), ScoreLaw(sigma, rate)
+    mean, variance = law.mean, law.variance
+    assert np.abs(mean).max() < 1e-3  # scores are centred, but for what the cap takes
+    for k in range(2):
+        assert scores[k].var() == pytest.approx(variance[k], rel=0.05, abs=1e-12)
+        assert within(scores[k].mean(), mean[k], (variance[k] / 400_000) ** 0.5 + 1e-12)
+
+
+def test_p_values_of_scores_are_bounds_and_find_what_is_wrong():
+    generator, law = np.random.default_rng(0), ScoreLaw(1.0, 0.1)
+
+    def p_values(rate, norm):
+        x = norm * (generator.random((300, 1_000)) < rate) + generator.standard_normal((300, 1_000))
+        totals = (score(x, 1.0, 0.1) - law.mean[:, None, None]).sum(2)
+        return [np.array([law.p_value(k, total, 1_000) for total in totals[k]]) for k in range(2)]
+
+    for values in p_values(0.1, 1.0):
+        for level in (0.3, 0.1, 0.03):
+            assert (values <= level).mean() <= level + 4 * (level / 300) ** 0.5
+    assert np.median(p_values(0.3, 1.0)[0]) < 1e-7 and np.median(p_values(0.1, 2.0)[1]) < 1e-7
+
+
+@pytest.mark.slow
+def test_two_hundred_honest_runs_raise_no_alarm():
+    generator = np.random.default_rng(1)
+    smallest = []
+    for run in range(200):
+        sigma, rate = 0.5 + run / 100, (0.01, 0.1, 0.5)[run % 3]
+        included = generator.random(300) < 0.5
+        law, draws = CanaryCheck(sigma, rate, included), DrawCheck(300, 40, rate)
+        sampler = PoissonAuthorSampler(np.arange(301), np.arange(300), sample_rate=rate, samples_per_author=1, steps=1,
+                                       key=int(generator.integers(2**60)), canaries=40, on_draw=draws.drawn)  # fmt: skip
+        for step in range(1, 31):
+            draws.taken(sampler.draw().batch_size)
+            drawn = included & (generator.random(300) < rate)
+            law.add(torch.from_numpy(drawn + sigma * generator.standard_normal(300)))
+            if step % 5 == 0:
+                law.test()
+                draws.test()
+        smallest.append(min(min(check.p_values().values()) * len(check.p_values()) for check in (law, draws)))
+    assert min(smallest) > 1e-6 and np.mean(np.array(smallest) < 0.1) < 0.3  # two checks, Bonferroni within each
+
+
+# --- draws --------------------------------------------------------------------------------------------------
+
+
+def test_draws_that_follow_a_seed_are_found_and_others_are_not():
+    def maker(key):
+        return lambda: PoissonAuthorSampler(np.arange(31), np.arange(30), sample_rate=0.2, samples_per_author=1, steps=1,
+                                            key=key()).draw_authors  # fmt: skip
+
+    check_unseeded_draws(maker(lambda: __import__("secrets").randbits(128)), 30, 0.2)
+    for seeded in (torch.initial_seed, lambda: int(torch.randint(2**60, ())), lambda: int(np.random.randint(2**60)), lambda: 3):
+        with pytest.raises(MechanismError, match="follow the seed"):
+            check_unseeded_draws(maker(seeded), 30, 0.2)
+    check_unseeded_draws(lambda: lambda: np.arange(30), 30, 1.0)  # everybody, always: nothing to tell
+
+
+# --- the one-run bound for mu-GDP -----------------------------------------------------------------------------
+
+
+def test_gaussian_bound_holds_for_gaussian_mechanisms_and_is_tighter():
+    from author_dp.audit import lower_bound
+
+    generator = np.random.default_rng(0)
+    for mu in (0.5, 2.0):
+        found, other = [], []
+        for _ in range(60):
+            included = generator.random(1_000) < 0.5
+            scores = mu * included + generator.standard_normal(1_000)
+            found.append(gaussian_mu_lower_bound(scores, included))
+            other.append(lower_bound(scores, included, 1e-5)["epsilon_lower_bound"])
+        assert np.mean(np.array(found) > mu) <= 0.15  # 5 % are allowed
+        assert np.median(found) > 0.3 * mu and gaussian_epsilon(np.median(found), 1e-5) > np.median(other)
+
+
+def test_no_mu_is_ruled_out_by_what_it_makes_likely():
+    for mu in (0.3, 1.0, 3.0):
+        right = stats.norm.cdf(mu / 2)  # of a guess at the better side of the middle
+        likely = int(stats.binom.ppf(0.5, 500, right))
+        assert not is_ruled_out(mu, 500, 500, likely, 0.05)
+        assert is_ruled_out(0.2 * mu, 500, 500, int(stats.binom.ppf(0.999, 500, right)), 0.05) or mu < 0.5
+
+
+# --- options and whole runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["--audit_kind", "gradient"], ["--audit_kind", "nonsense", "--audit_canaries", "100"]])
+def test_mistakes(tmp_path, monkeypatch, capfd, options):
+    status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *options))
+    assert status == 2 and "--audit_kind" in stderr, stderr
+
+
+@pytest.mark.parametrize("privacy", [{"noise_multiplier": 0.0}, {"noise_multiplier": None, "disable_dp": True}])
+def test_without_noise_there_is_no_law(tmp_path, privacy):
+    with pytest.raises(UserError, match="--audit_kind gradient"):
+        audited(tmp_path, privacy=privacy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_whole_run_says_what_it_found(checkpoint, comments, tmp_path, processes):
+    options = ["--audit_canaries", "300", "--audit_kind", "gradient", "--dataloader_num_workers", "1"]
+    done = run_script(*small(checkpoint, comments, tmp_path, *PRIVACY, *options), processes=processes)
+    assert done.returncode == 0, done.stderr
+    audit = read_report(tmp_path)["audit"]
+    assert audit["kind"] == "gradient" and audit["canaries"] == 300 and audit["steps_checked"] == 3
+    low, high = audit["epsilon_between"]
+    assert low < 8.0 * 1.1 and high > 8.0 * 0.9 and math.isclose(low, high, rel_tol=0.2)
