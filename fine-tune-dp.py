@@ -52,6 +52,7 @@ from transformers.utils import logging
 from author_dp.accounting import guarantee_in_words
 from author_dp.adapters import add_lora
 from author_dp.audit import Audit, AuditArguments, secret_key
+from author_dp.audit import in_words as audit_in_words
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
@@ -369,7 +370,7 @@ def main() -> None:
         if released:
             loss = f", {released_in_words(release)}, both public"
         if trainer.audit is not None:
-            loss += f", audit: epsilon at least {trainer.audit['epsilon_lower_bound']:.2f}"
+            loss += f", audit: epsilon {audit_in_words(trainer.audit)}"
         print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {training_args.output_dir}")
     if torch.distributed.is_initialized():  # a process that just ends may abort: its gloo threads are still there
         torch.distributed.barrier()

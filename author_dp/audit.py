@@ -146,6 +146,14 @@ class Audit:
         return torch.cat(losses).double().numpy()
 
 
+def in_words(audit: dict[str, Any]) -> str:
+    """Return what the run's last line says of epsilon."""
+    found = f"at least {audit['epsilon_lower_bound']:.2f}"
+    if None not in (between := audit.get("epsilon_between", [None])):
+        found += f", and between {between[0]:.2f} and {between[1]:.2f} by the noise that was seen"
+    return found
+
+
 def lower_bound(gain: np.ndarray, included: np.ndarray, delta: float) -> dict[str, Any]:
     """Guess that the canaries of the highest gain were in and those of the lowest out, and bound epsilon.
 

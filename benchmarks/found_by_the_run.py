@@ -27,7 +27,7 @@ ON_TWO = {  # processes
     "all of the noise on every process": (STEP, " / math.sqrt(self.world_size)", "", ""),
     "noise on the first process alone": (STEP, "if std > 0:", "if dist.get_rank() == 0:", ""),
 }
-AFTER = {"an author who is never in": "--per_device_train_batch_size 512 --gradient_accumulation_steps 10 --max_steps 100"}
+LEFT_OUT = {"an author who is never in"}  # who does not show in 100 steps at the demo's rate; in the test at a higher one
 
 
 def bugs() -> dict[str, tuple]:
@@ -58,7 +58,7 @@ def plant_and_run(name: str, arguments: list[str]) -> None:
 
 def row(name: str) -> str:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if name in ON_TWO else []
-    options = SMALL if name == "empty draws skipped" else AFTER.get(name, USUAL)
+    options = SMALL if name == "empty draws skipped" else USUAL
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*f"{OPTIONS} {options} --output_dir {folder}/out".split(), *(["--use_cpu"] if launcher else [])]
         command = [sys.executable, *launcher, __file__, "--plant", name, *arguments]
@@ -79,7 +79,7 @@ def main() -> None:
         return plant_and_run(sys.argv[2], sys.argv[3:])
     print("| planted | found | after steps |\n|---|---|---|")
     for name in bugs():
-        if len(sys.argv) < 2 or sys.argv[1] in name:
+        if name not in LEFT_OUT and (len(sys.argv) < 2 or any(words in name for words in sys.argv[1:])):
             print(f"| {name} | {row(name)}", flush=True)
 
 
