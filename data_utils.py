@@ -491,7 +491,7 @@ def tokenize(
     room = sequence_len - len(start)
 
     def tokenize_batch(batch):
-        options = {"add_special_tokens": False, "split_special_tokens": True}
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
         if long_samples == "truncate":
             rows = tokenizer([text or "" for text in batch[text_column]], **options, truncation=True, max_length=room)[
                 "input_ids"

@@ -16,13 +16,9 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot
 from transformers import TrainerCallback
 
 from author_dp.accounting import PrivacyLoss, Spending, guarantee_in_words
@@ -31,6 +27,9 @@ from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
 from author_dp.release import in_words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 STATISTICS_NAME = "_private_statistics.json"
 PAGE_NAME = "report.html"
@@ -85,7 +84,7 @@ class Statistics(TrainerCallback):
 # --- figures ----------------------------------------------------------------------------------------------
 
 
-def draw_losses(axes: pyplot.Axes, log: list[dict]) -> None:
+def draw_losses(axes: "Axes", log: list[dict]) -> None:
     for name, label, colour, marker in (("loss", "training", GREY, None), ("eval_loss", "evaluation", BLUE, "o")):
         points = [(row["step"], row[name]) for row in log if row.get(name) is not None]
         if points:
@@ -94,7 +93,7 @@ def draw_losses(axes: pyplot.Axes, log: list[dict]) -> None:
     axes.legend()
 
 
-def draw_epsilon(axes: pyplot.Axes, ledger: PrivacyLedger, loss: PrivacyLoss, target: Optional[float]) -> None:
+def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, loss: PrivacyLoss, target: Optional[float]) -> None:
     """Epsilon after each number of steps, across runs."""
     steps = np.unique(np.linspace(0, ledger.steps, 21).round().astype(int)).tolist()
     epsilons = [loss.epsilon(first(ledger.spendings, count)) for count in steps]
@@ -118,7 +117,7 @@ def first(spendings: list[Spending], steps: int) -> list[Spending]:
     return found
 
 
-def draw_samples(axes: pyplot.Axes, samples: list[int], authors: list[int], bound: int) -> None:
+def draw_samples(axes: "Axes", samples: list[int], authors: list[int], bound: int) -> None:
     edges = np.unique(np.geomspace(1, max(samples) + 1, 25).round())
     axes.hist(samples, bins=list(edges), weights=authors, color=BLUE)
     axes.axvline(bound + 1, color=RED, linestyle=":", label=f"used per step: up to {bound} (k)")  # the end of the bin of k
@@ -127,7 +126,7 @@ def draw_samples(axes: pyplot.Axes, samples: list[int], authors: list[int], boun
     axes.legend()
 
 
-def draw_norms(axes: pyplot.Axes, edges: np.ndarray, counts: np.ndarray, clip_norm: float) -> None:
+def draw_norms(axes: "Axes", edges: np.ndarray, counts: np.ndarray, clip_norm: float) -> None:
     """Histogram on a logarithmic axis; the first and the last bin hold what lies beyond."""
     edges = edges * clip_norm
     share = counts[np.searchsorted(edges, clip_norm * (1 - 1e-9)) + 1 :].sum() / max(1, counts.sum())
@@ -140,7 +139,7 @@ def draw_norms(axes: pyplot.Axes, edges: np.ndarray, counts: np.ndarray, clip_no
     axes.legend()
 
 
-def draw_times(axes: pyplot.Axes, seconds: list[float]) -> None:
+def draw_times(axes: "Axes", seconds: list[float]) -> None:
     axes.plot(range(1, len(seconds) + 1), seconds, color=BLUE, linewidth=1)
     axes.axhline(float(np.median(seconds)), color=GREY, linestyle=":", label=f"median {np.median(seconds):.2g} s")
     axes.set(title="Time per step", xlabel="step of the last run", ylabel="seconds", ylim=(0, None))
@@ -164,6 +163,11 @@ def draw_all(
             drawings["norms"] = (draw_norms, (np.array(norms["edges"]), np.array(norms["counts"]), report["clip_norm"]), True)
         if statistics["seconds_per_step"]:
             drawings["time"] = (draw_times, (statistics["seconds_per_step"],), True)
+    import matplotlib  # here, as a run is to take its first step before it waits for what draws its last one
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     pictures.mkdir(exist_ok=True)
     files = {}
     with pyplot.rc_context(STYLE):

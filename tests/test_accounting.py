@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from dp_accounting import pld
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
-from author_dp.accounting import PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier
+from author_dp.accounting import ORDERS, PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier, rdp_of_step
 from author_dp.errors import UserError
 from author_dp.pld import LossDistribution
 
@@ -81,6 +82,28 @@ def test_the_error_of_a_coarse_grid_is_added_not_hidden(monkeypatch):
     exact = exact_epsilon(spending, 1e-5, 1e-4)
     assert loss.epsilon_error > 0.02 * exact
     assert exact + 0.5 * loss.epsilon_error <= loss.epsilon(spending) <= exact + 3 * loss.epsilon_error
+
+
+@pytest.mark.parametrize(("sigma", "rate"), [(0.3, 0.5), (0.4715, 1024 / N), (1.0, 0.999), (20.0, 1e-4), (0.05, 1e-7)])
+def test_renyi_divergences_are_rounded_up_and_close(sigma, rate):
+    found = dict(zip(ORDERS.tolist(), rdp_of_step(sigma, rate).tolist()))
+    with mpmath.workdps(60):
+        q, variance = mpmath.mpf(rate), mpmath.mpf(sigma) ** 2
+        for order in (2, 3, 17, 63, 512):
+            terms = (
+                mpmath.binomial(order, i) * (1 - q) ** (order - i) * q**i * mpmath.exp((i * i - i) / (2 * variance))
+                for i in range(order + 1)
+            )
+            exact = mpmath.log(mpmath.fsum(terms)) / (order - 1)
+            assert exact <= found[order] <= exact * (1 + mpmath.mpf(1e-10)) + mpmath.mpf(1e-12)
+
+
+def test_the_grid_reaches_as_far_as_the_accountants_own():
+    for sigma, rate, steps, delta in [(0.4715, 1024 / N, 894, 1 / N), (1.0, 0.01, 1_000, 1e-5), (0.6, 0.1, 100, 1e-8)]:
+        spending = [Spending(sigma, rate, steps)]
+        loss = PrivacyLoss(spending, delta)
+        theirs = compute_safe_domain_size([PoissonSubsampledGaussianPRV(rate, sigma)], [steps], 0.01, loss.delta_error)
+        assert theirs * (1 - 1e-9) <= loss._largest_loss(spending, 0.01) <= 1.5 * theirs  # integer orders are a little coarser
 
 
 # --- never below the truth ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """fine-tune-dp.py by its command line, as a user would run it."""
 
+import gc
 import json
 import re
 import runpy
@@ -259,6 +260,7 @@ def test_a_model_that_sees_the_future_ends_in_a_line_and_writes_nothing(checkpoi
 @pytest.mark.parametrize(("name", "command"), [("reddit-full", FULL), ("reddit-lora", LORA)])
 def test_the_published_commands_as_files(name, command):
     script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="read")
+    assert gc.isenabled()  # it is off for the imports only
     pairs = zip(command.split(), [*command.split()[1:], "--"])
     expected = {option: "True" if value.startswith("--") else value for option, value in pairs if option.startswith("--")}
     words = script["expand_config"](["--config", str(ROOT / "configs" / f"{name}.yaml")])
