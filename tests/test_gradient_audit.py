@@ -65,6 +65,10 @@ BUGS: dict[str, tuple] = {
         GHOST, "(self.clip_norm / norms).clamp(max=1.0)",
         "(self.clip_norm / norms).clamp(max=1.0) * torch.bincount(author, minlength=len(losses))", "what is released",
         {"steps": 40}),
+    "a clip for each sample": (
+        "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
+        "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']))",
+        "what is released", {"steps": 40}),
     "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "what is released for",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
     "q doubled": (
