@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from author_dp.authors import column_of, encode_authors, find_nobody
+from author_dp.conversations import TARGETS, Format, tokenize_examples
 from author_dp.errors import UserError
 from author_dp.hub import read_hub
 from author_dp.mechanism import IGNORED
@@ -72,6 +73,22 @@ class DataArguments:
     )
     text_column: str = field(default="content", metadata={"help": "Column of the text."})
     author_column: str = field(default="author", metadata={"help": "Column of the author, the privacy unit."})
+    prompt_column: Optional[str] = field(
+        default=None, metadata={"help": "Column of what comes before the text: context, which is not learned."}
+    )
+    messages_column: Optional[str] = field(
+        default=None, metadata={"help": "Column of conversations, lists of {role, content}, instead of --text_column."}
+    )
+    targets: str = field(
+        default="assistant",
+        metadata={
+            "help": "What of a prompt or conversation is learned: completions and the assistant's turns, or all.",
+            "choices": list(TARGETS),
+        },
+    )
+    chat_template: Optional[str] = field(
+        default=None, metadata={"help": "File of a chat template, for a tokenizer that has none; saved with the model."}
+    )
     sequence_len: int = field(default=128, metadata={"help": "Tokens per sample; longer samples are cut."})
     append_eos: bool = field(
         default=False,
@@ -113,8 +130,33 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.text_column == self.author_column:
-            raise UserError(f"--text_column and --author_column both name {self.text_column!r}: they must differ")
+        if self.messages_column is not None and self.prompt_column is not None:
+            raise UserError("--messages_column and --prompt_column exclude each other: give one of them")
+        if self.targets not in TARGETS:
+            raise UserError(f"--targets {self.targets} must be one of {', '.join(TARGETS)}")
+        if self.targets != "assistant" and not self.has_targets:
+            raise UserError("--targets is for --messages_column or --prompt_column: of a text all is learned; leave it out")
+        text = ("text", self.text_column) if self.messages_column is None else ("messages", self.messages_column)
+        named = [text, ("prompt", self.prompt_column), ("author", self.author_column)]
+        for i, (option, column) in enumerate(named):
+            for other, value in named[i + 1 :]:
+                if column is not None and column == value:
+                    raise UserError(f"--{option}_column and --{other}_column both name {column!r}: they must differ")
+        self.text_column = text[1]
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a part of a sample only is to be learned, or a template writes it."""
+        return self.messages_column is not None or self.prompt_column is not None
+
+    def reading(self, tokenizer: Optional[PreTrainedTokenizerBase]) -> dict[str, Any]:
+        """Return how rows become texts, as `readers.Columns` wants it: as they stand, or packed examples (`conversations`)."""
+        if not self.has_targets:
+            return {}
+        form = Format(tokenizer, self.targets)
+        if self.messages_column is not None:
+            return {"as_text": form.messages, "text_option": "--messages_column"}
+        return {"as_text": form.completion, "prompt": self.prompt_column}
 
     @property
     def row_limit(self) -> Optional[int]:
@@ -136,6 +178,9 @@ def prepare(
     Returns:
         (train, evaluation), with the author column and input_ids; evaluation is None where there is none.
     """
+    set_chat_template(tokenizer, args.chat_template)
+    if args.has_targets and not tokenizer.is_fast:
+        raise UserError("--messages_column and --prompt_column need a fast tokenizer, which tells where its tokens stand")
     folder = Path(tempfile.gettempdir()) / f"author-texts-{broadcast(secrets.token_hex(8))}-{os.environ.get('GROUP_RANK', 0)}"
     with training_args.main_process_first(desc="load and tokenize"):
         if training_args.local_process_index == 0:
@@ -146,10 +191,11 @@ def prepare(
                 "sequence_len": args.sequence_len,
                 "long_samples": args.long_samples,
                 "append_eos": args.append_eos,
+                "has_targets": args.has_targets,
                 "num_proc": args.preprocessing_num_workers,
             }
             with ending_on_sigterm():
-                train, evaluation = load_samples(args, training_args.seed, folder, released)
+                train, evaluation = load_samples(args, training_args.seed, folder, released, tokenizer)
                 tokenize(train, tokenizer, **options).save_to_disk(folder / "train")
                 if evaluation is not None:
                     option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
@@ -162,7 +208,11 @@ def prepare(
 
 
 def load_samples(
-    args: DataArguments, seed: int, folder: Optional[Path] = None, released: bool = False
+    args: DataArguments,
+    seed: int,
+    folder: Optional[Path] = None,
+    released: bool = False,
+    tokenizer: Optional[PreTrainedTokenizerBase] = None,
 ) -> tuple[Dataset, Optional[Dataset]]:
     """Load, check and split the data named by `args`.
 
@@ -170,6 +220,7 @@ def load_samples(
         folder: where the texts are kept while they are used, `temporary_folder()` by default.
         released: whether a loss on the held-out authors is to be published: then nobody is held out by force, and
             --max_eval_samples takes whole authors, by a hash of each.
+        tokenizer: whose chat template writes conversations.
     Returns:
         (train, evaluation), both with the text and the author column; evaluation is None where
         --eval_fraction is 0 and no --validation_file is given.
@@ -177,6 +228,7 @@ def load_samples(
         UserError: for a file or column that cannot be used.
     """
     columns: dict[str, Any] = {"text_column": args.text_column, "author_column": args.author_column, "folder": folder}
+    columns["reading"] = args.reading(tokenizer)
     columns["kinds"] = {}  # one kind of author in both files, or who is in both would not show
     if args.train_file is not None:
         samples = load_files("--train_file", args.train_file, **columns)
@@ -214,9 +266,12 @@ def load_files(
     author_column: str,
     folder: Optional[Path] = None,
     kinds: Optional[dict[str, str]] = None,
+    reading: Optional[dict[str, Any]] = None,
 ) -> Dataset:
     """Load local files, given by name or glob, all of one format: both columns as strings, exactly as they stand there.
 
+    Args:
+        reading: how else texts come about, from `DataArguments.reading`.
     Raises:
         UserError: naming `option` and the file, line or column at fault.
     """
@@ -227,7 +282,7 @@ def load_files(
             f"{option}: files must all be of one kind of {', '.join(FORMATS)} (or these with .gz or .zst), not "
             f"{', '.join(sorted(suffixes))}"
         )
-    batches = read_files(files, Columns(option, text_column, author_column), kinds)
+    batches = read_files(files, Columns(option, text_column, author_column, **reading or {}), kinds)
     return keep(batches, [text_column, author_column], f"{option} {' '.join(patterns)}", folder)
 
 
@@ -313,15 +368,26 @@ def load_hub(
     limit: Optional[int],
     folder: Optional[Path] = None,
     kinds: Optional[dict[str, str]] = None,
+    reading: Optional[dict[str, Any]] = None,
 ) -> Dataset:
     """Load the first `limit` samples (all where it is None) of a hub data set, or of a local folder of the same layout.
 
     Raises:
         UserError: where the hub or the data set cannot be reached, or a column is missing.
     """
-    columns = Columns("--dataset_name", text_column, author_column)
+    columns = Columns("--dataset_name", text_column, author_column, **reading or {})
     batches = read_hub(name, config, revision, columns, limit, {} if kinds is None else kinds)
     return keep(batches, [text_column, author_column], f"--dataset_name {name}", folder)
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:
+    """Give the tokenizer the template in a file, if one is named."""
+    if path is None:
+        return
+    try:
+        tokenizer.chat_template = Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat_template {path} cannot be read: {error}") from error
 
 
 def data_notes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -333,6 +399,7 @@ def data_notes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[
         "sequence_len": args.sequence_len,
         "start_token": None if start is None else tokenizer.decode([start]),
         "end_token": tokenizer.eos_token if args.append_eos else None,
+        **({"targets": args.targets} if args.has_targets else {}),
     }
 
 
@@ -346,6 +413,9 @@ def in_words(notes: dict[str, Any]) -> list[str]:
         )
     if notes["train_fraction"] < 1:
         lines.append(f"  train_fraction          {notes['train_fraction']:g} of the training authors, by a hash of each")
+    if "targets" in notes:
+        learned = "completions and the assistant's turns" if notes["targets"] == "assistant" else "all of each sample"
+        lines.append(f"  targets                 {learned}")
     for name, place in (("start_token", "begins"), ("end_token", "ends")):
         if notes[name] is not None:
             lines.append(f"  {name:<23} {notes[name]!r} {place} each sample" + (" that is not cut" if place == "ends" else ""))
@@ -469,6 +539,7 @@ def tokenize(
     sequence_len: int,
     long_samples: str = "truncate",
     append_eos: bool = False,
+    has_targets: bool = False,
     num_proc: Optional[int] = None,
     option: str = "--text_column",
 ) -> Dataset:
@@ -480,11 +551,14 @@ def tokenize(
 
     Args:
         append_eos: end each text by the end-of-text token, where there is room.
+        has_targets: whether texts are packed examples (`conversations.Example`); there is then a column `labels` too,
+            IGNORED where nothing is learned, and samples without a target are dropped like those of one token.
         option: named in the complaint where no text can be used.
     """
     features = samples.features.copy()
     features.pop(text_column)
-    features["input_ids"] = List(Value("int32"))
+    results = ["input_ids", *["labels"] * has_targets]
+    features.update(dict.fromkeys(results, List(Value("int32"))))
     start, end = [token for token in [start_token(tokenizer)] if token is not None], [tokenizer.eos_token_id] * append_eos
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError("--append_eos: the model's tokenizer has no end-of-text token; leave it out")
@@ -504,8 +578,17 @@ def tokenize(
         others = {name: [v for v, p in zip(batch[name], pieces) for _ in p] for name in batch if name != text_column}
         return {**others, "input_ids": [piece for row in pieces for piece in row]}
 
+    def tokenize_examples_of(batch):
+        ids, labels = tokenize_examples(batch[text_column], tokenizer, start, end)
+        if long_samples == "truncate":
+            return {"input_ids": [row[:sequence_len] for row in ids], "labels": [row[:sequence_len] for row in labels]}
+        first = len(start)  # of each piece
+        pieces = [[[row[:first] + piece for piece in cut(row[first:], room)] for row in rows] for rows in (ids, labels)]
+        others = {name: [v for v, p in zip(batch[name], pieces[0]) for _ in p] for name in batch if name != text_column}
+        return {**others, **{name: [piece for row in rows for piece in row] for name, rows in zip(results, pieces)}}
+
     tokens = samples.map(
-        tokenize_batch,
+        tokenize_examples_of if has_targets else tokenize_batch,
         batched=True,
         num_proc=num_proc,
         remove_columns=[text_column],
@@ -516,25 +599,41 @@ def tokenize(
         tokenizer.backend_tokenizer.no_truncation()  # or the saved tokenizer would cut every text at sequence_len
         tokenizer.backend_tokenizer.encode_special_tokens = False
     lengths = pc.list_value_length(tokens.data.column("input_ids")).to_numpy()
-    kept = np.flatnonzero(lengths >= 2)
+    kept = np.flatnonzero(predicts(tokens) if has_targets else lengths >= 2)
+    wanted = f"a target within {sequence_len} tokens" if has_targets else "two tokens or more"
     if len(kept) == 0:
-        raise UserError(f"{option}: no text in {text_column!r} has two tokens or more; name the column that holds the text")
+        remedy = "raise --sequence_len, or " if has_targets else ""
+        raise UserError(f"{option}: no text in {text_column!r} has {wanted}; {remedy}name the column that holds the text")
     if len(kept) < len(tokens):
-        logger.warning(f"Dropped {len(tokens) - len(kept)} of {len(tokens)} samples: fewer than two tokens in {text_column!r}.")
+        lack = "no target within --sequence_len" if has_targets else "fewer than two tokens"
+        logger.warning(f"Dropped {len(tokens) - len(kept)} of {len(tokens)} samples: {lack} in {text_column!r}.")
         tokens = tokens.select(kept)
     return tokens
+
+
+def predicts(tokens: Dataset) -> np.ndarray:
+    """Return which samples have a target beyond their first token, bool (samples,)."""
+    found = [np.zeros(0, bool)]
+    for batch in tokens.select_columns(["labels"]).with_format("arrow").iter(2**14):
+        column = batch["labels"].combine_chunks()
+        lengths = pc.list_value_length(column).to_numpy()
+        targets = np.asarray(column.flatten()) != IGNORED
+        targets[(np.cumsum(lengths) - lengths)[lengths > 0]] = False  # nothing predicts the first
+        found.append(np.bincount(np.repeat(np.arange(len(lengths)), lengths), targets, len(lengths)) > 0)
+    return np.concatenate(found)
 
 
 class AuthorDataset(torch.utils.data.Dataset):
     """Tokenized samples, addressed by author.
 
     Args:
-        samples: data set with a column `input_ids`.
+        samples: data set with a column `input_ids`, and `labels` where not all of it is to be learned.
         offsets, indices: the grouping of its rows, from `group_by_author`.
     """
 
     def __init__(self, samples: Dataset, offsets: np.ndarray, indices: np.ndarray):
-        self.samples = samples.select_columns(["input_ids"]).with_format("arrow")
+        self.columns = [name for name in ("input_ids", "labels") if name in samples.column_names]
+        self.samples = samples.select_columns(self.columns).with_format("arrow")
         self.offsets = offsets
         self.indices = indices
 
@@ -548,26 +647,31 @@ class AuthorDataset(torch.utils.data.Dataset):
         Args:
             draws: one array of sample indices per author.
         Returns:
-            for each author the list of its samples, {"input_ids": int32 (tokens,)}.
+            for each author the list of its samples, {"input_ids": int32 (tokens,)}, with labels of the same shape if any.
         """
         if not draws:
             return []
-        column = self.samples[np.concatenate(draws)]["input_ids"].combine_chunks()
-        bounds = column.offsets.to_numpy()
-        rows = np.split(column.values.to_numpy(), bounds[1:-1])
-        rows[0] = rows[0][bounds[0] :]
+        fetched, rows = self.samples[np.concatenate(draws)], {}
+        for name in self.columns:
+            column = fetched[name].combine_chunks()
+            bounds = column.offsets.to_numpy()
+            rows[name] = np.split(column.values.to_numpy(), bounds[1:-1])
+            rows[name][0] = rows[name][0][bounds[0] :]
+        samples = [dict(zip(rows, values)) for values in zip(*rows.values())]
         ends = np.cumsum([len(draw) for draw in draws])
-        return [[{"input_ids": row} for row in rows[end - len(draw) : end]] for draw, end in zip(draws, ends)]
+        return [samples[end - len(draw) : end] for draw, end in zip(draws, ends)]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Pad samples on the right to the longest of them: causal attention then needs no mask.
 
     Returns:
-        input_ids and labels, int64 (samples, tokens); labels are -100 at the padding, so it counts in no loss.
+        input_ids and labels, int64 (samples, tokens); labels are the sample's own, or its input_ids where it has none, and -100
+        at the padding, so it counts in no loss.
     """
     rows = [np.asarray(sample["input_ids"]) for sample in samples]
     present = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]  # (samples, tokens)
     input_ids, labels = np.zeros(present.shape, np.int64), np.full(present.shape, IGNORED)
-    input_ids[present] = labels[present] = np.concatenate(rows)
+    input_ids[present] = np.concatenate(rows)
+    labels[present] = np.concatenate([np.asarray(sample.get("labels", row)) for sample, row in zip(samples, rows)])
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}

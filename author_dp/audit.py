@@ -109,11 +109,12 @@ class Audit:
     def join(self, train: Dataset, offsets: np.ndarray, indices: np.ndarray) -> tuple[Dataset, np.ndarray, np.ndarray]:
         """Return data set and grouping (`data_utils.group_by_author`) with the included canaries as further authors."""
         rows = self.tokens[self.included]  # (included, samples, tokens)
-        features = Features({"input_ids": train.features["input_ids"]})
-        canaries = Dataset.from_dict({"input_ids": list(rows.reshape(-1, rows.shape[2]))}, features=features)
+        names = [name for name in ("input_ids", "labels") if name in train.column_names]  # of a canary all is to be learned
+        features = Features({name: train.features["input_ids"] for name in names})
+        canaries = Dataset.from_dict({name: list(rows.reshape(-1, rows.shape[2])) for name in names}, features=features)
         more = np.arange(1, len(rows) + 1) * rows.shape[1]
         return (
-            concatenate_datasets([train.select_columns(["input_ids"]), canaries]),
+            concatenate_datasets([train.select_columns(names), canaries]),
             np.concatenate([offsets, len(train) + more]),
             np.concatenate([indices, len(train) + np.arange(len(canaries))]),
         )

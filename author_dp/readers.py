@@ -25,7 +25,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -49,6 +49,19 @@ class Columns(NamedTuple):
     option: str  # that named the files
     text: str
     author: str
+    prompt: Optional[str] = None  # of what comes before the text, if `as_text` takes it
+    as_text: Optional[Callable[..., str]] = None  # makes a text of the values of prompt, if any, and text; or ValueError
+    text_option: str = "--text_column"
+
+    @property
+    def parts(self) -> list[str]:
+        """What a text is made of, in order."""
+        return [self.text] if self.prompt is None else [self.prompt, self.text]
+
+    @property
+    def by_option(self) -> list[tuple[str, str]]:
+        prompt = [] if self.prompt is None else [("--prompt_column", self.prompt)]
+        return [(self.text_option, self.text), *prompt, ("--author_column", self.author)]
 
 
 class Row(NamedTuple):
@@ -157,7 +170,7 @@ def note_kind(kind: str, place: str, kinds: dict[str, str], columns: Columns) ->
 
 def check_columns(columns: Columns, names: list[str], file: str) -> None:
     """Raise UserError unless both columns are there, once each."""
-    for option, column in (("--text_column", columns.text), ("--author_column", columns.author)):
+    for option, column in columns.by_option:
         if column not in names:
             found, remedy = f"its columns are {', '.join(map(str, names))}", "name one"
             if len(names) == 1 and any(separator in str(names[0]) for separator in ";\t|"):
@@ -183,9 +196,18 @@ def no_author(name: str, place: str, value: Any, columns: Columns) -> UserError:
 
 def no_text(name: str, place: str, value: Any, columns: Columns) -> UserError:
     return UserError(
-        f"--text_column {columns.text!r} of {columns.option} {name} holds {str(value)[:40]!r} in {place}, not text: name another "
-        "column, or mend the row"
+        f"{columns.text_option} {columns.text!r} of {columns.option} {name} holds {str(value)[:40]!r} in {place}, not text: "
+        "name another column, or mend the row"
     )
+
+
+def made_text(name: str, place: str, values: list[Any], columns: Columns) -> str:
+    """Return the text that `columns.as_text` makes of a row's values; UserError, with the place, where it cannot."""
+    assert columns.as_text is not None
+    try:
+        return columns.as_text(*values)
+    except ValueError as error:
+        raise UserError(f"{columns.text_option} {columns.text!r} of {columns.option} {name}, {place} {error}") from error
 
 
 def unreadable(name: str, columns: Columns, reason: str) -> UserError:
@@ -213,7 +235,9 @@ def read_csv(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Row]
             return
         if not header:
             check_columns(columns, header := row, name)
-            author, text = header.index(columns.author), header.index(columns.text)
+            author, parts = header.index(columns.author), [header.index(part) for part in columns.parts]
+            if columns.as_text is not None and columns.prompt is None:
+                raise UserError(f"{columns.option} {name}: a .csv holds no lists of messages; write them as .jsonl or .parquet")
         elif row:
             number += 1
             if len(row) != len(header):
@@ -221,7 +245,10 @@ def read_csv(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Row]
                     f"{columns.option} {name}, line {line} has {len(row)} values and the header {len(header)}: quote values that "
                     "hold a comma, or mend the line"
                 )
-            yield Row(row[author], row[text], "text", line, number)
+            read = Row(row[author], row[parts[-1]], "text", line, number)
+            if columns.as_text is not None:
+                read = read._replace(text=made_text(name, read.place, [row[part] for part in parts], columns))
+            yield read
 
 
 def keeping(lines: Iterator[str], kept: list[str]) -> Iterator[str]:
@@ -280,6 +307,7 @@ class Decimal(str):
 
 
 KINDS = {str: "text", Whole: "a whole number", Decimal: "a number with a point or an exponent", bool: "true or false"}
+MESSAGE = ("role", "content")  # names within a column of messages
 JSON_NAMES = {True: "true", False: "false"}
 
 
@@ -291,16 +319,18 @@ def read_json(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Row
         if type(value) is not dict:
             place = Row(None, None, "", line, number).place
             raise unreadable(name, columns, f"{place} is no object with columns, like {{...}}")
-        if len(seen) < 2:  # columns that no row has had so far
+        if len(seen) <= len(columns.parts):  # columns that no row has had so far
             first = first or list(value)
-            seen |= value.keys() & {columns.author, columns.text}
+            seen |= value.keys() & {columns.author, *columns.parts}
             if columns.author not in seen:
                 check_columns(columns, list(value), name)
         author, text = value.get(columns.author), value.get(columns.text)
         row = Row(author, text, KINDS.get(type(author), ""), line, number)
         if author is not None and not row.kind:
             raise no_author(name, row.place, author, columns)
-        if text is not None and type(text) is not str:
+        if columns.as_text is not None:
+            row = row._replace(text=made_text(name, row.place, [value.get(part) for part in columns.parts], columns))
+        elif text is not None and type(text) is not str:
             raise no_text(name, row.place, text, columns)
         yield row if type(author) is not bool else row._replace(author=JSON_NAMES[author])
     if first:
@@ -314,7 +344,7 @@ def json_values(lines: Iterator[str], name: str, columns: Columns) -> Iterator[t
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            if any(keys.count(column) > 1 for column in (columns.author, columns.text)):
+            if any(keys.count(column) > 1 for column in (columns.author, *columns.parts, *MESSAGE)):
                 raise ValueError("a column stands twice in one object")
         return found
 
@@ -376,17 +406,16 @@ def read_open_parquet(source: Any, name: str, columns: Columns, kinds: dict[str,
     check_one_file(source, file.metadata, name, columns)
     names = file.schema_arrow.names
     check_columns(columns, names, name)
-    author, text = (file.schema_arrow.field(column).type for column in (columns.author, columns.text))
+    author, *parts = (file.schema_arrow.field(column).type for column in (columns.author, *columns.parts))
     if (kind := kind_of(author)) is None:
         raise no_author(name, "column", author, columns)
-    if not (pa.types.is_null(text) or kind_of(text) == "text"):
-        raise no_text(name, "column", text, columns)
-    wanted = None if any("." in column for column in (columns.author, columns.text)) else [columns.author, columns.text]
+    if columns.as_text is None and not (pa.types.is_null(parts[0]) or kind_of(parts[0]) == "text"):
+        raise no_text(name, "column", parts[0], columns)
+    wanted = None if any("." in column for column in (columns.author, *columns.parts)) else [columns.author, *columns.parts]
     start = 0
     for batch in file.iter_batches(BATCH_ROWS // 16, columns=wanted):  # a dot would name a field inside a column
-        authors, texts = (
-            as_text(batch.column(column), column, name, start, columns) for column in (columns.author, columns.text)
-        )
+        authors = as_text(batch.column(columns.author), columns.author, name, start, columns)
+        texts = texts_of(batch, name, start, columns)
         blank = pc.or_kleene(pc.is_null(authors), pc.equal(pc.utf8_trim_whitespace(pc.fill_null(authors, "")), ""))
         if (row := pc.index(blank, True).as_py()) >= 0:
             raise missing_author(name, f"row {start + row + 1}", columns)
@@ -394,6 +423,18 @@ def read_open_parquet(source: Any, name: str, columns: Columns, kinds: dict[str,
             note_kind(kind, f"{name}, row {start + 1}", kinds, columns)
         start += len(batch)
         yield pa.record_batch([authors, pc.fill_null(texts, "")], names=[columns.author, columns.text])
+
+
+def texts_of(batch: pa.RecordBatch, name: str, start: int, columns: Columns) -> pa.Array:
+    """Return the texts of a batch whose first row is `start`, counted from 0; nulls stay."""
+    if columns.as_text is None:
+        return as_text(batch.column(columns.text), columns.text, name, start, columns)
+    try:
+        rows = list(zip(*(batch.column(part).to_pylist() for part in columns.parts)))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{columns.option} {name}: column {columns.text!r} is not UTF-8: save the file as UTF-8") from error
+    made = [made_text(name, f"row {number}", list(row), columns) for number, row in enumerate(rows, start + 1)]
+    return pa.array(made, pa.large_string())
 
 
 def check_one_file(source: Any, metadata: pq.FileMetaData, name: str, columns: Columns) -> None:

@@ -16,6 +16,7 @@ import test_budget
 import test_checkpoints
 import test_clipping
 import test_clipping_ghost
+import test_conversations
 import test_data_utils
 import test_dp_utils
 import test_guards
@@ -215,6 +216,13 @@ BUGS = [
     Bug("who is trained depends on who else is there", "data_utils.split_by_author", "draws < eval_fraction + train_fraction",
         "np.argsort(np.argsort(draws)) / len(draws) < eval_fraction + train_fraction",
         lambda *_: test_data_utils.test_a_fraction_of_the_authors_depends_on_each_alone()),
+    Bug("prompts are learned", "data_utils.collate", 'sample.get("labels", row)', "row",
+        lambda *_: test_conversations.test_what_stands_as_a_prompts_target_changes_no_loss()),
+    Bug("labels of another sample", "data_utils.AuthorDataset.__getitems__", "zip(*rows.values())",
+        "zip(*(row[::-1] if name == 'labels' else row for name, row in rows.items()))",
+        lambda *_: test_conversations.test_rows_of_labels_stay_beside_their_ids()),
+    Bug("targets found where none are", "author_dp.conversations.Format.prefix", "not text.startswith(beginning)", "False",
+        lambda *_: test_conversations.test_what_is_no_beginning_is_refused()),
     Bug("a quote that swallows other authors", "author_dp.readers.read_csv", "strict=True", "strict=False",
         lambda path, _: test_readers.test_a_quote_that_does_not_close_is_refused_with_its_line(path)),
     Bug("1 and '1' are one author", "author_dp.readers.note_kind", "in kinds.items():", "in []:",
