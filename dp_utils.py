@@ -37,16 +37,15 @@ from transformers.utils import logging
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import SignalError, StopOnSignal, check_same_authors, find_checkpoint, state_of, written_whole
+from author_dp.checks import RunChecks
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.statistics import NormStatistics
-from author_dp.drawcheck import DrawCheck, check_unseeded_draws
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
 from author_dp.gradient_audit import CollateWithCanaries, GradientCanaries
 from author_dp.guards import check_launch, check_model, check_options, check_trained_weights
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count, write_json
 from author_dp.mechanism import (
-    PAD,
     AuthorDPOptimizer,
     DrawnDataset,
     LogicalBatch,
@@ -57,7 +56,6 @@ from author_dp.mechanism import (
 from author_dp.plan import PrivacyPlan, make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, prove
-from author_dp.selfcheck import Check, NoiseCheck, noise_check
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -201,15 +199,11 @@ class DPTrainer(Trainer):
         ledger = PrivacyLedger(self.folder / LEDGER_NAME)
         earlier = broadcast(ledger.runs if ledger.steps else [])  # a run that took no step binds nobody
         self.plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1]["noise_multiplier"] if earlier else None)
-        if canaries is not None:
-            canaries.start(self.plan)
+        self.checks = RunChecks(self.plan, canaries)
         kept = broadcast(hidden_count(self.folder))
         check_same_authors(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
         self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
         self.engine: Optional[ClippingEngine] = None  # while training
-        self.draw_check: Optional[DrawCheck] = None  # these two of the last training
-        self.noise_check: Optional[NoiseCheck] = None
-        self.checks: list[Check] = []  # that are asked, while training
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
@@ -243,11 +237,12 @@ class DPTrainer(Trainer):
         try:
             with self.budget.folder_of_ones_own(), self.budget.alarm(self.create_model_card):
                 self.budget.start()
-                self._start_checks()
+                self.checks.start(self._sampler, self.folder, self.args.device, self.privacy.secure_noise)
                 result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
                 self._check()
         finally:
-            self.checkpoint, self.checks = None, []
+            self.checkpoint = None
+            self.checks.stop()
             self.remove_callback(signals)
             signals.restore()
             if self.engine is not None:
@@ -257,26 +252,14 @@ class DPTrainer(Trainer):
             raise SignalError(signals.agreed)
         return result
 
-    def _start_checks(self) -> None:
-        """Begin to check draws, noise and, where there are canaries, both with the clip between them."""
-        plan, number = self.plan, 0 if self.canaries is None else int(self.canaries.included.sum())
-        self.draw_check, self.noise_check = DrawCheck(plan.num_authors, number, plan.sample_rate), None
-        self.checks = []
-        if plan.disable_dp:
-            return
-        check_unseeded_draws(
-            lambda: make_sampler(self.train_dataset, plan, self.args).draw_authors, plan.num_authors, plan.sample_rate
-        )
-        self.noise_check = noise_check(plan, self.folder, self.args.device, self.privacy.secure_noise)
-        self.checks = [check for check in (self.draw_check, self.noise_check) if check is not None]
-        if self.canaries is not None:
-            self.checks.append(self.canaries.start(plan))
-
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""
         at_once = self.args.per_device_train_batch_size
         at_once = at_once if self.proof is None else self.proof.authors_at_once(at_once)
-        return load_logical_batches(self.train_dataset, self.plan, self.args, self.data_collator, at_once, self.draw_check)
+        return load_logical_batches(self.train_dataset, self._sampler(), self.args, self.data_collator, at_once)
+
+    def _sampler(self) -> PoissonAuthorSampler:
+        return make_sampler(self.train_dataset, self.plan, self.args, self.checks)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Wrap the Trainer's optimizer in the one that adds the noise."""
@@ -289,18 +272,11 @@ class DPTrainer(Trainer):
                 clip_norm=self.plan.clip_norm,
                 expected_batch_size=self.plan.expected_batch_size,
                 before_release=self.budget.record_step,
-                after_release=self._look_at,
+                after_release=self.checks.released,
                 canaries=self.canaries,
                 secure_noise=self.privacy.secure_noise,
             )
         return self.optimizer
-
-    def _look_at(self, pad: torch.Tensor) -> None:
-        """Take what a step released where there is no parameter."""
-        if self.noise_check is not None:
-            self.noise_check.add(pad[:PAD])
-        if self.canaries is not None:
-            self.canaries.add(pad[PAD:])
 
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """Name the option where the Trainer's scheduler does not take its arguments."""
@@ -344,8 +320,7 @@ class DPTrainer(Trainer):
                 self.norms.add(self.canaries.without(norms, microbatch))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
         self.norms.end_step()
-        if self.draw_check is not None:
-            self.draw_check.taken(inputs.batch_size)
+        self.checks.taken(inputs.batch_size)
         if self.engine is None:
             sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one
@@ -397,8 +372,7 @@ class DPTrainer(Trainer):
 
     def _check(self) -> None:
         """Raise MechanismError for draws, clips or noise that are not as promised, UserError for weights that are not finite."""
-        for check in self.checks:
-            check.test()
+        self.checks.test()
         check_trained_weights(self.model, self.state.global_step)
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
@@ -450,9 +424,7 @@ def for_logical_batches(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
-def make_sampler(
-    dataset: Any, plan: PrivacyPlan, args: TrainingArguments, check: Optional[DrawCheck] = None
-) -> PoissonAuthorSampler:
+def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, checks: RunChecks) -> PoissonAuthorSampler:
     """Return a sampler of this process' shares of draws, ceil(1 / q) of them an epoch, with a key of its own."""
     return PoissonAuthorSampler(
         dataset.offsets,
@@ -463,16 +435,15 @@ def make_sampler(
         key=broadcast(secrets.randbits(128)),
         rank=args.process_index,
         world_size=args.world_size,
-        canaries=0 if check is None else check.authors - check.real,
-        on_draw=None if check is None else check.drawn,
+        canaries=checks.number,
+        on_draw=None if checks.draws is None else checks.draws.drawn,
     )
 
 
 def load_logical_batches(
-    dataset: Any, plan: PrivacyPlan, args: TrainingArguments, collate: Callable, authors_at_once: int, check: Optional[DrawCheck]
+    dataset: Any, sampler: PoissonAuthorSampler, args: TrainingArguments, collate: Callable, authors_at_once: int
 ) -> DataLoader:
-    """Return the logical batches of an epoch, drawn by Poisson sampling and padded in the workers."""
-    sampler = make_sampler(dataset, plan, args, check)
+    """Return the logical batches of an epoch, as the sampler draws them, padded in the workers."""
     return DataLoader(
         DrawnDataset(dataset, authors_at_once, collate),
         batch_sampler=sampler,  # type: ignore[arg-type]  # of draws, which DrawnDataset takes whole

@@ -154,6 +154,6 @@ def test_noise_that_is_promised_but_not_added_is_found(tmp_path, monkeypatch):
     complaints = []
     monkeypatch.setattr("author_dp.audit.logger.error", complaints.append)
     monkeypatch.setattr("author_dp.noise.NoiseSource.add_", lambda self, total, std: total)
-    monkeypatch.setattr("dp_utils.noise_check", lambda *_: None)  # which would find it before the first step
+    monkeypatch.setattr("author_dp.checks.noise_check", lambda *_: None)  # which would find it before the first step
     found, epsilon = audited_run(tmp_path, noise_multiplier=None, target_epsilon=2.0)
     assert found["epsilon_lower_bound"] > epsilon and "contradicts the guarantee" in complaints[0]

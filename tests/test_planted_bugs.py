@@ -197,7 +197,7 @@ BUGS = [
     Bug("a folder counted twice", "author_dp.ledger.account_together", "check_disjoint(ledgers)", "pass",
         lambda path, _: test_ledger.test_no_step_is_counted_twice(path)),
     # The check of the run's own noise.
-    Bug("a check that is never asked", "dp_utils.DPTrainer._check", "check.test()", "pass",
+    Bug("a check that is never asked", "dp_utils.DPTrainer._check", "self.checks.test()", "pass",
         lambda path, patch: test_selfcheck.test_wrong_noise_ends_a_real_run(path, patch, "half the noise")),
     Bug("an alarm that is not written down", "author_dp.budget.Budget.raise_alarm", "self.ledger.record_alarm(found)", "pass",
         lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
