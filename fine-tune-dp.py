@@ -26,8 +26,13 @@ All options may stand in a YAML file, and others after it: fine-tune-dp.py --con
 """
 
 import gc
+import signal
 
-gc.disable()  # until all is imported: none of it is garbage, and looking for some takes a fifth of the time
+# Until all is imported: none of it is garbage, and looking for some takes a fifth of the time; and a Ctrl-C ends it at once, as
+# Python's exception would have a traceback, or be swallowed by some library.
+gc.disable()
+if (on_interrupt := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import functools
 import json
 import os
@@ -80,6 +85,7 @@ from data_utils import (
 )
 from dp_utils import DPTrainer, PrivacyArguments
 
+signal.signal(signal.SIGINT, on_interrupt)
 gc.freeze()
 gc.enable()
 
