@@ -43,7 +43,7 @@ from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
 from author_dp.gradient_audit import CollateWithCanaries, GradientCanaries
-from author_dp.guards import check_launch, check_model, check_options, check_trained_weights
+from author_dp.guards import by_metrics, check_launch, check_model, check_options, check_trained_weights
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count, write_json
 from author_dp.mechanism import (
     AuthorDPOptimizer,
@@ -203,6 +203,7 @@ class DPTrainer(Trainer):
         kept = broadcast(hidden_count(self.folder))
         check_same_authors(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
         self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
+        self.budget.by_metrics = by_metrics(args)
         self.engine: Optional[ClippingEngine] = None  # while training
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report

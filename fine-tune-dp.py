@@ -65,7 +65,7 @@ from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.gradient_audit import GradientCanaries
-from author_dp.guards import check_options
+from author_dp.guards import check_options, check_shared_authors
 from author_dp.hub import hub_error, hub_is_reachable
 from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
 from author_dp.release import ReleaseArguments, check_release, release_loss
@@ -207,6 +207,7 @@ def parse_arguments() -> tuple:
         training_args.logging_steps = training_args.eval_steps = 1
         training_args.logging_strategy, training_args.eval_strategy = "steps", "steps" if has_evaluation else "no"
     check_options(training_args, privacy_args)
+    check_shared_authors(data_args.allow_shared_authors, training_args, privacy_args)
     check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
     find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
     return groups

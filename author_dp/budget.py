@@ -45,6 +45,7 @@ class Budget:
     Attributes:
         steps: of this run, as opposed to those of earlier runs in the ledger.
         allowed_steps: of this run, under the target.
+        by_metrics: the option by which evaluation metrics choose the model, if any.
         split: a name of the rule by which authors are held out; runs of one name never train on an author whom another holds out.
             None where authors may be on both sides.
     """
@@ -53,6 +54,7 @@ class Budget:
         self.plan, self.ledger, self.is_first_process = plan, ledger, is_first_process
         self.steps = 0
         self.allowed_steps: float = math.inf
+        self.by_metrics: Optional[str] = None
         self.split: Optional[str] = None
         self._loss: Optional[PrivacyLoss] = None
         self._attack: Optional[tuple[str, dict[str, Any]]] = None
@@ -99,9 +101,8 @@ class Budget:
                 name = uuid.uuid4().hex  # so that no two runs have the same records, were they alike in all else
                 if plan.hide_counts:
                     write_secret(self.ledger.path.with_name(COUNTS_NAME), {"num_authors": plan.num_authors})
-                self.ledger.start_run(
-                    {**plan.public(), "split": self.split, "name": name, "started": started, "versions": versions}
-                )
+                header = {**plan.public(), "split": self.split, "by_metrics": self.by_metrics, "name": name, "started": started}
+                self.ledger.start_run({**header, "versions": versions})
         self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
         if self.allowed_steps < 1:
             raise UserError(

@@ -32,6 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from author_dp.errors import LostProcessError, UserError
+from author_dp.guards import by_metrics
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, write_json
 from author_dp.processes import wait_for_all
 
@@ -145,6 +146,11 @@ def find_checkpoint(args: TrainingArguments, privacy: Any) -> Optional[Path]:
         with ledger.locked():  # or say at once that another run is in there
             pass
     ledger.check_alarm()
+    if ledger.releases and (option := by_metrics(args)) is not None:
+        raise UserError(
+            f"{option} lets held-out authors choose what is saved or trained, and --output_dir {folder} holds an evaluation loss "
+            "that was released of them: leave it out, or choose another --output_dir"
+        )
     if ledger.steps and privacy.disable_dp:
         raise UserError(f"--output_dir {folder} holds a private run: choose another --output_dir for one with --disable_dp")
     if (folder / REPORT_NAME).exists() and not privacy.disable_dp:

@@ -7,13 +7,14 @@ name", is made from this file.
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from author_dp.errors import UserError
@@ -93,6 +94,31 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be a JSON object, like '{{\"name\": 1}}'")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs} must be above 0 where --max_steps is not given")
+
+
+def by_metrics(args: TrainingArguments) -> Optional[str]:
+    """Return the option by which evaluation metrics choose what is saved or trained; None where they only inform."""
+    options = {
+        "--load_best_model_at_end": args.load_best_model_at_end,
+        "--save_strategy best": args.save_strategy == "best",
+        "--lr_scheduler_type reduce_lr_on_plateau": args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU,
+    }
+    return next((option for option, given in options.items() if given), None)
+
+
+def check_shared_authors(allowed: bool, args: TrainingArguments, privacy: Any) -> None:
+    """Raise UserError where metrics of training authors, which have no noise, would choose the model.
+
+    Args:
+        allowed: --allow_shared_authors.
+        privacy: dp_utils.PrivacyArguments.
+    """
+    option = by_metrics(args)
+    if allowed and option is not None and not privacy.disable_dp:
+        raise UserError(
+            f"--allow_shared_authors: with {option} the losses of training authors, which have no noise, would choose the model: "
+            "leave one of the two out"
+        )
 
 
 def check_uploads(args: TrainingArguments) -> None:

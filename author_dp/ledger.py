@@ -119,6 +119,12 @@ class PrivacyLedger:
         self.spendings[-1] = self.spendings[-1]._replace(steps=self.spendings[-1].steps + 1)
 
     @property
+    def by_metrics(self) -> Optional[str]:
+        """The option by which evaluation metrics chose the model of a run that took steps, if any."""
+        taken = (header for header, spending in zip(self.runs, self.spendings) if spending.steps)
+        return next((option for header in taken if (option := header.get("by_metrics"))), None)
+
+    @property
     def steps(self) -> int:
         """Number of steps of all runs."""
         return sum(spending.steps for spending in self.spendings)

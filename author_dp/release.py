@@ -26,6 +26,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Optional, Protocol
 
 import numpy as np
@@ -33,10 +34,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import SchedulerType
 
 from author_dp.budget import Budget
 from author_dp.errors import UserError
+from author_dp.guards import by_metrics
+from author_dp.ledger import LEDGER_NAME, PrivacyLedger
 from author_dp.mechanism import token_losses
 from author_dp.processes import broadcast, sum_over_processes
 
@@ -86,16 +88,15 @@ def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_
         raise UserError(f"{name} and --disable_dp exclude each other: a run without privacy publishes nothing; leave one out")
     if not has_evaluation:
         raise UserError(f"{name} needs held-out authors: give --validation_file, or an --eval_fraction above 0")
-    by_metrics = {
-        "--load_best_model_at_end": args.load_best_model_at_end,
-        "--save_strategy best": args.save_strategy == "best",
-        "--lr_scheduler_type reduce_lr_on_plateau": args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU,
-    }
-    for option, given in by_metrics.items():
-        if given:
-            raise UserError(
-                f"{option} lets held-out authors choose what is saved or trained, for which {name} does not pay: leave it out"
-            )
+    if (option := by_metrics(args)) is not None:
+        raise UserError(
+            f"{option} lets held-out authors choose what is saved or trained, for which {name} does not pay: leave it out"
+        )
+    if (option := PrivacyLedger(Path(str(args.output_dir)) / LEDGER_NAME).by_metrics) is not None:
+        raise UserError(
+            f"{name}: an earlier run in --output_dir {args.output_dir} had {option}, so held-out authors have chosen its model, for "
+            "which nothing pays: leave it out, or start in a new --output_dir"
+        )
 
 
 def release_loss(trainer: EvaluatedTrainer, epsilon: float, upper: Optional[float], limited: bool) -> Optional[dict[str, Any]]:

@@ -283,3 +283,45 @@ def test_a_release_that_gives_privacy_back_is_no_record(tmp_path, epsilon):
         ledger.record_release({"epsilon": epsilon, "split": None})
     with pytest.raises(UserError, match="was changed"):
         PrivacyLedger(ledger.path)
+
+
+# --- models that held-out authors have chosen ---------------------------------------------------------------
+
+BEST = ["--save_strategy", "best", "--eval_strategy", "epoch"]
+
+
+def folder_of_a_run(folder, **header) -> PrivacyLedger:
+    ledger = PrivacyLedger(folder / "privacy_ledger.jsonl")
+    ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "split": "s", "num_authors": 5, **header})
+    ledger.record_step()
+    return ledger
+
+
+def test_no_release_of_a_model_that_held_out_authors_chose_earlier(tmp_path, monkeypatch, capfd):
+    folder_of_a_run(tmp_path, by_metrics="--save_strategy best")
+    options = ["--release_eval_epsilon", "1", "--resume_from_checkpoint", "True"]
+    status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *options))
+    assert status == 2 and "an earlier run" in stderr and "--save_strategy best" in stderr, stderr
+
+
+def test_after_a_release_held_out_authors_choose_nothing(tmp_path, monkeypatch, capfd):
+    folder_of_a_run(tmp_path).record_release({"epsilon": 2.0, "split": "s"})
+    options = [*BEST, "--resume_from_checkpoint", "True"]
+    status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *options))
+    assert status == 2 and "--save_strategy best" in stderr and "was released" in stderr, stderr
+
+
+def test_the_ledger_says_by_which_metrics_a_model_was_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr("dp_utils.by_metrics", lambda args: "--some option")
+    trainer = make_trainer(tmp_path)
+    trainer.budget.start()
+    ledger = PrivacyLedger(trainer.budget.ledger.path)
+    assert ledger.runs[-1]["by_metrics"] == "--some option" and ledger.by_metrics is None  # of no step, no model
+    trainer.budget.record_step()
+    assert PrivacyLedger(ledger.path).by_metrics == "--some option"
+
+
+def test_training_authors_do_not_choose_the_model_by_losses_without_noise(tmp_path, monkeypatch, capfd):
+    shared = ["--validation_file", "data.jsonl", "--allow_shared_authors"]
+    status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *shared, *BEST))
+    assert status == 2 and "--allow_shared_authors" in stderr and "--save_strategy best" in stderr, stderr
