@@ -168,7 +168,7 @@ class Budget:
         report |= self._attack[1]
         if self.ledger.releases:
             together = self.ledger.epsilon_with_releases(self.epsilon())
-            report["evaluation_release"] = self.ledger.released or self.ledger.releases[-1]
+            report["evaluation_release"] = self.ledger.last_release
             report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
         return {**report, "ledger_link": self.ledger.links[-1]}
 

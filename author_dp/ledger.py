@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ LEDGER_NAME = "privacy_ledger.jsonl"
 REPORT_NAME = "privacy.json"
 COUNTS_NAME = "_counts.json"  # with --hide_counts: what resuming needs; the leading _ keeps it out of uploads to the hub
 LOCK_SECONDS = 10  # data loader workers of a killed run hold its lock until they notice, about five seconds later
+TORN_RELEASE = re.compile(rb'\{"record": "release", "epsilon": ([^,]+), "split": (null|"[^"]*"), ')
 FIRST_LINK = hashlib.sha256(b"privacy ledger").hexdigest()
 
 
@@ -83,21 +85,32 @@ class PrivacyLedger:
             ) from error
         *lines, self._torn = content.split(b"\n")  # the last one is empty, unless a crash cut its record short
         self._size = len(content)
-        for number, line in enumerate(lines, 1):
-            try:
+        self._taken_for: Optional[dict[str, Any]] = None
+        number = 0
+        try:
+            for number, line in enumerate(lines, 1):
                 record = json.loads(line)
                 if (found := record.pop("link")) != link(self.links[-1], record):
                     raise ValueError("the chain is broken")
                 self._count(record, found)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                raise UserError(
-                    f"{self.path}, line {number} was changed after it was written: restore it, or start in a new --output_dir"
-                ) from error
-        if self._torn and self.spendings:
-            logger.warning_once(f"The last record of {self.path} is incomplete; it is counted as a step.")
-            self._count_step()
+            if self._torn and self.spendings:
+                number, self._taken_for = len(lines) + 1, self._torn_record()
+                logger.warning_once(f"The last record of {self.path} is incomplete; it counts as: {self._taken_for['record']}.")
+                self._count(self._taken_for)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"{self.path}, line {number} was changed after it was written: restore it, or start in a new --output_dir"
+            ) from error
 
-    def _count(self, record: dict[str, Any], its_link: str) -> None:
+    def _torn_record(self) -> dict[str, Any]:
+        """Return what a record that was cut short is taken for: a release or an alarm if it says so, otherwise a step."""
+        if found := TORN_RELEASE.match(self._torn):  # so much of it that a loss may follow
+            return {"record": "release", "epsilon": float(found[1]), "split": json.loads(found[2]), "torn": True}
+        if self._torn.startswith(b'{"record": "alarm"'):
+            return {"record": "alarm", "found": "something, in a record that was cut short"}
+        return {"record": "step", "step": self.steps + 1, "torn": True}
+
+    def _count(self, record: dict[str, Any], its_link: Optional[str] = None) -> None:
         if record["record"] == "run":
             self.spendings.append(Spending(float(record["noise_multiplier"]), float(record["sample_rate"]), 0))
             self.runs.append(record)
@@ -106,17 +119,24 @@ class PrivacyLedger:
         elif record["record"] == "release":
             if not 0 < record["epsilon"] < math.inf:
                 raise ValueError("a release that gives privacy back")
-            self.released = {name: value for name, value in record.items() if name not in ("record", "link")}
-            self.releases.append(self.released)
+            release = {name: value for name, value in record.items() if name not in ("record", "link")}
+            self.released = None if "torn" in release else release
+            self.releases.append(release)
         elif record["step"] != self.steps + 1:
             raise ValueError("a step is missing")
         else:
             self._count_step()
-        self.links.append(its_link)
+        if its_link is not None:
+            self.links.append(its_link)
 
     def _count_step(self) -> None:
         self.released = None
         self.spendings[-1] = self.spendings[-1]._replace(steps=self.spendings[-1].steps + 1)
+
+    @property
+    def last_release(self) -> Optional[dict[str, Any]]:
+        """The newest evaluation loss that was told."""
+        return next((release for release in reversed(self.releases) if "torn" not in release), None)
 
     @property
     def by_metrics(self) -> Optional[str]:
@@ -166,15 +186,6 @@ class PrivacyLedger:
 
     def start_run(self, header: dict[str, Any]) -> None:
         """Write the header of a run: the parameters of the steps that follow."""
-        if self._torn:  # it was counted, if there is a run that it can belong to
-            whole = self._size - len(self._torn)
-            try:
-                os.truncate(self.path, whole)
-            except OSError as error:
-                raise self._unwritable(error) from error
-            self._size, self._torn = whole, b""
-            if self.spendings:
-                self.links.append(self._write({"record": "step", "step": self.steps, "torn": True}))
         self._append({"record": "run", **header})
 
     def record_step(self) -> None:
@@ -186,8 +197,13 @@ class PrivacyLedger:
         self._append({"record": "alarm", "found": found})
 
     def record_release(self, release: dict[str, Any]) -> None:
-        """Write an evaluation loss, with what it spends, before anybody sees it."""
-        self._append({"record": "release", **release})
+        """Write an evaluation loss, with what it spends, before anybody sees it.
+
+        Args:
+            release: with its epsilon and its split, which stand first: where the loss is on disk, so is what it cost.
+        """
+        first = {"record": "release", "epsilon": release["epsilon"], "split": release["split"]}
+        self._append({**first, **release})
 
     def epsilon_with_releases(self, epsilon: float) -> float:
         """Return the epsilon of models and released evaluation losses together, for any author.
@@ -211,7 +227,21 @@ class PrivacyLedger:
             )
 
     def _append(self, record: dict[str, Any]) -> None:
+        self._mend()
         self._count(record, self._write(record))
+
+    def _mend(self) -> None:
+        """Write in place of a record that was cut short what it was taken for, if there is a run that it can belong to."""
+        if not self._torn:
+            return
+        whole = self._size - len(self._torn)
+        try:
+            os.truncate(self.path, whole)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._size, self._torn = whole, b""
+        if self._taken_for is not None:
+            self.links.append(self._write(self._taken_for))
 
     def _write(self, record: dict[str, Any]) -> str:
         """Write, flush and fsync; return the link. Only the first record makes the file: one taken away must not begin anew."""

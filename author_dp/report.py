@@ -218,6 +218,7 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
     ]
     if release := report.get("evaluation_release"):
         rows.append(("Evaluation, public", in_words(release)))
+    if "epsilon_with_evaluation" in report:
         rows.append(("Epsilon with it", number(report["epsilon_with_evaluation"])))
     if audit := report.get("audit"):
         found = f"epsilon at least {audit['epsilon_lower_bound']:.2f} with {audit['confidence']:.0%} confidence"

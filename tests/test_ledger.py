@@ -321,3 +321,12 @@ def test_epsilon_of_a_ledger_agrees_with_the_judges(tmp_path, monkeypatch, setti
         judges.append(microsoft_bounds(q, steps, sigma, delta, max(0.02 * epsilon, 0.002)))
     for bounds in filter(None, judges):
         assert bounds[0] <= epsilon * (1 + 1e-9) and epsilon - error <= bounds[1], (epsilon, error, judges)
+
+
+def test_a_torn_alarm_is_an_alarm(tmp_path):
+    ledger = make_ledger(tmp_path)
+    ledger.record_alarm("noise")
+    ledger.path.write_bytes(ledger.path.read_bytes()[:-70])
+    torn = PrivacyLedger(ledger.path)
+    with pytest.raises(UserError, match="its models have no guarantee"):
+        torn.check_alarm()

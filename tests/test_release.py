@@ -13,6 +13,7 @@ from test_fine_tune_dp import PRIVACY, run_here, small
 from test_ledger import make_ledger
 
 from author_dp import release
+from author_dp.budget import Budget
 from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger
 from author_dp.release import GRID, author_shares, bernoulli_exp, discrete_laplace, in_words, mean_loss, on_grid, release_loss
@@ -325,3 +326,46 @@ def test_training_authors_do_not_choose_the_model_by_losses_without_noise(tmp_pa
     shared = ["--validation_file", "data.jsonl", "--allow_shared_authors"]
     status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *shared, *BEST))
     assert status == 2 and "--allow_shared_authors" in stderr and "--save_strategy best" in stderr, stderr
+
+
+# --- a release that a crash or a full disk cut short ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", ["release", "run", "alarm"])
+def test_a_torn_release_is_paid_for_and_leaves_the_ledger_whole(tmp_path, then):
+    """What of it is on disk may hold the loss: it counts, and what comes next does not stick to it."""
+    ledger = folder_of_a_run(tmp_path)
+    Budget(make_trainer(tmp_path / "other").plan, ledger, True).record_release({"epsilon": 2.0, "unit": "u", "loss": 3.25})
+    ledger.path.write_bytes(ledger.path.read_bytes()[:-20])
+    assert b'"loss": 3.25' in ledger.path.read_bytes()
+    torn = PrivacyLedger(ledger.path)
+    with torn.locked():
+        assert torn.steps == 1 and torn.released is None
+        if then == "release":
+            torn.record_release({"epsilon": 0.5, "split": None})
+        elif then == "run":
+            torn.start_run(torn.runs[0])
+        else:
+            torn.record_alarm("something")
+    again = PrivacyLedger(ledger.path)
+    assert again.steps == 1 and again.releases[0]["epsilon"] == 2.0 and b"3.25" not in ledger.path.read_bytes()
+    assert again.epsilon_with_releases(8.0) == 8.0 + (2.5 if then == "release" else 2.0)
+
+
+@pytest.mark.parametrize("whole", ['{"record": "rel', '{"record": "release", "epsilon": 2.', '{"record": "release", "epsilon": 2.0, "sp'])
+def test_a_release_torn_before_its_loss_told_nothing(tmp_path, whole):
+    ledger = folder_of_a_run(tmp_path)
+    with open(ledger.path, "a") as file:
+        file.write(whole)
+    torn = PrivacyLedger(ledger.path)
+    assert torn.releases == [] and torn.steps == 2  # and is taken for a step, as any record of which little is known
+
+
+def test_a_loss_is_published_for_the_model_of_its_step_only(tmp_path):
+    trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
+    trainer.state.global_step = 4
+    found = release_loss(trainer, 0.5, None, limited=False)
+    assert found["step"] == 4 and "at step 4" in in_words(found)
+    trainer.state.global_step = 2  # an earlier checkpoint, to which nothing is left to do
+    assert release_loss(trainer, 0.5, None, limited=False)["loss"] != found["loss"]
+    assert [one["step"] for one in PrivacyLedger(trainer.budget.ledger.path).releases] == [4, 2]
