@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from author_dp.budget import Budget
 from author_dp.errors import UserError
@@ -73,6 +73,7 @@ class EvaluatedTrainer(Protocol):
     model: PreTrainedModel
     args: TrainingArguments
     accelerator: Accelerator
+    state: TrainerState
     budget: Budget
     eval_dataset: Any
     data_collator: Callable
@@ -110,15 +111,16 @@ def release_loss(trainer: EvaluatedTrainer, epsilon: float, upper: Optional[floa
     """
     known = broadcast(trainer.budget.ledger.released)
     upper = upper or math.log(len(trainer.model.get_input_embeddings().weight))  # type: ignore[arg-type]
-    asked = (epsilon, trainer.budget.split, [0.0, upper])
-    if known is not None and known["split"] is not None and (known["epsilon"], known["split"], known["range"]) == asked:
+    about = {"epsilon": epsilon, "step": trainer.state.global_step, "limited": limited}
+    asked = {**about, "split": trainer.budget.split, "range": [0.0, upper]}
+    if known is not None and known["split"] is not None and {name: known.get(name) for name in asked} == asked:
         return known  # the loss of this very model on these authors: to publish it again costs nothing
     shares = sum_over_processes(author_shares(trainer, upper)).tolist()
     if not trainer.budget.is_first_process:
         return None
     sensitivity = GRID * (2 if limited else 1)
     noisy = [share + discrete_laplace(Fraction(sensitivity) / Fraction(epsilon)) for share in shares]
-    record = {"epsilon": epsilon, "unit": "held-out author", **mean_loss(noisy, upper, sensitivity / epsilon)}
+    record = {**about, "unit": "held-out author", **mean_loss(noisy, upper, sensitivity / epsilon)}
     trainer.budget.record_release(record)
     return record
 
@@ -146,9 +148,10 @@ def in_words(release: Optional[dict[str, Any]]) -> str:
     """Return the released loss for people: it is public."""
     if release is None or release["loss"] is None:
         return "no evaluation loss, as there are too few held-out authors for its noise"
+    at_step = f" at step {release['step']}" if "step" in release else ""  # older records do not tell
     return (
-        f"evaluation loss {release['loss']:.3f} (mean over about {release['authors']:,} held-out authors, each clipped to at "
-        f"most {release['range'][1]:.3g}; standard error of its noise {release['standard_error']:.2g}; epsilon "
+        f"evaluation loss {release['loss']:.3f}{at_step} (mean over about {release['authors']:,} held-out authors, each clipped to "
+        f"at most {release['range'][1]:.3g}; standard error of its noise {release['standard_error']:.2g}; epsilon "
         f"{release['epsilon']:g} for a held-out author)"
     )
 
