@@ -36,7 +36,15 @@ from transformers.utils import logging
 
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.budget import Budget, StopWhenUsedUp
-from author_dp.checkpoints import SignalError, StopOnSignal, check_same_authors, find_checkpoint, state_of, written_whole
+from author_dp.checkpoints import (
+    SignalError,
+    StopOnSignal,
+    check_same_authors,
+    check_untold,
+    find_checkpoint,
+    state_of,
+    written_whole,
+)
 from author_dp.checks import RunChecks
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.statistics import NormStatistics
@@ -202,6 +210,7 @@ class DPTrainer(Trainer):
         self.checks = RunChecks(self.plan, canaries)
         kept = broadcast(hidden_count(self.folder))
         check_same_authors(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
+        check_untold(self.folder, ledger, privacy.hide_counts)
         self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
         self.budget.by_metrics = by_metrics(args)
         self.engine: Optional[ClippingEngine] = None  # while training

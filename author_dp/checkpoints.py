@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from author_dp.errors import LostProcessError, UserError
 from author_dp.guards import by_metrics
-from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, write_json
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, keep_private, write_json
 from author_dp.processes import wait_for_all
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -48,6 +48,8 @@ KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
 }
 # In errors of torch and safetensors, which have no errno.
 WRITE_FAILURES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
+# Of a checkpoint: they tell losses, how much was computed, and how much chance that took.
+PRIVATE_FILES = (TRAINER_STATE_NAME, "scheduler.pt", "rng_state*.pth")
 SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is on disk
 
 # --- whole checkpoints ------------------------------------------------------------------------------------
@@ -55,13 +57,15 @@ SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is o
 
 def seal(checkpoint: Path) -> None:
     """Put every file of `checkpoint` on disk, then say so in a file of its own, with their sizes."""
+    for path in (path for pattern in PRIVATE_FILES for path in checkpoint.glob(pattern)):
+        keep_private(path)
     sizes = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL_NAME):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
     fsync_folder(checkpoint)
-    write_json(checkpoint / SEAL_NAME, {"files": sizes})
+    write_json(checkpoint / SEAL_NAME, {"files": sizes}, private=True)
     fsync_folder(checkpoint.parent)
 
 
@@ -223,6 +227,21 @@ def check_same_authors(runs: list[dict[str, Any]], kept: Optional[int], num_auth
             f"--resume_from_checkpoint: there are {num_authors:,} training authors now, {before:,} before; "
             "give the same data and options, or add --allow_other_authors if it is meant"
         )
+
+
+def check_untold(folder: Path, ledger: PrivacyLedger, hidden: bool) -> None:
+    """Raise UserError where a public file of `folder` tells the number of authors, and --hide_counts (`hidden`) is to keep it."""
+    if not hidden:
+        return
+    # Of headers those with steps are in check_same_authors, which knows a remedy.
+    unused = (header for header, spending in zip(ledger.runs, ledger.spendings) if not spending.steps)
+    told = [ledger.path] if any(header.get("num_authors") is not None for header in unused) else []
+    if not ledger.steps:
+        for path in [*folder.glob(REPORT_NAME), *folder.glob(f"*/{REPORT_NAME}")]:
+            report = ledger.check_report(path)
+            told += [path] if any(report.get(name) is not None for name in ("num_authors", "num_samples")) else []
+    if told:
+        raise UserError(f"--hide_counts: {told[0]} tells the number of authors, of an earlier run: choose another --output_dir")
 
 
 # --- how a run ends early ---------------------------------------------------------------------------------

@@ -278,11 +278,17 @@ def link(previous: str, record: dict[str, Any]) -> str:
     return hashlib.sha256(f"{previous}{json.dumps(record)}".encode()).hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` atomically: a crash leaves the old file or the new one."""
+def write_json(path: Path, content: dict[str, Any], private: bool = False) -> None:
+    """Replace `path` atomically: a crash leaves the old file or the new one.
+
+    Args:
+        private: for its owner's eyes only.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
+        if private:
+            keep_private(temporary)
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -304,6 +310,11 @@ def write_secret(path: Path, content: dict[str, Any]) -> None:
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(content, file)
+
+
+def keep_private(path: Path) -> None:
+    """Let nobody but the owner read a file, so that what is private can be told by its mode."""
+    path.chmod(0o600)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -25,7 +25,7 @@ from author_dp.accounting import PrivacyLoss, Spending, guarantee_in_words
 from author_dp.attack import attack
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
-from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, write_json
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, keep_private, write_json
 from author_dp.release import in_words
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Statistics(TrainerCallback):
     def add(self, folder: str, **more: Any) -> None:
         """Add to what `on_train_end` has written."""
         path = Path(folder) / STATISTICS_NAME
-        write_json(path, {**(json.loads(path.read_text()) if path.exists() else {}), **more})
+        write_json(path, {**(json.loads(path.read_text()) if path.exists() else {}), **more}, private=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -78,7 +78,8 @@ class Statistics(TrainerCallback):
             "seconds_per_step": self.seconds,
             "log": state.log_history,
         }
-        write_json(Path(args.output_dir) / STATISTICS_NAME, json.loads(json.dumps(statistics), parse_constant=lambda _: None))
+        finite = json.loads(json.dumps(statistics), parse_constant=lambda _: None)
+        write_json(Path(args.output_dir) / STATISTICS_NAME, finite, private=True)
 
 
 # --- figures ----------------------------------------------------------------------------------------------
@@ -175,6 +176,9 @@ def draw_all(
             figure, axes = pyplot.subplots()
             draw(axes, *data)
             files[name] = (pictures / f"{name}.png", is_private)
+            files[name][0].touch()
+            if is_private:
+                keep_private(files[name][0])
             figure.savefig(files[name][0])
             pyplot.close(figure)
     return files
@@ -393,7 +397,10 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     statistics = json.loads(path.read_text()) if path.exists() else {}
     prefix = "_" if hidden else ""
     figures = draw_all(folder / f"{prefix}report", report, ledger, loss, statistics)
-    (folder / f"{prefix}{PAGE_NAME}").write_text(page(folder.resolve().name, report, figures, statistics.get("evaluation", {})))
+    path = folder / f"{prefix}{PAGE_NAME}"
+    path.touch()
+    keep_private(path)
+    path.write_text(page(folder.resolve().name, report, figures, statistics.get("evaluation", {})))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ from author_dp.accounting import compute_epsilon
 from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger, account, account_together
 from author_dp.plan import make_plan
-from author_dp.report import card, guarantee
+from author_dp.report import Statistics, card, guarantee, write_report
 from dp_utils import PrivacyArguments
 
 HIDDEN = {"sample_rate": 0.05, "target_delta": 1e-5, "hide_counts": True}
-# What no upload takes: states of the Trainer and the sizes of their files, and files whose names begin with _.
-PRIVATE = re.compile(r"/_|trainer_state\.json|complete\.json|scheduler\.pt|optimizer\.pt|rng_state|\.lock$")
+CHANCE = re.compile(r"_noise_check\.npy|optimizer\.pt|\.safetensors")  # what the noise hides, and noise alone
 
 
 def hidden_trainer(folder, authors: int, samples: int = 3, **options):
@@ -32,17 +31,16 @@ def hidden_trainer(folder, authors: int, samples: int = 3, **options):
 
 
 def public_files(folder) -> dict[str, bytes]:
+    """All files but those of chance, and those that their owner alone may read."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not PRIVATE.search(f"/{path.relative_to(folder)}")
+        if path.is_file() and path.stat().st_mode & 0o077 and not CHANCE.search(path.name)
     }
 
 
 def without_chance(name: str, content: bytes) -> object:
     """What a public file holds but for weights, which are what the noise hides, and names and times of the run."""
-    if name.endswith("safetensors"):
-        return None
     if name.endswith("training_args.bin"):
         options = torch.load(io.BytesIO(content), weights_only=False).to_dict()
         content = json.dumps(options, default=str).encode()
@@ -54,10 +52,12 @@ def test_public_files_are_the_same_for_any_number_of_authors(tmp_path):
     found = []
     for name, authors, samples in (("run-a", 40, 3), ("run-b", 97, 2)):
         trainer = hidden_trainer(tmp_path / name, authors, samples)
+        trainer.add_callback(Statistics(trainer.norms, np.diff(trainer.train_dataset.offsets)))
         trainer.train()
         trainer.save_model()
         trainer.model_card = lambda report: card(report, "gpt2")
         trainer.create_model_card()
+        write_report(tmp_path / name)
         files = public_files(tmp_path / name)
         found.append({path: without_chance(path, content) for path, content in files.items()})
         assert files.keys() >= {"privacy.json", "privacy_ledger.jsonl", "README.md", "checkpoint-2/privacy.json"}
@@ -141,3 +141,19 @@ def test_mistakes(tmp_path, monkeypatch, capfd, options, named):
     privacy = ["--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--output_dir", str(tmp_path), *options]
     status, stderr = run_here(monkeypatch, capfd, *privacy)
     assert status == 2 and named in stderr, stderr
+
+
+def test_a_run_that_took_no_step_has_told_the_number_too(tmp_path):
+    options = {"dataset": make_dataset([3] * 40), "max_steps": 4}
+    make_trainer(tmp_path, privacy={**HIDDEN, "hide_counts": False}, **options).budget.start()
+    assert '"num_authors": 40' in (tmp_path / "privacy_ledger.jsonl").read_text()
+    with pytest.raises(UserError, match="--hide_counts: .*privacy_ledger.jsonl tells the number of authors"):
+        make_trainer(tmp_path, privacy=HIDDEN, **options)
+
+
+@pytest.mark.parametrize("where", ["privacy.json", "checkpoint-2/privacy.json"])
+def test_so_has_a_report_of_a_run_without_privacy(tmp_path, where):
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    (tmp_path / where).write_text(json.dumps({"disable_dp": True, "num_authors": 40, "num_samples": None}))
+    with pytest.raises(UserError, match="--hide_counts: .*privacy.json tells the number of authors"):
+        make_trainer(tmp_path, privacy=HIDDEN, dataset=make_dataset([3] * 40))
