@@ -48,6 +48,7 @@ PADS_NAME = "_noise_check.npy"  # in the output folder; the leading _ keeps it o
 RUNS = 8  # of a folder, whose first pads are kept
 LAGS = 8  # steps back to which each step is compared, and the first one
 EDGES = ndtri(np.arange(1, 32) / 32)  # of bins of equal probability
+LARGEST_KEPT = 40.0  # of a kept pad, in standard deviations: what is beyond is no noise
 WAITING = 64  # steps that may wait on the device, so that not every one has to wait for its copy
 EQUAL_DRAWS = 200  # float32 numbers of one pad that were seen in it before; by chance it is about one
 
@@ -255,9 +256,9 @@ def twice_from_one_state(draw: Callable[[], Any]) -> list[Any]:
 
 
 def known_pads(file: Path) -> list[np.ndarray]:
-    """Return the pads in `file`, over their standard deviation; none where it is absent or was damaged."""
+    """Return the pads in `file`, over their standard deviation, but for damaged ones."""
     try:
         pads = np.load(file, allow_pickle=False).astype(np.float64)
     except (OSError, ValueError):
         return []
-    return list(pads) if pads.ndim == 2 else []
+    return [pad for pad in pads if np.abs(pad).max(initial=0.0) < LARGEST_KEPT] if pads.ndim == 2 else []  # nan is not less

@@ -230,3 +230,18 @@ def test_what_is_not_finite_is_found():
     check.add(torch.full((PAD,), float("nan")))
     with pytest.raises(MechanismError, match="not finite"):
         check.test()
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e300])
+def test_kept_noise_that_was_damaged_stops_nobody(tmp_path, value):
+    pads = np.random.default_rng(0).standard_normal((2, PAD))
+    pads[0, 7] = value
+    np.save(tmp_path / "pads.npy", pads)
+    check = NoiseCheck(1.0, tmp_path / "pads.npy")
+    for _ in range(3):
+        check.add(torch.randn(PAD))
+        check.test()
+    check = NoiseCheck(1.0, tmp_path / "pads.npy")
+    check.add(torch.from_numpy(pads[1]).float())  # the other one is still compared
+    with pytest.raises(MechanismError, match="of the folder"):
+        check.test()
