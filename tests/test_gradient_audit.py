@@ -26,6 +26,7 @@ from author_dp.gradient_audit import (
 )
 from author_dp.ledger import PrivacyLedger
 from author_dp.mechanism import PAD, PoissonAuthorSampler
+from author_dp.report import guarantee
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -40,7 +41,7 @@ def audited(folder, canaries: int = 200, steps: int = 16, per_device: int = 16, 
     privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, "samples_per_author": 2, **more.pop("privacy", {})}
     args = TrainingArguments(
         output_dir=str(folder), max_grad_norm=0.0, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=steps,
-        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=more.pop("logging_steps", 1),
+        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy=more.pop("save_strategy", "no"), logging_steps=more.pop("logging_steps", 1),
         per_device_train_batch_size=per_device, remove_unused_columns=False, **more,
     )  # fmt: skip
     return DPTrainer(
@@ -285,3 +286,28 @@ def test_a_whole_run_says_what_it_found(checkpoint, comments, tmp_path, processe
     assert audit["kind"] == "gradient" and audit["canaries"] == 300 and audit["steps_checked"] == 3
     low, high = audit["epsilon_between"]
     assert low < 8.0 * 1.1 and high > 8.0 * 0.9 and math.isclose(low, high, rel_tol=0.2)
+
+
+def test_a_finished_run_keeps_its_audit_when_it_is_run_again(tmp_path):
+    """Nothing is left to train then, and so nothing to see: what was found before is not replaced by nothing."""
+    options = {"steps": 3, "save_strategy": "steps", "save_steps": 3}
+    trainer = audited(tmp_path, **options)
+    trainer.train()
+    trainer.audit = trainer.canaries.finish(trainer)
+    trainer.save_model()
+    again = audited(tmp_path, **options, resume_from_checkpoint=True)
+    again.train()
+    again.audit = again.canaries.finish(again)
+    assert again.audit == trainer.audit and again.audit["steps_checked"] == 3
+    assert dict(guarantee(again.privacy_report()))["Audit of gradients"]
+
+
+@pytest.mark.parametrize(("sigma", "rate"), [(1.0, 1.0), (0.5, 0.5)])
+def test_many_canaries_are_no_alarm(sigma, rate):
+    """Of so many float32 numbers some are equal."""
+    generator = np.random.default_rng(0)
+    included = generator.random(300_000) < 0.5
+    check = CanaryCheck(sigma, rate, included)
+    x = (included & (generator.random(len(included)) < rate)) + sigma * generator.standard_normal(len(included))
+    check.add(torch.from_numpy(x.astype(np.float32)))
+    check.test()
