@@ -22,7 +22,6 @@ import json
 import re
 from typing import Any, NamedTuple, Optional
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -30,6 +29,7 @@ from author_dp.mechanism import IGNORED
 
 TARGETS = ("assistant", "all")
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # in a template, where the assistant's words begin
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 class Example(NamedTuple):
@@ -61,7 +61,7 @@ class Format:
         self.template = None if tokenizer is None else tokenizer.chat_template
         if isinstance(self.template, dict):  # several by name, as some hub models have
             self.template = self.template.get("default")
-        self.has_marks = self.template is not None and bool(GENERATION_MARK.search(self.template))
+        self.has_marks = self.template is not None and bool(GENERATION_MARK.search(COMMENT.sub("", self.template)))
 
     def messages(self, value: Any) -> str:
         """Return a conversation as a packed example, "" where it is missing.
@@ -121,6 +121,13 @@ class Format:
 
     def marked(self, messages: list[dict[str, str]]) -> Example:
         text, spans = self.rendered(messages, return_assistant_tokens_mask=True)
+        # Within macros and filters marks are counted from elsewhere. Then something outside follows what the assistant says.
+        others = [{**m, "content": m["content"] + "x"} if m["role"] == "assistant" else m for m in messages]
+        if outside(text, spans) != outside(*self.rendered(others, return_assistant_tokens_mask=True)):
+            raise ValueError(
+                "cannot be divided into turns: {% generation %} stands where its place in the text is not known, or not around all "
+                "of the assistant's words; take it out of macros, filters and set blocks, or give --targets all"
+            )
         return Example(text, [(start, end) for start, end in spans if start < end], True)
 
     def rendered(self, messages: list[dict[str, str]], **options) -> tuple[str, list[tuple[int, int]]]:
@@ -131,10 +138,16 @@ class Format:
         result: Any
         try:
             result = render_jinja_template([messages], chat_template=self.template, **options, **names)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # the template is a program of the user's
             raise ValueError(f"does not fit the chat template: {str(error).strip() or type(error).__name__}") from error
         texts, marks = result
         return texts[0], marks[0] if marks else []
+
+
+def outside(text: str, spans: list[tuple[int, int]]) -> list[str]:
+    """Return the parts of a text before, between and after the spans, which are in order."""
+    bounds = [0, *(place for span in spans for place in span), len(text)]
+    return [text[start:end] for start, end in zip(bounds[::2], bounds[1::2])]
 
 
 def as_messages(value: Any) -> list[dict[str, str]]:

@@ -277,3 +277,50 @@ def test_a_run_on_conversations(tmp_path):
     assert done.returncode == 0, done.stderr
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (ROOT / "demo" / "chat.jinja").read_text()
     assert json.loads((tmp_path / "out" / "privacy.json").read_text())["data"]["targets"] == "assistant"
+
+
+# --- templates that deceive or break ---------------------------------------------------------------------------
+
+TURN = MARKED.removeprefix("{% for m in messages %}").removesuffix("{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro turn(m) %}" + TURN + "{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
+        "{% for m in messages %}{% set turn %}" + TURN + "{% endset %}{{ turn }}{% endfor %}",
+        "{% filter upper %}" + MARKED + "{% endfilter %}",
+        "{% filter trim %} " + MARKED + "{% endfilter %}",
+        "{% for m in messages recursive %}" + TURN + "{% if false %}{{ loop([]) }}{% endif %}{% endfor %}{{ messages[1].content }}",
+    ],
+    ids=["macro", "set", "filter", "trim", "outside the marks"],
+)
+def test_marks_whose_places_are_not_known_are_refused(tokenizer, template):
+    """transformers counts from the start of the innermost text at hand, so that prompts would be learned."""
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="generation %} stands where its place"):
+        Format(tokenizer, "assistant").messages(TALK)
+    assert Format(tokenizer, "all").messages(TALK)
+
+
+def test_what_an_assistant_says_may_be_rewritten_within_the_marks(tokenizer):
+    tokenizer.chat_template = MARKED.replace("m.content + '<end>' }}{% endgen", "(m.content|trim|upper) + '<end>' }}{% endgen")
+    talk = [TALK[0], {"role": "assistant", "content": "  one \n"}, TALK[2], {"role": "assistant", "content": ""}]
+    assert learned(Format(tokenizer, "assistant").messages(talk)) == "ONE<end>|<end>"
+
+
+def test_a_mark_in_a_comment_is_none(tokenizer):
+    tokenizer.chat_template = "{# {% generation %} is\nfor later #}" + PLAIN
+    assert learned(Format(tokenizer, "assistant").messages(TALK)) == "one<end>|two<end>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 / 0 }}", "{{ '{0}'.format() }}", "{{ 10.0 ** 1000 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{% break %}",
+     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
+)  # fmt: skip
+def test_whatever_a_template_does_is_told_with_its_row(tmp_path, tokenizer, template):
+    tokenizer.chat_template = template
+    path = write(tmp_path, "chat.jsonl", [{"author": "a", "messages": TALK}])
+    with pytest.raises(UserError, match=r"line 1 \(row 1\) does not fit the chat template"):
+        load(path, tokenizer, messages_column="messages")
