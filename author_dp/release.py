@@ -43,6 +43,7 @@ from author_dp.mechanism import token_losses
 from author_dp.processes import broadcast, sum_over_processes
 
 GRID = 2**20  # steps between a loss of 0 and one of R
+LIMITS = {"release_eval_epsilon": (1e-9, 1e9), "release_eval_range": (1e-6, 1e6)}  # beyond, floats cannot tell what was found
 
 
 @dataclass
@@ -59,10 +60,10 @@ class ReleaseArguments:
     )
 
     def __post_init__(self):
-        for name in ("release_eval_epsilon", "release_eval_range"):
+        for name, (lowest, highest) in LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"--{name} {value} must be a number above 0")
+            if value is not None and not lowest <= value <= highest:  # nan is neither
+                raise UserError(f"--{name} {value} must be a number from {lowest:g} to {highest:g}")
         if self.release_eval_range is not None and self.release_eval_epsilon is None:
             raise UserError("--release_eval_range has no effect without --release_eval_epsilon: give both, or leave it out")
 

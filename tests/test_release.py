@@ -16,7 +16,7 @@ from author_dp import release
 from author_dp.budget import Budget
 from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger
-from author_dp.release import GRID, author_shares, bernoulli_exp, discrete_laplace, in_words, mean_loss, on_grid, release_loss
+from author_dp.release import GRID, LIMITS, author_shares, bernoulli_exp, discrete_laplace, in_words, mean_loss, on_grid, release_loss
 from author_dp.report import guarantee
 from data_utils import AuthorDataset, load_samples, lowest_authors, split_by_author
 
@@ -212,6 +212,8 @@ def test_a_ledger_from_before_adds_up(tmp_path):
     [
         (["--release_eval_epsilon", "0"], "--release_eval_epsilon 0.0"),
         (["--release_eval_epsilon", "nan"], "--release_eval_epsilon nan"),
+        (["--release_eval_epsilon", "1e-310"], "--release_eval_epsilon 1e-310"),  # its noise is larger than any number
+        (["--release_eval_epsilon", "1", "--release_eval_range", "1e308"], "--release_eval_range 1e+308"),
         (["--release_eval_range", "5"], "--release_eval_range"),
         (["--release_eval_epsilon", "1", "--eval_fraction", "0"], "--eval_fraction above 0"),
         (["--release_eval_epsilon", "1", "--save_strategy", "best", "--eval_strategy", "epoch"], "--save_strategy best"),
@@ -369,3 +371,11 @@ def test_a_loss_is_published_for_the_model_of_its_step_only(tmp_path):
     trainer.state.global_step = 2  # an earlier checkpoint, to which nothing is left to do
     assert release_loss(trainer, 0.5, None, limited=False)["loss"] != found["loss"]
     assert [one["step"] for one in PrivacyLedger(trainer.budget.ledger.path).releases] == [4, 2]
+
+
+@pytest.mark.parametrize("epsilon", LIMITS["release_eval_epsilon"])
+@pytest.mark.parametrize("upper", LIMITS["release_eval_range"])
+def test_the_extremes_that_are_allowed_are_numbers_in_all_files(tmp_path, epsilon, upper):
+    found = release_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found and in_words(found)
+    assert found == {k: v for k, v in PrivacyLedger(tmp_path / "privacy_ledger.jsonl").released.items() if k != "split"}
