@@ -241,7 +241,8 @@ class CanaryCheck(NoiseCheck):
         for k, name in enumerate(("the rate at which canaries are drawn", "the norm to which they are clipped")):
             found[name] = self._law.p_value(k, self._score[k].sum(), number * self.steps)
         extremes = [self._score[0].max(initial=0.0), self._score[0].min(initial=0.0)]
-        found["the draws of one canary"] = min(1.0, number * min(self._law.p_value(0, one, self.steps) for one in extremes))
+        rarest = min(self._law.p_value(0, one, self.steps) for one in extremes)
+        found["the draws of one canary"] = min(1.0, max(1, number) * rarest)  # none of no canary is odd
         return found
 
     def finding(self, failed: str) -> str:

@@ -311,3 +311,13 @@ def test_many_canaries_are_no_alarm(sigma, rate):
     x = (included & (generator.random(len(included)) < rate)) + sigma * generator.standard_normal(len(included))
     check.add(torch.from_numpy(x.astype(np.float32)))
     check.test()
+
+
+@pytest.mark.parametrize("is_in", [False, True])
+def test_coins_that_all_fall_alike_are_no_alarm(is_in):
+    """Of 10 canaries, the fewest, they do once in 512 runs."""
+    check = CanaryCheck(1.0, 1.0, np.full(10, is_in))
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        check.add(torch.from_numpy((is_in + generator.standard_normal(10)).astype(np.float32)))
+        check.test()
