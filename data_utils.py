@@ -480,7 +480,7 @@ def lowest_authors(samples: Dataset, author_column: str, limit: int, seed: int, 
 
 def name_of_split(args: DataArguments, seed: int) -> Optional[str]:
     """Return a name of the rule that holds authors out: with one name, who is held out is never trained on. None with a file."""
-    rule = f"{seed}:{args.eval_fraction}"
+    rule = f"{seed}:{args.eval_fraction}:{args.author_column}"  # other values are other authors, of the same people
     return None if args.validation_file is not None else hashlib.sha256(rule.encode()).hexdigest()[:16]
 
 

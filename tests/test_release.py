@@ -18,7 +18,7 @@ from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger
 from author_dp.release import GRID, LIMITS, author_shares, bernoulli_exp, discrete_laplace, in_words, mean_loss, on_grid, release_loss
 from author_dp.report import guarantee
-from data_utils import AuthorDataset, load_samples, lowest_authors, split_by_author
+from data_utils import AuthorDataset, DataArguments, load_samples, lowest_authors, name_of_split, split_by_author
 
 COUNTS = [1, 3, 2, 1, 7]
 
@@ -268,8 +268,6 @@ def test_models_of_all_kinds_have_a_range(tmp_path):
 
 
 def test_max_eval_samples_takes_authors(tmp_path):
-    from data_utils import DataArguments
-
     path = tmp_path / "data.jsonl"
     rows = [{"author": f"a{i % 50}", "content": f"text {i}"} for i in range(500)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -379,3 +377,10 @@ def test_the_extremes_that_are_allowed_are_numbers_in_all_files(tmp_path, epsilo
     found = release_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
     assert json.loads(json.dumps(found, allow_nan=False)) == found and in_words(found)
     assert found == {k: v for k, v in PrivacyLedger(tmp_path / "privacy_ledger.jsonl").released.items() if k != "split"}
+
+
+def test_a_split_has_another_name_with_another_rule():
+    """By another column the same people are others, and who was held out may be trained on: it adds up."""
+    options = [{}, {"eval_fraction": 0.1}, {"author_column": "device"}, {"author_column": "a:b"}]
+    names = [name_of_split(DataArguments(train_file=["x"], **more), seed) for more in options for seed in (1, 2)]
+    assert len(set(names)) == 8 and name_of_split(DataArguments(train_file=["x"], validation_file=["y"]), 1) is None
