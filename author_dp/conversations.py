@@ -125,8 +125,8 @@ class Format:
         others = [{**m, "content": m["content"] + "x"} if m["role"] == "assistant" else m for m in messages]
         if outside(text, spans) != outside(*self.rendered(others, return_assistant_tokens_mask=True)):
             raise ValueError(
-                "cannot be divided into turns: {% generation %} stands where its place in the text is not known, or not around all "
-                "of the assistant's words; take it out of macros, filters and set blocks, or give --targets all"
+                "cannot be divided into turns: {% generation %} stands where its place in the text is not known, or not around "
+                "all of the assistant's words; take it out of macros, filters and set blocks, or give --targets all"
             )
         return Example(text, [(start, end) for start, end in spans if start < end], True)
 

@@ -86,15 +86,16 @@ class PrivacyLedger:
         *lines, self._torn = content.split(b"\n")  # the last one is empty, unless a crash cut its record short
         self._size = len(content)
         self._taken_for: Optional[dict[str, Any]] = None
-        number = 0
+        number = 1  # of the line
         try:
-            for number, line in enumerate(lines, 1):
+            for line in lines:
                 record = json.loads(line)
                 if (found := record.pop("link")) != link(self.links[-1], record):
                     raise ValueError("the chain is broken")
                 self._count(record, found)
+                number += 1
             if self._torn and self.spendings:
-                number, self._taken_for = len(lines) + 1, self._torn_record()
+                self._taken_for = self._torn_record()
                 logger.warning_once(f"The last record of {self.path} is incomplete; it counts as: {self._taken_for['record']}.")
                 self._count(self._taken_for)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -96,8 +96,8 @@ def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_
         )
     if (option := PrivacyLedger(Path(str(args.output_dir)) / LEDGER_NAME).by_metrics) is not None:
         raise UserError(
-            f"{name}: an earlier run in --output_dir {args.output_dir} had {option}, so held-out authors have chosen its model, for "
-            "which nothing pays: leave it out, or start in a new --output_dir"
+            f"{name}: an earlier run in --output_dir {args.output_dir} had {option}, so held-out authors have chosen its model, "
+            "for which nothing pays: leave it out, or start in a new --output_dir"
         )
 
 
@@ -151,8 +151,8 @@ def in_words(release: Optional[dict[str, Any]]) -> str:
         return "no evaluation loss, as there are too few held-out authors for its noise"
     at_step = f" at step {release['step']}" if "step" in release else ""  # older records do not tell
     return (
-        f"evaluation loss {release['loss']:.3f}{at_step} (mean over about {release['authors']:,} held-out authors, each clipped to "
-        f"at most {release['range'][1]:.3g}; standard error of its noise {release['standard_error']:.2g}; epsilon "
+        f"evaluation loss {release['loss']:.3f}{at_step} (mean over about {release['authors']:,} held-out authors, each clipped "
+        f"to at most {release['range'][1]:.3g}; standard error of its noise {release['standard_error']:.2g}; epsilon "
         f"{release['epsilon']:g} for a held-out author)"
     )
 

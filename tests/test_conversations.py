@@ -291,7 +291,9 @@ TURN = MARKED.removeprefix("{% for m in messages %}").removesuffix("{% endfor %}
         "{% for m in messages %}{% set turn %}" + TURN + "{% endset %}{{ turn }}{% endfor %}",
         "{% filter upper %}" + MARKED + "{% endfilter %}",
         "{% filter trim %} " + MARKED + "{% endfilter %}",
-        "{% for m in messages recursive %}" + TURN + "{% if false %}{{ loop([]) }}{% endif %}{% endfor %}{{ messages[1].content }}",
+        "{% for m in messages recursive %}"
+        + TURN
+        + "{% if false %}{{ loop([]) }}{% endif %}{% endfor %}{{ messages[1].content }}",
     ],
     ids=["macro", "set", "filter", "trim", "outside the marks"],
 )

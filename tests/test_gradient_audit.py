@@ -41,7 +41,8 @@ def audited(folder, canaries: int = 200, steps: int = 16, per_device: int = 16, 
     privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, "samples_per_author": 2, **more.pop("privacy", {})}
     args = TrainingArguments(
         output_dir=str(folder), max_grad_norm=0.0, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=steps,
-        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy=more.pop("save_strategy", "no"), logging_steps=more.pop("logging_steps", 1),
+        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy=more.pop("save_strategy", "no"),
+        logging_steps=more.pop("logging_steps", 1),
         per_device_train_batch_size=per_device, remove_unused_columns=False, **more,
     )  # fmt: skip
     return DPTrainer(

@@ -147,7 +147,7 @@ def test_a_run_that_took_no_step_has_told_the_number_too(tmp_path):
     options = {"dataset": make_dataset([3] * 40), "max_steps": 4}
     make_trainer(tmp_path, privacy={**HIDDEN, "hide_counts": False}, **options).budget.start()
     assert '"num_authors": 40' in (tmp_path / "privacy_ledger.jsonl").read_text()
-    with pytest.raises(UserError, match="--hide_counts: .*privacy_ledger.jsonl tells the number of authors"):
+    with pytest.raises(UserError, match=r"--hide_counts: .*privacy_ledger\.jsonl tells the number of authors"):
         make_trainer(tmp_path, privacy=HIDDEN, **options)
 
 
@@ -155,5 +155,5 @@ def test_a_run_that_took_no_step_has_told_the_number_too(tmp_path):
 def test_so_has_a_report_of_a_run_without_privacy(tmp_path, where):
     (tmp_path / where).parent.mkdir(exist_ok=True)
     (tmp_path / where).write_text(json.dumps({"disable_dp": True, "num_authors": 40, "num_samples": None}))
-    with pytest.raises(UserError, match="--hide_counts: .*privacy.json tells the number of authors"):
+    with pytest.raises(UserError, match=r"--hide_counts: .*privacy\.json tells the number of authors"):
         make_trainer(tmp_path, privacy=HIDDEN, dataset=make_dataset([3] * 40))

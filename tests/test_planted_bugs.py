@@ -261,6 +261,22 @@ BUGS = [
         lambda *_: test_audit.test_delta_costs_what_the_theorem_says()),
     Bug("an audit that picks its best guess for free", "author_dp.audit.lower_bound", "1 - (1 - CONFIDENCE) / len(SHARES)", "0.8",
         lambda path, patch: test_audit.test_the_bound_covers_the_true_epsilon_of_randomized_response(0.5, patch)),
+    Bug("a torn release is taken for a step", "author_dp.ledger.PrivacyLedger._torn_record",
+        "if found := TORN_RELEASE.match(self._torn):", "if found := None:",
+        lambda path, _: test_release.test_a_torn_release_is_paid_for_and_leaves_the_ledger_whole(path, "run")),
+    Bug("a record that sticks to a torn one", "author_dp.ledger.PrivacyLedger._append", "self._mend()", "pass",
+        lambda path, _: test_release.test_a_torn_release_is_paid_for_and_leaves_the_ledger_whole(path, "release")),
+    Bug("the loss of another checkpoint's model", "author_dp.release.release_loss", ', "step": trainer.state.global_step',
+        ', "step": 4',
+        lambda path, _: test_release.test_a_loss_is_published_for_the_model_of_its_step_only(path)),
+    Bug("nobody knows that metrics chose a model", "author_dp.budget.Budget.start", '"by_metrics": self.by_metrics, ', "",
+        lambda path, patch: test_release.test_the_ledger_says_by_which_metrics_a_model_was_chosen(path, patch)),
+    Bug("a number that a run without steps has told", "author_dp.checkpoints.check_untold", "if not spending.steps", "if False",
+        lambda path, _: test_hidden_counts.test_a_run_that_took_no_step_has_told_the_number_too(path)),
+    Bug("private states that all may read", "author_dp.ledger.keep_private", "path.chmod(0o600)", "pass",
+        lambda path, _: test_hidden_counts.test_public_files_are_the_same_for_any_number_of_authors(path)),
+    Bug("a split that forgets by which column", "data_utils.name_of_split", ":{args.author_column}", "",
+        lambda *_: test_release.test_a_split_has_another_name_with_another_rule()),
 ]  # fmt: skip
 
 

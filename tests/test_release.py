@@ -16,7 +16,17 @@ from author_dp import release
 from author_dp.budget import Budget
 from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger
-from author_dp.release import GRID, LIMITS, author_shares, bernoulli_exp, discrete_laplace, in_words, mean_loss, on_grid, release_loss
+from author_dp.release import (
+    GRID,
+    LIMITS,
+    author_shares,
+    bernoulli_exp,
+    discrete_laplace,
+    in_words,
+    mean_loss,
+    on_grid,
+    release_loss,
+)
 from author_dp.report import guarantee
 from data_utils import AuthorDataset, DataArguments, load_samples, lowest_authors, name_of_split, split_by_author
 
@@ -317,7 +327,7 @@ def test_the_ledger_says_by_which_metrics_a_model_was_chosen(tmp_path, monkeypat
     trainer = make_trainer(tmp_path)
     trainer.budget.start()
     ledger = PrivacyLedger(trainer.budget.ledger.path)
-    assert ledger.runs[-1]["by_metrics"] == "--some option" and ledger.by_metrics is None  # of no step, no model
+    assert ledger.runs[-1].get("by_metrics") == "--some option" and ledger.by_metrics is None  # of no step, no model
     trainer.budget.record_step()
     assert PrivacyLedger(ledger.path).by_metrics == "--some option"
 
@@ -347,16 +357,19 @@ def test_a_torn_release_is_paid_for_and_leaves_the_ledger_whole(tmp_path, then):
             torn.start_run(torn.runs[0])
         else:
             torn.record_alarm("something")
-    again = PrivacyLedger(ledger.path)
+    try:
+        again = PrivacyLedger(ledger.path)
+    except UserError as error:
+        pytest.fail(str(error))
     assert again.steps == 1 and again.releases[0]["epsilon"] == 2.0 and b"3.25" not in ledger.path.read_bytes()
     assert again.epsilon_with_releases(8.0) == 8.0 + (2.5 if then == "release" else 2.0)
 
 
-@pytest.mark.parametrize("whole", ['{"record": "rel', '{"record": "release", "epsilon": 2.', '{"record": "release", "epsilon": 2.0, "sp'])
-def test_a_release_torn_before_its_loss_told_nothing(tmp_path, whole):
+@pytest.mark.parametrize("length", [15, 33, 40])
+def test_a_release_torn_before_its_loss_told_nothing(tmp_path, length):
     ledger = folder_of_a_run(tmp_path)
     with open(ledger.path, "a") as file:
-        file.write(whole)
+        file.write('{"record": "release", "epsilon": 2.0, "split": null, "loss": 3.25'[:length])
     torn = PrivacyLedger(ledger.path)
     assert torn.releases == [] and torn.steps == 2  # and is taken for a step, as any record of which little is known
 
