@@ -28,6 +28,7 @@ from author_dp.release import (
     release_loss,
 )
 from author_dp.report import guarantee
+from author_dp.selfcheck import twice_from_one_state
 from data_utils import AuthorDataset, DataArguments, load_samples, lowest_authors, name_of_split, split_by_author
 
 COUNTS = [1, 3, 2, 1, 7]
@@ -58,6 +59,12 @@ def test_coins_have_their_probability(rate):
     heads = sum(bernoulli_exp(rate) for _ in range(3_000))
     p = math.exp(-rate)
     assert within(heads, 3_000 * p, (3_000 * p * (1 - p)) ** 0.5 + 1e-9)
+
+
+def test_noise_follows_no_seed():
+    """Who knows --seed would take the noise of a published loss away."""
+    first, second = twice_from_one_state(lambda: [discrete_laplace(Fraction(GRID)) for _ in range(20)])
+    assert first != second
 
 
 # --- what an author can change ------------------------------------------------------------------------------
