@@ -467,8 +467,18 @@ def split_by_author(
 
 def uniform(authors: list, prefix: str) -> np.ndarray:
     """Return for each author a number in [0, 1), float64 (authors,), that depends on the author's value and `prefix` alone."""
-    digests = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
-    return np.frombuffer(b"".join(digests), dtype=">u8") / 2.0**64
+    return digests(authors, prefix) / 2.0**64
+
+
+def digests(authors: list, prefix: str) -> np.ndarray:
+    """Return for each author 64 bits that depend on the author's value and `prefix` alone, uint64 (authors,)."""
+    found = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
+    return np.frombuffer(b"".join(found), dtype=">u8")
+
+
+def author_hashes(authors: Sequence | pa.ChunkedArray) -> np.ndarray:
+    """Return a hash of each author's value, uint64 (authors,), in the order of `group_by_author`."""
+    return digests(encode_authors(authors).dictionary.to_pylist(), "author:").astype(np.uint64)
 
 
 def lowest_authors(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
@@ -629,13 +639,15 @@ class AuthorDataset(torch.utils.data.Dataset):
     Args:
         samples: data set with a column `input_ids`, and `labels` where not all of it is to be learned.
         offsets, indices: the grouping of its rows, from `group_by_author`.
+        hashes: of the authors in that order, from `author_hashes`; needed with noise bands only.
     """
 
-    def __init__(self, samples: Dataset, offsets: np.ndarray, indices: np.ndarray):
+    def __init__(self, samples: Dataset, offsets: np.ndarray, indices: np.ndarray, hashes: Optional[np.ndarray] = None):
         self.columns = [name for name in ("input_ids", "labels") if name in samples.column_names]
         self.samples = samples.select_columns(self.columns).with_format("arrow")
         self.offsets = offsets
         self.indices = indices
+        self.hashes = hashes
 
     def __len__(self) -> int:
         """Number of authors."""

@@ -18,6 +18,7 @@ Example:
 
 import copy
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+import psutil
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
@@ -35,6 +37,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
+from author_dp.bands import deal
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import (
     SignalError,
@@ -110,6 +113,13 @@ class PrivacyArguments:
             "authors. The product of the batch options is then only what the sum is divided by."
         },
     )
+    noise_bands: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Correlate the noise over so many steps (b), or auto: less noise in the sum of updates at the same epsilon. "
+            "Needs memory for b - 1 times the trained parameters. Default: 1, independent noise; what is resumed stays as it was."
+        },
+    )
     hide_counts: bool = field(
         default=False,
         metadata={
@@ -139,6 +149,10 @@ class PrivacyArguments:
             raise UserError(
                 "--hide_counts needs --sample_rate and --target_delta: their defaults tell the number of authors; give both"
             )
+        if self.noise_bands not in (None, "auto") and (not str(self.noise_bands).isdecimal() or int(self.noise_bands) < 1):
+            raise UserError(f"--noise_bands {self.noise_bands} must be a whole number above 0, or auto")
+        if self.noise_bands == "auto" and self.target_epsilon is None and not self.disable_dp:
+            raise UserError("--noise_bands auto needs --target_epsilon, for which it compares; or give a number")
         if self.samples_per_author < 1:
             raise UserError(f"--samples_per_author {self.samples_per_author} must be at least 1")
         if self.clipping not in ENGINES:
@@ -206,7 +220,11 @@ class DPTrainer(Trainer):
         self.folder = Path(str(args.output_dir))
         ledger = PrivacyLedger(self.folder / LEDGER_NAME)
         earlier = broadcast(ledger.runs if ledger.steps else [])  # a run that took no step binds nobody
-        self.plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1]["noise_multiplier"] if earlier else None)
+        self.plan = make_plan(
+            privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, affordable_bands(model, args)
+        )
+        if self.plan.noise_bands > 1 and train_dataset.hashes is None:
+            raise ValueError("noise bands need the hashes of all authors: AuthorDataset(..., hashes=author_hashes(authors))")
         self.checks = RunChecks(self.plan, canaries)
         kept = broadcast(hidden_count(self.folder))
         check_same_authors(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
@@ -266,17 +284,22 @@ class DPTrainer(Trainer):
         """Return the logical batches of an epoch."""
         at_once = self.args.per_device_train_batch_size
         at_once = at_once if self.proof is None else self.proof.authors_at_once(at_once)
-        return load_logical_batches(self.train_dataset, self._sampler(), self.args, self.data_collator, at_once)
+        sampler = self._sampler()
+        self.checks.watch(sampler)
+        return load_logical_batches(self.train_dataset, sampler, self.args, self.data_collator, at_once)
 
     def _sampler(self) -> PoissonAuthorSampler:
-        return make_sampler(self.train_dataset, self.plan, self.args, self.checks)
+        return make_sampler(self.train_dataset, self.plan, self.args, self.checks.number)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Wrap the Trainer's optimizer in the one that adds the noise."""
         with naming(f"--optim {OptimizerNames(self.args.optim).value}, with --optim_args {self.args.optim_args}"):
             optimizer = super().create_optimizer(*args, **kwargs)
-        if not self.privacy.disable_dp and not isinstance(getattr(optimizer, "optimizer", optimizer), AuthorDPOptimizer):
-            self.optimizer = AuthorDPOptimizer(
+        if self.privacy.disable_dp:
+            return optimizer
+        noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
+        if not isinstance(noisy, AuthorDPOptimizer):
+            self.optimizer = noisy = AuthorDPOptimizer(
                 optimizer,
                 noise_multiplier=self.plan.noise_multiplier,
                 clip_norm=self.plan.clip_norm,
@@ -286,6 +309,8 @@ class DPTrainer(Trainer):
                 canaries=self.canaries,
                 secure_noise=self.privacy.secure_noise,
             )
+        noisy.begin(self.plan.coefficients())
+        self._noisy = noisy
         return self.optimizer
 
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
@@ -329,6 +354,8 @@ class DPTrainer(Trainer):
                 norms = self.engine.backward(self.canaries.push(losses, microbatch), microbatch["author"])
                 self.norms.add(self.canaries.without(norms, microbatch))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
+        if self.engine is not None:
+            self._noisy.draw = inputs.number
         self.norms.end_step()
         self.checks.taken(inputs.batch_size)
         if self.engine is None:
@@ -434,8 +461,9 @@ def for_logical_batches(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
-def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, checks: RunChecks) -> PoissonAuthorSampler:
-    """Return a sampler of this process' shares of draws, ceil(1 / q) of them an epoch, with a key of its own."""
+def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, canaries: int) -> PoissonAuthorSampler:
+    """Return a sampler of this process' shares of draws, ceil(1 / q) of them an epoch, with keys of its own."""
+    bands = plan.noise_bands
     return PoissonAuthorSampler(
         dataset.offsets,
         dataset.indices,
@@ -445,8 +473,9 @@ def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, check
         key=broadcast(secrets.randbits(128)),
         rank=args.process_index,
         world_size=args.world_size,
-        canaries=checks.number,
-        on_draw=None if checks.draws is None else checks.draws.drawn,
+        canaries=canaries,
+        groups=deal(dataset.hashes, bands, broadcast(secrets.token_bytes(32))) if bands > 1 else None,
+        bands=bands,
     )
 
 
@@ -464,6 +493,17 @@ def load_logical_batches(
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+
+
+def affordable_bands(model: nn.Module, args: TrainingArguments) -> int:
+    """Return for how many noise bands half of the free memory suffices, on the first process; each but one takes what the
+    trained parameters take, over all processes."""
+    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * 4 / args.world_size
+    if args.device.type == "cuda":
+        free = torch.cuda.mem_get_info(args.device)[0]
+    else:
+        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return broadcast(1 + int(free / 2 / size))
 
 
 def move(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:

@@ -61,6 +61,7 @@ from author_dp.accounting import guarantee_in_words
 from author_dp.adapters import add_lora
 from author_dp.audit import Audit, AuditArguments, secret_key
 from author_dp.audit import in_words as audit_in_words
+from author_dp.bands import with_canaries
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
@@ -74,6 +75,7 @@ from author_dp.report import Statistics, card, write_report
 from data_utils import (
     AuthorDataset,
     DataArguments,
+    author_hashes,
     collate,
     column_of,
     data_notes,
@@ -322,6 +324,9 @@ def main() -> None:
         held_out = AuthorDataset(evaluation, *group_by_author(column_of(evaluation, data_args.author_column)))
     elif training_args.eval_strategy != "no":
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
+    hashes = None
+    if privacy_args.noise_bands != "1":  # they deal authors to groups
+        hashes = author_hashes(column_of(train, data_args.author_column))
     audit: Audit | GradientCanaries | None = None
     if audit_args.audit_canaries:
         key = secret_key(training_args.output_dir, go_on=bool(training_args.resume_from_checkpoint))
@@ -331,12 +336,13 @@ def main() -> None:
         shape = (audit_args.audit_canaries, privacy_args.samples_per_author, data_args.sequence_len)
         audit = Audit(*shape, len(model.get_input_embeddings().weight), key)
         grouped = audit.join(*grouped)
+        hashes = with_canaries(hashes, len(grouped[1]) - 1 - len(hashes)) if hashes is not None else None
 
     trainer = DPTrainer(
         model,
         training_args,
         privacy_args,
-        train_dataset=AuthorDataset(*grouped),
+        train_dataset=AuthorDataset(*grouped, hashes),
         eval_dataset=held_out,
         data_collator=collate,
         sequence_len=data_args.sequence_len,

@@ -57,6 +57,25 @@ class Spending(NamedTuple):
     steps: int
 
 
+def cyclic_rate(sample_rate: float, bands: int) -> float:
+    """Return b q, the probability with which an author is in the draws of the own group; above 1 it is refused.
+
+    Raises:
+        UserError: for more bands than that.
+    """
+    if bands * sample_rate > 1 + 1e-9:
+        raise UserError(
+            f"--noise_bands {bands}: times the sample rate {sample_rate:.4g} it must be at most 1; lower it to at most "
+            f"{math.floor(1 / sample_rate * (1 + 1e-9))}"
+        )
+    return min(1.0, bands * sample_rate)
+
+
+def cyclic_spending(noise_multiplier: float, sample_rate: float, steps: int, bands: int) -> Spending:
+    """Return what steps with `bands` groups in turn spend (bands.py): every author's group has at most ceil(steps / bands)."""
+    return Spending(noise_multiplier, cyclic_rate(sample_rate, bands), -(-steps // bands))
+
+
 def compose(spendings: Sequence[Spending]) -> list[Spending]:
     """Add up the steps of equal mechanisms; the order of composition does not matter."""
     steps: dict[tuple[float, float], int] = {}

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyLoss, Spending
+from author_dp.accounting import PrivacyLoss
 from author_dp.attack import attack
 from author_dp.errors import MechanismError, UserError
 from author_dp.ledger import COUNTS_NAME, REPORT_NAME, PrivacyLedger, write_json, write_secret
@@ -123,22 +123,18 @@ class Budget:
         with self.ledger.locked():
             self.ledger.record_release({**release, "split": self.split})
 
-    def spending(self, steps: int) -> Spending:
-        """Return what so many steps of this run spend."""
-        return Spending(self.plan.noise_multiplier, self.plan.sample_rate, steps)
-
     @property
     def loss(self) -> PrivacyLoss:
         """Accountant of the earlier runs and this one, on the first process; its grid is made once."""
         if self._loss is None:
-            self._loss = PrivacyLoss([*self.ledger.spendings, self.spending(self.plan.steps)], self.plan.delta)
+            self._loss = PrivacyLoss([*self.ledger.spendings, self.plan.spending(self.plan.steps)], self.plan.delta)
         return self._loss
 
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
         if self.plan.disable_dp or self.ledger.alarm is not None:
             return math.inf
-        return self.loss.epsilon([*self.ledger.spendings, self.spending(more_steps)])
+        return self.loss.epsilon([*self.ledger.spendings, self.plan.spending(more_steps)])
 
     def summary(self, model: nn.Module, offsets: np.ndarray) -> str:
         """Return what will happen, for the log before training; epsilon in it on the first process only.
@@ -159,7 +155,7 @@ class Budget:
         """
         if self.plan.disable_dp:
             return self.plan.report(math.inf, steps)
-        report = self.plan.report(self.epsilon(), self.ledger.steps, self.loss.accountant)
+        report = self.plan.report(self.epsilon(), self.ledger.steps, self.loss.accountant, self.ledger.accounted_steps)
         if self.ledger.alarm is not None:
             report["alarm"] = self.ledger.alarm
         if self._attack is None or self._attack[0] != self.ledger.links[-1]:  # a second, and a run's end asks again and again

@@ -9,13 +9,16 @@ Example:
     >>> checks.taken(batch_size), checks.released(pad), checks.test()  # step by step
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
 import torch
 
-from author_dp.drawcheck import DrawCheck, check_unseeded_draws
+from author_dp.bands import Undo
+from author_dp.drawcheck import CyclicDrawCheck, DrawCheck, check_unseeded_draws, check_unseeded_groups
 from author_dp.gradient_audit import GradientCanaries
 from author_dp.mechanism import PAD, PoissonAuthorSampler
 from author_dp.plan import PrivacyPlan
@@ -36,9 +39,10 @@ class RunChecks:
     def __init__(self, plan: PrivacyPlan, canaries: Optional[GradientCanaries]):
         self.plan, self.canaries = plan, canaries
         self.number = 0 if canaries is None else int(canaries.included.sum())
-        self.draws: Optional[DrawCheck] = None
+        self.draws: Optional[DrawCheck | CyclicDrawCheck] = None
         self.noise: Optional[NoiseCheck] = None
         self._asked: list[Check] = []
+        self._undo = Undo(np.ones(1))
         if canaries is not None:
             canaries.start(plan)
 
@@ -54,11 +58,29 @@ class RunChecks:
         self.stop()
         if self.plan.disable_dp:
             return
-        check_unseeded_draws(lambda: sampler().draw_authors, self.plan.num_authors, self.plan.sample_rate)
-        self.draws = DrawCheck(self.plan.num_authors, self.number, self.plan.sample_rate)
+        bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
+        # Of groups the first is drawn from; half of what it has on average is there all but surely.
+        check_unseeded_draws(lambda: sampler().draw_authors, math.ceil(self.plan.num_authors / (2 * bands - 1)), rate)
+        if bands > 1:
+            check_unseeded_groups(lambda: sampler().groups, bands)
         self.noise = noise_check(self.plan, folder, device, secure_noise)
+        self._undo = Undo(self.plan.coefficients())
         law = None if self.canaries is None else self.canaries.start(self.plan)
-        self._asked = [check for check in (self.draws, self.noise, law) if check is not None]
+        self._asked = [check for check in (self.noise, law) if check is not None]
+
+    def watch(self, sampler: PoissonAuthorSampler) -> None:
+        """Check the draws that `sampler` makes from here on, those of the training."""
+        if self.plan.disable_dp:
+            return
+        rate = self.plan.spending(0).sample_rate
+        if self.plan.noise_bands == 1:
+            self.draws = DrawCheck(self.plan.num_authors, self.number, rate)
+        else:
+            self.draws = CyclicDrawCheck(sampler.groups, self.plan.noise_bands, self.number, rate)
+        if self.canaries is not None:
+            self.canaries.align(self.plan.coefficients(), sampler.groups)
+        sampler.on_draw = self.draws.drawn
+        self._asked.append(self.draws)
 
     def taken(self, batch_size: int) -> None:
         """Take how many real authors are in the draw of a step."""
@@ -67,10 +89,11 @@ class RunChecks:
 
     def released(self, pad: torch.Tensor) -> None:
         """Take what a step released where there is no parameter, flat."""
+        row = self._undo(pad)
         if self.noise is not None:
-            self.noise.add(pad[:PAD])
+            self.noise.add(row[:PAD])
         if self.canaries is not None:
-            self.canaries.add(pad[PAD:])
+            self.canaries.add(row[PAD:])
 
     def test(self) -> None:
         """Raise MechanismError for draws, clips or noise that are not as promised."""

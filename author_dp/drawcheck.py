@@ -81,6 +81,52 @@ class DrawCheck(Check):
         return f"authors are not drawn as promised: {failed} (seen in {self.steps} steps)"
 
 
+class CyclicDrawCheck(Check):
+    """The same where groups take turns (bands.py): each group's draws are checked by themselves, and whose turn it is.
+
+    Args:
+        groups: int (authors,), of each author, canaries last.
+        bands: number of groups.
+        canaries: so many, the last of them, are not among what a step takes.
+        sample_rate: of an author in the draws of the own group.
+    """
+
+    def __init__(self, groups: np.ndarray, bands: int, canaries: int, sample_rate: float):
+        super().__init__()
+        self.groups, self.places = groups, np.zeros(len(groups), np.int64)  # of an author among those of the group
+        self.parts = []
+        for group in range(bands):
+            members = np.flatnonzero(groups == group)
+            self.places[members] = np.arange(len(members))
+            self.parts.append(DrawCheck(len(members), int((members >= len(groups) - canaries).sum()), sample_rate))
+        self.draws, self.strangers = 0, 0
+
+    def drawn(self, authors: np.ndarray) -> None:
+        """Take the places of the authors of a global draw, ascending."""
+        group = self.draws % len(self.parts)
+        own = self.groups[authors] == group
+        self.strangers += int((~own).sum())
+        self.parts[group].drawn(self.places[authors[own]])
+        self.draws += 1
+
+    def taken(self, batch_size: int) -> None:
+        """Take how many real authors are in the draw of a step."""
+        self.parts[self.steps % len(self.parts)].taken(batch_size)
+        self.steps += 1
+
+    def p_values(self) -> dict[str, float]:
+        number, authors = len(self.parts), len(self.groups)
+        sizes = min(odds(part.authors, authors, 1 / number) for part in self.parts)
+        found = {"authors of another group than the step's": 0.0 if self.strangers else 1.0, "sizes of groups": number * sizes}
+        for part in self.parts:
+            for name, p_value in part.p_values().items() if part.authors else ():
+                found[name] = min(found.get(name, 1.0), number * p_value)
+        return found
+
+    def finding(self, failed: str) -> str:
+        return f"authors are not drawn as promised, by groups in turn: {failed} (seen in {self.steps} steps)"
+
+
 def odds(found: int, trials: int, probability: float) -> float:
     """Return the two-sided probability of `found` or a number as odd of so many independent trials."""
     law = stats.binom(trials, probability)
@@ -108,3 +154,10 @@ def check_unseeded_draws(make_draw: Callable[[], Callable[[], np.ndarray]], auth
         raise MechanismError(
             "the draws follow the seed of torch, numpy or random: whoever knows --seed knows who is in which step"
         )
+
+
+def check_unseeded_groups(make_groups: Callable[[], np.ndarray], bands: int) -> None:
+    """Raise MechanismError where authors are dealt alike from one state of all global generators, if enough are there to tell."""
+    first, second = twice_from_one_state(make_groups)
+    if -len(first) * math.log(bands) < math.log(UNLIKELY) and (first == second).all():
+        raise MechanismError("the groups of authors follow the seed of torch, numpy or random, or are always the same")

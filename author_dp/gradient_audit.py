@@ -34,6 +34,7 @@ from torch import nn
 
 from author_dp.accounting import PrivacyLoss, gaussian_epsilon
 from author_dp.audit import CONFIDENCE, SHARES, AuditedTrainer, guesses, lower_bound
+from author_dp.bands import MatchedFilter, with_canaries
 from author_dp.errors import UserError
 from author_dp.ledger import REPORT_NAME
 from author_dp.mechanism import IGNORED, Batch
@@ -81,11 +82,18 @@ class GradientCanaries:
         if plan.disable_dp or plan.noise_multiplier == 0:
             raise UserError("--audit_kind gradient checks the noise: it needs one; leave out --audit_canaries")
         self.clip_norm, self.expected_batch_size = plan.clip_norm, plan.expected_batch_size
-        self.law = CanaryCheck(plan.noise_multiplier, plan.sample_rate, self.included)
+        self.law = CanaryCheck(plan.noise_multiplier, plan.spending(0).sample_rate, self.included)
         return self.law
 
+    def align(self, coefficients: np.ndarray, groups: np.ndarray) -> None:
+        """Say how noise is correlated over steps, and the groups of all authors, those of the included canaries last."""
+        assert self.law is not None
+        own = np.zeros(len(self.included), np.int64)  # one who is not in has the same noise in every group
+        own[self.included] = groups[len(groups) - int(self.included.sum()) :]
+        self.law.filter = MatchedFilter(coefficients, own)
+
     def add(self, released: torch.Tensor) -> None:
-        """Take what one step released in the canaries' coordinates, (canaries,)."""
+        """Take the row of C x + z (bands.py) that one step released in the canaries' coordinates, (canaries,)."""
         assert self.law is not None
         self.law.add(released * (self.expected_batch_size / self.clip_norm))
 
@@ -164,6 +172,7 @@ class WithCanaries(torch.utils.data.Dataset):
         self.rows = len(dataset.indices)
         ends = np.arange(1, len(canaries) + 1) * SAMPLES
         self.offsets = np.concatenate([dataset.offsets, self.rows + ends])
+        self.hashes = with_canaries(dataset.hashes, len(canaries))
         # The rows of a data set may be more than those of its authors: canaries' rows come behind all of them.
         self.first = int(max(dataset.indices.max(initial=-1) + 1, len(dataset.samples)))
         self.indices = np.concatenate([dataset.indices, self.first + np.arange(len(canaries) * SAMPLES)])
@@ -217,6 +226,13 @@ class CanaryCheck(NoiseCheck):
         self._evidence = np.zeros(len(included))  # log likelihood ratio of being in, for each canary
         self._score = np.zeros((2, int(included.sum())))  # of rate and clip norm, for each canary that is in
         self._law = ScoreLaw(sigma, rate)
+        self.filter: Optional[MatchedFilter] = None
+
+    def add(self, pad: torch.Tensor) -> None:
+        """Take what one step released over C / B, flat; with noise bands, each time a canary's group was drawn is one value."""
+        value = pad if self.filter is None else self.filter(pad)
+        if value is not None:
+            super().add(value)
 
     def _take_in_one(self, pad: np.ndarray) -> None:
         """Take the released values of one step over C / B, (canaries,)."""

@@ -21,6 +21,7 @@ Example:
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -32,7 +33,7 @@ from typing import Any, Optional
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyLoss, Spending, guarantee_in_words
+from author_dp.accounting import PrivacyLoss, Spending, cyclic_spending, guarantee_in_words
 from author_dp.errors import UserError
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -52,7 +53,7 @@ class PrivacyLedger:
         path: the file; made at the first header.
     Attributes:
         runs: the headers, in order.
-        spendings: of each header, the steps that were taken under it.
+        taken: of each header, the number of steps that were taken under it.
         links: the hash of every record so far; a report that holds one of them knows no more than this ledger.
         releases: of evaluation losses (release.py), in order.
         released: the last of them, where no step was taken since; else None.
@@ -72,7 +73,7 @@ class PrivacyLedger:
     def read(self) -> None:
         """Read the file anew."""
         self.runs: list[dict[str, Any]] = []
-        self.spendings: list[Spending] = []
+        self.taken: list[int] = []
         self.links = [FIRST_LINK]
         self.alarm: Optional[str] = None
         self.releases: list[dict[str, Any]] = []
@@ -94,7 +95,7 @@ class PrivacyLedger:
                     raise ValueError("the chain is broken")
                 self._count(record, found)
                 number += 1
-            if self._torn and self.spendings:
+            if self._torn and self.runs:
                 self._taken_for = self._torn_record()
                 logger.warning_once(f"The last record of {self.path} is incomplete; it counts as: {self._taken_for['record']}.")
                 self._count(self._taken_for)
@@ -113,7 +114,8 @@ class PrivacyLedger:
 
     def _count(self, record: dict[str, Any], its_link: Optional[str] = None) -> None:
         if record["record"] == "run":
-            self.spendings.append(Spending(float(record["noise_multiplier"]), float(record["sample_rate"]), 0))
+            spending_under(record, 0)  # which raises for a header without a mechanism
+            self.taken.append(0)
             self.runs.append(record)
         elif record["record"] == "alarm":
             self.alarm = str(record["found"])
@@ -132,7 +134,7 @@ class PrivacyLedger:
 
     def _count_step(self) -> None:
         self.released = None
-        self.spendings[-1] = self.spendings[-1]._replace(steps=self.spendings[-1].steps + 1)
+        self.taken[-1] += 1
 
     @property
     def last_release(self) -> Optional[dict[str, Any]]:
@@ -142,12 +144,22 @@ class PrivacyLedger:
     @property
     def by_metrics(self) -> Optional[str]:
         """The option by which evaluation metrics chose the model of a run that took steps, if any."""
-        taken = (header for header, spending in zip(self.runs, self.spendings) if spending.steps)
+        taken = (header for header, steps in zip(self.runs, self.taken) if steps)
         return next((option for header in taken if (option := header.get("by_metrics"))), None)
 
     @property
     def steps(self) -> int:
         """Number of steps of all runs."""
+        return sum(self.taken)
+
+    @property
+    def spendings(self) -> list[Spending]:
+        """What the steps under each header spend, by themselves: each run is a mechanism of its own."""
+        return [spending_under(header, steps) for header, steps in zip(self.runs, self.taken)]
+
+    @property
+    def accounted_steps(self) -> int:
+        """Number of steps that the accountant counts: with noise bands, in how many an author's group was drawn, at most."""
         return sum(spending.steps for spending in self.spendings)
 
     def check_report(self, path: Path) -> dict[str, Any]:
@@ -274,6 +286,15 @@ class PrivacyLedger:
         )
 
 
+def spending_under(header: dict[str, Any], steps: int) -> Spending:
+    """Return what so many steps of the run with that header spend."""
+    mechanism = float(header["noise_multiplier"]), float(header["sample_rate"])
+    bands = operator.index(header.get("noise_bands", 1))  # older versions knew of one only
+    if bands < 1:
+        raise ValueError("no number of bands")
+    return cyclic_spending(*mechanism, steps, bands)
+
+
 def link(previous: str, record: dict[str, Any]) -> str:
     """Return the hash that chains `record` to the one before it."""
     return hashlib.sha256(f"{previous}{json.dumps(record)}".encode()).hexdigest()
@@ -339,12 +360,15 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     """
     last = ledger.runs[-1]
     delta = delta or last["delta"]
-    again = Spending(last["noise_multiplier"], last["sample_rate"], last["steps"])
+    again = spending_under(last, last["steps"])
     lines = [f"{ledger.path}: runs {len(ledger.runs)}, steps {ledger.steps:,}, records unbroken"]
-    for number, (header, spending) in enumerate(zip(ledger.runs, ledger.spendings), 1):
+    for number, (header, steps) in enumerate(zip(ledger.runs, ledger.taken), 1):
+        bands = header.get("noise_bands", 1)
+        accounted = spending_under(header, steps)
         lines.append(
-            f"  run {number}: {spending.steps:,} of {header['steps']:,} steps, noise multiplier {spending.noise_multiplier:.4f}, "
-            f"sample rate {spending.sample_rate:.6g} of {authors_in_words(header)}, clip norm {header['clip_norm']:g}"
+            f"  run {number}: {steps:,} of {header['steps']:,} steps, noise multiplier {header['noise_multiplier']:.4f}, "
+            f"sample rate {header['sample_rate']:.6g} of {authors_in_words(header)}, clip norm {header['clip_norm']:g}"
+            + (f", {bands} noise bands: {accounted.steps:,} steps at {accounted.sample_rate:.6g}" if bands > 1 else "")
         )
     # Each with a grid of its own: the coarser one of more steps would say more than was spent.
     spent, after = (PrivacyLoss(s, delta).epsilon(s) for s in (ledger.spendings, [*ledger.spendings, again]))
@@ -365,7 +389,7 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
             f"  spent: {guarantee_in_words(spent, delta)}",
             *together,
             "  promised: " + (f"epsilon {target:g}" if target is not None else "no target, the noise was given"),
-            f"  after one more run of {again.steps:,} steps: {guarantee_in_words(after, delta)}",
+            f"  after one more run of {last['steps']:,} steps: {guarantee_in_words(after, delta)}",
         ]
     )
 

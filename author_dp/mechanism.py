@@ -7,7 +7,8 @@ accounting.py accounts for.
 A step, in the order of this file:
 
 1. every author enters the batch independently with probability q = B / N (Poisson sampling), and up to k of
-   the author's samples are drawn, fresh each time and without replacement (`PoissonAuthorSampler`);
+   the author's samples are drawn, fresh each time and without replacement (`PoissonAuthorSampler`); with b noise bands
+   groups take turns, and an author enters the batches of the own group with probability b q (bands.py);
 2. author a's loss is the mean cross-entropy over a's own target tokens (`author_losses`);
 3. g_a, the gradient of that loss, is clipped to norm C over all trainable parameters together and summed over
    the authors (an engine of `clipping`: `GhostClipping`, or `GradSampleClipping`, the plain reference);
@@ -35,6 +36,8 @@ import torch.nn.functional as F
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
+from author_dp.accounting import cyclic_rate
+from author_dp.bands import BandedNoise
 from author_dp.noise import NoiseSource
 
 PAD = 4_096  # coordinates behind the parameters to which nobody contributes: what is released there is noise alone
@@ -50,13 +53,15 @@ class AuthorDraw(NamedTuple):
 
     samples: list[np.ndarray]  # of each author in this process' share: the indices of the drawn samples
     batch_size: int  # authors in the whole draw, but for canaries. Private: never divide a gradient by it
+    number: int  # of the sampler's draws, from 0
 
 
 class PoissonAuthorSampler:
     """Draw the authors of each step, independently, and some samples of each.
 
     Guarantee: every author is in a step's draw with probability `sample_rate`, independently of the other
-    authors, of the other steps and of --seed; empty draws are kept. This is the sampling that the accountant
+    authors, of the other steps and of --seed; empty draws are kept. With `groups`, draw t is of group t mod b alone, each author
+    of it with probability b x `sample_rate`. This is the sampling that the accountant
     assumes. The processes share the key of the draw, so their shares are disjoint and together the whole draw.
 
     Args:
@@ -67,7 +72,12 @@ class PoissonAuthorSampler:
         key: 128 bits from the operating system, the same on all processes, new for each run.
         rank, world_size: which share of the draw is this process'.
         canaries: so many authors, the last ones, are no real ones (gradient_audit.py).
-        on_draw: called with each global draw, the places of its authors; an exception ends the run.
+        groups: int (authors,), of each author, from `bands.deal`; the same on all processes. None: one group.
+        bands: b, the number of groups.
+    Attributes:
+        on_draw: if set, called with each global draw, the places of its authors; an exception ends the run.
+    Raises:
+        UserError: for more bands than 1 / sample_rate.
     """
 
     def __init__(
@@ -82,12 +92,16 @@ class PoissonAuthorSampler:
         rank: int = 0,
         world_size: int = 1,
         canaries: int = 0,
-        on_draw: Optional[Callable[[np.ndarray], None]] = None,
+        groups: Optional[np.ndarray] = None,
+        bands: int = 1,
     ):
         self.offsets, self.indices = offsets, indices
         self.real = len(offsets) - 1 - canaries
-        self.on_draw = on_draw
-        self.sample_rate = sample_rate
+        self.on_draw: Optional[Callable[[np.ndarray], None]] = None
+        self.rate = cyclic_rate(sample_rate, bands)  # of the authors of one group
+        self.groups = np.zeros(len(offsets) - 1, np.int64) if groups is None else groups
+        self.members = [np.flatnonzero(self.groups == group) for group in range(bands)]
+        self.draws = 0
         self.samples_per_author = samples_per_author
         self.steps = steps
         self.rank, self.world_size = rank, world_size
@@ -107,21 +121,23 @@ class PoissonAuthorSampler:
         if self.on_draw is not None:
             self.on_draw(authors)
         share = self.draw_samples(authors[self.rank :: self.world_size])
-        return AuthorDraw(share, int((authors < self.real).sum()))
+        self.draws += 1
+        return AuthorDraw(share, int((authors < self.real).sum()), self.draws - 1)
 
     def draw_authors(self) -> np.ndarray:
         """Return the authors of a new global draw, the same on every process."""
-        number, drawn = len(self.offsets) - 1, []
-        last = -1  # the last author drawn
+        members = self.members[self.draws % len(self.members)]
+        number, drawn = len(members), []
+        last = -1  # the last author drawn, as a place in the group
         while last < number:
             # Of independent draws the gaps between those that are in are geometric; somewhat more of them than are expected.
-            expected = (number - 1 - last) * self.sample_rate
-            gaps = self._authors_generator.geometric(self.sample_rate, int(expected + 4 * math.sqrt(expected)) + 16)
+            expected = (number - 1 - last) * self.rate
+            gaps = self._authors_generator.geometric(self.rate, int(expected + 4 * math.sqrt(expected)) + 16)
             places = last + np.cumsum(np.minimum(gaps, number + 1))
             drawn.append(places)
             last = places[-1]
         places = np.concatenate(drawn)
-        return places[places < number]
+        return members[places[places < number]]
 
     def draw_samples(self, authors: np.ndarray) -> list[np.ndarray]:
         """Return for each author min(k, all) sample indices, uniformly and without replacement."""
@@ -142,6 +158,7 @@ class LogicalBatch(NamedTuple):
 
     microbatches: list[Batch]
     batch_size: int  # as in AuthorDraw
+    number: int
 
 
 class DrawnDataset(torch.utils.data.Dataset):
@@ -155,7 +172,7 @@ class DrawnDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, draw: AuthorDraw) -> LogicalBatch:
         authors = self.dataset.__getitems__(draw.samples)
-        return LogicalBatch(cut_into_microbatches(authors, self.max_authors, self.collate), draw.batch_size)
+        return LogicalBatch(cut_into_microbatches(authors, self.max_authors, self.collate), draw.batch_size, draw.number)
 
 
 def cut_into_microbatches(
@@ -313,7 +330,8 @@ class AuthorDPOptimizer(DPOptimizer):
     Guarantee: what reaches the wrapped optimizer is (sum of clipped gradients + N(0, sigma^2 C^2 I)) / B, the sum
     taken over the whole draw and the noise drawn once per step, whatever the number of processes and
     microbatches: each process adds an independent share of variance sigma^2 C^2 / world_size, then all are summed.
-    A summed gradient is used once. The step of an empty draw is noise.
+    A summed gradient is used once. The step of an empty draw is noise. With `begin`, noise is correlated over steps (bands.py),
+    and each process adds all of it in its slice of the coordinates, the sums of the others coming without any.
 
     The engine adds to `parameter.summed_grad`, float32 and of the parameter's shape; these lie one after another in
     one buffer, `sums`, so that noise and processes each take one pass. Behind them, `PAD` coordinates belong to no parameter:
@@ -359,6 +377,8 @@ class AuthorDPOptimizer(DPOptimizer):
         behind = [] if canaries is None else [canaries.table.weight]
         sizes = [*(parameter.numel() for parameter in self.params), PAD + sum(c.numel() for c in behind)]
         self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
+        self.bands: Optional[BandedNoise] = None
+        self.draw: Optional[int] = None  # whose clipped gradients are in the sums, where that matters: AuthorDraw.number
         self._used = False
         *views, self.pad = self.sums.split(sizes)
         for parameter, view in zip(self.params, views):
@@ -366,16 +386,30 @@ class AuthorDPOptimizer(DPOptimizer):
         for parameter in behind:
             parameter.summed_grad = self.pad[PAD:].view_as(parameter)
 
+    def begin(self, coefficients: np.ndarray) -> None:
+        """Begin a training: the noise of what follows is by these band coefficients, (bands,), with nothing before it."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self._slice = self.sums.tensor_split(self.world_size)[rank]
+        several = len(coefficients) > 1 and self.noise_multiplier > 0
+        self.bands = BandedNoise(coefficients, len(self._slice), self.sums.device) if several else None
+
     def pre_step(self, closure: Optional[Callable] = None) -> bool:
         """Steps 1 to 3 of the class' list, and the check of the fourth. Overrides Opacus', which would clip here."""
         if self._used:
             raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next one")
+        if self.bands is not None and self.draw != self.bands.steps:
+            raise RuntimeError(
+                f"step {self.bands.steps} with noise bands takes the draw of that number, not {self.draw}: after a draw that was "
+                "thrown away, authors would come back too early"
+            )
         self.before_release()
         self._used = True
-        std = self.noise_multiplier * self.max_grad_norm / math.sqrt(self.world_size)
+        std = self.noise_multiplier * self.max_grad_norm
+        if self.bands is not None:
+            self.bands.add_(self._slice, self.noise, std)
         for part in self.sums.split(self.noise.elements):  # while it is in the cache
-            if std > 0:
-                self.noise.add_(part, std)
+            if std > 0 and self.bands is None:
+                self.noise.add_(part, std / math.sqrt(self.world_size))
             part.div_(self.expected_batch_size)
         if self.world_size > 1:
             dist.all_reduce(self.sums)
@@ -389,4 +423,4 @@ class AuthorDPOptimizer(DPOptimizer):
         """Forget the last step's gradients. Overrides Opacus', which would take the sums' places away."""
         self.original_optimizer.zero_grad(set_to_none)
         self.sums.zero_()
-        self._used = False
+        self._used, self.draw = False, None

@@ -16,7 +16,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-from author_dp.accounting import find_noise_multiplier, guarantee_in_words
+from author_dp.accounting import Spending, cyclic_rate, cyclic_spending, find_noise_multiplier, guarantee_in_words
+from author_dp.bands import CHOICES, band_coefficients, choose_bands, gain
 from author_dp.errors import UserError
 
 FEW_AUTHORS, LARGE_DELTA = 1_000, 1e-3  # below and above which a delta is explained, and warned of
@@ -41,25 +42,37 @@ class PrivacyPlan:
     world_size: int
     disable_dp: bool
     hide_counts: bool = False
+    noise_bands: int = 1  # b
+
+    def spending(self, steps: int) -> Spending:
+        """Return what so many steps of a training spend."""
+        return cyclic_spending(self.noise_multiplier, self.sample_rate, steps, self.noise_bands)
+
+    def coefficients(self) -> np.ndarray:
+        """Return the band coefficients of a training, float64 (bands,)."""
+        return band_coefficients(self.noise_bands, self.steps)
 
     def public(self) -> dict[str, Any]:
         """Return what a ledger's header may hold."""
         hidden = {"num_authors": None, "num_samples": None} if self.hide_counts else {}
         return {**asdict(self), **hidden}
 
-    def report(self, epsilon: float, steps: int, accountant: str = "prv") -> dict[str, Any]:
+    def report(
+        self, epsilon: float, steps: int, accountant: str = "prv", accounted_steps: Optional[int] = None
+    ) -> dict[str, Any]:
         """Return what privacy.json holds.
 
         Args:
             epsilon: spent so far; null in the report where it is infinite or there is no DP.
             steps: taken so far, by this run and earlier ones.
             accountant: whose bound epsilon is.
+            accounted_steps: in how many of them an author's group was drawn, at most; by default all.
         """
         return {
             "privacy_unit": "author",
             "adjacency": "add-or-remove-one",
             "accountant": accountant,
-            "sampling": "poisson",
+            "sampling": "poisson" if self.noise_bands == 1 else "cyclic-poisson",
             "epsilon": epsilon if math.isfinite(epsilon) and not self.disable_dp else None,
             "delta": None if self.disable_dp else self.delta,
             "target_epsilon": self.target_epsilon,
@@ -68,6 +81,9 @@ class PrivacyPlan:
             "sample_rate": self.sample_rate,
             "expected_batch_size": self.expected_batch_size,
             "steps": steps,
+            "noise_bands": self.noise_bands,
+            "accounted_sample_rate": cyclic_rate(self.sample_rate, self.noise_bands),
+            "accounted_steps": steps if accounted_steps is None else accounted_steps,
             **{name: self.public()[name] for name in ("num_authors", "num_samples")},
             "samples_per_author": self.samples_per_author,
             "clipping": None if self.disable_dp else self.clipping,
@@ -97,6 +113,7 @@ class PrivacyPlan:
             lines += [
                 f"  clip norm (C)           {self.clip_norm:g} per author, by {self.clipping}",
                 f"  noise multiplier        {self.noise_multiplier:.4f}",
+                *([f"  noise bands (b)         {self.bands_in_words()}"] if self.noise_bands > 1 else []),
                 f"  promise after all steps {guarantee_in_words(epsilon, self.delta)}",
                 *([f"  delta                   {self.delta_in_words()}"] if self.num_authors < FEW_AUTHORS else []),
                 "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",
@@ -107,6 +124,16 @@ class PrivacyPlan:
                 ),
             ]
         return "\n".join(lines)
+
+    def bands_in_words(self) -> str:
+        words = (
+            f"{self.noise_bands}: noise correlated over steps; accounted as {self.spending(self.steps).steps:,} steps at sample "
+            f"rate {self.spending(0).sample_rate:.6g}"
+        )
+        if self.target_epsilon is not None:
+            known = self.noise_multiplier, self.sample_rate, self.steps, self.noise_bands, self.target_epsilon, self.delta
+            words += f"; sums of updates are {gain(*known):.2f} as noisy as by independent noise of the same epsilon"
+        return words
 
     def batch_in_words(self) -> str:
         drawn, divisor = self.sample_rate * self.num_authors, self.expected_batch_size
@@ -141,14 +168,17 @@ class PrivacyPlan:
         return None
 
 
-def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Optional[float] = None) -> PrivacyPlan:
+def make_plan(
+    privacy: Any, args: Any, offsets: np.ndarray, earlier: Optional[dict[str, Any]] = None, most_bands: int = CHOICES[-1]
+) -> PrivacyPlan:
     """Work out sample rate, steps and noise.
 
     Args:
         privacy: dp_utils.PrivacyArguments.
         args: transformers.TrainingArguments, whose import would take ledger.py a second.
         offsets: (authors + 1,), from `data_utils.group_by_author`.
-        noise_multiplier: of the run that is resumed, if any; otherwise it is as given or calibrated.
+        earlier: header of the run that is resumed, if any, whose noise this one has; otherwise it is as given or calibrated.
+        most_bands: for whose noise there is memory.
     Raises:
         UserError: for fewer than two authors, or a target that cannot be reached.
     """
@@ -161,14 +191,16 @@ def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Op
     sample_rate = privacy.sample_rate or min(1.0, batch_size / num_authors)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
     delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
+    bands = 1 if privacy.disable_dp else number_of_bands(privacy, earlier, sample_rate, steps, delta, most_bands)
     if privacy.disable_dp:
         sigma = 0.0
     elif privacy.noise_multiplier is not None:
         sigma = privacy.noise_multiplier
-    elif noise_multiplier is not None:
-        sigma = noise_multiplier
+    elif earlier is not None:
+        sigma = earlier["noise_multiplier"]
     else:
-        sigma = find_noise_multiplier(sample_rate, steps, privacy.target_epsilon, delta)
+        accounted = cyclic_spending(0.0, sample_rate, steps, bands)
+        sigma = find_noise_multiplier(accounted.sample_rate, accounted.steps, privacy.target_epsilon, delta)
     return PrivacyPlan(
         target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
         delta=delta,
@@ -184,4 +216,28 @@ def make_plan(privacy: Any, args: Any, offsets: np.ndarray, noise_multiplier: Op
         world_size=args.world_size,
         disable_dp=privacy.disable_dp,
         hide_counts=privacy.hide_counts,
+        noise_bands=bands,
     )
+
+
+def number_of_bands(
+    privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: float, steps: int, delta: float, most_bands: int
+) -> int:
+    """Return --noise_bands as a number, that of the run that is resumed where there is one.
+
+    Raises:
+        UserError: for another one than before, or too many.
+    """
+    asked = privacy.noise_bands
+    if earlier is not None:
+        before = earlier.get("noise_bands", 1)
+        if asked not in (None, "auto", str(before)):
+            raise UserError(f"--noise_bands {asked}: the run that this one goes on with has {before}; give that, or leave it out")
+        asked = str(before)
+    if asked == "auto":
+        return choose_bands(sample_rate, steps, privacy.target_epsilon, delta, most_bands)
+    bands = int(asked or 1)
+    cyclic_rate(sample_rate, bands)  # which refuses too many
+    if bands > steps:
+        raise UserError(f"--noise_bands {bands} is more than the {steps} steps of the run: lower it")
+    return bands

@@ -25,7 +25,7 @@ from author_dp.accounting import PrivacyLoss, Spending, guarantee_in_words
 from author_dp.attack import attack
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
-from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, keep_private, write_json
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, keep_private, spending_under, write_json
 from author_dp.release import in_words
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def draw_losses(axes: "Axes", log: list[dict]) -> None:
 def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, loss: PrivacyLoss, target: Optional[float]) -> None:
     """Epsilon after each number of steps, across runs."""
     steps = np.unique(np.linspace(0, ledger.steps, 21).round().astype(int)).tolist()
-    epsilons = [loss.epsilon(first(ledger.spendings, count)) for count in steps]
+    epsilons = [loss.epsilon(first(ledger, count)) for count in steps]
     axes.plot(steps, epsilons, color=BLUE, label="spent")
-    for end in np.cumsum([spending.steps for spending in ledger.spendings])[:-1]:
+    for end in np.cumsum(ledger.taken)[:-1]:
         axes.axvline(end, color=GREY, linewidth=1, linestyle="--")
     if target is not None:
         axes.axhline(target, color=RED, linestyle=":", label=f"target {target:g}")
@@ -109,13 +109,11 @@ def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, loss: PrivacyLoss, target:
     axes.legend()
 
 
-def first(spendings: list[Spending], steps: int) -> list[Spending]:
+def first(ledger: PrivacyLedger, steps: int) -> list[Spending]:
     """Return what the first `steps` steps have spent."""
-    found = []
-    for spending in spendings:
-        found.append(spending._replace(steps=min(spending.steps, steps)))
-        steps -= found[-1].steps
-    return found
+    ends = np.cumsum(ledger.taken)
+    counts = np.clip(steps - (ends - ledger.taken), 0, ledger.taken)
+    return [spending_under(header, int(count)) for header, count in zip(ledger.runs, counts)]
 
 
 def draw_samples(axes: "Axes", samples: list[int], authors: list[int], bound: int) -> None:
@@ -214,6 +212,7 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
         ("Clip norm", f"{number(report['clip_norm'])} for each author's gradient"),
         ("Authors", "not told" if report["num_authors"] is None else number(report["num_authors"])),
         ("Sample rate", number(report["sample_rate"])),
+        *noise_bands(report),
         ("Expected batch", f"{number(report['expected_batch_size'])} authors"),
         ("Samples of an author per step", f"at most {report['samples_per_author']}"),
         ("Steps", number(report["steps"])),
@@ -232,6 +231,14 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
             law = f"draws, clip and noise were as promised in {audit['steps_checked']:,} steps"
             rows.append(("Audit of gradients", f"{law}; from the noise seen, epsilon is between {between}, if it is Gaussian"))
     return rows
+
+
+def noise_bands(report: dict) -> list[tuple[str, str]]:
+    """Return a row where noise is correlated over steps; reports of older versions do not know of it."""
+    if report.get("noise_bands", 1) == 1:
+        return []
+    accounted = f"{report['accounted_steps']:,} steps at sample rate {number(report['accounted_sample_rate'])}"
+    return [("Noise bands", f"{report['noise_bands']}: noise correlated over steps, groups in turn; accounted as {accounted}")]
 
 
 def rows_taken(report: dict) -> list[tuple[str, str]]:
@@ -392,6 +399,7 @@ def write_report(folder: Path, hidden: bool = False) -> None:
         if ledger.releases:
             together = ledger.epsilon_with_releases(epsilon)
             report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
+        report["accounted_steps"] = ledger.accounted_steps
         report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}
