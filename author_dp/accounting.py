@@ -68,7 +68,7 @@ def cyclic_rate(sample_rate: float, bands: int) -> float:
             f"--noise_bands {bands}: times the sample rate {sample_rate:.4g} it must be at most 1; lower it to at most "
             f"{math.floor(1 / sample_rate * (1 + 1e-9))}"
         )
-    return min(1.0, bands * sample_rate)
+    return bands * sample_rate if bands * sample_rate < 1 - 1e-9 else 1.0
 
 
 def cyclic_spending(noise_multiplier: float, sample_rate: float, steps: int, bands: int) -> Spending:

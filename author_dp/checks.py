@@ -62,7 +62,7 @@ class RunChecks:
         # Of groups the first is drawn from; half of what it has on average is there all but surely.
         check_unseeded_draws(lambda: sampler().draw_authors, math.ceil(self.plan.num_authors / (2 * bands - 1)), rate)
         if bands > 1:
-            check_unseeded_groups(lambda: sampler().groups, bands)
+            check_unseeded_groups(lambda: dealt(sampler()), bands)
         self.noise = noise_check(self.plan, folder, device, secure_noise)
         self._undo = Undo(self.plan.coefficients())
         law = None if self.canaries is None else self.canaries.start(self.plan)
@@ -76,9 +76,9 @@ class RunChecks:
         if self.plan.noise_bands == 1:
             self.draws = DrawCheck(self.plan.num_authors, self.number, rate)
         else:
-            self.draws = CyclicDrawCheck(sampler.groups, self.plan.noise_bands, self.number, rate)
-        if self.canaries is not None:
-            self.canaries.align(self.plan.coefficients(), sampler.groups)
+            self.draws = CyclicDrawCheck(dealt(sampler), self.plan.noise_bands, self.number, rate)
+            if self.canaries is not None:
+                self.canaries.align(self.plan.coefficients(), dealt(sampler))
         sampler.on_draw = self.draws.drawn
         self._asked.append(self.draws)
 
@@ -103,3 +103,9 @@ class RunChecks:
     def stop(self) -> None:
         """Ask nothing more."""
         self._asked = []
+
+
+def dealt(sampler: PoissonAuthorSampler) -> np.ndarray:
+    """Return the group of each author, where there are several groups."""
+    assert sampler.groups is not None
+    return sampler.groups

@@ -99,8 +99,8 @@ class PoissonAuthorSampler:
         self.real = len(offsets) - 1 - canaries
         self.on_draw: Optional[Callable[[np.ndarray], None]] = None
         self.rate = cyclic_rate(sample_rate, bands)  # of the authors of one group
-        self.groups = np.zeros(len(offsets) - 1, np.int64) if groups is None else groups
-        self.members = [np.flatnonzero(self.groups == group) for group in range(bands)]
+        self.groups = groups
+        self.members = None if groups is None else [np.flatnonzero(groups == group) for group in range(bands)]
         self.draws = 0
         self.samples_per_author = samples_per_author
         self.steps = steps
@@ -126,9 +126,15 @@ class PoissonAuthorSampler:
 
     def draw_authors(self) -> np.ndarray:
         """Return the authors of a new global draw, the same on every process."""
+        if self.members is None:
+            return self.draw_places(len(self.offsets) - 1)
         members = self.members[self.draws % len(self.members)]
-        number, drawn = len(members), []
-        last = -1  # the last author drawn, as a place in the group
+        return members[self.draw_places(len(members))]
+
+    def draw_places(self, number: int) -> np.ndarray:
+        """Return which of so many are in, each with probability `rate`, ascending."""
+        drawn = []
+        last = -1  # the last one drawn
         while last < number:
             # Of independent draws the gaps between those that are in are geometric; somewhat more of them than are expected.
             expected = (number - 1 - last) * self.rate
@@ -137,7 +143,7 @@ class PoissonAuthorSampler:
             drawn.append(places)
             last = places[-1]
         places = np.concatenate(drawn)
-        return members[places[places < number]]
+        return places[places < number]
 
     def draw_samples(self, authors: np.ndarray) -> list[np.ndarray]:
         """Return for each author min(k, all) sample indices, uniformly and without replacement."""
@@ -404,12 +410,13 @@ class AuthorDPOptimizer(DPOptimizer):
             )
         self.before_release()
         self._used = True
-        std = self.noise_multiplier * self.max_grad_norm
+        std = self.noise_multiplier * self.max_grad_norm / math.sqrt(self.world_size)
         if self.bands is not None:
-            self.bands.add_(self._slice, self.noise, std)
+            self.bands.add_(self._slice, self.noise, std * math.sqrt(self.world_size))
+            std = 0.0
         for part in self.sums.split(self.noise.elements):  # while it is in the cache
-            if std > 0 and self.bands is None:
-                self.noise.add_(part, std / math.sqrt(self.world_size))
+            if std > 0:
+                self.noise.add_(part, std)
             part.div_(self.expected_batch_size)
         if self.world_size > 1:
             dist.all_reduce(self.sums)

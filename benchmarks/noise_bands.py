@@ -3,8 +3,8 @@
 python benchmarks/noise_bands.py computed
 python benchmarks/noise_bands.py measured [--only epsilon-8|sgd|epsilons] [--repetitions 1] [--parallel 1] [--cache bands.jsonl]
 
-Every measured run is the script itself on the demo's corpus: expected batch 256 authors, 154 steps, a constant rate. Runs that are
-in the cache are not repeated.
+Every measured run is the script itself on the demo's corpus: expected batch 256 authors, 154 steps, a constant rate. Runs that
+are in the cache are not repeated.
 """
 
 import argparse

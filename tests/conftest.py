@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, Trainer
 
 from author_dp.clipping import ENGINES
 from author_dp.mechanism import LogicalBatch, author_losses, cut_into_microbatches
-from data_utils import AuthorDataset, collate, group_by_author
+from data_utils import AuthorDataset, author_hashes, collate, group_by_author
 from dp_utils import DPTrainer, PrivacyArguments
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +70,7 @@ def make_dataset(counts: list[int], seed: int = 0, longest: int = 12) -> AuthorD
     authors = [author for author, count in enumerate(counts) for _ in range(count)]
     generator.shuffle(authors)
     tokens = [[generator.randrange(VOCABULARY) for _ in range(generator.randint(2, longest))] for _ in authors]
-    return AuthorDataset(datasets.Dataset.from_dict({"input_ids": tokens}), *group_by_author(authors))
+    return AuthorDataset(datasets.Dataset.from_dict({"input_ids": tokens}), *group_by_author(authors), author_hashes(authors))
 
 
 def make_batch(counts: list[int] = COUNTS, seed: int = 0, longest: int = 12) -> dict:

@@ -20,6 +20,7 @@ trainer = make_trainer(
     make_dataset(options["counts"]),
     privacy=options["privacy"],
     per_device_train_batch_size=options["per_device"],
+    max_steps=options.get("steps", 1),
 )
 batches, recorder = train(trainer)
 trainer.save_model()

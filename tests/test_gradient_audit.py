@@ -76,18 +76,18 @@ BUGS: dict[str, tuple] = {
     "q doubled": (
         "dp_utils.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate", "how many authors"),
     "shuffled batches": (
-        f"{DRAW}.draw_authors", "number, drawn = len(self.offsets) - 1, []",
-        "number, drawn = len(self.offsets) - 1, []\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
-        ".random.default_rng().permutation(number)\n    size = round(number * self.sample_rate); taken, self.deck = self.deck"
+        f"{DRAW}.draw_places", "drawn = []",
+        "drawn = []\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
+        ".random.default_rng().permutation(number)\n    size = round(number * self.rate); taken, self.deck = self.deck"
         "[:size], self.deck[size:]\n    return np.sort(taken)", "how many authors were never drawn"),
     "an author who is always in": (
-        f"{DRAW}.draw_authors", "return places[places < number]", "return np.unique([3, *places[places < number]])",
+        f"{DRAW}.draw_places", "return places[places < number]", "return np.unique([3, *places[places < number]])",
         "how often one author is drawn"),
     "an author who is never in": (
-        f"{DRAW}.draw_authors", "return places[places < number]", "return places[(places < number) & (places != 3)]",
+        f"{DRAW}.draw_places", "return places[places < number]", "return places[(places < number) & (places != 3)]",
         "how often one author is drawn", {"steps": 260, "per_device": 50, "canaries": 0}),
     "every draw used twice": (
-        f"{DRAW}.draw_authors", "return places[places < number]",
+        f"{DRAW}.draw_places", "return places[places < number]",
         "last = getattr(self, 'last', None); self.last = places[places < number] if last is None else None\n"
         "    return self.last if last is None else last", "in two draws in a row"),
     "empty draws skipped": (
@@ -209,7 +209,8 @@ def test_two_hundred_honest_runs_raise_no_alarm():
         included = generator.random(300) < 0.5
         law, draws = CanaryCheck(sigma, rate, included), DrawCheck(300, 40, rate)
         sampler = PoissonAuthorSampler(np.arange(301), np.arange(300), sample_rate=rate, samples_per_author=1, steps=1,
-                                       key=int(generator.integers(2**60)), canaries=40, on_draw=draws.drawn)  # fmt: skip
+                                       key=int(generator.integers(2**60)), canaries=40)  # fmt: skip
+        sampler.on_draw = draws.drawn
         for step in range(1, 31):
             draws.taken(sampler.draw().batch_size)
             drawn = included & (generator.random(300) < rate)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_accounting
 import test_audit
+import test_bands
 import test_budget
 import test_checkpoints
 import test_clipping
@@ -45,6 +46,7 @@ LEDGER = "author_dp.ledger.PrivacyLedger"
 CONTRIBUTIONS = "author_dp.clipping.contributions"
 NOISE = "author_dp.noise.NoiseSource"
 DRAW = "author_dp.mechanism.PoissonAuthorSampler"
+BANDS = "author_dp.bands"
 
 
 class Bug(NamedTuple):
@@ -125,19 +127,19 @@ BUGS = [
     Bug("what a broken step left is used", TRAINING_STEP, "self.optimizer.zero_grad()", "pass",
         lambda path, _: test_dp_utils.test_a_step_that_was_broken_off_leaves_nothing_for_the_next(path)),
     # The sampling.
-    Bug("shuffled, of a fixed size", f"{DRAW}.draw_authors",
+    Bug("shuffled, of a fixed size", f"{DRAW}.draw_places",
         "places[places < number]",
-        "np.sort(self._authors_generator.permutation(number)[: round(self.sample_rate * number)])",
+        "np.sort(self._authors_generator.permutation(number)[: round(self.rate * number)])",
         lambda *_: test_mechanism.test_batch_sizes_are_binomial()),
-    Bug("an author who is always in", f"{DRAW}.draw_authors", "places[places < number]",
+    Bug("an author who is always in", f"{DRAW}.draw_places", "places[places < number]",
         "np.unique(np.append(places[places < number], 0))",
         lambda *_: test_mechanism.test_every_author_is_drawn_with_probability_q()),
-    Bug("authors drawn two by two", f"{DRAW}.draw_authors", "places[places < number]",
+    Bug("authors drawn two by two", f"{DRAW}.draw_places", "places[places < number]",
         "np.union1d(places[places < number] // 2 * 2, places[places < number] // 2 * 2 + 1)",
         lambda *_: test_mechanism.test_authors_and_steps_are_independent()),
-    Bug("a gap one too long", f"{DRAW}.draw_authors", "places = last + np.cumsum", "places = last + 1 + np.cumsum",
+    Bug("a gap one too long", f"{DRAW}.draw_places", "places = last + np.cumsum", "places = last + 1 + np.cumsum",
         lambda *_: test_mechanism.test_every_author_is_drawn_with_probability_q()),
-    Bug("draws cut off where more gaps are needed", f"{DRAW}.draw_authors", "while last < number:", "while not drawn:",
+    Bug("draws cut off where more gaps are needed", f"{DRAW}.draw_places", "while last < number:", "while not drawn:",
         lambda *_: test_mechanism.test_a_draw_goes_on_to_the_last_author()),
     Bug("k + 1 samples", f"{DRAW}.draw_samples", "place < self.samples_per_author", "place <= self.samples_per_author",
         lambda *_: test_mechanism.test_up_to_k_samples_of_each_author_without_replacement_uniformly(3)),
@@ -257,6 +259,31 @@ BUGS = [
     Bug("a rate other than the one accounted for", LOADER, "sample_rate=plan.sample_rate",
         "sample_rate=plan.expected_batch_size / plan.num_authors",
         lambda path, _: test_hidden_counts.test_authors_are_drawn_at_the_rate_and_divided_by_a_constant(path)),
+    Bug("a group drawn twice in b steps", f"{DRAW}.draw_authors", "self.draws % len(self.members)",
+        "self.draws // 2 % len(self.members)", lambda *_: test_bands.test_sensitivity_of_what_the_sampler_can_draw(4)),
+    Bug("a band dropped", f"{BANDS}.BandedNoise.add_", "zip(places, self.rest)", "zip(places[1:], self.rest[1:])",
+        lambda *_: test_bands.test_the_covariance_of_released_noise_is_that_of_the_inverse(3)),
+    Bug("band coefficients in reverse", f"{BANDS}.BandedNoise.add_", "zip(places, self.rest)", "zip(places, self.rest[::-1])",
+        lambda *_: test_bands.test_the_covariance_of_released_noise_is_that_of_the_inverse(3)),
+    Bug("columns not of norm 1", f"{BANDS}.band_coefficients", "np.linalg.norm(coefficients) * (1 + 1e-12)", "coefficients[0]",
+        lambda *_: test_bands.test_columns_have_norm_one_and_as_many_bands_as_asked_for()),
+    Bug("q instead of b q accounted", "author_dp.accounting.cyclic_spending", "cyclic_rate(sample_rate, bands)", "sample_rate",
+        lambda *_: test_bands.test_epsilon_is_that_of_an_independent_accountant()),
+    Bug("a cycle that is not whole accounted as none", "author_dp.accounting.cyclic_spending", "-(-steps // bands)",
+        "steps // bands", lambda *_: test_bands.test_bands_are_accounted_as_fewer_steps_at_a_higher_rate()),
+    Bug("bands forgotten by the ledger", "author_dp.ledger.spending_under", 'header.get("noise_bands", 1)', "1",
+        lambda path, _: test_bands.test_the_ledger_reads_bands_and_refuses_none(path)),
+    Bug("noises kept over a resume", "dp_utils.DPTrainer.create_optimizer", "noisy.begin(self.plan.coefficients())",
+        "noisy.bands or noisy.begin(self.plan.coefficients())",
+        lambda path, _: test_bands.test_a_second_training_begins_a_new_mechanism(path)),
+    Bug("draws thrown away", STEP, "self.draw != self.bands.steps", "False",
+        lambda path, _: test_bands.test_draws_thrown_away_end_the_run(path)),
+    Bug("a share of the noise in a slice that has it alone", STEP, "std * math.sqrt(self.world_size)", "std",
+        lambda path, _: test_bands.test_two_processes_add_the_noise_of_one_in_slices(path), spawned=True),
+    Bug("groups from --seed", LOADER, "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')",
+        lambda path, _: test_bands.test_one_seed_deals_no_groups(path)),
+    Bug("groups that move when an author leaves", f"{BANDS}.deal", "for one in hashes", "for one in range(len(hashes))",
+        lambda *_: test_bands.test_a_group_follows_from_the_author_and_the_key_alone()),
     Bug("an audit that forgets delta", "author_dp.audit.p_value", "+ 2 * canaries * delta * alpha", "",
         lambda *_: test_audit.test_delta_costs_what_the_theorem_says()),
     Bug("an audit that picks its best guess for free", "author_dp.audit.lower_bound", "1 - (1 - CONFIDENCE) / len(SHARES)", "0.8",

@@ -100,9 +100,14 @@ def test_uploads_leave_the_report_here(tmp_path):
         make_trainer(tmp_path, push_to_hub=True)
 
 
-def test_first_steps_of_several_runs():
-    spendings = [Spending(1.0, 0.1, 5), Spending(2.0, 0.1, 5)]
-    assert [s.steps for s in first(spendings, 7)] == [5, 2] and [s.steps for s in first(spendings, 3)] == [3, 0]
+def test_first_steps_of_several_runs(tmp_path):
+    ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
+    for sigma in (1.0, 2.0):
+        ledger.start_run({"noise_multiplier": sigma, "sample_rate": 0.1, "noise_bands": int(sigma)})
+        for _ in range(5):
+            ledger.record_step()
+    assert first(ledger, 8) == [Spending(1.0, 0.1, 5), Spending(2.0, 0.2, 2)]
+    assert first(ledger, 3) == [Spending(1.0, 0.1, 3), Spending(2.0, 0.2, 0)] and first(ledger, 10) == ledger.spendings
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
