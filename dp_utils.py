@@ -32,6 +32,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
@@ -54,7 +55,7 @@ from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
 from author_dp.gradient_audit import CollateWithCanaries, GradientCanaries
-from author_dp.guards import by_metrics, check_launch, check_model, check_options, check_trained_weights
+from author_dp.guards import by_metrics, check_launch, check_model, check_options, check_shares, check_trained_weights
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count, write_json
 from author_dp.mechanism import (
     AuthorDPOptimizer,
@@ -67,6 +68,7 @@ from author_dp.mechanism import (
 from author_dp.plan import PrivacyPlan, make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, prove
+from author_dp.sharding import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -185,6 +187,7 @@ class DPTrainer(Trainer):
         data_collator: pads a list of samples to input_ids and labels of shape (samples, tokens).
         sequence_len: tokens of the longest sample, for the proof at the start; default: 128, or the model's positions.
         canaries: authors by whom the run audits itself, not yet in the data set.
+        full_shard: share weights, sums, noise and optimizer state among the processes (author_dp/sharding.py).
         kwargs: the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
@@ -204,10 +207,15 @@ class DPTrainer(Trainer):
         data_collator: Callable,
         sequence_len: Optional[int] = None,
         canaries: Optional[GradientCanaries] = None,
+        full_shard: bool = False,
         **kwargs,
     ):
         check_options(args, privacy)
         check_model(model, proven=False)
+        self.full_shard = full_shard
+        if full_shard:
+            check_shares(args, privacy, model)
+            shard(model, args.device)
         self.proof: Optional[Proof] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
             self.proof = prove(move(model, args), privacy.clipping, sequence_len)
@@ -299,7 +307,7 @@ class DPTrainer(Trainer):
             return optimizer
         noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
-            self.optimizer = noisy = AuthorDPOptimizer(
+            self.optimizer = noisy = (ShardedOptimizer if self.full_shard else AuthorDPOptimizer)(
                 optimizer,
                 noise_multiplier=self.plan.noise_multiplier,
                 clip_norm=self.plan.clip_norm,
@@ -323,11 +331,12 @@ class DPTrainer(Trainer):
         """Return the clipping engine's module, for training only; wrapped, so that accelerate adds no DistributedDataParallel."""
         if not training:
             return model
-        broadcast_parameters(self.model)
+        if not self.full_shard:
+            broadcast_parameters(self.model)
         if self.privacy.disable_dp:
             return Wrapper(self.model)
         clipped = self.model if self.canaries is None else self.canaries.beside(self.model)
-        self.engine = ENGINES[self.plan.clipping](clipped, self.plan.clip_norm)
+        self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm)
         if self.proof is not None:
             self.proof.settle(self.engine)
         return Wrapper(self.engine.module)
@@ -342,6 +351,7 @@ class DPTrainer(Trainer):
         model.train()
         self.optimizer.zero_grad()  # also what a step left that was broken off
         total = torch.zeros_like(self._step_loss)
+        idle = rounds_behind(model, len(inputs.microbatches))
         for microbatch in inputs.microbatches:
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
@@ -354,6 +364,9 @@ class DPTrainer(Trainer):
                 norms = self.engine.backward(self.canaries.push(losses, microbatch), microbatch["author"])
                 self.norms.add(self.canaries.without(norms, microbatch))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
+        for _ in range(idle):
+            with self.accelerator.autocast():
+                self.engine.idle()
         if self.engine is not None:
             self._noisy.draw = inputs.number
         self.norms.end_step()
@@ -412,8 +425,24 @@ class DPTrainer(Trainer):
         self.checks.test()
         check_trained_weights(self.model, self.state.global_step)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the whole of an optimizer's state that is in shares, as one without shares would be."""
+        if not self.full_shard:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = getattr(self.optimizer, "optimizer", self.optimizer).whole_state()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Optional[nn.Module] = None) -> None:
+        if not self.full_shard:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, Path(resume_from_checkpoint))
+
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
         """Save model and tokenizer, and the privacy report beside them."""
+        if self.full_shard:
+            state_dict = whole_weights(self.model)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             report = self.privacy_report()

@@ -66,7 +66,7 @@ from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.gradient_audit import GradientCanaries
-from author_dp.guards import check_options, check_shared_authors
+from author_dp.guards import check_options, check_shared_authors, check_shares
 from author_dp.hub import hub_error, hub_is_reachable
 from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
 from author_dp.release import ReleaseArguments, check_release, release_loss
@@ -163,8 +163,20 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Of no effect: the samples hold what is used."})
     evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Older name of --eval_strategy."})
+    fsdp: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "full_shard: share weights, clipped sums, noise and optimizer state among the processes, each 1/W of them."
+        },
+    )
 
     def __post_init__(self):
+        if not set((self.fsdp or "").split()) <= {"full_shard", "auto_wrap"}:
+            raise UserError(f"--fsdp {self.fsdp} does not work here: give full_shard, or leave it out")
+        if self.fsdp and (self.fsdp_config or os.environ.get("ACCELERATE_USE_FSDP")):
+            raise UserError("--fsdp_config, or accelerate's own, has no part in --fsdp full_shard here: leave it out")
+        # The Trainer must not see it: accelerate would share gradients that are not per author.
+        self.full_shard, self.fsdp = bool(self.fsdp), None
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
             self.evaluation_strategy = None
@@ -210,6 +222,8 @@ def parse_arguments() -> tuple:
         training_args.logging_strategy, training_args.eval_strategy = "steps", "steps" if has_evaluation else "no"
     check_options(training_args, privacy_args)
     check_shared_authors(data_args.allow_shared_authors, training_args, privacy_args)
+    if training_args.full_shard:
+        check_shares(training_args, privacy_args)
     check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
     find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
     return groups
@@ -347,6 +361,7 @@ def main() -> None:
         data_collator=collate,
         sequence_len=data_args.sequence_len,
         canaries=audit if isinstance(audit, GradientCanaries) else None,
+        full_shard=training_args.full_shard,
         processing_class=tokenizer,
     )
     trainer.data = data_notes(data_args, tokenizer)

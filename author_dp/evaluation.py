@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from author_dp.authors import column_of
 from author_dp.mechanism import Batch, token_losses
 from author_dp.processes import sum_over_processes
+from author_dp.sharding import idle_forwards, rounds_behind
 
 
 class TextBatches(Dataset):
@@ -62,6 +63,7 @@ def evaluate(
     device = next(model.parameters()).device
     texts: Any = loader.dataset
     sums = torch.zeros(2, len(texts.dataset), dtype=torch.float64)  # losses, tokens
+    idle = rounds_behind(model, len(loader))
     with torch.no_grad():
         for batch in loader:
             batch = send_to_device(batch, device)
@@ -69,6 +71,7 @@ def evaluate(
             for row, values in zip(sums, (losses, counted)):
                 row.index_add_(0, batch["author"].cpu(), values.sum(1, dtype=torch.float64).cpu())
             on_batch()
+    idle_forwards(model, idle)
     losses, tokens = sum_over_processes(sums.to(device)).cpu()
     loss = (losses.sum() / tokens.sum()).item()
     author_loss = (losses / tokens)[tokens > 0].mean().item()

@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from author_dp.errors import UserError
 from author_dp.proof import check_apart
+from author_dp.sharding import is_finite
 
 # Options that would change the mechanism behind the accountant's back: refused by name, with the remedy.
 REFUSED_OPTIONS = {
@@ -26,7 +27,7 @@ REFUSED_OPTIONS = {
     "--gradient_accumulation_steps by the same factor",
     "fp16": "its loss scaler rescales and skips steps; use --bf16",
     "deepspeed": "it averages and clips gradients on its own; start processes with torch.distributed.run",
-    "fsdp": "its sharded gradients are not per author; start processes with torch.distributed.run",
+    "fsdp": "accelerate would share gradients that are not per author; give full_shard to DPTrainer instead",
     "neftune_noise_alpha": "its noise is not the noise of the mechanism; leave it out",
     "label_smoothing_factor": "it would replace the per-author loss; leave it at 0",
     "torch_compile": "it hides the layers from the clipping hooks; leave it out",
@@ -146,6 +147,30 @@ def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
         raise UserError(f"--{name}_kwargs: use_reentrant hides the layers from the clipping hooks; set it to false")
 
 
+# Optimizers that treat each number by itself, so that a share is updated as it would be in the whole.
+SHARED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
+
+def check_shares(args: TrainingArguments, privacy: Any, model: Any = None) -> None:
+    """Raise UserError for what does not work, or was not proven, with a model in shares (--fsdp full_shard).
+
+    Args:
+        model: None where it is not loaded yet.
+    """
+    if args.world_size < 2:
+        raise UserError("--fsdp full_shard shares among processes: start several with torch.distributed.run, or leave it out")
+    if privacy.disable_dp or privacy.clipping != "ghost":
+        name = "disable_dp" if privacy.disable_dp else f"clipping {privacy.clipping}"
+        raise UserError(f"--{name} does not work with --fsdp: leave out one of the two")
+    if OptimizerNames(args.optim).value not in SHARED_OPTIMIZERS:
+        raise UserError(f"--optim {OptimizerNames(args.optim).value} may mix shares of --fsdp: use {SHARED_OPTIMIZERS[0]}")
+    if args.load_best_model_at_end:
+        raise UserError("--load_best_model_at_end does not work with --fsdp: leave it out, and choose a checkpoint yourself")
+    kinds = {parameter.dtype for parameter in model.parameters()} if model is not None else {torch.float32}
+    if kinds != {torch.float32} or getattr(model, "hf_device_map", None):
+        raise UserError("--fsdp wants all weights in float32, on no device yet: load the model whole, without quantization")
+
+
 def check_launch(accelerator: Accelerator) -> None:
     """Raise UserError where accelerate's own configuration would change the mechanism."""
     if accelerator.scaler is not None or accelerator.distributed_type not in SUPPORTED_LAUNCHES:
@@ -182,5 +207,5 @@ def check_trained_weights(model: nn.Module, step: int) -> None:
 def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], where: str, remedy: str) -> None:
     """Raise UserError where a weight is not a finite number. Weights are public, so this tells nothing about any author."""
     for name, parameter in parameters:
-        if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+        if not is_finite(parameter):
             raise UserError(f"{where}{name} holds weights that are not finite: {remedy}")

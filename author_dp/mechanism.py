@@ -380,12 +380,16 @@ class AuthorDPOptimizer(DPOptimizer):
         self.before_release, self.after_release = before_release, after_release
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.noise = NoiseSource(self.params[0].device, secure_noise)
-        behind = [] if canaries is None else [canaries.table.weight]
-        sizes = [*(parameter.numel() for parameter in self.params), PAD + sum(c.numel() for c in behind)]
-        self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
         self.bands: Optional[BandedNoise] = None
         self.draw: Optional[int] = None  # whose clipped gradients are in the sums, where that matters: AuthorDraw.number
         self._used = False
+        self.lay_out(canaries)
+
+    def lay_out(self, canaries: Any) -> None:
+        """Give every parameter its place in the sums."""
+        behind = [] if canaries is None else [canaries.table.weight]
+        sizes = [*(parameter.numel() for parameter in self.params), PAD + sum(c.numel() for c in behind)]
+        self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
         *views, self.pad = self.sums.split(sizes)
         for parameter, view in zip(self.params, views):
             parameter.summed_grad = view.view_as(parameter)

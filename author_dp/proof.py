@@ -23,7 +23,8 @@ from transformers.utils import logging
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
-from author_dp.mechanism import IGNORED, Batch, author_losses
+from author_dp.mechanism import IGNORED, Batch
+from author_dp.sharding import LEAVE_OUT, in_shares, make_engine, norm_of, ordinary_gradients, own, take_in_turn
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -76,7 +77,7 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None) -> Proo
     longest = longest_sample(model, sequence_len)
     check_apart(model, longest)
     with still(model), nothing_at_zero(model):
-        with naming(f"--clipping {clipping} cannot follow this model: use --clipping {other_than(clipping)}, or --enable_lora"):
+        with naming(f"--clipping {clipping} cannot follow this model: {instead_of(clipping, model.parameters())}"):
             batches = [random_authors(model, length) for length in LENGTHS]
             batches.append(random_authors(model, max(4, min(longest, LONGEST)), (1, 1)))
             unused = freeze_unused(model, batches[0])
@@ -150,7 +151,7 @@ def is_rate(owner: Any, name: str, value: Any) -> bool:
 @contextmanager
 def nothing_at_zero(model: nn.Module) -> Iterator[None]:
     """With small random numbers in what is all zero: LoRA's second factor would hide every gradient of the first."""
-    zeros = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.any()]
+    zeros = [own(parameter) for parameter in model.parameters() if parameter.requires_grad and not own(parameter).any()]
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
@@ -239,7 +240,7 @@ def plain_gradient(model: Any, batch: Batch, author: int, parameters: list[Any])
     for row in rows:
         log_probabilities = model(input_ids=row[None]).logits[0, :-1].float().log_softmax(-1)
         loss = -log_probabilities.gather(1, row[1:, None]).sum() / targets
-        for i, gradient in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
+        for i, gradient in enumerate(ordinary_gradients(loss, parameters)):
             total[i] = gradient if total[i] is None else total[i] if gradient is None else total[i] + gradient
     return tuple(total)
 
@@ -293,11 +294,11 @@ def compare(model: Any, clipping: str, batches: list[Batch]) -> tuple[float, set
 
 def clip(model: Any, clipping: str, clip_norm: float, batches: list[Batch], apart: set | None) -> tuple[torch.Tensor, set[Any]]:
     """Run a new engine, and take it off: the plain loop is to see a plain model. Returns norms, and what it took apart."""
-    engine = ENGINES[clipping](model, clip_norm)
+    engine = make_engine(model, clipping, clip_norm)
     try:
         if isinstance(engine, GhostClipping) and apart is not None:
             engine.settle(apart)
-        norms = [engine.backward(author_losses(engine.module, batch), batch["author"]) for batch in batches]
+        norms = [take_in_turn(engine, batch, turn) for turn, batch in enumerate(batches)]
     finally:
         engine.close()
     return torch.cat(norms), set(getattr(engine, "apart", ()))
@@ -331,16 +332,16 @@ def judge(
         parameters: {parameter: name}.
         tolerance: of relative differences.
     """
-    sums = {name: float(parameter.summed_grad.norm()) for parameter, name in parameters.items()}
+    sums = {name: norm_of(parameter.summed_grad) for parameter, name in parameters.items()}
     whole = math.hypot(*sums.values())
     differences = {}
     for author, (norm, found) in enumerate(zip(norms.tolist(), expected)):
         gradients = [(parameter, gradient) for parameter, gradient in zip(parameters, found) if gradient is not None]
-        size = math.hypot(*(float(gradient.norm()) for _, gradient in gradients))
+        size = math.hypot(*(norm_of(gradient) for _, gradient in gradients))
         differences[f"the norm of author {author + 1}"] = abs(norm - size) / size
         for parameter, gradient in gradients:
             parameter.summed_grad.sub_(gradient, alpha=min(1.0, clip_norm / size))
-    left = {name: float(parameter.summed_grad.norm()) for parameter, name in parameters.items()}
+    left = {name: norm_of(parameter.summed_grad) for parameter, name in parameters.items()}
     differences["the clipped sum"] = math.hypot(*left.values()) / whole
     wrong = [name for name in left if not left[name] <= tolerance * sums[name] + NEGLIGIBLE * whole]
     worst = max(differences.values())
@@ -349,10 +350,13 @@ def judge(
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
             f"--clipping {clipping} does not clip this model rightly: {named}{more} differ from a plain loop over authors (the "
-            f"whole by {worst:.1e}); use --clipping {other_than(clipping)}, or --enable_lora"
+            f"whole by {worst:.1e}); {instead_of(clipping, parameters)}"
         )
     return worst
 
 
-def other_than(clipping: str) -> str:
-    return next(name for name in ENGINES if name != clipping)
+def instead_of(clipping: str, parameters: Iterable[Any]) -> str:
+    """Return what the user can do where an engine cannot clip these parameters."""
+    if in_shares(parameters):
+        return LEAVE_OUT
+    return f"use --clipping {next(name for name in ENGINES if name != clipping)}, or --enable_lora"

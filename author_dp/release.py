@@ -41,6 +41,7 @@ from author_dp.guards import by_metrics
 from author_dp.ledger import LEDGER_NAME, PrivacyLedger
 from author_dp.mechanism import token_losses
 from author_dp.processes import broadcast, sum_over_processes
+from author_dp.sharding import idle_forwards, rounds_behind
 
 GRID = 2**20  # steps between a loss of 0 and one of R
 LIMITS = {"release_eval_epsilon": (1e-9, 1e9), "release_eval_range": (1e-6, 1e6)}  # beyond, floats cannot tell what was found
@@ -131,7 +132,10 @@ def author_shares(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
     dataset, size, device = trainer.eval_dataset, trainer.args.per_device_eval_batch_size, trainer.args.device
     totals = torch.zeros(2, dtype=torch.int64)
     trainer.model.eval()
-    for author in range(trainer.args.process_index, len(dataset), trainer.args.world_size):
+    mine = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
+    counts = np.diff(dataset.offsets)[mine.start :: mine.step]  # of texts
+    idle = rounds_behind(trainer.model, int((-(-counts // size)).clip(min=1).sum()))
+    for author in mine:
         texts = dataset.indices[dataset.offsets[author] : dataset.offsets[author + 1]]
         loss, tokens = 0.0, 0
         for part in np.split(texts, range(size, len(texts), size)):
@@ -142,6 +146,7 @@ def author_shares(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
             loss, tokens = loss + losses.double().sum().item(), tokens + int(counted.sum())
         if tokens:
             totals += torch.tensor(on_grid(loss / tokens, upper))
+    idle_forwards(trainer.model, idle)
     return totals.to(device)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 
 from author_dp.clipping import ENGINES
@@ -93,7 +94,7 @@ def clipped_sum(model, batch: dict, clip_norm: float, clipping: str, **options) 
     return total, norms
 
 
-def make_trainer(folder, model=None, dataset=None, *, privacy=None, **options) -> DPTrainer:
+def make_trainer(folder, model=None, dataset=None, *, privacy=None, full_shard=False, **options) -> DPTrainer:
     """A trainer whose update is minus the gradient: SGD with learning rate 1."""
     privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, **(privacy or {})}
     defaults = {
@@ -107,6 +108,7 @@ def make_trainer(folder, model=None, dataset=None, *, privacy=None, **options) -
         PrivacyArguments(**privacy),
         train_dataset=dataset if dataset is not None else make_dataset(COUNTS),
         data_collator=collate,
+        full_shard=full_shard,
     )
 
 
@@ -121,7 +123,8 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def flat(tensors) -> torch.Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+    """One vector of all tensors; those in shares are gathered, which is collective."""
+    return torch.cat([(t.full_tensor() if isinstance(t, DTensor) else t).detach().flatten() for t in tensors])
 
 
 def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:

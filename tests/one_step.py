@@ -21,6 +21,7 @@ trainer = make_trainer(
     privacy=options["privacy"],
     per_device_train_batch_size=options["per_device"],
     max_steps=options.get("steps", 1),
+    **options.get("more", {}),
 )
 batches, recorder = train(trainer)
 trainer.save_model()

@@ -97,6 +97,10 @@ class GhostClipping:
             if not add_up or any(unfit.search(f"{n}.") for n, _ in uses):
                 self.apart.add(parameter)
         self._trained = {layer: {p for p in layer.parameters(recurse=False) if p.requires_grad} for layer in self._rules}
+        # Of a model in shares, a layer holds others while it runs: they are known by their names.
+        self._named = {
+            layer: {n: p for n, p in layer.named_parameters(recurse=False) if p in own} for layer, own in self._trained.items()
+        }
         self.tied = {parameter for parameter, uses in owners.items() if len(uses) > 1}
         self._settled = False
         # Every tap has this leaf as an input: what autograd must visit to reach it are the taps, and no weight.
@@ -188,10 +192,14 @@ class GhostClipping:
         finite = norms.isfinite()
         if not finite.all():  # their factor is zero, but zero times nan would be nan: leave these authors out
             contributions = {p: [without(part, ~finite, author) for part in parts] for p, parts in contributions.items()}
+        self._add(contributions, factors, authors)
+        return norms
+
+    def _add(self, contributions: dict[Any, list[Contribution]], factors: torch.Tensor, authors: Authors) -> None:
+        """Add the clipped sums of these authors, each times its factor, (authors,), to `summed_grad`."""
         for parameter in list(contributions):  # let go of each tensor once it is used
             for part in contributions.pop(parameter):
                 part.add_clipped(parameter.summed_grad, factors, authors)
-        return norms
 
     def _learn(self, losses: torch.Tensor) -> set[Any]:
         """Return what is to be taken apart: what no rule follows, and in a first call what was used behind the taps' back."""
@@ -238,12 +246,13 @@ class GhostClipping:
                 return self._leave(layer)
             rows.append(row)
         self._in_rule = True
+        known = {layer.get_parameter(name): parameter for name, parameter in self._named[layer].items()}
         try:
             if rule is general:
                 parts = general(layer, rows[:-1], rows[-1], self._authors)
             else:
                 rows = [rows[0].flatten(1) if rule is embedding else rows[0].flatten(1, -2), rows[-1].flatten(1, -2)]
-                parts = rule(layer, *rows, self._authors, layer.weight not in self.tied)
+                parts = rule(layer, *rows, self._authors, known.get(layer.weight) not in self.tied)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             if rule is not general or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -251,8 +260,8 @@ class GhostClipping:
         finally:
             self._in_rule = False
         for parameter, part in parts.items():
-            if parameter in self.parameters:
-                self._contributions[parameter].append(part)
+            if parameter in known:
+                self._contributions[known[parameter]].append(part)
 
     def close(self) -> None:
         """Take the hooks off the model."""
