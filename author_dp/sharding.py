@@ -90,8 +90,10 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
 
 def norm_of(tensor: torch.Tensor) -> float:
     """Return the L2 norm of the whole tensor. Collective for one in shares."""
-    found = tensor.detach().norm()
-    return float(found.full_tensor() if isinstance(found, DTensor) else found)
+    square = own(tensor).square().sum(dtype=torch.float64)
+    if isinstance(tensor, DTensor):
+        dist.all_reduce(square)
+    return float(square) ** 0.5
 
 
 def is_finite(parameter: Any) -> bool:

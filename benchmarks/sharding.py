@@ -1,0 +1,162 @@
+"""Memory and time of a step with and without --fsdp full_shard, by number of processes; and what fits where, computed.
+
+    python benchmarks/sharding.py                     # GPT-2 medium's shape, 354 million parameters, 1, 2 and 4 processes
+    python benchmarks/sharding.py --layers 4          # a smaller one
+    python benchmarks/sharding.py --computed          # only the computed table
+
+Random weights and token ids; every author is in every draw, `--authors` a process. The memory is the peak of one process' resident
+set in the timed steps, less what it held before the model was made: weights, sums, moments, what is gathered, activations. glibc
+is told to give back what is freed (MALLOC_MMAP_THRESHOLD_), or the peak would be that of the start. Goal: 16 bytes a parameter
+over W, the largest layer and activations (as in the row of one process), and 15 %.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from throughput import StepTimes, make_data, make_model, where
+from transformers import TrainerCallback, TrainingArguments
+
+from data_utils import collate
+from dp_utils import DPTrainer, PrivacyArguments
+
+GIB = 2**30
+CASES = (("whole", 1), ("whole", 2), ("shares", 2), ("shares", 4))
+SIZES = (0.1, 0.35, 1, 3, 8, 13, 34, 70)  # billion parameters
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+GPU_MEMORY, RESERVE = 80.0, 10.0  # GiB; the reserve is for activations, one gathered layer and CUDA itself
+ADAPTERS = 0.005  # parameters of LoRA over those of the base
+
+
+def resident(field: str) -> float:
+    """GiB that /proc says of this process: VmRSS now, VmHWM at most since `forget_peak`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 2**20
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class ForgetPeakAfterFirst(TrainerCallback):
+    """The moments are made in the first step: the peak of the others is that of a run."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            forget_peak()
+
+
+def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train in this process as one of WORLD_SIZE."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(1)
+    config = {"n_layer": options.layers, "n_embd": 1024, "n_head": 16, "n_positions": max(64, options.tokens)}
+    data = make_data(options.authors * processes, 1, options.tokens)
+    before, started = resident("VmRSS"), time.perf_counter()
+    model = make_model(False, **config)
+    parameters = sum(p.numel() for p in model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        if processes > 1:
+            folder = os.environ["SHARED_FOLDER"]
+        arguments = TrainingArguments(
+            folder, max_steps=options.steps + 1, per_device_train_batch_size=options.authors, max_grad_norm=0.0, use_cpu=True,
+            report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", log_level="error", optim="adamw_torch",
+        )  # fmt: skip
+        trainer = DPTrainer(
+            model,
+            arguments,
+            PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0),
+            train_dataset=data,
+            data_collator=collate,
+            sequence_len=options.tokens,
+            callbacks=[times := StepTimes(), ForgetPeakAfterFirst()],
+            full_shard=kind == "shares",
+        )
+        del model
+        start_up, start_up_peak = time.perf_counter() - started, resident("VmHWM") - before
+        trainer.train()
+    peak = torch.tensor(resident("VmHWM") - before)
+    if dist.is_initialized():
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return {
+        "parameters": parameters, "memory": float(peak), "start_up": start_up, "start_up_memory": start_up_peak,
+        "seconds": statistics.median(times.seconds),
+    }  # fmt: skip
+
+
+def run(kind: str, processes: int) -> dict[str, Any]:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "SHARED_FOLDER": folder, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--one", kind]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{kind} on {processes} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(options: argparse.Namespace) -> None:
+    print(f"{options.authors} authors x {options.tokens} tokens a process and step, one thread each, {where()}\n")
+    print("| processes | | GiB of a process | goal | s a step | start-up: GiB | s |\n|---|---|---|---|---|---|---|")
+    activations = None
+    for kind, processes in options.cases:
+        found = run(kind, processes)
+        parameters = found["parameters"]
+        if activations is None:
+            activations = found["memory"] - 16 * parameters / GIB
+        largest = 4 * 50_257 * 1024 / GIB  # the embedding
+        goal = f"{1.15 * (16 * parameters / processes / GIB + largest + activations):.2f}" if kind == "shares" else ""
+        print(
+            f"| {processes} | {kind} | {found['memory']:.2f} | {goal} | {found['seconds']:.1f} | {found['start_up_memory']:.2f} | "
+            f"{found['start_up']:.0f} |",
+            flush=True,
+        )
+    print(f"\n{parameters / 1e6:.0f} million parameters; activations, from the first row: {activations:.2f} GiB")
+
+
+def computed() -> None:
+    """Print what a GPU holds of weights, sums and moments, in GiB, in the least number of GPUs where that leaves RESERVE free."""
+    print(f"Least number of GPUs of {GPU_MEMORY:g} GiB, and GiB of each, {RESERVE:g} GiB left for activations (computed)\n")
+    print("| parameters | full | LoRA | LoRA in 4 bits |\n|---|---|---|---|")
+    for size in SIZES:
+        cells = []
+        for of_all, of_adapters in ((16.0, 0.0), (4.0, 16.0), (0.55, 16.0)):  # bytes a parameter; NF4 with its scales
+            total = size * 1e9 * (of_all + of_adapters * ADAPTERS) / GIB
+            fit = [n for n in GPUS if total / n <= GPU_MEMORY - RESERVE]
+            cells.append(f"{fit[0]} x {total / fit[0]:.1f}" if fit else "more than 64")
+        print(f"| {size:g} billion | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--authors", type=int, default=2, help="of a process, a step")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=3, help="timed ones")
+    parser.add_argument("--cases", nargs="+", default=CASES, type=lambda text: (text.split("x")[0], int(text.split("x")[1])))
+    parser.add_argument("--computed", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        found = measure(options.one, options)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(found))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    elif options.computed:
+        computed()
+    else:
+        measured(options)
+
+
+if __name__ == "__main__":
+    main()

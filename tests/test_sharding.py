@@ -1,0 +1,250 @@
+"""sharding.py: a step in shares against the naive loop over authors, its noise, and what it saves and resumes from."""
+
+import math
+from pathlib import Path
+
+import naive
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import (
+    MODELS,
+    COUNTS,
+    as_arrays,
+    flat,
+    make_batch,
+    make_dataset,
+    make_trainer,
+    tiny_gpt2,
+    train,
+    trainable,
+    within,
+)
+from forked import in_processes
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import GPT2LMHeadModel
+
+from author_dp.errors import UserError
+from author_dp.gradient_audit import GradientCanaries
+from author_dp.mechanism import PAD, author_losses
+from author_dp.sharding import ShardedClipping, ShardedOptimizer, blocks, buckets, own, shard
+
+CPU = torch.device("cpu")
+
+# --- a step of the Trainer, against the naive loop --------------------------------------------------------
+
+
+def one_step(folder: Path, kind: str, counts: list[int], privacy: dict, options: dict) -> dict:
+    """What a process saw and released in a step of a model in shares."""
+    model = tiny_gpt2(**MODELS[kind])
+    trainer = make_trainer(folder / "run", model, make_dataset(counts), privacy=privacy, full_shard=True, **options)
+    batches, recorder = train(trainer)
+    parameters = trainable(trainer.model).values()
+    return {
+        "authors": [[row.tolist() for row in samples] for b in batches[0].microbatches for samples in as_arrays(b)],
+        "microbatches": len(batches[0].microbatches),
+        "gradient": recorder.gradients[0],
+        "weights": flat(parameters),
+        "shares": [own(parameter).numel() for parameter in parameters],
+        "whole": [parameter.numel() for parameter in parameters],
+        "wrapped_in": recorder.wrapped_in,
+        "error": trainer.proof.error,
+        "check": None if trainer.checks.noise is None else trainer.checks.noise.steps,
+    }
+
+
+def released_update(folder: Path, processes: int, kind: str, counts: list[int], per_device: int, k: int = 3, **options):
+    privacy = {"noise_multiplier": 0.0, "samples_per_author": k}
+    options = {"per_device_train_batch_size": per_device, **options}
+    found = in_processes(folder, processes, one_step, folder, kind, counts, privacy, options)
+    authors = [author for process in found for author in process["authors"]]
+    batch_size = per_device * processes * options.get("gradient_accumulation_steps", 1)
+    expected = naive.clipped_sum(tiny_gpt2(**MODELS[kind]), authors, 0.5) / batch_size if authors else None
+    return found, expected
+
+
+def check_update(found: list[dict], expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    for process in found:
+        assert (process["gradient"] - expected).norm() <= tolerance * expected.norm()
+        assert torch.equal(process["weights"], found[0]["weights"])
+        assert process["error"] < 1e-5 and process["wrapped_in"] == "Wrapper"
+    assert np.sum([process["shares"] for process in found], 0).tolist() == found[0]["whole"]  # each number has one owner
+
+
+# Of expected 12 of 13 authors the first process has one more, and so one microbatch more, or as many, by chance.
+@pytest.mark.parametrize(
+    ("processes", "kind"),
+    [(2, "tied"), (2, "lora"), pytest.param(4, "tied", marks=pytest.mark.slow), pytest.param(3, "untied", marks=pytest.mark.slow)],
+)
+def test_the_update_in_shares_is_the_naive_one(tmp_path, processes, kind):
+    counts = [1, 2, 3, 1, 4, 1, 1, 2, 2] * 3
+    found, expected = released_update(tmp_path, processes, kind, counts, 24 // processes)
+    check_update(found, expected)
+
+
+def test_a_process_with_fewer_microbatches_adds_nothing(tmp_path):
+    """Rate 1 of three authors, one at a time: two microbatches on the first process, one and an idle round on the other."""
+    found, expected = released_update(tmp_path, 2, "tied", [2, 1, 5], 1, gradient_accumulation_steps=2)
+    assert [process["microbatches"] for process in found] == [2, 1]
+    check_update(found, expected)
+
+
+@pytest.mark.slow
+def test_a_process_with_no_author_adds_nothing(tmp_path):
+    found, expected = released_update(tmp_path, 3, "tied", [4, 1], 1)
+    assert [process["microbatches"] for process in found] == [1, 1, 0]
+    check_update(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "tolerance"), [({"gradient_checkpointing": True}, 1e-5), ({"bf16": True}, 0.02)])
+def test_checkpointing_and_bfloat16(tmp_path, option, tolerance):
+    check_update(*released_update(tmp_path, 2, "tied", [1, 2, 3, 1, 4], 3, gradient_accumulation_steps=1, **option), tolerance)
+
+
+# --- noise ------------------------------------------------------------------------------------------------
+
+
+def released_noise(canaries: int = 0) -> dict:
+    """What an optimizer in shares releases in two steps of nobody, over sigma C / B; each process canary sums of its own."""
+    model = nn.Linear(400, 331, bias=True)
+    shard_plainly(model)
+    table = None if not canaries else GradientCanaries(canaries, key=1)
+    parameters, pads = list(model.parameters()), []
+    optimizer = ShardedOptimizer(
+        torch.optim.SGD(parameters, lr=0.0), noise_multiplier=1.5, clip_norm=0.2, expected_batch_size=10,
+        before_release=lambda: None, after_release=lambda pad: pads.append(pad.clone()), canaries=table,
+    )  # fmt: skip
+    steps = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        if table is not None:
+            table.table.weight.summed_grad.fill_(1.0 + dist.get_rank())
+        optimizer.step()
+        steps.append({"own": torch.cat([own(p.grad).flatten() for p in parameters]) / 0.03, "pad": pads[-1] / 0.03})
+    return {"steps": steps, "whole": flat(p.grad for p in parameters) / 0.03}
+
+
+def shard_plainly(model: nn.Module) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, reshard_after_forward=True)
+
+
+def test_noise_is_of_the_promised_scale_once_and_independent_between_shares(tmp_path):
+    found = in_processes(tmp_path, 2, released_noise)
+    whole = found[0]["whole"]
+    assert len(whole) == 401 * 331 and torch.equal(whole, found[1]["whole"])
+    shares = [process["steps"][-1]["own"] for process in found]
+    assert sum(len(share) for share in shares) == len(whole)
+    for noise in (*shares, whole, found[0]["steps"][-1]["pad"]):
+        assert within(noise.mean().item(), 0, 1 / math.sqrt(len(noise)))
+        assert within(noise.var().item(), 1, math.sqrt(2 / len(noise)))
+    steps = [process["steps"] for process in found]
+    for first, second in ((steps[0][1], steps[1][1]), (steps[0][0], steps[0][1]), (steps[0][0], steps[1][1])):
+        size = min(len(first["own"]), len(second["own"]))
+        for one, other in ((first["own"][:size], second["own"][:size]), (first["own"][:1000], second["own"][-1000:])):
+            assert within(np.corrcoef(one, other)[0, 1], 0, 1 / math.sqrt(len(one)))
+    assert len(whole.unique()) > 0.9 * len(whole)
+
+
+def test_every_process_sees_the_noise_of_all_in_the_pad_and_canaries_once(tmp_path):
+    found = in_processes(tmp_path, 3, released_noise, 60)
+    pads = [process["steps"][-1]["pad"] for process in found]
+    assert len(pads[0]) == PAD + 60 and torch.equal(pads[0], pads[1]) and torch.equal(pads[0], pads[2])
+    pad, canaries = pads[0][:PAD], pads[0][PAD:]
+    assert within(pad.var().item(), 1, math.sqrt(2 / PAD))
+    thirds = pad[: PAD // 3 * 3].view(3, -1)
+    between = np.corrcoef(thirds)[np.triu_indices(3, 1)]
+    assert all(within(correlation, 0, 1 / math.sqrt(PAD // 3)) for correlation in between)
+    # Of three processes, 1 + 2 + 3, over sigma C = 0.3.
+    assert within(canaries.mean().item(), 6 / 0.3, 1 / math.sqrt(60)) and within(canaries.var().item(), 1, math.sqrt(2 / 60))
+
+
+def fail_to_record() -> bool:
+    model = nn.Linear(4, 4)
+    shard_plainly(model)
+    before = own(model.weight).clone()
+
+    def fail():
+        raise OSError("disk full")
+
+    optimizer = ShardedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=1, before_release=fail
+    )
+    with pytest.raises(OSError):
+        optimizer.step()
+    return torch.equal(own(model.weight), before)
+
+
+def test_nothing_is_updated_when_the_step_cannot_be_recorded(tmp_path):
+    assert in_processes(tmp_path, 2, fail_to_record) == [True, True]
+
+
+# --- the engine -------------------------------------------------------------------------------------------
+
+
+def memory_of_sums() -> list[bool]:
+    """Nothing of the engine's is whole after a microbatch, and no weight has an ordinary gradient."""
+    model = tiny_gpt2()
+    shard(model, CPU)
+    engine = ShardedClipping(model, 0.5)
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
+    batch = make_batch(COUNTS)
+    engine.backward(author_losses(model, batch), batch["author"])
+    held = [p for module in model.modules() for p in module.parameters(recurse=False)]
+    return [all(isinstance(p, DTensor) and p.grad is None for p in held), not engine._contributions]
+
+
+def test_weights_are_in_shares_again_after_a_microbatch_and_have_no_ordinary_gradient(tmp_path):
+    assert in_processes(tmp_path, 2, memory_of_sums) == [[True, True]] * 2
+
+
+def test_small_parameters_are_reduced_together(monkeypatch):
+    monkeypatch.setattr("author_dp.sharding.BUCKET", 10)
+    sizes = [3, 4, 5, 20, 1, 9, 1]
+    assert [[p.numel() for p in b] for b in buckets([torch.zeros(n) for n in sizes])] == [[3, 4], [5], [20], [1, 9], [1]]
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UserError, match="leave out --fsdp"):
+        blocks(nn.Linear(2, 2))
+    assert len(blocks(tiny_gpt2())) == 2
+
+
+# --- what is saved ----------------------------------------------------------------------------------------
+
+
+def run(folder: Path, kind: str, steps: int, processes: int, resume: bool) -> dict:
+    """Train with Adam and without noise, everybody in each draw."""
+    trainer = make_trainer(
+        folder / "run", tiny_gpt2(**MODELS[kind]), make_dataset([1] * 4), privacy={"noise_multiplier": 0.0}, full_shard=processes > 1,
+        optim="adamw_torch", learning_rate=0.01, max_steps=steps, save_strategy="steps", save_steps=2,
+        per_device_train_batch_size=4 // processes, resume_from_checkpoint=resume or None,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    return {"weights": flat(trainable(trainer.model).values())}
+
+
+@pytest.mark.parametrize("kind", ["tied", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, kind):
+    """As one run of one process would have gone, through checkpoints of two and of four processes."""
+    for name in ("shares", "alone"):
+        (tmp_path / name).mkdir()
+    in_processes(tmp_path, 2, run, tmp_path / "shares", kind, 2, 2, False)
+    (found, *_) = in_processes(tmp_path, 4, run, tmp_path / "shares", kind, 4, 4, True)
+    alone = run(tmp_path / "alone", kind, 4, 1, False)["weights"]
+    assert (found["weights"] - alone).norm() < 1e-4 * (alone - flat(trainable(tiny_gpt2(**MODELS[kind])).values())).norm()
+    if kind == "tied":
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "shares" / "run")
+        assert torch.equal(flat(loaded.parameters()), found["weights"])
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+        assert loaded.config.architectures == ["GPT2LMHeadModel"]
+    # And on without shares.
+    again = run(tmp_path / "shares", kind, 6, 1, True)["weights"]
+    assert (again - run(tmp_path / "alone", kind, 6, 1, True)["weights"]).norm() < 1e-4 * again.norm()
