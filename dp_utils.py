@@ -351,7 +351,7 @@ class DPTrainer(Trainer):
         model.train()
         self.optimizer.zero_grad()  # also what a step left that was broken off
         total = torch.zeros_like(self._step_loss)
-        idle = rounds_behind(model, len(inputs.microbatches))
+        idle = rounds_behind(model, len(inputs.microbatches))  # of a model in shares, whose layers all must gather alike
         for microbatch in inputs.microbatches:
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
@@ -364,9 +364,9 @@ class DPTrainer(Trainer):
                 norms = self.engine.backward(self.canaries.push(losses, microbatch), microbatch["author"])
                 self.norms.add(self.canaries.without(norms, microbatch))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
-        for _ in range(idle):
+        for _round in range(idle):
             with self.accelerator.autocast():
-                self.engine.idle()
+                self.engine.idle()  # type: ignore[union-attr]
         if self.engine is not None:
             self._noisy.draw = inputs.number
         self.norms.end_step()
@@ -432,7 +432,7 @@ class DPTrainer(Trainer):
         state = getattr(self.optimizer, "optimizer", self.optimizer).whole_state()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # type: ignore[union-attr]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Optional[nn.Module] = None) -> None:
         if not self.full_shard:

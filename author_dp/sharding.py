@@ -1,7 +1,7 @@
 """Shares: each of W processes holds 1/W of the weights, clipped sums, noise and optimizer state, and of nothing twice.
 
-Promise: a step is that of mechanism.py. Every coordinate of the released sum has exactly one owner, who draws its noise, N(0, sigma^2
-C^2), from keys of its own; no coordinate is noised twice, and none goes without. The clipped sums of all processes meet at the owner.
+Promise: a step is that of mechanism.py. Every coordinate of the released sum has exactly one owner, where the clipped sums of all
+processes meet, and who draws its noise, N(0, sigma^2 C^2), from keys of its own: none is noised twice, and none goes without.
 
 How: torch's FSDP2 [1, 2] cuts each parameter along its first dimension and gathers a block of the model when it runs, forward and
 backward. It is told nothing of gradients: book-keeping asks autograd for the outputs of layers only, so no ordinary gradient of a
@@ -85,7 +85,8 @@ def in_shares(parameters: Iterable[Any]) -> bool:
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process' share of a tensor, in its own memory; the tensor itself where it is in no shares."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def norm_of(tensor: torch.Tensor) -> float:
@@ -106,7 +107,7 @@ def is_finite(parameter: Any) -> bool:
 
 
 def ordinary_gradients(loss: torch.Tensor, parameters: list[Any]) -> list[Optional[torch.Tensor]]:
-    """Return the gradients of a loss by ordinary autograd; of one in shares, which is the same on all processes, by FSDP2's own."""
+    """Return the gradients of a loss by ordinary autograd: in shares by FSDP2's own, of a loss that all processes have alike."""
     if not in_shares(parameters):
         return list(torch.autograd.grad(loss, parameters, allow_unused=True))
     loss.backward()  # their mean over the processes
@@ -333,7 +334,7 @@ def take_share(parameter: Any, value: Any) -> Any:
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights as `save_pretrained` takes them, on the first process and its CPU; empty elsewhere. Collective."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel))
-    return get_model_state_dict(model, options=options)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]
 
 
 def load_weights(model: Any, folder: Path) -> None:

@@ -4,7 +4,7 @@
     python benchmarks/sharding.py --layers 4          # a smaller one
     python benchmarks/sharding.py --computed          # only the computed table
 
-Random weights and token ids; every author is in every draw, `--authors` a process. The memory is the peak of one process' resident
+Random weights and token ids; every author is in every draw, `--authors` a process. The memory is the peak of a process' resident
 set in the timed steps, less what it held before the model was made: weights, sums, moments, what is gathered, activations. glibc
 is told to give back what is freed (MALLOC_MMAP_THRESHOLD_), or the peak would be that of the start. Goal: 16 bytes a parameter
 over W, the largest layer and activations (as in the row of one process), and 15 %.
@@ -116,8 +116,8 @@ def measured(options: argparse.Namespace) -> None:
         largest = 4 * 50_257 * 1024 / GIB  # the embedding
         goal = f"{1.15 * (16 * parameters / processes / GIB + largest + activations):.2f}" if kind == "shares" else ""
         print(
-            f"| {processes} | {kind} | {found['memory']:.2f} | {goal} | {found['seconds']:.1f} | {found['start_up_memory']:.2f} | "
-            f"{found['start_up']:.0f} |",
+            f"| {processes} | {kind} | {found['memory']:.2f} | {goal} | {found['seconds']:.1f} | "
+            f"{found['start_up_memory']:.2f} | {found['start_up']:.0f} |",
             flush=True,
         )
     print(f"\n{parameters / 1e6:.0f} million parameters; activations, from the first row: {activations:.2f} GiB")

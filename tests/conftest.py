@@ -94,7 +94,7 @@ def clipped_sum(model, batch: dict, clip_norm: float, clipping: str, **options) 
     return total, norms
 
 
-def make_trainer(folder, model=None, dataset=None, *, privacy=None, full_shard=False, **options) -> DPTrainer:
+def make_trainer(folder, model=None, dataset=None, *, privacy=None, full_shard=False, canaries=None, **options) -> DPTrainer:
     """A trainer whose update is minus the gradient: SGD with learning rate 1."""
     privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, **(privacy or {})}
     defaults = {
@@ -109,6 +109,7 @@ def make_trainer(folder, model=None, dataset=None, *, privacy=None, full_shard=F
         train_dataset=dataset if dataset is not None else make_dataset(COUNTS),
         data_collator=collate,
         full_shard=full_shard,
+        canaries=canaries,
     )
 
 

@@ -8,15 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+
+from author_dp.errors import MechanismError, UserError
 
 
 def in_processes(folder: Path, processes: int, work: Callable, *arguments: Any) -> list[Any]:
     """Return what `work(*arguments)` returns in each of the processes, which are connected by gloo.
 
     Raises:
-        AssertionError: where one of them fails, with what it said, or does not end.
+        AssertionError: where a check in one of them fails, with what it said.
+        RuntimeError: where one of them fails otherwise, or does not end.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,21 +30,25 @@ def in_processes(folder: Path, processes: int, work: Callable, *arguments: Any) 
         if (child := os.fork()) == 0:
             status = 1
             try:
-                os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}", LOCAL_WORLD_SIZE=f"{processes}")
+                os.environ.update(
+                    RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}", LOCAL_WORLD_SIZE=f"{processes}"
+                )
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
                 dist.init_process_group("gloo")
                 torch.save(work(*arguments), folder / f"{rank}.pt")
                 dist.barrier()
                 status = 0
-            except BaseException:
-                (folder / f"{rank}.failed").write_text(traceback.format_exc())
+            except BaseException as error:
+                noticed = isinstance(error, AssertionError | pytest.fail.Exception | UserError | MechanismError)
+                (folder / f"{rank}.failed").write_text(("noticed: " if noticed else "broken: ") + traceback.format_exc())
             finally:
                 os._exit(status)
         children.append(child)
     wait_for(children)
     failures = [path.read_text() for path in sorted(folder.glob("*.failed"))]
-    # Who lost a peer says only that.
-    assert not failures, min(failures, key=lambda text: "Connection" in text)
+    assert not any(text.startswith("noticed: ") for text in failures), "\n".join(failures)
+    if failures:
+        raise RuntimeError("\n".join(failures))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 

@@ -30,6 +30,7 @@ import test_processes
 import test_readers
 import test_release
 import test_selfcheck
+import test_sharding
 from planting import find, with_edit
 
 from author_dp.errors import MechanismError, UserError
@@ -47,6 +48,8 @@ CONTRIBUTIONS = "author_dp.clipping.contributions"
 NOISE = "author_dp.noise.NoiseSource"
 DRAW = "author_dp.mechanism.PoissonAuthorSampler"
 BANDS = "author_dp.bands"
+SHARED_STEP = "author_dp.sharding.ShardedOptimizer.pre_step"
+SHARED_SUMS = "author_dp.sharding.ShardedClipping._add"
 
 
 class Bug(NamedTuple):
@@ -308,6 +311,30 @@ BUGS = [
         lambda path, _: test_hidden_counts.test_public_files_are_the_same_for_any_number_of_authors(path)),
     Bug("a split that forgets by which column", "data_utils.name_of_split", ":{args.author_column}", "",
         lambda *_: test_release.test_a_split_has_another_name_with_another_rule()),
+    Bug("shares: a part of the noise for each process", SHARED_STEP, "self.noise_multiplier * self.max_grad_norm",
+        "self.noise_multiplier * self.max_grad_norm / self.world_size**0.5",
+        lambda path, _: test_sharding.test_noise_is_of_the_promised_scale_once_and_independent_between_shares(path)),
+    Bug("shares: noise on the first process alone", SHARED_STEP, "if std > 0:", "if std > 0 and dist.get_rank() == 0:",
+        lambda path, _: test_sharding.test_noise_is_of_the_promised_scale_once_and_independent_between_shares(path)),
+    Bug("shares: the same noise for each", SHARED_STEP, "self.noise.add_(part, std)",
+        "part.add_(torch.randn(len(part), generator=torch.Generator().manual_seed(7)), alpha=std)",
+        lambda path, _: test_sharding.test_noise_is_of_the_promised_scale_once_and_independent_between_shares(path)),
+    Bug("shares: the pad noised twice", SHARED_STEP, "self._own_pad.add_(self._behind[self._place])",
+        "self.noise.add_(self._own_pad.add_(self._behind[self._place]), self.noise_multiplier * self.max_grad_norm)",
+        lambda path, _: test_sharding.test_every_process_sees_the_noise_of_all_in_the_pad_and_canaries_once(path)),
+    Bug("shares: canaries of one process alone", SHARED_STEP, "dist.all_reduce(self._behind)", "pass",
+        lambda path, _: test_sharding.test_every_process_sees_the_noise_of_all_in_the_pad_and_canaries_once(path)),
+    Bug("shares: canaries used twice", "author_dp.sharding.ShardedOptimizer.zero_grad", "self._behind.zero_()", "pass",
+        lambda path, _: test_sharding.test_every_process_sees_the_noise_of_all_in_the_pad_and_canaries_once(path)),
+    Bug("shares: a step that no ledger holds", SHARED_STEP, "self.before_release()", "pass",
+        lambda path, _: test_sharding.test_nothing_is_updated_when_the_step_cannot_be_recorded(path)),
+    Bug("shares: the mean of the processes' sums", SHARED_SUMS, "view_as(mine))", "view_as(mine), alpha=1 / world_size)",
+        lambda path, _: test_sharding.test_the_update_in_shares_is_the_naive_one(path, "tied", test_sharding.UNEQUAL[:2])),
+    Bug("shares: an idle round counts", SHARED_SUMS, "if not self._counts:", "if False:",
+        lambda path, _: test_sharding.test_the_update_in_shares_is_the_naive_one(path, "tied", test_sharding.UNEQUAL[:2])),
+    Bug("shares: the sums of one process alone", SHARED_SUMS, "reduce_scatter(share, whole.view(-1),",
+        "share.copy_(whole[dist.get_rank()]) if True else reduce_scatter(share, whole.view(-1),",
+        lambda path, _: test_sharding.test_the_update_in_shares_is_the_naive_one(path, "tied", test_sharding.UNEQUAL[:2])),
 ]  # fmt: skip
 
 
