@@ -28,7 +28,7 @@ from typing import Any, Optional
 
 import psutil
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import AutocastKwargs, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -249,6 +249,8 @@ class DPTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         args.max_steps = self.plan.steps  # not before: it would be said to override --num_train_epochs, of which it is made
         check_launch(self.accelerator)
+        if full_shard:  # or copies of all gathered weights in bfloat16 would wait for the end of a forward
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.add_callback(StopWhenUsedUp(self.budget))
         self.needs_positions = takes_positions(model)
 

@@ -63,13 +63,13 @@ def shard(model: Any, device: torch.device) -> None:
     takes_positions(model)  # found by calls of the plain model, and remembered
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for unit in [*blocks(root), root]:
+    for unit in [*blocks(root), *untied_embeddings(root), root]:
         # The root too, which FSDP2 would keep whole after a forward: evaluation would leave it so, and see old weights.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
 def blocks(root: Any) -> list[nn.Module]:
-    """Return what is gathered at a time: the blocks that transformers names, outermost first; tied weights stay in the root."""
+    """Return what is gathered at a time: the blocks that transformers names, the outer ones of nested ones."""
     kinds = set(getattr(root, "_no_split_modules", None) or ())
     found = {name: module for name, module in root.named_modules() if type(module).__name__ in kinds}
     found = {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
@@ -77,6 +77,13 @@ def blocks(root: Any) -> list[nn.Module]:
     if not found or len(set(seen)) < len(seen):
         raise UserError(f"--fsdp: the blocks of this model cannot be told apart, or share weights; {LEAVE_OUT}")
     return list(found.values())
+
+
+def untied_embeddings(root: Any) -> list[nn.Module]:
+    """Return the embedding, where it need not be gathered for as long as the rest of the root; tied to a head it must."""
+    words = root.get_input_embeddings()
+    uses = sum(parameter is words.weight for _, parameter in root.named_parameters(remove_duplicate=False))
+    return [words] if uses == 1 else []
 
 
 def in_shares(parameters: Iterable[Any]) -> bool:
@@ -345,6 +352,8 @@ def load_weights(model: Any, folder: Path) -> None:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 for name in file.keys():
+                    if name not in places:
+                        raise UserError(f"--resume_from_checkpoint {folder}: it holds {name}, which this model lacks")
                     places[name].copy_(take_share(places[name], file.get_tensor(name)))
                     found.add(own(places[name]).data_ptr())
     missing = [name for name, place in places.items() if own(place).numel() and own(place).data_ptr() not in found]

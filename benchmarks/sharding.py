@@ -33,7 +33,7 @@ GIB = 2**30
 CASES = (("whole", 1), ("whole", 2), ("shares", 2), ("shares", 4))
 SIZES = (0.1, 0.35, 1, 3, 8, 13, 34, 70)  # billion parameters
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-GPU_MEMORY, RESERVE = 80.0, 10.0  # GiB; the reserve is for activations, one gathered layer and CUDA itself
+GPU_MEMORY, RESERVE = 80.0, 16.0  # GiB; the reserve is for what is gathered (9 GiB at 70 billion), activations and CUDA itself
 ADAPTERS = 0.005  # parameters of LoRA over those of the base
 
 
@@ -126,12 +126,13 @@ def measured(options: argparse.Namespace) -> None:
 def computed() -> None:
     """Print what a GPU holds of weights, sums and moments, in GiB, in the least number of GPUs where that leaves RESERVE free."""
     print(f"Least number of GPUs of {GPU_MEMORY:g} GiB, and GiB of each, {RESERVE:g} GiB left for activations (computed)\n")
-    print("| parameters | full | LoRA | LoRA in 4 bits |\n|---|---|---|---|")
+    print("| parameters | full | LoRA | LoRA in 4 bits, whole on each |\n|---|---|---|---|")
     for size in SIZES:
         cells = []
-        for of_all, of_adapters in ((16.0, 0.0), (4.0, 16.0), (0.55, 16.0)):  # bytes a parameter; NF4 with its scales
+        # Bytes a parameter of the base and of the adapters; NF4 with its scales. A base in 4 bits is in no shares.
+        for of_all, of_adapters, most in ((16.0, 0.0, GPUS[-1]), (4.0, 16.0, GPUS[-1]), (0.55, 16.0, 1)):
             total = size * 1e9 * (of_all + of_adapters * ADAPTERS) / GIB
-            fit = [n for n in GPUS if total / n <= GPU_MEMORY - RESERVE]
+            fit = [n for n in GPUS if n <= most and total / n <= GPU_MEMORY - RESERVE]
             cells.append(f"{fit[0]} x {total / fit[0]:.1f}" if fit else "more than 64")
         print(f"| {size:g} billion | {' | '.join(cells)} |")
 
