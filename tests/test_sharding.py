@@ -297,9 +297,9 @@ def test_what_was_not_proven_in_shares_is_refused(change, words):
 def run(folder: Path, kind: str, steps: int, processes: int, resume: bool) -> dict:
     """Train with Adam and without noise, everybody in each draw."""
     trainer = make_trainer(
-        folder / "run", tiny_gpt2(**MODELS[kind]), make_dataset([1] * 4), privacy={"noise_multiplier": 0.0},
+        folder / "run", tiny_gpt2(**MODELS[kind]), make_dataset([1] * 6), privacy={"noise_multiplier": 0.0},
         full_shard=processes > 1, optim="adamw_torch", learning_rate=0.01, max_steps=steps, save_strategy="steps", save_steps=2,
-        per_device_train_batch_size=4 // processes, resume_from_checkpoint=resume or None,
+        per_device_train_batch_size=6 // processes, resume_from_checkpoint=resume or None,
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
