@@ -201,6 +201,22 @@ def test_disable_dp(checkpoint, comments, tmp_path, monkeypatch, capfd):
     assert read_report(tmp_path / "out")["disable_dp"] is True
 
 
+@pytest.mark.parametrize(("value", "words"), [("hybrid_shard", "full_shard"), ("full_shard", "torch.distributed.run")])
+def test_fsdp_that_does_not_work_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd, value, words):
+    status, stderr = run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "out", *PRIVACY, "--fsdp", value))
+    assert status == 2 and f"--fsdp {value}" in stderr and words in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_full_shard_on_two_processes(checkpoint, comments, tmp_path):
+    more = ["--fsdp", "full_shard", "--enable_lora", "--release_eval_epsilon", "2", "--activation_checkpointing"]
+    done = run_script(*small(checkpoint, comments, tmp_path / "out", *PRIVACY, *more), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert read_report(tmp_path / "out")["steps"] == 3 and "evaluation_release" in read_report(tmp_path / "out")
+    assert "clipping checked against a plain loop" in done.stderr
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_disable_dp_on_two_processes(checkpoint, comments, tmp_path):
     done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp"), processes=2)
