@@ -49,11 +49,11 @@ def table(group: type, names: set[str]) -> str:
 def page() -> str:
     """Return what docs/options.md is to hold."""
     script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
-    known = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
+    known = {f.name: (default_of(f), f.metadata.get("help")) for f in dataclasses.fields(transformers.TrainingArguments)}
     tables = []
     for group in script["GROUPS"]:
         fields = dataclasses.fields(group)
-        ours = {field.name for field in fields if known.get(field.name) != default_of(field)}
+        ours = {f.name for f in fields if known.get(f.name) != (default_of(f), f.metadata.get("help"))}
         tables.append(table(group, ours))
     return HEAD + "\n" + "\n\n".join(tables) + "\n"
 
