@@ -219,6 +219,8 @@ def fail_to_record() -> bool:
         expected_batch_size=1,
         before_release=fail,
     )
+    with pytest.raises(UserError, match="--noise_bands"):
+        optimizer.begin(np.ones(2))
     with pytest.raises(OSError):
         optimizer.step()
     return torch.equal(own(model.weight), before)
@@ -279,11 +281,19 @@ def test_other_families_are_proven_in_shares(tmp_path, family, kind):
     [
         ({"world_size": 1}, "torch.distributed.run"), ({"optim": "adafactor"}, "--optim adafactor"),
         ({"load_best_model_at_end": True}, "--load_best_model_at_end"), ({"clipping": "grad_sample"}, "--clipping grad_sample"),
-        ({"disable_dp": True}, "--disable_dp"), ({"dtype": torch.bfloat16}, "float32"),
+        ({"disable_dp": True}, "--disable_dp"), ({"noise_bands": "auto"}, "--noise_bands"),
+        ({"dtype": torch.bfloat16}, "float32"),
     ],
 )  # fmt: skip
 def test_what_was_not_proven_in_shares_is_refused(change, words):
-    given = {"world_size": 2, "optim": "adamw_torch", "load_best_model_at_end": False, "clipping": "ghost", "disable_dp": False}
+    given: dict = {
+        "noise_bands": None,
+        "world_size": 2,
+        "optim": "adamw_torch",
+        "load_best_model_at_end": False,
+        "clipping": "ghost",
+        "disable_dp": False,
+    }
     options = SimpleNamespace(**given)
     check_shares(options, options, tiny_gpt2())
     vars(options).update(change)
