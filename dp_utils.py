@@ -49,7 +49,7 @@ from author_dp.checkpoints import (
     written_whole,
 )
 from author_dp.checks import RunChecks
-from author_dp.clipping import ENGINES, ClippingEngine
+from author_dp.clipping import ENGINES, ClippingEngine, engine_of
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
@@ -210,7 +210,8 @@ class DPTrainer(Trainer):
         check_model(model, proven=False)
         self.proof: Optional[Proof] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
-            self.proof = prove(move(model, args), privacy.clipping, sequence_len)
+            checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
+            self.proof = prove(move(model, args), privacy.clipping, sequence_len, checkpointing)
             logger.info(self.proof.in_words())
         self.privacy = privacy
         self.checkpoint = find_checkpoint(args, privacy)
@@ -327,7 +328,7 @@ class DPTrainer(Trainer):
         if self.privacy.disable_dp:
             return Wrapper(self.model)
         clipped = self.model if self.canaries is None else self.canaries.beside(self.model)
-        self.engine = ENGINES[self.plan.clipping](clipped, self.plan.clip_norm)
+        self.engine = engine_of(self.plan.clipping, bool(self.args.activation_checkpointing))(clipped, self.plan.clip_norm)
         if self.proof is not None:
             self.proof.settle(self.engine)
         return Wrapper(self.engine.module)
@@ -354,6 +355,7 @@ class DPTrainer(Trainer):
                 norms = self.engine.backward(self.canaries.push(losses, microbatch), microbatch["author"])
                 self.norms.add(self.canaries.without(norms, microbatch))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
+            del losses  # and what of its graph is not freed yet
         if self.engine is not None:
             self._noisy.draw = inputs.number
         self.norms.end_step()

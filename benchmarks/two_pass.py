@@ -18,14 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from throughput import DEVICE, peak_memory, run, synchronize, where  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+import torch
+from peft import LoraConfig, get_peft_model
+from throughput import DEVICE, peak_memory, run, synchronize, where
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from author_dp.clipping.ghost import GhostClipping  # noqa: E402
-from author_dp.clipping.two_pass import TwoPassClipping  # noqa: E402
-from author_dp.mechanism import AuthorDPOptimizer, author_losses, takes_positions  # noqa: E402
+from author_dp.clipping.ghost import GhostClipping
+from author_dp.clipping.two_pass import TwoPassClipping
+from author_dp.mechanism import AuthorDPOptimizer, author_losses, takes_positions
 
 ROWS = {
     "ordinary, not checkpointed": None,

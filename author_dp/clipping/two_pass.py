@@ -6,9 +6,10 @@ of the tensors at once; the second goes the same way and adds each layer's clipp
 
     sum_a c_a G_a = sum_a c_a sum_t g_t a_t^T,    c_a = min(1, C / ||g_a||)
 
-which is the gradient of sum_a c_a L_a. It is not asked of autograd by that loss: g_t times c_a would be rounded otherwise than the
-g_t whose norm was taken, and under autocast the sum over authors would be rounded to bfloat16, so that no bound could be told; and
-an author's infinite activations would reach the others' sum, as zero times infinity. Here both passes see the same g_t.
+which is the gradient of sum_a c_a L_a. It is not asked of autograd by that loss: under autocast the sum over authors would be
+rounded to bfloat16, and a g_t into which c_a was multiplied before would be rounded otherwise than the one whose norm was taken:
+nothing could be told of what one author changes. And an author's infinite activations would reach the others' sum, as zero times
+infinity. Here both passes see the same g_t.
 
 Both passes must be of the same function: dropout is replayed, as torch's non-reentrant checkpointing does it. What is not (a mask
 from a generator of the model's own) would make the norms those of other gradients: the second pass looks at some numbers of each
@@ -89,7 +90,7 @@ class TwoPassClipping(GhostClipping):
         known = self._known(authors)
         self._measure(losses, authors, known)
         apart = self._learn(losses, self._squares.keys() | self._contributions.keys())
-        of_taps = [p for p in self.parameters if p in known or p not in apart]
+        of_taps = [p for p in self.parameters if known or p not in apart]
         kept = {p: merge(self._contributions[p], authors) for p in of_taps if p in self._contributions}
         squares = {p: self._squares[p] for p in of_taps if p in self._squares}
         together = [total_squared_norms(parts, authors) for p, parts in kept.items() if p not in squares]
@@ -110,9 +111,8 @@ class TwoPassClipping(GhostClipping):
         whole: set[Any] | None = None
         while whole != self._whole:
             whole = set(self._whole)
-            for store in (self._contributions, self._squares, self._rows, self._seen):
-                store.clear()  # type: ignore[attr-defined]
-            self._kept = 0
+            self._contributions.clear()
+            self._squares, self._rows, self._seen, self._kept = {}, {}, [], 0
             self._visit(losses, authors, known, retain_graph=True)
         self._rows.clear()
 
@@ -126,10 +126,10 @@ class TwoPassClipping(GhostClipping):
             self._visit(losses, authors, known, retain_graph=False)
         finally:
             self._adding = None
-        if len(self._same) != len(self._seen) or not torch.stack(self._same).all():
+        if len(self._same) < len(self._seen) or not torch.stack(self._same).all():
             raise UserError(
-                "--activation_checkpointing: the layers, run again, computed something else (random numbers that are not replayed?), "
-                "so that norms are not those of what is summed; leave it out"
+                "--activation_checkpointing: the layers computed something else when they ran again (random numbers that are not "
+                "replayed?), so that norms are not those of what is summed; leave it out"
             )
         self._seen.clear()
 
