@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import COUNTS, as_arrays, flat, make_batch, make_trainer, tiny_gpt2, trainable
 from families import close, make_model
+from planting import find, with_edit
 from test_clipping import select_authors
 from test_clipping_ghost import per_author_by_autograd
 from test_proof import OwnScale
@@ -227,6 +228,15 @@ def test_a_run_that_checkpoints_takes_two_passes_and_its_update_is_the_naive_one
     assert passes == [True, False] * 3
     expected = naive.clipped_sum(tiny_gpt2(), as_arrays(make_batch()), 0.5) / 6
     assert close(before - flat(model.parameters()), expected, 1e-4)
+
+
+def test_the_proof_at_the_start_is_of_the_engine_of_the_run(tmp_path, monkeypatch):
+    take = find("author_dp.clipping.two_pass.TwoPassClipping._take")
+    monkeypatch.setattr(take, "__code__", with_edit(take, "self._adding.factors,", "1.01 * self._adding.factors,"))
+    make_trainer(tmp_path / "kept", tiny_gpt2())
+    with pytest.raises(UserError, match="--clipping ghost does not clip this model rightly"):
+        make_trainer(tmp_path / "out", tiny_gpt2(), activation_checkpointing=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_are_not_checkpointed_are_kept_for():
