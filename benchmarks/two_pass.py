@@ -5,9 +5,10 @@
 
 Random weights and token ids in the shapes of GPT-2 small and SmolLM2-135M (a Llama); nothing is downloaded. Each row runs in a
 process of its own; rows alternate, and the medians of their steps are compared. A step is forward, backward, clipping, noise and
-AdamW, with GPT-2's dropout; the ordinary one the same without clipping and noise. On a CPU the seconds are those of the processor,
-on one thread, as other work on the machine would count in any others; and memory is measured by a process of its own, in which the
-allocator gives back at once what is freed, which takes time: the peak is of what was in use, not of how it lay.
+AdamW, with GPT-2's dropout; the ordinary one the same without clipping and noise, its gradients in memory all the time, as in a
+step of several microbatches. On a CPU the seconds are those of the processor, on one thread, as other work on the machine would
+count in any others; and memory is measured by a process of its own, in which the allocator gives back at once what is freed, which
+takes time: the peak is of what was in use, not of how it lay.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def measure(row: str, shape: str, kind: str, batch: str, options: argparse.Names
     seconds = []
     for _ in range(options.steps + 1):
         start = now()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=options.bf16):
             losses = author_losses(model, microbatch, needs_positions)
         if engine is None:
