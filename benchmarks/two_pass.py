@@ -7,8 +7,8 @@ Random weights and token ids in the shapes of GPT-2 small and SmolLM2-135M (a Ll
 process of its own; rows alternate, and the medians of their steps are compared. A step is forward, backward, clipping, noise and
 AdamW, with GPT-2's dropout; the ordinary one the same without clipping and noise, its gradients in memory all the time, as in a
 step of several microbatches. On a CPU the seconds are those of the processor, on one thread, as other work on the machine would
-count in any others; and memory is measured by a process of its own, in which the allocator gives back at once what is freed, which
-takes time: the peak is of what was in use, not of how it lay.
+count in any others; and another process measures the memory, its allocator giving back at once what is freed, which takes time:
+the peak is of what was in use, not of how it lay.
 """
 
 import argparse
