@@ -72,8 +72,8 @@ class TwoPassClipping(GhostClipping):
         self._rows: dict[Any, Lookup] = {}  # of a head's gradient, those that are looked up
         self._kept = 0  # bytes of contributions
         self._adding: Adding | None = None  # in the second pass
-        self._seen: list[tuple[nn.Module, list[torch.Tensor]]] = []  # some numbers of each layer's tensors, as the pass met them
-        self._same: list[torch.Tensor] = []  # whether the second pass met the same, ()
+        self._seen: list[tuple[Any, list[torch.Tensor]]] = []  # some numbers of each layer's tensors, as the first pass met them
+        self._same: list[torch.Tensor] = []  # whether the second pass met the same, each ()
 
     def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
         """Backpropagate one microbatch, twice where that is needed, clip, and add to `summed_grad`.
@@ -120,8 +120,7 @@ class TwoPassClipping(GhostClipping):
         """Go through the second pass, if anything is to be added by it, and free the graph."""
         if not adding.to:
             return
-        self._adding = adding
-        self._same.clear()
+        self._adding, self._same = adding, []
         try:
             self._visit(losses, authors, known, retain_graph=False)
         finally:
@@ -131,7 +130,6 @@ class TwoPassClipping(GhostClipping):
                 "--activation_checkpointing: the layers computed something else when they ran again (random numbers that are not "
                 "replayed?), so that norms are not those of what is summed; leave it out"
             )
-        self._seen.clear()
 
     def _visit(self, losses: torch.Tensor, authors: Authors, known: list[Any], retain_graph: bool) -> list[Any]:
         """As in ghost.py, but take the gradients of `known` as they come, and let go of them."""
@@ -144,6 +142,8 @@ class TwoPassClipping(GhostClipping):
 
     def _take_ordinary(self, parameter: Any, gradient: torch.Tensor) -> torch.Tensor:
         """Take the ordinary gradient of a parameter, which is the one author's; return a stand-in that takes no memory."""
+        if gradient.dim() > 1:  # a vector's may be nothing but rounding (biases of keys)
+            self._look_at(parameter, (gradient,))
         self._take(parameter, Explicit(gradient.float()[None]), self._given)
         return gradient.new_zeros(()).expand_as(gradient)
 
@@ -156,17 +156,16 @@ class TwoPassClipping(GhostClipping):
         if self._adding is None or self._trained[layer] & self._adding.to:
             super()._collect(layer, given, inputs, gradient, behind)
 
-    def _look_at(self, layer: nn.Module, tensors: tuple) -> None:
-        """Note one feature of each token; in the second pass, whether it is what the first one saw."""
+    def _look_at(self, what: Any, tensors: tuple) -> None:
+        """Note one feature of each token at a layer; in the second pass, whether it is what the first one saw."""
+        place = len(self._seen if self._adding is None else self._same)
+        numbers = [some_numbers(tensor, 31 * place) for tensor in tensors]
         if self._adding is None:
-            at = 31 * len(self._seen)
-            self._seen.append((layer, [some_numbers(tensor, at) for tensor in tensors]))
-        elif len(self._same) < len(self._seen):
-            before, numbers = self._seen[len(self._same)]
-            at = 31 * len(self._same)
-            pairs = zip(numbers, tensors)
-            same = torch.stack([agree(number, some_numbers(tensor, at)) for number, tensor in pairs]).all()
-            self._same.append(same if before is layer else torch.zeros_like(same))
+            self._seen.append((what, numbers))
+            return
+        before, expected = self._seen[place] if place < len(self._seen) else (None, [])
+        same = before is what and [agree(*pair) for pair in zip(expected, numbers)]
+        self._same.append(torch.stack(same).all() if same else torch.zeros((), dtype=torch.bool, device=numbers[0].device))
 
     def _may_be_explicit(self, layer: Any) -> bool:
         """A clipped sum needs no per-author gradients."""
