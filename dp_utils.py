@@ -218,7 +218,8 @@ class DPTrainer(Trainer):
             shard(model, args.device)
         self.proof: Optional[Proof] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
-            self.proof = prove(move(model, args), privacy.clipping, sequence_len)
+            checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
+            self.proof = prove(move(model, args), privacy.clipping, sequence_len, checkpointing)
             logger.info(self.proof.in_words())
         self.privacy = privacy
         self.checkpoint = find_checkpoint(args, privacy)
@@ -338,7 +339,7 @@ class DPTrainer(Trainer):
         if self.privacy.disable_dp:
             return Wrapper(self.model)
         clipped = self.model if self.canaries is None else self.canaries.beside(self.model)
-        self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm)
+        self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm, bool(self.args.activation_checkpointing))
         if self.proof is not None:
             self.proof.settle(self.engine)
         return Wrapper(self.engine.module)
@@ -366,6 +367,7 @@ class DPTrainer(Trainer):
                 norms = self.engine.backward(self.canaries.push(losses, microbatch), microbatch["author"])
                 self.norms.add(self.canaries.without(norms, microbatch))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
+            del losses  # and what of its graph is not freed yet
         for _round in range(idle):
             with self.accelerator.autocast():
                 self.engine.idle()  # type: ignore[union-attr]

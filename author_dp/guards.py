@@ -18,7 +18,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from author_dp.errors import UserError
-from author_dp.proof import check_apart
+from author_dp.proof import OF_TRANSFORMERS, check_apart
 from author_dp.sharding import is_finite
 
 # Options that would change the mechanism behind the accountant's back: refused by name, with the remedy.
@@ -143,8 +143,14 @@ def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
         return
     if privacy.clipping != "ghost":
         raise UserError(f"--{name} runs layers twice, which --clipping {privacy.clipping} would count: use --clipping ghost")
-    if (getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant"):
+    options = getattr(args, f"{name}_kwargs", None) or {}
+    if options.get("use_reentrant", bool(options.keys() - OF_TRANSFORMERS)):  # beside other options, torch's default is true
         raise UserError(f"--{name}_kwargs: use_reentrant hides the layers from the clipping hooks; set it to false")
+    if not options.get("preserve_rng_state", True):
+        raise UserError(
+            f"--{name}_kwargs: without preserve_rng_state layers that run again drop other numbers, and norms are not those of "
+            "what is summed; set it to true"
+        )
 
 
 # Optimizers that treat each number by itself, so that a share is updated as it would be in the whole.

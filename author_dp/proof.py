@@ -36,6 +36,8 @@ LENGTHS = (9, 7)  # longest sample, in tokens: once another number than the samp
 MANY = 64  # samples beside a short one, for what begins to mix in larger batches
 LONGEST = 512  # tokens of a further text, if samples are as long: mixers and local attention cut long texts into chunks
 
+OF_TRANSFORMERS = {"every_n_layers", "offload"}  # of --activation_checkpointing_kwargs; the others are torch's
+
 
 class Proof(NamedTuple):
     """What was found; public, as it depends on the model only."""
@@ -64,13 +66,14 @@ class Proof(NamedTuple):
         return words
 
 
-def prove(model: Any, clipping: str, sequence_len: Optional[int] = None) -> Proof:
+def prove(model: Any, clipping: str, sequence_len: Optional[int] = None, checkpointing: Optional[dict[str, Any]] = None) -> Proof:
     """Prove that the model keeps samples apart and that the engine clips it rightly; freeze what the loss does not use.
 
     Args:
         model: in float32; anything trainable is compared.
         clipping: the engine's name in ENGINES.
         sequence_len: tokens of the longest sample; default: 128, or as many positions as the model has.
+        checkpointing: --activation_checkpointing_kwargs where the run checkpoints its layers: the engine then sees them so.
     Raises:
         UserError: naming the property that does not hold, or the parameters that differ.
     """
@@ -81,7 +84,7 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None) -> Proo
             batches = [random_authors(model, length) for length in LENGTHS]
             batches.append(random_authors(model, max(4, min(longest, LONGEST)), (1, 1)))
             unused = freeze_unused(model, batches[0])
-            error, apart = compare(model, clipping, batches)
+            error, apart = compare(model, clipping, batches, checkpointing)
     return Proof(error, apart, unused)
 
 
@@ -267,14 +270,16 @@ def sibling(name: str) -> str:
     return ".".join([*parts[:place], *parts[place + 1 :]])
 
 
-def compare(model: Any, clipping: str, batches: list[Batch]) -> tuple[float, set[Any]]:
+def compare(
+    model: Any, clipping: str, batches: list[Batch], checkpointing: Optional[dict[str, Any]] = None
+) -> tuple[float, set[Any]]:
     """Return the largest relative difference between the engine and a plain loop, and what the engine takes apart."""
     parameters = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {parameter: getattr(parameter, "summed_grad", None) for parameter in parameters}
     for parameter in parameters:
         parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
     try:
-        norms, apart = clip(model, clipping, 1.0, [batches[0], batches[-1]], None)
+        norms, apart = clip(model, clipping, 1.0, [batches[0], batches[-1]], None, checkpointing)
         kinds = {sibling(parameters[parameter]) for parameter in apart}  # other texts may reach other experts
         apart |= {parameter for parameter, name in parameters.items() if sibling(name) in kinds}
         clip_norm = float(norms[: len(COUNTS)].sort().values[-2:].mean())  # one author at least is clipped, and one is not
@@ -283,7 +288,8 @@ def compare(model: Any, clipping: str, batches: list[Batch]) -> tuple[float, set
             for parameter in parameters:
                 parameter.summed_grad.zero_()
             # As in training: what is taken apart comes in microbatches of one author.
-            norms, _ = clip(model, clipping, clip_norm, one_by_one(batch) if apart else [batch], apart)
+            parts = one_by_one(batch) if apart else [batch]
+            norms, _ = clip(model, clipping, clip_norm, parts, apart, checkpointing)
             expected = (plain_gradient(model, batch, author, list(parameters)) for author in range(len(norms)))
             worst = max(worst, judge(clipping, clip_norm, norms, expected, parameters, TOLERANCE * rounding(model)))
     finally:
@@ -292,16 +298,35 @@ def compare(model: Any, clipping: str, batches: list[Batch]) -> tuple[float, set
     return worst, apart
 
 
-def clip(model: Any, clipping: str, clip_norm: float, batches: list[Batch], apart: set | None) -> tuple[torch.Tensor, set[Any]]:
+def clip(
+    model: Any, clipping: str, clip_norm: float, batches: list[Batch], apart: set | None, checkpointing: dict[str, Any] | None
+) -> tuple[torch.Tensor, set[Any]]:
     """Run a new engine, and take it off: the plain loop is to see a plain model. Returns norms, and what it took apart."""
-    engine = make_engine(model, clipping, clip_norm)
-    try:
-        if isinstance(engine, GhostClipping) and apart is not None:
-            engine.settle(apart)
-        norms = [take_in_turn(engine, batch, turn) for turn, batch in enumerate(batches)]
-    finally:
-        engine.close()
+    with checkpointed(model, checkpointing):
+        engine = make_engine(model, clipping, clip_norm, checkpointing is not None)
+        try:
+            if isinstance(engine, GhostClipping) and apart is not None:
+                engine.settle(apart)
+            norms = [take_in_turn(engine, batch, turn) for turn, batch in enumerate(batches)]
+        finally:
+            engine.close()
     return torch.cat(norms), set(getattr(engine, "apart", ()))
+
+
+@contextmanager
+def checkpointed(model: Any, options: dict[str, Any] | None) -> Iterator[None]:
+    """With the model's layers checkpointed as the Trainer does it; None: as the model is."""
+    if options is None or model.is_activation_checkpointing:
+        yield
+        return
+    of_transformers = {name: value for name, value in options.items() if name in OF_TRANSFORMERS}
+    of_torch = {name: value for name, value in options.items() if name not in OF_TRANSFORMERS}
+    with naming("--activation_checkpointing does not work with this model: leave it out"):
+        model.activation_checkpointing_enable(of_torch or None, **of_transformers)
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
 
 
 def one_by_one(batch: Batch) -> list[Batch]:

@@ -35,9 +35,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from author_dp.clipping import ENGINES, ClippingEngine
+from author_dp.clipping import ClippingEngine, engine_of
 from author_dp.clipping.contributions import Authors, Contribution
-from author_dp.clipping.ghost import GhostClipping
+from author_dp.clipping.ghost import GhostClipping, add_clipped
 from author_dp.errors import UserError
 from author_dp.mechanism import PAD, AuthorDPOptimizer, Batch, author_losses, takes_positions
 
@@ -186,7 +186,13 @@ class ShardedClipping(GhostClipping):
         if names:
             raise UserError(f"--fsdp: no rule of the clipping follows {names[0]}, which would have to be whole: {LEAVE_OUT}")
 
-    def _add(self, contributions: dict[Any, list[Contribution]], factors: torch.Tensor, authors: Authors) -> None:
+    def _add_up(
+        self,
+        contributions: dict[Any, list[Contribution]],
+        factors: torch.Tensor,
+        left_out: Optional[torch.Tensor],
+        authors: Authors,
+    ) -> None:
         if not self._counts:
             contributions = {}
         for bucket in self._buckets:
@@ -196,7 +202,7 @@ class ShardedClipping(GhostClipping):
                 rows = -(-len(parameter) // world_size) * world_size
                 total = torch.zeros(rows, *parameter.shape[1:], device=factors.device)
                 for part in contributions.pop(parameter, []):
-                    part.add_clipped(total[: len(parameter)], factors, authors)
+                    add_clipped(part, total[: len(parameter)], factors, left_out, authors)
                 totals.append(total.view(world_size, -1))
             sizes = [total.shape[1] for total in totals]
             whole = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
@@ -205,7 +211,7 @@ class ShardedClipping(GhostClipping):
             for parameter, summed in zip(bucket, share.split(sizes)):
                 mine = own(parameter.summed_grad)
                 mine.add_(summed[: mine.numel()].view_as(mine))
-        super()._add(contributions, factors, authors)  # what is in no shares: the canaries
+        super()._add_up(contributions, factors, left_out, authors)  # what is in no shares: the canaries
 
 
 def buckets(parameters: list[Any]) -> Iterator[list[Any]]:
@@ -220,9 +226,9 @@ def buckets(parameters: list[Any]) -> Iterator[list[Any]]:
         yield bucket
 
 
-def make_engine(model: nn.Module, clipping: str, clip_norm: float) -> ClippingEngine:
-    """Return the engine of this name, or that for a model in shares."""
-    return (ShardedClipping if in_shares(model.parameters()) else ENGINES[clipping])(model, clip_norm)
+def make_engine(model: nn.Module, clipping: str, clip_norm: float, checkpointed: bool) -> ClippingEngine:
+    """Return the engine of this name, for a model whose layers are checkpointed or not, or that for a model in shares."""
+    return (ShardedClipping if in_shares(model.parameters()) else engine_of(clipping, checkpointed))(model, clip_norm)
 
 
 def take_in_turn(engine: ClippingEngine, batch: Batch, turn: int) -> torch.Tensor:

@@ -32,6 +32,8 @@ def test_options_that_would_change_the_mechanism_are_refused_by_name(tmp_path, o
     [
         ("grad_sample", {}, "--(gradient|activation)_checkpointing.*--clipping ghost"),
         ("ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+        ("ghost", {"gradient_checkpointing_kwargs": {"debug": True}}, "use_reentrant.*false"),  # torch's default beside others
+        ("ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}, "preserve_rng_state"),
     ],
 )
 def test_checkpointing_is_refused_where_layers_cannot_be_told_apart(tmp_path, clipping_of_run, options, words):

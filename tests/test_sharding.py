@@ -57,7 +57,7 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
         expected_batch_size=8,
         before_release=lambda: None,
     )
-    engine = make_engine(model, "ghost", 0.5)
+    engine = make_engine(model, "ghost", 0.5, False)
     before = flat(parameters)
     optimizer.zero_grad()
     rank, authors = dist.get_rank(), []

@@ -4,7 +4,8 @@ Promise: whichever engine is chosen, each author's gradient enters the sum with 
 together, and nothing is trained unclipped.
 
 `ghost.py` is the fast engine, `rules.py` its rule for each type of layer, `contributions.py` the norms and clipped sums that the
-rules are made of; `grad_sample.py` is the plain engine, by Opacus, and the reference. `statistics.py` counts norms.
+rules are made of; `two_pass.py` takes its place where layers are checkpointed, with less memory. `grad_sample.py` is the plain
+engine, by Opacus, and the reference. `statistics.py` counts norms.
 
 Example:
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.grad_sample import GradSampleClipping
+from author_dp.clipping.two_pass import TwoPassClipping
 
 
 class ClippingEngine(Protocol):
@@ -37,3 +39,8 @@ class ClippingEngine(Protocol):
 
 
 ENGINES: dict[str, type[ClippingEngine]] = {"ghost": GhostClipping, "grad_sample": GradSampleClipping}
+
+
+def engine_of(name: str, checkpointed: bool) -> type[ClippingEngine]:
+    """Return the engine of --clipping `name`, for a model whose layers are checkpointed or not."""
+    return TwoPassClipping if checkpointed and name == "ghost" else ENGINES[name]

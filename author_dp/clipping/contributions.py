@@ -169,6 +169,18 @@ def tied_cross_terms(
     return 2 * (hidden.float() @ gradients.float().mT).mul_(picked).sum((1, 2))
 
 
+def looked_up_rows(ids: torch.Tensor, logit_gradients: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The rows of each author's G_head that the ids look up, so that 2 <G_embedding, G_head> is 2 sum_s <row_s, e_s>.
+
+    Args:
+        ids, logit_gradients, hidden: as of `tied_cross_terms`.
+    Returns:
+        sum_t z_t[id_s] h_t, float32 (authors, tokens, features): all that need be kept of the head for that product.
+    """
+    picked = logit_gradients.gather(2, ids[:, None, :].expand(-1, logit_gradients.shape[1], -1))  # z_t[id_s]
+    return matmul(picked.mT, hidden.to(picked.dtype))
+
+
 def total_squared_norms(parts: list[Contribution], authors: Authors) -> torch.Tensor:
     """||sum of the contributions||^2 for one parameter, (authors,): one contribution, or the two of a tied embedding."""
     squares = torch.stack([part.squared_norms(authors) for part in parts]).sum(0)

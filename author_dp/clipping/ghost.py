@@ -22,7 +22,7 @@ References:
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class GhostClipping:
         self._contributions: dict[nn.Parameter, list[Contribution]] = defaultdict(list)
         self._authors: Authors | None = None  # while taps are to collect
         self._collected = (0, 0)  # samples and tokens of what they collect
-        self._shape, self._in_rule = (0, 0), False  # samples and tokens of the last forward
+        self._given, self._in_rule = torch.zeros(0, 0), False  # the last forward's input ids, (samples, tokens)
         self._hooks: list[Any] = [layer.register_forward_hook(self._tap, with_kwargs=True) for layer in self._rules]
         self._hooks.append(model.register_forward_pre_hook(self._look, with_kwargs=True))
 
@@ -119,21 +119,21 @@ class GhostClipping:
     def _look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         given = kwargs.get("input_ids", args[0] if args else None)
         if torch.is_grad_enabled() and given is not None:
-            self._shape = (len(given), given.shape[1])  # samples, tokens
+            self._given = given.detach()
 
     def _tap(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._in_rule or not torch.is_grad_enabled() or self._trained[layer] <= self.apart:
             return output
-        rule, collect = self._rules[layer], functools.partial(self._collect, layer, self._shape)
+        rule, collect = self._rules[layer], functools.partial(self._collect, layer, self._given)
         inputs = [value.detach() for value in args if isinstance(value, torch.Tensor)]
         if rule is embedding:  # OPT computes its positions inside the layer: take what was really looked up
             lookup = find_lookup(output)
             if lookup is None or lookup._saved_padding_idx != (2**64 - 1 if layer.padding_idx is None else layer.padding_idx):
                 return self._leave(layer, output)
             if lookup is not output.grad_fn:
-                collect = functools.partial(self._collect, layer, self._shape, behind=(GradientEdge(lookup, 0), output))
-            ids, samples = lookup._saved_indices, self._shape[0]
-            if ids.shape == (1, self._shape[1]) and lookup is output.grad_fn:  # positions that all samples share
+                collect = functools.partial(self._collect, layer, self._given, behind=(GradientEdge(lookup, 0), output))
+            ids, (samples, tokens) = lookup._saved_indices, self._given.shape[:2]
+            if ids.shape == (1, tokens) and lookup is output.grad_fn:  # positions that all samples share
                 output, ids = output.expand(samples, -1, -1), ids.expand(samples, -1)
             return Tap.apply(output, self._anchor, collect, True, ids)
         plain = isinstance(output, torch.Tensor) and not kwargs and len(inputs) == len(args)
@@ -165,50 +165,54 @@ class GhostClipping:
             norms before clipping, (authors,); inf for an author who contributes nothing.
         """
         self._contributions.clear()
-        self._collected = (0, 0)
-        authors = self._authors = Authors(author, len(losses))
-        # With one author, the ordinary gradients are the author's.
-        known = [p for p in self.parameters if p in self.apart] if self._settled and authors.count == 1 else []
-        try:
-            _, *found = torch.autograd.grad(
-                losses.sum(),
-                [self._anchor, *known],
-                retain_graph=not self._settled or (bool(self.apart) and not known),
-                allow_unused=True,
-            )
-        finally:
-            self._authors = None
-        apart = self._learn(losses)
+        authors = Authors(author, len(losses))
+        known = self._known(authors)
+        found = self._visit(losses, authors, known, retain_graph=not self._settled or (bool(self.apart) and not known))
+        apart = self._learn(losses, self._contributions)
         contributions = {p: merge(self._contributions.pop(p, []), authors) for p in self.parameters if p not in apart}
         contributions |= {p: [Explicit(gradient.float()[None])] for p, gradient in zip(known, found) if gradient is not None}
-        squares = [losses.new_zeros(len(losses), dtype=torch.float32)]
-        squares += [total_squared_norms(parts, authors) for parts in contributions.values() if parts]
-        # Rounding may leave a small norm below zero; overflow must not pass for one.
-        total = torch.stack(squares).sum(0)
-        norms = total.clamp(min=0).where(total.isfinite(), torch.inf).sqrt()
+        norms = norms_of([total_squared_norms(parts, authors) for parts in contributions.values() if parts], losses)
         if apart and not known:
             norms = self._add_apart(losses, norms, [p for p in self.parameters if p in apart])
         factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
-        finite = norms.isfinite()
-        if not finite.all():  # their factor is zero, but zero times nan would be nan: leave these authors out
-            contributions = {p: [without(part, ~finite, author) for part in parts] for p, parts in contributions.items()}
-        self._add(contributions, factors, authors)
+        left_out = None if norms.isfinite().all() else ~norms.isfinite()
+        self._add_up(contributions, factors, left_out, authors)
         return norms
 
-    def _add(self, contributions: dict[Any, list[Contribution]], factors: torch.Tensor, authors: Authors) -> None:
+    def _add_up(
+        self,
+        contributions: dict[Any, list[Contribution]],
+        factors: torch.Tensor,
+        left_out: torch.Tensor | None,
+        authors: Authors,
+    ) -> None:
         """Add the clipped sums of these authors, each times its factor, (authors,), to `summed_grad`."""
         for parameter in list(contributions):  # let go of each tensor once it is used
             for part in contributions.pop(parameter):
-                part.add_clipped(parameter.summed_grad, factors, authors)
+                add_clipped(part, parameter.summed_grad, factors, left_out, authors)
 
-    def _learn(self, losses: torch.Tensor) -> set[Any]:
+    def _known(self, authors: Authors) -> list[Any]:
+        """Return the parameters whose ordinary gradients are what is asked for: with one author, they are the author's."""
+        return [p for p in self.parameters if p in self.apart] if self._settled and authors.count == 1 else []
+
+    def _visit(self, losses: torch.Tensor, authors: Authors, known: list[Any], retain_graph: bool) -> list[Any]:
+        """Go back through the taps, which collect; return the gradients of `known`, None for one that is not used."""
+        self._authors, self._collected = authors, (0, 0)
+        try:
+            return list(
+                torch.autograd.grad(losses.sum(), [self._anchor, *known], retain_graph=retain_graph, allow_unused=True)[1:]
+            )
+        finally:
+            self._authors = None
+
+    def _learn(self, losses: torch.Tensor, collected: Container[Any]) -> set[Any]:
         """Return what is to be taken apart: what no rule follows, and in a first call what was used behind the taps' back."""
         if self._settled:
             return self.apart
         samples, tokens = self._collected
         if samples == tokens > 1:  # a table of positions would pass for samples: trust no tap
             return set(self.parameters)
-        missing = [p for p in self.parameters if p not in self._contributions and p not in self.apart]
+        missing = [p for p in self.parameters if p not in collected and p not in self.apart]
         if missing:
             found = torch.autograd.grad(losses.sum(), missing, retain_graph=True, allow_unused=True)
             self.apart |= {parameter for parameter, gradient in zip(missing, found) if gradient is not None}
@@ -232,12 +236,17 @@ class GhostClipping:
         return norms
 
     def _collect(
-        self, layer: Any, shape: tuple[int, int], inputs: tuple, gradient: torch.Tensor, behind: tuple | None = None
+        self, layer: Any, given: torch.Tensor, inputs: tuple, gradient: torch.Tensor, behind: tuple | None = None
     ) -> None:
-        """Apply the layer's rule to one call of it; called by its tap in the backward pass."""
+        """Apply the layer's rule to one call of it; called by its tap in the backward pass.
+
+        Args:
+            given: the input ids of that forward, (samples, tokens).
+            behind: the edge and the output that an embedding's lookup hides behind.
+        """
         if self._authors is None or self._trained[layer] <= self.apart:
             return
-        self._collected = shape
+        self._collected = shape = (len(given), given.shape[1])
         if behind is not None:  # the lookup is scaled, or more, before it leaves the layer
             (gradient,) = torch.autograd.grad(behind[1], [behind[0]], gradient, retain_graph=True)
         rule, rows = self._rules[layer], []
@@ -252,7 +261,7 @@ class GhostClipping:
                 parts = general(layer, rows[:-1], rows[-1], self._authors)
             else:
                 rows = [rows[0].flatten(1) if rule is embedding else rows[0].flatten(1, -2), rows[-1].flatten(1, -2)]
-                parts = rule(layer, *rows, self._authors, known.get(layer.weight) not in self.tied)
+                parts = rule(layer, *rows, self._authors, self._may_be_explicit(known.get(layer.weight)))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             if rule is not general or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -260,13 +269,42 @@ class GhostClipping:
         finally:
             self._in_rule = False
         for parameter, part in parts.items():
-            if parameter in known:
-                self._contributions[known[parameter]].append(part)
+            if parameter in known and known[parameter] not in self.apart:
+                self._take(known[parameter], part, given)
+
+    def _may_be_explicit(self, weight: Any) -> bool:
+        """Whether the per-author gradients of a layer's matrix may be formed, if that is the cheaper way."""
+        return weight not in self.tied
+
+    def _take(self, parameter: Any, part: Contribution, given: torch.Tensor) -> None:
+        """Keep what a layer adds to a parameter's gradient, until all norms are known."""
+        self._contributions[parameter].append(part)
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+
+
+def add_clipped(
+    part: Contribution, total: torch.Tensor, factors: torch.Tensor, left_out: torch.Tensor | None, authors: Authors
+) -> None:
+    """Add a contribution, each author's times the author's factor, to a total of the parameter's shape.
+
+    Args:
+        factors: (authors,).
+        left_out: bool (authors,), whose gradients are not finite; None where there is none.
+    """
+    if left_out is not None:  # their factor is zero, but zero times nan would be nan
+        part = without(part, left_out, authors.author)
+    part.add_clipped(total, factors, authors)
+
+
+def norms_of(squares: list[torch.Tensor], losses: torch.Tensor) -> torch.Tensor:
+    """Return the norms of all parameters together, (authors,), of each one's squared norms, (authors,); inf for no number."""
+    total = torch.stack([losses.new_zeros(len(losses), dtype=torch.float32), *squares]).sum(0)
+    # Rounding may leave a small norm below zero; overflow must not pass for one.
+    return total.clamp(min=0).where(total.isfinite(), torch.inf).sqrt()
 
 
 def find_lookup(output: torch.Tensor) -> Any:
