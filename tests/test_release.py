@@ -182,16 +182,17 @@ def test_nobody_is_held_out_by_force_for_a_number_that_is_published(tmp_path):
 
 
 def test_what_was_released_is_in_the_ledger_before_it_is_told(tmp_path, monkeypatch):
+    # So little noise that no loss falls on an end of the range, where two would be equal.
     trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
-    found = release_loss(trainer, 0.5, None, limited=False)
+    found = release_loss(trainer, 20.0, 8.0, limited=False)
     again = PrivacyLedger(trainer.budget.ledger.path)
     assert again.releases == [{**found, "split": "s"}] and again.released == again.releases[0] and again.steps == 1
     monkeypatch.setattr(release, "discrete_laplace", lambda scale: pytest.fail("noise was drawn for the same number once more"))
-    assert release_loss(trainer, 0.5, None, limited=False)["loss"] == found["loss"]
+    assert release_loss(trainer, 20.0, 8.0, limited=False)["loss"] == found["loss"]
     monkeypatch.undo()
     trainer.budget.ledger.record_step()
-    assert release_loss(trainer, 0.5, None, limited=False)["loss"] != found["loss"]
-    assert [one["epsilon"] for one in PrivacyLedger(again.path).releases] == [0.5, 0.5]
+    assert release_loss(trainer, 20.0, 8.0, limited=False)["loss"] != found["loss"]
+    assert [one["epsilon"] for one in PrivacyLedger(again.path).releases] == [20.0, 20.0]
 
 
 @pytest.mark.parametrize(
@@ -384,10 +385,10 @@ def test_a_release_torn_before_its_loss_told_nothing(tmp_path, length):
 def test_a_loss_is_published_for_the_model_of_its_step_only(tmp_path):
     trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
     trainer.state.global_step = 4
-    found = release_loss(trainer, 0.5, None, limited=False)
+    found = release_loss(trainer, 20.0, 8.0, limited=False)
     assert found["step"] == 4 and "at step 4" in in_words(found)
     trainer.state.global_step = 2  # an earlier checkpoint, to which nothing is left to do
-    assert release_loss(trainer, 0.5, None, limited=False)["loss"] != found["loss"]
+    assert release_loss(trainer, 20.0, 8.0, limited=False)["loss"] != found["loss"]
     assert [one["step"] for one in PrivacyLedger(trainer.budget.ledger.path).releases] == [4, 2]
 
 
