@@ -17,7 +17,6 @@ Example:
 
 import atexit
 import glob
-import hashlib
 import os
 import secrets
 import shutil
@@ -38,8 +37,8 @@ from datasets import Dataset, List, Value, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.authors import column_of, encode_authors, find_nobody
-from author_dp.conversations import TARGETS, Format, tokenize_examples
+from author_dp.authors import column_of, digests, encode_authors, find_nobody, held_out_draws, split_name, uniform
+from author_dp.conversations import TARGETS, Format, start_token, tokenize_examples
 from author_dp.errors import UserError
 from author_dp.hub import read_hub
 from author_dp.mechanism import IGNORED
@@ -90,6 +89,13 @@ class DataArguments:
         default=None, metadata={"help": "File of a chat template, for a tokenizer that has none; saved with the model."}
     )
     sequence_len: int = field(default=128, metadata={"help": "Tokens per sample; longer samples are cut."})
+    prepend_bos: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin each text by the tokenizer's start (or end-of-text) token where the tokenizer itself does not, so "
+            "that a generator learns how texts begin."
+        },
+    )
     append_eos: bool = field(
         default=False,
         metadata={"help": "End each text by the tokenizer's end-of-text token, so that a generator learns to stop."},
@@ -190,6 +196,7 @@ def prepare(
                 "text_column": args.text_column,
                 "sequence_len": args.sequence_len,
                 "long_samples": args.long_samples,
+                "prepend_bos": args.prepend_bos,
                 "append_eos": args.append_eos,
                 "has_targets": args.has_targets,
                 "num_proc": args.preprocessing_num_workers,
@@ -392,7 +399,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -
 
 def data_notes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what is to be known of how texts became samples; privacy.json holds it. All of it is public."""
-    start = start_token(tokenizer)
+    start = start_token(tokenizer, args.prepend_bos)
     return {
         "row_limit": args.row_limit,
         "train_fraction": args.train_fraction,
@@ -449,7 +456,7 @@ def split_by_author(
         raise UserError(f"--author_column {author_column!r}: there is one author only, whom no noise can hide; give data of many")
     if eval_fraction == 0 and train_fraction == 1:
         return samples, None
-    draws = uniform(authors, f"{seed}:")
+    draws = held_out_draws(authors, seed)
     held_out = draws < eval_fraction
     if eval_fraction > 0 and not held_out.any():
         if not by_force:
@@ -463,17 +470,6 @@ def split_by_author(
         remedy = "raise the latter" if train_fraction < 1 else "lower it"
         raise UserError(f"{option} of {len(authors)} authors leaves none to train on: {remedy}, or give more authors")
     return where(samples, trained[codes], folder), where(samples, held_out[codes], folder) if eval_fraction > 0 else None
-
-
-def uniform(authors: list, prefix: str) -> np.ndarray:
-    """Return for each author a number in [0, 1), float64 (authors,), that depends on the author's value and `prefix` alone."""
-    return digests(authors, prefix) / 2.0**64
-
-
-def digests(authors: list, prefix: str) -> np.ndarray:
-    """Return for each author 64 bits that depend on the author's value and `prefix` alone, uint64 (authors,)."""
-    found = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
-    return np.frombuffer(b"".join(found), dtype=">u8")
 
 
 def author_hashes(authors: Sequence | pa.ChunkedArray) -> np.ndarray:
@@ -490,8 +486,7 @@ def lowest_authors(samples: Dataset, author_column: str, limit: int, seed: int, 
 
 def name_of_split(args: DataArguments, seed: int) -> Optional[str]:
     """Return a name of the rule that holds authors out: with one name, who is held out is never trained on. None with a file."""
-    rule = f"{seed}:{args.eval_fraction}:{args.author_column}"  # other values are other authors, of the same people
-    return None if args.validation_file is not None else hashlib.sha256(rule.encode()).hexdigest()[:16]
+    return None if args.validation_file is not None else split_name(seed, args.eval_fraction, args.author_column)
 
 
 def check_apart(train: Dataset, evaluation: Dataset, args: DataArguments) -> None:
@@ -526,13 +521,6 @@ def group_by_author(authors: Sequence | pa.ChunkedArray) -> tuple[np.ndarray, np
 # --- tokens -------------------------------------------------------------------------------------------
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> Optional[int]:
-    """Return the token with which the tokenizer itself begins every text, as Llama's and Gemma's do; None if there is none."""
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and whole[:1] == [bos] != bare[:1] else None
-
-
 def cut(row: list[int], room: int) -> list[list[int]]:
     """Cut a row into pieces of `room` tokens; a last one of a single token, which predicts nothing, takes one from before."""
     bounds = [*range(0, max(1, len(row)), room), len(row)]
@@ -548,6 +536,7 @@ def tokenize(
     text_column: str,
     sequence_len: int,
     long_samples: str = "truncate",
+    prepend_bos: bool = False,
     append_eos: bool = False,
     has_targets: bool = False,
     num_proc: Optional[int] = None,
@@ -560,6 +549,7 @@ def tokenize(
     What is spelled like a special token (<|endoftext|>) is text like any other, never that token.
 
     Args:
+        prepend_bos: begin each text by a start token, as `conversations.start_token` has it.
         append_eos: end each text by the end-of-text token, where there is room.
         has_targets: whether texts are packed examples (`conversations.Example`); there is then a column `labels` too,
             IGNORED where nothing is learned, and samples without a target are dropped like those of one token.
@@ -569,7 +559,10 @@ def tokenize(
     features.pop(text_column)
     results = ["input_ids", *["labels"] * has_targets]
     features.update(dict.fromkeys(results, List(Value("int32"))))
-    start, end = [token for token in [start_token(tokenizer)] if token is not None], [tokenizer.eos_token_id] * append_eos
+    begin, end = start_token(tokenizer, prepend_bos), [tokenizer.eos_token_id] * append_eos
+    start = [] if begin is None else [begin]
+    if prepend_bos and not start:
+        raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token; leave it out")
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError("--append_eos: the model's tokenizer has no end-of-text token; leave it out")
     room = sequence_len - len(start)

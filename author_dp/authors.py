@@ -3,6 +3,7 @@
 Promise: two samples have the same author if and only if their author values are equal, character by character.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,28 @@ def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
 def column_of(samples: Dataset, name: str) -> pa.ChunkedArray:
     """Return a column without a detour over Python objects, or over the other columns."""
     return samples.select_columns([name]).with_format("arrow")[:][name]
+
+
+def uniform(authors: list, prefix: str) -> np.ndarray:
+    """Return for each author a number in [0, 1), float64 (authors,), that depends on the author's value and `prefix` alone."""
+    return digests(authors, prefix) / 2.0**64
+
+
+def digests(authors: list, prefix: str) -> np.ndarray:
+    """Return for each author 64 bits that depend on the author's value and `prefix` alone, uint64 (authors,)."""
+    found = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
+    return np.frombuffer(b"".join(found), dtype=">u8")
+
+
+def held_out_draws(authors: list, seed: int) -> np.ndarray:
+    """Return for each author a number in [0, 1), (authors,): those below --eval_fraction are held out."""
+    return uniform(authors, f"{seed}:")
+
+
+def split_name(seed: int, eval_fraction: float, author_column: str) -> str:
+    """Return a name of the rule that holds authors out: with one name, who is held out is never trained on."""
+    rule = f"{seed}:{eval_fraction}:{author_column}"  # other values are other authors, of the same people
+    return hashlib.sha256(rule.encode()).hexdigest()[:16]
 
 
 def find_nobody(samples: Dataset, text_column: str, author_column: str) -> list[str]:

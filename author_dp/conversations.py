@@ -174,6 +174,19 @@ def as_messages(value: Any) -> list[dict[str, str]]:
     return messages
 
 
+def start_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool = False) -> Optional[int]:
+    """Return the token with which the tokenizer itself begins every text, as Llama's and Gemma's do; None if there is none.
+
+    Args:
+        prepend_bos: where it begins none, its start token, or else its end-of-text token, is to do so.
+    """
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and whole[:1] == [bos] != bare[:1]:
+        return bos
+    return (tokenizer.eos_token_id if bos is None else bos) if prepend_bos else None
+
+
 def tokenize_examples(
     packed: list[str], tokenizer: PreTrainedTokenizerBase, start: list[int], end: list[int]
 ) -> tuple[list[list[int]], list[list[int]]]:

@@ -379,6 +379,25 @@ The base model's own training data are not covered. The folder of the run also h
 """
 
 
+def report_anew(path: Path, ledger: PrivacyLedger) -> tuple[dict[str, Any], Optional[PrivacyLoss]]:
+    """Return the report at `path` with what all steps of its ledger have spent since, and the accountant that says so, if any.
+
+    Raises:
+        UserError: for a report that knows more than the ledger does.
+    """
+    report, loss = ledger.check_report(path), None
+    if not report["disable_dp"] and ledger.steps:
+        loss = PrivacyLoss(ledger.spendings, report["delta"])
+        epsilon = loss.epsilon(ledger.spendings) if ledger.alarm is None else math.inf
+        report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps, "accountant": loss.accountant}
+        if ledger.releases:
+            together = ledger.epsilon_with_releases(epsilon)
+            report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
+        report["accounted_steps"] = ledger.accounted_steps
+        report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
+    return report, loss
+
+
 def write_report(folder: Path, hidden: bool = False) -> None:
     """Write report.html and report/*.png of the run in `folder`.
 
@@ -390,17 +409,7 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     if not (folder / REPORT_NAME).exists():
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME}: give the --output_dir of a run")
     ledger = PrivacyLedger(folder / LEDGER_NAME)
-    report: dict[str, Any] = ledger.check_report(folder / REPORT_NAME)
-    loss = None
-    if not report["disable_dp"] and ledger.steps:  # more may have been spent since
-        loss = PrivacyLoss(ledger.spendings, report["delta"])
-        epsilon = loss.epsilon(ledger.spendings) if ledger.alarm is None else math.inf
-        report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps, "accountant": loss.accountant}
-        if ledger.releases:
-            together = ledger.epsilon_with_releases(epsilon)
-            report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
-        report["accounted_steps"] = ledger.accounted_steps
-        report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
+    report, loss = report_anew(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}
     prefix = "_" if hidden else ""

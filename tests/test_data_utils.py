@@ -395,6 +395,15 @@ def ids_of(texts, tokenizer, **options) -> list[list[int]]:
     return tokenize(samples, tokenizer, text_column="body", sequence_len=4, **options)["input_ids"][:]
 
 
+@pytest.mark.parametrize("more", [{}, {"append_eos": True}, {"append_eos": True, "long_samples": "split"}])
+def test_a_text_begins_with_a_token_where_that_is_asked_for(more):
+    texts = ["a b", "a b c a b", "a b c", "a"]
+    plain, starting = small_tokenizer(start=False), small_tokenizer(start=True)
+    asked = ids_of(texts, plain, prepend_bos=True, **more)
+    assert asked == ids_of(texts, starting, **more) == ids_of(texts, starting, prepend_bos=True, **more)  # never two
+    assert data_utils.data_notes(DataArguments(train_file=["a"], prepend_bos=True), plain)["start_token"] == "<s>"
+
+
 def test_the_start_token_is_the_tokenizers_own_and_the_end_is_asked_for():
     plain, starting = small_tokenizer(start=False), small_tokenizer(start=True)
     texts = ["a b", "a b c a b", "a b c"]
