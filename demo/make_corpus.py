@@ -2,6 +2,8 @@
 
     python demo/make_corpus.py --family private --authors 20000 --seed 7 > demo/comments.jsonl
 
+With --topics each comment has its topic, as a label, and as the prompt that it answers ("chess:").
+
 Deterministic: the same options give the same bytes. Two families share the grammar and the habits of writers
 but not the topics: the demo's model is pre-trained on the public one (demo/make_model.py) and fine-tuned on the
 private one, so that there is something to learn. All of it is synthetic; nobody wrote any of these comments.
@@ -95,13 +97,15 @@ def make_comment(generator: random.Random, author: dict) -> str:
 
 
 def make_corpus(family: str, authors: int, seed: int) -> list[dict[str, str]]:
-    """Return the comments, shuffled, as {"author", "content"}."""
+    """Return the comments, shuffled, as {"author", "content", "topic"}."""
     generator = random.Random(f"{family} {seed}")
-    topics = [parse_topic(text) for text in {"public": PUBLIC_TOPICS, "private": PRIVATE_TOPICS}[family].values()]
+    named = {"public": PUBLIC_TOPICS, "private": PRIVATE_TOPICS}[family]
+    topics = [{"name": name, **parse_topic(text)} for name, text in named.items()]
     comments = []
-    for number in range(authors):
-        author, name = make_author(generator, topics), f"{generator.choice(NAMES)}{number}"
-        comments += [{"author": name, "content": make_comment(generator, author)} for _ in range(number_of_comments(generator))]
+    for i in range(authors):
+        author, name = make_author(generator, topics), f"{generator.choice(NAMES)}{i}"
+        number, topic = number_of_comments(generator), author["topic"]["name"]
+        comments += [{"author": name, "content": make_comment(generator, author), "topic": topic} for _ in range(number)]
     generator.shuffle(comments)
     return comments
 
@@ -111,6 +115,10 @@ if __name__ == "__main__":
     parser.add_argument("--family", choices=["public", "private"], default="private")
     parser.add_argument("--authors", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--topics", action="store_true", help="with a column topic, and a column prompt made of it")
     options = parser.parse_args()
     for comment in make_corpus(options.family, options.authors, options.seed):
+        topic = comment.pop("topic")
+        if options.topics:
+            comment |= {"content": f" {comment['content']}", "prompt": f"{topic}:", "topic": topic}
         sys.stdout.write(json.dumps(comment) + "\n")
