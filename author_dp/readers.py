@@ -52,6 +52,7 @@ class Columns(NamedTuple):
     prompt: Optional[str] = None  # of what comes before the text, if `as_text` takes it
     as_text: Optional[Callable[..., str]] = None  # makes a text of the values of prompt, if any, and text; or ValueError
     text_option: str = "--text_column"
+    prompt_option: str = "--prompt_column"
 
     @property
     def parts(self) -> list[str]:
@@ -60,7 +61,7 @@ class Columns(NamedTuple):
 
     @property
     def by_option(self) -> list[tuple[str, str]]:
-        prompt = [] if self.prompt is None else [("--prompt_column", self.prompt)]
+        prompt = [] if self.prompt is None else [(self.prompt_option, self.prompt)]
         return [(self.text_option, self.text), *prompt, ("--author_column", self.author)]
 
 
