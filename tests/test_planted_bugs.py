@@ -21,6 +21,7 @@ import test_clipping_two_pass
 import test_conversations
 import test_data_utils
 import test_dp_utils
+import test_generate
 import test_guards
 import test_hidden_counts
 import test_ledger
@@ -32,6 +33,7 @@ import test_readers
 import test_release
 import test_selfcheck
 import test_sharding
+import test_synthetic_report
 from planting import find, with_edit
 
 from author_dp.errors import MechanismError, UserError
@@ -242,7 +244,7 @@ BUGS = [
         "if args.max_grad_norm and not privacy.disable_dp:", "if False:",
         lambda path, _: test_guards.test_options_that_would_change_the_mechanism_are_refused_by_name(
             path, {"max_grad_norm": 1.0}, "--max_grad_norm")),
-    Bug("authors move when another one leaves", "data_utils.uniform", '{prefix}{author}".encode()',
+    Bug("authors move when another one leaves", "author_dp.authors.digests", '{prefix}{author}".encode()',
         '{len(authors)}:{author}".encode()', lambda *_: test_data_utils.test_split_depends_on_seed_and_author_alone()),
     Bug("authors without their blanks", "data_utils.encode_authors", "values.dictionary_encode()",
         "(pc.utf8_trim_whitespace(values) if pa.types.is_string(values.type) else values).dictionary_encode()",
@@ -338,8 +340,50 @@ BUGS = [
         lambda path, _: test_hidden_counts.test_a_run_that_took_no_step_has_told_the_number_too(path)),
     Bug("private states that all may read", "author_dp.ledger.keep_private", "path.chmod(0o600)", "pass",
         lambda path, _: test_hidden_counts.test_public_files_are_the_same_for_any_number_of_authors(path)),
-    Bug("a split that forgets by which column", "data_utils.name_of_split", ":{args.author_column}", "",
+    Bug("a split that forgets by which column", "author_dp.authors.split_name", ":{author_column}", "",
         lambda *_: test_release.test_a_split_has_another_name_with_another_rule()),
+    # What is claimed for synthetic text.
+    Bug("text of private prompts is covered", "author_dp.sidecar.claim", "elif prompts == PRIVATE:", "elif False:",
+        lambda *_: test_generate.test_the_word_on_prompts_decides()),
+    Bug("nobody is asked where prompts come from", "author_dp.generate.check",
+        "if args.prompts and not (args.public_prompts or args.private_prompts):", "if False:",
+        lambda path, _: test_generate.test_prompts_need_a_word_on_where_they_come_from(path, path)),
+    Bug("text of a model with infinite epsilon is covered", "author_dp.sidecar.claim",
+        'elif guarantee["epsilon"] is None:', "elif False:",
+        lambda *_: test_generate.test_nothing_is_claimed_where_there_is_no_guarantee(
+            {"epsilon": None, "delta": 1e-5, "disable_dp": False}, "infinite")),
+    Bug("text of a model whose mechanism failed is covered", "author_dp.sidecar.claim",
+        'elif guarantee.get("alarm"):', "elif False:",
+        lambda *_: test_generate.test_nothing_is_claimed_where_there_is_no_guarantee(
+            {"epsilon": 2.0, "delta": 1e-5, "disable_dp": False, "alarm": "half the noise"}, "half the noise")),
+    Bug("an edited epsilon travels with the text", "author_dp.sidecar.read_guarantee", "report, _ = report_anew(path, ledger)",
+        "report = read_json(path)",
+        lambda path, _: test_generate.test_epsilon_is_that_of_the_ledger_not_of_an_edited_report(test_generate.made(path))),
+    Bug("a private count travels with the text", "author_dp.sidecar.read_guarantee",
+        "{key: report[key] for key in PUBLIC_KEYS if key in report}", "report",
+        lambda path, _: test_generate.test_a_sidecar_tells_public_values_only(test_generate.made(path), path)),
+    Bug("a sidecar of another text believed", "author_dp.sidecar.check_sidecar",
+        'sidecar.get("sha256") != sha256_of(text)', "False",
+        lambda path, _: test_generate.test_a_text_that_was_changed_is_not_the_sidecars(test_generate.made(path), path)),
+    Bug("text that nothing covers is for everybody", "author_dp.generate.generate", 'else 0o600', "else 0o666",
+        lambda path, _: test_generate.test_private_prompts_are_covered_by_nothing(test_generate.made(path), path)),
+    Bug("rows twice after an interruption", "author_dp.drafts.Draft._go_on",
+        'os.truncate(self.part, min(int(known["bytes"]), self.part.stat().st_size))',
+        'known["sha256"] = hashlib.sha256(self.part.read_bytes()).hexdigest()',
+        lambda path, patch: test_generate.test_an_interrupted_run_goes_on_to_the_same_rows(
+            test_generate.made(path), path, patch)),
+    Bug("other rows after an interruption", "author_dp.generate.write_batch", "torch.manual_seed(seed)", "pass",
+        lambda path, patch: test_generate.test_an_interrupted_run_goes_on_to_the_same_rows(
+            test_generate.made(path), path, patch)),
+    Bug("a report on private text for everybody", "author_dp.synthetic_report.make_report", "private=True", "private=False",
+        lambda path, patch: test_synthetic_report.test_the_report_is_for_its_owner(
+            test_synthetic_report.make_files(path, patch))),
+    Bug("authors of the training taken for strangers", "author_dp.synthetic_report.split",
+        "rule is not None and rule != split_name(args.split_seed, args.eval_fraction, args.author_column)", "False",
+        lambda *_: test_synthetic_report.test_other_held_out_authors_than_the_runs_are_refused()),
+    Bug("a passage that several wrote taken for one author's", "author_dp.passages.shared_passages",
+        "alone &= ~((mine == best) & (far == best))", "pass",
+        lambda *_: test_synthetic_report.test_passages_are_those_of_a_plain_search()),
     Bug("shares: a part of the noise for each process", SHARED_STEP, "self.noise_multiplier * self.max_grad_norm",
         "self.noise_multiplier * self.max_grad_norm / self.world_size**0.5",
         lambda path, _: test_sharding.test_noise_is_of_the_promised_scale_once_and_independent_between_shares(path)),
