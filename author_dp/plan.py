@@ -21,6 +21,8 @@ from author_dp.bands import CHOICES, band_coefficients, choose_bands, gain
 from author_dp.errors import UserError
 
 FEW_AUTHORS, LARGE_DELTA = 1_000, 1e-3  # below and above which a delta is explained, and warned of
+AGAIN = "the earlier steps are accounted by themselves, rounded up to whole cycles: up to one accounted step more, so that the "
+AGAIN += "target may not allow the last steps"
 SMALL_BATCH, FEW_STEPS, ENOUGH_STEPS = 64, 20, 60  # authors, steps: below the first two the log has advice
 
 
@@ -114,6 +116,7 @@ class PrivacyPlan:
                 f"  clip norm (C)           {self.clip_norm:g} per author, by {self.clipping}",
                 f"  noise multiplier        {self.noise_multiplier:.4f}",
                 *([f"  noise bands (b)         {self.bands_in_words()}"] if self.noise_bands > 1 else []),
+                *([f"    a new mechanism begins, and {AGAIN}"] if self.noise_bands > 1 and earlier_steps else []),
                 f"  promise after all steps {guarantee_in_words(epsilon, self.delta)}",
                 *([f"  delta                   {self.delta_in_words()}"] if self.num_authors < FEW_AUTHORS else []),
                 "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",

@@ -289,7 +289,8 @@ def test_report_and_ledger_tell_the_bands_and_what_is_accounted(tmp_path):
     assert ledger.runs[0]["noise_bands"] == 3 and ledger.spendings == [Spending(1.0, pytest.approx(0.2), 3)]
     # Resumed for two more steps, a new mechanism begins: ceil(7 / 3) + ceil(2 / 3) accounted steps.
     again = banded(tmp_path, bands=None, steps=9, resume_from_checkpoint=True)
-    assert again.plan.noise_bands == 3
+    assert again.plan.noise_bands == 3 and "a new mechanism begins" in again.summary()
+    assert "a new mechanism begins" not in trainer.plan.summary(np.ones(60), 1, 1, 1.0, earlier_steps=0)
     again.train()
     again.save_model()
     assert read_report(tmp_path)["accounted_steps"] == 4 and read_report(tmp_path)["steps"] == 9
