@@ -232,7 +232,7 @@ class DPTrainer(Trainer):
         self.plan = make_plan(
             privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, affordable_bands(model, args)
         )
-        if self.plan.noise_bands > 1 and train_dataset.hashes is None:
+        if self.plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
             raise ValueError("noise bands need the hashes of all authors: AuthorDataset(..., hashes=author_hashes(authors))")
         self.checks = RunChecks(self.plan, canaries)
         kept = broadcast(hidden_count(self.folder))

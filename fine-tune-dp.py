@@ -339,7 +339,7 @@ def main() -> None:
     elif training_args.eval_strategy != "no":
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
     hashes = None
-    if privacy_args.noise_bands != "1":  # they deal authors to groups
+    if privacy_args.noise_bands or training_args.resume_from_checkpoint:  # they deal authors to groups
         hashes = author_hashes(column_of(train, data_args.author_column))
     audit: Audit | GradientCanaries | None = None
     if audit_args.audit_canaries:

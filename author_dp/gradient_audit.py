@@ -172,7 +172,7 @@ class WithCanaries(torch.utils.data.Dataset):
         self.rows = len(dataset.indices)
         ends = np.arange(1, len(canaries) + 1) * SAMPLES
         self.offsets = np.concatenate([dataset.offsets, self.rows + ends])
-        self.hashes = with_canaries(dataset.hashes, len(canaries))
+        self.hashes = with_canaries(getattr(dataset, "hashes", None), len(canaries))
         # The rows of a data set may be more than those of its authors: canaries' rows come behind all of them.
         self.first = int(max(dataset.indices.max(initial=-1) + 1, len(dataset.samples)))
         self.indices = np.concatenate([dataset.indices, self.first + np.arange(len(canaries) * SAMPLES)])

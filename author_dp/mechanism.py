@@ -78,6 +78,7 @@ class PoissonAuthorSampler:
         on_draw: if set, called with each global draw, the places of its authors; an exception ends the run.
     Raises:
         UserError: for more bands than 1 / sample_rate.
+        ValueError: for bands without groups.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class PoissonAuthorSampler:
         groups: Optional[np.ndarray] = None,
         bands: int = 1,
     ):
+        if bands > 1 and (groups is None or len(groups) != len(offsets) - 1):
+            raise ValueError("with several bands every author needs a group: all would be drawn in each step")
         self.offsets, self.indices = offsets, indices
         self.real = len(offsets) - 1 - canaries
         self.on_draw: Optional[Callable[[np.ndarray], None]] = None
@@ -397,7 +400,13 @@ class AuthorDPOptimizer(DPOptimizer):
             parameter.summed_grad = self.pad[PAD:].view_as(parameter)
 
     def begin(self, coefficients: np.ndarray) -> None:
-        """Begin a training: the noise of what follows is by these band coefficients, (bands,), with nothing before it."""
+        """Begin a training: the noise of what follows is by these band coefficients, (bands,), with nothing before it.
+
+        Raises:
+            ValueError: for coefficients of norm above 1, by which an author would add more than is accounted for.
+        """
+        if not np.linalg.norm(coefficients) <= 1:
+            raise ValueError(f"band coefficients {coefficients} must have norm 1")
         rank = dist.get_rank() if dist.is_initialized() else 0
         self._slice = self.sums.tensor_split(self.world_size)[rank]
         several = len(coefficients) > 1 and self.noise_multiplier > 0

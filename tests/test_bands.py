@@ -221,6 +221,19 @@ def test_draws_are_numbered_over_epochs_and_processes():
         assert sorted(parts) == [int(s[0]) for s in whole.draw().samples]
 
 
+def test_nobody_is_drawn_without_a_group():
+    for groups in (None, np.zeros(49, np.int64)):
+        with pytest.raises(ValueError, match="every author needs a group"):
+            make_sampler([1] * 50, 0.1, 3, groups)
+
+
+def test_longer_columns_are_refused():
+    optimizer, _ = make_optimizer(size=100)
+    for coefficients in (np.ones(2), np.array([np.nan, 0.5]), band_coefficients(4, 10) * 1.001):
+        with pytest.raises(ValueError, match="norm 1"):
+            optimizer.begin(coefficients)
+
+
 def test_the_optimizer_takes_each_draw_once_and_in_order():
     optimizer, _ = make_optimizer(size=1_000)
     optimizer.begin(band_coefficients(3, 10))
