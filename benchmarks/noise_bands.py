@@ -53,15 +53,16 @@ def options(epsilon: float | None, bands: str, rate: str, more: str = "") -> str
 SGD = " --optim sgd --optim_args momentum=0.9"
 GRIDS = {
     "epsilon-8": {
-        **{(bands, rate): options(8, bands, rate) for rate in ("1e-2", "2e-2", "5e-3") for bands in ("1", "8", "4", "16", "2")},
-        **{("not private", rate): options(None, "1", rate) for rate in ("5e-3", "1e-2")},
+        **{
+            (bands, rate): options(8, bands, rate) for rate in ("5e-3", "1e-2", "2e-2", "4e-2") for bands in ("1", "4", "8", "16")
+        },
+        ("not private", "1e-2"): options(None, "1", "1e-2"),
     },
-    "sgd": {(bands, rate): options(8, bands, rate, SGD) for rate in ("1", "3", "10") for bands in ("1", "8")},
+    "sgd": {(bands, rate): options(8, bands, rate, SGD) for rate in ("0.3", "1", "3") for bands in ("1", "8")},
     "epsilons": {
         (f"epsilon {epsilon}, b = {bands}", rate): options(epsilon, bands, rate)
         for epsilon in (4, 2, 1)
-        for rate in ("1e-2",)
-        for bands in ("1", "8")
+        for bands, rate in (("1", "1e-2"), ("8" if epsilon > 1 else "4", "2e-2"))
     },
 }
 
