@@ -41,7 +41,7 @@ import time
 from dataclasses import dataclass, field
 from logging import LogRecord
 from pathlib import Path
-from typing import NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
 import datasets
 import numpy as np
@@ -65,6 +65,7 @@ from author_dp.bands import with_canaries
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
+from author_dp.frozen import bytes_of, check_trained, four_bits, settle
 from author_dp.gradient_audit import GradientCanaries
 from author_dp.guards import check_options, check_shared_authors, check_shares
 from author_dp.hub import hub_error, hub_is_reachable
@@ -135,13 +136,41 @@ class LoraArguments:
     lora_modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Names of layers to train in full beside the adapters, like lm_head."}
     )
+    base_dtype: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "How the frozen base under LoRA is kept: float32 (the default), or bfloat16 for half of the memory.",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep the frozen base's linear layers under LoRA in 4 bits (NF4); needs bitsandbytes."},
+    )
 
     def __post_init__(self):
+        if self.load_in_4bit and self.base_dtype is not None:
+            raise UserError(
+                f"--load_in_4bit and --base_dtype {self.base_dtype} contradict each other: leave one of them out (in 4 bits, "
+                "embeddings and the head are in bfloat16)"
+            )
+        fewer = self.fewer_bits()
+        if fewer and not self.enable_lora:
+            raise UserError(f"{fewer} is for weights that are not trained: add --enable_lora, or leave it out")
+        if self.load_in_4bit and self.lora_bias != "none":
+            raise UserError(
+                f"--lora_bias {self.lora_bias} would train biases of layers that --load_in_4bit keeps in 4 bits: leave it out, or "
+                "use --base_dtype bfloat16"
+            )
         for name in ("lora_dim", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
+
+    def fewer_bits(self) -> Optional[str]:
+        """Return the option by which the base is in fewer bits than float32's, None without one."""
+        return "--load_in_4bit" if self.load_in_4bit else "--base_dtype bfloat16" if self.base_dtype == "bfloat16" else None
 
 
 @dataclass
@@ -214,7 +243,7 @@ def parse_arguments() -> tuple:
         raise
     except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # what Hugging Face's own checks raise
         raise UserError(blame(str(error).strip().splitlines()[0], arguments)) from error
-    model_args, _, data_args, privacy_args, _, release_args, training_args = groups
+    model_args, lora_args, data_args, privacy_args, _, release_args, training_args = groups
     has_evaluation = data_args.validation_file is not None or data_args.eval_fraction > 0
     if model_args.dry_run:
         release_args.release_eval_epsilon = None  # of a model that nobody wants
@@ -223,6 +252,8 @@ def parse_arguments() -> tuple:
     check_options(training_args, privacy_args)
     check_shared_authors(data_args.allow_shared_authors, training_args, privacy_args)
     if training_args.full_shard:
+        if lora_args.fewer_bits():
+            raise UserError(f"--fsdp shares weights in float32 only: leave out {lora_args.fewer_bits()}, or --fsdp")
         check_shares(training_args, privacy_args)
     check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
     find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
@@ -263,8 +294,10 @@ def blame(message: str, arguments: list[str]) -> str:
     return f"{', '.join(quoted or [option for option, _ in given])}: {message}"
 
 
-def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer, in float32 (noise would be rounded in less), and add LoRA if asked for."""
+def load_model(
+    model_args: ModelArguments, lora_args: LoraArguments, training_args: TrainingArguments
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer, and add LoRA if asked for; all that is trained is in float32 (noise would be rounded in less)."""
     name = absolute(model_args.model_name)  # for an adapter to find its base from wherever it is loaded
     adapter = base_of_adapter(name)
     if adapter is not None and not lora_args.enable_lora:
@@ -273,8 +306,12 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
         )
     base = adapter or name
     local_only = not os.path.isdir(base) and not hub_is_reachable()
+    bits: dict[str, Any] = {"dtype": torch.bfloat16} if lora_args.fewer_bits() else {}
+    if lora_args.load_in_4bit:
+        bits["quantization_config"] = four_bits(torch.bfloat16 if training_args.bf16 else torch.float32)
+        bits["device_map"] = {"": training_args.device}
     try:
-        model = load_base(base, local_files_only=local_only)
+        model = load_base(base, local_files_only=local_only, **bits)
         tokenizer = load_tokenizer(name, local_files_only=local_only)
         if adapter is not None:
             logger.info(f"Going on with the LoRA adapter in {name}, as it was made: --lora_dim and the like have no effect.")
@@ -293,13 +330,22 @@ def load_model(model_args: ModelArguments, lora_args: LoraArguments) -> tuple[Pr
             f"--model_name {name}: its tokenizer has {len(tokenizer)} tokens, its model {vocabulary} embeddings; resize the "
             "embeddings, or give the tokenizer that belongs to the model"
         )
-    if not lora_args.enable_lora or adapter is not None:
-        return model, tokenizer
+    if lora_args.enable_lora and adapter is None:
+        model = adapt(model, lora_args, name)
+    if lora_args.fewer_bits():
+        model = settle(model)
+        logger.info(f"{lora_args.fewer_bits()}: the weights take {bytes_of(model) / 2**30:.2f} GiB.")
+    return model, tokenizer
+
+
+def adapt(model: PreTrainedModel, lora_args: LoraArguments, name: str) -> PreTrainedModel:
+    """Return the model, called `name`, with the LoRA adapters that are asked for."""
     options = {option.removeprefix("lora_"): value for option, value in vars(lora_args).items() if option.startswith("lora_")}
     targets, options["r"], options["lora_alpha"] = options.pop("target_modules"), options.pop("dim"), options.pop("alpha")
     options["lora_dropout"] = options.pop("dropout")
     try:
-        return add_lora(model, targets, **options), tokenizer
+        check_trained(model, lora_args.lora_modules_to_save or [])
+        return add_lora(model, targets, **options)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"--lora_target_modules, or another --lora option, does not fit {name}: {first_line(error)}") from error
 
@@ -324,7 +370,7 @@ def main() -> None:
     logging.get_logger("transformers.modeling_utils").addFilter(is_needed)
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise or sampling
 
-    model, tokenizer = load_model(model_args, lora_args)
+    model, tokenizer = load_model(model_args, lora_args, training_args)
     logging.set_verbosity(training_args.get_process_log_level())
     longest = getattr(model.config, "max_position_embeddings", data_args.sequence_len)
     if data_args.sequence_len > longest:

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from author_dp.accounting import PrivacyLoss
 from author_dp.attack import attack
 from author_dp.errors import MechanismError, UserError
+from author_dp.frozen import count
 from author_dp.ledger import COUNTS_NAME, REPORT_NAME, PrivacyLedger, write_json, write_secret
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast, wait_for_all
@@ -142,7 +143,7 @@ class Budget:
         Args:
             offsets: (authors + 1,), from `data_utils.group_by_author`.
         """
-        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        sizes = [(count(p), p.requires_grad) for p in model.parameters()]
         trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
         epsilon = self.epsilon(self.plan.steps) if self.is_first_process else math.inf
         return self.plan.summary(np.diff(offsets), trained, total, epsilon, self.ledger.steps)

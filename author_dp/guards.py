@@ -18,6 +18,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from author_dp.errors import UserError
+from author_dp.frozen import check_trained
 from author_dp.proof import OF_TRANSFORMERS, check_apart
 from author_dp.sharding import is_finite
 
@@ -197,6 +198,7 @@ def check_model(model: nn.Module, proven: bool = True) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(f"--model_name: {name} is a batch norm, which mixes the authors of a batch; choose another model")
+    check_trained(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise UserError(

@@ -113,16 +113,18 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(name: str, **options: Any) -> PreTrainedModel:
-    """Load a causal language model in float32, as noise would be rounded in less.
+def load_base(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """Load a causal language model, in float32 unless it stays frozen: noise would be rounded in less.
 
+    Args:
+        options: of from_pretrained.
     Raises:
         UserError: where weights are missing, or do not fit config.json.
     """
     check_folder(name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
         )
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):

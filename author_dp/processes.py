@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from author_dp.frozen import scales
+
 
 def broadcast(value: Any) -> Any:
     """Return the first process' value on every process; of any type that can be pickled."""
@@ -23,7 +25,8 @@ def broadcast_parameters(model: nn.Module) -> None:
     """Give every process the first one's weights, frozen ones included."""
     if dist.is_initialized():
         for parameter in model.parameters():
-            dist.broadcast(parameter.data, src=0)
+            for tensor in (parameter.data, *scales(parameter)):
+                dist.broadcast(tensor, src=0)
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
+from author_dp.frozen import computes_in_float32, in_float32
 from author_dp.mechanism import IGNORED, Batch
 from author_dp.sharding import LEAVE_OUT, in_shares, make_engine, norm_of, ordinary_gradients, own, take_in_turn
 
@@ -119,14 +120,15 @@ def naming(what: str) -> Iterator[None]:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """In training mode, as batch norm shows itself only there, but without dropout, autocast or TF32."""
+    """In training mode, as batch norm shows itself only there, but without dropout, autocast, TF32 or products in bfloat16."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
     owners: dict[int, Any] = {id(owner): owner for m in modes for owner in (m, getattr(m, "config", None)) if owner is not None}
     rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_rate(o, name, v)]
     device = next(model.parameters()).device
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.autocast(device.type, enabled=False):
+    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with rng, torch.autocast(device.type, enabled=False), in_float32(model):
         try:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             for owner, name, value in rates:
@@ -168,8 +170,8 @@ def nothing_at_zero(model: nn.Module) -> Iterator[None]:
 
 
 def rounding(model: nn.Module) -> float:
-    """Return how much coarser the model computes than float32: a frozen base may be in bfloat16."""
-    return 1.0 if all(parameter.dtype == torch.float32 for parameter in model.parameters()) else 100.0
+    """Return how much coarser the model computes than float32: a frozen base may do so in bfloat16."""
+    return 1.0 if computes_in_float32(model) else 100.0
 
 
 def random_tokens(model: Any, count: int, seed: int) -> torch.Tensor:
