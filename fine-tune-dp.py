@@ -159,8 +159,8 @@ class LoraArguments:
             raise UserError(f"{fewer} is for weights that are not trained: add --enable_lora, or leave it out")
         if self.load_in_4bit and self.lora_bias != "none":
             raise UserError(
-                f"--lora_bias {self.lora_bias} would train biases of layers that --load_in_4bit keeps in 4 bits: leave it out, or "
-                "use --base_dtype bfloat16"
+                f"--lora_bias {self.lora_bias} would train biases of layers that --load_in_4bit keeps in 4 bits: leave it out, "
+                "or use --base_dtype bfloat16"
             )
         for name in ("lora_dim", "lora_alpha"):
             if getattr(self, name) < 1:
@@ -343,8 +343,8 @@ def adapt(model: PreTrainedModel, lora_args: LoraArguments, name: str) -> PreTra
     options = {option.removeprefix("lora_"): value for option, value in vars(lora_args).items() if option.startswith("lora_")}
     targets, options["r"], options["lora_alpha"] = options.pop("target_modules"), options.pop("dim"), options.pop("alpha")
     options["lora_dropout"] = options.pop("dropout")
+    check_trained(model, lora_args.lora_modules_to_save or [])
     try:
-        check_trained(model, lora_args.lora_modules_to_save or [])
         return add_lora(model, targets, **options)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"--lora_target_modules, or another --lora option, does not fit {name}: {first_line(error)}") from error

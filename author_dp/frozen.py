@@ -1,12 +1,12 @@
 """Frozen base weights in fewer bits, bfloat16 or 4, under LoRA adapters in float32.
 
 Promise: only how the frozen matrices are stored changes. The model computes what a float32 model with the same, rounded weights
-does: a matrix is made float32 when its layer runs, forward and backward, and let go at once. (Under --bf16, products of matrices are
-in bfloat16, as they are there anyway.) So the proof at the start compares as closely as ever; what is trained, its clipped sums
-and its noise are float32.
+does: a matrix is made float32 when its layer runs, forward and backward, and let go at once. (Under --bf16, products of matrices
+are in bfloat16, as they are there anyway.) So the proof at the start compares as closely as ever; what is trained, its clipped
+sums and its noise are float32.
 
-In 4 bits a linear layer is bitsandbytes' `Linear4bit`, NF4 with its scales quantized once more [1]. Embeddings and the head stay in
-bfloat16 there. Whatever is no matrix of a plain linear layer or embedding (norms, biases, stacks of experts) is in float32.
+In 4 bits a linear layer is bitsandbytes' `Linear4bit`, NF4 with its scales quantized once more [1]. Embeddings and the head stay
+in bfloat16 there. Whatever is no matrix of a plain linear layer or embedding (norms, biases, stacks of experts) is in float32.
 
 Example:
 
@@ -168,12 +168,12 @@ def check_trained(model: nn.Module, names: Optional[list[str]] = None) -> None:
     for name, layer in model.named_modules():
         if not is_quantized(layer):
             continue
-        if names is not None and any(name == other or name.endswith(f".{other}") for other in names):
+        if any(name == other or name.endswith(f".{other}") for other in names or []):
             raise UserError(
-                f"--lora_modules_to_save {name.split('.')[-1]} would train {name}, which --load_in_4bit keeps in 4 bits: leave it "
-                "out (adapters go there), or use --base_dtype bfloat16"
+                f"--lora_modules_to_save {name.split('.')[-1]} would train {name}, which --load_in_4bit keeps in 4 bits: leave "
+                "it out (adapters go there), or use --base_dtype bfloat16"
             )
-        if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+        if names is None and any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
             raise UserError(
                 f"--load_in_4bit: {name} is in 4 bits, and its bias would be trained, which bitsandbytes rounds: leave out "
                 "--lora_bias, or use --base_dtype bfloat16"

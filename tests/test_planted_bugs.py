@@ -21,6 +21,7 @@ import test_clipping_two_pass
 import test_conversations
 import test_data_utils
 import test_dp_utils
+import test_frozen
 import test_generate
 import test_guards
 import test_hidden_counts
@@ -52,6 +53,7 @@ CONTRIBUTIONS = "author_dp.clipping.contributions"
 NOISE = "author_dp.noise.NoiseSource"
 DRAW = "author_dp.mechanism.PoissonAuthorSampler"
 BANDS = "author_dp.bands"
+FROZEN = "author_dp.frozen"
 SHARED_STEP = "author_dp.sharding.ShardedOptimizer.pre_step"
 SHARED_SUMS = "author_dp.sharding.ShardedClipping._add_up"
 
@@ -408,6 +410,26 @@ BUGS = [
     Bug("shares: the sums of one process alone", SHARED_SUMS, "reduce_scatter(share, whole.view(-1),",
         "share.copy_(whole[dist.get_rank()]) if True else reduce_scatter(share, whole.view(-1),",
         lambda path, _: test_sharding.test_the_update_in_shares_is_the_naive_one(path, "tied", test_sharding.UNEQUAL[:2])),
+    Bug("4 bits: an evaluation cuts the gradients off", f"{FROZEN}.compute_in", "layer.support_avx512bf16_for_cpu = False",
+        "pass", lambda path, _: test_frozen.test_an_evaluation_leaves_the_gradients_as_they_are(
+            test_frozen.make_folders(path), "4 bits")),
+    Bug("4 bits: the backward pass of other weights", f"{FROZEN}.compute_in", "layer.weight.quant_state.dtype = dtype", "pass",
+        lambda path, _: test_frozen.test_it_computes_what_a_float32_model_with_the_rounded_weights_does(
+            test_frozen.make_folders(path), "4 bits")),
+    Bug("4 bits: biases that the layer rounds are trained", f"{FROZEN}.check_trained",
+        "any(parameter.requires_grad for parameter in layer.parameters(recurse=False))", "False",
+        lambda path, _: test_frozen.test_what_is_in_4_bits_is_not_trained(test_frozen.make_folders(path), path)),
+    Bug("bfloat16: what is trained stays in it", f"{FROZEN}.settle", "parameter.requires_grad or None in kinds", "False",
+        lambda path, _: test_frozen.test_trained_biases_of_a_base_in_bfloat16_are_float32_and_have_a_rule(
+            test_frozen.make_folders(path))),
+    Bug("bfloat16: a copy in float32 waits for the backward pass", f"{FROZEN}.Widened.forward", "save_for_backward(weight)",
+        "save_for_backward(weight.float())",
+        lambda path, _: test_frozen.test_no_float32_copy_of_a_frozen_matrix_waits_for_the_backward_pass(
+            test_frozen.make_folders(path))),
+    Bug("bfloat16: another product than that of the weights", f"{FROZEN}.Widened.backward", "weight.to(gradient.dtype)",
+        "weight.to(gradient.dtype).round(decimals=2)",
+        lambda path, _: test_frozen.test_it_computes_what_a_float32_model_with_the_rounded_weights_does(
+            test_frozen.make_folders(path), "bfloat16")),
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.contributions import EXPLICIT_ELEMENTS, Authors, Contribution, Explicit, Lookup, Product, matmul
+from author_dp.frozen import Conv1D16, Linear16
 
 SMALL = 2**17  # parameters of a layer whose per-sample gradients are formed by `general`
 
@@ -84,7 +85,7 @@ def general(layer: nn.Module, inputs: list[torch.Tensor], gradients: torch.Tenso
 
 def rule_of(layer: nn.Module) -> Callable | None:
     """Return the rule for exactly this type of layer, None if there is none: a subclass may compute anything."""
-    if type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear":
+    if type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear" or type(layer) is Linear16:
         return linear
     if isinstance(layer, nn.Embedding) and layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse:
         return embedding
@@ -92,7 +93,7 @@ def rule_of(layer: nn.Module) -> Callable | None:
         return layer_norm
     if type(layer).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
         return rms_norm
-    if type(layer) is Conv1D:
+    if type(layer) in (Conv1D, Conv1D16):
         return conv1d
     if not any(True for _ in layer.children()) and sum(p.numel() for p in layer.parameters() if p.requires_grad) <= SMALL:
         return general

@@ -1,0 +1,212 @@
+"""frozen.py: a base in fewer bits computes what a float32 one of rounded weights does, and LoRA on it is clipped exactly."""
+
+import builtins
+import functools
+from pathlib import Path
+
+import naive
+import pytest
+import torch
+from conftest import as_arrays, clipped_sum, flat, make_batch, make_dataset, make_trainer, tiny_gpt2, trainable
+from families import LLAMA, close
+from forked import in_processes
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from author_dp import frozen
+from author_dp.adapters import add_lora
+from author_dp.clipping import engine_of
+from author_dp.errors import UserError
+from author_dp.mechanism import author_losses
+from author_dp.model_folders import load_base
+from author_dp.proof import prove, rounding
+
+SIZES = {**LLAMA, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+BITS = ("bfloat16", "4 bits")
+FAMILIES = ("llama", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict:
+    return make_folders(tmp_path_factory.mktemp("bases"))
+
+
+def make_folders(path: Path) -> dict[str, str]:
+    """A folder of each family, weights in float32, the Llama's head its embedding too."""
+    torch.manual_seed(0)
+    models = {"llama": LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)), "gpt2": tiny_gpt2(tied=False)}
+    for family, model in models.items():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(path / family)
+    return {family: str(path / family) for family in models}
+
+
+def base(folder: str, bits: str, compute: torch.dtype = torch.float32):
+    options = {"dtype": torch.bfloat16}
+    if bits == "4 bits":
+        options |= {"quantization_config": frozen.four_bits(compute), "device_map": {"": torch.device("cpu")}}
+    return load_base(folder, **options)
+
+
+def make(folder: str, bits: str, compute: torch.dtype = torch.float32, **lora):
+    """LoRA on a base in fewer bits, with random factors."""
+    model = frozen.settle(add_lora(base(folder, bits, compute), lora.pop("targets", ["all-linear"]), r=2, **lora))
+    torch.manual_seed(1)
+    for parameter in trainable(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def in_float32(folder: str, model) -> nn.Module:
+    """The same LoRA on a plain float32 base, whose weights are what those in fewer bits stand for."""
+    plain = add_lora(load_base(folder), ["all-linear"], r=2)
+    theirs = dict(model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        weight = theirs[name]
+        if hasattr(weight, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight.data, weight.quant_state)
+            weight = weight.T if weight.shape != parameter.shape else weight
+        parameter.data = weight.data.float().clone().contiguous()
+    return plain
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_it_computes_what_a_float32_model_with_the_rounded_weights_does(folders, bits):
+    model, batch = make(folders["llama"], bits), make_batch()
+    plain = in_float32(folders["llama"], model)
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=batch["input_ids"]).logits for m in (model, plain))
+    assert ours.dtype == torch.float32 and close(ours, theirs)
+    expected = naive.clipped_sum(plain, as_arrays(batch), 0.1)
+    assert close(clipped_sum(model, batch, 0.1, "ghost")[0], expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_clipped_exactly_and_float32(folders, family, bits):
+    model, batch = make(folders[family], bits), make_batch()
+    assert rounding(model) == 1 and prove(model, "ghost").error < 1e-5
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+    for clipping in ("ghost", "grad_sample"):
+        for clip_norm in (0.1, 1e4):
+            ours, _ = clipped_sum(model, batch, clip_norm, clipping)
+            assert close(ours, naive.clipped_sum(model, as_arrays(batch), clip_norm)), (clipping, clip_norm)
+
+
+def test_trained_biases_of_a_base_in_bfloat16_are_float32_and_have_a_rule(folders):
+    for family in FAMILIES:
+        model, batch = make(folders[family], "bfloat16", bias="all"), make_batch()
+        assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+        assert not prove(model, "ghost").apart
+        assert close(clipped_sum(model, batch, 0.1, "ghost")[0], naive.clipped_sum(model, as_arrays(batch), 0.1))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_evaluation_leaves_the_gradients_as_they_are(folders, bits):
+    """On some CPUs bitsandbytes packs weights for inference, through which no gradient goes back any more."""
+    model, batch = make(folders["llama"], bits), make_batch()
+    expected, _ = clipped_sum(model, batch, 0.1, "ghost")
+    assert all(not layer.support_avx512bf16_for_cpu for layer in frozen.quantized(model))
+    with torch.no_grad():
+        model.eval()(input_ids=batch["input_ids"])
+    assert torch.equal(clipped_sum(model, batch, 0.1, "ghost")[0], expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bf16_agrees_to_its_rounding_and_the_proof_is_in_float32(folders, bits):
+    model, batch = make(folders["llama"], bits, torch.bfloat16), make_batch()
+    assert prove(model, "ghost").error < 1e-5
+    assert all(layer.compute_dtype == torch.bfloat16 for layer in frozen.quantized(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, norms = clipped_sum(model, batch, 0.1, "ghost")
+    frozen.compute_in(frozen.quantized(model), torch.float32)
+    assert ours.dtype == norms.dtype == torch.float32 and close(ours, naive.clipped_sum(model, as_arrays(batch), 0.1), 0.05)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_checkpointed_layers_change_nothing(folders, bits):
+    model, batch = make(folders["llama"], bits), make_batch()
+    expected, _ = clipped_sum(model, batch, 0.1, "ghost")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    engine = engine_of("ghost", True)(model, 0.1)
+    for parameter in trainable(model).values():
+        parameter.summed_grad = torch.zeros_like(parameter)
+    engine.backward(author_losses(engine.module, batch), batch["author"])
+    engine.close()
+    assert close(flat(p.summed_grad for p in trainable(model).values()), expected)
+
+
+def keep(kept: list, tensor: torch.Tensor) -> torch.Tensor:
+    kept.append(tensor)
+    return tensor
+
+
+def test_no_float32_copy_of_a_frozen_matrix_waits_for_the_backward_pass(folders):
+    for bits in BITS:
+        model = make(folders["llama"], bits)
+        kept: list = []
+        frozen_sizes = {frozen.count(p) for p in model.parameters() if not p.requires_grad and p.dim() > 1}
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(keep, kept), lambda t: t):
+            model.train()(input_ids=make_batch()["input_ids"][:1, :3])
+        lora = {p.data_ptr() for p in trainable(model).values()}
+        copies = [t for t in kept if t.dtype == torch.float32 and t.numel() in frozen_sizes and t.data_ptr() not in lora]
+        assert not copies, bits
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_steps_with_several_samples_and_microbatches_are_the_naive_ones(folders, tmp_path, bits):
+    model = make(folders["llama"], bits)
+    before = flat(trainable(model).values()).clone()
+    expected = naive.clipped_sum(model, as_arrays(make_batch()), 0.5) / 6
+    privacy = {"noise_multiplier": 0.0, "samples_per_author": 9}
+    trainer = make_trainer(tmp_path, model, privacy=privacy, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    trainer.train()
+    assert close(before - flat(trainable(model).values()), expected, 1e-4)
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["llama"]), tmp_path)
+    theirs = dict(loaded.named_parameters())
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in trainable(model).items())
+
+
+def one_step(folder: str, bits: str, path) -> torch.Tensor:
+    model = make(folder, bits)
+    before = flat(trainable(model).values()).clone()
+    privacy = {"noise_multiplier": 0.0, "samples_per_author": 9}
+    make_trainer(path, model, make_dataset([1, 2, 3, 1, 1, 5]), privacy=privacy, per_device_train_batch_size=3).train()
+    return before - flat(trainable(model).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+def test_two_processes_take_the_step_of_the_naive_loop(folders, tmp_path, bits):
+    expected = naive.clipped_sum(make(folders["llama"], bits), as_arrays(make_batch()), 0.5) / 6
+    first, second = in_processes(tmp_path, 2, one_step, folders["llama"], bits, tmp_path / "run")
+    assert torch.equal(first, second) and close(first, expected, 1e-4)
+
+
+# --- what is refused ------------------------------------------------------------------------------------
+
+
+def test_what_is_in_4_bits_is_not_trained(folders, tmp_path):
+    with pytest.raises(UserError, match=r"--lora_modules_to_save q_proj.*--base_dtype bfloat16"):
+        frozen.check_trained(base(folders["llama"], "4 bits"), ["q_proj"])
+    frozen.check_trained(base(folders["llama"], "4 bits"), ["lm_head"])
+    with pytest.raises(UserError, match="--lora_bias"):
+        make_trainer(tmp_path, make(folders["gpt2"], "4 bits", bias="all"))
+
+
+def test_bitsandbytes_is_asked_for_by_name_where_it_is_missing(monkeypatch):
+    def no_import(name, *args, **kwargs):
+        if name == "bitsandbytes":
+            raise ImportError("No module named 'bitsandbytes'")
+        return real(name, *args, **kwargs)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", no_import)
+    with pytest.raises(UserError, match=r"--load_in_4bit needs bitsandbytes.*pip install.*--base_dtype bfloat16"):
+        frozen.four_bits(torch.float32)
