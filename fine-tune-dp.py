@@ -334,7 +334,6 @@ def load_model(
         model = adapt(model, lora_args, name)
     if lora_args.fewer_bits():
         model = settle(model)
-        logger.info(f"{lora_args.fewer_bits()}: the weights take {bytes_of(model) / 2**30:.2f} GiB.")
     return model, tokenizer
 
 
@@ -372,6 +371,8 @@ def main() -> None:
 
     model, tokenizer = load_model(model_args, lora_args, training_args)
     logging.set_verbosity(training_args.get_process_log_level())
+    if lora_args.fewer_bits():
+        logger.info(f"{lora_args.fewer_bits()}: all weights, adapters too, take {bytes_of(model) / 2**20:,.1f} MiB.")
     longest = getattr(model.config, "max_position_embeddings", data_args.sequence_len)
     if data_args.sequence_len > longest:
         raise UserError(f"--sequence_len {data_args.sequence_len} is more than the model's {longest} positions: lower it")
