@@ -72,7 +72,9 @@ from author_dp.hub import hub_error, hub_is_reachable
 from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
 from author_dp.release import ReleaseArguments, check_release, release_loss
 from author_dp.release import in_words as released_in_words
-from author_dp.report import Statistics, card, write_report
+from author_dp.report import Statistics, write_report
+from author_dp.report_page import card
+from author_dp.specimens import Specimens
 from data_utils import (
     AuthorDataset,
     DataArguments,
@@ -85,6 +87,7 @@ from data_utils import (
     in_words,
     name_of_split,
     prepare,
+    start_token,
 )
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -356,6 +359,16 @@ def losses_in_words(metrics: dict[str, float]) -> str:
     )
 
 
+def look(trainer: DPTrainer, when: str, specimens: Optional[Specimens]) -> dict[str, float]:
+    """Evaluate, and let the model write for the report; return the metrics, none where nobody is held out."""
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    if metrics:  # in words, since the Trainer's progress bar shows log lines during training only
+        logger.info(f"Evaluation loss {when} training: {losses_in_words(metrics)}")
+    if specimens is not None:
+        specimens.write(trainer.model, when)
+    return metrics
+
+
 def is_needed(record: LogRecord) -> bool:
     """Let a log record through unless it is one of NEEDLESS_WARNINGS."""
     return not record.getMessage().startswith(NEEDLESS_WARNINGS)
@@ -418,22 +431,23 @@ def main() -> None:
         trainer.add_callback(dry_run := DryRun())
     trainer.model_card = functools.partial(card, base_model=model_args.model_name)
     logger.info("\n".join([trainer.summary(), *in_words(trainer.data)]))
-    before: dict[str, float] = {}
     for warning in (trainer.plan.delta_warning(), trainer.plan.advice()):
         if warning and not privacy_args.disable_dp and trainer.is_world_process_zero():
             logger.warning(warning)
-    if evaluation is not None and not training_args.resume_from_checkpoint:
-        # In words, since the Trainer's progress bar shows log lines during training only.
-        before = trainer.evaluate()
-        logger.info(f"Evaluation loss before training: {losses_in_words(before)}")
+    start = start_token(tokenizer, data_args.prepend_bos)
+    specimens = Specimens(
+        tokenizer, held_out, [] if start is None else [start], data_args.sequence_len, answers=data_args.has_targets
+    )
+    writes = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
+    if not training_args.resume_from_checkpoint:
+        before = look(trainer, "before", specimens if writes else None)
+        statistics.before = {"evaluation": {"before": before}, "specimens": specimens.found}
     if isinstance(audit, Audit):
         audit.start(trainer)
     trainer.train()
     if audit is not None:
         trainer.audit = audit.finish(trainer)
-    metrics = trainer.evaluate() if evaluation is not None else {}
-    if metrics:
-        logger.info(f"Evaluation loss after training: {losses_in_words(metrics)}")
+    metrics = look(trainer, "after", specimens if writes else None)
     if model_args.dry_run:
         logger.info(dry_run.in_words(trainer, metrics.get("eval_runtime", 0.0)))
     release = None
@@ -444,7 +458,7 @@ def main() -> None:
 
     if trainer.is_world_process_zero():
         trainer.create_model_card()
-        statistics.add(training_args.output_dir, evaluation={"before": before, "after": metrics})
+        statistics.add(training_args.output_dir, evaluation={"after": metrics}, specimens=specimens.found)
         write_report(Path(training_args.output_dir), hidden=training_args.push_to_hub)
         report = trainer.privacy_report()
         loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""

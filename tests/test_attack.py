@@ -8,7 +8,8 @@ from scipy.special import ndtr, ndtri
 
 from author_dp.accounting import Spending
 from author_dp.attack import RATES, PrivacyCurve, attack, mu_at
-from author_dp.report import attacker, card, in_plain_words, write_report
+from author_dp.report import write_report
+from author_dp.report_page import attacker, card, in_plain_words
 
 SETTINGS = [(0.65, 256 / 19_589, 154, 5e-5), (1.0, 0.01, 1_000, 1e-5), (2.0, 0.1, 500, 1e-6), (5.0, 0.9, 100, 1e-5)]
 

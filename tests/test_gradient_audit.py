@@ -26,7 +26,7 @@ from author_dp.gradient_audit import (
 )
 from author_dp.ledger import PrivacyLedger
 from author_dp.mechanism import PAD, PoissonAuthorSampler
-from author_dp.report import guarantee
+from author_dp.report_page import guarantee
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 

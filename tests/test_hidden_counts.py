@@ -16,7 +16,8 @@ from author_dp.accounting import compute_epsilon
 from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger, account, account_together
 from author_dp.plan import make_plan
-from author_dp.report import Statistics, card, guarantee, write_report
+from author_dp.report import Statistics, write_report
+from author_dp.report_page import card, guarantee
 from dp_utils import PrivacyArguments
 
 HIDDEN = {"sample_rate": 0.05, "target_delta": 1e-5, "hide_counts": True}

@@ -27,7 +27,7 @@ from author_dp.release import (
     on_grid,
     release_loss,
 )
-from author_dp.report import guarantee
+from author_dp.report_page import guarantee
 from author_dp.selfcheck import twice_from_one_state
 from data_utils import AuthorDataset, DataArguments, load_samples, lowest_authors, name_of_split, split_by_author
 

@@ -13,7 +13,8 @@ from author_dp.errors import MechanismError, UserError
 from author_dp.ledger import PrivacyLedger, account
 from author_dp.mechanism import PAD
 from author_dp.noise import NoiseSource
-from author_dp.report import card, write_report
+from author_dp.report import write_report
+from author_dp.report_page import card
 from author_dp.selfcheck import NoiseCheck, check_unseeded
 
 STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
