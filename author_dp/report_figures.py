@@ -45,7 +45,7 @@ def draw_losses(axes: "Axes", training: list, evaluated: list) -> None:
         is_one = len(training) == 1
         axes.plot(*zip(*training), label="training authors", color=GREY, marker="o" if is_one else None, markersize=4)
     if evaluated:
-        axes.plot(*zip(*evaluated), label="held-out authors", color=BLUE, marker="o", markersize=4, linestyle="--")
+        axes.plot(*zip(*evaluated), label="held-out authors", color=BLUE, marker="o", markersize=5, linestyle="none")
         for step, loss in {evaluated[0], evaluated[-1]}:
             side = "left" if step == evaluated[0][0] else "right"
             axes.annotate(f"{loss:.2f}", (step, loss), (0, 7), textcoords="offset points", color=BLUE, ha=side)

@@ -127,7 +127,7 @@ CITE = """@misc{author-level-dp,
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Privacy report: {title}</title><style>
-body {{ font: 16px/1.55 system-ui, sans-serif; color: #1d2127; background: #f5f6f8; margin: 0; }}
+* {{ box-sizing: border-box; }} body {{ font: 16px/1.55 system-ui, sans-serif; color: #1d2127; background: #f5f6f8; margin: 0; }}
 main {{ max-width: 900px; margin: 0 auto; padding: 32px 20px 64px; }}
 h1 {{ font-size: 1.7rem; margin: 0 0 4px; }} h2 {{ font-size: 1.15rem; margin: 40px 0 12px; }}
 .headline {{ background: #fff; border-left: 6px solid {colour}; padding: 16px 20px; border-radius: 6px; margin: 20px 0; }}
@@ -141,8 +141,8 @@ figcaption {{ font-size: .82rem; padding: 4px 8px; color: #5b626d; }}
 .private {{ color: {red}; font-weight: 600; }} .public {{ color: #2c7a4b; font-weight: 600; }}
 pre {{ background: #fff; padding: 14px; border-radius: 6px; overflow-x: auto; font-size: .85rem; }}
 details {{ background: #fff; border-radius: 6px; padding: 10px 14px; margin: 12px 0; }} summary {{ cursor: pointer; }}
-details p {{ margin: 10px 0; font-size: .9rem; color: #4a515c; }} .texts td {{ width: 50%; white-space: pre-wrap; }}
-.texts {{ table-layout: fixed; font-size: .9rem; overflow-wrap: anywhere; }} .texts th {{ width: 50%; }}
+details p {{ margin: 10px 0; font-size: .9rem; color: #4a515c; }} .texts td {{ white-space: pre-wrap; }}
+.texts {{ table-layout: fixed; font-size: .9rem; overflow-wrap: anywhere; }} .texts th {{ width: auto; }}
 .begun {{ color: #8a8f98; }}
 @media (max-width: 480px) {{ .figures {{ grid-template-columns: 1fr; }} }}
 </style></head><body><main>
@@ -163,7 +163,7 @@ AUTHOR_LOSS = "eval_author_loss"
 EVALUATION = (
     (AUTHOR_LOSS, "Held-out authors: mean over authors"),
     ("eval_loss", "Held-out authors: mean over tokens"),
-    ("eval_perplexity", "Perplexity (e to the loss above)"),
+    ("eval_perplexity", "Held-out authors: perplexity, e to the mean over tokens"),
 )
 SCALES = (
     "All losses are in nats a token; lower is better. The mean over authors is what training lowers, and what the figure shows "
@@ -179,8 +179,7 @@ def loss_table(log: list[dict], evaluation: dict[str, dict[str, float]]) -> str:
     rows = [(label, before.get(name), after[name]) for name, label in EVALUATION if name in after]
     trained = [row["loss"] for row in log if row.get("loss") is not None]
     if trained:
-        first, last = (trained[0], trained[-1]) if len(trained) > 1 else (None, trained[0])
-        rows.insert(1 if rows else 0, ("Training authors: mean over authors, first and last line of the log", first, last))
+        rows.insert(1 if rows else 0, ("Training authors: mean over authors, last line of the log", None, trained[-1]))
     if not rows:
         return ""
     cells = "".join(f"<tr><th>{name}</th><td>{loss(early)}</td><td>{loss(late)}</td></tr>" for name, early, late in rows)

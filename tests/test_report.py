@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from author_dp.accounting import Spending, compute_epsilon
 from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger
 from author_dp.report import Statistics, write_report
-from author_dp.report_figures import first
+from author_dp.report_figures import first, loss_points
 from author_dp.report_page import card, guarantee
 
 
@@ -43,6 +44,37 @@ def test_the_page_shows_the_guarantee_and_the_run(tmp_path):
     statistics = json.loads((tmp_path / "_private_statistics.json").read_text())
     assert statistics["samples_per_author"] == {"samples": [1, 2, 3, 70], "authors": [10, 10, 10, 10]}
     assert len(statistics["seconds_per_step"]) == 4 and sum(statistics["norms_over_clip_norm"]["counts"]) > 0
+
+
+def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
+    """Without dropout and learning, all authors in each step with all texts: the loss of training is that of evaluation."""
+    dataset = make_dataset([1, 1, 2, 9], seed=3)
+    trainer = make_trainer(
+        tmp_path, dataset=dataset, max_steps=3, learning_rate=0.0, eval_strategy="no", per_device_train_batch_size=4,
+        privacy={"disable_dp": True, "samples_per_author": 9},
+    )  # fmt: skip
+    metrics = trainer.evaluate(dataset)
+    trainer.train()
+    training, evaluated = loss_points(trainer.state.log_history, {"before": metrics, "after": metrics})
+    assert [step for step, _ in training] == [1, 2, 3] and [step for step, _ in evaluated] == [0, 3]
+    assert [loss for _, loss in training] == pytest.approx([evaluated[0][1]] * 3, abs=1e-4)
+    assert abs(metrics["eval_loss"] - evaluated[0][1]) > 1e-3  # the mean over tokens is another
+    assert loss_points([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], {})[0] == [(5.5, 2.0), (15.5, 1.0)]
+
+
+def test_what_was_found_before_training_outlives_an_interruption(tmp_path):
+    statistics, args = Statistics(None, np.ones(3, int)), SimpleNamespace(output_dir=str(tmp_path))
+    statistics.before = {"evaluation": {"before": {"eval_loss": 3.0}}, "specimens": {"free": {"before": ["a"]}}}
+    statistics.on_train_begin(args, SimpleNamespace(is_world_process_zero=True), None)
+    resumed = Statistics(None, np.ones(3, int))
+    resumed.on_train_begin(args, SimpleNamespace(is_world_process_zero=True), None)
+    resumed.add(str(tmp_path), evaluation={"after": {"eval_loss": float("nan")}}, specimens={"free": {"after": ["b"]}})
+    path = tmp_path / "_private_statistics.json"
+    assert json.loads(path.read_text()) == {
+        "evaluation": {"before": {"eval_loss": 3.0}, "after": {"eval_loss": None}},
+        "specimens": {"free": {"before": ["a"], "after": ["b"]}},
+    }
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_card_holds_public_values_only(tmp_path):

@@ -1,0 +1,117 @@
+"""specimens.py: what the model writes for the report, what of it is covered, and that the run is the same with it."""
+
+import copy
+import re
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, make_dataset, tiny_gpt2
+from transformers import AutoTokenizer
+
+from author_dp.mechanism import IGNORED
+from author_dp.report_page import specimens_in_html
+from author_dp.specimens import TEXTS, Specimens, beginnings
+from data_utils import AuthorDataset, group_by_author
+
+
+class Tokenizer:
+    """Each token is a word of its own."""
+
+    bos_token_id, eos_token_id = None, 0
+
+    def batch_decode(self, rows, **options):
+        return [" ".join(f"w{token}" for token in row) for row in rows]
+
+
+def made(held_out=None, **options) -> Specimens:
+    return Specimens(Tokenizer(), held_out, start=[], sequence_len=16, **options)
+
+
+def conversations(prompts: list[int]) -> AuthorDataset:
+    """One sample of each author: so many tokens of a prompt, then three of an answer."""
+    ids = [list(range(1, length + 4)) for length in prompts]
+    labels = [[IGNORED] * length + row[length:] for length, row in zip(prompts, ids)]
+    return AuthorDataset(datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}), *group_by_author(range(len(ids))))
+
+
+def test_free_texts_hang_on_nothing_private():
+    model, found = tiny_gpt2(), []
+    for held_out in (None, make_dataset([2] * 9, seed=1), conversations([13, 2, 3, 4, 5]), make_dataset([1], longest=16)):
+        specimens = made(held_out)
+        specimens.write(model, "after")
+        found.append(specimens.found["free"]["after"])
+    assert all(texts == found[0] for texts in found) and len(found[0]) == TEXTS and len(set(found[0])) > 1
+
+
+def test_the_run_is_the_same_with_them():
+    model = tiny_gpt2()
+    model.train()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    config = model.generation_config.to_dict()
+    specimens = made(make_dataset([2] * 9))
+    specimens.write(model, "before")
+    assert torch.equal(torch.get_rng_state(), random) and model.training and model.generation_config.to_dict() == config
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()  # nothing was left that cannot be trained
+    assert len(specimens.found["continued"]["before"]) == TEXTS
+
+
+def test_held_out_texts_go_on_where_they_begin():
+    dataset = make_dataset([2] * 9)
+    drawn = dataset.__getitems__([dataset.indices[start : start + 1] for start in dataset.offsets[:TEXTS]])
+    first = [sample["input_ids"].tolist() for (sample,) in drawn]
+    assert all(
+        row[: len(begun)] == begun and 0 < len(begun) <= len(row) / 2 for row, begun in zip(first, beginnings(dataset, 16))
+    )
+    prompts = beginnings(conversations([15, 40, 3, 4, 5]), 16)  # the second leaves no room for an answer
+    assert prompts == [list(range(1, length + 1)) for length in (15, 3, 4, 5)]
+
+
+def test_a_model_of_answers_writes_no_free_texts():
+    specimens = made(conversations([3, 4]), answers=True)
+    specimens.write(tiny_gpt2(), "after")
+    assert specimens.found.keys() == {"continued"} and len(specimens.found["continued"]["after"]) == 2
+
+
+def test_texts_end_where_the_model_ends_them():
+    model = tiny_gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(1e5 * model.lm_head.weight[0])  # token 0 always: the end
+    specimens = made()
+    specimens.write(model, "after")
+    assert specimens.found["free"]["after"] == [""] * TEXTS
+
+
+def test_a_model_that_cannot_write_ends_no_run():
+    model = tiny_gpt2()
+    model.generate = lambda **_: 1 / 0
+    specimens = made(make_dataset([2] * 9))
+    specimens.write(model, "after")
+    assert specimens_in_html(specimens.found, covered=True) == "" and model.training is tiny_gpt2().training
+
+
+FOUND = {
+    "free": {"before": ["a"], "after": ["<script>"]},
+    "continued": {"prompts": ["they & wrote"], "before": ["b"], "after": ["c"]},
+}
+
+
+@pytest.mark.parametrize("covered", [True, False])
+def test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(covered):
+    folds = re.findall(r"<summary>(.*?)</summary>", specimens_in_html(FOUND, covered))
+    assert ["private: do not publish" in fold for fold in folds] == [not covered, True]
+    assert ["covered by the guarantee" in fold for fold in folds] == [covered, False]
+
+
+def test_what_is_written_is_no_html():
+    page = specimens_in_html(FOUND, covered=True)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "they &amp; wrote" in page
+
+
+def test_a_real_tokenizer_begins_with_its_end_of_text():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model", local_files_only=True)
+    specimens = Specimens(tokenizer, None, [], 64)
+    assert specimens.begun["free"] == [[tokenizer.eos_token_id]] * TEXTS
+    assert Specimens(tokenizer, None, [5], 64).begun["free"] == [[5]] * TEXTS
