@@ -32,8 +32,10 @@ import test_pld
 import test_processes
 import test_readers
 import test_release
+import test_report
 import test_selfcheck
 import test_sharding
+import test_specimens
 import test_synthetic_report
 from planting import find, with_edit
 
@@ -377,6 +379,22 @@ BUGS = [
     Bug("other rows after an interruption", "author_dp.generate.write_batch", "torch.manual_seed(seed)", "pass",
         lambda path, patch: test_generate.test_an_interrupted_run_goes_on_to_the_same_rows(
             test_generate.made(path), path, patch)),
+    Bug("free texts as long as private prompts allow", "author_dp.specimens.Specimens.write", "max(map(len, rows))",
+        "max(len(row) for rows in self.begun.values() for row in rows)",
+        lambda *_: test_specimens.test_free_texts_hang_on_nothing_private()),
+    Bug("texts for the report move the run's random numbers", "author_dp.specimens.continue_rows",
+        "with torch.random.fork_rng(devices), torch.no_grad():", "with torch.no_grad():",
+        lambda *_: test_specimens.test_the_run_is_the_same_with_them()),
+    Bug("what held-out authors wrote called covered", "author_dp.report_page.specimens_in_html",
+        'f"Held-out texts, continued: {PRIVATE}"', 'f"Held-out texts, continued: {COVERED if covered else PRIVATE}"',
+        lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(True)),
+    Bug("text of a model without a guarantee called covered", "author_dp.report_page.specimens_in_html",
+        "{COVERED if covered else PRIVATE}", "{COVERED}",
+        lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(False)),
+    Bug("evaluation on another scale than training", "author_dp.report_figures.loss_points", "row[AUTHOR_LOSS]",
+        'row["eval_loss"]', lambda path, _: test_report.test_losses_of_training_and_evaluation_are_on_one_scale(path)),
+    Bug("statistics for everybody", "author_dp.report.Statistics.add", "private=True", "private=False",
+        lambda path, _: test_report.test_what_was_found_before_training_outlives_an_interruption(path)),
     Bug("a report on private text for everybody", "author_dp.synthetic_report.make_report", "private=True", "private=False",
         lambda path, patch: test_synthetic_report.test_the_report_is_for_its_owner(
             test_synthetic_report.make_files(path, patch))),
