@@ -7,3 +7,8 @@ Read `mechanism` first (a step, in order), then `clipping` (per-author clipping)
 
 As programs: `python -m author_dp.ledger FOLDER`, `python -m author_dp.report FOLDER`.
 """
+
+import logging
+
+# It would warn each run on some CPUs, with 4 bits or without, that it could not fetch a faster kernel from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """Memory of LoRA on a frozen base in float32, bfloat16 and 4 bits: measured on a random Llama, and computed for larger ones.
 
-    python benchmarks/fewer_bits.py             # measured, each kind in a process of its own
-    python benchmarks/fewer_bits.py --computed  # of what is in memory beside activations
+python benchmarks/fewer_bits.py             # measured, each kind in a process of its own
+python benchmarks/fewer_bits.py --computed  # of what is in memory beside activations
 """
 
 import argparse
@@ -33,8 +33,12 @@ SHAPE = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "
 SHAPE |= {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 512}
 SMOOTH = 0.005  # seconds between two looks at the memory
 # Layers, width, inner width, of keys and values, vocabulary: of published Llama 3 models, heads of their own but for the first.
-LLAMAS = {"1.2 billion": (16, 2048, 8192, 512, 128_256, True), "3.2 billion": (28, 3072, 8192, 1024, 128_256, True),
-          "8.0 billion": (32, 4096, 14_336, 1024, 128_256, False), "70.6 billion": (80, 8192, 28_672, 1024, 128_256, False)}  # fmt: skip
+LLAMAS = {
+    "1.2 billion": (16, 2048, 8192, 512, 128_256, True),
+    "3.2 billion": (28, 3072, 8192, 1024, 128_256, True),
+    "8.0 billion": (32, 4096, 14_336, 1024, 128_256, False),
+    "70.6 billion": (80, 8192, 28_672, 1024, 128_256, False),
+}
 RANK = 8
 
 
