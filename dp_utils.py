@@ -38,6 +38,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
+from author_dp.adam import NoiseCorrectedAdamW
 from author_dp.bands import deal
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import (
@@ -55,7 +56,15 @@ from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
 from author_dp.gradient_audit import CollateWithCanaries, GradientCanaries
-from author_dp.guards import by_metrics, check_launch, check_model, check_options, check_shares, check_trained_weights
+from author_dp.guards import (
+    by_metrics,
+    check_launch,
+    check_model,
+    check_options,
+    check_shares,
+    check_trained_weights,
+    corrects_adam,
+)
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count, write_json
 from author_dp.mechanism import (
     AuthorDPOptimizer,
@@ -120,6 +129,13 @@ class PrivacyArguments:
         metadata={
             "help": "Correlate the noise over so many steps (b), or auto: less noise in the sum of updates at the same epsilon. "
             "Needs memory for b - 1 times the trained parameters. Default: 1, independent noise; what is resumed stays as it was."
+        },
+    )
+    adam_noise_correction: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Take the noise's variance out of Adam's second moment (DP-AdamBC). Default: with noise bands, which gain little "
+            "under Adam otherwise."
         },
     )
     hide_counts: bool = field(
@@ -310,6 +326,8 @@ class DPTrainer(Trainer):
             return optimizer
         noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
+            if corrects_adam(self.args, self.privacy, self.plan.noise_bands):
+                optimizer = NoiseCorrectedAdamW(optimizer)
             self.optimizer = noisy = (ShardedOptimizer if self.full_shard else AuthorDPOptimizer)(
                 optimizer,
                 noise_multiplier=self.plan.noise_multiplier,

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from author_dp.adam import CORRECTED
 from author_dp.errors import UserError
 from author_dp.frozen import check_trained
 from author_dp.proof import OF_TRANSFORMERS, check_apart
@@ -87,6 +88,7 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     if any(word in str(args.optim).lower() for word in ("lomo", "layerwise")):
         name = OptimizerNames(args.optim).value
         raise UserError(f"--optim {name} updates weights during the backward pass, before clipping; use adamw_torch")
+    corrects_adam(args, privacy, 1)
     for name, (lowest, highest) in RANGES.items():
         value = getattr(args, name, None)
         if value is not None and not lowest <= value <= highest:  # nan is neither
@@ -96,6 +98,20 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be a JSON object, like '{{\"name\": 1}}'")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs} must be above 0 where --max_steps is not given")
+
+
+def corrects_adam(args: TrainingArguments, privacy: Any, bands: int) -> bool:
+    """Return whether Adam's second moment is to be corrected for the noise: if asked, or with so many noise bands.
+
+    Raises:
+        UserError: if asked for with an optimizer that has none, or none of that kind.
+    """
+    name = OptimizerNames(args.optim).value
+    if not privacy.adam_noise_correction:
+        return privacy.adam_noise_correction is None and bands > 1 and name in CORRECTED
+    if name not in CORRECTED:
+        raise UserError(f"--adam_noise_correction is for AdamW, not for --optim {name}: use {CORRECTED[0]}, or leave it out")
+    return True
 
 
 def by_metrics(args: TrainingArguments) -> Optional[str]:
@@ -171,6 +187,8 @@ def check_shares(args: TrainingArguments, privacy: Any, model: Any = None) -> No
         raise UserError(f"--{name} does not work with --fsdp: leave out one of the two")
     if str(privacy.noise_bands or 1) != "1":
         raise UserError("--noise_bands does not work with --fsdp: leave out one of the two")
+    if privacy.adam_noise_correction:
+        raise UserError("--adam_noise_correction does not work with --fsdp: leave out one of the two")
     if OptimizerNames(args.optim).value not in SHARED_OPTIMIZERS:
         raise UserError(f"--optim {OptimizerNames(args.optim).value} may mix shares of --fsdp: use {SHARED_OPTIMIZERS[0]}")
     if args.load_best_model_at_end:

@@ -37,6 +37,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from author_dp.accounting import cyclic_rate
+from author_dp.adam import NoiseCorrectedAdamW
 from author_dp.bands import BandedNoise
 from author_dp.noise import NoiseSource
 
@@ -435,9 +436,16 @@ class AuthorDPOptimizer(DPOptimizer):
             dist.all_reduce(self.sums)
         if self.after_release is not None:
             self.after_release(self.pad)
+        if isinstance(self.original_optimizer, NoiseCorrectedAdamW):
+            self.original_optimizer.noise_variance = self.released_variance()
         for parameter in self.params:
             parameter.grad = parameter.summed_grad
         return True
+
+    def released_variance(self) -> float:
+        """Return the variance of the noise in each coordinate of what the last step released."""
+        scale = 1.0 if self.bands is None else self.bands.variance
+        return scale * (self.noise_multiplier * self.max_grad_norm / self.expected_batch_size) ** 2
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the last step's gradients. Overrides Opacus', which would take the sums' places away."""

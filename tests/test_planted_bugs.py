@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import test_accounting
+import test_adam
 import test_audit
 import test_bands
 import test_budget
@@ -428,6 +429,15 @@ BUGS = [
     Bug("shares: the sums of one process alone", SHARED_SUMS, "reduce_scatter(share, whole.view(-1),",
         "share.copy_(whole[dist.get_rank()]) if True else reduce_scatter(share, whole.view(-1),",
         lambda path, _: test_sharding.test_the_update_in_shares_is_the_naive_one(path, "tied", test_sharding.UNEQUAL[:2])),
+    Bug("Adam corrected as if noise had no bands", "author_dp.mechanism.AuthorDPOptimizer.released_variance",
+        "1.0 if self.bands is None else self.bands.variance", "1.0",
+        lambda path, _: test_adam.test_a_run_tells_it_the_variance_of_what_it_releases(path, "4")),
+    Bug("Adam corrected by noise that was not divided", "author_dp.mechanism.AuthorDPOptimizer.released_variance",
+        " / self.expected_batch_size", "",
+        lambda path, _: test_adam.test_a_run_tells_it_the_variance_of_what_it_releases(path, "1")),
+    Bug("Adam's mean of noise not that of the squares", "author_dp.adam.NoiseCorrectedAdamW._update",
+        'state["noise_variance"] += (1 - beta2)', 'state["noise_variance"] += (1 - beta1)',
+        lambda *_: test_adam.test_updates_are_those_of_the_paper_also_where_noise_changes()),
     Bug("4 bits: an evaluation cuts the gradients off", f"{FROZEN}.compute_in", "layer.support_avx512bf16_for_cpu = False",
         "pass", lambda path, _: test_frozen.test_an_evaluation_leaves_the_gradients_as_they_are(
             test_frozen.make_folders(path), "4 bits")),
