@@ -134,8 +134,8 @@ class PrivacyArguments:
     adam_noise_correction: Optional[bool] = field(
         default=None,
         metadata={
-            "help": "Take the noise's variance out of Adam's second moment (DP-AdamBC). Default: with noise bands, which gain little "
-            "under Adam otherwise."
+            "help": "Take the noise's variance out of Adam's second moment (DP-AdamBC). Default: with noise bands only, which "
+            "gain less without it."
         },
     )
     hide_counts: bool = field(

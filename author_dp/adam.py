@@ -1,7 +1,7 @@
 """AdamW whose second moment is that of the gradients alone: the variance of the noise, which is public, is taken out of it.
 
-Why: the square of a noisy gradient is, in expectation, the square of the gradient plus the noise's variance Phi. Plain Adam divides
-by the root of both, so that under noise all coordinates move alike, as in SGD, and the more slowly the more noise a step has. With
+Why: the square of a noisy gradient is, in expectation, the gradient's own plus the noise's variance Phi. Plain Adam divides by
+the root of both, so that under noise all coordinates move alike, as in SGD, and the more slowly the more noise a step has. With
 noise bands a step has two to five times the noise, most of which later steps take back: to divide by it would give away what they
 bring (docs/choosing.md has the figures).
 
@@ -37,7 +37,7 @@ class NoiseCorrectedAdamW(torch.optim.AdamW):
         self.noise_variance = 0.0
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
         """Update every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:

@@ -69,7 +69,7 @@ def test_what_it_divides_by_is_the_gradient_not_the_noise():
         parameter = torch.nn.Parameter(torch.zeros(2_000))
         optimizer = NoiseCorrectedAdamW(torch.optim.AdamW([parameter], lr=0.01, betas=(0.9, 0.999), weight_decay=0.0))
         generator = torch.Generator().manual_seed(0)
-        for step in range(400):
+        for _ in range(400):
             before, optimizer.noise_variance = parameter.detach().mean().item(), variance
             parameter.grad = 1 + 2 * torch.randn(2_000, generator=generator)
             optimizer.step()
