@@ -83,9 +83,10 @@ def make_roles(clone: Path, file: Path) -> None:
 def runs(args: argparse.Namespace) -> dict[str, str]:
     """Return the options of each row."""
     common = (
-        f"--model_name {args.model.resolve()} --train_file {args.data.resolve()} --sequence_len {args.tokens} --max_eval_samples 500 "
+        f"--model_name {args.model.resolve()} --train_file {args.data.resolve()} --sequence_len {args.tokens} "
         f"--per_device_train_batch_size {args.at_once} --gradient_accumulation_steps {args.authors // args.at_once} "
-        f"--per_device_eval_batch_size 16 --lr_scheduler_type constant --save_strategy no --log_level warning --disable_tqdm True"
+        "--max_eval_samples 500 --per_device_eval_batch_size 16 --lr_scheduler_type constant --save_strategy no "
+        "--log_level warning --disable_tqdm True"
     ) + (" --bf16" if args.bf16 else "")
     kinds = {
         "full": f"--learning_rate {args.full_rate}",
