@@ -1,13 +1,17 @@
 """Training steps with and without DP, side by side in one run. Prints one table.
 
     python benchmarks/throughput.py                                   # GPT-2 small, 16 authors x 128 tokens, full and LoRA
+    python benchmarks/throughput.py --authors 4 --tokens 512          # longer texts
+    python benchmarks/throughput.py --shape SmolLM2                   # a Llama of SmolLM2-135M's shape
     python benchmarks/throughput.py --authors 128 --bf16 --runs 5     # where there is a GPU
 
-Random weights and token ids in GPT-2 small's shapes; nothing is downloaded. Each row trains in a process of its own, so
+Random weights and token ids in the model's shapes; nothing is downloaded. Each row trains in a process of its own, so
 that its peak memory is its own; rows alternate, and the medians of their steps are compared. A step is everything:
-sampling, collation, forward, backward, clipping, noise, ledger, AdamW. The non-private row is the same Trainer with
---disable_dp: the same data path, microbatches, loss and optimizer. The last row is Opacus' own ghost mode in a loop of its
-documentation (no sampling, no ledger), where it takes the model at all.
+sampling, collation, forward, backward, clipping, noise, ledger, AdamW. All ratios are to the first row, Hugging Face's plain
+Trainer with its own loss, collator and clipping of the norm: what a user would otherwise run. The second is our Trainer with
+--disable_dp: the same data path, microbatches, loss and optimizer as with DP. The last rows are others' DP: Opacus' own ghost
+mode in a loop of its documentation (no sampling, no ledger), where it takes the model at all, and JetBrains' Opake, whose unit is
+the sample, by its DPTrainer, where it is installed (pip install "opake[transformers]").
 """
 
 import argparse
@@ -31,12 +35,28 @@ from opacus.grad_sample import GradSampleModuleFastGradientClipping  # noqa: E40
 from opacus.optimizers import DPOptimizerFastGradientClipping  # noqa: E402
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from data_utils import AuthorDataset, collate, group_by_author  # noqa: E402
 from dp_utils import DPTrainer, PrivacyArguments  # noqa: E402
 
-ROWS = ("non-private", "ghost", "grad_sample", "Opacus' ghost mode")
+PLAIN, OPACUS, OPAKE = "plain Trainer", "Opacus' ghost mode", "Opake"
+ROWS = (PLAIN, "non-private", "ghost", "grad_sample", OPACUS, OPAKE)
+SMOLLM2 = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2_048,
+}  # fmt: skip
+SHAPES = ("GPT-2", "SmolLM2")
+VOCABULARY = 49_152  # what both shapes have
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
@@ -59,11 +79,12 @@ class StepTimes(TrainerCallback):
         self.last = now
 
 
-def make_model(lora: bool, **config: Any) -> torch.nn.Module:
+def make_model(lora: bool, shape: str = "GPT-2", **config: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**config))
+    is_gpt2 = shape == "GPT-2"
+    model: Any = GPT2LMHeadModel(GPT2Config(**config)) if is_gpt2 else LlamaForCausalLM(LlamaConfig(**SMOLLM2, **config))
     if lora:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, fan_in_fan_out=True))
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, fan_in_fan_out=is_gpt2))
     return model
 
 
@@ -80,11 +101,7 @@ def train(
     privacy = {"disable_dp": True} if row == "non-private" else {"noise_multiplier": 1.0, "clipping": row}
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = {
-            "output_dir": folder, "max_steps": steps + 1, "per_device_train_batch_size": len(data), "max_grad_norm": 0.0,
-            "use_cpu": DEVICE.type == "cpu", "report_to": [], "save_strategy": "no", "disable_tqdm": True,
-            "logging_strategy": "no", "log_level": "error",
-        }  # fmt: skip
+        arguments = {"output_dir": folder, **quiet(steps, len(data)), "max_grad_norm": 0.0}
         trainer = DPTrainer(
             model,
             TrainingArguments(**{**arguments, **options}),
@@ -94,6 +111,45 @@ def train(
             callbacks=[times],
         )
         trainer.train()
+    return times.seconds
+
+
+def quiet(steps: int, batch_size: int) -> dict[str, Any]:
+    return {
+        "max_steps": steps + 1, "per_device_train_batch_size": batch_size, "use_cpu": DEVICE.type == "cpu", "report_to": [],
+        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "log_level": "error",
+    }  # fmt: skip
+
+
+def with_labels(data: AuthorDataset, epochs: int) -> datasets.Dataset:
+    """Return the samples as other trainers want them, so often that no epoch ends while steps are timed."""
+    ids = np.stack(data.samples.with_format("numpy")["input_ids"][:])
+    ids = np.tile(ids, (epochs, 1))
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def train_plainly(model: torch.nn.Module, data: AuthorDataset, *, steps: int, bf16: bool) -> list[float]:
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(output_dir=folder, bf16=bf16, **quiet(steps, len(data)))
+        samples = with_labels(data, steps + 1)
+        Trainer(model, arguments, default_data_collator, train_dataset=samples, callbacks=[times]).train()
+    return times.seconds
+
+
+def train_with_opake(model: torch.nn.Module, data: AuthorDataset, *, steps: int, bf16: bool) -> list[float]:
+    """Each sample is clipped alone; the batch is Poisson's, of len(data) samples in expectation."""
+    from opake.transformers import DPTrainer as OpakeTrainer
+    from opake.transformers import TrainingArguments as OpakeArguments
+
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = OpakeArguments(
+            output_dir=folder, bf16=bf16, clipping_norm=1.0, privacy_noise_multiplier=1.0, remove_unused_columns=False,
+            **quiet(steps, len(data)),
+        )  # fmt: skip
+        samples = with_labels(data, 64)
+        OpakeTrainer(model, arguments, default_data_collator, train_dataset=samples, callbacks=[times]).train()
     return times.seconds
 
 
@@ -127,14 +183,15 @@ def peak_memory() -> float:
 
 
 def measure(row: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    model, data = make_model(kind == "LoRA"), make_data(options.authors, 1, options.tokens)
-    if row == ROWS[-1]:
-        try:
-            seconds = train_with_opacus(model, data, steps=options.steps, bf16=options.bf16)
-        except (NotImplementedError, ValueError, RuntimeError) as error:
-            return {"refused": str(error).splitlines()[0]}
-    else:
+    model, data = make_model(kind == "LoRA", options.shape), make_data(options.authors, 1, options.tokens, VOCABULARY)
+    others = {PLAIN: train_plainly, OPACUS: train_with_opacus, OPAKE: train_with_opake}
+    if row not in others:
         seconds = train(row, model, data, steps=options.steps, bf16=options.bf16)
+    else:
+        try:
+            seconds = others[row](model, data, steps=options.steps, bf16=options.bf16)
+        except (NotImplementedError, ValueError, RuntimeError, ImportError) as error:
+            return {"refused": str(error).splitlines()[0]}
     return {"seconds": seconds, "memory": peak_memory()}
 
 
@@ -155,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--authors", type=int, default=16, help="authors a step, one sample each")
     parser.add_argument("--tokens", type=int, default=128, help="tokens a sample")
+    parser.add_argument("--shape", choices=SHAPES, default="GPT-2")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each row, in turn")
     parser.add_argument("--kinds", nargs="+", choices=("full", "LoRA"), default=("full", "LoRA"))
@@ -165,8 +223,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one, options)))
         return
-    print(f"GPT-2 small, {options.authors} authors x {options.tokens} tokens a step, {where()}\n")
-    print("| | tokens/s | ratio to non-private | peak memory (GiB) | ratio |\n|---|---|---|---|---|")
+    print(f"{options.shape}, {options.authors} authors x {options.tokens} tokens a step, {where()}\n")
+    print("| | tokens/s | ratio to the first row | peak memory (GiB) | ratio |\n|---|---|---|---|---|")
     for kind in options.kinds:
         seconds, memory, refused = {row: [] for row in options.rows}, {}, {}
         for _ in range(options.runs):
