@@ -190,7 +190,7 @@ def measure(row: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     else:
         try:
             seconds = others[row](model, data, steps=options.steps, bf16=options.bf16)
-        except (NotImplementedError, ValueError, RuntimeError, ImportError) as error:
+        except (NotImplementedError, ValueError, RuntimeError, ImportError, TypeError) as error:
             return {"refused": str(error).splitlines()[0]}
     return {"seconds": seconds, "memory": peak_memory()}
 
