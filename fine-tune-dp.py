@@ -63,6 +63,7 @@ from author_dp.audit import Audit, AuditArguments, secret_key
 from author_dp.audit import in_words as audit_in_words
 from author_dp.bands import with_canaries
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
+from author_dp.conversations import start_token
 from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.frozen import bytes_of, check_trained, four_bits, settle
@@ -75,6 +76,7 @@ from author_dp.release import in_words as released_in_words
 from author_dp.report import Statistics, write_report
 from author_dp.report_page import card
 from author_dp.specimens import Specimens
+from author_dp.tables import delete_texts
 from data_utils import (
     AuthorDataset,
     DataArguments,
@@ -82,12 +84,10 @@ from data_utils import (
     collate,
     column_of,
     data_notes,
-    delete_texts,
     group_by_author,
     in_words,
     name_of_split,
     prepare,
-    start_token,
 )
 from dp_utils import DPTrainer, PrivacyArguments
 

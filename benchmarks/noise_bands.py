@@ -1,10 +1,12 @@
 """What correlated noise brings (--noise_bands): the error that is computed, and evaluation losses of the demo that are measured.
 
 python benchmarks/noise_bands.py computed
-python benchmarks/noise_bands.py measured [--only epsilon-8|sgd|epsilons] [--repetitions 1] [--parallel 1] [--cache bands.jsonl]
+python benchmarks/noise_bands.py measured [--only epsilon-8|uncorrected|sgd|epsilons] [--repetitions 1] [--parallel 1]
+                                          [--plays FILE] [--cache bands.jsonl]
 
-Every measured run is the script itself on the demo's corpus: expected batch 256 authors, 154 steps, a constant rate. Runs that
-are in the cache are not repeated.
+Every measured run is the script itself on the demo's corpus: expected batch 256 authors, 154 steps, a constant rate; those of
+"uncorrected" are by plain Adam. With --plays, runs on FILE, as those of results.py, expected batch 32, 520 steps, come instead.
+Runs that are in the cache are not repeated.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from results import mean_and_spread, measure
+from results import mean_and_spread, measure, plays
 
 from author_dp.accounting import cyclic_spending, find_noise_multiplier
 from author_dp.bands import CHOICES, band_coefficients, step_scale, sum_error
@@ -51,26 +53,40 @@ def options(epsilon: float | None, bands: str, rate: str, more: str = "") -> str
 
 
 SGD = " --optim sgd --optim_args momentum=0.9"
+PLAIN_ADAM = " --adam_noise_correction False"
 GRIDS = {
     "epsilon-8": {
-        **{
-            (bands, rate): options(8, bands, rate) for rate in ("5e-3", "1e-2", "2e-2", "4e-2") for bands in ("1", "4", "8", "16")
-        },
+        **{("1", rate): options(8, "1", rate) for rate in ("5e-3", "1e-2", "2e-2")},
+        **{(bands, "1e-2"): options(8, bands, "1e-2") for bands in ("2", "4", "8", "16", "auto")},
+        **{("8", rate): options(8, "8", rate) for rate in ("5e-3", "2e-2")},
         ("not private", "1e-2"): options(None, "1", "1e-2"),
+    },
+    "uncorrected": {
+        **{(bands, "1e-2"): options(8, bands, "1e-2", PLAIN_ADAM) for bands in ("2", "4", "8")},
+        **{(bands, "2e-2"): options(8, bands, "2e-2", PLAIN_ADAM) for bands in ("2", "4", "8", "16")},
+        **{("8", rate): options(8, "8", rate, PLAIN_ADAM) for rate in ("5e-3", "4e-2")},
     },
     "sgd": {(bands, rate): options(8, bands, rate, SGD) for rate in ("0.3", "1", "3") for bands in ("1", "8")},
     "epsilons": {
-        (f"epsilon {epsilon}, b = {bands}", rate): options(epsilon, bands, rate)
+        (f"epsilon {epsilon}, b = {bands}", "1e-2"): options(epsilon, bands, "1e-2")
         for epsilon in (4, 2, 1)
-        for bands, rate in (("1", "1e-2"), ("8" if epsilon > 1 else "4", "2e-2"))
+        for bands in ("1", "8" if epsilon > 1 else "4")
     },
 }
 
 
-def measured(only: str | None, repetitions: int, parallel: int, cache: Path) -> None:
-    for name, runs in GRIDS.items():
-        if only in (None, name):
-            losses = measure(runs, repetitions, parallel, cache)
+def plays_grid(file: Path) -> dict:
+    return {
+        (bands, rate): plays(file, 520, 32, rate, 8, f"--noise_bands {bands}")
+        for rate in ("5e-3", "1e-2")
+        for bands in ("1", "8")
+    }
+
+
+def measured(args: argparse.Namespace) -> None:
+    for name, runs in ({"plays": plays_grid(args.plays)} if args.plays else GRIDS).items():
+        if args.only in (None, name):
+            losses = measure(runs, args.repetitions, args.parallel, args.cache)
             rates = list(dict.fromkeys(rate for _, rate in runs))
             print(f"\n| {name}: b | " + " | ".join(f"rate {rate}" for rate in rates) + " |\n|---" + "|---" * len(rates) + "|")
             for row in dict.fromkeys(row for row, _ in runs):
@@ -85,8 +101,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--parallel", type=int, default=1, help="runs at once, of one thread each")
     parser.add_argument("--cache", type=Path, default=Path("bands.jsonl"))
+    parser.add_argument(
+        "--plays", type=Path, metavar="FILE", help="of author and content, few authors, instead of the demo's corpus"
+    )
     args = parser.parse_args()
-    computed() if args.what == "computed" else measured(args.only, args.repetitions, args.parallel, args.cache)
+    computed() if args.what == "computed" else measured(args)
 
 
 if __name__ == "__main__":

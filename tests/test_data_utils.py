@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data_utils
+from author_dp import tables
 from author_dp.authors import find_nobody
 from author_dp.errors import UserError
 from data_utils import AuthorDataset, DataArguments, collate, column_of, group_by_author, load_files, load_samples, tokenize
@@ -192,7 +193,7 @@ def test_texts_are_left_nowhere(tmp_path, monkeypatch):
     samples = load(path)
     (folder,) = tmp_path.glob("author-texts-*")
     assert folder.stat().st_mode & 0o777 == 0o700 and samples["body"][:] == ["one", "two"]
-    data_utils.delete_texts()
+    tables.delete_texts()
     assert not folder.exists()
 
 
