@@ -185,10 +185,6 @@ def check_shares(args: TrainingArguments, privacy: Any, model: Any = None) -> No
     if privacy.disable_dp or privacy.clipping != "ghost":
         name = "disable_dp" if privacy.disable_dp else f"clipping {privacy.clipping}"
         raise UserError(f"--{name} does not work with --fsdp: leave out one of the two")
-    if str(privacy.noise_bands or 1) != "1":
-        raise UserError("--noise_bands does not work with --fsdp: leave out one of the two")
-    if privacy.adam_noise_correction:
-        raise UserError("--adam_noise_correction does not work with --fsdp: leave out one of the two")
     if OptimizerNames(args.optim).value not in SHARED_OPTIMIZERS:
         raise UserError(f"--optim {OptimizerNames(args.optim).value} may mix shares of --fsdp: use {SHARED_OPTIMIZERS[0]}")
     if args.load_best_model_at_end:

@@ -408,13 +408,16 @@ class AuthorDPOptimizer(DPOptimizer):
         """
         if not np.linalg.norm(coefficients) <= 1:
             raise ValueError(f"band coefficients {coefficients} must have norm 1")
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        self._slice = self.sums.tensor_split(self.world_size)[rank]
+        self._slice = self.own_slice()
         several = len(coefficients) > 1 and self.noise_multiplier > 0
         self.bands = BandedNoise(coefficients, len(self._slice), self.sums.device) if several else None
 
-    def pre_step(self, closure: Optional[Callable] = None) -> bool:
-        """Steps 1 to 3 of the class' list, and the check of the fourth. Overrides Opacus', which would clip here."""
+    def own_slice(self) -> torch.Tensor:
+        """Return the part of the sums to which this process adds the whole of the noise where noise has bands."""
+        return self.sums.tensor_split(self.world_size)[dist.get_rank() if dist.is_initialized() else 0]
+
+    def check_sums(self) -> None:
+        """Raise RuntimeError where the sums are not those of the draw whose turn it is."""
         if self._used:
             raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next one")
         if self.bands is not None and self.draw != self.bands.steps:
@@ -422,6 +425,10 @@ class AuthorDPOptimizer(DPOptimizer):
                 f"step {self.bands.steps} with noise bands takes the draw of that number, not {self.draw}: after a draw that was "
                 "thrown away, authors would come back too early"
             )
+
+    def pre_step(self, closure: Optional[Callable] = None) -> bool:
+        """Steps 1 to 3 of the class' list, and the check of the fourth. Overrides Opacus', which would clip here."""
+        self.check_sums()
         self.before_release()
         self._used = True
         std = self.noise_multiplier * self.max_grad_norm / math.sqrt(self.world_size)
@@ -436,11 +443,15 @@ class AuthorDPOptimizer(DPOptimizer):
             dist.all_reduce(self.sums)
         if self.after_release is not None:
             self.after_release(self.pad)
+        self.hand_over()
+        return True
+
+    def hand_over(self) -> None:
+        """Give the wrapped optimizer what was released, and where it wants to know, how noisy that is."""
         if isinstance(self.original_optimizer, NoiseCorrectedAdamW):
             self.original_optimizer.noise_variance = self.released_variance()
         for parameter in self.params:
             parameter.grad = parameter.summed_grad
-        return True
 
     def released_variance(self) -> float:
         """Return the variance of the noise in each coordinate of what the last step released."""

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
@@ -276,23 +275,20 @@ class ShardedOptimizer(AuthorDPOptimizer):
             table.summed_grad = self._behind[PAD : PAD + table.numel()].view_as(table)
         self._released = PAD + sum(table.numel() for table in tables)
 
-    def begin(self, coefficients: np.ndarray) -> None:
-        """Begin a training, whose noise is independent from step to step.
-
-        Raises:
-            UserError: for noise bands (bands.py), whose memory in shares was not built.
-        """
-        if len(coefficients) > 1:
-            raise UserError(f"--noise_bands does not work with --fsdp: {LEAVE_OUT}, or --noise_bands")
+    def own_slice(self) -> torch.Tensor:
+        """All that this process holds is its own."""
+        return self.sums
 
     def pre_step(self, closure: Optional[Callable] = None) -> bool:
-        if self._used:
-            raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next one")
+        self.check_sums()
         self.before_release()
         self._used = True
         dist.all_reduce(self._behind)
         self._own_pad.add_(self._behind[self._place])
         std = self.noise_multiplier * self.max_grad_norm
+        if self.bands is not None:
+            self.bands.add_(self._slice, self.noise, std)
+            std = 0.0
         for part in self.sums.split(self.noise.elements):
             if std > 0:
                 self.noise.add_(part, std)
@@ -300,8 +296,7 @@ class ShardedOptimizer(AuthorDPOptimizer):
         all_gather(self.pad, self._own_pad.contiguous())
         if self.after_release is not None:
             self.after_release(self.pad[: self._released])
-        for parameter in self.params:
-            parameter.grad = parameter.summed_grad
+        self.hand_over()
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:

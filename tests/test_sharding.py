@@ -26,10 +26,13 @@ from conftest import (
 )
 from families import make_model
 from forked import in_processes
+from scipy.linalg import toeplitz
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel
 
+from author_dp.adam import NoiseCorrectedAdamW
+from author_dp.bands import band_coefficients
 from author_dp.errors import UserError
 from author_dp.gradient_audit import GradientCanaries
 from author_dp.guards import check_shares
@@ -204,6 +207,39 @@ def test_every_process_sees_the_noise_of_all_in_the_pad_and_canaries_once(tmp_pa
     assert within(canaries.mean().item(), 6 / 0.3, 1 / math.sqrt(60)) and within(canaries.var().item(), 1, math.sqrt(2 / 60))
 
 
+def banded_noise(coefficients: np.ndarray, steps: int) -> list[torch.Tensor]:
+    """What an optimizer in shares releases of nobody with noise bands, over sigma C / B, (coordinates,) for each step."""
+    model = nn.Linear(200, 151)
+    shard_plainly(model)
+    plain = NoiseCorrectedAdamW(torch.optim.AdamW(model.parameters(), lr=0.0))
+    optimizer = ShardedOptimizer(plain, noise_multiplier=1.5, clip_norm=0.2, expected_batch_size=10, before_release=lambda: None)
+    optimizer.begin(coefficients)
+    released = []
+    for number in range(steps):
+        optimizer.zero_grad()
+        with pytest.raises(RuntimeError, match="takes the draw of that number"):
+            optimizer.step()
+        optimizer.draw = number
+        optimizer.step()
+        released.append(flat(p.grad for p in optimizer.params) / 0.03)
+        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.bands.variance)
+    return released
+
+
+def test_bands_of_noise_are_correlated_over_steps_in_every_share(tmp_path):
+    c, steps = band_coefficients(3, 5), 5
+    first, second = in_processes(tmp_path, 2, banded_noise, np.array(c), steps)
+    inverse = np.linalg.inv(toeplitz(np.pad(c, (0, 2)), np.zeros(steps)))
+    covariance = inverse @ inverse.T
+    size = 201 * 151
+    for one, other in zip(first, second):
+        assert torch.equal(one, other)
+    for half in torch.stack(first).tensor_split(2, dim=1):
+        found, bound = np.cov(half.numpy()), 6 * np.sqrt(2 / (size / 2)) * covariance.max()
+        assert np.abs(found - covariance).max() < bound
+    assert within(np.corrcoef(first[0][: size // 2], first[0][-(size // 2) :])[0, 1], 0, 1 / math.sqrt(size // 2))
+
+
 def fail_to_record() -> bool:
     model = nn.Linear(4, 4)
     shard_plainly(model)
@@ -219,8 +255,6 @@ def fail_to_record() -> bool:
         expected_batch_size=1,
         before_release=fail,
     )
-    with pytest.raises(UserError, match="--noise_bands"):
-        optimizer.begin(np.ones(2))
     with pytest.raises(OSError):
         optimizer.step()
     return torch.equal(own(model.weight), before)
@@ -281,13 +315,11 @@ def test_other_families_are_proven_in_shares(tmp_path, family, kind):
     [
         ({"world_size": 1}, "torch.distributed.run"), ({"optim": "adafactor"}, "--optim adafactor"),
         ({"load_best_model_at_end": True}, "--load_best_model_at_end"), ({"clipping": "grad_sample"}, "--clipping grad_sample"),
-        ({"disable_dp": True}, "--disable_dp"), ({"noise_bands": "auto"}, "--noise_bands"),
-        ({"dtype": torch.bfloat16}, "float32"),
+        ({"disable_dp": True}, "--disable_dp"), ({"dtype": torch.bfloat16}, "float32"),
     ],
 )  # fmt: skip
 def test_what_was_not_proven_in_shares_is_refused(change, words):
     given: dict = {
-        "noise_bands": None,
         "world_size": 2,
         "optim": "adamw_torch",
         "load_best_model_at_end": False,
@@ -302,6 +334,24 @@ def test_what_was_not_proven_in_shares_is_refused(change, words):
 
 
 # --- what is saved ----------------------------------------------------------------------------------------
+
+
+def banded_run(folder: Path) -> dict:
+    privacy = {"noise_multiplier": 1.0, "noise_bands": "2", "sample_rate": 0.3}
+    trainer = make_trainer(
+        folder, tiny_gpt2(), make_dataset([1] * 20), privacy=privacy, full_shard=True, optim="adamw_torch", learning_rate=0.01,
+        max_steps=4, save_strategy="steps", save_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    return {"weights": flat(trainable(trainer.model).values()), "spent": read_report(folder)["accounted_steps"]}
+
+
+@pytest.mark.slow
+def test_a_run_in_shares_with_noise_bands(tmp_path):
+    first, second = in_processes(tmp_path, 2, banded_run, tmp_path / "run")
+    assert torch.equal(first["weights"], second["weights"]) and first["spent"] == 2
+    state = torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert all(isinstance(values["noise_variance"], float) for values in state.values())
 
 
 def run(folder: Path, kind: str, steps: int, processes: int, resume: bool) -> dict:
