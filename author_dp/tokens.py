@@ -3,7 +3,8 @@
 Promise: a sample's author stays with it, also where a text is split, and what is spelled like a special token is text.
 """
 
-from typing import Optional
+import functools
+from typing import Any, Optional
 
 import numpy as np
 import pyarrow.compute as pc
@@ -62,33 +63,10 @@ def tokenize(
         raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token; leave it out")
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError("--append_eos: the model's tokenizer has no end-of-text token; leave it out")
-    room = sequence_len - len(start)
-
-    def tokenize_batch(batch):
-        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-        if long_samples == "truncate":
-            rows = tokenizer([text or "" for text in batch[text_column]], **options, truncation=True, max_length=room)[
-                "input_ids"
-            ]
-            return {"input_ids": [start + row + end * (len(row) < room) for row in rows]}
-        rows = [
-            row + end for row in tokenizer([text or "" for text in batch[text_column]], **options, verbose=False)["input_ids"]
-        ]
-        pieces = [[start + piece for piece in cut(row, room)] for row in rows]
-        others = {name: [v for v, p in zip(batch[name], pieces) for _ in p] for name in batch if name != text_column}
-        return {**others, "input_ids": [piece for row in pieces for piece in row]}
-
-    def tokenize_examples_of(batch):
-        ids, labels = tokenize_examples(batch[text_column], tokenizer, start, end)
-        if long_samples == "truncate":
-            return {"input_ids": [row[:sequence_len] for row in ids], "labels": [row[:sequence_len] for row in labels]}
-        first = len(start)  # of each piece
-        pieces = [[[row[:first] + piece for piece in cut(row[first:], room)] for row in rows] for rows in (ids, labels)]
-        others = {name: [v for v, p in zip(batch[name], pieces[0]) for _ in p] for name in batch if name != text_column}
-        return {**others, **{name: [piece for row in rows for piece in row] for name, rows in zip(results, pieces)}}
-
+    options: dict[str, Any] = {"tokenizer": tokenizer, "column": text_column, "start": start, "end": end}
+    options |= {"room": sequence_len - len(start), "split": long_samples == "split"}
     tokens = samples.map(
-        tokenize_examples_of if has_targets else tokenize_batch,
+        functools.partial(rows_of_examples if has_targets else rows_of_texts, **options),
         batched=True,
         num_proc=num_proc,
         remove_columns=[text_column],
@@ -109,6 +87,52 @@ def tokenize(
         logger.warning(f"Dropped {len(tokens) - len(kept)} of {len(tokens)} samples: {lack} in {text_column!r}.")
         tokens = tokens.select(kept)
     return tokens
+
+
+def rows_of_texts(
+    batch: dict[str, list],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    start: list[int],
+    end: list[int],
+    room: int,
+    split: bool,
+) -> dict[str, list]:
+    """Return a batch with its texts' tokens instead, `start` before each piece of at most `room` tokens, `end` behind a text."""
+    options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    texts = [text or "" for text in batch[column]]
+    if not split:
+        rows = tokenizer(texts, **options, truncation=True, max_length=room)["input_ids"]
+        return {"input_ids": [start + row + end * (len(row) < room) for row in rows]}
+    rows = tokenizer(texts, **options, verbose=False)["input_ids"]
+    pieces = [[start + piece for piece in cut(row + end, room)] for row in rows]
+    return {**repeated(batch, column, pieces), "input_ids": [piece for row in pieces for piece in row]}
+
+
+def rows_of_examples(
+    batch: dict[str, list],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    start: list[int],
+    end: list[int],
+    room: int,
+    split: bool,
+) -> dict[str, list]:
+    """As `rows_of_texts`, of packed examples, with their labels."""
+    ids, labels = tokenize_examples(batch[column], tokenizer, start, end)
+    first = len(start)  # of each piece
+    if not split:
+        return {"input_ids": [row[: first + room] for row in ids], "labels": [row[: first + room] for row in labels]}
+    pieces = [[[row[:first] + piece for piece in cut(row[first:], room)] for row in rows] for rows in (ids, labels)]
+    tokens = {name: [piece for row in rows for piece in row] for name, rows in zip(("input_ids", "labels"), pieces)}
+    return {**repeated(batch, column, pieces[0]), **tokens}
+
+
+def repeated(batch: dict[str, list], column: str, pieces: list[list]) -> dict[str, list]:
+    """Return the other columns, each value as often as its text has pieces: the author stays with all of them."""
+    return {name: [value for value, row in zip(batch[name], pieces) for _ in row] for name in batch if name != column}
 
 
 def predicts(tokens: Dataset) -> np.ndarray:

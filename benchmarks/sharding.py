@@ -1,4 +1,4 @@
-"""Memory and time of a step with and without --fsdp full_shard, by number of processes; and what fits where, computed.
+"""Memory and time of a step with and without --fsdp full_shard, by number of processes, with a plot; and what fits, computed.
 
     python benchmarks/sharding.py                     # GPT-2 medium's shape, 354 million parameters, 1, 2 and 4 processes
     python benchmarks/sharding.py --layers 4          # a smaller one
@@ -117,19 +117,43 @@ def measured(options: argparse.Namespace) -> None:
     if options.without_proof:
         print("Without the proof at the start.\n")
     print("| processes | | GiB of a process | goal | CPU s a step | s a step |\n|---|---|---|---|---|---|")
-    activations = None
+    activations, points = None, []
     for kind, processes in options.cases:
         found = run(kind, processes)
         parameters = found["parameters"]
         if activations is None:
             activations = found["memory"] - 16 * parameters / GIB
         largest = 4 * 50_257 * 1024 / GIB  # the embedding
-        goal = f"{1.15 * (16 * parameters / processes / GIB + largest + activations):.2f}" if kind == "shares" else ""
+        most = 1.15 * (16 * parameters / processes / GIB + largest + activations)
+        goal = f"{most:.2f}" if kind == "shares" else ""
+        points.append((processes, kind, found["memory"], most))
         print(
             f"| {processes} | {kind} | {found['memory']:.2f} | {goal} | {found['cpu']:.1f} | {found['seconds']:.1f} |",
             flush=True,
         )
     print(f"\n{parameters / 1e6:.0f} million parameters; activations, from the first row: {activations:.2f} GiB")
+    draw(points, parameters, Path(__file__).with_name("sharding.png"))
+
+
+def draw(points: list[tuple[int, str, float, float]], parameters: int, path: Path) -> None:
+    """Draw the memory of a process against their number, with the goal of those in shares."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    for kind, label, colour in (("whole", "whole on each process", "#c8553d"), ("shares", "--fsdp full_shard", "#1b6ca8")):
+        found = sorted((processes, memory) for processes, of, memory, _ in points if of == kind)
+        axes.plot(*zip(*found), "o-", color=colour, label=label)
+    goals = sorted((processes, most) for processes, kind, _, most in points if kind == "shares")
+    axes.plot(*zip(*goals), ":", color="#8a8f98", label="goal: 16 bytes / W, a layer, activations, +15 %")
+    axes.set(xlabel="processes (W)", ylabel="GiB of a process, peak of the steps", ylim=(0, None), xlim=(0.8, None))
+    axes.set_xticks(sorted({processes for processes, *_ in points}))
+    axes.set_title(f"{parameters / 1e6:.0f} million parameters, full fine-tuning", loc="left", fontweight="bold", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
 def computed() -> None:
