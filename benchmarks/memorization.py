@@ -226,21 +226,24 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6.8, 3.9), layout="constrained")
     places, told = range(1, len(REPETITIONS)), REPETITIONS[1:]
-    colours = {"none": "#c8553d", "sample": "#d9a441", "author": "#1b6ca8"}
+    looks = {"none": ("#c8553d", (2.1, 11.9)), "sample": ("#b98412", (1.95, 4.3)), "author": ("#1b6ca8", (2.35, 0.1))}
     for way, runs in results.items():
-        found = by_repetitions(runs, "exposures")
-        axes.plot(places, [statistics.mean(found[times]) for times in told], "o-", color=colours[way], label=NAMES[way])
+        found, (colour, place_of_name) = by_repetitions(runs, "exposures"), looks[way]
+        axes.plot(places, [statistics.mean(found[times]) for times in told], "o-", color=colour)
+        axes.text(*place_of_name, NAMES[way], color=colour, fontweight="bold", fontsize=10)
         for place, times in zip(places, told):
-            axes.plot([place] * len(found[times]), found[times], ".", color=colours[way], alpha=0.25, markersize=5, zorder=1)
-    axes.axhline(math.log2(CODES), color="#8a8f98", linewidth=1, linestyle=":")
-    axes.text(0.72, math.log2(CODES) - 0.25, "the model knows the code", color="#5b626d", fontsize=9, va="top")
-    axes.axhline(1 / math.log(2), color="#8a8f98", linewidth=1, linestyle=":")
-    axes.text(0.72, 1 / math.log(2) + 0.12, "chance: the model knows nothing", color="#5b626d", fontsize=9, va="bottom")
-    axes.set(xlabel="texts in which its author wrote the code", ylabel="exposure of the code (bits)", ylim=(-0.3, 14.2))
+            axes.plot([place] * len(found[times]), found[times], ".", color=colour, alpha=0.3, markersize=5, zorder=1)
+    lines = {math.log2(CODES): "known\nfor sure", 1 / math.log(2): "chance"}
+    for height in lines:
+        axes.axhline(height, color="#8a8f98", linewidth=1, linestyle=":", zorder=0)
+    axes.set(xlabel="texts in which its author wrote the code", ylabel="exposure of the code (bits)", ylim=(-0.4, 14.2))
     axes.set_title("Does the model give away a code that one author wrote?", loc="left", fontweight="bold", fontsize=11)
     axes.set_xticks(places, [str(times) for times in told])
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(list(lines), list(lines.values()), fontsize=9)
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.88))
     figure.savefig(path, dpi=150)
 
 
