@@ -16,17 +16,12 @@ Example:
     >>> trainer.train()
 """
 
-import copy
 import math
-import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-import psutil
 import torch
 from accelerate.utils import AutocastKwargs, send_to_device
 from torch import nn
@@ -39,7 +34,6 @@ from transformers.utils import logging
 
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.adam import NoiseCorrectedAdamW
-from author_dp.bands import deal
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import (
     SignalError,
@@ -66,15 +60,17 @@ from author_dp.guards import (
     corrects_adam,
 )
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count, write_json
-from author_dp.mechanism import (
-    AuthorDPOptimizer,
-    DrawnDataset,
-    LogicalBatch,
-    PoissonAuthorSampler,
-    author_losses,
-    takes_positions,
+from author_dp.loop import (
+    Wrapper,
+    affordable_bands,
+    for_logical_batches,
+    load_logical_batches,
+    make_sampler,
+    move,
+    naming,
 )
-from author_dp.plan import PrivacyPlan, make_plan
+from author_dp.mechanism import AuthorDPOptimizer, LogicalBatch, PoissonAuthorSampler, author_losses, takes_positions
+from author_dp.plan import make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, prove
 from author_dp.sharding import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
@@ -492,96 +488,3 @@ class DPTrainer(Trainer):
         if not self.plan.disable_dp:
             report["secure_noise"] = self.privacy.secure_noise
         return report | {name: value for name, value in (("data", self.data), ("audit", self.audit)) if value}
-
-
-# --- what the Trainer is told otherwise -----------------------------------------------------------------
-
-
-def for_logical_batches(args: TrainingArguments) -> TrainingArguments:
-    """Return a copy of `args` for a Trainer's loop that sees one logical batch a step, on one device a process."""
-    args = copy.copy(args)
-    if args.n_gpu > 1:
-        logger.warning(
-            "Several GPUs in one process would need DataParallel, which mixes authors: using one. To use all, start a "
-            "process for each with torch.distributed.run."
-        )
-        args._n_gpu = 1
-    args.ignore_data_skip = True  # batches are drawn afresh: there is nothing to skip
-    args.gradient_accumulation_steps = 1  # the logical batch is cut in training_step
-    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
-    return args
-
-
-def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, canaries: int) -> PoissonAuthorSampler:
-    """Return a sampler of this process' shares of draws, ceil(1 / q) of them an epoch, with keys of its own."""
-    bands = plan.noise_bands
-    return PoissonAuthorSampler(
-        dataset.offsets,
-        dataset.indices,
-        sample_rate=plan.sample_rate,
-        samples_per_author=plan.samples_per_author,
-        steps=math.ceil(1 / plan.sample_rate),
-        key=broadcast(secrets.randbits(128)),
-        rank=args.process_index,
-        world_size=args.world_size,
-        canaries=canaries,
-        groups=deal(dataset.hashes, bands, broadcast(secrets.token_bytes(32))) if bands > 1 else None,
-        bands=bands,
-    )
-
-
-def load_logical_batches(
-    dataset: Any, sampler: PoissonAuthorSampler, args: TrainingArguments, collate: Callable, authors_at_once: int
-) -> DataLoader:
-    """Return the logical batches of an epoch, as the sampler draws them, padded in the workers."""
-    return DataLoader(
-        DrawnDataset(dataset, authors_at_once, collate),
-        batch_sampler=sampler,  # type: ignore[arg-type]  # of draws, which DrawnDataset takes whole
-        collate_fn=as_is,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        persistent_workers=args.dataloader_persistent_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-    )
-
-
-def affordable_bands(model: nn.Module, args: TrainingArguments) -> int:
-    """Return for how many noise bands half of the free memory suffices, on the first process; each but one takes what the
-    trained parameters take, over all processes."""
-    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * 4 / args.world_size
-    if args.device.type == "cuda":
-        free = torch.cuda.mem_get_info(args.device)[0]
-    else:
-        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return broadcast(1 + int(free / 2 / size))
-
-
-def move(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
-    """Move the model to where the Trainer will, unless it is spread over devices."""
-    return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
-
-
-class Wrapper(nn.Module):
-    """Call the model, nothing else: accelerate adds DistributedDataParallel to a bare model only."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-
-def as_is(batch: Any) -> Any:
-    """Collate nothing: the data set returns whole batches. A function by name, so that workers can be spawned."""
-    return batch
-
-
-@contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Name the option that the Trainer's complaint is about."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        raise UserError(f"{option}: {error}") from error

@@ -496,7 +496,7 @@ BUGS = {
     "b q drawn twice": (
         "author_dp.mechanism.PoissonAuthorSampler.draw_places", "drawn = []", "drawn, self.rate = [], 0.45", "how many authors"),
     "groups from --seed": (
-        "dp_utils.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')", "the groups"),
+        "author_dp.loop.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')", "the groups"),
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ BUGS: dict[str, tuple] = {
     "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "what is released for",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
     "q doubled": (
-        "dp_utils.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate", "how many authors"),
+        "author_dp.loop.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate", "how many authors"),
     "shuffled batches": (
         f"{DRAW}.draw_places", "drawn = []",
         "drawn = []\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
@@ -107,7 +107,8 @@ BUGS: dict[str, tuple] = {
     "clipped again after the noise": (
         STEP, "if self.after_release is not None:", "self.sums.mul_(min(1.0, 0.5 / float(self.sums.norm())))\n"
         "    if self.after_release is not None:", "its scale"),
-    "draws from --seed": ("dp_utils.make_sampler", "secrets.randbits(128)", "torch.initial_seed()", "the draws follow the seed"),
+    "draws from --seed": (
+        "author_dp.loop.make_sampler", "secrets.randbits(128)", "torch.initial_seed()", "the draws follow the seed"),
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.slow
 
 STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
-LOADER = "dp_utils.make_sampler"
+LOADER = "author_dp.loop.make_sampler"
 GHOST = "author_dp.clipping.ghost.GhostClipping.backward"
 PLAIN = "author_dp.clipping.grad_sample.GradSampleClipping.backward"
 TWO_PASS = "author_dp.clipping.two_pass.TwoPassClipping"
@@ -315,7 +315,7 @@ BUGS = [
     Bug("noises kept over a resume", "dp_utils.DPTrainer.create_optimizer", "noisy.begin(self.plan.coefficients())",
         "noisy.bands or noisy.begin(self.plan.coefficients())",
         lambda path, _: test_bands.test_a_second_training_begins_a_new_mechanism(path)),
-    Bug("draws thrown away", STEP, "self.draw != self.bands.steps", "False",
+    Bug("draws thrown away", "author_dp.mechanism.AuthorDPOptimizer.check_sums", "self.draw != self.bands.steps", "False",
         lambda path, _: test_bands.test_draws_thrown_away_end_the_run(path)),
     Bug("a share of the noise in a slice that has it alone", STEP, "std * math.sqrt(self.world_size)", "std",
         lambda path, _: test_bands.test_two_processes_add_the_noise_of_one_in_slices(path), spawned=True),
