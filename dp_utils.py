@@ -323,6 +323,7 @@ class DPTrainer(Trainer):
         noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
             if corrects_adam(self.args, self.privacy, self.plan.noise_bands):
+                logger.info("Adam's second moment is rid of the noise's variance (--adam_noise_correction).")
                 optimizer = NoiseCorrectedAdamW(optimizer)
             self.optimizer = noisy = (ShardedOptimizer if self.full_shard else AuthorDPOptimizer)(
                 optimizer,

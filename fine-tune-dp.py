@@ -66,11 +66,11 @@ from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.conversations import start_token
 from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
-from author_dp.frozen import bytes_of, check_trained, four_bits, settle
+from author_dp.frozen import bytes_of, check_trained, four_bits, quantized, settle
 from author_dp.gradient_audit import GradientCanaries
 from author_dp.guards import check_options, check_shared_authors, check_shares
 from author_dp.hub import hub_error, hub_is_reachable
-from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
+from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer, load_trained
 from author_dp.release import ReleaseArguments, check_release, release_loss
 from author_dp.release import in_words as released_in_words
 from author_dp.report import Statistics, write_report
@@ -335,8 +335,12 @@ def load_model(
         )
     if lora_args.enable_lora and adapter is None:
         model = adapt(model, lora_args, name)
-    if lora_args.fewer_bits():
-        model = settle(model)
+    if lora_args.load_in_4bit and not quantized(model):
+        raise UserError(f"--load_in_4bit finds no plain linear layer in {base}: use --base_dtype bfloat16")
+    if lora_args.fewer_bits() or quantized(model):  # a folder may hold 4 bits, and a type to multiply in, of its own
+        model = settle(model, torch.bfloat16 if training_args.bf16 else torch.float32)
+        if adapter is not None:
+            load_trained(model, name)
     return model, tokenizer
 
 

@@ -2,8 +2,9 @@
 
 Promise: only how the frozen matrices are stored changes. The model computes what a float32 model with the same, rounded weights
 does: a matrix is made float32 when its layer runs, forward and backward, and let go at once. (Under --bf16, products of matrices
-are in bfloat16, as they are there anyway.) So the proof at the start compares as closely as ever; what is trained, its clipped
-sums and its noise are float32.
+are in bfloat16, as they are there anyway; tables that a model computes when it is made, like Gemma 3's embed_scale, are rounded
+as the weights are.) So the proof at the start compares as closely as ever; what is trained, its clipped sums and its noise are
+float32.
 
 In 4 bits a linear layer is bitsandbytes' `Linear4bit`, NF4 with its scales quantized once more [1]. Embeddings and the head stay
 in bfloat16 there. Whatever is no matrix of a plain linear layer or embedding (norms, biases, stacks of experts) is in float32.
@@ -79,11 +80,14 @@ def in_16_bits(layer: nn.Module) -> Optional[type]:
     return Embedding16 if type(layer) is nn.Embedding else None
 
 
-def settle(model: Any) -> Any:
+def settle(model: Any, compute: Optional[torch.dtype] = None) -> Any:
     """Give each parameter of a model that was loaded in bfloat16 its type, and return the model.
 
     What is trained becomes float32, as noise would be rounded in less; frozen matrices stay as they are where all layers that use
     them are `in_16_bits`; all else becomes float32. The layers stay the objects that they are: others hold them.
+
+    Args:
+        compute: in which layers in 4 bits multiply; by default as they were loaded, which a folder of 4 bits may decide.
     """
     uses: dict[Any, list] = defaultdict(list)
     for layer in model.modules():
@@ -103,7 +107,7 @@ def settle(model: Any) -> Any:
             if buffer is not None and buffer.is_floating_point() and not is_quantized(layer):
                 layer._buffers[name] = buffer.float()
     for layer in quantized(model):
-        compute_in([layer], layer.compute_dtype)
+        compute_in([layer], compute or layer.compute_dtype)
     return model
 
 
@@ -168,15 +172,18 @@ def check_trained(model: nn.Module, names: Optional[list[str]] = None) -> None:
     for name, layer in model.named_modules():
         if not is_quantized(layer):
             continue
-        if any(name == other or name.endswith(f".{other}") for other in names or []):
+        parts = name.split(".")
+        around = [".".join(parts[: i + 1]) for i in range(len(parts))]  # the layer, and what holds it
+        # As peft matches names: by their ends.
+        if found := [other for other in names or [] if any(whole.endswith(other) for whole in around)]:
             raise UserError(
-                f"--lora_modules_to_save {name.split('.')[-1]} would train {name}, which --load_in_4bit keeps in 4 bits: leave "
+                f"--lora_modules_to_save {found[0]} would train {name}, which --load_in_4bit keeps in 4 bits: leave "
                 "it out (adapters go there), or use --base_dtype bfloat16"
             )
         if names is None and any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
             raise UserError(
-                f"--load_in_4bit: {name} is in 4 bits, and its bias would be trained, which bitsandbytes rounds: leave out "
-                "--lora_bias, or use --base_dtype bfloat16"
+                f"--load_in_4bit: {name} is in 4 bits, and its bias would be trained, which bitsandbytes rounds: train no biases "
+                "(--lora_bias, or those of the adapter in --model_name), or use --base_dtype bfloat16"
             )
 
 

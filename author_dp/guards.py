@@ -76,7 +76,7 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     check_checkpointing(args, privacy)
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("torch.distributed.run started several processes, but they are not connected: on CPUs add --use_cpu")
-    if args.push_to_hub and not privacy.disable_dp:
+    if args.push_to_hub:  # without privacy, too: reports show what held-out authors wrote
         check_uploads(args)
     if args.max_grad_norm and not privacy.disable_dp:
         raise UserError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -93,6 +93,11 @@ def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
             f"first {odd[0]}; give the base that it was made on"
         )
     return adapted
+
+
+def load_trained(model: PreTrainedModel, name: str) -> None:
+    """Load an adapter's weights once more: what it trains in full has a place of the base's type at first, which rounds it."""
+    set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:

@@ -51,6 +51,7 @@ class Statistics(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.before:
+            (Path(args.output_dir) / STATISTICS_NAME).unlink(missing_ok=True)  # of another run, perhaps one without privacy
             self.add(args.output_dir, **self.before)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -118,9 +119,9 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     prefix = "_" if hidden else ""
     figures = draw_all(folder / f"{prefix}report", report, ledger, loss, statistics)
     path = folder / f"{prefix}{PAGE_NAME}"
-    path.touch()
+    path.touch(mode=0o600)
     keep_private(path)
-    path.write_text(page(folder.resolve().name, report, figures, statistics))
+    path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,8 @@ def specimens_in_html(specimens: dict[str, dict[str, list[str]]], covered: bool)
             else "The model has no guarantee, and may repeat what its authors wrote."
         )
         begins = (
-            f"Each begins with nothing. {words} Before training it is the base model's own text, which tells nothing of yours."
+            f"Each begins with nothing. {words} The text before training is the base model's own, which this "
+            "run says nothing of: it is public only if that model is."
         )
         folds += fold(f"Texts that begin with nothing: {COVERED if covered else PRIVATE}", begins, free)
     if continued.get("after"):

@@ -81,9 +81,11 @@ def continue_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[
     """
     ends = [-1] if end is None else [end]
     config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new_tokens=tokens, eos_token_id=ends,
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=tokens, eos_token_id=ends,
         pad_token_id=max(0, ends[0]),
     )  # fmt: skip
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, GenerationConfig()  # whatever else it says, beams and all
     was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
     written: list[list[int]] = [[] for _ in rows]
     try:
@@ -98,6 +100,7 @@ def continue_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[
                     written[place] = row[: row.index(end)] if end in row else row
     finally:
         model.train(was_training)
+        base.generation_config = own
     return written
 
 

@@ -56,9 +56,12 @@ def test_updates_are_those_of_the_paper_also_where_noise_changes():
 
 
 def test_without_noise_it_is_adamw():
+    """Also where groups of parameters have options of their own."""
     ours, theirs = start(), start()
-    take(NoiseCorrectedAdamW(torch.optim.AdamW(ours, **OPTIONS)), ours, [(step, 0.0) for step in range(4)])
-    take(torch.optim.AdamW(theirs, **OPTIONS), theirs, [(step, 0.0) for step in range(4)])
+    groups = [[{"params": [first], "weight_decay": 0.0}, {"params": [second], "lr": 0.3}] for first, second in (ours, theirs)]
+    plain = [torch.optim.AdamW(group, **OPTIONS) for group in groups]
+    take(NoiseCorrectedAdamW(plain[0]), ours, [(step, 0.0) for step in range(4)])
+    take(plain[1], theirs, [(step, 0.0) for step in range(4)])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(ours, theirs))
 
 

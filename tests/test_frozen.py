@@ -19,7 +19,7 @@ from author_dp.adapters import add_lora
 from author_dp.clipping import engine_of
 from author_dp.errors import UserError
 from author_dp.mechanism import author_losses
-from author_dp.model_folders import load_base
+from author_dp.model_folders import load_adapter, load_base, load_trained
 from author_dp.proof import prove, rounding
 
 SIZES = {**LLAMA, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
@@ -91,6 +91,7 @@ def test_adapters_are_clipped_exactly_and_float32(folders, family, bits):
     model, batch = make(folders[family], bits), make_batch()
     assert rounding(model) == 1 and prove(model, "ghost").error < 1e-5
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+    assert all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point())
     for clipping in ("ghost", "grad_sample"):
         for clip_norm in (0.1, 1e4):
             ours, _ = clipped_sum(model, batch, clip_norm, clipping)
@@ -189,12 +190,32 @@ def test_two_processes_take_the_step_of_the_naive_loop(folders, tmp_path, bits):
     assert torch.equal(first, second) and close(first, expected, 1e-4)
 
 
+def test_what_an_adapter_trains_in_full_is_loaded_exactly(folders, tmp_path):
+    """peft makes its places in the base's type, bfloat16."""
+    model = make(folders["llama"], "bfloat16", modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    again = frozen.settle(load_adapter(base(folders["llama"], "bfloat16"), str(tmp_path)))
+    load_trained(again, str(tmp_path))
+    ours, theirs = trainable(model), trainable(again)
+    assert ours.keys() == theirs.keys() and any("lm_head" in name for name in ours)
+    assert all(theirs[name].dtype == torch.float32 and torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_folder_in_4_bits_does_not_say_what_is_multiplied_in(folders):
+    model = frozen.settle(add_lora(base(folders["llama"], "4 bits", torch.float16), ["all-linear"], r=2), torch.float32)
+    layers = frozen.quantized(model)
+    assert layers and all(layer.compute_dtype == layer.weight.quant_state.dtype == torch.float32 for layer in layers)
+
+
 # --- what is refused ------------------------------------------------------------------------------------
 
 
 def test_what_is_in_4_bits_is_not_trained(folders, tmp_path):
     with pytest.raises(UserError, match=r"--lora_modules_to_save q_proj.*--base_dtype bfloat16"):
         frozen.check_trained(base(folders["llama"], "4 bits"), ["q_proj"])
+    for held in ("mlp", "proj", "model.layers.0.self_attn"):  # names' ends, as peft matches them, and what holds such layers
+        with pytest.raises(UserError, match=rf"--lora_modules_to_save {held} would train"):
+            frozen.check_trained(base(folders["llama"], "4 bits"), [held])
     frozen.check_trained(base(folders["llama"], "4 bits"), ["lm_head"])
     with pytest.raises(UserError, match="--lora_bias"):
         make_trainer(tmp_path, make(folders["gpt2"], "4 bits", bias="all"))

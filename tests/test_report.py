@@ -62,6 +62,26 @@ def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
     assert loss_points([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], {})[0] == [(5.5, 2.0), (15.5, 1.0)]
 
 
+@pytest.mark.parametrize("disable_dp", [False, True])
+def test_the_page_calls_text_covered_where_there_is_a_guarantee_alone(tmp_path, disable_dp):
+    run(tmp_path, disable_dp=disable_dp)
+    texts = {"free": {"before": ["a"], "after": ["b"]}}
+    Statistics(None, np.ones(3, int)).add(str(tmp_path), specimens=texts)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("covered by the guarantee, as the model" in page) is not disable_dp
+    assert (tmp_path / "report.html").stat().st_mode & 0o777 == 0o600
+
+
+def test_nothing_of_an_earlier_run_is_in_the_statistics(tmp_path):
+    """One without privacy may have been in the folder before."""
+    Statistics(None, np.ones(3, int)).add(str(tmp_path), specimens={"free": {"after": ["what an author wrote"]}})
+    statistics = Statistics(None, np.ones(3, int))
+    statistics.before = {"specimens": {"free": {"before": ["a"]}}}
+    statistics.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(is_world_process_zero=True), None)
+    assert json.loads((tmp_path / "_private_statistics.json").read_text()) == statistics.before
+
+
 def test_what_was_found_before_training_outlives_an_interruption(tmp_path):
     statistics, args = Statistics(None, np.ones(3, int)), SimpleNamespace(output_dir=str(tmp_path))
     statistics.before = {"evaluation": {"before": {"eval_loss": 3.0}}, "specimens": {"free": {"before": ["a"]}}}

@@ -7,11 +7,11 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, make_dataset, tiny_gpt2
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from author_dp.mechanism import IGNORED
 from author_dp.report_page import specimens_in_html
-from author_dp.specimens import TEXTS, Specimens, beginnings
+from author_dp.specimens import SEED, TEXTS, Specimens, beginnings, continue_rows
 from data_utils import AuthorDataset, group_by_author
 
 
@@ -82,6 +82,22 @@ def test_texts_end_where_the_model_ends_them():
     specimens = made()
     specimens.write(model, "after")
     assert specimens.found["free"]["after"] == [""] * TEXTS
+
+
+def test_they_are_what_the_model_has_likely_not_what_its_folder_asks_for():
+    """Token by token, from its probabilities, whatever its generation_config says, and without dropout."""
+    model, rows = tiny_gpt2(dropout=0.5), [[1, 2], [3, 4]]
+    own = GenerationConfig(num_beams=3, num_return_sequences=2, temperature=0.1, suppress_tokens=[5, 6], min_p=0.5)
+    model.generation_config = own
+    written = continue_rows(model.train(), rows, 6, None)
+    assert model.generation_config is own
+    begun = torch.tensor(rows)
+    torch.manual_seed(SEED)
+    for _ in range(6):
+        with torch.no_grad():
+            likely = model.eval()(begun).logits[:, -1].float().softmax(-1)
+        begun = torch.cat([begun, torch.multinomial(likely, 1)], 1)
+    assert written == begun[:, 2:].tolist()
 
 
 def test_a_model_that_cannot_write_ends_no_run():
