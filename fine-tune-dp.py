@@ -28,6 +28,8 @@ All options may stand in a YAML file, and others after it: fine-tune-dp.py --con
 import gc
 import signal
 
+import author_dp  # noqa: F401  before all else: it quiets a library
+
 # Until all is imported: none of it is garbage, and looking for some takes a fifth of the time; and a Ctrl-C ends it at once, as
 # Python's exception would have a traceback, or be swallowed by some library.
 gc.disable()
@@ -38,6 +40,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from logging import LogRecord
 from pathlib import Path
@@ -99,6 +102,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 # What transformers warns of without need: padding is on the right, where causal attention does not look; and GPT-2's class name,
 # which nobody "set in the config", makes it take the default loss.
+warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # by peft's calls of transformers
 NEEDLESS_WARNINGS = ("We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config")
 
 
