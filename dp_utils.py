@@ -420,6 +420,7 @@ class DPTrainer(Trainer):
         def on_batch() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
+        self.callback_handler.eval_dataloader = dataloader  # the progress bar asks for its length
         with self.accelerator.autocast():
             return evaluate(self.model, dataloader, self.needs_positions, on_batch, metric_key_prefix)
 

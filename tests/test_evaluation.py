@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, make_dataset, make_trainer, tiny_gpt2
 from families import make_model
 from test_processes import run_processes
+from transformers import TrainerCallback
 
 COUNTS = [1, 3, 2, 1]
 
@@ -91,3 +92,16 @@ def test_evaluation_takes_no_more_memory_than_training(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
         peaks[what] = json.loads(done.stdout.splitlines()[-1])
     assert 0 < peaks["evaluate(dataset)"] <= peaks["train()"]
+
+
+def test_a_progress_bar_knows_how_far_it_is(tmp_path):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
+    lengths = []
+
+    class Bar(TrainerCallback):
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+            lengths.append(len(eval_dataloader))
+
+    trainer.add_callback(Bar())
+    trainer.evaluate(make_dataset(COUNTS, seed=3))
+    assert lengths == [4, 4, 4, 4]  # of seven texts
