@@ -528,6 +528,8 @@ if __name__ == "__main__":
         )
         end(130)
     except Exception as error:
+        if hasattr(signal, "SIGCHLD"):  # or torch's handler would raise in here, of a worker whose death is what is to be told
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if (mistake := explain(error)) is None:
             raise
         complain(mistake)
