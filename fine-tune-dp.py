@@ -313,9 +313,10 @@ def load_model(
         )
     base = adapter or name
     local_only = not os.path.isdir(base) and not hub_is_reachable()
+    compute = torch.bfloat16 if training_args.bf16 else torch.float32  # in which what is in 4 bits is multiplied
     bits: dict[str, Any] = {"dtype": torch.bfloat16} if lora_args.fewer_bits() else {}
     if lora_args.load_in_4bit:
-        bits["quantization_config"] = four_bits(torch.bfloat16 if training_args.bf16 else torch.float32)
+        bits["quantization_config"] = four_bits(compute)
         bits["device_map"] = {"": training_args.device}
     try:
         model = load_base(base, local_files_only=local_only, **bits)
@@ -342,7 +343,7 @@ def load_model(
     if lora_args.load_in_4bit and not quantized(model):
         raise UserError(f"--load_in_4bit finds no plain linear layer in {base}: use --base_dtype bfloat16")
     if lora_args.fewer_bits() or quantized(model):  # a folder may hold 4 bits, and a type to multiply in, of its own
-        model = settle(model, torch.bfloat16 if training_args.bf16 else torch.float32)
+        model = settle(model, compute)
         if adapter is not None:
             load_trained(model, name)
     return model, tokenizer

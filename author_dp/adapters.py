@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.frozen import is_quantized
+from author_dp.frozen import is_plain_linear, is_quantized
 
 ALL_LINEAR = "all-linear"
 # peft refuses these layers where Mamba's kernels read their weights past the adapter.
@@ -56,7 +56,7 @@ def unfit_layers(model: Any) -> list[str]:
     names = []
     fused = model.config.model_type in KINDS_OF_MAMBA
     for name, layer in model.named_modules():
-        is_linear = type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear" or is_quantized(layer)
-        if (isinstance(layer, nn.Linear) and not is_linear) or (fused and name.split(".")[-1] in FUSED_IN_MAMBA):
+        fits = is_plain_linear(layer) or is_quantized(layer)
+        if (isinstance(layer, nn.Linear) and not fits) or (fused and name.split(".")[-1] in FUSED_IN_MAMBA):
             names.append(name)
     return names

@@ -162,15 +162,13 @@ class BandedNoise:
         coefficients: (bands,), two or more.
         size: of the slice.
         device: where the sums are.
-    Attributes:
-        variance: of the last step's noise, in units of (sigma C)^2: 1 / c_0^2 at first, growing to that of `step_scale`.
     """
 
     def __init__(self, coefficients: np.ndarray, size: int, device: torch.device):
+        self.coefficients = coefficients
         self.first, *self.rest = coefficients.tolist()
         self.past = torch.zeros(len(self.rest), size, device=device)
-        self.steps, self.variance = 0, 0.0
-        self._impulse: deque[float] = deque(maxlen=len(self.rest))  # how z_0 shows in w_{t-1}, w_{t-2}, ...
+        self.steps = 0
 
     def add_(self, total: torch.Tensor, source: NoiseSource, std: float) -> torch.Tensor:
         """Add the noise of the next step to `total`, float32 (size,), in place; std is sigma C."""
@@ -182,11 +180,13 @@ class BandedNoise:
             noise.div_(self.first)
             past[self.steps % len(past)] = noise  # in the place of the oldest one
             total_part.add_(noise)
-        shows = ((self.steps == 0) - sum(c * past for c, past in zip(self.rest, self._impulse))) / self.first
-        self._impulse.appendleft(shows)
-        self.variance += shows**2
         self.steps += 1
         return total
+
+    @property
+    def variance(self) -> float:
+        """Variance of the last step's noise, in units of (sigma C)^2."""
+        return step_scale(self.coefficients, self.steps) ** 2
 
 
 class Undo:

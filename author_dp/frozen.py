@@ -71,9 +71,14 @@ class Embedding16(nn.Embedding):
         return super().forward(ids).float()
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer computes x W^T + b and nothing else, its matrix in float32: a subclass may compute anything."""
+    return type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear"
+
+
 def in_16_bits(layer: nn.Module) -> Optional[type]:
     """Return the class of a layer whose matrix may be in bfloat16; None where the layer may compute anything else."""
-    if type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear":
+    if is_plain_linear(layer):
         return Linear16
     if type(layer) is Conv1D:
         return Conv1D16

@@ -335,7 +335,8 @@ def write_secret(path: Path, content: dict[str, Any]) -> None:
 
 
 def keep_private(path: Path) -> None:
-    """Let nobody but the owner read a file, so that what is private can be told by its mode."""
+    """Let nobody but the owner read a file, there or not yet, so that what is private can be told by its mode."""
+    path.touch(mode=0o600)  # or it would be everybody's for a moment
     path.chmod(0o600)
 
 

@@ -119,7 +119,6 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     prefix = "_" if hidden else ""
     figures = draw_all(folder / f"{prefix}report", report, ledger, loss, statistics)
     path = folder / f"{prefix}{PAGE_NAME}"
-    path.touch(mode=0o600)
     keep_private(path)
     path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")
 

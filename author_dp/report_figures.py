@@ -134,7 +134,6 @@ def draw_all(
             figure, axes = pyplot.subplots()
             draw(axes, *data)
             files[name] = (pictures / f"{name}.png", is_private)
-            files[name][0].touch()
             if is_private:
                 keep_private(files[name][0])
             figure.savefig(files[name][0])

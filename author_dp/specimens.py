@@ -1,8 +1,8 @@
 """What the model writes before and after a run, for the report: a few texts, the first that come, none of them chosen.
 
 Promise: two kinds are kept apart. *Free* texts begin as every training text does, by a token that says nothing: those of the
-trained model are post-processing of its weights, covered by the same (epsilon, delta) [1], those of the model before have seen
-none of the training data. *Continued* texts go on where held-out authors began: what these wrote is shown word for word and
+trained model are post-processing of its weights, covered by the same (epsilon, delta) [1], those of the model before are the
+base model's own. *Continued* texts go on where held-out authors began: what these wrote is shown word for word and
 protected by nothing, so they are private, whatever epsilon is. Nothing private decides how free texts are drawn: no prompt,
 length or number.
 
@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from author_dp.mechanism import IGNORED
+from author_dp.mechanism import IGNORED, at_rest
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -86,11 +86,9 @@ def continue_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[
     )  # fmt: skip
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, base.generation_config = base.generation_config, GenerationConfig()  # whatever else it says, beams and all
-    was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
     written: list[list[int]] = [[] for _ in rows]
     try:
-        model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad():  # no inference mode: layers may keep tensors for training
+        with at_rest(model), torch.no_grad():  # no inference mode: layers may keep tensors for training
             for length in sorted(set(map(len, rows))):
                 places = [place for place, row in enumerate(rows) if len(row) == length]
                 begun = torch.tensor([rows[place] for place in places], device=model.device)  # (texts, length)
@@ -99,7 +97,6 @@ def continue_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[
                 for place, row in zip(places, longer[:, length:].tolist()):
                     written[place] = row[: row.index(end)] if end in row else row
     finally:
-        model.train(was_training)
         base.generation_config = own
     return written
 

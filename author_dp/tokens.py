@@ -4,7 +4,7 @@ Promise: a sample's author stays with it, also where a text is split, and what i
 """
 
 import functools
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import pyarrow.compute as pc
@@ -25,6 +25,17 @@ def cut(row: list[int], room: int) -> list[list[int]]:
     if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and room > 2:
         bounds[-2] -= 1
     return [row[a:b] for a, b in zip(bounds, bounds[1:])]
+
+
+class Cutting(NamedTuple):
+    """How texts become samples."""
+
+    tokenizer: PreTrainedTokenizerBase
+    column: str  # of the texts
+    start: list[int]  # before each piece
+    end: list[int]  # behind each text
+    room: int  # tokens of a piece beside `start`, at most
+    split: bool  # what is longer, or else truncate it
 
 
 def tokenize(
@@ -63,10 +74,9 @@ def tokenize(
         raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token; leave it out")
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError("--append_eos: the model's tokenizer has no end-of-text token; leave it out")
-    options: dict[str, Any] = {"tokenizer": tokenizer, "column": text_column, "start": start, "end": end}
-    options |= {"room": sequence_len - len(start), "split": long_samples == "split"}
+    how = Cutting(tokenizer, text_column, start, end, sequence_len - len(start), long_samples == "split")
     tokens = samples.map(
-        functools.partial(rows_of_examples if has_targets else rows_of_texts, **options),
+        functools.partial(rows_of_examples if has_targets else rows_of_texts, how=how),
         batched=True,
         num_proc=num_proc,
         remove_columns=[text_column],
@@ -89,45 +99,27 @@ def tokenize(
     return tokens
 
 
-def rows_of_texts(
-    batch: dict[str, list],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    column: str,
-    start: list[int],
-    end: list[int],
-    room: int,
-    split: bool,
-) -> dict[str, list]:
-    """Return a batch with its texts' tokens instead, `start` before each piece of at most `room` tokens, `end` behind a text."""
+def rows_of_texts(batch: dict[str, list], how: Cutting) -> dict[str, list]:
+    """Return a batch with its texts' tokens instead, cut as `how` says."""
     options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    texts = [text or "" for text in batch[column]]
-    if not split:
-        rows = tokenizer(texts, **options, truncation=True, max_length=room)["input_ids"]
-        return {"input_ids": [start + row + end * (len(row) < room) for row in rows]}
-    rows = tokenizer(texts, **options, verbose=False)["input_ids"]
-    pieces = [[start + piece for piece in cut(row + end, room)] for row in rows]
-    return {**repeated(batch, column, pieces), "input_ids": [piece for row in pieces for piece in row]}
+    texts = [text or "" for text in batch[how.column]]
+    if not how.split:
+        rows = how.tokenizer(texts, **options, truncation=True, max_length=how.room)["input_ids"]
+        return {"input_ids": [how.start + row + how.end * (len(row) < how.room) for row in rows]}
+    rows = how.tokenizer(texts, **options, verbose=False)["input_ids"]
+    pieces = [[how.start + piece for piece in cut(row + how.end, how.room)] for row in rows]
+    return {**repeated(batch, how.column, pieces), "input_ids": [piece for row in pieces for piece in row]}
 
 
-def rows_of_examples(
-    batch: dict[str, list],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    column: str,
-    start: list[int],
-    end: list[int],
-    room: int,
-    split: bool,
-) -> dict[str, list]:
+def rows_of_examples(batch: dict[str, list], how: Cutting) -> dict[str, list]:
     """As `rows_of_texts`, of packed examples, with their labels."""
-    ids, labels = tokenize_examples(batch[column], tokenizer, start, end)
-    first = len(start)  # of each piece
-    if not split:
-        return {"input_ids": [row[: first + room] for row in ids], "labels": [row[: first + room] for row in labels]}
-    pieces = [[[row[:first] + piece for piece in cut(row[first:], room)] for row in rows] for rows in (ids, labels)]
+    ids, labels = tokenize_examples(batch[how.column], how.tokenizer, how.start, how.end)
+    first = len(how.start)  # of each piece
+    if not how.split:
+        return {"input_ids": [row[: first + how.room] for row in ids], "labels": [row[: first + how.room] for row in labels]}
+    pieces = [[[row[:first] + piece for piece in cut(row[first:], how.room)] for row in rows] for rows in (ids, labels)]
     tokens = {name: [piece for row in rows for piece in row] for name, rows in zip(("input_ids", "labels"), pieces)}
-    return {**repeated(batch, column, pieces[0]), **tokens}
+    return {**repeated(batch, how.column, pieces[0]), **tokens}
 
 
 def repeated(batch: dict[str, list], column: str, pieces: list[list]) -> dict[str, list]:

@@ -6,8 +6,6 @@ python benchmarks/fewer_bits.py --computed  # of what is in memory beside activa
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -17,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from throughput import run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -96,14 +95,10 @@ def measured(options: argparse.Namespace) -> None:
         print(f"{options.authors} authors x {options.tokens} tokens, LoRA of rank {RANK} in all linear layers, one thread\n")
         print("| base | weights (GiB) | peak while loading | peak of a microbatch | CPU s |")
         print("|---|---|---|---|---|")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16), "TQDM_DISABLE": "1"}
+        environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16), "TQDM_DISABLE": "1"}
         for kind in KINDS:
             sizes = [str(options.authors), str(options.tokens)]
-            command = [sys.executable, __file__, "--one", kind, folder, *sizes]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                raise SystemExit(f"{kind} failed:\n{done.stderr}")
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = run(__file__, "--one", kind, folder, *sizes, environment=environment)
             row = (f"{found[name]:.2f}" for name in ("weights", "loading", "step"))
             print(f"| {kind} | {' | '.join(row)} | {found['seconds']:.1f} |", flush=True)
         print(f"\n{found['parameters'] / 1e6:.0f} million parameters, adapters included")

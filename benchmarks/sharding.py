@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from throughput import StepTimes, make_data, make_model, where
+from throughput import StepTimes, make_data, make_model, run, where
 from transformers import TrainerCallback, TrainingArguments
 
 import dp_utils
@@ -101,15 +100,11 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(kind: str, processes: int) -> dict[str, Any]:
+def run_processes(kind: str, processes: int) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "SHARED_FOLDER": folder, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--one", kind]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{kind} on {processes} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+        environment = {"SHARED_FOLDER": folder, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+        return run(*launcher, __file__, *sys.argv[1:], "--one", kind, environment=environment)
 
 
 def measured(options: argparse.Namespace) -> None:
@@ -119,7 +114,7 @@ def measured(options: argparse.Namespace) -> None:
     print("| processes | | GiB of a process | goal | CPU s a step | s a step |\n|---|---|---|---|---|---|")
     activations, points = None, []
     for kind, processes in options.cases:
-        found = run(kind, processes)
+        found = run_processes(kind, processes)
         parameters = found["parameters"]
         if activations is None:
             activations = found["memory"] - 16 * parameters / GIB

@@ -16,6 +16,7 @@ the sample, by its DPTrainer, where it is installed (pip install "opake[transfor
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -195,9 +196,14 @@ def measure(row: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "memory": peak_memory()}
 
 
-def run(script: str, *arguments: str) -> dict[str, Any]:
-    """Run this or another benchmark's one measurement in a new process; its last line is JSON."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+def run(script: str, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run this or another benchmark's one measurement in a new process; its last line is JSON.
+
+    Args:
+        environment: variables beside those that there are.
+    """
+    every = {**os.environ, **(environment or {})}
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=every)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

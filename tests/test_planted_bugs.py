@@ -384,7 +384,7 @@ BUGS = [
         "max(len(row) for rows in self.begun.values() for row in rows)",
         lambda *_: test_specimens.test_free_texts_hang_on_nothing_private()),
     Bug("texts for the report move the run's random numbers", "author_dp.specimens.continue_rows",
-        "with torch.random.fork_rng(devices), torch.no_grad():", "with torch.no_grad():",
+        "with at_rest(model), torch.no_grad():", "with torch.no_grad():",
         lambda *_: test_specimens.test_the_run_is_the_same_with_them()),
     Bug("what held-out authors wrote called covered", "author_dp.report_page.specimens_in_html",
         'f"Held-out texts, continued: {PRIVATE}"', 'f"Held-out texts, continued: {COVERED if covered else PRIVATE}"',

@@ -18,7 +18,7 @@ from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.contributions import EXPLICIT_ELEMENTS, Authors, Contribution, Explicit, Lookup, Product, matmul
-from author_dp.frozen import Conv1D16, Linear16
+from author_dp.frozen import Conv1D16, Linear16, is_plain_linear
 
 SMALL = 2**17  # parameters of a layer whose per-sample gradients are formed by `general`
 
@@ -85,7 +85,7 @@ def general(layer: nn.Module, inputs: list[torch.Tensor], gradients: torch.Tenso
 
 def rule_of(layer: nn.Module) -> Callable | None:
     """Return the rule for exactly this type of layer, None if there is none: a subclass may compute anything."""
-    if type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear" or type(layer) is Linear16:
+    if is_plain_linear(layer) or type(layer) is Linear16:
         return linear
     if isinstance(layer, nn.Embedding) and layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse:
         return embedding
