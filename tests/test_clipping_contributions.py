@@ -21,6 +21,16 @@ def test_norm_of_a_product_both_ways(tokens, rows, columns, monkeypatch):
     assert torch.allclose(product_squared_norms(left, right), explicit(left, right), rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [4, 11, 12])
+def test_norm_of_a_product_in_blocks(tokens, dtype, monkeypatch):
+    monkeypatch.setattr(contributions, "GHOST_BLOCK", 4)
+    left, right = (torch.randn(3, tokens, features).to(dtype) for features in (20, 30))
+    found = contributions.ghost_squared_norms(left, right, 4)
+    assert torch.allclose(found, explicit(left.float(), right.float()), rtol=1e-4) and found.dtype == torch.float32
+    assert torch.equal(product_squared_norms(left, right), found)  # (12 + 4) / 2 x 50 < 20 x 30
+
+
 def test_the_cheaper_way_is_taken(monkeypatch):
     shapes = []
     matmul = contributions.matmul

@@ -17,6 +17,7 @@ import test_bands
 import test_budget
 import test_checkpoints
 import test_clipping
+import test_clipping_contributions
 import test_clipping_ghost
 import test_clipping_two_pass
 import test_conversations
@@ -38,6 +39,7 @@ import test_selfcheck
 import test_sharding
 import test_specimens
 import test_synthetic_report
+import torch
 from planting import find, with_edit
 
 from author_dp.errors import MechanismError, UserError
@@ -119,6 +121,8 @@ BUGS = [
         update(k=3, per_device=64)),
     Bug("tied weights counted as two", f"{CONTRIBUTIONS}.tied_cross_terms", "return 2 * (hidden", "return 0 * (hidden",
         lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
+    Bug("a pair of tokens counted once for two", f"{CONTRIBUTIONS}.ghost_squared_norms", "+ 2 * products", "+ products",
+        lambda _, monkeypatch: test_clipping_contributions.test_norm_of_a_product_in_blocks(11, torch.float32, monkeypatch)),
     Bug("each layer clipped by itself", PLAIN, "]).norm(dim=0)", "]).amax(dim=0)",
         update(clipping="grad_sample", per_device=64)),
     Bug("a gradient that is not finite is let in", PLAIN,

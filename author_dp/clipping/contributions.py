@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
+GHOST_BLOCK = 128  # tokens whose products with the later ones are formed at once; 4 times as many on a GPU
 BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
 
 # --- which sample is whose ------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """||sum_t left_t right_t^T||^2 of each author, by the way that costs fewer multiplications.
 
-    With T tokens an author, the ghost norm takes T^2 (rows + columns) multiplications, the gradient T rows columns.
+    With T tokens an author, the ghost norm takes up to T^2 (rows + columns) multiplications, the gradient T rows columns.
 
     Args:
         left, right: (authors, tokens, rows) and (authors, tokens, columns), of one type.
@@ -141,11 +142,24 @@ def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tens
     """
     _, tokens, rows = left.shape
     columns = right.shape[-1]
-    if tokens * (rows + columns) <= rows * columns:
-        return matmul(left, left.mT).mul_(matmul(right, right.mT)).sum((1, 2))
+    block = min(tokens, GHOST_BLOCK if left.device.type == "cpu" else 4 * GHOST_BLOCK)
+    if (tokens + block) / 2 * (rows + columns) <= rows * columns:
+        return ghost_squared_norms(left, right, block)
     at_once = max(1, EXPLICIT_ELEMENTS // (rows * columns))
     parts = zip(left.split(at_once), right.split(at_once))
     return torch.cat([matmul(left_part.mT, right_part).square_().sum((1, 2)) for left_part, right_part in parts])
+
+
+def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> torch.Tensor:
+    """sum_{s,t} <left_s, left_t> <right_s, right_t>: blocks of s, with t from there on: the rest is the same once more."""
+    if left.device.type == "cpu":
+        left, right = left.float(), right.float()  # once for all blocks
+    total = torch.zeros((), device=left.device)
+    for start in range(0, left.shape[1], block):
+        products, others = (matmul(side[:, start : start + block], side[:, start:].mT) for side in (left, right))
+        products.mul_(others)  # (authors, block, tokens from start on)
+        total = total + products[:, :, :block].sum((1, 2)) + 2 * products[:, :, block:].sum((1, 2))
+    return total
 
 
 def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
