@@ -3,15 +3,16 @@
     python benchmarks/throughput.py                                   # GPT-2 small, 16 authors x 128 tokens, full and LoRA
     python benchmarks/throughput.py --authors 4 --tokens 512          # longer texts
     python benchmarks/throughput.py --shape SmolLM2                   # a Llama of SmolLM2-135M's shape
-    python benchmarks/throughput.py --authors 128 --bf16 --runs 5     # where there is a GPU
+    python benchmarks/throughput.py --authors 128 --bf16 --steps 30   # where there is a GPU
 
-Random weights and token ids in the model's shapes; nothing is downloaded. Each row trains in a process of its own, so
-that its peak memory is its own; rows alternate, and the medians of their steps are compared. A step is everything:
-sampling, collation, forward, backward, clipping, noise, ledger, AdamW. All ratios are to the first row, Hugging Face's plain
-Trainer with its own loss, collator and clipping of the norm: what a user would otherwise run. The second is our Trainer with
---disable_dp: the same data path, microbatches, loss and optimizer as with DP. The last rows are others' DP: Opacus' own ghost
-mode in a loop of its documentation (no sampling, no ledger), where it takes the model at all, and JetBrains' Opake, whose unit is
-the sample, by its DPTrainer, where it is installed (pip install "opake[transformers]").
+Random weights and token ids in the model's shapes; nothing is downloaded. Each row trains in a process of its own, so that its
+peak memory is its own, beside one of the first row: the two take their steps in turn, and a ratio is the median over pairs of
+neighbouring steps, as a machine's speed changes by more than what is measured. A step is everything: sampling, collation,
+forward, backward, clipping, noise, ledger, AdamW. The first row is Hugging Face's plain Trainer with its own loss, collator and
+clipping of the norm: what a user would otherwise run. The second is our Trainer with --disable_dp: the same data path,
+microbatches, loss and optimizer as with DP. The last rows are others' DP: Opacus' own ghost mode in a loop of its documentation
+(no sampling, no ledger), where it takes the model at all, and JetBrains' Opake, whose unit is the sample, by its DPTrainer,
+where it is installed (pip install "opake[transformers]").
 """
 
 import argparse
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +70,21 @@ def synchronize() -> float:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each step, from one step's end to the next one's: data loading is part of it."""
+    """Seconds of each step, from one step's end to the next one's: data loading is part of it.
 
-    def __init__(self):
-        self.seconds, self.last = [], None
+    Args:
+        turn: called after each step with the seconds so far; what it takes is not counted.
+    """
+
+    def __init__(self, turn: Callable[[list[float]], None] = lambda seconds: None):
+        self.seconds, self.last, self.turn = [], None, turn
 
     def on_step_end(self, *args, **kwargs):
         now = synchronize()
         if self.last is not None:
             self.seconds.append(now - self.last)
-        self.last = now
+        self.turn(self.seconds)
+        self.last = synchronize()
 
 
 def make_model(lora: bool, shape: str = "GPT-2", **config: Any) -> torch.nn.Module:
@@ -96,11 +103,19 @@ def make_data(authors: int, samples_per_author: int, tokens: int, vocabulary: in
 
 
 def train(
-    row: str, model: torch.nn.Module, data: AuthorDataset, *, steps: int, k: int = 1, collator=collate, **options
+    row: str,
+    model: torch.nn.Module,
+    data: AuthorDataset,
+    *,
+    steps: int,
+    times: StepTimes | None = None,
+    k: int = 1,
+    collator=collate,
+    **options,
 ) -> list[float]:
     """Return the seconds of `steps` steps after a first one. By default every author is in every batch: rows do equal work."""
+    times = times or StepTimes()
     privacy = {"disable_dp": True} if row == "non-private" else {"noise_multiplier": 1.0, "clipping": row}
-    times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         arguments = {"output_dir": folder, **quiet(steps, len(data)), "max_grad_norm": 0.0}
         trainer = DPTrainer(
@@ -129,21 +144,18 @@ def with_labels(data: AuthorDataset, epochs: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def train_plainly(model: torch.nn.Module, data: AuthorDataset, *, steps: int, bf16: bool) -> list[float]:
-    times = StepTimes()
+def train_plainly(model: torch.nn.Module, data: AuthorDataset, *, steps: int, times: StepTimes, bf16: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(output_dir=folder, bf16=bf16, **quiet(steps, len(data)))
         samples = with_labels(data, steps + 1)
         Trainer(model, arguments, default_data_collator, train_dataset=samples, callbacks=[times]).train()
-    return times.seconds
 
 
-def train_with_opake(model: torch.nn.Module, data: AuthorDataset, *, steps: int, bf16: bool) -> list[float]:
+def train_with_opake(model: torch.nn.Module, data: AuthorDataset, *, steps: int, times: StepTimes, bf16: bool) -> None:
     """Each sample is clipped alone; the batch is Poisson's, of len(data) samples in expectation."""
     from opake.transformers import DPTrainer as OpakeTrainer
     from opake.transformers import TrainingArguments as OpakeArguments
 
-    times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         arguments = OpakeArguments(
             output_dir=folder, bf16=bf16, clipping_norm=1.0, privacy_noise_multiplier=1.0, remove_unused_columns=False,
@@ -151,10 +163,9 @@ def train_with_opake(model: torch.nn.Module, data: AuthorDataset, *, steps: int,
         )  # fmt: skip
         samples = with_labels(data, 64)
         OpakeTrainer(model, arguments, default_data_collator, train_dataset=samples, callbacks=[times]).train()
-    return times.seconds
 
 
-def train_with_opacus(model: torch.nn.Module, data: AuthorDataset, *, steps: int, bf16: bool) -> list[float]:
+def train_with_opacus(model: torch.nn.Module, data: AuthorDataset, *, steps: int, times: StepTimes, bf16: bool) -> None:
     model = GradSampleModuleFastGradientClipping(model.to(DEVICE).train(), max_grad_norm=1.0, use_ghost_clipping=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = torch.optim.AdamW(parameters, fused=True)
@@ -163,17 +174,14 @@ def train_with_opacus(model: torch.nn.Module, data: AuthorDataset, *, steps: int
     ids = collate([sample for samples in data.__getitems__(list(np.arange(len(data))[:, None])) for sample in samples])
     ids = ids["input_ids"].to(DEVICE)
     positions = torch.arange(ids.shape[1], device=DEVICE).expand_as(ids)
-    seconds = []
     for _ in range(steps + 1):
-        start = synchronize()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
             logits = model(input_ids=ids, position_ids=positions).logits[:, :-1]
             loss = criterion(logits.float().flatten(0, 1), ids[:, 1:].flatten(), shape=logits.shape)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(synchronize() - start)
-    return seconds[1:]
+        times.on_step_end()
 
 
 def peak_memory() -> float:
@@ -183,17 +191,67 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure(row: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(row: str, kind: str, options: argparse.Namespace, times: StepTimes) -> dict[str, Any]:
     model, data = make_model(kind == "LoRA", options.shape), make_data(options.authors, 1, options.tokens, VOCABULARY)
     others = {PLAIN: train_plainly, OPACUS: train_with_opacus, OPAKE: train_with_opake}
     if row not in others:
-        seconds = train(row, model, data, steps=options.steps, bf16=options.bf16)
+        train(row, model, data, steps=options.steps, times=times, bf16=options.bf16)
     else:
         try:
-            seconds = others[row](model, data, steps=options.steps, bf16=options.bf16)
+            others[row](model, data, steps=options.steps, times=times, bf16=options.bf16)
         except (NotImplementedError, ValueError, RuntimeError, ImportError, TypeError) as error:
             return {"refused": str(error).splitlines()[0]}
-    return {"seconds": seconds, "memory": peak_memory()}
+    return {"memory": peak_memory()}
+
+
+def answer_in_turn(row: str, kind: str, options: argparse.Namespace) -> None:
+    """Measure a row, each step when a line on standard input allows it; answer each with a line of JSON."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
+
+    def turn(seconds: list[float]) -> None:
+        answers.write(json.dumps({"seconds": seconds}) + "\n")
+        sys.stdin.readline()
+
+    answers.write(json.dumps(measure(row, kind, options, StepTimes(turn))) + "\n")
+
+
+class RowProcess:
+    """One row, in a process of its own that waits after each step."""
+
+    def __init__(self, row: str, kind: str):
+        self.errors = tempfile.TemporaryFile("w+")
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", row, kind]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
+        self.seconds: list[float] = []  # of all steps but the first
+        self.end = self.read()  # its peak memory, or why it is refused, once it is there
+
+    def read(self) -> dict[str, Any]:
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.errors.seek(0)
+            raise SystemExit(f"{' '.join(self.process.args)} failed:\n{self.errors.read()}")
+        answer = json.loads(answer)
+        self.seconds = answer.pop("seconds", self.seconds)
+        return answer
+
+    def go_on(self) -> None:
+        if not self.end:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            self.end = self.read()
+
+
+def take_turns(rows: list[str], kind: str) -> list[RowProcess]:
+    """Return the processes of these rows, which have ended: each took its steps while the others waited."""
+    processes = [RowProcess(row, kind) for row in rows]
+    while not any("refused" in process.end for process in processes) and not all(process.end for process in processes):
+        for process in processes:
+            process.go_on()
+    for process in processes:
+        process.process.stdin.close()
+        process.process.terminate() if not process.end else process.process.wait()
+    return processes
 
 
 def run(script: str, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
@@ -219,36 +277,29 @@ def main() -> None:
     parser.add_argument("--authors", type=int, default=16, help="authors a step, one sample each")
     parser.add_argument("--tokens", type=int, default=128, help="tokens a sample")
     parser.add_argument("--shape", choices=SHAPES, default="GPT-2")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a run")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each row, in turn")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each row")
     parser.add_argument("--kinds", nargs="+", choices=("full", "LoRA"), default=("full", "LoRA"))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*options.one, options)))
+        answer_in_turn(*options.one, options)
         return
     print(f"{options.shape}, {options.authors} authors x {options.tokens} tokens a step, {where()}\n")
     print("| | tokens/s | ratio to the first row | peak memory (GiB) | ratio |\n|---|---|---|---|---|")
     for kind in options.kinds:
-        seconds, memory, refused = {row: [] for row in options.rows}, {}, {}
-        for _ in range(options.runs):
-            for row in options.rows:
-                if row not in refused:
-                    result = run(__file__, *sys.argv[1:], "--one", row, kind)
-                    refused |= {row: result["refused"]} if "refused" in result else {}
-                    seconds[row] += result.get("seconds", [])
-                    memory[row] = max(memory.get(row, 0.0), result.get("memory", 0.0))
-        first = options.rows[0]
-        for row in options.rows:
-            if row in refused:
-                print(f"| {kind}, {row} | cannot run: {refused[row]} | | | |")
+        for row in options.rows[1:] or options.rows:
+            first, other = take_turns([options.rows[0], row], kind)
+            if "refused" in other.end:
+                print(f"| {kind}, {row} | cannot run: {other.end['refused']} | | | |", flush=True)
                 continue
-            median = statistics.median(seconds[row])
-            ratio, memory_ratio = statistics.median(seconds[first]) / median, memory[row] / memory[first]
-            rate = options.authors * options.tokens / median
-            print(f"| {kind}, {row} | {rate:,.0f} | {ratio:.2f} | {memory[row]:.2f} | {memory_ratio:.2f} |", flush=True)
+            for name, process in ((options.rows[0], first), (row, other)):
+                ratio = statistics.median(a / b for a, b in zip(first.seconds, process.seconds))
+                rate = options.authors * options.tokens / statistics.median(process.seconds)
+                memory = process.end["memory"]
+                print(f"| {kind}, {name} | {rate:,.0f} | {ratio:.2f} | {memory:.2f} | {memory / first.end['memory']:.2f} |")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
