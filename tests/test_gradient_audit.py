@@ -61,16 +61,16 @@ BUGS: dict[str, tuple] = {
         STEP, "self.sums.split(self.noise.elements)",
         "self.sums[:-len(self.pad) + 4096].split(self.noise.elements)", "what is released"),
     "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "what is released for canaries",
-        {"steps": 40}),
+        {"steps": 120}),
     "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "what is released for canaries"),
     "an author counted twice": (
         GHOST, "(self.clip_norm / norms).clamp(max=1.0)",
         "(self.clip_norm / norms).clamp(max=1.0) * torch.bincount(author, minlength=len(losses))", "what is released",
-        {"steps": 40}),
+        {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']))",
-        "what is released", {"steps": 40}),
+        "what is released", {"steps": 120}),
     "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "what is released for",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
     "q doubled": (
