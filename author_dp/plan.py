@@ -23,7 +23,8 @@ from author_dp.errors import UserError
 FEW_AUTHORS, LARGE_DELTA = 1_000, 1e-3  # below and above which a delta is explained, and warned of
 AGAIN = "the earlier steps are accounted by themselves, rounded up to whole cycles: up to one accounted step more, so that the "
 AGAIN += "target may not allow the last steps"
-SMALL_BATCH, FEW_STEPS, ENOUGH_STEPS = 64, 20, 60  # authors, steps: below the first two the log has advice
+SMALL_BATCH, GOOD_BATCH = 64, 256  # authors: below the first the log has advice
+FEW_STEPS, ENOUGH_STEPS = 20, 60  # the same of steps
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class PrivacyPlan:
         if self.expected_batch_size < SMALL_BATCH and self.sample_rate < 1:
             return (
                 f"An expected batch of {self.expected_batch_size} authors is small, noise outweighs them: raise "
-                "--gradient_accumulation_steps, to 256 authors or so"
+                f"--gradient_accumulation_steps, so that it becomes {GOOD_BATCH} or so"
             )
         if self.steps < FEW_STEPS:
             epochs = math.ceil(ENOUGH_STEPS * self.sample_rate)
