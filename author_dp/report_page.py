@@ -108,9 +108,9 @@ def in_plain_words(report: dict) -> str:
         )
     factor = f"{float(format(math.exp(min(report['epsilon'], 700)), '.3g')):,g}"
     return (
-        "Whoever sees this model learns nearly the same, whether or not any one author, with all of that author's texts, was in "
-        f"the training data: no conclusion becomes more than {factor} times (e^epsilon) as likely by it, but for "
-        f"a chance of {report['delta']:.2g}." + found
+        f"Whatever anyone concludes from this model becomes at most {factor} times (e^epsilon) as likely by the presence or "
+        "absence of any one author, with all of that author's texts, in the training data, but for a chance of "
+        f"{report['delta']:.2g}." + found
     )
 
 
