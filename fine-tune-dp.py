@@ -103,7 +103,11 @@ logger = logging.get_logger(f"transformers.{__name__}")
 # What transformers warns of without need: padding is on the right, where causal attention does not look; and GPT-2's class name,
 # which nobody "set in the config", makes it take the default loss.
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # by peft's calls of transformers
-NEEDLESS_WARNINGS = ("We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config")
+NEEDLESS_LINES = (
+    "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
+    "loading configuration file", "Model config ", "Generate config ",  # pages of them, at each save
+    "\n\nTraining completed. Do not forget to share",
+)  # fmt: skip
 
 
 @dataclass
@@ -379,8 +383,8 @@ def look(trainer: DPTrainer, when: str, specimens: Optional[Specimens]) -> dict[
 
 
 def is_needed(record: LogRecord) -> bool:
-    """Let a log record through unless it is one of NEEDLESS_WARNINGS."""
-    return not record.getMessage().startswith(NEEDLESS_WARNINGS)
+    """Let a log record through unless it is one of NEEDLESS_LINES."""
+    return not record.getMessage().startswith(NEEDLESS_LINES)
 
 
 def main() -> None:
@@ -388,7 +392,8 @@ def main() -> None:
     if training_args.disable_tqdm or training_args.process_index > 0:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
-    logging.get_logger("transformers.modeling_utils").addFilter(is_needed)
+    for name in ("modeling_utils", "configuration_utils", "generation.configuration_utils", "trainer"):
+        logging.get_logger(f"transformers.{name}").addFilter(is_needed)
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise or sampling
 
     model, tokenizer = load_model(model_args, lora_args, training_args)

@@ -135,7 +135,7 @@ def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any)
             error = max(difference(model, clipping, per_author) for per_author in (1, 2))
             if (
                 error >= TOLERANCE
-            ):  # a near tie of two experts may fall otherwise beside padding; a wrong clip is wrong for all texts
+            ):  # two experts nearly tied may change places beside padding; a wrong clip is wrong for all texts
                 error = max(difference(model, clipping, per_author, seed=1) for per_author in (1, 2))
     except UserError as refusal:
         return Verdict("refused", remark=str(refusal))
