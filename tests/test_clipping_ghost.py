@@ -40,6 +40,13 @@ def test_clipped_sum_equals_the_naive_one_and_that_of_grad_sample(family, kind, 
             assert close(ours, clipped_sum(model, batch, clip_norm, "grad_sample")[0])
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied"])  # LoRA's gradients are formed
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_texts_longer_than_a_block_are_clipped_as_the_naive_loop_does(family, kind, monkeypatch):
+    monkeypatch.setattr(contributions, "GHOST_BLOCK", 2)
+    test_clipped_sum_equals_the_naive_one_and_that_of_grad_sample(family, kind, "short")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("counts", [[1] * 5, [2] * 5, [4, 1, 2, 4], [3]])
 def test_ragged_authors_and_long_samples(kind, counts):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
-GHOST_BLOCK = 128  # tokens whose products with the later ones are formed at once; 4 times as many on a GPU
+GHOST_BLOCK = 128  # tokens whose products with the later ones are formed at once; on a GPU 256, so that the proof has two of them
 BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
 
 # --- which sample is whose ------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tens
     """
     _, tokens, rows = left.shape
     columns = right.shape[-1]
-    block = min(tokens, GHOST_BLOCK if left.device.type == "cpu" else 4 * GHOST_BLOCK)
+    block = min(tokens, GHOST_BLOCK if left.device.type == "cpu" else 2 * GHOST_BLOCK)
     if (tokens + block) / 2 * (rows + columns) <= rows * columns:
         return ghost_squared_norms(left, right, block)
     at_once = max(1, EXPLICIT_ELEMENTS // (rows * columns))
