@@ -67,7 +67,7 @@ from author_dp.audit import in_words as audit_in_words
 from author_dp.bands import with_canaries
 from author_dp.checkpoints import SignalError, explain, find_checkpoint
 from author_dp.conversations import start_token
-from author_dp.dry_run import STEPS, DryRun
+from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.frozen import bytes_of, check_trained, four_bits, quantized, settle
 from author_dp.gradient_audit import GradientCanaries
@@ -100,7 +100,7 @@ gc.enable()
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# What transformers warns of without need: padding is on the right, where causal attention does not look; and GPT-2's class name,
+# What transformers says without need: padding is on the right, where causal attention does not look; and GPT-2's class name,
 # which nobody "set in the config", makes it take the default loss.
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # by peft's calls of transformers
 NEEDLESS_LINES = (
@@ -258,7 +258,7 @@ def parse_arguments() -> tuple:
     has_evaluation = data_args.validation_file is not None or data_args.eval_fraction > 0
     if model_args.dry_run:
         release_args.release_eval_epsilon = None  # of a model that nobody wants
-        training_args.logging_steps, training_args.eval_steps = 1, STEPS  # an evaluation may take longer than steps
+        training_args.logging_steps = training_args.eval_steps = 1
         training_args.logging_strategy, training_args.eval_strategy = "steps", "steps" if has_evaluation else "no"
     check_options(training_args, privacy_args)
     check_shared_authors(data_args.allow_shared_authors, training_args, privacy_args)
