@@ -133,9 +133,8 @@ def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any)
         proof = prove(model, clipping, sequence_len=24)
         with still(model):
             error = max(difference(model, clipping, per_author) for per_author in (1, 2))
-            if (
-                error >= TOLERANCE
-            ):  # two experts nearly tied may change places beside padding; a wrong clip is wrong for all texts
+            # Two experts nearly tied may change places beside padding; a wrong clip is wrong for all texts.
+            if error >= TOLERANCE:
                 error = max(difference(model, clipping, per_author, seed=1) for per_author in (1, 2))
     except UserError as refusal:
         return Verdict("refused", remark=str(refusal))

@@ -241,6 +241,11 @@ class RowProcess:
             self.process.stdin.flush()
             self.end = self.read()
 
+    def stop(self) -> None:
+        if not self.end:  # it waits for its turn, which does not come
+            self.process.terminate()
+        self.process.communicate()
+
 
 def take_turns(rows: list[str], kind: str) -> list[RowProcess]:
     """Return the processes of these rows, which have ended: each took its steps while the others waited."""
@@ -249,8 +254,7 @@ def take_turns(rows: list[str], kind: str) -> list[RowProcess]:
         for process in processes:
             process.go_on()
     for process in processes:
-        process.process.stdin.close()
-        process.process.terminate() if not process.end else process.process.wait()
+        process.stop()
     return processes
 
 
