@@ -20,6 +20,7 @@ References:
     [3] Balle and Wang 2018, Improving the Gaussian Mechanism for Differential Privacy, arXiv 1805.06530 (Theorem 8)
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -95,11 +96,12 @@ def rdp_epsilon(spendings: Sequence[Spending], delta: float) -> float:
     return math.inf if math.isnan(epsilon) else max(0.0, float(epsilon))
 
 
+@functools.lru_cache(maxsize=64)
 def rdp_of_step(noise_multiplier: float, sample_rate: float) -> np.ndarray:
     """Return the Renyi divergence of one step at each of ORDERS, rounded up.
 
     At order a it is log(A) / (a - 1), A = sum_i binomial(a, i) (1 - q)^(a - i) q^i exp((i^2 - i) / (2 sigma^2)), the mean of a
-    power of the likelihood ratio ([2], section 3.3). All orders at once: the search for sigma asks for hundreds.
+    power of the likelihood ratio ([2], section 3.3). Kept, as a mechanism is asked about at several deltas and many times.
     """
     if sample_rate == 1:
         return ORDERS / (2 * noise_multiplier**2) * (1 + 4 * ULP)

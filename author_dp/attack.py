@@ -6,7 +6,7 @@ of the privacy loss, which says more than epsilon at one delta. `mu` says the sa
 
 Example:
 
-    >>> attack(PrivacyCurve([Spending(0.9, 0.013, 154)], delta=5e-5))
+    >>> attack([Spending(0.9, 0.013, 154)], delta=5e-5)
     {'mu_gdp': None, 'tpr_at_fpr': {'0.01': 0.021..., '0.001': 0.0029...}}
 
 References:

@@ -20,6 +20,7 @@ References:
     [4] Higham 2002, Accuracy and Stability of Numerical Algorithms, section 24.1 (rounding of an FFT)
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -127,8 +128,13 @@ class Sketch:
             weight = log_density if added else log_density + loss
             self.parts.append((steps, -loss if added else loss, weight - logsumexp(weight)))
 
-    def log_moment(self, tilt: float) -> float:
-        return sum(steps * float(logsumexp(weight + tilt * loss)) for steps, loss, weight in self.parts)
+    def log_moments(self, tilts: np.ndarray) -> np.ndarray:
+        """log E exp(tilt x L) for each tilt, (tilts,)."""
+        return sum(steps * logsumexp(weight + tilts[:, None] * loss, axis=1) for steps, loss, weight in self.parts)
+
+    @functools.cached_property
+    def at_tilts(self) -> np.ndarray:
+        return self.log_moments(TILTS)
 
     def deviation(self, tilt: float) -> float:
         """Standard deviation of the tilted distribution."""
@@ -140,17 +146,23 @@ class Sketch:
 
     def best_tilt(self, delta: float) -> tuple[float, float]:
         """Return the tilt whose Chernoff bound on epsilon at `delta` is the smallest, and that epsilon."""
-        bounds = [(self.log_moment(tilt) + math.log(excess(tilt)) - math.log(delta)) / tilt for tilt in TILTS]
+        bounds = (self.at_tilts + np.log([excess(tilt) for tilt in TILTS]) - math.log(delta)) / TILTS
         best = int(np.nanargmin(bounds))
-        return float(TILTS[best]), bounds[best]
+        return float(TILTS[best]), float(bounds[best])
 
     def reach(self, tilt: float, sign: int) -> tuple[float, float]:
         """Return a loss beyond which `OUTSIDE` of the tilted distribution lies, in this direction, and the tilt that shows it."""
         shifts = np.geomspace(0.05, 50, 60) / max(self.deviation(tilt), 1e-12)
-        here = self.log_moment(tilt)
-        bounds = [(self.log_moment(tilt + sign * shift) - here - math.log(OUTSIDE)) / shift for shift in shifts]
+        here, *there = self.log_moments(tilt + sign * np.append(0.0, shifts))
+        bounds = (there - here - math.log(OUTSIDE)) / shifts
         best = int(np.nanargmin(bounds))
-        return sign * bounds[best], float(shifts[best])
+        return sign * float(bounds[best]), float(shifts[best])
+
+
+@functools.lru_cache(maxsize=4)
+def sketch_of(spendings: tuple[Steps, ...], tail: float, added: bool) -> Sketch:
+    """Return the sketch of these steps, which whoever asks about several deltas needs for each."""
+    return Sketch(spendings, tail, added)
 
 
 def excess(tilt: float) -> float:
@@ -172,7 +184,7 @@ class LossDistribution:
         steps = sum(count for *_, count in planned)
         self.tail = float(-ndtri_exp(math.log(delta * NEGLIGIBLE / steps)))
         # Made for the direction in which an author is removed, which has the larger epsilon unless both have the same one.
-        sketch = Sketch(planned, self.tail, added=False)
+        sketch = sketch_of(tuple(planned), self.tail, added=False)
         tilt, epsilon = sketch.best_tilt(delta)
         # E exp(tilt x L) grows by tilt (tilt + 1) cell^2 / 8 a step at most, epsilon by that over the tilt.
         cell = math.sqrt(8 * TOLERANCE * max(epsilon, 1e-9) / (steps * (tilt + 1)))
@@ -213,7 +225,7 @@ class Composed:
 
     def __init__(self, grids: LossDistribution, spendings: Sequence[Steps], delta: float, added: bool):
         self.cell = cell = grids.cell
-        sketch = Sketch(spendings, grids.tail, added)
+        sketch = sketch_of(tuple(spendings), grids.tail, added)
         parts = [(grids.grids[sigma, rate][added], steps) for sigma, rate, steps in spendings]
         self.tilt = min(sketch.best_tilt(delta)[0], 30 / cell)  # where losses have a maximum, it may be any
         wrapped = self._place(sketch, parts)

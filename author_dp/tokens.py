@@ -4,6 +4,7 @@ Promise: a sample's author stays with it, also where a text is split, and what i
 """
 
 import functools
+import secrets
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -82,6 +83,7 @@ def tokenize(
         remove_columns=[text_column],
         features=features,
         desc="Tokenize",
+        new_fingerprint=secrets.token_hex(8),  # by default a hash of the whole tokenizer, for a cache that texts do not have
     )
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # or the saved tokenizer would cut every text at sequence_len
