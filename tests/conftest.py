@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
+from programs import SCRIPT, Program
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 
@@ -130,8 +131,9 @@ def flat(tensors) -> torch.Tensor:
 
 def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Run fine-tune-dp.py as a user would; with `processes`, through torch.distributed.run."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
-    command = [sys.executable, *launcher, str(ROOT / "fine-tune-dp.py"), *arguments]
+    if not processes:
+        return Program(*arguments, cwd=cwd, environment=of_a_terminal()).wait(300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", f"{processes}", str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=of_a_terminal())
 
 

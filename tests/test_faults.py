@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, of_a_terminal, read_report, run_script
+from conftest import of_a_terminal, read_report, run_script
+from programs import SCRIPT, Program
 from test_fine_tune_dp import small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,11 +27,16 @@ GO_ON = ["--resume_from_checkpoint", "True"]
 HAS_NAMESPACES = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
 
 
-def start(*arguments: str, processes: int = 0, before: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(*arguments: str) -> Program:
+    return Program(*arguments, environment={**of_a_terminal(), "OMP_NUM_THREADS": "1"})
+
+
+def start_anew(*arguments: str, processes: int = 0, before: tuple[str, ...] = ()) -> subprocess.Popen:
+    """With all that a command does before and after the script."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
     environment = {**of_a_terminal(), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*before, sys.executable, *launcher, str(ROOT / "fine-tune-dp.py"), *arguments],
+        [*before, sys.executable, *launcher, str(SCRIPT), *arguments],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
     )  # fmt: skip
@@ -42,15 +48,19 @@ def steps_in(folder: Path) -> int:
     return path.read_bytes().count(b'"record": "step"') if path.exists() else 0
 
 
-def wait_for_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
+def wait_for_steps(process: Program | subprocess.Popen, folder: Path, steps: int) -> None:
     deadline = time.monotonic() + 120
     while steps_in(folder) < steps:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, end_of(process)
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def end_of(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str]:
+def end_of(process: Program | subprocess.Popen, seconds: float = 60) -> tuple[int, str]:
+    """Return the exit status and what was said on stderr."""
+    if isinstance(process, Program):
+        done = process.wait(seconds)
+        return done.returncode, done.stderr
     _, stderr = process.communicate(timeout=seconds)
     return process.returncode, stderr
 
@@ -79,7 +89,7 @@ def test_kill_minus_9_loses_no_step(checkpoint, comments, tmp_path):
     arguments = small(checkpoint, comments, tmp_path / "out", *NOISE)
     process = start(*arguments, *LONG)
     wait_for_steps(process, tmp_path / "out", 8)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     assert end_of(process)[0] == -signal.SIGKILL
     taken = PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps
     assert taken >= 8 and newest_whole(tmp_path / "out") is not None
@@ -89,7 +99,7 @@ def test_kill_minus_9_loses_no_step(checkpoint, comments, tmp_path):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_kill_minus_9_of_one_of_two_processes_ends_the_other(checkpoint, comments, tmp_path, rank):
     arguments = small(checkpoint, comments, tmp_path / "out", *NOISE)
-    process = start(*arguments, *LONG, processes=2)
+    process = start_anew(*arguments, *LONG, processes=2)
     wait_for_steps(process, tmp_path / "out", 5)
     (victim,) = (pid for pid, environment in children(process.pid).items() if environment.get("RANK") == rank)
     os.kill(victim, signal.SIGKILL)
@@ -115,7 +125,7 @@ def test_a_signal_saves_a_checkpoint(checkpoint, comments, tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_processes(checkpoint, comments, tmp_path, number):
     """Which hands it on, once or twice."""
-    process = start(*small(checkpoint, comments, tmp_path / "out", *NOISE, "--save_strategy", "no"), *LONG, processes=2)
+    process = start_anew(*small(checkpoint, comments, tmp_path / "out", *NOISE, "--save_strategy", "no"), *LONG, processes=2)
     wait_for_steps(process, tmp_path / "out", 4)
     for pid in [process.pid, *children(process.pid)] if number == signal.SIGINT else [process.pid]:
         os.kill(pid, number)  # a terminal sends Ctrl-C to all
@@ -125,7 +135,7 @@ def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_processes(checkpoi
 
 
 def test_a_signal_while_loading_has_no_traceback(checkpoint, comments, tmp_path):
-    process = start(*small(checkpoint, comments, tmp_path / "out", *NOISE))
+    process = start_anew(*small(checkpoint, comments, tmp_path / "out", *NOISE))
     while b"fine-tune-dp" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
         time.sleep(0.01)
     time.sleep(0.5)
@@ -138,7 +148,8 @@ def on_a_small_disk(folder: Path, size: str, *arguments: str) -> tuple[int, str,
     """Run with an output folder of `size` bytes; return status, stderr, and the steps that the ledger there holds."""
     folder.mkdir()
     inside = 'mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99; "${@:4}"; status=$?; cp "$2"/*.jsonl "$3"; exit $status'
-    process = start(*arguments, before=("unshare", "-rm", "bash", "-c", inside, "bash", size, str(folder), str(folder.parent)))
+    shell = ("unshare", "-rm", "bash", "-c", inside, "bash", size, str(folder), str(folder.parent))
+    process = start_anew(*arguments, before=shell)
     status, stderr = end_of(process, 120)
     return status, stderr, steps_in(folder.parent)
 

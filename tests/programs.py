@@ -1,0 +1,72 @@
+"""fine-tune-dp.py as a program, in a process that is forked from one which has imported the libraries, and done nothing else."""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parent.parent / "fine-tune-dp.py"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    "accelerate datasets opacus.accountants opacus.grad_sample pandas peft transformers.trainer transformers.models.auto "
+    "transformers.models.gpt2.modeling_gpt2 transformers.models.gpt2.tokenization_gpt2".split()
+)
+
+
+def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outputs: Path) -> None:
+    """Be `python fine-tune-dp.py arguments`, which writes into outputs/1 and outputs/2."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for descriptor in (1, 2):
+        os.dup2(os.open(outputs / f"{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if threads := environment.get("OMP_NUM_THREADS"):  # torch read it before this
+        torch.set_num_threads(int(threads))
+    sys.argv = [str(SCRIPT), *arguments]
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+class Program:
+    """As much of subprocess.Popen as the tests of this script need, with both outputs as text."""
+
+    def __init__(self, *arguments: str, cwd: Path | None = None, environment: dict[str, str]):
+        self.folder = tempfile.TemporaryDirectory()
+        self.args = arguments
+        settings = (arguments, environment, str(cwd or Path.cwd()), Path(self.folder.name))
+        self.process = FORKS.Process(target=main, args=settings)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def output(self, descriptor: int) -> str:
+        path = Path(self.folder.name) / f"{descriptor}"
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, timeout: float) -> subprocess.CompletedProcess:
+        """Raises subprocess.TimeoutExpired where it does not end by itself in so many seconds; it is killed then."""
+        self.process.join(timeout)
+        if self.poll() is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout, self.output(1), self.output(2))
+        return subprocess.CompletedProcess(self.args, self.poll(), self.output(1), self.output(2))
