@@ -20,7 +20,6 @@ References:
     [3] Balle and Wang 2018, Improving the Gaussian Mechanism for Differential Privacy, arXiv 1805.06530 (Theorem 8)
 """
 
-import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -85,23 +84,28 @@ def compose(spendings: Sequence[Spending]) -> list[Spending]:
     return [Spending(*mechanism, count) for mechanism, count in steps.items() if count > 0]
 
 
-def rdp_epsilon(spendings: Sequence[Spending], delta: float) -> float:
-    """Cheap upper bound by Renyi differential privacy at integer orders, which have a closed form [2]."""
+def rdp_epsilon(spendings: Sequence[Spending], delta: float, known: Optional[dict[Any, np.ndarray]] = None) -> float:
+    """Cheap upper bound by Renyi differential privacy at integer orders, which have a closed form [2].
+
+    Args:
+        known: `rdp_of_step` of mechanisms that were asked about before; what is computed joins it.
+    """
     if any(spending.noise_multiplier == 0 for spending in spendings):
         return math.inf
+    known = {} if known is None else known
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # that the best order is the smallest or largest one: it is a bound all the same
-        divergences = np.sum([steps * rdp_of_step(sigma, rate) for sigma, rate, steps in spendings], axis=0)
+        known |= {spending[:2]: rdp_of_step(*spending[:2]) for spending in spendings if spending[:2] not in known}
+        divergences = np.sum([spending.steps * known[spending[:2]] for spending in spendings], axis=0)
         epsilon, _ = get_privacy_spent(orders=ORDERS, rdp=divergences, delta=delta)
     return math.inf if math.isnan(epsilon) else max(0.0, float(epsilon))
 
 
-@functools.lru_cache(maxsize=64)
 def rdp_of_step(noise_multiplier: float, sample_rate: float) -> np.ndarray:
     """Return the Renyi divergence of one step at each of ORDERS, rounded up.
 
     At order a it is log(A) / (a - 1), A = sum_i binomial(a, i) (1 - q)^(a - i) q^i exp((i^2 - i) / (2 sigma^2)), the mean of a
-    power of the likelihood ratio ([2], section 3.3). Kept, as a mechanism is asked about at several deltas and many times.
+    power of the likelihood ratio ([2], section 3.3). All orders at once: the search for sigma asks for hundreds.
     """
     if sample_rate == 1:
         return ORDERS / (2 * noise_multiplier**2) * (1 + 4 * ULP)
@@ -171,6 +175,7 @@ class PrivacyLoss:
         self.delta = delta
         self.delta_error = delta / 1000
         self.variables: dict[tuple[float, float], Any] = {}
+        self.divergences: dict[tuple[float, float], np.ndarray] = {}
         self.distribution: Optional[LossDistribution] = None
         planned = compose(planned)
         self.accountant = "prv"
@@ -185,7 +190,7 @@ class PrivacyLoss:
 
     def _take_prv(self, planned: list[Spending]) -> bool:
         """Make the grid of [1]; return whether its bound holds at this delta."""
-        bound = rdp_epsilon(planned, self.delta)
+        bound = rdp_epsilon(planned, self.delta, self.divergences)
         if not FINEST / COARSE <= bound <= EPSILON_BEYOND_USE or min_rounding(planned) > ROUNDING_SHARE * self.delta:
             return False
         try:
@@ -230,8 +235,9 @@ class PrivacyLoss:
         As Opacus' compute_safe_domain_size, which bounds tails by 151 orders, most of them slow, where these 70 do.
         """
         total = sum(spending.steps for spending in planned)
-        of_one = [rdp_epsilon([spending._replace(steps=1)], self.delta_error / (8 * total)) for spending in planned]
-        return max(rdp_epsilon(planned, self.delta_error / 4), *of_one, epsilon_error) + 3
+        small = self.delta_error / (8 * total)
+        of_one = [rdp_epsilon([spending._replace(steps=1)], small, self.divergences) for spending in planned]
+        return max(rdp_epsilon(planned, self.delta_error / 4, self.divergences), *of_one, epsilon_error) + 3
 
     def rounding(self, spendings: list[Spending]) -> float:
         """Return what rounding in the FFTs of [1] may take from delta (Higham 2002, section 24.1, and every cell the worst)."""
@@ -247,7 +253,7 @@ class PrivacyLoss:
             return gaussian_epsilon(gaussian_mu(spendings), self.delta)
         if ever_drawn(spendings) <= self.delta:
             return 0.0
-        bound = rdp_epsilon(spendings, self.delta)
+        bound = rdp_epsilon(spendings, self.delta, self.divergences)
         if self.distribution is not None:
             return min(bound, self.distribution.epsilon(spendings, self.delta))
         if not self.variables:

@@ -23,7 +23,7 @@ References:
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import fft
@@ -159,12 +159,6 @@ class Sketch:
         return sign * float(bounds[best]), float(shifts[best])
 
 
-@functools.lru_cache(maxsize=4)
-def sketch_of(spendings: tuple[Steps, ...], tail: float, added: bool) -> Sketch:
-    """Return the sketch of these steps, which whoever asks about several deltas needs for each."""
-    return Sketch(spendings, tail, added)
-
-
 def excess(tilt: float) -> float:
     """max over u > 0 of exp(-tilt u) (1 - exp(-u))."""
     return math.exp(-tilt * math.log1p(1 / tilt)) / (1 + tilt)
@@ -184,7 +178,8 @@ class LossDistribution:
         steps = sum(count for *_, count in planned)
         self.tail = float(-ndtri_exp(math.log(delta * NEGLIGIBLE / steps)))
         # Made for the direction in which an author is removed, which has the larger epsilon unless both have the same one.
-        sketch = sketch_of(tuple(planned), self.tail, added=False)
+        self._sketches: dict[Any, Sketch] = {}
+        sketch = self.sketch(planned, added=False)
         tilt, epsilon = sketch.best_tilt(delta)
         # E exp(tilt x L) grows by tilt (tilt + 1) cell^2 / 8 a step at most, epsilon by that over the tilt.
         cell = math.sqrt(8 * TOLERANCE * max(epsilon, 1e-9) / (steps * (tilt + 1)))
@@ -202,6 +197,15 @@ class LossDistribution:
         self.cell = cell
         self.grids = {(sigma, rate): on_grid(sigma, rate, cell, self.tail) for sigma, rate, _ in planned}
         return self.epsilon(planned, delta)
+
+    def sketch(self, spendings: Sequence[Steps], added: bool) -> Sketch:
+        """Return the sketch of these steps; the last ones are kept, for whoever asks about several deltas."""
+        key = tuple(spendings), added
+        if key not in self._sketches:
+            if len(self._sketches) > 3:
+                self._sketches.clear()
+            self._sketches[key] = Sketch(spendings, self.tail, added)
+        return self._sketches[key]
 
     def epsilon(self, spendings: Sequence[Steps], delta: float) -> float:
         """Return an upper bound on epsilon at `delta`; inf where the losses beyond the grid are more than that."""
@@ -225,7 +229,7 @@ class Composed:
 
     def __init__(self, grids: LossDistribution, spendings: Sequence[Steps], delta: float, added: bool):
         self.cell = cell = grids.cell
-        sketch = sketch_of(tuple(spendings), grids.tail, added)
+        sketch = grids.sketch(spendings, added)
         parts = [(grids.grids[sigma, rate][added], steps) for sigma, rate, steps in spendings]
         self.tilt = min(sketch.best_tilt(delta)[0], 30 / cell)  # where losses have a maximum, it may be any
         wrapped = self._place(sketch, parts)
