@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 
 SCRIPT = Path(__file__).parent.parent / "fine-tune-dp.py"
@@ -28,6 +30,8 @@ def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outp
     os.chdir(cwd)
     for descriptor in (1, 2):
         os.dup2(os.open(outputs / f"{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    random.seed()  # a fork has its parent's state
+    np.random.seed()
     if threads := environment.get("OMP_NUM_THREADS"):  # torch read it before this
         torch.set_num_threads(int(threads))
     sys.argv = [str(SCRIPT), *arguments]
@@ -51,6 +55,7 @@ class Program:
         self.process = FORKS.Process(target=main, args=settings)
         self.process.start()
         self.pid = self.process.pid
+        atexit.register(self.process.kill)  # or a test that fails before would wait at the end for one that goes on
 
     def poll(self) -> int | None:
         return self.process.exitcode
