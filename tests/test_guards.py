@@ -41,7 +41,7 @@ def test_checkpointing_is_refused_where_layers_cannot_be_told_apart(tmp_path, cl
         make_trainer(tmp_path, privacy={"clipping": clipping_of_run}, gradient_checkpointing=True, **options)
 
 
-@pytest.mark.parametrize("name", ["fp16", "deepspeed", "fsdp"])
+@pytest.mark.parametrize("name", ["fp16", "deepspeed", "fsdp", "tf32"])
 def test_options_that_need_a_gpu_are_refused_by_name(tmp_path, name):
     args = make_trainer(tmp_path).args
     setattr(args, name, True)
