@@ -47,6 +47,34 @@ def test_norm_of_a_lookup_counts_equal_ids_together():
     assert torch.allclose(lookup_squared_norms(ids, gradients), torch.stack(expected), rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [3, 120, 200])
+@pytest.mark.parametrize("common", [30, 1_000, 10_000])
+def test_a_norm_is_not_below_the_truth_where_tokens_cancel(tokens, common):
+    """Inputs that are nearly the same, and output gradients that sum to zero: rounding may leave less than nothing."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(8, tokens, 512, generator=generator), torch.randn(8, tokens, 512, generator=generator)
+    left, right = left - left.mean(1, keepdim=True), right / 512**0.5 + common * torch.nn.functional.one_hot(torch.tensor(3), 512)
+    truth = (left.double().mT @ right.double()).square().sum((1, 2))
+    allowed = 1e-4 * truth + 2e-6 * (left.square().sum(2) * right.square().sum(2)).sum(1)
+    found = contributions.ghost_squared_norms(left, right, 128)
+    assert (found >= 0.999 * truth).all() and (found - truth <= allowed).all()
+
+
+def test_a_norm_of_a_lookup_is_not_below_the_truth_where_tokens_cancel():
+    gradients = 10_000 + torch.randn(8, 100, 512, generator=torch.Generator().manual_seed(0))
+    gradients[:, ::2] = 0.9999 * -gradients[:, 1::2]  # the same token, pulled to and fro
+    truth = gradients.double().sum(1).square().sum(1)
+    found = lookup_squared_norms(torch.zeros(8, 100, dtype=torch.int64), gradients)
+    assert (found >= 0.999 * truth).all() and (found - truth <= 1e-4 * truth + 2e-6 * gradients.square().sum((1, 2))).all()
+
+
+@pytest.mark.parametrize("author", [[0, 1, 0, 1], [1, 0], [0, 0, 2, 3], [1, 1, 2], [0, 1, 2], [0, 0, 0], []])
+def test_authors_in_another_order_are_refused(author):
+    """Or samples of one author would be clipped as those of two."""
+    with pytest.raises(ValueError, match="ascending"):
+        Authors(torch.tensor(author, dtype=torch.int64), 2)
+
+
 def test_authors_line_up_and_add_up_their_samples():
     authors = Authors(torch.tensor([0, 0, 0, 1, 2, 2]), 3)
     tensor = torch.arange(1.0, 13).view(6, 2, 1)

@@ -9,6 +9,10 @@ G = sum_t g_t a_t^T, and
 
 The clipped sum over all authors is then sum_t (c_author g_t) a_t^T: an ordinary matrix product [2].
 
+Where the tokens' gradients g_t a_t^T cancel, G is small and ||G||^2 is a small difference of large numbers, of which rounding may
+leave anything, nothing at all included: an author would be clipped too little, or not. So a ghost norm is never below the truth:
+`CANCELLATION` of what may cancel, sum_t ||g_t a_t^T||^2 = sum_t |a_t|^2 |g_t|^2, is added to it.
+
 References:
     [1] Li et al. 2022, Large Language Models Can Be Strong Differentially Private Learners, arXiv 2110.05679, section 4
     [2] Bu et al. 2023, Differentially Private Optimization on Large Model at Small Cost, arXiv 2210.00038 (book-keeping)
@@ -20,6 +24,7 @@ import torch
 
 EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
 GHOST_BLOCK = 128  # tokens whose products with the later ones are formed at once; on a GPU 256, so that the proof has two of them
+CANCELLATION = 2.0**-20  # of sum_t |a_t|^2 |g_t|^2: 20 times what rounding was seen to take from a squared norm
 BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
 
 # --- which sample is whose ------------------------------------------------------------------------------
@@ -31,10 +36,16 @@ class Authors:
     Args:
         author: int64 (samples,), ascending: 0 to count - 1, each at least once.
         count: number of authors.
+    Raises:
+        ValueError: for any other order, which would clip samples of one author as those of several.
     """
 
     def __init__(self, author: torch.Tensor, count: int):
         self.author, self.count = author, count
+        if author.device.type == "cpu" or count < len(author):  # nobody waits for a GPU, or does so anyway
+            steps = torch.cat([author[:1] + 1, author.diff(), count - author[-1:]])  # each 0 or 1, but 1 at both ends
+            if not (len(author) and (steps[[0, -1]] == 1).all() and ((steps == 0) | (steps == 1)).all()):
+                raise ValueError(f"authors must be ascending, 0 to {count - 1}, each at least once: {author.tolist()}")
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self.several = count < len(author)
         if self.several:
@@ -151,7 +162,7 @@ def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tens
 
 
 def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> torch.Tensor:
-    """sum_{s,t} <left_s, left_t> <right_s, right_t>: blocks of s, with t from there on: the rest is the same once more."""
+    """sum_{s,t} <left_s, left_t> <right_s, right_t>, rounded up: blocks of s, with t from there on, the rest once more."""
     if left.device.type == "cpu":
         left, right = left.float(), right.float()  # once for all blocks
     total = torch.zeros((), device=left.device)
@@ -159,13 +170,21 @@ def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> 
         products, others = (matmul(side[:, start : start + block], side[:, start:].mT) for side in (left, right))
         products.mul_(others)  # (authors, block, tokens from start on)
         total = total + products[:, :, :block].sum((1, 2)) + 2 * products[:, :, block:].sum((1, 2))
+        total = total + CANCELLATION * products.diagonal(dim1=1, dim2=2).sum(1)
     return total
 
 
 def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """sum_{s,t} [id_s = id_t] <e_s, e_t> of each author: (authors, tokens), (authors, tokens, features) to (authors,)."""
-    same = ids[:, :, None] == ids[:, None, :]
-    return matmul(gradients, gradients.mT).mul_(same).sum((1, 2))
+    """sum_{s,t} [id_s = id_t] <e_s, e_t> of each author, rounded up.
+
+    Args:
+        ids, gradients: (authors, tokens) and (authors, tokens, features).
+    Returns:
+        float32 (authors,).
+    """
+    products = matmul(gradients, gradients.mT)
+    own = products.diagonal(dim1=1, dim2=2).sum(1)
+    return products.mul_(ids[:, :, None] == ids[:, None, :]).sum((1, 2)) + CANCELLATION * own
 
 
 def tied_cross_terms(
