@@ -9,7 +9,6 @@ Example:
     >>> checks.taken(batch_size), checks.released(pad), checks.test()  # step by step
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from author_dp.bands import Undo
-from author_dp.drawcheck import CyclicDrawCheck, DrawCheck, check_unseeded_draws, check_unseeded_groups
+from author_dp.drawcheck import CyclicDrawCheck, DrawCheck, check_unseeded_draws, check_unseeded_groups, surely_in_a_group
 from author_dp.gradient_audit import GradientCanaries
 from author_dp.mechanism import PAD, PoissonAuthorSampler
 from author_dp.plan import PrivacyPlan
@@ -59,8 +58,7 @@ class RunChecks:
         if self.plan.disable_dp:
             return
         bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
-        # Of groups the first is drawn from; half of what it has on average is there all but surely.
-        check_unseeded_draws(lambda: sampler().draw_authors, math.ceil(self.plan.num_authors / (2 * bands - 1)), rate)
+        check_unseeded_draws(lambda: sampler().draw_authors, surely_in_a_group(self.plan.num_authors, bands), rate)
         if bands > 1:
             check_unseeded_groups(lambda: dealt(sampler()), bands)
         self.noise = noise_check(self.plan, folder, device, secure_noise)

@@ -129,11 +129,16 @@ def flat(tensors) -> torch.Tensor:
     return torch.cat([(t.full_tensor() if isinstance(t, DTensor) else t).detach().flatten() for t in tensors])
 
 
-def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Run fine-tune-dp.py as a user would; with `processes`, through torch.distributed.run."""
-    if not processes:
+def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None, anew: bool = False) -> subprocess.CompletedProcess:
+    """Run fine-tune-dp.py as a user would; with `processes`, through torch.distributed.run.
+
+    Args:
+        anew: start Python for it, whatever the seconds, for what happens before the script.
+    """
+    if not processes and not anew:
         return Program(*arguments, cwd=cwd, environment=of_a_terminal()).wait(300)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", f"{processes}", str(SCRIPT), *arguments]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}"] if processes else []
+    command = [sys.executable, *launcher, str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=of_a_terminal())
 
 

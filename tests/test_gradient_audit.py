@@ -13,7 +13,7 @@ from test_fine_tune_dp import PRIVACY, run_here, small
 from transformers import TrainingArguments
 
 from author_dp.accounting import gaussian_epsilon
-from author_dp.drawcheck import DrawCheck, check_unseeded_draws
+from author_dp.drawcheck import UNLIKELY, DrawCheck, check_unseeded_draws, surely_in_a_group
 from author_dp.errors import MechanismError, UserError
 from author_dp.gradient_audit import (
     CanaryCheck,
@@ -236,6 +236,20 @@ def test_draws_that_follow_a_seed_are_found_and_others_are_not():
         with pytest.raises(MechanismError, match="follow the seed"):
             check_unseeded_draws(maker(seeded), 30, 0.2)
     check_unseeded_draws(lambda: lambda: np.arange(30), 30, 1.0)  # everybody, always: nothing to tell
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("authors", [6, 60, 10_000])
+def test_a_group_that_may_be_empty_tells_nothing(authors, groups):
+    """Two samplers of a few authors often agree that a group has none: no alarm."""
+    surely = surely_in_a_group(authors, groups)
+    assert stats.binom.cdf(surely - 1, authors, 1 / groups) <= UNLIKELY
+    assert surely == authors if groups == 1 else surely < authors / groups
+    if surely == 0:
+        check_unseeded_draws(lambda: lambda: np.zeros(0, np.int64), surely, 0.04)
+    elif surely < 1_000:
+        with pytest.raises(MechanismError):
+            check_unseeded_draws(lambda: lambda: np.zeros(0, np.int64), surely, 0.04)
 
 
 # --- the one-run bound for mu-GDP -----------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_the_program_ends_with_status_3(tmp_path, checkpoint, comments, processe
     done = run_script(
         "--model_name", checkpoint, "--train_file", str(comments), "--output_dir", str(tmp_path / "out"),
         "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--max_steps", "3", "--sequence_len", "16",
-        "--eval_fraction", "0", processes=processes,
+        "--eval_fraction", "0", processes=processes, anew=True,
     )  # fmt: skip
     said = "fine-tune-dp.py: the mechanism is not what the ledger says"
     assert done.stderr.count(said) == 1 and "MechanismError" not in done.stderr
