@@ -387,13 +387,55 @@ def is_needed(record: LogRecord) -> bool:
     return not record.getMessage().startswith(NEEDLESS_LINES)
 
 
-def main() -> None:
-    model_args, lora_args, data_args, privacy_args, audit_args, release_args, training_args = parse_arguments()
+def keep_quiet(training_args: TrainingArguments) -> None:
+    """Show progress bars where they are wanted, on the first process, and no NEEDLESS_LINES."""
     if training_args.disable_tqdm or training_args.process_index > 0:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
     for name in ("modeling_utils", "configuration_utils", "generation.configuration_utils", "trainer"):
         logging.get_logger(f"transformers.{name}").addFilter(is_needed)
+
+
+def make_audit(args: AuditArguments, samples: int, tokens: int, vocabulary: int, folder: str, go_on: bool) -> Any:
+    """Return the canaries that are asked for, as authors (Audit) or as gradients; None for none.
+
+    Args:
+        samples, tokens: of a canary, at most: k and --sequence_len.
+        folder, go_on: where their key is kept, and whether it is there already.
+    """
+    if not args.audit_canaries:
+        return None
+    key = secret_key(folder, go_on=go_on)
+    if args.audit_kind == "gradient":
+        return GradientCanaries(args.audit_canaries, key)
+    return Audit(args.audit_canaries, samples, tokens, vocabulary, key)
+
+
+def publish(trainer: DPTrainer, statistics: Statistics, specimens: Specimens, metrics: dict[str, float], loss: str) -> None:
+    """Save the model; on the first process write what stands beside it, and say what was promised, as the last line.
+
+    Args:
+        metrics: of the last evaluation.
+        loss: what is said of it.
+    """
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = trainer.args.output_dir
+        trainer.create_model_card()
+        statistics.add(folder, evaluation={"after": metrics}, specimens=specimens.found)
+        write_report(Path(folder), hidden=trainer.args.push_to_hub)
+        report = trainer.privacy_report()
+        if trainer.audit is not None:
+            loss += f", audit: epsilon {audit_in_words(trainer.audit)}"
+        print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {folder}")
+    if torch.distributed.is_initialized():  # a process that just ends may abort: its gloo threads are still there
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    model_args, lora_args, data_args, privacy_args, audit_args, release_args, training_args = parse_arguments()
+    keep_quiet(training_args)
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise or sampling
 
     model, tokenizer = load_model(model_args, lora_args, training_args)
@@ -415,14 +457,11 @@ def main() -> None:
     hashes = None
     if privacy_args.noise_bands or training_args.resume_from_checkpoint:  # they deal authors to groups
         hashes = author_hashes(column_of(train, data_args.author_column))
-    audit: Audit | GradientCanaries | None = None
-    if audit_args.audit_canaries:
-        key = secret_key(training_args.output_dir, go_on=bool(training_args.resume_from_checkpoint))
-    if audit_args.audit_canaries and audit_args.audit_kind == "gradient":
-        audit = GradientCanaries(audit_args.audit_canaries, key)
-    elif audit_args.audit_canaries:
-        shape = (audit_args.audit_canaries, privacy_args.samples_per_author, data_args.sequence_len)
-        audit = Audit(*shape, len(model.get_input_embeddings().weight), key)
+    audit = make_audit(
+        audit_args, privacy_args.samples_per_author, data_args.sequence_len, len(model.get_input_embeddings().weight),
+        training_args.output_dir, go_on=bool(training_args.resume_from_checkpoint),
+    )  # fmt: skip
+    if isinstance(audit, Audit):
         grouped = audit.join(*grouped)
         hashes = with_canaries(hashes, len(grouped[1]) - 1 - len(hashes)) if hashes is not None else None
 
@@ -464,26 +503,12 @@ def main() -> None:
     metrics = look(trainer, "after", specimens if writes else None)
     if model_args.dry_run:
         logger.info(dry_run.in_words(trainer, metrics.get("eval_runtime", 0.0)))
-    release = None
+    loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
     if released:
         limited = data_args.max_eval_samples is not None
         release = release_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
-    trainer.save_model()
-
-    if trainer.is_world_process_zero():
-        trainer.create_model_card()
-        statistics.add(training_args.output_dir, evaluation={"after": metrics}, specimens=specimens.found)
-        write_report(Path(training_args.output_dir), hidden=training_args.push_to_hub)
-        report = trainer.privacy_report()
-        loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
-        if released:
-            loss = f", {released_in_words(release)}, both public"
-        if trainer.audit is not None:
-            loss += f", audit: epsilon {audit_in_words(trainer.audit)}"
-        print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {training_args.output_dir}")
-    if torch.distributed.is_initialized():  # a process that just ends may abort: its gloo threads are still there
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        loss = f", {released_in_words(release)}, both public"
+    publish(trainer, statistics, specimens, metrics, loss)
 
 
 def complain(error: UserError) -> NoReturn:
