@@ -138,11 +138,11 @@ def check_unseeded_draws(make_draw: Callable[[], Callable[[], np.ndarray]], auth
 
     Args:
         make_draw: makes a sampler as the run does, and returns what draws authors from it.
-        authors: at least so many are drawn from.
+        authors, sample_rate: how many are drawn from, each with this probability.
     """
     # Two honest samplers agree on one author with this probability, in one draw.
     agree = sample_rate**2 + (1 - sample_rate) ** 2
-    draws = math.ceil(math.log(UNLIKELY) / (authors * math.log(agree))) if authors and agree < 1 else MOST_DRAWS + 1
+    draws = math.ceil(math.log(UNLIKELY) / (authors * math.log(agree))) if agree < 1 else MOST_DRAWS + 1
     if draws > MOST_DRAWS:  # with everybody in every draw, or hardly anybody ever, there is nothing to tell
         return
 
@@ -155,11 +155,6 @@ def check_unseeded_draws(make_draw: Callable[[], Callable[[], np.ndarray]], auth
         raise MechanismError(
             "the draws follow the seed of torch, numpy or random: whoever knows --seed knows who is in which step"
         )
-
-
-def surely_in_a_group(authors: int, groups: int) -> int:
-    """Return how many of so many authors are in the first of these groups, at least, but for UNLIKELY."""
-    return int(stats.binom.ppf(UNLIKELY, authors, 1 / groups))
 
 
 def check_unseeded_groups(make_groups: Callable[[], np.ndarray], bands: int) -> None:

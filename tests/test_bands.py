@@ -497,6 +497,8 @@ BUGS = {
         "author_dp.mechanism.PoissonAuthorSampler.draw_places", "drawn = []", "drawn, self.rate = [], 0.45", "how many authors"),
     "groups from --seed": (
         "author_dp.loop.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')", "the groups"),
+    "draws from --seed behind secret groups": (
+        "author_dp.loop.make_sampler", "secrets.randbits(128)", "torch.initial_seed()", "the draws follow the seed"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from test_fine_tune_dp import PRIVACY, run_here, small
 from transformers import TrainingArguments
 
 from author_dp.accounting import gaussian_epsilon
-from author_dp.drawcheck import UNLIKELY, DrawCheck, check_unseeded_draws, surely_in_a_group
+from author_dp.bands import deal
+from author_dp.checks import from_all
+from author_dp.drawcheck import DrawCheck, check_unseeded_draws
 from author_dp.errors import MechanismError, UserError
 from author_dp.gradient_audit import (
     CanaryCheck,
@@ -231,25 +234,30 @@ def test_draws_that_follow_a_seed_are_found_and_others_are_not():
         return lambda: PoissonAuthorSampler(np.arange(31), np.arange(30), sample_rate=0.2, samples_per_author=1, steps=1,
                                             key=key()).draw_authors  # fmt: skip
 
-    check_unseeded_draws(maker(lambda: __import__("secrets").randbits(128)), 30, 0.2)
+    check_unseeded_draws(maker(lambda: secrets.randbits(128)), 30, 0.2)
     for seeded in (torch.initial_seed, lambda: int(torch.randint(2**60, ())), lambda: int(np.random.randint(2**60)), lambda: 3):
         with pytest.raises(MechanismError, match="follow the seed"):
             check_unseeded_draws(maker(seeded), 30, 0.2)
     check_unseeded_draws(lambda: lambda: np.arange(30), 30, 1.0)  # everybody, always: nothing to tell
 
 
-@pytest.mark.parametrize("groups", [1, 4, 16])
-@pytest.mark.parametrize("authors", [6, 60, 10_000])
-def test_a_group_that_may_be_empty_tells_nothing(authors, groups):
-    """Two samplers of a few authors often agree that a group has none: no alarm."""
-    surely = surely_in_a_group(authors, groups)
-    assert stats.binom.cdf(surely - 1, authors, 1 / groups) <= UNLIKELY
-    assert surely == authors if groups == 1 else surely < authors / groups
-    if surely == 0:
-        check_unseeded_draws(lambda: lambda: np.zeros(0, np.int64), surely, 0.04)
-    elif surely < 1_000:
-        with pytest.raises(MechanismError):
-            check_unseeded_draws(lambda: lambda: np.zeros(0, np.int64), surely, 0.04)
+@pytest.mark.parametrize("bands", [4, 16])
+def test_draws_of_groups_that_follow_a_seed_are_found_and_groups_of_nobody_are_no_alarm(bands):
+    """Two samplers of a few authors often agree that a group has none; and secret groups hide that draws are alike."""
+
+    def maker(key):
+        def make():
+            groups = deal(np.arange(6, dtype=np.uint64), bands, secrets.token_bytes(16))
+            sampler = PoissonAuthorSampler(np.arange(7), np.arange(6), sample_rate=0.02, samples_per_author=1, steps=1, key=key(),
+                                           groups=groups, bands=bands)  # fmt: skip
+            return from_all(sampler)
+
+        return make
+
+    for _ in range(100):
+        check_unseeded_draws(maker(lambda: secrets.randbits(128)), 6, bands * 0.02)
+    with pytest.raises(MechanismError, match="follow the seed"):
+        check_unseeded_draws(maker(torch.initial_seed), 6, bands * 0.02)
 
 
 # --- the one-run bound for mu-GDP -----------------------------------------------------------------------------
