@@ -184,8 +184,9 @@ def test_a_changed_input_is_an_error_rather_than_a_wrong_norm():
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_an_overflow_never_passes_for_a_small_norm(monkeypatch, value):
     bad = torch.tensor([0, value, 0, 0, 0, 0])
-    norms_of_lookups = contributions.lookup_squared_norms
-    monkeypatch.setattr(contributions, "lookup_squared_norms", lambda *tensors: norms_of_lookups(*tensors) + bad)
+    of_lookups = contributions.lookup_squared_norms
+    overflowing = lambda *tensors: of_lookups(*tensors)._replace(found=of_lookups(*tensors).found + bad)  # noqa: E731
+    monkeypatch.setattr(contributions, "lookup_squared_norms", overflowing)
     model, batch = tiny_gpt2(), make_batch()
     ours, norms = clipped_sum(model, batch, 0.1, "ghost")
     others = [samples for author, samples in enumerate(as_arrays(batch)) if author != 1]

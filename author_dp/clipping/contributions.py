@@ -9,9 +9,8 @@ G = sum_t g_t a_t^T, and
 
 The clipped sum over all authors is then sum_t (c_author g_t) a_t^T: an ordinary matrix product [2].
 
-Where the tokens' gradients g_t a_t^T cancel, G is small and ||G||^2 is a small difference of large numbers, of which rounding may
-leave anything, nothing at all included: an author would be clipped too little, or not. So a ghost norm is never below the truth:
-`CANCELLATION` of what may cancel, sum_t ||g_t a_t^T||^2 = sum_t |a_t|^2 |g_t|^2, is added to it.
+Where the tokens' gradients g_t a_t^T cancel, ||G||^2 is a small difference of large numbers. Rounding may leave anything of it,
+nothing at all included, and the author would be clipped too little, or not: `Squared` adds what rounding may take.
 
 References:
     [1] Li et al. 2022, Large Language Models Can Be Strong Differentially Private Learners, arXiv 2110.05679, section 4
@@ -24,7 +23,9 @@ import torch
 
 EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
 GHOST_BLOCK = 128  # tokens whose products with the later ones are formed at once; on a GPU 256, so that the proof has two of them
-CANCELLATION = 2.0**-20  # of sum_t |a_t|^2 |g_t|^2: 20 times what rounding was seen to take from a squared norm
+# Both of the square that a norm had if nothing cancelled: below the first a squared norm is rounded up, by the second, which is
+# four times what rounding was seen to take (2.1e-7, where one token is repeated). Independent tokens are below it from 1,024 on.
+CANCELS, ROUNDING = 2.0**-10, 2.0**-20
 BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
 
 # --- which sample is whose ------------------------------------------------------------------------------
@@ -37,14 +38,15 @@ class Authors:
         author: int64 (samples,), ascending: 0 to count - 1, each at least once.
         count: number of authors.
     Raises:
-        ValueError: for any other order, which would clip samples of one author as those of several.
+        ValueError: for any other order, which would clip samples of one author as those of several; on a GPU seen only where
+            an author has several samples, as looking would cost a wait.
     """
 
     def __init__(self, author: torch.Tensor, count: int):
         self.author, self.count = author, count
-        if author.device.type == "cpu" or count < len(author):  # nobody waits for a GPU, or does so anyway
-            steps = torch.cat([author[:1] + 1, author.diff(), count - author[-1:]])  # each 0 or 1, but 1 at both ends
-            if not (len(author) and (steps[[0, -1]] == 1).all() and ((steps == 0) | (steps == 1)).all()):
+        if author.device.type == "cpu" or count < len(author):
+            jumps = torch.cat([author[:1] + 1, author.diff(), count - author[-1:]])  # 0 to the same author, 1 to the next
+            if not (len(author) and (jumps[[0, -1]] == 1).all() and ((jumps == 0) | (jumps == 1)).all()):
                 raise ValueError(f"authors must be ascending, 0 to {count - 1}, each at least once: {author.tolist()}")
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self.several = count < len(author)
@@ -84,13 +86,25 @@ class Authors:
 # --- what a call of a layer adds to the gradient of one parameter ---------------------------------------
 
 
+class Squared(NamedTuple):
+    """A squared norm that is a difference, and the norm that it were the square of if nothing cancelled; float32 (authors,)."""
+
+    found: torch.Tensor
+    most: torch.Tensor  # the sum over tokens of |left_t| |right_t|; 0 where nothing was subtracted
+
+    def rounded_up(self) -> torch.Tensor:
+        most = self.most.square()
+        return torch.where(self.found < CANCELS * most, self.found + ROUNDING * most, self.found)
+
+
 class Explicit(NamedTuple):
     """Per-author gradients, of small parameters only."""
 
     gradients: torch.Tensor  # (authors, ...), float32
 
-    def squared_norms(self, authors: Authors) -> torch.Tensor:
-        return self.gradients.flatten(1).square().sum(1)
+    def squared(self, authors: Authors) -> Squared:
+        found = self.gradients.flatten(1).square().sum(1)
+        return Squared(found, torch.zeros_like(found))
 
     def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
         total.add_(torch.einsum("a,a...->...", factors, self.gradients))
@@ -102,8 +116,8 @@ class Product(NamedTuple):
     left: torch.Tensor  # (samples, tokens, rows)
     right: torch.Tensor  # (samples, tokens, columns)
 
-    def squared_norms(self, authors: Authors) -> torch.Tensor:
-        return product_squared_norms(authors.gather(self.left), authors.gather(self.right))
+    def squared(self, authors: Authors, tied: bool = False) -> Squared:
+        return product_squared_norms(authors.gather(self.left), authors.gather(self.right), tied)
 
     def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
         left, right = self.left, self.right
@@ -123,7 +137,7 @@ class Lookup(NamedTuple):
     ids: torch.Tensor  # (samples, tokens)
     gradients: torch.Tensor  # (samples, tokens, features)
 
-    def squared_norms(self, authors: Authors) -> torch.Tensor:
+    def squared(self, authors: Authors) -> Squared:
         return lookup_squared_norms(authors.gather(self.ids), authors.gather(self.gradients))
 
     def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
@@ -141,15 +155,14 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (torch.bmm if left.dim() == 3 else torch.mm)(left, right, out_dtype=torch.float32)
 
 
-def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def product_squared_norms(left: torch.Tensor, right: torch.Tensor, tied: bool = False) -> Squared:
     """||sum_t left_t right_t^T||^2 of each author, by the way that costs fewer multiplications.
 
     With T tokens an author, the ghost norm takes up to T^2 (rows + columns) multiplications, the gradient T rows columns.
 
     Args:
         left, right: (authors, tokens, rows) and (authors, tokens, columns), of one type.
-    Returns:
-        float32 (authors,).
+        tied: whether it is a part of a larger difference, for which `most` is wanted in any case.
     """
     _, tokens, rows = left.shape
     columns = right.shape[-1]
@@ -158,33 +171,28 @@ def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tens
         return ghost_squared_norms(left, right, block)
     at_once = max(1, EXPLICIT_ELEMENTS // (rows * columns))
     parts = zip(left.split(at_once), right.split(at_once))
-    return torch.cat([matmul(left_part.mT, right_part).square_().sum((1, 2)) for left_part, right_part in parts])
+    found = torch.cat([matmul(left_part.mT, right_part).square_().sum((1, 2)) for left_part, right_part in parts])
+    return Squared(found, (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1) if tied else torch.zeros_like(found))
 
 
-def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> torch.Tensor:
-    """sum_{s,t} <left_s, left_t> <right_s, right_t>, rounded up: blocks of s, with t from there on, the rest once more."""
+def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> Squared:
+    """sum_{s,t} <left_s, left_t> <right_s, right_t>: blocks of s, with t from there on: the rest is the same once more."""
     if left.device.type == "cpu":
         left, right = left.float(), right.float()  # once for all blocks
-    total = torch.zeros((), device=left.device)
+    found = most = torch.zeros((), device=left.device)
     for start in range(0, left.shape[1], block):
         products, others = (matmul(side[:, start : start + block], side[:, start:].mT) for side in (left, right))
         products.mul_(others)  # (authors, block, tokens from start on)
-        total = total + products[:, :, :block].sum((1, 2)) + 2 * products[:, :, block:].sum((1, 2))
-        total = total + CANCELLATION * products.diagonal(dim1=1, dim2=2).sum(1)
-    return total
+        most = most + products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1)
+        found = found + products[:, :, :block].sum((1, 2)) + 2 * products[:, :, block:].sum((1, 2))
+    return Squared(found, most)
 
 
-def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """sum_{s,t} [id_s = id_t] <e_s, e_t> of each author, rounded up.
-
-    Args:
-        ids, gradients: (authors, tokens) and (authors, tokens, features).
-    Returns:
-        float32 (authors,).
-    """
+def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> Squared:
+    """sum_{s,t} [id_s = id_t] <e_s, e_t> of each author: (authors, tokens), (authors, tokens, features)."""
     products = matmul(gradients, gradients.mT)
-    own = products.diagonal(dim1=1, dim2=2).sum(1)
-    return products.mul_(ids[:, :, None] == ids[:, None, :]).sum((1, 2)) + CANCELLATION * own
+    most = products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1)
+    return Squared(products.mul_(ids[:, :, None] == ids[:, None, :]).sum((1, 2)), most)
 
 
 def tied_cross_terms(
@@ -216,11 +224,17 @@ def looked_up_rows(ids: torch.Tensor, logit_gradients: torch.Tensor, hidden: tor
 
 def total_squared_norms(parts: list[Contribution], authors: Authors) -> torch.Tensor:
     """||sum of the contributions||^2 for one parameter, (authors,): one contribution, or the two of a tied embedding."""
-    squares = torch.stack([part.squared_norms(authors) for part in parts]).sum(0)
     if len(parts) == 1:
-        return squares
+        return parts[0].squared(authors).rounded_up()
     lookup, product = sorted(parts, key=lambda part: isinstance(part, Product))
-    return squares + tied_cross_terms(*(authors.gather(tensor) for tensor in (*lookup, *product)))
+    assert isinstance(product, Product)
+    cross = tied_cross_terms(*(authors.gather(tensor) for tensor in (*lookup, *product)))
+    return together(lookup.squared(authors), product.squared(authors, tied=True), cross)
+
+
+def together(lookup: Squared, product: Squared, cross: torch.Tensor) -> torch.Tensor:
+    """Return the squared norm of a sum of two gradients, from their own and 2 <one, other>, (authors,)."""
+    return Squared(lookup.found + product.found + cross, lookup.most + product.most).rounded_up()
 
 
 def merge(parts: list[Contribution], authors: Authors) -> list[Contribution]:

@@ -302,9 +302,9 @@ def add_clipped(
 
 def norms_of(squares: list[torch.Tensor], losses: torch.Tensor) -> torch.Tensor:
     """Return the norms of all parameters together, (authors,), of each one's squared norms, (authors,); inf for no number."""
-    total = torch.stack([losses.new_zeros(len(losses), dtype=torch.float32), *squares]).sum(0)
-    # Rounding may leave a small norm below zero; overflow must not pass for one.
-    return total.clamp(min=0).where(total.isfinite(), torch.inf).sqrt()
+    every = torch.stack([losses.new_zeros(len(losses), dtype=torch.float32), *squares])
+    # Rounding may leave a small one below zero, which must take nothing from the others; overflow must not pass for one.
+    return every.clamp(min=0).where(every.isfinite(), torch.inf).sum(0).sqrt()
 
 
 def find_lookup(output: torch.Tensor) -> Any:

@@ -42,8 +42,10 @@ from author_dp.clipping.contributions import (
     Explicit,
     Lookup,
     Product,
+    Squared,
     looked_up_rows,
     merge,
+    together,
     total_squared_norms,
 )
 from author_dp.clipping.ghost import GhostClipping, add_clipped, norms_of
@@ -69,7 +71,7 @@ class TwoPassClipping(GhostClipping):
         self.may_keep = int(KEPT * sum(p.numel() * p.element_size() for p in model.parameters()))  # bytes
         self._whole: set[Any] = set()  # parameters whose contributions can only be judged together
         self._squares: dict[Any, torch.Tensor] = {}  # the squared norms of each other parameter's gradients, (authors,)
-        self._rows: dict[Any, Lookup] = {}  # of a head's gradient, those that are looked up
+        self._rows: dict[Any, tuple[Lookup, Squared]] = {}  # of a head's gradient, those that are looked up, and its square
         self._kept = 0  # bytes of contributions
         self._adding: Adding | None = None  # in the second pass
         self._seen: list[tuple[Any, list[torch.Tensor]]] = []  # some numbers of each layer's tensors, as the first pass met them
@@ -182,26 +184,30 @@ class TwoPassClipping(GhostClipping):
         elif parameter in self._squares:
             self._take_second(parameter, part)
         else:
-            self._squares[parameter] = part.squared_norms(self._authors)
+            if isinstance(part, Product) and parameter in self.tied and given.shape == part.left.shape[:2]:
+                squared = part.squared(self._authors, tied=True)
+                ids = given.clamp(0, part.left.shape[-1] - 1)
+                gathered = (self._authors.gather(tensor) for tensor in (ids, *part))
+                self._rows[parameter] = Lookup(given, looked_up_rows(*gathered)), squared
+            else:
+                squared = part.squared(self._authors)
+            self._squares[parameter] = squared.rounded_up()
             if isinstance(part, Explicit):
                 size = part.gradients.numel() * part.gradients.element_size()
                 if self._kept + size <= self.may_keep:
                     self._contributions[parameter].append(part)
                     self._kept += size
-            elif isinstance(part, Product) and parameter in self.tied and given.shape == part.left.shape[:2]:
-                ids = given.clamp(0, part.left.shape[-1] - 1)
-                gathered = (self._authors.gather(tensor) for tensor in (ids, *part))
-                self._rows[parameter] = Lookup(given, looked_up_rows(*gathered))
 
     def _take_second(self, parameter: Any, part: Contribution) -> None:
         """Add a parameter's further contribution to the squared norms, or find that all of them must be kept."""
-        rows = self._rows.pop(parameter, None)
-        if rows is None or not isinstance(part, Lookup) or not torch.equal(rows.ids, part.ids):
+        of_head = self._rows.pop(parameter, None)
+        if of_head is None or not isinstance(part, Lookup) or not torch.equal(of_head[0].ids, part.ids):
             self._whole.add(parameter)
             return
         assert self._authors is not None
+        rows, squared = of_head
         both = rows.gradients.mul_(self._authors.gather(part.gradients)).sum((1, 2))  # <G_embedding, G_head>
-        self._squares[parameter] += part.squared_norms(self._authors) + 2 * both
+        self._squares[parameter] = together(part.squared(self._authors), squared, 2 * both)
 
 
 class Adding(NamedTuple):
