@@ -396,11 +396,13 @@ def keep_quiet(training_args: TrainingArguments) -> None:
         logging.get_logger(f"transformers.{name}").addFilter(is_needed)
 
 
-def make_audit(args: AuditArguments, samples: int, tokens: int, vocabulary: int, folder: str, go_on: bool) -> Any:
-    """Return the canaries that are asked for, as authors (Audit) or as gradients; None for none.
+def make_audit(
+    args: AuditArguments, most_samples: int, most_tokens: int, vocabulary: int, folder: str, go_on: bool
+) -> Audit | GradientCanaries | None:
+    """Return the canaries that are asked for, as authors or as gradients.
 
     Args:
-        samples, tokens: of a canary, at most: k and --sequence_len.
+        most_samples, most_tokens: of a canary: k and --sequence_len.
         folder, go_on: where their key is kept, and whether it is there already.
     """
     if not args.audit_canaries:
@@ -408,15 +410,15 @@ def make_audit(args: AuditArguments, samples: int, tokens: int, vocabulary: int,
     key = secret_key(folder, go_on=go_on)
     if args.audit_kind == "gradient":
         return GradientCanaries(args.audit_canaries, key)
-    return Audit(args.audit_canaries, samples, tokens, vocabulary, key)
+    return Audit(args.audit_canaries, most_samples, most_tokens, vocabulary, key)
 
 
-def publish(trainer: DPTrainer, statistics: Statistics, specimens: Specimens, metrics: dict[str, float], loss: str) -> None:
+def save_all(trainer: DPTrainer, statistics: Statistics, specimens: Specimens, metrics: dict[str, float], loss: str) -> None:
     """Save the model; on the first process write what stands beside it, and say what was promised, as the last line.
 
     Args:
         metrics: of the last evaluation.
-        loss: what is said of it.
+        loss: the phrase about it in that line.
     """
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -428,9 +430,6 @@ def publish(trainer: DPTrainer, statistics: Statistics, specimens: Specimens, me
         if trainer.audit is not None:
             loss += f", audit: epsilon {audit_in_words(trainer.audit)}"
         print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {folder}")
-    if torch.distributed.is_initialized():  # a process that just ends may abort: its gloo threads are still there
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def main() -> None:
@@ -508,7 +507,10 @@ def main() -> None:
         limited = data_args.max_eval_samples is not None
         release = release_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
         loss = f", {released_in_words(release)}, both public"
-    publish(trainer, statistics, specimens, metrics, loss)
+    save_all(trainer, statistics, specimens, metrics, loss)
+    if torch.distributed.is_initialized():  # a process that just ends may abort: its gloo threads are still there
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def complain(error: UserError) -> NoReturn:

@@ -83,10 +83,10 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
             f"--max_grad_norm {args.max_grad_norm} would clip the noisy sum once more; set it to 0, as "
             "--per_sample_max_grad_norm already clips each author's gradient"
         )
-    if args.tf32 and not privacy.disable_dp:
+    if (args.tf32 or torch.backends.cuda.matmul.allow_tf32) and not privacy.disable_dp:
         raise UserError(
-            "--tf32 rounds what norms and clipped sums are made of, so that an author may pass the clip norm; use --bf16, whose "
-            "rounding is allowed for"
+            "--tf32 (or torch.backends.cuda.matmul.allow_tf32) rounds what norms and clipped sums are made of, so that an author "
+            "may pass the clip norm; leave it out, and use --bf16, whose rounding is allowed for"
         )
     if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
         raise UserError("--train_sampling_strategy does not work here: authors are sampled by the mechanism; leave it out")

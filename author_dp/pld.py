@@ -153,8 +153,8 @@ class Sketch:
     def reach(self, tilt: float, sign: int) -> tuple[float, float]:
         """Return a loss beyond which `OUTSIDE` of the tilted distribution lies, in this direction, and the tilt that shows it."""
         shifts = np.geomspace(0.05, 50, 60) / max(self.deviation(tilt), 1e-12)
-        here, *there = self.log_moments(tilt + sign * np.append(0.0, shifts))
-        bounds = (there - here - math.log(OUTSIDE)) / shifts
+        moments = self.log_moments(tilt + sign * np.append(0.0, shifts))
+        bounds = (moments[1:] - moments[0] - math.log(OUTSIDE)) / shifts
         best = int(np.nanargmin(bounds))
         return sign * float(bounds[best]), float(shifts[best])
 
@@ -202,7 +202,7 @@ class LossDistribution:
         """Return the sketch of these steps; the last ones are kept, for whoever asks about several deltas."""
         key = tuple(spendings), added
         if key not in self._sketches:
-            if len(self._sketches) > 3:
+            if len(self._sketches) > 3:  # two directions, of what is planned and of what is spent
                 self._sketches.clear()
             self._sketches[key] = Sketch(spendings, self.tail, added)
         return self._sketches[key]

@@ -83,7 +83,7 @@ def tokenize(
         remove_columns=[text_column],
         features=features,
         desc="Tokenize",
-        new_fingerprint=secrets.token_hex(8),  # by default a hash of the whole tokenizer, for a cache that texts do not have
+        new_fingerprint=secrets.token_hex(8),  # by default a hash of the whole tokenizer, for a cache that is never read
     )
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # or the saved tokenizer would cut every text at sequence_len

@@ -1,4 +1,7 @@
-"""fine-tune-dp.py as a program, in a process that is forked from one which has imported the libraries, and done nothing else."""
+"""fine-tune-dp.py as a program, in a process that is forked from one which has imported the libraries, and done nothing else.
+
+What such a fork does not try: the imports, what the environment changes of them, and a hash seed of its own.
+"""
 
 import atexit
 import contextlib
