@@ -191,3 +191,29 @@ def test_an_overflow_never_passes_for_a_small_norm(monkeypatch, value):
     ours, norms = clipped_sum(model, batch, 0.1, "ghost")
     others = [samples for author, samples in enumerate(as_arrays(batch)) if author != 1]
     assert close(ours, naive.clipped_sum(model, others, 0.1)) and norms.isinf().tolist() == [False, True] + [False] * 4
+
+
+class OneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(512, 512, bias=False)
+
+    def forward(self, input_ids, inputs):
+        return self.layer(inputs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_author_whose_tokens_cancel_moves_the_sum_by_the_clip_norm_at_most(seed):
+    """Inputs share a direction, output gradients sum to nothing: without rounding up, up to twice as far."""
+    torch.manual_seed(seed)
+    inputs = torch.randn(1, 200, 512) / 512**0.5 + 3_000 * torch.nn.functional.one_hot(torch.tensor(3), 512)
+    gradients = torch.randn(1, 200, 512)
+    gradients -= gradients.mean(1, keepdim=True)
+    clip_norm = float((gradients[0].double().T @ inputs[0].double()).norm()) / 2
+    engine = GhostClipping(OneLayer(), clip_norm)
+    weight = engine.module.layer.weight
+    weight.summed_grad = torch.zeros(512, 512)
+    outputs = engine.module(input_ids=torch.ones(1, 200, dtype=torch.int64), inputs=inputs)
+    engine.backward((outputs * gradients).sum((1, 2)), torch.zeros(1, dtype=torch.int64))
+    engine.close()
+    assert weight.summed_grad.norm() <= 1.001 * clip_norm

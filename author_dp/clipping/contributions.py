@@ -1,6 +1,6 @@
 """What a call of a layer adds to the gradient of one parameter: its norm for each author, and its share of the clipped sum.
 
-Promise: `squared_norms` is the squared norm of each author's gradient, and `add_clipped` adds the sum of these gradients, each
+Promise: `squared` is the squared norm of each author's gradient, and `add_clipped` adds the sum of these gradients, each
 times its author's factor; neither forms the per-author gradient of a large matrix. With a_t the inputs and g_t the output
 gradients of a linear layer, t running over all tokens of all the author's samples, the author's weight gradient is
 G = sum_t g_t a_t^T, and
