@@ -24,7 +24,7 @@ import torch
 EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
 GHOST_BLOCK = 128  # tokens whose products with the later ones are formed at once; on a GPU 256, so that the proof has two of them
 # Both of the square that a norm had if nothing cancelled: below the first a squared norm is rounded up, by the second, which is
-# four times what rounding was seen to take (2.1e-7, where one token is repeated). Independent tokens are below it from 1,024 on.
+# more than twice what rounding was seen to take (3.5e-7, where tokens repeat). 1,024 independent tokens or more are below it too.
 CANCELS, ROUNDING = 2.0**-10, 2.0**-20
 BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
 
@@ -183,7 +183,7 @@ def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> 
     for start in range(0, left.shape[1], block):
         products, others = (matmul(side[:, start : start + block], side[:, start:].mT) for side in (left, right))
         products.mul_(others)  # (authors, block, tokens from start on)
-        most = most + products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1)
+        most = most + products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
         found = found + products[:, :, :block].sum((1, 2)) + 2 * products[:, :, block:].sum((1, 2))
     return Squared(found, most)
 
@@ -191,7 +191,7 @@ def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> 
 def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> Squared:
     """sum_{s,t} [id_s = id_t] <e_s, e_t> of each author: (authors, tokens), (authors, tokens, features)."""
     products = matmul(gradients, gradients.mT)
-    most = products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1)
+    most = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
     return Squared(products.mul_(ids[:, :, None] == ids[:, None, :]).sum((1, 2)), most)
 
 
