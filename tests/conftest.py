@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -13,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
-from programs import SCRIPT, Program
+from programs import Program, command
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 
@@ -137,9 +136,8 @@ def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None, ane
     """
     if not processes and not anew:
         return Program(*arguments, cwd=cwd, environment=of_a_terminal()).wait(300)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}"] if processes else []
-    command = [sys.executable, *launcher, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=of_a_terminal())
+    typed = command(*arguments, processes=processes)
+    return subprocess.run(typed, capture_output=True, text=True, cwd=cwd, timeout=300, env=of_a_terminal())
 
 
 def of_a_terminal() -> dict[str, str]:

@@ -26,6 +26,12 @@ FORKS.set_forkserver_preload(
 )
 
 
+def command(*arguments: str, processes: int = 0) -> list[str]:
+    """Return what a user types; with `processes`, through torch.distributed.run."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}"] if processes else []
+    return [sys.executable, *launcher, str(SCRIPT), *arguments]
+
+
 def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outputs: Path) -> None:
     """Be `python fine-tune-dp.py arguments`, which writes into outputs/1 and outputs/2."""
     os.environ.clear()

@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import of_a_terminal, read_report, run_script
-from programs import SCRIPT, Program
+from programs import Program, command
 from test_fine_tune_dp import small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,10 +32,9 @@ def start(*arguments: str) -> Program:
 
 def start_anew(*arguments: str, processes: int = 0, before: tuple[str, ...] = ()) -> subprocess.Popen:
     """With all that a command does before and after the script."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes else []
     environment = {**of_a_terminal(), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*before, sys.executable, *launcher, str(SCRIPT), *arguments],
+        [*before, *command(*arguments, processes=processes)],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
     )  # fmt: skip
