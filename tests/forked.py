@@ -34,6 +34,7 @@ def in_processes(folder: Path, processes: int, work: Callable, *arguments: Any) 
                     RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}", LOCAL_WORLD_SIZE=f"{processes}"
                 )
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+                torch.set_num_threads(torch.get_num_threads())  # torch's pool is made anew, not by several threads at a time
                 dist.init_process_group("gloo")
                 torch.save(work(*arguments), folder / f"{rank}.pt")
                 dist.barrier()

@@ -41,8 +41,8 @@ def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outp
         os.dup2(os.open(outputs / f"{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     random.seed()  # a fork has its parent's state
     np.random.seed()
-    if threads := environment.get("OMP_NUM_THREADS"):  # torch read it before this
-        torch.set_num_threads(int(threads))
+    # torch read it before this; and its pool is made anew here, not by several threads at a time, which can fail after a fork
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = [str(SCRIPT), *arguments]
     sys.path.insert(0, str(SCRIPT.parent))
     try:
