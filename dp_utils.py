@@ -33,6 +33,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
+from author_dp.activations import fuse_activations
 from author_dp.adam import NoiseCorrectedAdamW
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import (
@@ -224,6 +225,7 @@ class DPTrainer(Trainer):
     ):
         check_options(args, privacy)
         check_model(model, proven=False)
+        fuse_activations(model)
         self.full_shard = full_shard
         if full_shard:
             check_shares(args, privacy, model)

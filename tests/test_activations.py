@@ -1,0 +1,44 @@
+"""The activation in one operation is the one it replaces, and only what is the same function is replaced."""
+
+import pytest
+import torch
+from conftest import make_dataset, make_trainer, tiny_gpt2
+from torch import nn
+from transformers.activations import ACT2FN, GELUTanh
+
+from author_dp.activations import fuse_activations
+
+SAME = ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"]
+
+
+def with_gradient(function, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = inputs.clone().requires_grad_()
+    outputs = function(inputs)
+    return outputs.detach(), torch.autograd.grad(outputs.sum(), inputs)[0]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_fused_activation_is_the_one_it_replaces(name):
+    before = ACT2FN[name]
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(before))
+    fuse_activations(model)
+    inputs = torch.linspace(-12, 12, 4_001, dtype=torch.float64)
+    assert type(model[1][0]) is GELUTanh
+    for found, expected in zip(with_gradient(model[1], inputs), with_gradient(before, inputs)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)  # gelu_fast has ten digits of its constant
+    assert model[1](inputs.requires_grad_()).grad_fn.name() == "GeluBackward0"
+
+
+@pytest.mark.parametrize("name", sorted(set(ACT2FN) - {*SAME, "prelu", "xielu"}))
+def test_every_other_activation_stays(name):
+    layer = ACT2FN[name]
+    model = nn.Sequential(layer)
+    fuse_activations(model)
+    assert model[0] is layer
+
+
+def test_a_trainer_trains_with_it_and_saves_the_configuration_as_it_was(tmp_path):
+    model = tiny_gpt2()
+    trainer = make_trainer(tmp_path, model, make_dataset([1, 2, 3]))
+    assert {type(block.mlp.act) for block in trainer.model.transformer.h} == {GELUTanh}
+    assert trainer.model.config.activation_function == "gelu_new"
