@@ -193,7 +193,8 @@ class DPTrainer(Trainer):
     Trainer's own loop sees one logical batch per step.
 
     Args:
-        model: in float32; its trainable parameters are trained, all others are left as they are.
+        model: in float32; its trainable parameters are trained, all others are left as they are. An activation that is
+            written out in Python becomes one operation (author_dp/activations.py).
         args: Hugging Face's, with max_grad_norm 0.
         privacy: what is promised.
         train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
