@@ -10,7 +10,7 @@ References:
 from torch import nn
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, GELUTanh, NewGELUActivation
 
-# x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, written out in Python: of GPT-2, GPT-J, GPT-Neo, CodeGen, Phi, BERT.
+# x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, written out in Python: of GPT-2, GPT-J, GPT-Neo, CodeGen, Phi.
 WRITTEN_OUT = (AccurateGELUActivation, FastGELUActivation, NewGELUActivation)
 
 

@@ -42,7 +42,7 @@ def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outp
     random.seed()  # a fork has its parent's state
     np.random.seed()
     # torch read it before this; and its pool is made anew here, not by several threads at a time, which can fail after a fork
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()))
     sys.argv = [str(SCRIPT), *arguments]
     sys.path.insert(0, str(SCRIPT.parent))
     try:

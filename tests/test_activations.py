@@ -4,9 +4,12 @@ import pytest
 import torch
 from conftest import make_dataset, make_trainer, tiny_gpt2
 from torch import nn
-from transformers.activations import ACT2FN, GELUTanh
+from transformers import GPT2LMHeadModel
+from transformers.activations import ACT2FN, GELUTanh, NewGELUActivation
 
+import dp_utils
 from author_dp.activations import fuse_activations
+from author_dp.proof import prove
 
 SAME = ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"]
 
@@ -37,8 +40,18 @@ def test_every_other_activation_stays(name):
     assert model[0] is layer
 
 
-def test_a_trainer_trains_with_it_and_saves_the_configuration_as_it_was(tmp_path):
-    model = tiny_gpt2()
-    trainer = make_trainer(tmp_path, model, make_dataset([1, 2, 3]))
-    assert {type(block.mlp.act) for block in trainer.model.transformer.h} == {GELUTanh}
-    assert trainer.model.config.activation_function == "gelu_new"
+def activations(model: nn.Module) -> set[type]:
+    return {type(block.mlp.act) for block in model.transformer.h}
+
+
+def test_a_trainer_proves_and_trains_with_it_and_saves_what_was_there(tmp_path, monkeypatch):
+    proven = []
+    monkeypatch.setattr(dp_utils, "prove", lambda model, *rest: proven.append(activations(model)) or prove(model, *rest))
+    trainer = make_trainer(tmp_path, tiny_gpt2(), make_dataset([1, 2, 3]))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+    assert proven == [{GELUTanh}] and activations(trainer.model) == {GELUTanh}
+    assert trainer.model.config.activation_function == "gelu_new" and activations(saved) == {NewGELUActivation}
+    ids = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(saved(ids).logits, trainer.model.eval()(ids).logits, rtol=0, atol=1e-5)
