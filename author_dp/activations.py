@@ -15,8 +15,10 @@ WRITTEN_OUT = (AccurateGELUActivation, FastGELUActivation, NewGELUActivation)
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Replace these activations, in place, by transformers' own in one operation; leave all others as they are."""
+    """Replace these activations, in place, by transformers' own in one operation; leave all others, and any with hooks."""
     for module in list(model.modules()):
         for name, layer in module.named_children():
-            if type(layer) in WRITTEN_OUT or (type(layer) is GELUTanh and layer.act == layer._gelu_tanh_python):
+            written_out = type(layer) in WRITTEN_OUT or (type(layer) is GELUTanh and layer.act == layer._gelu_tanh_python)
+            hooked = any(value for kind, value in vars(layer).items() if kind.endswith("_hooks"))  # somebody listens there
+            if written_out and not hooked:
                 setattr(module, name, GELUTanh())

@@ -40,6 +40,15 @@ def test_every_other_activation_stays(name):
     assert model[0] is layer
 
 
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_one_with_a_hook_stays(hook):
+    layer = ACT2FN["gelu_new"]
+    getattr(layer, hook)(lambda *_: None)
+    model = nn.Sequential(layer)
+    fuse_activations(model)
+    assert model[0] is layer
+
+
 def activations(model: nn.Module) -> set[type]:
     return {type(block.mlp.act) for block in model.transformer.h}
 
