@@ -28,7 +28,7 @@ All options may stand in a YAML file, and others after it: fine-tune-dp.py --con
 import gc
 import signal
 
-import author_dp  # noqa: F401  before all else: it sets how torch takes memory, and quiets a library
+import author_dp  # noqa: F401  before all else: it quiets a library
 
 # Until all is imported: none of it is garbage, and looking for some takes a fifth of the time; and a Ctrl-C ends it at once, as
 # Python's exception would have a traceback, or be swallowed by some library.

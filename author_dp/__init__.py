@@ -9,10 +9,6 @@ As programs: `python -m author_dp.ledger FOLDER`, `python -m author_dp.report FO
 """
 
 import logging
-import os
 
-# torch's own switch for tensors in huge pages, read when it makes its first tensor: import this package before torch. Handing out
-# memory page by page takes the system a tenth of a step on CPUs; where it has no huge pages, nothing changes.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # It would warn each run on some CPUs, with 4 bits or without, that it could not fetch a faster kernel from the hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -9,8 +9,6 @@ Random weights and token ids in the model's shapes; nothing is downloaded. Each 
 peak memory is its own, beside one of the first row: the two take their steps in turn, and a ratio is the median over pairs of
 neighbouring steps, as a machine's speed changes by more than what is measured. The ratio in processor time, of all threads, says
 how much of the difference is work. A step is everything: sampling, collation, forward, backward, clipping, noise, ledger, AdamW.
-Our rows take memory as fine-tune-dp.py does, in huge pages where the system has them; THP_MEM_ALLOC_ENABLE=1 in the environment
-gives them to all rows, 0 to none.
 The first row is Hugging Face's plain Trainer with its own loss, collator and clipping of the norm: what a user would otherwise
 run. The second is our Trainer with --disable_dp: the same data path, microbatches, loss and optimizer as with DP. The last rows
 are others' DP: Opacus' own ghost mode in a loop of its documentation (no sampling, no ledger), where it takes the model at all,
@@ -30,7 +28,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = dict(os.environ)  # before the project adds to it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -188,9 +185,6 @@ def train_with_opacus(model: torch.nn.Module, data: AuthorDataset, *, steps: int
         times.on_step_end()
 
 
-OTHERS = {PLAIN: train_plainly, OPACUS: train_with_opacus, OPAKE: train_with_opake}
-
-
 def peak_memory() -> float:
     """GiB: of the GPU where there is one, of the process otherwise."""
     if DEVICE.type != "cpu":
@@ -200,11 +194,12 @@ def peak_memory() -> float:
 
 def measure(row: str, kind: str, options: argparse.Namespace, times: StepTimes) -> dict[str, Any]:
     model, data = make_model(kind == "LoRA", options.shape), make_data(options.authors, 1, options.tokens, VOCABULARY)
-    if row not in OTHERS:
+    others = {PLAIN: train_plainly, OPACUS: train_with_opacus, OPAKE: train_with_opake}
+    if row not in others:
         train(row, model, data, steps=options.steps, times=times, bf16=options.bf16)
     else:
         try:
-            OTHERS[row](model, data, steps=options.steps, times=times, bf16=options.bf16)
+            others[row](model, data, steps=options.steps, times=times, bf16=options.bf16)
         except (NotImplementedError, ValueError, RuntimeError, ImportError, TypeError) as error:
             return {"refused": str(error).splitlines()[0]}
     return {"memory": peak_memory()}
@@ -228,9 +223,7 @@ class RowProcess:
     def __init__(self, row: str, kind: str):
         self.errors = tempfile.TemporaryFile("w+")
         command = [sys.executable, __file__, *sys.argv[1:], "--one", row, kind]
-        ours = {} if row in OTHERS else {"THP_MEM_ALLOC_ENABLE": "1"}  # as author_dp sets it where it is imported first
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
-        self.process = subprocess.Popen(command, env={**ours, **ENVIRONMENT}, **pipes)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
         self.seconds: list[float] = []  # of all steps but the first, by the clock
         self.processor: list[float] = []  # and of all processors
         self.end = self.read()  # its peak memory, or why it is refused, once it is there

@@ -3,7 +3,6 @@
 import ast
 import graphlib
 import importlib
-import os
 import re
 import runpy
 import shutil
@@ -53,30 +52,6 @@ def test_the_folder_alone_is_a_library(tmp_path):
     command = [sys.executable, "-P", "-c", f"import sys; sys.path[0:0] = ['.']; import {', '.join(LIBRARY)}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-HUGE_PAGES = """
-import re, runpy
-from pathlib import Path
-script = runpy.run_path("fine-tune-dp.py", run_name="script")
-huge = lambda: int(re.search(r"AnonHugePages: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())[1])
-before = huge()
-tensor = script["torch"].ones(2**25)
-print(huge() - before, end="")
-"""
-
-
-@pytest.mark.parametrize("given, share", [(None, 1.0), ("0", 0.0)])
-def test_the_script_takes_memory_in_huge_pages_unless_told_otherwise(given, share):
-    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not enabled.exists() or "[madvise]" not in enabled.read_text():
-        pytest.skip("the system gives huge pages to all or to none")
-    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    environment |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
-    command = [sys.executable, "-c", HUGE_PAGES]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == pytest.approx(share * 2**25 * 4 / 2**10, abs=2**14)  # KiB
 
 
 @pytest.mark.parametrize(
