@@ -55,6 +55,42 @@ def test_ragged_authors_and_long_samples(kind, counts):
     assert close(clipped_sum(model, batch, 0.1, "ghost")[0], naive.clipped_sum(model, as_arrays(batch), 0.1))
 
 
+def test_a_matrix_that_is_embedding_and_head_takes_the_smaller_form(monkeypatch):
+    """(61, 16) for each of three authors, or 61 + 16 numbers for each token of five samples."""
+    forms = []
+    norms = ghost.total_squared_norms
+    monkeypatch.setattr(ghost, "total_squared_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors))
+    monkeypatch.setattr(contributions, "EXPLICIT_ELEMENTS", 1)  # so large that it is formed author by author
+    for tokens, kinds in ((7, {"Lookup", "Product"}), (8, {"Explicit"})):
+        model = tiny_gpt2()
+        rows, columns = model.lm_head.weight.shape
+        batch = make_batch([1, 2, 2], longest=16)
+        batch = {name: value[:, :tokens] if name in ("input_ids", "labels") else value for name, value in batch.items()}
+        tokens_of_all = len(batch["author"]) * tokens
+        assert (3 * rows * columns < tokens_of_all * (rows + columns)) == (kinds == {"Explicit"}), (rows, columns)
+        forms.clear()
+        ours, _ = clipped_sum(model, batch, 0.1, "ghost")
+        assert kinds in [{type(part).__name__ for part in parts} for parts in forms]
+        assert close(ours, clipped_sum(model, batch, 0.1, "grad_sample")[0])
+
+
+def test_a_backward_under_autocast_is_as_exact_as_one_outside():
+    """Else what is clipped is rounded to bfloat16 once more, above the clip norm."""
+    model, batch = make_model("gpt2", "lora"), make_batch([1, 2, 3], longest=16)
+    sums = []
+    for inside in (True, False):
+        engine = GhostClipping(model, 1e-3)
+        for parameter in trainable(model).values():
+            parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = author_losses(engine.module, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            engine.backward(losses, batch["author"])
+        sums.append(flat(parameter.summed_grad for parameter in trainable(model).values()))
+        engine.close()
+    assert sums[0].norm() > 0 and torch.equal(*sums)
+
+
 def per_author_by_autograd(model: nn.Module, batch: dict, clip_norm: float, seed: int) -> torch.Tensor:
     """One backward an author over one forward, whose dropout masks all authors share."""
     torch.manual_seed(seed)

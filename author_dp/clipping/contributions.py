@@ -1,9 +1,9 @@
 """What a call of a layer adds to the gradient of one parameter: its norm for each author, and its share of the clipped sum.
 
 Promise: `squared` is the squared norm of each author's gradient, and `add_clipped` adds the sum of these gradients, each
-times its author's factor; neither forms the per-author gradient of a large matrix. With a_t the inputs and g_t the output
-gradients of a linear layer, t running over all tokens of all the author's samples, the author's weight gradient is
-G = sum_t g_t a_t^T, and
+times its author's factor; neither forms per-author gradients that take more memory than what they are made of. With a_t the
+inputs and g_t the output gradients of a linear layer, t running over all tokens of all the author's samples, the author's weight
+gradient is G = sum_t g_t a_t^T, and
 
     ||G||^2 = sum_{s,t} <a_s, a_t> <g_s, g_t>        (the ghost norm [1]: G itself is never formed)
 
@@ -98,16 +98,18 @@ class Squared(NamedTuple):
 
 
 class Explicit(NamedTuple):
-    """Per-author gradients, of small parameters only."""
+    """Per-author gradients, of what is small or smaller than what it is made of."""
 
     gradients: torch.Tensor  # (authors, ...), float32
 
     def squared(self, authors: Authors) -> Squared:
-        found = self.gradients.flatten(1).square().sum(1)
+        rows = self.gradients.flatten(1)
+        at_once = max(1, (2**20 if rows.device.type == "cpu" else 2**26) // len(rows))  # while it is in the cache
+        found = torch.stack([part.square().sum(1) for part in rows.split(at_once, 1)]).sum(0)
         return Squared(found, torch.zeros_like(found))
 
     def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
-        total.add_(torch.einsum("a,a...->...", factors, self.gradients))
+        total.view(-1).addmv_(self.gradients.flatten(1).T, factors)
 
 
 class Product(NamedTuple):
@@ -241,18 +243,30 @@ def merge(parts: list[Contribution], authors: Authors) -> list[Contribution]:
     """Make one contribution of those of one kind: all calls of a layer share one token axis."""
     if len(parts) < 2:
         return parts
-    if any(isinstance(part, Explicit) for part in parts):
-        return [Explicit(torch.stack([as_explicit(part, authors).gradients for part in parts]).sum(0))]
+    explicit = [part for part in parts if isinstance(part, Explicit)]
+    if explicit:
+        total = explicit[0].gradients  # of the rule's own making
+        for part in [*explicit[1:], *(part for part in parts if not isinstance(part, Explicit))]:
+            add_explicit(part, total, authors)
+        return [Explicit(total)]
     kinds = ([part for part in parts if isinstance(part, kind)] for kind in (Lookup, Product))
     return [same[0] if len(same) == 1 else type(same[0])(*(torch.cat(t, 1) for t in zip(*same))) for same in kinds if same]
 
 
-def as_explicit(part: Contribution, authors: Authors) -> Explicit:
-    """Form the per-author gradients of a small matrix."""
-    if isinstance(part, Explicit):
-        return part
-    assert isinstance(part, Product)  # an embedding is never explicit
-    return Explicit(authors.sum(matmul(part.left.mT, part.right)))
+def as_explicit(part: Product, authors: Authors) -> Explicit:
+    """Form the per-author gradients of a matrix: of small ones for each sample first, which moves nothing."""
+    if len(part.left) * part.left.shape[-1] * part.right.shape[-1] <= EXPLICIT_ELEMENTS:
+        return Explicit(authors.sum(matmul(part.left.mT, part.right)))
+    return Explicit(matmul(authors.gather(part.left).mT, authors.gather(part.right)))
+
+
+def add_explicit(part: Contribution, total: torch.Tensor, authors: Authors) -> None:
+    """Add a contribution to the per-author gradients of its parameter, float32 (authors, ...)."""
+    if isinstance(part, Lookup):
+        rows = authors.author.view(-1, 1) * total.shape[1] + part.ids  # (samples, tokens), of all authors' rows together
+        total.flatten(0, 1).index_add_(0, rows.flatten(), part.gradients.float().flatten(0, 1))
+    else:
+        total.add_((as_explicit(part, authors) if isinstance(part, Product) else part).gradients)
 
 
 def without(part: Contribution, bad: torch.Tensor, author: torch.Tensor) -> Contribution:

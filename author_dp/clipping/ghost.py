@@ -21,6 +21,7 @@ References:
 
 import functools
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Container
 from typing import Any
@@ -164,6 +165,11 @@ class GhostClipping:
         Returns:
             norms before clipping, (authors,); inf for an author who contributes nothing.
         """
+        with torch.autocast(losses.device.type, enabled=False):  # around a call it would round what is clipped
+            return self._clip(losses, author)
+
+    def _clip(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+        """As `backward`, in float32."""
         self._contributions.clear()
         authors = Authors(author, len(losses))
         known = self._known(authors)
@@ -261,7 +267,7 @@ class GhostClipping:
                 parts = general(layer, rows[:-1], rows[-1], self._authors)
             else:
                 rows = [rows[0].flatten(1) if rule is embedding else rows[0].flatten(1, -2), rows[-1].flatten(1, -2)]
-                parts = rule(layer, *rows, self._authors, self._may_be_explicit(known.get(layer.weight)))
+                parts = rule(layer, *rows, self._authors, self._most_explicit(known.get(layer.weight)))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             if rule is not general or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -272,9 +278,9 @@ class GhostClipping:
             if parameter in known and known[parameter] not in self.apart:
                 self._take(known[parameter], part, given)
 
-    def _may_be_explicit(self, weight: Any) -> bool:
-        """Whether the per-author gradients of a layer's matrix may be formed, if that is the cheaper way."""
-        return weight not in self.tied
+    def _most_explicit(self, weight: Any) -> int:
+        """Return the elements of a layer's per-author gradients up to which they may be formed, if that is the cheaper way."""
+        return sys.maxsize
 
     def _take(self, parameter: Any, part: Contribution, given: torch.Tensor) -> None:
         """Keep what a layer adds to a parameter's gradient, until all norms are known."""

@@ -17,32 +17,37 @@ from torch import nn
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.contributions import EXPLICIT_ELEMENTS, Authors, Contribution, Explicit, Lookup, Product, matmul
+from author_dp.clipping.contributions import Authors, Contribution, Explicit, Lookup, Product, as_explicit
 from author_dp.frozen import Conv1D16, Linear16, is_plain_linear
 
 SMALL = 2**17  # parameters of a layer whose per-sample gradients are formed by `general`
 
 
-def matrix(left: torch.Tensor, right: torch.Tensor, authors: Authors, may_be_explicit: bool) -> Contribution:
-    """The gradient of a matrix, formed for each author where that is small and the cheaper way: LoRA's factors."""
-    rows, columns, tokens = left.shape[-1], right.shape[-1], left.shape[1]
-    cheaper = rows * columns < tokens * (rows + columns) and rows * columns * len(left) <= EXPLICIT_ELEMENTS
-    if may_be_explicit and cheaper:
-        return Explicit(authors.sum(matmul(left.mT, right)))
-    return Product(left, right)
+def matrix(left: torch.Tensor, right: torch.Tensor, authors: Authors, most_explicit: int) -> Contribution:
+    """The gradient of a matrix, formed for each author where that is smaller than what it is made of: then it is also faster.
+
+    So it is for LoRA's factors, and for any matrix where an author's tokens are many.
+
+    Args:
+        most_explicit: elements of what may be formed.
+    """
+    product = Product(left, right)
+    elements = authors.count * left.shape[-1] * right.shape[-1]
+    smaller = 4 * elements < sum(tensor.numel() * tensor.element_size() for tensor in product)
+    return as_explicit(product, authors) if smaller and elements <= most_explicit else product
 
 
-def linear(layer: nn.Linear, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, may_be_explicit: bool) -> dict:
-    contributions = {layer.weight: matrix(gradients, inputs, authors, may_be_explicit)}
+def linear(layer: nn.Linear, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, most_explicit: int) -> dict:
+    contributions = {layer.weight: matrix(gradients, inputs, authors, most_explicit)}
     if layer.bias is not None:
         contributions[layer.bias] = Explicit(authors.sum(gradients.sum(1, dtype=torch.float32)))
     return contributions
 
 
-def conv1d(layer: Conv1D, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, may_be_explicit: bool) -> dict:
+def conv1d(layer: Conv1D, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, most_explicit: int) -> dict:
     """Hugging Face's linear layer with weight (inputs, outputs)."""
     return {
-        layer.weight: matrix(inputs, gradients, authors, may_be_explicit),
+        layer.weight: matrix(inputs, gradients, authors, most_explicit),
         layer.bias: Explicit(authors.sum(gradients.sum(1, dtype=torch.float32))),
     }
 

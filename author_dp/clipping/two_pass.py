@@ -37,6 +37,7 @@ import torch
 from torch import nn
 
 from author_dp.clipping.contributions import (
+    EXPLICIT_ELEMENTS,
     Authors,
     Contribution,
     Explicit,
@@ -77,14 +78,9 @@ class TwoPassClipping(GhostClipping):
         self._seen: list[tuple[Any, list[torch.Tensor]]] = []  # some numbers of each layer's tensors, as the first pass met them
         self._same: list[torch.Tensor] = []  # whether the second pass met the same, each ()
 
-    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
-        """Backpropagate one microbatch, twice where that is needed, clip, and add to `summed_grad`.
+    def _clip(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+        """As in ghost.py, going back twice where that is needed.
 
-        Args:
-            losses: (authors,), attached to the graph of `self.module`.
-            author: int64 (samples,), ascending, the author of each sample.
-        Returns:
-            norms before clipping, (authors,); inf for an author who contributes nothing.
         Raises:
             UserError: where the second pass went through other numbers than the first.
         """
@@ -169,9 +165,9 @@ class TwoPassClipping(GhostClipping):
         same = before is what and [agree(*pair) for pair in zip(expected, numbers)]
         self._same.append(torch.stack(same).all() if same else torch.zeros((), dtype=torch.bool, device=numbers[0].device))
 
-    def _may_be_explicit(self, weight: Any) -> bool:
-        """A clipped sum needs no per-author gradients."""
-        return self._adding is None and super()._may_be_explicit(weight)
+    def _most_explicit(self, weight: Any) -> int:
+        """A clipped sum needs no per-author gradients, and a norm can be taken of a few at a time."""
+        return 0 if self._adding is not None or weight in self.tied else EXPLICIT_ELEMENTS
 
     def _take(self, parameter: Any, part: Contribution, given: torch.Tensor) -> None:
         """Use what a layer adds to a parameter's gradient, and keep it only where it is small or cannot be judged alone."""
