@@ -1,9 +1,9 @@
 """Ghost clipping with book-keeping: per-author clipping at nearly the speed and memory of ordinary training.
 
-Promise: the same clipped sums as a plain loop over authors, to rounding, from one forward and one backward, without ever storing
-the per-author gradient of a large layer. A tap behind each trained layer hands its inputs and output gradients to the layer's
-rule (rules.py); what the rule returns knows its norms and its clipped sum (contributions.py). Autograd is asked for the gradients
-of the layers' outputs only, which spares it the ordinary weight gradients.
+Promise: the same clipped sums as a plain loop over authors, to rounding, from one forward and one backward, without storing
+per-author gradients, but where they are smaller than what they are made of. A tap behind each trained layer hands its inputs and
+output gradients to the layer's rule (rules.py); what the rule returns knows its norms and its clipped sum (contributions.py).
+Autograd is asked for the gradients of the layers' outputs only, which spares it the ordinary weight gradients.
 
 Whatever no rule follows (a mixer's own parameters, the weights of experts, a layer that hides its samples) is taken author by
 author: the ordinary gradient of one author's loss, which is exact whatever the layer does. In a microbatch of one author that
@@ -63,7 +63,7 @@ class Tap(torch.autograd.Function):
 
 
 class GhostClipping:
-    """Clip per-author gradients without storing them.
+    """Clip per-author gradients without storing large ones.
 
     Guarantee: each call adds to every `parameter.summed_grad` a sum over authors in which each author has L2 norm
     at most `clip_norm`, to rounding, over all trainable parameters together; tied embeddings count once, as the sum
