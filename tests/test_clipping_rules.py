@@ -125,6 +125,31 @@ def test_a_layer_without_a_rule_is_followed_whatever_it_computes(name):
     assert apart is None or bool(engine.apart) == apart
 
 
+class Shift(nn.Module):
+    """Its per-sample gradient is the output gradient itself, which is also that of the layer before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1, 2, 6))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+class ShiftTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift, self.layer = Shift(), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.shift(self.layer(self.shift(x))).square().flatten(1).sum(1)
+
+
+def test_adding_up_the_calls_of_a_layer_changes_no_gradient_of_another():
+    torch.manual_seed(1)
+    assert not check(ShiftTwice(), [torch.randn(3, 2, 6)]).apart  # so few tokens that the matrix is not formed
+
+
 def test_two_matrices_that_share_a_weight_count_once():
     model, batch = tiny_gpt2(), make_batch()
     model.transformer.h[1].mlp.c_fc.weight = model.transformer.h[0].mlp.c_fc.weight

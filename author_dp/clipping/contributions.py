@@ -245,10 +245,10 @@ def merge(parts: list[Contribution], authors: Authors) -> list[Contribution]:
         return parts
     explicit = [part for part in parts if isinstance(part, Explicit)]
     if explicit:
-        total = explicit[0].gradients  # of the rule's own making
+        total = explicit[0]
         for part in [*explicit[1:], *(part for part in parts if not isinstance(part, Explicit))]:
-            add_explicit(part, total, authors)
-        return [Explicit(total)]
+            total = plus(total, part, authors)
+        return [total]
     kinds = ([part for part in parts if isinstance(part, kind)] for kind in (Lookup, Product))
     return [same[0] if len(same) == 1 else type(same[0])(*(torch.cat(t, 1) for t in zip(*same))) for same in kinds if same]
 
@@ -260,13 +260,13 @@ def as_explicit(part: Product, authors: Authors) -> Explicit:
     return Explicit(matmul(authors.gather(part.left).mT, authors.gather(part.right)))
 
 
-def add_explicit(part: Contribution, total: torch.Tensor, authors: Authors) -> None:
-    """Add a contribution to the per-author gradients of its parameter, float32 (authors, ...)."""
+def plus(total: Explicit, part: Contribution, authors: Authors) -> Explicit:
+    """Return the sum of two contributions; a lookup is added in place, as what is formed of a matrix has memory of its own."""
     if isinstance(part, Lookup):
-        rows = authors.author.view(-1, 1) * total.shape[1] + part.ids  # (samples, tokens), of all authors' rows together
-        total.flatten(0, 1).index_add_(0, rows.flatten(), part.gradients.float().flatten(0, 1))
-    else:
-        total.add_((as_explicit(part, authors) if isinstance(part, Product) else part).gradients)
+        rows = authors.author.view(-1, 1) * total.gradients.shape[1] + part.ids  # (samples, tokens), among all authors' rows
+        total.gradients.view(-1, total.gradients.shape[2]).index_add_(0, rows.flatten(), part.gradients.float().flatten(0, 1))
+        return total
+    return Explicit(total.gradients + (as_explicit(part, authors) if isinstance(part, Product) else part).gradients)
 
 
 def without(part: Contribution, bad: torch.Tensor, author: torch.Tensor) -> Contribution:
