@@ -34,7 +34,7 @@ from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
 STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
-GHOST = "author_dp.clipping.ghost.GhostClipping.backward"
+GHOST = "author_dp.clipping.ghost.GhostClipping._clip"
 DRAW = "author_dp.mechanism.PoissonAuthorSampler"
 ADD = "self.noise.add_(part, std)"
 

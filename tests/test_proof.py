@@ -102,14 +102,14 @@ class Rows(nn.Module):
 GHOST = "author_dp.clipping.ghost.GhostClipping"
 PLANTED = {
     "a rule with a wrong factor": ("author_dp.clipping.rules.conv1d", "(inputs, gradients,", "(inputs, 1.01 * gradients,"),
-    "a clipped sum without a factor": (f"{GHOST}.backward", "(self.clip_norm / norms)", "(1.01 * self.clip_norm / norms)"),
-    "norms without biases": (f"{GHOST}.backward", "for parts in contributions.values() if parts]",
+    "a clipped sum without a factor": (f"{GHOST}._clip", "(self.clip_norm / norms)", "(1.01 * self.clip_norm / norms)"),
+    "norms without biases": (f"{GHOST}._clip", "for parts in contributions.values() if parts]",
                              "for p, parts in contributions.items() if parts and p.dim() > 1]"),
     "a layer norm without its bias": ("author_dp.clipping.rules.layer_norm",
                                       "contributions[layer.bias] = Explicit(authors.sum(", "authors.sum(torch.zeros(1)); ((("),
     "a layer whose tap is lost": (f"{GHOST}._tap", "if self._in_rule or",
                                   "if self._in_rule or (self._settled and isinstance(layer, nn.LayerNorm)) or"),
-    "tied weights counted as two": ("author_dp.clipping.contributions.tied_cross_terms", "return 2 * (", "return 0 * ("),
+    "tied weights counted as two": ("author_dp.clipping.contributions.plus", "part.gradients.float()", "0 * part.gradients"),
     "one author's gradient twice": ("author_dp.clipping.contributions.Authors.scale", "factors[self.author]",
                                     "factors.roll(1)[self.author]"),
     "the other engine without a clip": ("author_dp.clipping.grad_sample.GradSampleClipping.backward",
