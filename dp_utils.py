@@ -71,6 +71,7 @@ from author_dp.loop import (
     naming,
 )
 from author_dp.mechanism import AuthorDPOptimizer, LogicalBatch, PoissonAuthorSampler, author_losses, takes_positions
+from author_dp.memory import memory_kept
 from author_dp.plan import make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, prove
@@ -288,8 +289,13 @@ class DPTrainer(Trainer):
             self.state = state
             return self._load_from_checkpoint(str(self.checkpoint))
         self.add_callback(signals := StopOnSignal())
+        little = self.full_shard or self.args.activation_checkpointing  # memory counts for more than time
         try:
-            with self.budget.folder_of_ones_own(), self.budget.alarm(self.create_model_card):
+            with (
+                self.budget.folder_of_ones_own(),
+                self.budget.alarm(self.create_model_card),
+                memory_kept(self.args.device.type == "cpu" and not little),
+            ):
                 self.budget.start()
                 self.checks.start(self._sampler, self.folder, self.args.device, self.privacy.secure_noise)
                 result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
