@@ -1,10 +1,11 @@
 """Keep freed memory within the process while it trains, on CPUs.
 
-Promise: nothing here is about privacy. By default the C library hands large pieces of memory back when they are freed, and each
-step asks the system for gigabytes once more, page by page: a tenth to a quarter of its time.
+Promise: nothing here is about privacy. By default the C library hands memory back when it is freed, and each step asks the system
+for gigabytes once more, page by page: a tenth of its time and more. Pieces above 32 MB, logits for the most part, still go back:
+texts differ in length, and what one step leaves would not fit the next.
 
 References:
-    [1] mallopt(3): M_TRIM_THRESHOLD, M_MMAP_MAX, M_MMAP_THRESHOLD; of glibc only
+    [1] mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD; of glibc only
 """
 
 import ctypes
@@ -13,10 +14,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 TOLD = ("trim_threshold", "mmap_threshold", "mmap_max")  # of MALLOC_..._ and glibc.malloc...
 NEVER = -1
-MMAP_MAX, LARGEST = 65_536, 2**25  # glibc's own: a number of pieces; bytes, up to which its threshold grows by itself
+LARGEST = 2**25  # bytes, up to which glibc's own threshold grows; it takes no larger one
 
 
 @contextmanager
@@ -34,12 +35,10 @@ def memory_kept(keep: bool = True) -> Iterator[None]:
     if library is None or not hasattr(library, "gnu_get_libc_version"):
         yield
         return
-    library.mallopt(M_MMAP_MAX, 0)
+    library.mallopt(M_MMAP_THRESHOLD, LARGEST)
     library.mallopt(M_TRIM_THRESHOLD, NEVER)
     try:
         yield
     finally:
-        library.mallopt(M_MMAP_MAX, MMAP_MAX)
-        library.mallopt(M_MMAP_THRESHOLD, LARGEST)
-        library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
+        library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)  # as glibc sets it when its own threshold has grown
         library.malloc_trim(0)

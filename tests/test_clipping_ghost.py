@@ -12,6 +12,7 @@ from torch import nn
 from author_dp.clipping import contributions, ghost
 from author_dp.clipping.contributions import Explicit
 from author_dp.clipping.ghost import GhostClipping
+from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
 from author_dp.mechanism import author_losses
 
@@ -139,11 +140,91 @@ def test_bfloat16_agrees_to_its_rounding_and_stays_below_the_clip_norm(kind, cou
         theirs, their_norms = clipped_sum(model, batch, 0.1, "grad_sample")
     assert ours.dtype == norms.dtype == torch.float32
     assert close(ours, expected, 0.05) and close(ours, theirs, 0.02)
-    assert norms.tolist() == pytest.approx(their_norms.tolist(), rel=0.01)
+    assert ((0.99 * their_norms <= norms) & (norms <= 1.06 * their_norms)).all()  # room is left for rounding
     with torch.autocast("cpu", torch.bfloat16):
         for seed in range(5):
             alone, _ = clipped_sum(model, make_batch([3], seed=seed, longest=15), 1e-3, "ghost")
             assert alone.norm() <= 1e-3 * (1 + 1e-6)
+
+
+class Matrix(nn.Module):
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.layer = nn.Linear(columns, rows, bias=False)
+
+    def forward(self, input_ids, inputs):
+        return self.layer(inputs)
+
+
+def size_of_the_sum(
+    engine_class, tokens: torch.Tensor, shape: tuple[int, int], samples: list[int], clip_norm: float, bf16: bool
+) -> tuple[float, float]:
+    """Return the norm of what the first author adds, and the norm that the engine found.
+
+    Args:
+        tokens: their output gradients, the same in all rows; all inputs are 1.
+    """
+    model, author = Matrix(*shape), torch.arange(len(samples)).repeat_interleave(torch.tensor(samples))
+    engine = engine_class(model, clip_norm)
+    engine.settle(set())
+    engine.may_keep = 0
+    model.layer.weight.summed_grad = torch.zeros(shape)
+    gradients = torch.zeros(len(author), len(tokens) // samples[0])
+    gradients[: samples[0]] = tokens.view(samples[0], -1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        inputs = torch.ones(*gradients.shape, shape[1])
+        output = engine.module(input_ids=torch.ones(gradients.shape, dtype=torch.int64), inputs=inputs)
+    losses = torch.zeros(len(samples)).index_add(0, author, (output.float() * gradients[:, :, None]).sum((1, 2)))
+    norms = engine.backward(losses, author)
+    engine.close()
+    return float(model.layer.weight.summed_grad.double().norm()), float(norms[0])
+
+
+THREE = [1.0, 1.015625, -2.015625]  # sum to nothing; times most factors, rounded to bfloat16, they do not
+CANCELLING = {  # tokens, the matrix, samples of each author
+    "ghost norm, two tokens": ([1 + 9 / 128, -1.0], (48, 64), [1]),
+    "ghost norm": ([1 + 1 / 128] * 8 + [-1.0] * 7 + [-1 - 7 / 128], (48, 64), [1]),
+    "formed norm": ([*THREE * 5, 2.0**-8], (16, 24), [1]),
+    "formed norm, almost nothing": ([*THREE * 5, 2.0**-14], (16, 24), [1]),
+    "a factor of LoRA": ([*THREE * 4, 2.0**-8], (8, 768), [1]),
+    "formed gradient": ([*THREE * 21, 2.0**-8], (16, 24), [1]),
+    "authors of unlike numbers of samples": ([*THREE * 50], (56, 54), [10, 1]),
+    "long": ([*THREE * 50], (64, 62), [1]),
+}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("engine_class", [GhostClipping, TwoPassClipping])
+@pytest.mark.parametrize("case", CANCELLING)
+def test_where_tokens_cancel_rounding_carries_no_sum_above_the_clip_norm(case, engine_class, bf16):
+    tokens, *rest = CANCELLING[case]
+    tokens = torch.tensor(tokens) * (1.0 if bf16 else 2.0**20)
+    _, norm = size_of_the_sum(engine_class, tokens, *rest, 1.0, bf16)
+    for share in torch.linspace(0.05, 0.85, 17).tolist():
+        clip_norm = max(norm, 1e-3) * share
+        size, _ = size_of_the_sum(engine_class, tokens, *rest, clip_norm, bf16)
+        assert size <= clip_norm * (1 + 1e-4), (share, size / clip_norm)
+
+
+def test_a_layer_without_a_rule_is_run_again_after_a_forward_in_bfloat16():
+    class Scaled(nn.Linear):
+        def forward(self, inputs):
+            return 2 * super().forward(inputs)
+
+    model, inputs = Matrix(4, 5), torch.randn(3, 6, 5)
+    model.layer = Scaled(5, 4)
+    sums = []
+    for bf16 in (True, False):
+        engine = GhostClipping(model, 1e-3)
+        engine.settle(set())
+        for parameter in model.parameters():
+            parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = engine.module(input_ids=torch.ones(3, 6, dtype=torch.int64), inputs=inputs)
+        engine.backward(output.float().square().sum((1, 2)), torch.arange(3))
+        sums.append(flat(parameter.summed_grad for parameter in model.parameters()))
+        engine.close()
+    assert sums[1].norm() > 0 and close(*sums, 0.02)
 
 
 def test_the_trainer_checkpoints_and_rounds_as_asked(tmp_path):

@@ -10,7 +10,8 @@ gradient is G = sum_t g_t a_t^T, and
 The clipped sum over all authors is then sum_t (c_author g_t) a_t^T: an ordinary matrix product [2].
 
 Where the tokens' gradients g_t a_t^T cancel, ||G||^2 is a small difference of large numbers. Rounding may leave anything of it,
-nothing at all included, and the author would be clipped too little, or not: `Squared` adds what rounding may take.
+nothing at all included, and the author would be clipped too little, or not: `Squared` adds what rounding may take. The sum of the
+c g_t a_t^T may come out larger than c G, as bfloat16 rounds each c g_t: a norm that clips such tokens leaves room for that.
 
 References:
     [1] Li et al. 2022, Large Language Models Can Be Strong Differentially Private Learners, arXiv 2110.05679, section 4
@@ -26,7 +27,7 @@ GHOST_BLOCK = 128  # tokens whose products with the later ones are formed at onc
 # Both of the square that a norm had if nothing cancelled: below the first a squared norm is rounded up, by the second, which is
 # more than twice what rounding was seen to take (3.5e-7, where tokens repeat). 1,024 independent tokens or more are below it too.
 CANCELS, ROUNDING = 2.0**-10, 2.0**-20
-BFLOAT16_MARGIN = 2**-8  # scaling a bfloat16 tensor rounds each number by half as much at most: the clip norm stays a bound
+BFLOAT16_ROUNDING = 2.0**-8  # of its size, at most, is what a number changes by when it is rounded to bfloat16
 
 # --- which sample is whose ------------------------------------------------------------------------------
 
@@ -68,13 +69,11 @@ class Authors:
     def scale(self, tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Return (samples, tokens, ...) times the factor of each sample's author, until the next call overwrites it.
 
-        New memory for each would cost as much time as the matrix product that follows.
+        New memory for each would cost as much time as the matrix product that follows. What is not float32 is rounded once more.
         """
         scratch = self._scratch.get(tensor.dtype)
         if scratch is None or len(scratch) < tensor.numel():
             scratch = self._scratch[tensor.dtype] = torch.empty_like(tensor).flatten()
-        if tensor.dtype != torch.float32:
-            factors = factors * (1 - BFLOAT16_MARGIN)
         return torch.mul(tensor, factors[self.author].view(-1, 1, 1), out=scratch[: tensor.numel()].view_as(tensor))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -90,11 +89,13 @@ class Squared(NamedTuple):
     """A squared norm that is a difference, and the norm that it were the square of if nothing cancelled; float32 (authors,)."""
 
     found: torch.Tensor
-    most: torch.Tensor  # the sum over tokens of |left_t| |right_t|; 0 where nothing was subtracted
+    most: torch.Tensor  # the sum over tokens of |left_t| |right_t|; 0 where the gradient itself is what is scaled
+    room: torch.Tensor | None = None  # by how much the norm of what is added may be larger, as c g_t is rounded
 
     def rounded_up(self) -> torch.Tensor:
         most = self.most.square()
-        return torch.where(self.found < CANCELS * most, self.found + ROUNDING * most, self.found)
+        square = torch.where(self.found < CANCELS * most, self.found + ROUNDING * most, self.found)
+        return square if self.room is None else (square.clamp(min=0).sqrt() + self.room).square()
 
 
 class Explicit(NamedTuple):
@@ -103,13 +104,11 @@ class Explicit(NamedTuple):
     gradients: torch.Tensor  # (authors, ...), float32
 
     def squared(self, authors: Authors) -> Squared:
-        rows = self.gradients.flatten(1)
-        at_once = max(1, (2**20 if rows.device.type == "cpu" else 2**26) // len(rows))  # while it is in the cache
-        found = torch.stack([part.square().sum(1) for part in rows.split(at_once, 1)]).sum(0)
+        found = squared_norms(self.gradients)
         return Squared(found, torch.zeros_like(found))
 
     def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
-        total.view(-1).addmv_(self.gradients.flatten(1).T, factors)
+        total.view(-1).addmv_(self.gradients.reshape(len(self.gradients), -1).T, factors)
 
 
 class Product(NamedTuple):
@@ -118,8 +117,10 @@ class Product(NamedTuple):
     left: torch.Tensor  # (samples, tokens, rows)
     right: torch.Tensor  # (samples, tokens, columns)
 
-    def squared(self, authors: Authors, tied: bool = False) -> Squared:
-        return product_squared_norms(authors.gather(self.left), authors.gather(self.right), tied)
+    def squared(self, authors: Authors) -> Squared:
+        squared = product_squared_norms(authors.gather(self.left), authors.gather(self.right))
+        # |sum_t r_t a_t^T| <= |c G| + sum_t |r_t - c g_t| |a_t| for the rounded r_t, and the last sum is at most c `room`.
+        return squared if self.left.dtype == torch.float32 else squared._replace(room=BFLOAT16_ROUNDING * squared.most)
 
     def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
         left, right = self.left, self.right
@@ -157,14 +158,20 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (torch.bmm if left.dim() == 3 else torch.mm)(left, right, out_dtype=torch.float32)
 
 
-def product_squared_norms(left: torch.Tensor, right: torch.Tensor, tied: bool = False) -> Squared:
+def squared_norms(gradients: torch.Tensor) -> torch.Tensor:
+    """Squared norms of per-author gradients, (authors, ...): piece by piece, for a cache, and as one sum of many loses norm."""
+    rows = gradients.reshape(len(gradients), -1)
+    at_once = max(1, (2**20 if rows.device.type == "cpu" else 2**26) // len(rows))
+    return torch.stack([part.square().sum(1) for part in rows.split(at_once, 1)]).sum(0)
+
+
+def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> Squared:
     """||sum_t left_t right_t^T||^2 of each author, by the way that costs fewer multiplications.
 
     With T tokens an author, the ghost norm takes up to T^2 (rows + columns) multiplications, the gradient T rows columns.
 
     Args:
         left, right: (authors, tokens, rows) and (authors, tokens, columns), of one type.
-        tied: whether it is a part of a larger difference, for which `most` is wanted in any case.
     """
     _, tokens, rows = left.shape
     columns = right.shape[-1]
@@ -174,7 +181,7 @@ def product_squared_norms(left: torch.Tensor, right: torch.Tensor, tied: bool = 
     at_once = max(1, EXPLICIT_ELEMENTS // (rows * columns))
     parts = zip(left.split(at_once), right.split(at_once))
     found = torch.cat([matmul(left_part.mT, right_part).square_().sum((1, 2)) for left_part, right_part in parts])
-    return Squared(found, (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1) if tied else torch.zeros_like(found))
+    return Squared(found, (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1))
 
 
 def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> Squared:
@@ -231,12 +238,12 @@ def total_squared_norms(parts: list[Contribution], authors: Authors) -> torch.Te
     lookup, product = sorted(parts, key=lambda part: isinstance(part, Product))
     assert isinstance(product, Product)
     cross = tied_cross_terms(*(authors.gather(tensor) for tensor in (*lookup, *product)))
-    return together(lookup.squared(authors), product.squared(authors, tied=True), cross)
+    return together(lookup.squared(authors), product.squared(authors), cross)
 
 
 def together(lookup: Squared, product: Squared, cross: torch.Tensor) -> torch.Tensor:
     """Return the squared norm of a sum of two gradients, from their own and 2 <one, other>, (authors,)."""
-    return Squared(lookup.found + product.found + cross, lookup.most + product.most).rounded_up()
+    return Squared(lookup.found + product.found + cross, lookup.most + product.most, product.room).rounded_up()
 
 
 def merge(parts: list[Contribution], authors: Authors) -> list[Contribution]:

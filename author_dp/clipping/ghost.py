@@ -31,7 +31,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.contributions import Authors, Contribution, Explicit, merge, total_squared_norms, without
+from author_dp.clipping.contributions import Authors, Contribution, Explicit, merge, squared_norms, total_squared_norms, without
 from author_dp.clipping.rules import conv1d, embedding, general, linear, rule_of
 from author_dp.errors import UserError
 
@@ -234,7 +234,7 @@ class GhostClipping:
         for i in range(len(losses)):
             found = torch.autograd.grad(losses[i], apart, retain_graph=True, allow_unused=True)
             gradients = {p: gradient.float() for p, gradient in zip(apart, found) if gradient is not None}
-            norms[i] = torch.stack([norms[i], *(gradient.norm() for gradient in gradients.values())]).norm()
+            norms[i] = torch.stack([norms[i], *(squared_norms(g[None])[0].sqrt() for g in gradients.values())]).norm()
             norms[i] = norms[i].where(norms[i].isfinite(), torch.inf)
             if norms[i].isfinite():
                 for parameter, gradient in gradients.items():

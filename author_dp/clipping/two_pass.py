@@ -166,8 +166,10 @@ class TwoPassClipping(GhostClipping):
         self._same.append(torch.stack(same).all() if same else torch.zeros((), dtype=torch.bool, device=numbers[0].device))
 
     def _most_explicit(self, weight: Any) -> int:
-        """A clipped sum needs no per-author gradients, and a norm can be taken of a few at a time."""
-        return 0 if self._adding is not None or weight in self.tied else EXPLICIT_ELEMENTS
+        """What is formed is kept: the second pass scales tokens, whose rounding a norm of what was formed knows nothing of."""
+        if self._adding is not None or weight in self.tied:
+            return 0
+        return min(EXPLICIT_ELEMENTS, (self.may_keep - self._kept) // 4)  # of 4 bytes
 
     def _take(self, parameter: Any, part: Contribution, given: torch.Tensor) -> None:
         """Use what a layer adds to a parameter's gradient, and keep it only where it is small or cannot be judged alone."""
@@ -181,7 +183,7 @@ class TwoPassClipping(GhostClipping):
             self._take_second(parameter, part)
         else:
             if isinstance(part, Product) and parameter in self.tied and given.shape == part.left.shape[:2]:
-                squared = part.squared(self._authors, tied=True)
+                squared = part.squared(self._authors)
                 ids = given.clamp(0, part.left.shape[-1] - 1)
                 gathered = (self._authors.gather(tensor) for tensor in (ids, *part))
                 self._rows[parameter] = Lookup(given, looked_up_rows(*gathered)), squared
