@@ -227,6 +227,9 @@ class GhostClipping:
     def _add_apart(self, losses: torch.Tensor, norms: torch.Tensor, apart: list[Any]) -> torch.Tensor:
         """Add the clipped gradients of these parameters, by a backward an author; return the norms over all parameters.
 
+        Infinite activations of one author reach the others here, as zero times infinity: DPTrainer takes such models one author
+        at a time (`Proof.authors_at_once`), and so must others.
+
         Args:
             norms: (authors,), over the other parameters.
         """
