@@ -79,7 +79,7 @@ def general(layer: nn.Module, inputs: list[torch.Tensor], gradients: torch.Tenso
         gradients: (samples, ...), at its output.
     """
     trained = {name: p.detach() for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
-    dtype = next(iter(trained.values())).dtype  # autocast, which cast the inputs for the layer, is off here
+    dtype = next(layer.parameters(recurse=False)).dtype  # autocast, which cast the inputs for the layer, is off here
     inputs = [value.to(dtype) if value.is_floating_point() else value for value in inputs]
 
     def of_sample(gradient: torch.Tensor, *rows: torch.Tensor) -> dict[str, torch.Tensor]:
