@@ -18,6 +18,7 @@ Example:
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -75,6 +76,7 @@ from author_dp.memory import memory_kept
 from author_dp.plan import make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, prove
+from author_dp.secret_generators import SecretGenerators
 from author_dp.sharding import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -261,6 +263,7 @@ class DPTrainer(Trainer):
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
         self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
+        self.generators: Optional[SecretGenerators] = None  # while training with privacy
         self._step_loss = torch.zeros((), device=args.device)
         args = for_logical_batches(args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
@@ -295,13 +298,14 @@ class DPTrainer(Trainer):
                 self.budget.folder_of_ones_own(),
                 self.budget.alarm(self.create_model_card),
                 memory_kept(self.args.device.type == "cpu" and not little),
+                self._secret_generators() as self.generators,
             ):
                 self.budget.start()
                 self.checks.start(self._sampler, self.folder, self.args.device, self.privacy.secure_noise)
                 result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
                 self._check()
         finally:
-            self.checkpoint = None
+            self.checkpoint = self.generators = None
             self.checks.stop()
             self.remove_callback(signals)
             signals.restore()
@@ -311,6 +315,22 @@ class DPTrainer(Trainer):
         if signals.agreed:
             raise SignalError(signals.agreed)
         return result
+
+    def _secret_generators(self) -> AbstractContextManager[Optional[SecretGenerators]]:
+        """Return the context that makes random numbers inside the model secret; without privacy, one that does nothing."""
+        if self.privacy.disable_dp:
+            return nullcontext()
+        return SecretGenerators({self.args.device, *(parameter.device for parameter in self.model.parameters())})
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the generators' states without privacy only: otherwise they are secrets."""
+        if self.generators is None:
+            super()._save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: Optional[str]) -> None:
+        """Restore the generators' states without privacy only: otherwise each training has new ones."""
+        if self.generators is None:
+            super()._load_rng_state(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""
@@ -395,6 +415,8 @@ class DPTrainer(Trainer):
         for _round in range(idle):
             with self.accelerator.autocast():
                 self.engine.idle()  # type: ignore[union-attr]
+        if self.generators is not None:
+            self.generators.check()
         if self.engine is not None:
             self._noisy.draw = inputs.number
         self.norms.end_step()

@@ -21,7 +21,8 @@ from author_dp.drawcheck import CyclicDrawCheck, DrawCheck, check_unseeded_draws
 from author_dp.gradient_audit import GradientCanaries
 from author_dp.mechanism import PAD, PoissonAuthorSampler
 from author_dp.plan import PrivacyPlan
-from author_dp.selfcheck import Check, NoiseCheck, noise_check
+from author_dp.secret_generators import sample_each
+from author_dp.selfcheck import Check, NoiseCheck, check_unseeded, noise_check
 
 
 class RunChecks:
@@ -52,7 +53,7 @@ class RunChecks:
             sampler: makes one as the run does.
             folder, device, secure_noise: as `selfcheck.noise_check`.
         Raises:
-            MechanismError: where draws or noise follow a seed.
+            MechanismError: where draws, noise or random numbers inside the model follow a seed.
         """
         self.stop()
         if self.plan.disable_dp:
@@ -61,6 +62,7 @@ class RunChecks:
         check_unseeded_draws(lambda: from_all(sampler()), self.plan.num_authors, rate)
         if bands > 1:
             check_unseeded_groups(lambda: dealt(sampler()), bands)
+        check_unseeded(lambda: sample_each([device], PAD), "random numbers inside the model follow")
         self.noise = noise_check(self.plan, folder, device, secure_noise)
         self._undo = Undo(self.plan.coefficients())
         law = None if self.canaries is None else self.canaries.start(self.plan)

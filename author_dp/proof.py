@@ -25,6 +25,7 @@ from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.frozen import computes_in_float32, in_float32
 from author_dp.mechanism import IGNORED, Batch
+from author_dp.random_ops import BATCH, check_random_ops, training_mode
 from author_dp.sharding import LEAVE_OUT, in_shares, make_engine, norm_of, ordinary_gradients, own, take_in_turn
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -35,6 +36,7 @@ NEGLIGIBLE = 1e-5  # of the whole clipped sum: a parameter's share below it may 
 COUNTS = (1, 2, 4)  # samples of the proof's authors: seven, so that neither heads nor experts are as many
 LENGTHS = (9, 7)  # longest sample, in tokens: once another number than the samples, and once the same
 MANY = 64  # samples beside a short one, for what begins to mix in larger batches
+TOKENS = 7  # of the samples whose random operations are looked at
 LONGEST = 512  # tokens of a further text, if samples are as long: mixers and local attention cut long texts into chunks
 
 OF_TRANSFORMERS = {"every_n_layers", "offload"}  # of --activation_checkpointing_kwargs; the others are torch's
@@ -90,14 +92,17 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None, checkpo
 
 
 def check_apart(model: Any, sequence_len: Optional[int] = None) -> None:
-    """Raise UserError where the model mixes samples, sees the future, or keeps more of the texts than its weights do."""
+    """Raise UserError where the model mixes samples, shares random numbers among them, sees the future or saves texts."""
     longest = longest_sample(model, sequence_len)
     what = (
         f"--model_name: this model cannot be called with {longest} token ids alone: lower --sequence_len, or choose another one"
     )
-    with still(model), nothing_at_zero(model), naming(what):
-        check_buffers(model, longest)
-        check_samples_apart(model, longest)
+    with nothing_at_zero(model), naming(what):
+        ids = random_tokens(model, BATCH * min(longest, TOKENS), 5).view(BATCH, -1)
+        check_random_ops(model, ids, SAME * rounding(model))
+        with still(model):
+            check_buffers(model, longest)
+            check_samples_apart(model, longest)
 
 
 def longest_sample(model: Any, sequence_len: Optional[int]) -> int:
@@ -121,30 +126,20 @@ def naming(what: str) -> Iterator[None]:
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """In training mode, as batch norm shows itself only there, but without dropout, autocast, TF32 or products in bfloat16."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
-    owners: dict[int, Any] = {id(owner): owner for m in modes for owner in (m, getattr(m, "config", None)) if owner is not None}
+    owners: dict[int, Any] = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if o is not None}
     rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_rate(o, name, v)]
-    device = next(model.parameters()).device
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with rng, torch.autocast(device.type, enabled=False), in_float32(model):
+    device = next(model.parameters()).device
+    with training_mode(model), torch.autocast(device.type, enabled=False), in_float32(model):
         try:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             for owner, name, value in rates:
                 setattr(owner, name, type(value)(0))
-            model.train()
             yield
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
             for owner, name, value in rates:
                 setattr(owner, name, value)
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer
 
 
 def is_rate(owner: Any, name: str, value: Any) -> bool:

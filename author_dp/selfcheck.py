@@ -230,14 +230,18 @@ def noise_check(plan: PrivacyPlan, folder: Path, device: torch.device, secure: b
     return check
 
 
-def check_unseeded(draw: Callable[[], torch.Tensor]) -> None:
-    """Raise MechanismError where two sources of noise, made from one state of every global generator, draw alike.
+def check_unseeded(draw: Callable[[], torch.Tensor], subject: str = "the noise follows") -> None:
+    """Raise MechanismError where two sources of random numbers, made from one state of every global generator, draw alike.
 
-    What is released does not show whether somebody can predict it: noise from --seed is perfect noise to whoever lacks the seed.
+    Results do not show whether somebody can predict them: noise from --seed is perfect noise to whoever lacks the seed.
+
+    Args:
+        draw: makes a new source, and returns its first numbers, flat.
+        subject: of the error's sentence.
     """
     draws = torch.stack([draw.cpu().double() for draw in twice_from_one_state(draw)])
     if not abs(float(torch.corrcoef(draws)[0, 1])) < 10 / draws.shape[1] ** 0.5:
-        raise MechanismError("the noise follows the seed of torch, numpy or random: whoever knows --seed takes it away")
+        raise MechanismError(f"{subject} the seed of torch, numpy or random: whoever knows --seed can predict them")
 
 
 def twice_from_one_state(draw: Callable[[], Any]) -> list[Any]:

@@ -136,7 +136,7 @@ def test_a_crash_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, mon
         if folder.endswith("checkpoint-4"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "_save_rng_state", crash)
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", crash)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and newest_whole(tmp_path).name == "checkpoint-2"

@@ -32,9 +32,11 @@ import test_mechanism
 import test_noise
 import test_pld
 import test_processes
+import test_random_ops
 import test_readers
 import test_release
 import test_report
+import test_secret_generators
 import test_selfcheck
 import test_sharding
 import test_specimens
@@ -60,6 +62,8 @@ NOISE = "author_dp.noise.NoiseSource"
 DRAW = "author_dp.mechanism.PoissonAuthorSampler"
 BANDS = "author_dp.bands"
 FROZEN = "author_dp.frozen"
+SECRET = "author_dp.secret_generators"
+RANDOM_OPS = "author_dp.random_ops"
 SHARED_STEP = "author_dp.sharding.ShardedOptimizer.pre_step"
 SHARED_SUMS = "author_dp.sharding.ShardedClipping._add_up"
 
@@ -113,6 +117,35 @@ BUGS = [
         lambda path, _: test_dp_utils.test_one_seed_shares_neither_noise_nor_batches(path)),
     Bug("hardened noise that is not", f"{NOISE}.__init__", "4 if secure else 1", "1",
         lambda *_: test_noise.test_secure_noise_sums_four_independent_draws(None)),
+    # Random numbers inside the model.
+    Bug("dropout masks from --seed", "dp_utils.DPTrainer._secret_generators", "if self.privacy.disable_dp:", "if True:",
+        lambda path, _: test_secret_generators.test_train_draws_masks_that_do_not_follow_the_seed(path, "ghost")),
+    Bug("masks from a public state", f"{SECRET}.randomize", "generator.set_state(state)", "generator.manual_seed(7)",
+        lambda path, _: test_secret_generators.test_train_draws_masks_that_do_not_follow_the_seed(path, "ghost")),
+    Bug("masks from 32 bits", f"{SECRET}.randomize", "generator.set_state(state)",
+        "generator.manual_seed(secrets.randbits(32))",
+        lambda _, patch: test_secret_generators.test_secret_generators_fill_the_whole_state(patch)),
+    Bug("the states of masks saved", "dp_utils.DPTrainer._save_rng_state", "if self.generators is None:", "if True:",
+        lambda path, _: test_secret_generators.test_train_resumed_twice_from_one_checkpoint_draws_other_masks(path)),
+    Bug("somebody seeds the masks' generator", f"{SECRET}.SecretGenerators.check", "if [", "if False and [",
+        lambda path, _: test_secret_generators.test_train_ends_where_a_callback_seeds_the_generators(path)),
+    Bug("the same masks on every process", f"{SECRET}.randomize", "secrets.token_bytes(4 * TWISTER_WORDS)",
+        "bytes(4 * TWISTER_WORDS - 1) + b'1'",
+        lambda path, _: test_secret_generators.test_processes_draw_different_numbers(path)),
+    Bug("a coin for all samples", f"{RANDOM_OPS}.check_random_ops", "if not fillable or", "if False and",
+        lambda *_: test_random_ops.test_check_random_ops_refuses_what_samples_share("a rare coin")),
+    Bug("a coin that is never tossed", f"{RANDOM_OPS}.RandomOps.__torch_dispatch__", "main.fill_(", "main.mul_(1) if True else (",
+        lambda *_: test_random_ops.test_check_random_ops_refuses_what_samples_share("a rare coin")),
+    Bug("a permutation of samples", f"{RANDOM_OPS}.check_random_ops", "if not all(close(", "if False and not all(close(",
+        lambda *_: test_random_ops.test_check_random_ops_refuses_what_samples_share("a permutation by sorting")),
+    Bug("a choice across samples", f"{RANDOM_OPS}.zip_ops", "one.scalars != two.scalars", "False",
+        lambda *_: test_random_ops.test_check_random_ops_refuses_what_samples_share("a choice of samples")),
+    Bug("layers dropped by Python", f"{RANDOM_OPS}.record", "if other_states() != before:", "if False:",
+        lambda *_: test_random_ops.test_check_random_ops_refuses_what_samples_share("Python's random")),
+    Bug("layers dropped by a generator of the model's", f"{RANDOM_OPS}.record", "if op.has_generator", "if False",
+        lambda *_: test_random_ops.test_check_random_ops_refuses_what_samples_share("a generator of its own")),
+    Bug("random operations not looked at", "author_dp.proof.check_apart", "check_random_ops(model, ids", "str(ids",
+        lambda *_: test_random_ops.test_check_model_refuses_layerdrop_unless_it_is_off(0.05)),
     # The clipping.
     Bug("half the clip: a bound of twice C", GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)",
         lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),

@@ -1,0 +1,92 @@
+"""random_ops.py: random operations that samples share, or that mix them, are found without knowing their names."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_gpt2
+from families import SIZES
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from author_dp.errors import UserError
+from author_dp.guards import check_model
+from author_dp.random_ops import BATCH, check_random_ops
+
+IDS = torch.arange(BATCH * 7).view(BATCH, 7) % VOCABULARY
+OWN = torch.Generator()
+
+
+def top_k(count: int) -> torch.Tensor:
+    chosen = torch.zeros(count)
+    chosen[torch.rand(count).topk(1).indices] = 1
+    return chosen[:, None, None]
+
+
+# What a model might do to its logits (samples, tokens, vocabulary) in training; the words with which it is refused.
+SHARED = {
+    "a permutation of samples": (lambda x: x + x[torch.randperm(len(x))], "permutation or a choice"),
+    "a permutation by sorting": (lambda x: x + x[torch.rand(len(x)).argsort()], "of other samples change"),
+    "a choice of samples": (lambda x: x + x[torch.randint(0, len(x), (len(x),))], "permutation or a choice"),
+    "a choice of one sample": (lambda x: x + x[torch.multinomial(torch.ones(len(x)), 1)], "shares random numbers"),
+    "a choice by ranks": (lambda x: x * (1 + top_k(len(x))), "of other samples change"),
+    "a threshold of all samples": (lambda x: x * (torch.rand(len(x), 1, 1) > torch.rand(len(x)).median()), "of other samples"),
+    "one mask for all": (lambda x: x * (torch.rand(x.shape[1:]) > 0.1), "shares random numbers"),
+    "the first one's coin": (lambda x: x * (0.5 + torch.rand(len(x))[0]), "of other samples change"),
+    "a permutation of tokens": (lambda x: x[:, torch.randperm(x.shape[1])], "shares random numbers"),
+    "noise for all": (lambda x: x + torch.randn(()), "shares random numbers"),
+    "a rare coin": (lambda x: x * 2 if torch.rand(()) < 1e-3 else x, "shares random numbers"),
+    "a rare bernoulli": (lambda x: x * (1 + torch.empty(()).bernoulli_(1e-3)), "shares random numbers"),
+    "Python's random": (lambda x: x * (0.5 + random.random()), "Python's random or NumPy"),
+    "NumPy": (lambda x: x * (0.5 + np.random.rand()), "Python's random or NumPy"),
+    "a generator of its own": (lambda x: x * torch.rand(x.shape, generator=OWN), "generator of the model's own"),
+}
+INDEPENDENT = {
+    "nothing": lambda x: x,
+    "a mask of each number": lambda x: nn.functional.dropout(x, 0.3),
+    "a mask of each sample": lambda x: x * torch.bernoulli(torch.full((len(x), 1, 1), 0.9)),
+    "a mask of each token": lambda x: (x.flatten(0, 1) * (torch.rand(x.shape[0] * x.shape[1], 1) > 0.1)).view_as(x),
+    "samples second": lambda x: (x.transpose(0, 1) * torch.rand(x.transpose(0, 1).shape)).transpose(0, 1),
+    "a coin without effect": lambda x: x * 0 if torch.rand([]) < 0.0 else x,
+}
+
+
+class InTraining(nn.Module):
+    """A GPT-2 with dropout whose logits something random happens to in training."""
+
+    def __init__(self, happens):
+        super().__init__()
+        self.inner, self.happens = tiny_gpt2(dropout=0.1), happens
+        self.config = self.inner.config
+
+    def forward(self, input_ids):
+        output = self.inner(input_ids=input_ids)
+        if self.training:
+            output.logits = self.happens(output.logits)
+        return output
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_check_random_ops_refuses_what_samples_share(what):
+    happens, words = SHARED[what]
+    with pytest.raises(UserError, match=words):
+        check_random_ops(InTraining(happens), IDS, 1e-4)
+
+
+@pytest.mark.parametrize("what", INDEPENDENT)
+def test_check_random_ops_accepts_independent_samples(what):
+    model = InTraining(INDEPENDENT[what]).eval()
+    state, python = torch.get_rng_state(), random.getstate()
+    check_random_ops(model, IDS, 1e-4)
+    assert torch.equal(state, torch.get_rng_state()) and random.getstate() == python and not model.inner.training
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05])
+def test_check_model_refuses_layerdrop_unless_it_is_off(rate):
+    sizes = {**SIZES, "pad_token_id": 1}
+    model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, layerdrop=rate))
+    if not rate:
+        return check_model(model)
+    with pytest.raises(UserError, match="as LayerDrop does"):
+        check_model(model)
