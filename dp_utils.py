@@ -51,6 +51,7 @@ from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
+from author_dp.frozen import computes_in_float32
 from author_dp.gradient_audit import CollateWithCanaries, GradientCanaries
 from author_dp.guards import (
     by_metrics,
@@ -71,11 +72,12 @@ from author_dp.loop import (
     move,
     naming,
 )
-from author_dp.mechanism import AuthorDPOptimizer, LogicalBatch, PoissonAuthorSampler, author_losses, takes_positions
+from author_dp.mechanism import AuthorDPOptimizer, PoissonAuthorSampler, author_losses, takes_positions
 from author_dp.memory import memory_kept
+from author_dp.microbatches import LogicalBatch, constant_shape, is_real
 from author_dp.plan import make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
-from author_dp.proof import Proof, prove
+from author_dp.proof import Proof, longest_sample, prove
 from author_dp.secret_generators import SecretGenerators
 from author_dp.sharding import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
 
@@ -202,7 +204,8 @@ class DPTrainer(Trainer):
         privacy: what is promised.
         train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
         data_collator: pads a list of samples to input_ids and labels of shape (samples, tokens).
-        sequence_len: tokens of the longest sample, for the proof at the start; default: 128, or the model's positions.
+        sequence_len: tokens of the longest sample, from which the shapes of microbatches follow; default: 128, or the model's
+            positions.
         canaries: authors by whom the run audits itself, not yet in the data set.
         full_shard: share weights, sums, noise and optimizer state among the processes (author_dp/sharding.py).
         kwargs: the Trainer's.
@@ -240,6 +243,7 @@ class DPTrainer(Trainer):
             self.proof = prove(move(model, args), privacy.clipping, sequence_len, checkpointing)
             logger.info(self.proof.in_words())
         self.privacy = privacy
+        self.sequence_len = longest_sample(model, sequence_len)
         self.checkpoint = find_checkpoint(args, privacy)
         self.canaries = canaries
         if canaries is not None:
@@ -336,9 +340,13 @@ class DPTrainer(Trainer):
         """Return the logical batches of an epoch."""
         at_once = self.args.per_device_train_batch_size
         at_once = at_once if self.proof is None else self.proof.authors_at_once(at_once)
+        shape = None
+        if not self.privacy.disable_dp and (self.args.bf16 or not computes_in_float32(self.model)):
+            accumulation = self.plan.expected_batch_size // (at_once * self.args.world_size)
+            shape = constant_shape(at_once, accumulation, self.privacy.samples_per_author, self.sequence_len)
         sampler = self._sampler()
         self.checks.watch(sampler)
-        return load_logical_batches(self.train_dataset, sampler, self.args, self.data_collator, at_once)
+        return load_logical_batches(self.train_dataset, sampler, self.args, self.data_collator, at_once, shape)
 
     def _sampler(self) -> PoissonAuthorSampler:
         return make_sampler(self.train_dataset, self.plan, self.args, self.checks.number)
@@ -405,11 +413,10 @@ class DPTrainer(Trainer):
                 losses = author_losses(model, microbatch, self.needs_positions)
             if self.engine is None:
                 (losses.sum() / self.plan.expected_batch_size).backward()
-            elif self.canaries is None:
-                self.norms.add(self.engine.backward(losses, microbatch["author"]))
             else:
-                norms = self.engine.backward(self.canaries.push(losses, microbatch), microbatch["author"])
-                self.norms.add(self.canaries.without(norms, microbatch))
+                losses = losses if self.canaries is None else self.canaries.push(losses, microbatch)
+                norms = self.engine.backward(losses, microbatch["author"])
+                self.norms.add(norms, is_real(microbatch))
             total += losses.detach().nan_to_num(posinf=0.0).sum()
             del losses  # and what of its graph is not freed yet
         for _round in range(idle):

@@ -36,7 +36,8 @@ from transformers.utils import logging
 
 from author_dp.errors import UserError
 from author_dp.ledger import write_secret
-from author_dp.mechanism import author_losses, cut_into_microbatches
+from author_dp.mechanism import author_losses
+from author_dp.microbatches import cut_into_microbatches
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast
 

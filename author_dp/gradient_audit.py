@@ -106,11 +106,6 @@ class GradientCanaries:
         pushed = torch.where(which >= 0, looked_up * (PUSH * self.clip_norm), 0.0)
         return losses.index_add(0, batch["author"], pushed)
 
-    def without(self, norms: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return the norms of the real authors of a batch."""
-        is_canary = torch.zeros(len(norms), device=norms.device).index_add(0, batch["author"], (batch["canary"] >= 0).float())
-        return norms[is_canary == 0]
-
     def finish(self, trainer: AuditedTrainer) -> Optional[dict[str, Any]]:
         """Return what privacy.json holds under "audit"; on the first process what needs the ledger, too.
 

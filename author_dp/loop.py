@@ -9,7 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional
 
 import psutil
 import torch
@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from author_dp.bands import deal
 from author_dp.errors import UserError
-from author_dp.mechanism import DrawnDataset, PoissonAuthorSampler
+from author_dp.mechanism import PoissonAuthorSampler
+from author_dp.microbatches import DrawnDataset, MicrobatchShape
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast
 
@@ -61,11 +62,16 @@ def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, canar
 
 
 def load_logical_batches(
-    dataset: Any, sampler: PoissonAuthorSampler, args: TrainingArguments, collate: Callable, authors_at_once: int
+    dataset: Any,
+    sampler: PoissonAuthorSampler,
+    args: TrainingArguments,
+    collate: Callable,
+    authors_at_once: int,
+    shape: Optional[MicrobatchShape],
 ) -> DataLoader:
     """Return the logical batches of an epoch, as the sampler draws them, padded in the workers."""
     return DataLoader(
-        DrawnDataset(dataset, authors_at_once, collate),
+        DrawnDataset(dataset, authors_at_once, collate, shape),
         batch_sampler=sampler,  # type: ignore[arg-type]  # of draws, which DrawnDataset takes whole
         collate_fn=as_is,
         num_workers=args.dataloader_num_workers,

@@ -163,52 +163,6 @@ class PoissonAuthorSampler:
         return np.split(samples, np.cumsum(taken)[:-1]) if len(authors) else []
 
 
-class LogicalBatch(NamedTuple):
-    """One step's batch on one process, cut into what fits in memory at once."""
-
-    microbatches: list[Batch]
-    batch_size: int  # as in AuthorDraw
-    number: int
-
-
-class DrawnDataset(torch.utils.data.Dataset):
-    """Adapter for DataLoader: one AuthorDraw in, one LogicalBatch out, so that both happen in its workers."""
-
-    def __init__(self, dataset, max_authors: int, collate: Callable):
-        self.dataset, self.max_authors, self.collate = dataset, max_authors, collate
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, draw: AuthorDraw) -> LogicalBatch:
-        authors = self.dataset.__getitems__(draw.samples)
-        return LogicalBatch(cut_into_microbatches(authors, self.max_authors, self.collate), draw.batch_size, draw.number)
-
-
-def cut_into_microbatches(
-    authors: list[list[dict[str, Any]]], max_authors: int, collate: Callable[[list], dict[str, torch.Tensor]]
-) -> list[Batch]:
-    """Cut a draw into microbatches of at most `max_authors` authors, similar in length: padding is not work.
-
-    Args:
-        authors: the drawn samples of each author.
-        collate: pads a list of samples to tensors of shape (samples, tokens).
-    Returns:
-        microbatches, each what `collate` returns, `author`, int64 (samples,): which author of the microbatch a
-        sample belongs to, counted from 0, and `num_authors`.
-    """
-    if not authors:
-        return []
-    by_length = sorted(authors, key=lambda samples: max(len(sample["input_ids"]) for sample in samples))
-    microbatches = []
-    for part in np.array_split(np.arange(len(by_length)), math.ceil(len(by_length) / max_authors)):
-        chosen = [by_length[i] for i in part]
-        owners = np.repeat(np.arange(len(chosen)), [len(samples) for samples in chosen])
-        batch = collate([sample for samples in chosen for sample in samples])
-        microbatches.append({**batch, "author": torch.from_numpy(owners), "num_authors": len(chosen)})
-    return microbatches
-
-
 # --- step 2: per-author loss ----------------------------------------------------------------------------
 
 

@@ -17,7 +17,8 @@ import data_utils
 from author_dp.audit import Audit
 from author_dp.conversations import Example, Format, tokenize_examples
 from author_dp.errors import UserError
-from author_dp.mechanism import IGNORED, author_losses, cut_into_microbatches
+from author_dp.mechanism import IGNORED, author_losses
+from author_dp.microbatches import cut_into_microbatches
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_samples, tokenize
 
 PLAIN = (  # as ChatML, with a start token and without marks

@@ -29,6 +29,7 @@ import test_guards
 import test_hidden_counts
 import test_ledger
 import test_mechanism
+import test_microbatches
 import test_noise
 import test_pld
 import test_processes
@@ -63,6 +64,7 @@ DRAW = "author_dp.mechanism.PoissonAuthorSampler"
 BANDS = "author_dp.bands"
 FROZEN = "author_dp.frozen"
 SECRET = "author_dp.secret_generators"
+MICROBATCHES = "author_dp.microbatches"
 RANDOM_OPS = "author_dp.random_ops"
 SHARED_STEP = "author_dp.sharding.ShardedOptimizer.pre_step"
 SHARED_SUMS = "author_dp.sharding.ShardedClipping._add_up"
@@ -100,8 +102,8 @@ BUGS = [
         lambda path, _: test_processes.test_two_processes_add_the_noise_of_one(path), spawned=True),
     Bug("the noise of one rank alone, short of its share", STEP, "if std > 0:", "if std > 0 and dist.get_rank() == 0:",
         lambda path, _: test_processes.test_two_processes_add_the_noise_of_one(path), spawned=True),
-    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(self.engine.backward(losses, microbatch[\"author\"]))",
-        "self.norms.add(self.engine.backward(losses, microbatch[\"author\"])); self.optimizer.optimizer.sums.add_("
+    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(norms, is_real(microbatch))",
+        "self.norms.add(norms, is_real(microbatch)); self.optimizer.optimizer.sums.add_("
         "torch.randn_like(self.optimizer.optimizer.sums) * self.plan.noise_multiplier * self.plan.clip_norm)",
         lambda path, _: test_dp_utils.test_noise_is_drawn_once_per_step_whatever_the_microbatches(path)),
     Bug("noise that does not scale with the clip norm", STEP, "self.noise_multiplier * self.max_grad_norm",
@@ -146,6 +148,24 @@ BUGS = [
         lambda *_: test_random_ops.test_check_random_ops_refuses_what_samples_share("a generator of its own")),
     Bug("random operations not looked at", "author_dp.proof.check_apart", "check_random_ops(model, ids", "str(ids",
         lambda *_: test_random_ops.test_check_model_refuses_layerdrop_unless_it_is_off(0.05)),
+    # Shapes in bfloat16.
+    Bug("bfloat16: microbatches as large as the batch", "dp_utils.DPTrainer.get_train_dataloader", "self.args.bf16 or not",
+        "False and not",
+        lambda path, _: test_microbatches.test_train_in_bfloat16_others_do_not_move_when_authors_join(path)),
+    Bug("bfloat16: as many rows as authors", f"{MICROBATCHES}.make_microbatch", "shape.authors - len(authors)", "0",
+        lambda *_: test_microbatches.test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(1)),
+    Bug("bfloat16: as many rows as samples", f"{MICROBATCHES}.make_microbatch", "(shape.samples - len(samples))",
+        "(1 - len(samples))",
+        lambda *_: test_microbatches.test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(3)),
+    Bug("bfloat16: as long as the longest sample", f"{MICROBATCHES}.make_microbatch",
+        '(0, length - batch["input_ids"].shape[1])', "(0, 0)",
+        lambda *_: test_microbatches.test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(1)),
+    Bug("bfloat16: lengths that follow from the batch", f"{MICROBATCHES}.by_length", "longest = num_tokens(samples)",
+        "longest = max(map(num_tokens, authors))",
+        lambda *_: test_microbatches.test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(1)),
+    Bug("dummies counted as authors", f"{MICROBATCHES}.is_real", '- batch["num_dummies"]', "",
+        lambda path, _: test_microbatches.test_train_in_bfloat16_has_microbatches_of_one_shape_and_counts_real_authors_only(
+            path, "ghost")),
     # The clipping.
     Bug("half the clip: a bound of twice C", GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)",
         lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),

@@ -28,10 +28,16 @@ class NormStatistics:
         self._counts = torch.zeros(3, device=device)  # authors seen, clipped, not finite, since the last log line
         self._steps = 0
 
-    def add(self, norms: torch.Tensor) -> None:
-        """Count the norms of a microbatch, (authors,), before clipping; inf or nan for a gradient that is not finite."""
-        self._counts += torch.stack([norms.new_tensor(len(norms)), (norms > self.clip_norm).sum(), (~norms.isfinite()).sum()])
-        self._bins.scatter_add_(0, torch.bucketize(norms / self.clip_norm, self.edges), torch.ones_like(norms))
+    def add(self, norms: torch.Tensor, is_real: torch.Tensor) -> None:
+        """Count the norms of a microbatch's real authors.
+
+        Args:
+            norms: (authors,), before clipping; inf or nan for a gradient that is not finite.
+            is_real: bool (authors,), False for an author who is not to be counted.
+        """
+        kinds = torch.stack([is_real, norms > self.clip_norm, ~norms.isfinite()]) & is_real
+        self._counts += kinds.sum(1)
+        self._bins.scatter_add_(0, torch.bucketize(norms / self.clip_norm, self.edges), is_real.to(norms.dtype))
 
     def end_step(self) -> None:
         self._steps += 1

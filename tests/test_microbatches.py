@@ -1,0 +1,146 @@
+"""microbatches.py: constant shapes, and an author's norm in the same bits whoever else is in the batch."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, as_arrays, make_dataset, make_trainer, sample, tiny_gpt2, train, trainable
+from families import make_model
+
+from author_dp.clipping import ENGINES
+from author_dp.clipping.two_pass import TwoPassClipping
+from author_dp.errors import UserError
+from author_dp.mechanism import author_losses
+from author_dp.microbatches import MicrobatchShape, constant_shape, cut_into_microbatches, is_real
+from data_utils import AuthorDataset, author_hashes, collate, group_by_author
+
+SHAPE = MicrobatchShape(authors=4, samples=1, lengths=(4, 8, 16))
+NOT_FINITE = VOCABULARY - 1  # the token whose embedding is nan
+
+
+def author(*lengths: int, seed: int = 0) -> list[dict]:
+    """An author with samples of so many random tokens."""
+    rng = np.random.default_rng(seed)
+    return [{"input_ids": rng.integers(1, NOT_FINITE, length).astype(np.int32)} for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("options", "authors", "lengths"),
+    [
+        ((8, 32, 1, 128), 8, (16, 32, 64, 128)),
+        ((32, 2, 1, 128), 8, (16, 32, 64, 128)),
+        ((128, 8, 1, 100), 128, (13, 25, 50, 100)),
+        ((6, 4, 2, 7), 3, (1, 2, 4, 7)),
+        ((1, 1, 1, 1), 1, (1,)),
+    ],
+)
+def test_constant_shape_follows_from_options(options, authors, lengths):
+    assert constant_shape(*options) == (authors, options[2], lengths)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(k):
+    shape = SHAPE._replace(samples=k)
+    rng = np.random.default_rng(0)
+    authors = [author(*rng.integers(1, 17, rng.integers(1, k + 1)), seed=i) for i in range(23)]
+    microbatches = cut_into_microbatches(authors, 64, collate, shape)
+    seen = []
+    for batch in microbatches:
+        assert batch["num_authors"] == shape.authors and len(batch["input_ids"]) == shape.authors * k
+        assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].shape[1] in shape.lengths
+        real = as_arrays(batch)[: shape.authors - batch["num_dummies"]]
+        assert is_real(batch).sum() == len(real) > 0
+        longest = [max(len(ids) for ids in samples) for samples in real]
+        assert all(next(t for t in shape.lengths if t >= n) == batch["input_ids"].shape[1] for n in longest)
+        dummies = ~is_real(batch)[batch["author"]]
+        assert (batch["labels"][dummies] == -100).all() and batch["author"].tolist() == np.arange(shape.authors).repeat(
+            k
+        ).tolist()
+        seen += [[ids.tolist() for ids in samples if len(ids)] for samples in real]
+    assert sorted(seen) == sorted([sample["input_ids"].tolist() for sample in samples] for samples in authors)
+
+
+def test_cut_into_microbatches_refuses_a_sample_beyond_the_longest_length():
+    with pytest.raises(UserError, match="a sample has 17 tokens"):
+        cut_into_microbatches([author(17)], 4, collate, SHAPE)
+
+
+def make_engine(kind: str, model):
+    if kind != "two passes":
+        return ENGINES[kind](model, 1.0)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return TwoPassClipping(model, 1.0)
+
+
+def seen_of(model, engine, authors: list, row: int, shape: MicrobatchShape, bf16: bool) -> tuple[float, float]:
+    """Return loss and norm of one author of a batch in which all have the same length."""
+    batch = cut_into_microbatches(authors, shape.authors, collate, shape)[row // shape.authors]
+    for parameter in trainable(model).values():
+        parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        losses = author_losses(engine.module, batch)
+    norms = engine.backward(losses, batch["author"])
+    assert bool(torch.stack([p.summed_grad.isfinite().all() for p in trainable(model).values()]).all())
+    return float(losses[row % shape.authors]), float(norms[row % shape.authors])
+
+
+CASES = [
+    (engine, kind, bf16, k)
+    for engine in ("ghost", "two passes", "grad_sample")
+    for kind in ("full", "lora", "llama")
+    for bf16 in (True, False)
+    for k in (1, 3)
+]
+
+
+@pytest.mark.parametrize(("engine", "kind", "bf16", "k"), sample(CASES))
+def test_an_authors_norm_is_the_same_bits_whoever_else_is_there(engine, kind, bf16, k):
+    """In every row, beside random, identical, non-finite and no others, and in a further microbatch."""
+    model = make_model("llama" if kind == "llama" else "gpt2", "lora" if kind == "lora" else "untied").train()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[NOT_FINITE] = torch.nan
+    shape, clipping = SHAPE._replace(samples=k), make_engine(engine, model)
+    target = author(*(6, 3, 5)[: min(k, 2)])
+    random = [author(*[5 + i] * k, seed=1 + i) for i in range(shape.authors - 1)]
+    broken = [[{"input_ids": np.full(7, NOT_FINITE, np.int32)}] for _ in random]
+    found = set()
+    for others in (random, [target] * len(random), broken, [], random[:1]):
+        for row in range(len(others) + 1):
+            found.add(seen_of(model, clipping, [*others[:row], target, *others[row:]], row, shape, bf16))
+    more = [author(8, seed=9 + i) for i in range(shape.authors)]
+    found.add(seen_of(model, clipping, [*more, target], len(more), shape, bf16))
+    clipping.close()
+    assert len(found) == 1, found
+
+
+@pytest.mark.parametrize("clipping", ENGINES)
+def test_train_in_bfloat16_has_microbatches_of_one_shape_and_counts_real_authors_only(tmp_path, clipping):
+    privacy = {"clipping": clipping, "samples_per_author": 2, "noise_multiplier": 0.0}
+    options = {"bf16": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 3}
+    batches, recorder = train(make_trainer(tmp_path, dataset=make_dataset([1, 2, 3] * 10), privacy=privacy, **options))
+    shapes = {tuple(batch["input_ids"].shape) for step in batches for batch in step.microbatches}
+    assert shapes <= {(4, length) for length in (2, 4, 8, 16)} and len(shapes) > 1
+    dummies = sum(batch["num_dummies"] for step in batches for batch in step.microbatches)
+    assert dummies > 0
+    counted = sum(log["authors_per_step"] for log in recorder.logs if "authors_per_step" in log)
+    assert counted == sum(step.batch_size for step in batches)
+
+
+def released_sum(folder, rows: list) -> torch.Tensor:
+    """Return the clipped sum over C that a step in bfloat16 releases without noise, one author a row."""
+    names = list(range(len(rows)))
+    dataset = AuthorDataset(datasets.Dataset.from_dict({"input_ids": rows}), *group_by_author(names), author_hashes(names))
+    options = {"bf16": True, "per_device_train_batch_size": 130, "learning_rate": 0.0}
+    privacy = {"noise_multiplier": 0.0, "per_sample_max_grad_norm": 0.1}
+    _, recorder = train(make_trainer(folder, tiny_gpt2(), dataset, privacy=privacy, **options))
+    return recorder.gradients[0].double() * (130 / 0.1)
+
+
+def test_train_in_bfloat16_others_do_not_move_when_authors_join(tmp_path):
+    """Were a microbatch as large as the batch, 128 authors of one text would be rounded otherwise, and all alike."""
+    text, joining = np.random.default_rng(3).integers(0, VOCABULARY, 9).tolist(), [list(range(16)), list(range(15))]
+    others = [text] * 128
+    alone, joined, all_of_them = (
+        released_sum(tmp_path / name, rows) for name, rows in (("a", others), ("b", joining), ("c", others + joining))
+    )
+    assert (all_of_them - alone - joined).norm() < 1e-3
