@@ -16,6 +16,7 @@ Example:
     >>> trainer.train()
 """
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from typing import Any, Optional
 
 import torch
 from accelerate.utils import AutocastKwargs, send_to_device
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -40,6 +42,7 @@ from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.checkpoints import (
     SignalError,
     StopOnSignal,
+    check_history,
     check_same_authors,
     check_untold,
     find_checkpoint,
@@ -62,7 +65,7 @@ from author_dp.guards import (
     check_trained_weights,
     corrects_adam,
 )
-from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count, write_json
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count
 from author_dp.loop import (
     Wrapper,
     affordable_bands,
@@ -80,6 +83,8 @@ from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, longest_sample, prove
 from author_dp.secret_generators import SecretGenerators
 from author_dp.sharding import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
+from author_dp.sidecar import starting_model
+from author_dp.weights import certified, check_same_base, describe_base, remove_report
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -208,6 +213,7 @@ class DPTrainer(Trainer):
             positions.
         canaries: authors by whom the run audits itself, not yet in the data set.
         full_shard: share weights, sums, noise and optimizer state among the processes (author_dp/sharding.py).
+        model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
         kwargs: the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
@@ -228,6 +234,7 @@ class DPTrainer(Trainer):
         sequence_len: Optional[int] = None,
         canaries: Optional[GradientCanaries] = None,
         full_shard: bool = False,
+        model_name: Optional[str] = None,
         **kwargs,
     ):
         check_options(args, privacy)
@@ -244,7 +251,9 @@ class DPTrainer(Trainer):
             logger.info(self.proof.in_words())
         self.privacy = privacy
         self.sequence_len = longest_sample(model, sequence_len)
-        self.checkpoint = find_checkpoint(args, privacy)
+        self.adapter = isinstance(model, PeftModel)
+        self.checkpoint = find_checkpoint(args, privacy, self.adapter)
+        self.start = starting_model(model_name or model.name_or_path) if args.process_index == 0 else None
         self.canaries = canaries
         if canaries is not None:
             train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
@@ -265,6 +274,7 @@ class DPTrainer(Trainer):
         self.engine: Optional[ClippingEngine] = None  # while training
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
         self.audit: Optional[dict[str, Any]] = None  # its result, for the report
+        self.adapter_base: Optional[dict[str, Any]] = None  # what an adapter is trained on, for the report
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
         self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
         self.generators: Optional[SecretGenerators] = None  # while training with privacy
@@ -290,7 +300,9 @@ class DPTrainer(Trainer):
         """
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
-            self.checkpoint = find_checkpoint(self.args, self.privacy)
+            self.checkpoint = find_checkpoint(self.args, self.privacy, self.adapter)
+        if self.args.process_index == 0:
+            self._identify_base()
         if self.checkpoint and (state := state_of(self.checkpoint)).global_step >= self.plan.steps:
             logger.info(f"{self.checkpoint} is the end of the training: nothing is left to do, or spent.")
             self.state = state
@@ -335,6 +347,22 @@ class DPTrainer(Trainer):
         """Restore the generators' states without privacy only: otherwise each training has new ones."""
         if self.generators is None:
             super()._load_rng_state(checkpoint)
+
+    def _identify_base(self) -> None:
+        """Hash an adapter's base, once; a checkpoint must have the same one, and knows the model that training started from.
+
+        Raises:
+            UserError: for another base.
+        """
+        if self.adapter:
+            base: Any = self.model
+            name = base.peft_config[base.active_adapter].base_model_name_or_path
+            self.adapter_base = describe_base(name, getattr(base.get_base_model().config, "_commit_hash", None))
+        if self.checkpoint:
+            report = json.loads((self.checkpoint / REPORT_NAME).read_text())
+            if not self.privacy.disable_dp:
+                check_same_base(self.adapter_base, report.get("adapter_base"))
+            self.start = report.get("base_model")
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""
@@ -498,14 +526,27 @@ class DPTrainer(Trainer):
         load_weights(self.model, Path(resume_from_checkpoint))
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
-        """Save model and tokenizer, and the privacy report beside them."""
+        """Save model and tokenizer, and the privacy report of these weights beside them."""
         if self.full_shard:
             state_dict = whole_weights(self.model)
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            report = self.privacy_report()
-            for folder in {Path(output_dir or self.folder), self.folder}:
-                write_json(folder / REPORT_NAME, report)
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        if self.adapter and self.adapter_base is None:  # never trained
+            self._identify_base()
+        with certified(Path(output_dir or self.folder), self.adapter, self.privacy_report):
+            super()._save(output_dir, state_dict)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""
+        if self.budget.is_first_process and not self.privacy.disable_dp:
+            check_history(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
+        super()._load_best_model()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Copy a checkpoint's weights to the folder, as the Trainer does: its privacy.json would be about others."""
+        if self.is_world_process_zero():
+            remove_report(self.folder)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `model_card`, if there is one, instead of the Trainer's card, which would show private metrics."""
@@ -527,4 +568,5 @@ class DPTrainer(Trainer):
         report = self.budget.report(self.state.global_step)
         if not self.plan.disable_dp:
             report["secure_noise"] = self.privacy.secure_noise
-        return report | {name: value for name, value in (("data", self.data), ("audit", self.audit)) if value}
+        more = {"data": self.data, "audit": self.audit, "adapter_base": self.adapter_base, "base_model": self.start}
+        return report | {name: value for name, value in more.items() if value}

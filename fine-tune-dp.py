@@ -267,7 +267,8 @@ def parse_arguments() -> tuple:
             raise UserError(f"--fsdp shares weights in float32 only: leave out {lora_args.fewer_bits()}, or --fsdp")
         check_shares(training_args, privacy_args)
     check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
-    find_checkpoint(training_args, privacy_args)  # a folder that cannot be used is refused before the data are read
+    # A folder that cannot be used is refused before the data are read.
+    find_checkpoint(training_args, privacy_args, lora_args.enable_lora)
     return groups
 
 
@@ -474,6 +475,7 @@ def main() -> None:
         sequence_len=data_args.sequence_len,
         canaries=audit if isinstance(audit, GradientCanaries) else None,
         full_shard=training_args.full_shard,
+        model_name=model_args.model_name,
         processing_class=tokenizer,
     )
     trainer.data = data_notes(data_args, tokenizer)

@@ -33,8 +33,9 @@ from transformers.utils import logging
 
 from author_dp.errors import LostProcessError, UserError
 from author_dp.guards import by_metrics
-from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, keep_private, write_json
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, keep_private, reports_in, write_json
 from author_dp.processes import wait_for_all
+from author_dp.weights import check_weights, remove_report, saved_by, weight_files
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -107,15 +108,23 @@ def rotate(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
     others = [path for path in by_step(newest.parent) if path != newest and find_damage(path) is None]
     for path in others[: max(0, len(others) + 1 - limit)]:
         if best is None or path.resolve() != Path(best).resolve():
-            shutil.rmtree(path)
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint: the Trainer's state first, as one without privacy.json would be another program's."""
+    (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    remove_report(path)
+    shutil.rmtree(path)
 
 
 @contextmanager
 def written_whole(output_dir: Path, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
     """Within, the Trainer writes the checkpoint of its step; it is sealed at the end, and only then are older ones deleted."""
     checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    if args.should_save:
-        (checkpoint / SEAL_NAME).unlink(missing_ok=True)  # of a lost step of the same number
+    if args.should_save and checkpoint.exists():  # of a lost step of the same number
+        remove_checkpoint(checkpoint)
+    wait_for_all()  # or another process could write its files before
     keep, args.save_total_limit = args.save_total_limit, None
     try:
         yield
@@ -135,14 +144,15 @@ def state_of(checkpoint: Path) -> TrainerState:
 # --- what may be resumed ----------------------------------------------------------------------------------
 
 
-def find_checkpoint(args: TrainingArguments, privacy: Any) -> Optional[Path]:
+def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Optional[Path]:
     """Return the checkpoint to go on from; None where the run starts with the model as it was given.
 
     Args:
         args: Hugging Face's; of interest are output_dir and resume_from_checkpoint (a path, or True for the newest).
         privacy: dp_utils.PrivacyArguments.
+        adapter: whether the run trains an adapter.
     Raises:
-        UserError: where spent steps would be forgotten, or there is nothing to resume.
+        UserError: where spent steps would be forgotten, the folder holds results of another run, or there is nothing to resume.
     """
     folder, resume = Path(str(args.output_dir)), args.resume_from_checkpoint
     ledger = PrivacyLedger(folder / LEDGER_NAME)
@@ -157,18 +167,18 @@ def find_checkpoint(args: TrainingArguments, privacy: Any) -> Optional[Path]:
         )
     if ledger.steps and privacy.disable_dp:
         raise UserError(f"--output_dir {folder} holds a private run: choose another --output_dir for one with --disable_dp")
-    if (folder / REPORT_NAME).exists() and not privacy.disable_dp:
-        ledger.check_report(folder / REPORT_NAME)
     if not resume:
         if ledger.steps:
             raise UserError(
                 f"--output_dir {folder} holds the privacy ledger of an earlier run: continue that run with "
                 "--resume_from_checkpoint True, or choose another --output_dir"
             )
+        check_empty(folder)
         return None
+    check_own_results(folder, ledger, privacy.disable_dp, adapter, is_first_process=args.process_index == 0)
     checkpoint = newest_whole(folder) if resume is True else Path(resume)
     if checkpoint is None:
-        if ledger.steps:
+        if ledger.steps or (privacy.disable_dp and by_step(folder)):
             logger.warning_once(
                 f"No checkpoint in {folder} is whole: starting anew, with the {ledger.steps} steps of its ledger counted."
             )
@@ -188,19 +198,64 @@ def find_checkpoint(args: TrainingArguments, privacy: Any) -> Optional[Path]:
             "optimizer would begin anew; resume from a checkpoint that was saved without --save_only_model"
         )
     if not privacy.disable_dp:
-        check_history(checkpoint, ledger)
+        check_history(checkpoint, ledger, is_first_process=args.process_index == 0)
     return checkpoint
 
 
-def check_history(checkpoint: Path, ledger: PrivacyLedger) -> None:
-    """Raise UserError unless the steps behind `checkpoint` are in `ledger`: others would be spent but not counted."""
+def check_empty(folder: Path) -> None:
+    """Raise UserError where `folder` holds a model, a checkpoint or a privacy.json: they could pass for results of this run."""
+    if results := [*weight_files(folder), *reports_in(folder), *by_step(folder)]:
+        raise UserError(
+            f"--output_dir {folder}: it holds results of another run or other weights ({names_of(results, folder)}). Choose "
+            "another --output_dir, or continue that run with --resume_from_checkpoint True"
+        )
+
+
+def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, adapter: bool, is_first_process: bool) -> None:
+    """Raise UserError where `folder` holds results of another kind than those of the run that is resumed.
+
+    Args:
+        disable_dp, adapter: the run's kind: whether it is without privacy, and whether it trains an adapter.
+        is_first_process: which alone hashes weights.
+    """
+    checkpoints, foreign = by_step(folder), []
+    for place in (folder, *checkpoints):
+        foreign += [path for path in weight_files(place) if not saved_by(adapter).fullmatch(path.name)]
+    foreign += [path for path in reports_in(folder) if ledger.check_report(path)["disable_dp"] != disable_dp]
+    # Of our own, privacy.json is written before the Trainer's state, and removed after it.
+    foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
+    if foreign:
+        kind = f"{'an adapter' if adapter else 'a full model'} {'without' if disable_dp else 'with'} privacy"
+        raise UserError(
+            f"--output_dir {folder}: it holds results of another kind of run ({names_of(foreign, folder)}) than the one that is "
+            f"resumed ({kind}). Move them away, or choose another --output_dir"
+        )
+    if is_first_process and not disable_dp and (folder / REPORT_NAME).exists():
+        check_weights(folder, ledger.check_report(folder / REPORT_NAME))
+
+
+def names_of(paths: list[Path], folder: Path) -> str:
+    """Return the first few names, for an error."""
+    names = sorted(str(path.relative_to(folder)) for path in paths)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def check_history(checkpoint: Path, ledger: PrivacyLedger, is_first_process: bool = True) -> None:
+    """Raise UserError unless the steps behind `checkpoint` are in `ledger`, and its weights are those that were saved.
+
+    Args:
+        is_first_process: which alone hashes weights.
+    """
     if checkpoint.resolve().parent != ledger.path.resolve().parent or not ledger.path.exists():
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: what it has spent is not in {ledger.path}; resume in the --output_dir that "
             "the checkpoint was made in, with its ledger"
         )
-    if ledger.check_report(checkpoint / REPORT_NAME)["disable_dp"]:
+    report = ledger.check_report(checkpoint / REPORT_NAME)
+    if report["disable_dp"]:
         raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
+    if is_first_process:
+        check_weights(checkpoint, report)
 
 
 def check_same_authors(runs: list[dict[str, Any]], kept: Optional[int], num_authors: int, hidden: bool, allowed: bool) -> None:
@@ -236,10 +291,6 @@ def check_untold(folder: Path, ledger: PrivacyLedger, hidden: bool) -> None:
     # Of headers those with steps are in check_same_authors, which knows a remedy.
     unused = (header for header, spending in zip(ledger.runs, ledger.spendings) if not spending.steps)
     told = [ledger.path] if any(header.get("num_authors") is not None for header in unused) else []
-    if not ledger.steps:
-        for path in [*folder.glob(REPORT_NAME), *folder.glob(f"*/{REPORT_NAME}")]:
-            report = ledger.check_report(path)
-            told += [path] if any(report.get(name) is not None for name in ("num_authors", "num_samples")) else []
     if told:
         raise UserError(f"--hide_counts: {told[0]} tells the number of authors, of an earlier run: choose another --output_dir")
 

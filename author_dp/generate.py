@@ -154,17 +154,20 @@ def sampling(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
 # --- the model --------------------------------------------------------------------------------------------
 
 
-def load(folder: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the model of a folder, a LoRA adapter merged into its base, and the tokenizer.
 
+    Args:
+        revision: the commit of a base from the hub; default: the newest.
     Raises:
         UserError: with what is wrong with the folder.
     """
     local_only, base = False, None
+    options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         base = base_of_adapter(folder)
         local_only = base is not None and not os.path.isdir(base) and not hub_is_reachable()
-        model: Any = load_base(base or folder, local_files_only=local_only)
+        model: Any = load_base(base or folder, local_files_only=local_only, **options)
         if base is not None:
             adapted: Any = load_adapter(model, folder)
             model = adapted.merge_and_unload()
@@ -250,7 +253,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     guarantee, kind = sidecar.read_guarantee(Path(args.folder)), origin(args)
     said = sidecar.claim(guarantee, kind)
     notes = (guarantee or {}).get("data") or {}
-    model, tokenizer = load(args.folder)
+    model, tokenizer = load(args.folder, (guarantee or {}).get("adapter_base", {}).get("revision"))
     prompts = make_prompts(
         tokenizer,
         notes.get("start_token"),

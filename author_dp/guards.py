@@ -33,6 +33,7 @@ REFUSED_OPTIONS = {
     "neftune_noise_alpha": "its noise is not the noise of the mechanism; leave it out",
     "label_smoothing_factor": "it would replace the per-author loss; leave it at 0",
     "torch_compile": "it hides the layers from the clipping hooks; leave it out",
+    "save_on_each_node": "other nodes know nothing of the ledger, so their privacy.json would be wrong; leave it out",
     "use_liger_kernel": "it fuses the loss, which must be per author; leave it out",
 }
 

@@ -318,6 +318,11 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
     fsync_folder(path.parent)
 
 
+def reports_in(folder: Path) -> list[Path]:
+    """Return each privacy.json of a run: that of its folder, while it holds a model, and those of its checkpoints."""
+    return sorted([*folder.glob(REPORT_NAME), *folder.glob(f"checkpoint-*/{REPORT_NAME}")])
+
+
 def hidden_count(folder: Path) -> Optional[int]:
     """Return the number of authors of the last run with --hide_counts in `folder`; None where that is not known."""
     try:
@@ -471,8 +476,8 @@ def main(arguments: list[str]) -> None:
         ledger = PrivacyLedger(folder / LEDGER_NAME)
         if not ledger.runs:
             raise UserError(f"OUTPUT_DIR {folder} holds no {LEDGER_NAME} with a run in it: give the --output_dir of a run")
-        if (folder / REPORT_NAME).exists():
-            ledger.check_report(folder / REPORT_NAME)
+        for path in reports_in(folder):
+            ledger.check_report(path)
         ledgers.append(ledger)
     print(account(ledgers[0], delta) if len(ledgers) == 1 else account_together(ledgers, delta))
 

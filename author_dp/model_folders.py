@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from author_dp.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 POINTER = b"version https://git-lfs"
 
 
@@ -25,18 +26,29 @@ def base_of_adapter(name: str) -> Optional[str]:
     """Return the base model of the LoRA adapter in a local folder, None where it holds none.
 
     A base named by a relative path is looked for from here, then from the adapter's folder.
+
+    Raises:
+        UserError: where the folder holds a full model too, the base is an adapter itself, or is not named.
     """
     path = Path(name) / ADAPTER_CONFIG
     if not path.is_file():
         return None
+    if full := [entry.name for pattern in FULL_WEIGHTS for entry in sorted(Path(name).glob(pattern))]:
+        raise UserError(
+            f"--model_name {name}: it holds both an adapter ({ADAPTER_CONFIG}) and a full model ({', '.join(full)}), so it is "
+            "not clear which one to load. Move one of them to another folder"
+        )
     try:
         base = json.loads(path.read_text())["base_model_name_or_path"]
-        if not isinstance(base, str):
+        if not isinstance(base, str) or not base:
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model_name {name}: {ADAPTER_CONFIG} does not name its base model: copy the adapter anew") from error
     beside = Path(name) / base
-    return str(beside.resolve()) if not os.path.isdir(base) and beside.is_dir() else absolute(base)
+    found = str(beside.resolve()) if not os.path.isdir(base) and beside.is_dir() else absolute(base)
+    if (Path(found) / ADAPTER_CONFIG).exists():
+        raise UserError(f"--model_name {name}: its base {found} holds an adapter itself. Merge that one into its own base first")
+    return found
 
 
 def absolute(name: str) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,9 +23,11 @@ from author_dp.accounting import PrivacyLoss
 from author_dp.attack import attack
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
-from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, keep_private, write_json
+from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, keep_private, reports_in, write_json
+from author_dp.plan import PrivacyPlan
 from author_dp.report_figures import draw_all
 from author_dp.report_page import PAGE_NAME, STATISTICS_NAME, page
+from author_dp.weights import check_weights
 
 # --- what is noted during the run -------------------------------------------------------------------------
 
@@ -86,10 +89,12 @@ def merged(old: dict, new: dict) -> dict:
 def report_anew(path: Path, ledger: PrivacyLedger) -> tuple[dict[str, Any], Optional[PrivacyLoss]]:
     """Return the report at `path` with what all steps of its ledger have spent since, and the accountant that says so, if any.
 
+    Where there is no file, since the run has not finished, the report is of the ledger's last run and certifies nothing.
+
     Raises:
         UserError: for a report that knows more than the ledger does.
     """
-    report, loss = ledger.check_report(path), None
+    report, loss = ledger.check_report(path) if path.exists() else report_of_ledger(ledger), None
     if not report["disable_dp"] and ledger.steps:
         loss = PrivacyLoss(ledger.spendings, report["delta"])
         epsilon = loss.epsilon(ledger.spendings) if ledger.alarm is None else math.inf
@@ -102,6 +107,14 @@ def report_anew(path: Path, ledger: PrivacyLedger) -> tuple[dict[str, Any], Opti
     return report, loss
 
 
+def report_of_ledger(ledger: PrivacyLedger) -> dict[str, Any]:
+    """Return the report of an interrupted run, without what it has spent."""
+    names = {field.name for field in fields(PrivacyPlan)}
+    plan = PrivacyPlan(**{name: value for name, value in ledger.runs[-1].items() if name in names})
+    alarm = {} if ledger.alarm is None else {"alarm": ledger.alarm}
+    return {**plan.report(math.inf, ledger.steps), **alarm, "interrupted": True, "ledger_link": ledger.links[-1]}
+
+
 def write_report(folder: Path, hidden: bool = False) -> None:
     """Write report.html and report/*.png of the run in `folder`.
 
@@ -110,9 +123,9 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     Raises:
         UserError: where the folder holds no report of a run, or a ledger that was changed.
     """
-    if not (folder / REPORT_NAME).exists():
-        raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME}: give the --output_dir of a run")
     ledger = PrivacyLedger(folder / LEDGER_NAME)
+    if not (folder / REPORT_NAME).exists() and not ledger.runs:
+        raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
     report, loss = report_anew(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}
@@ -123,11 +136,21 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")
 
 
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise UserError("usage: python -m author_dp.report OUTPUT_DIR")
+    folder = Path(arguments[0])
+    ledger = PrivacyLedger(folder / LEDGER_NAME)
+    for path in reports_in(folder):
+        report = ledger.check_report(path)
+        if path.parent == folder and not report["disable_dp"]:
+            check_weights(folder, report)
+    write_report(folder)
+
+
 if __name__ == "__main__":
     try:
-        if len(sys.argv) != 2:
-            raise UserError("usage: python -m author_dp.report OUTPUT_DIR")
-        write_report(Path(sys.argv[1]))
+        main(sys.argv[1:])
     except UserError as error:
         print(f"author_dp.report: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ from typing import Optional
 from author_dp.accounting import guarantee_in_words
 from author_dp.release import in_words
 
+INTERRUPTED = "nothing yet, as the run has not saved its model; epsilon is what the steps in its ledger have spent"
 STATISTICS_NAME = "_private_statistics.json"
 PAGE_NAME = "report.html"
 BLUE, RED, GREY = "#1b6ca8", "#c8553d", "#8a8f98"
@@ -31,6 +32,8 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
         return [("Guarantee", f"none: the run found that its mechanism is not what its ledger says ({report['alarm']})")]
     rows = [
         ("Guarantee", guarantee_in_words(report["epsilon"], report["delta"])),
+        *([("Certified", INTERRUPTED)] if report.get("interrupted") else []),
+        *([("Starting model", model_in_words(report["base_model"]))] if "base_model" in report else []),
         ("Setting", "central: the trainer sees the data, the public sees the model"),
         ("Definition", "approximate DP, (epsilon, delta)"),
         ("Privacy unit", "one author with all samples"),
@@ -67,6 +70,25 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
     return rows
 
 
+def model_in_words(model: dict) -> str:
+    """Return what a model that training started from promises to its own authors.
+
+    Args:
+        model: from `sidecar.starting_model`.
+    """
+    if not model["covered"]:
+        return f"{model['name']} has no guarantee ({model['reason']})"
+    words = f"{model['name']} has {guarantee_in_words(model['epsilon'], model['delta'])}, on top for authors of both trainings"
+    return f"{words}; it started from {model_in_words(model['base_model'])}" if "base_model" in model else words
+
+
+def has_guarantee(report: dict) -> bool:
+    """Return whether the folder's model has a guarantee, and the one that it started from, if this program trained that too."""
+    return (
+        report["epsilon"] is not None and not report.get("interrupted") and report.get("base_model", {"covered": True})["covered"]
+    )
+
+
 def noise_bands(report: dict) -> list[tuple[str, str]]:
     """Return a row where noise is correlated over steps; reports of older versions do not know of it."""
     if report.get("noise_bands", 1) == 1:
@@ -99,6 +121,13 @@ def attacker(report: dict) -> list[tuple[str, str]]:
 def in_plain_words(report: dict) -> str:
     if report["disable_dp"] or report["epsilon"] is None:
         return "This model was trained without a privacy guarantee. It may repeat what its authors wrote."
+    if report.get("interrupted"):
+        return f"Certified: {INTERRUPTED}."
+    if not has_guarantee(report):
+        return (
+            "This training has the guarantee above for its own authors, but it started from a model that has none: "
+            f"{model_in_words(report['base_model'])}. The model may repeat what the authors of that one wrote."
+        )
     rates = report.get("tpr_at_fpr") or {}
     found = ""
     if "0.01" in rates:
@@ -246,13 +275,12 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
         picture = base64.b64encode(path.read_bytes()).decode()
         mark = PRIVATE if is_private else PUBLIC
         pictures += f'<figure><img alt="{name}" src="data:image/png;base64,{picture}"><figcaption>{mark}</figcaption></figure>'
-    has_guarantee = report["epsilon"] is not None
     return PAGE.format(
         title=html.escape(title), rows=rows, figures=pictures, cite=html.escape(CITE), not_covered=NOT_COVERED, red=RED,
         headline=html.escape(guarantee(report)[0][1]), words=html.escape(in_plain_words(report)),
-        colour=BLUE if has_guarantee else RED,
+        colour=BLUE if has_guarantee(report) else RED,
         losses=loss_table(statistics.get("log", []), statistics.get("evaluation", {})),
-        specimens=specimens_in_html(statistics.get("specimens", {}), has_guarantee),
+        specimens=specimens_in_html(statistics.get("specimens", {}), has_guarantee(report)),
     )  # fmt: skip
 
 
@@ -260,7 +288,7 @@ def card(report: dict, base_model: str) -> str:
     """Return a model card with Hugging Face's metadata; public values only."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in guarantee(report))
     base = f"base_model: {base_model}\n" if base_model and not Path(base_model).exists() else ""
-    is_private = report["epsilon"] is not None
+    is_private = has_guarantee(report)
     tags = "- differential-privacy\n- author-level-dp\n" if is_private else ""
     title = "Fine-tuned with author-level differential privacy" if is_private else "Fine-tuned without a privacy guarantee"
     return f"""---

@@ -1,8 +1,8 @@
 """The guarantee that travels with synthetic text: a file beside it that says what is covered, and what is not.
 
 Promise: a sidecar has an epsilon only where the text is post-processing [1] of a model that has one: its prompts are fixed or
-public by the word of whoever made it, and the model's privacy.json agrees with its ledger. Otherwise epsilon is null and the
-first line says why. It holds public values only, and names its text by SHA-256, so that no other text can claim it.
+public by the word of whoever made it, and the model's privacy.json agrees with its weights and its ledger. Otherwise epsilon is
+null and the first line says why. It holds public values only, and names its text by SHA-256, so that no other text can claim it.
 
     synthetic.jsonl                 the text
     synthetic.jsonl.privacy.json    its sidecar
@@ -11,15 +11,21 @@ References:
     [1] Dwork and Roth 2014, The Algorithmic Foundations of Differential Privacy, Proposition 2.1
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Optional
 
+from transformers.utils import logging
+
 from author_dp.accounting import guarantee_in_words
 from author_dp.errors import UserError
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
+from author_dp.model_folders import base_of_adapter
 from author_dp.report import report_anew
+from author_dp.report_page import model_in_words
+from author_dp.weights import check_weights, sha256_of
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 SUFFIX = ".privacy.json"
 NO_PROMPTS, FIXED, PUBLIC, PRIVATE = "none", "fixed", "public", "private"  # where prompts come from
@@ -29,6 +35,7 @@ PUBLIC_KEYS = (
     "privacy_unit", "adjacency", "accountant", "sampling", "epsilon", "delta", "target_epsilon", "noise_multiplier", "clip_norm",
     "sample_rate", "expected_batch_size", "steps", "num_authors", "samples_per_author", "clipping", "world_size", "disable_dp",
     "noise_bands", "accounted_sample_rate", "accounted_steps", "mu_gdp", "tpr_at_fpr", "data", "ledger_link", "alarm",
+    "weights", "adapter_base", "base_model",
 )  # fmt: skip
 
 NOT_COVERED = (
@@ -51,13 +58,12 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
     """Return the public part of a model's guarantee, epsilon anew from the ledger where that is at hand; None if it has none.
 
     Raises:
-        UserError: for a privacy.json that cannot be read, or knows more than the ledger beside it.
+        UserError: for a privacy.json that cannot be read, knows more than the ledger beside it, or certifies other weights.
     """
     path = folder / REPORT_NAME
     if not path.exists():
         return None
-    is_checkpoint = folder.resolve().name.startswith("checkpoint-")  # whose ledger is one up
-    ledger = PrivacyLedger((folder.resolve().parent if is_checkpoint else folder) / LEDGER_NAME)
+    ledger = PrivacyLedger(ledger_path(folder))
     if ledger.runs:
         report, _ = report_anew(path, ledger)
         report["alarm"] = ledger.alarm
@@ -65,8 +71,64 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
         report = read_json(path)
         if not {"epsilon", "delta", "disable_dp"} <= report.keys():
             raise UserError(f"{path} is not a report of this program: restore it, or generate from another folder")
+    if not report["disable_dp"]:
+        check_weights(folder, report)
     split = {"split": ledger.runs[-1].get("split")} if ledger.runs else {}
     return {**{key: report[key] for key in PUBLIC_KEYS if key in report}, **split, "ledger_was_read": bool(ledger.runs)}
+
+
+def ledger_path(folder: Path) -> Path:
+    """Return where the ledger of a model's folder is: beside it, or beside its checkpoint."""
+    is_checkpoint = folder.resolve().name.startswith("checkpoint-")
+    return (folder.resolve().parent if is_checkpoint else folder) / LEDGER_NAME
+
+
+def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
+    """Describe the guarantee of a model that a training starts from, where this program trained it; None for any other model.
+
+    Args:
+        name: hub name or local folder.
+    """
+    if not name or not (folder := Path(name)).is_dir():
+        return None
+    reason: Optional[str]
+    try:
+        guarantee = read_guarantee(folder)
+    except UserError as error:
+        logger.warning(f"--model_name {name}: {error}")
+        reason = "its privacy.json does not certify its weights"
+    else:
+        if guarantee is not None:
+            reason = why_not_covered(guarantee)
+        elif ledger_path(folder).exists():
+            reason = "it has a privacy ledger, but no privacy.json: its run did not finish"
+        else:
+            base = base_of_adapter(name)
+            return None if base is None else starting_model(base)
+    described: dict[str, Any] = {"name": folder.resolve().name, "covered": reason is None, "epsilon": None, "delta": None}
+    if reason is None and guarantee is not None:
+        described |= {key: guarantee[key] for key in ("epsilon", "delta", "base_model") if key in guarantee}
+    else:
+        described["reason"] = reason
+    logger.warning(f"--model_name {name} was trained by this program: {model_in_words(described)}")
+    return described
+
+
+def why_not_covered(guarantee: dict[str, Any]) -> Optional[str]:
+    """Return why a model has no guarantee; None where it has one.
+
+    Args:
+        guarantee: from `read_guarantee`.
+    """
+    if guarantee["disable_dp"]:
+        return "its model was trained without privacy (--disable_dp)"
+    if guarantee.get("alarm"):
+        return f"the run of its model found that its mechanism is not what its ledger says ({guarantee['alarm']})"
+    if guarantee["epsilon"] is None:
+        return "the epsilon of its model is infinite"
+    if not guarantee.get("base_model", {"covered": True})["covered"]:
+        return f"the training of its model started from another one: {model_in_words(guarantee['base_model'])}"
+    return None
 
 
 def claim(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
@@ -79,14 +141,10 @@ def claim(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
     reason = None
     if guarantee is None:
         reason = f"its model has no {REPORT_NAME}: nothing is known of how its training data are protected"
-    elif guarantee["disable_dp"]:
-        reason = "its model was trained without privacy (--disable_dp)"
-    elif guarantee.get("alarm"):
-        reason = f"the run of its model found that its mechanism is not what its ledger says ({guarantee['alarm']})"
-    elif guarantee["epsilon"] is None:
-        reason = "the epsilon of its model is infinite"
-    elif prompts == PRIVATE:
-        reason = "its prompts or fields are taken from private data"
+    else:
+        reason = why_not_covered(guarantee)
+        if reason is None and prompts == PRIVATE:
+            reason = "its prompts or fields are taken from private data"
     if reason is not None or guarantee is None:
         words = f"NO PRIVACY GUARANTEE: {reason}. The text may repeat what people wrote: do not publish it."
     else:
@@ -94,6 +152,8 @@ def claim(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
             f"{guarantee_in_words(guarantee['epsilon'], guarantee['delta'])}: the text is post-processing of a model with that "
             "guarantee for each author of its training data, and costs nothing more, however much of it there is."
         )
+        if "base_model" in guarantee:
+            words += f" The training started from another model: {model_in_words(guarantee['base_model'])}."
     covered = reason is None and guarantee is not None
     excluded = [PRIVATE_PROMPTS] if prompts == PRIVATE else [] if prompts == NO_PROMPTS else [PUBLIC_PROMPTS]
     return {
@@ -126,6 +186,11 @@ def check_sidecar(text: Path) -> dict[str, Any]:
             f"{text} is not the text that {path.name} was written for, by its SHA-256: what is said there does not hold for it; "
             "restore the file, or generate it anew"
         )
+    if sidecar.get("covered") and not (sidecar.get("model") or {}).get("weights"):
+        raise UserError(
+            f"{path}: it does not say which weights wrote the text, as an older version wrote it, so what it claims is not "
+            "certain. Generate the text anew"
+        )
     return sidecar
 
 
@@ -137,16 +202,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it") from error
     return content
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else digest(file)
-
-
-def digest(file: Any) -> str:
-    """The same on python 3.10."""
-    found = hashlib.sha256()
-    while block := file.read(2**20):
-        found.update(block)
-    return found.hexdigest()

@@ -1,6 +1,7 @@
 """checkpoints.py in one process: what may be resumed, what is whole, what a signal does. Real faults are in test_faults.py."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ from conftest import make_dataset, make_trainer, resumable, sample
 from transformers import TrainerControl
 
 from author_dp.accounting import Spending
-from author_dp.checkpoints import SEAL_NAME, StopOnSignal, find_damage, newest_whole, seal
+from author_dp.checkpoints import SEAL_NAME, StopOnSignal, check_history, find_damage, newest_whole, seal
 from author_dp.errors import UserError
+from author_dp.ledger import PrivacyLedger
 
 
 def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):
@@ -27,19 +29,19 @@ def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):
     with pytest.raises(UserError, match=elsewhere):
         resumable(tmp_path / "b").train(resume_from_checkpoint=checkpoint)
     (tmp_path / "a" / "privacy_ledger.jsonl").unlink()
-    with pytest.raises(UserError, match="lacks records"):  # the report beside it knows better
-        resumable(tmp_path / "a", resume_from_checkpoint=True)
-    (tmp_path / "a" / "privacy.json").unlink()
-    with pytest.raises(UserError, match=elsewhere):
+    with pytest.raises(UserError, match="lacks records"):  # the checkpoint's report knows better
         resumable(tmp_path / "a", resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_without_privacy_is_not_resumed_with_it(tmp_path):
     plain = {"privacy": {"disable_dp": True, "noise_multiplier": None}, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    make_trainer(tmp_path, **plain).train()
+    make_trainer(tmp_path / "plain", **plain).train()
     resumable(tmp_path, max_steps=1).train()
-    with pytest.raises(UserError, match=r"checkpoint-2 was trained with --disable_dp"):
+    shutil.copytree(tmp_path / "plain" / "checkpoint-2", tmp_path / "checkpoint-2")
+    with pytest.raises(UserError, match=r"another kind of run \(checkpoint-2/privacy\.json\)"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(UserError, match=r"checkpoint-2 was trained with --disable_dp"):
+        check_history(tmp_path / "checkpoint-2", PrivacyLedger(tmp_path / "privacy_ledger.jsonl"))
     with pytest.raises(UserError, match="holds a private run"):
         make_trainer(tmp_path, **plain)
 

@@ -187,7 +187,8 @@ def test_epsilon_is_that_of_the_ledger_not_of_an_edited_report(folder):
 def test_a_checkpoint_has_the_ledger_of_its_run(folder):
     checkpoint = folder / "checkpoint-2"
     checkpoint.mkdir()
-    (checkpoint / "privacy.json").write_bytes((folder / "privacy.json").read_bytes())
+    for name in ("privacy.json", "config.json", "model.safetensors"):
+        (checkpoint / name).write_bytes((folder / name).read_bytes())
     assert sidecar.read_guarantee(checkpoint)["ledger_was_read"]
     (folder / "privacy_ledger.jsonl").unlink()
     assert not sidecar.read_guarantee(checkpoint)["ledger_was_read"]  # a model from elsewhere: as its privacy.json says

@@ -45,6 +45,7 @@ def without_chance(name: str, content: bytes) -> object:
     if name.endswith("training_args.bin"):
         options = torch.load(io.BytesIO(content), weights_only=False).to_dict()
         content = json.dumps(options, default=str).encode()
+    content = re.sub(rb'"weights": {[^}]*}', b"", content)
     text = re.sub(rb'"(link|ledger_link|name|started)": "[^"]*"', b"", content)
     return re.sub(rb"/[\w/.-]*/run-[ab]|runs/[\w.-]+", b"", text)
 
@@ -156,5 +157,5 @@ def test_a_run_that_took_no_step_has_told_the_number_too(tmp_path):
 def test_so_has_a_report_of_a_run_without_privacy(tmp_path, where):
     (tmp_path / where).parent.mkdir(exist_ok=True)
     (tmp_path / where).write_text(json.dumps({"disable_dp": True, "num_authors": 40, "num_samples": None}))
-    with pytest.raises(UserError, match=r"--hide_counts: .*privacy\.json tells the number of authors"):
+    with pytest.raises(UserError, match=rf"results of another run .*{where}"):
         make_trainer(tmp_path, privacy=HIDDEN, dataset=make_dataset([3] * 40))

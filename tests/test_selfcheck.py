@@ -97,7 +97,7 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
         trainer.train()
     patch.undo()
     assert not (tmp_path / "checkpoint-6").exists()
-    for path in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
+    for path in (tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
         report = read_report(path)
         assert report["epsilon"] is None and "its scale" in report["alarm"] and report["steps"] in (2, 4)
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")

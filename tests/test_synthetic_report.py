@@ -107,7 +107,11 @@ def test_other_held_out_authors_than_the_runs_are_refused():
             split(rows, model, Namespace(**OPTIONS))
             pytest.fail("not noticed")
     with pytest.raises(UserError, match="leave out --validation_file"):
-        split(rows, {"split": split_name(42, 0.25, "author")}, Namespace(**{**OPTIONS, "validation_file": ["v.jsonl"]}))
+        split(
+            rows,
+            {"split": split_name(42, 0.25, "author"), "weights": {"a": "b"}},
+            Namespace(**{**OPTIONS, "validation_file": ["v.jsonl"]}),
+        )
 
 
 # --- use --------------------------------------------------------------------------------------------------
@@ -155,7 +159,13 @@ def make_files(tmp_path: Path, monkeypatch) -> tuple[Path, Path]:
     real.write_text("".join(json.dumps(row) + "\n" for row in rows))
     synthetic = tmp_path / "s.jsonl"
     synthetic.write_text("".join(json.dumps({"content": t, "animal": t.split()[1]}) + "\n" for t in sentences(50, 2)))
-    guarantee = {"epsilon": 8.0, "delta": 1e-5, "disable_dp": False, "split": split_name(42, 0.25, "author")}
+    guarantee = {
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "disable_dp": False,
+        "split": split_name(42, 0.25, "author"),
+        "weights": {"a": "b"},
+    }
     write_json(sidecar_of(synthetic), {**claim(guarantee, "none"), "sha256": sha256_of(synthetic)})
     return synthetic, real
 
