@@ -6,11 +6,12 @@ Promise: only the shards that are needed are opened; where the hub cannot be rea
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Optional
 
 import fsspec
 import pyarrow as pa
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, hf_hub_download
 
 from author_dp.errors import UserError
 from author_dp.readers import Columns, read_open_parquet
@@ -23,6 +24,16 @@ def hub_is_reachable() -> bool:
     except Exception:  # whatever the HTTP library, its proxy, or offline mode raises: it is not to be had
         return False
     return True
+
+
+def local_copy(name: str, file: str) -> Optional[Path]:
+    """Return the folder of a model: itself where it is local, the cached copy of a hub model that has `file`; None otherwise."""
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=not hub_is_reachable())).parent
+    except Exception:  # of many kinds: there is no such file or model, or the hub cannot be reached
+        return None
 
 
 def hub_error(option: str, name: str) -> UserError:

@@ -56,6 +56,11 @@ def absolute(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
+def public_name(name: str) -> str:
+    """Return a hub name as it is, and of a local path the last part alone."""
+    return Path(name).resolve().name if os.path.isdir(name) else name
+
+
 def check_folder(name: str) -> None:
     """Raise UserError for a local folder that holds no model, or files that are not what their names say."""
     folder = Path(name)

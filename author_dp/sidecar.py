@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from author_dp.accounting import guarantee_in_words
 from author_dp.errors import UserError
+from author_dp.hub import local_copy
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
-from author_dp.model_folders import base_of_adapter
+from author_dp.model_folders import base_of_adapter, public_name
 from author_dp.report import report_anew
 from author_dp.report_page import model_in_words
 from author_dp.weights import check_weights, sha256_of
@@ -89,7 +90,7 @@ def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
     Args:
         name: hub name or local folder.
     """
-    if not name or not (folder := Path(name)).is_dir():
+    if not name or (folder := local_copy(name, REPORT_NAME)) is None:
         return None
     reason: Optional[str]
     try:
@@ -105,7 +106,7 @@ def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
         else:
             base = base_of_adapter(name)
             return None if base is None else starting_model(base)
-    described: dict[str, Any] = {"name": folder.resolve().name, "covered": reason is None, "epsilon": None, "delta": None}
+    described: dict[str, Any] = {"name": public_name(name), "covered": reason is None, "epsilon": None, "delta": None}
     if reason is None and guarantee is not None:
         described |= {key: guarantee[key] for key in ("epsilon", "delta", "base_model") if key in guarantee}
     else:

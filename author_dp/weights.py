@@ -21,7 +21,7 @@ from typing import Any, Optional
 
 from author_dp.errors import UserError
 from author_dp.ledger import REPORT_NAME, fsync_folder, write_json
-from author_dp.model_folders import base_of_adapter
+from author_dp.model_folders import base_of_adapter, public_name
 
 # Whatever a library may load as weights, and what says how: a shard index, the configuration, an adapter's.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -58,9 +58,12 @@ def saved_by(adapter: bool) -> re.Pattern[str]:
 
 def sha256_of(path: Path) -> str:
     found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                found.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: it cannot be read ({error.strerror}). Restore it") from error
     return found.hexdigest()
 
 
@@ -77,7 +80,7 @@ def describe_base(name: Optional[str], revision: Optional[str] = None) -> dict[s
         revision: the commit, where it is known.
     """
     if name and os.path.isdir(name):
-        return {"name": Path(name).resolve().name, "files": hash_weights(Path(name))}
+        return {"name": public_name(name), "files": hash_weights(Path(name))}
     return {"name": name or None, "revision": revision}
 
 

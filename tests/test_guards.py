@@ -20,6 +20,7 @@ from dp_utils import PrivacyArguments
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
         ({"torch_compile": True}, "--torch_compile"),
         ({"use_liger_kernel": True}, "--use_liger_kernel"),
+        ({"save_on_each_node": True}, "--save_on_each_node.*ledger"),
         ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["c_attn"]}, "--optim"),
     ],
 )

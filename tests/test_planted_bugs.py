@@ -42,6 +42,7 @@ import test_selfcheck
 import test_sharding
 import test_specimens
 import test_synthetic_report
+import test_weights
 import torch
 from planting import find, with_edit
 
@@ -58,6 +59,8 @@ PLAIN = "author_dp.clipping.grad_sample.GradSampleClipping.backward"
 TWO_PASS = "author_dp.clipping.two_pass.TwoPassClipping"
 LOSSES = "author_dp.mechanism.author_losses"
 LEDGER = "author_dp.ledger.PrivacyLedger"
+CERTIFIED = "author_dp.weights.certified"
+CHECK = "author_dp.weights.check_weights"
 CONTRIBUTIONS = "author_dp.clipping.contributions"
 NOISE = "author_dp.noise.NoiseSource"
 DRAW = "author_dp.mechanism.PoissonAuthorSampler"
@@ -310,7 +313,8 @@ BUGS = [
         lambda path, _: test_budget.test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(path)),
     Bug("the budget passed", "author_dp.budget.Budget.record_step", "if self.steps >= self.allowed_steps:", "if False:",
         lambda path, _: test_budget.test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(path)),
-    Bug("a checkpoint without its ledger", "author_dp.checkpoints.find_checkpoint", "check_history(checkpoint, ledger)", "pass",
+    Bug("a checkpoint without its ledger", "author_dp.checkpoints.find_checkpoint",
+        "check_history(checkpoint, ledger, is_first_process=args.process_index == 0)", "pass",
         lambda path, _: test_checkpoints.test_a_checkpoint_is_not_resumed_away_from_its_ledger(path)),
     Bug("a half-written checkpoint taken", "author_dp.checkpoints.newest_whole", "if damage is None:", "if True:",
         lambda path, _: test_checkpoints.test_a_damaged_checkpoint_is_passed_over(path, "unsealed")),
@@ -434,17 +438,17 @@ BUGS = [
     Bug("a split that forgets by which column", "author_dp.authors.split_name", ":{author_column}", "",
         lambda *_: test_release.test_a_split_has_another_name_with_another_rule()),
     # What is claimed for synthetic text.
-    Bug("text of private prompts is covered", "author_dp.sidecar.claim", "elif prompts == PRIVATE:", "elif False:",
+    Bug("text of private prompts is covered", "author_dp.sidecar.claim", "prompts == PRIVATE:", "False:",
         lambda *_: test_generate.test_the_word_on_prompts_decides()),
     Bug("nobody is asked where prompts come from", "author_dp.generate.check",
         "if args.prompts and not (args.public_prompts or args.private_prompts):", "if False:",
         lambda path, _: test_generate.test_prompts_need_a_word_on_where_they_come_from(path, path)),
-    Bug("text of a model with infinite epsilon is covered", "author_dp.sidecar.claim",
-        'elif guarantee["epsilon"] is None:', "elif False:",
+    Bug("text of a model with infinite epsilon is covered", "author_dp.sidecar.why_not_covered",
+        'if guarantee["epsilon"] is None:', "if False:",
         lambda *_: test_generate.test_nothing_is_claimed_where_there_is_no_guarantee(
             {"epsilon": None, "delta": 1e-5, "disable_dp": False}, "infinite")),
-    Bug("text of a model whose mechanism failed is covered", "author_dp.sidecar.claim",
-        'elif guarantee.get("alarm"):', "elif False:",
+    Bug("text of a model whose mechanism failed is covered", "author_dp.sidecar.why_not_covered",
+        'if guarantee.get("alarm"):', "if False:",
         lambda *_: test_generate.test_nothing_is_claimed_where_there_is_no_guarantee(
             {"epsilon": 2.0, "delta": 1e-5, "disable_dp": False, "alarm": "half the noise"}, "half the noise")),
     Bug("an edited epsilon travels with the text", "author_dp.sidecar.read_guarantee", "report, _ = report_anew(path, ledger)",
@@ -458,6 +462,62 @@ BUGS = [
         lambda path, _: test_generate.test_a_text_that_was_changed_is_not_the_sidecars(test_generate.made(path), path)),
     Bug("text that nothing covers is for everybody", "author_dp.generate.generate", 'else 0o600', "else 0o666",
         lambda path, _: test_generate.test_private_prompts_are_covered_by_nothing(test_generate.made(path), path)),
+    # Which weights privacy.json is about.
+    Bug("privacy.json written before the weights", CERTIFIED, "    yield\n",
+        "    write_json(folder / REPORT_NAME, {**make_report(), 'weights': hash_weights(folder)})\n    yield\n",
+        lambda path, _: test_weights.test_wherever_a_save_is_cut_nothing_false_is_certified(path, "Ctrl-C", "model")),
+    Bug("privacy.json of before left while weights are written", CERTIFIED, "remove_report(folder)", "pass",
+        lambda path, _: test_weights.test_wherever_a_save_is_cut_nothing_false_is_certified(path, "killed", "model")),
+    Bug("hashes of another folder", CERTIFIED, "hash_weights(folder)", "hash_weights(folder.parent)",
+        lambda path, _: test_weights.test_a_run_certifies_its_own_weights_and_those_of_its_checkpoints(path, False)),
+    Bug("weights of another run certified with ours", CERTIFIED, "if not own.fullmatch(Path(name).name)]", "if False]",
+        lambda path, _: test_weights.test_what_somebody_puts_there_during_the_run_is_not_certified(path)),
+    Bug("shards of before certified with the weights", CERTIFIED, "path.unlink()", "pass",
+        lambda path, _: test_weights.test_sharded_weights_are_certified_and_replaced_by_others(path)),
+    Bug("the folder's privacy.json written with each checkpoint", "dp_utils.DPTrainer._save", "with certified(",
+        "with certified(self.folder, self.adapter, self.privacy_report), certified(",
+        lambda path, _: test_weights.test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(path)),
+    Bug("a weight file beside the weights", CHECK, "if extra := sorted(found - named.keys()):", "if extra := []:",
+        lambda path, _: test_weights.test_other_weights_are_refused_by_all_that_read_a_guarantee(path, "adapter beside")),
+    Bug("other weights of the same name", CHECK, "sha256_of(folder / name) != named[name]", "False",
+        lambda path, _: test_weights.test_other_weights_are_refused_by_all_that_read_a_guarantee(path, "one byte")),
+    Bug("a report that names no weights", CHECK, "    if not isinstance",
+        "    if named is None:\n        return\n    if not isinstance",
+        lambda path, _: test_weights.test_other_weights_are_refused_by_all_that_read_a_guarantee(path, "no key")),
+    Bug("a configuration that is not hashed", "author_dp.weights.is_weight_file", "name in CONFIGS or", "",
+        lambda path, _: test_weights.test_other_weights_are_refused_by_all_that_read_a_guarantee(path, "configuration")),
+    Bug("another base under the adapter", CHECK, "check_base(folder, report)", "pass",
+        lambda path, _: test_weights.test_another_adapter_or_base_is_refused(path, "base")),
+    Bug("a local folder for a base of the hub", "author_dp.weights.check_base", "if files is None:", "if files is None:\n        "
+        "return\n    if False:",
+        lambda path, _: test_weights.test_a_folder_that_is_named_like_a_base_of_the_hub_is_not_that_base(path)),
+    Bug("text written by other weights", "author_dp.sidecar.read_guarantee", "check_weights(folder, report)", "pass",
+        lambda path, _: test_weights.test_other_weights_are_refused_by_all_that_read_a_guarantee(path, "one byte")),
+    Bug("a page on other weights", "author_dp.report.main", "check_weights(folder, report)", "pass",
+        lambda path, _: test_weights.test_other_weights_are_refused_by_all_that_read_a_guarantee(path, "one byte")),
+    Bug("a sidecar that names no weights", "author_dp.sidecar.check_sidecar", 'sidecar.get("covered") and', "False and",
+        lambda path, _: test_weights.test_a_text_whose_sidecar_names_no_weights_is_not_covered(path)),
+    Bug("other weights resumed", "author_dp.checkpoints.check_history", "check_weights(checkpoint, report)", "pass",
+        lambda path, _: test_weights.test_another_checkpoint_under_the_same_certificate_is_not_resumed(path)),
+    Bug("an adapter resumed on another base", "dp_utils.DPTrainer._identify_base", "check_same_base(self.adapter_base, ",
+        "print(self.adapter_base, ", lambda path, _: test_weights.test_an_adapter_is_not_resumed_on_another_base(path)),
+    Bug("the best checkpoint of another run", "dp_utils.DPTrainer._load_best_model", "not self.privacy.disable_dp", "False",
+        lambda path, _: test_weights.test_the_best_checkpoint_is_one_of_this_run(path)),
+    Bug("a private run among results without privacy", "author_dp.checkpoints.find_checkpoint", "check_empty(folder)", "pass",
+        lambda path, _: test_weights.test_a_private_run_does_not_begin_among_results_without_privacy(path, True, False)),
+    Bug("results of another kind beside those resumed", "author_dp.checkpoints.check_own_results",
+        "    if foreign:", "    if False:",
+        lambda path, _: test_weights.test_a_run_goes_on_among_results_of_its_own_kind_only(path, True)),
+    Bug("a starting model without privacy not named", "dp_utils.DPTrainer.privacy_report", '"base_model": self.start', "",
+        lambda path, _: test_weights.test_the_model_that_training_started_from_is_named_with_its_guarantee(path)),
+    Bug("text of a model that started from one without privacy is covered", "author_dp.sidecar.why_not_covered",
+        'if not guarantee.get("base_model", {"covered": True})["covered"]:', "if False:",
+        lambda path, _: test_weights.test_the_model_that_training_started_from_is_named_with_its_guarantee(path)),
+    Bug("a ledger rolled back behind its checkpoints", "author_dp.ledger.main", "in reports_in(folder)", "in []",
+        lambda path, _: test_weights.test_checkpoints_know_of_records_that_a_ledger_has_lost(path)),
+    Bug("the certificate of other weights left at an upload", "dp_utils.DPTrainer._push_from_checkpoint",
+        "remove_report(self.folder)", "pass",
+        lambda path, patch: test_weights.test_uploads_of_checkpoints_leave_no_certificate_of_others(path, patch)),
     Bug("rows twice after an interruption", "author_dp.drafts.Draft._go_on",
         'os.truncate(self.part, min(int(known["bytes"]), self.part.stat().st_size))',
         'known["sha256"] = hashlib.sha256(self.part.read_bytes()).hexdigest()',
@@ -521,7 +581,7 @@ BUGS = [
     Bug("shares: the sums of one process alone", SHARED_SUMS, "reduce_scatter(share, whole.view(-1),",
         "share.copy_(whole[dist.get_rank()]) if True else reduce_scatter(share, whole.view(-1),",
         lambda path, _: test_sharding.test_the_update_in_shares_is_the_naive_one(path, "tied", test_sharding.UNEQUAL[:2])),
-    Bug("every model's text called covered", "author_dp.report_page.page", '"specimens", {}), has_guarantee)',
+    Bug("every model's text called covered", "author_dp.report_page.page", '"specimens", {}), has_guarantee(report))',
         '"specimens", {}), True)',
         lambda path, _: test_report.test_the_page_calls_text_covered_where_there_is_a_guarantee_alone(path, True)),
     Bug("texts of the run before, perhaps without privacy", "author_dp.report.Statistics.on_train_begin",
