@@ -253,7 +253,7 @@ class DPTrainer(Trainer):
         self.sequence_len = longest_sample(model, sequence_len)
         self.adapter = isinstance(model, PeftModel)
         self.checkpoint = find_checkpoint(args, privacy, self.adapter)
-        self.start = starting_model(model_name or model.name_or_path) if args.process_index == 0 else None
+        self.base_model = starting_model(model_name or model.name_or_path) if args.process_index == 0 else None
         self.canaries = canaries
         if canaries is not None:
             train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
@@ -362,7 +362,7 @@ class DPTrainer(Trainer):
             report = json.loads((self.checkpoint / REPORT_NAME).read_text())
             if not self.privacy.disable_dp:
                 check_same_base(self.adapter_base, report.get("adapter_base"))
-            self.start = report.get("base_model")
+            self.base_model = report.get("base_model")
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""
@@ -568,5 +568,5 @@ class DPTrainer(Trainer):
         report = self.budget.report(self.state.global_step)
         if not self.plan.disable_dp:
             report["secure_noise"] = self.privacy.secure_noise
-        more = {"data": self.data, "audit": self.audit, "adapter_base": self.adapter_base, "base_model": self.start}
+        more = {"data": self.data, "audit": self.audit, "adapter_base": self.adapter_base, "base_model": self.base_model}
         return report | {name: value for name, value in more.items() if value}

@@ -27,7 +27,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -35,7 +35,7 @@ from author_dp.errors import LostProcessError, UserError
 from author_dp.guards import by_metrics
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, keep_private, reports_in, write_json
 from author_dp.processes import wait_for_all
-from author_dp.weights import check_weights, remove_report, saved_by, weight_files
+from author_dp.weights import check_weights, remove_report, saved_by, sha256_of, weight_files
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -57,7 +57,10 @@ SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is o
 
 
 def seal(checkpoint: Path) -> None:
-    """Put every file of `checkpoint` on disk, then say so in a file of its own, with their sizes."""
+    """Put every file of `checkpoint` on disk, then say so in a file of its own, with their sizes.
+
+    The optimizer's state is hashed, as privacy.json does with weights: another run's would be applied without noise.
+    """
     for path in (path for pattern in PRIVATE_FILES for path in checkpoint.glob(pattern)):
         keep_private(path)
     sizes = {}
@@ -65,8 +68,9 @@ def seal(checkpoint: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
+    hashes = {name: sha256_of(checkpoint / name) for name in sizes if name == OPTIMIZER_NAME}
     fsync_folder(checkpoint)
-    write_json(checkpoint / SEAL_NAME, {"files": sizes}, private=True)
+    write_json(checkpoint / SEAL_NAME, {"files": sizes, "sha256": hashes}, private=True)
     fsync_folder(checkpoint.parent)
 
 
@@ -231,7 +235,7 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
             f"resumed ({kind}). Move them away, or choose another --output_dir"
         )
     if is_first_process and not disable_dp and (folder / REPORT_NAME).exists():
-        check_weights(folder, ledger.check_report(folder / REPORT_NAME))
+        check_weights(folder, ledger.check_report(folder / REPORT_NAME), base=False)
 
 
 def names_of(paths: list[Path], folder: Path) -> str:
@@ -255,7 +259,10 @@ def check_history(checkpoint: Path, ledger: PrivacyLedger, is_first_process: boo
     if report["disable_dp"]:
         raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
     if is_first_process:
-        check_weights(checkpoint, report)
+        check_weights(checkpoint, report, base=False)  # the run compares its own base, wherever that lies now
+        for name, known in json.loads((checkpoint / SEAL_NAME).read_text())["sha256"].items():
+            if sha256_of(checkpoint / name) != known:
+                raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {SEAL_NAME}. Restore the file")
 
 
 def check_same_authors(runs: list[dict[str, Any]], kept: Optional[int], num_authors: int, hidden: bool, allowed: bool) -> None:

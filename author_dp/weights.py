@@ -116,10 +116,11 @@ def remove_report(folder: Path) -> None:
         fsync_folder(folder)
 
 
-def check_weights(folder: Path, report: dict[str, Any]) -> None:
+def check_weights(folder: Path, report: dict[str, Any], base: bool = True) -> None:
     """Raise UserError unless the weights in `folder` are exactly those that `report`, its privacy.json, names.
 
-    An adapter's local base is checked too. A base from the hub is named by `report` only.
+    Args:
+        base: whether to check an adapter's local base too. A base from the hub is named by `report` only.
     """
     where, named = folder / REPORT_NAME, report.get("weights")
     if not isinstance(named, dict) or not named:
@@ -137,7 +138,7 @@ def check_weights(folder: Path, report: dict[str, Any]) -> None:
                 f"{folder / name}: its SHA-256 is not the one in {REPORT_NAME}: other weights, or another configuration. Restore "
                 f"the file, {DELETE}"
             )
-    if any(Path(name).name in ("adapter_config.json", "adapter_model.safetensors") for name in named):
+    if base and any(Path(name).name in ("adapter_config.json", "adapter_model.safetensors") for name in named):
         check_base(folder, report)
 
 

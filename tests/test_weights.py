@@ -64,7 +64,9 @@ def all_that_read(folder: Path) -> list:
         lambda: sidecar.read_guarantee(out),
         lambda: generate.main([str(out), *options]),
         lambda: report.main([str(out)]),
-        lambda: make_trainer(out, make_model(folder, (out / "adapter_config.json").exists()), resume_from_checkpoint=True),
+        lambda: make_trainer(
+            out, make_model(folder, (out / "adapter_config.json").exists()), resume_from_checkpoint=True, max_steps=3
+        ).train(),
     ]
 
 
@@ -161,7 +163,9 @@ def test_another_adapter_or_base_is_refused(tmp_path, how):
     else:
         path = out / "adapter_config.json" if how.startswith("adapter") else base / "config.json"
         write_json(path, {**json.loads(path.read_text()), "lora_alpha": 800, "activation_function": "relu"})
-    refused_by_all(tmp_path, "adapter's base" if how.startswith("base") else r"out/adapter_\S*: its SHA-256")
+    refused_by_all(
+        tmp_path, "adapter's base|trained on another base" if how.startswith("base") else r"out/adapter_\S*: its SHA-256"
+    )
 
 
 def test_a_folder_that_is_named_like_a_base_of_the_hub_is_not_that_base(tmp_path):
@@ -318,6 +322,27 @@ def test_another_checkpoint_under_the_same_certificate_is_not_resumed(tmp_path):
     with pytest.raises(UserError, match=r"checkpoint-2/model\.safetensors: its SHA-256"):
         make_trainer(tmp_path / "out", make_model(tmp_path), resume_from_checkpoint=True)
         pytest.fail("resumed")
+
+
+def test_another_optimizers_state_is_not_resumed(tmp_path):
+    """Its moments may hold gradients without noise; sizes are the same."""
+    options = {**STEPS, "optim": "adamw_torch"}
+    make_trainer(tmp_path / "plain", privacy=PLAIN, **options).train()
+    make_trainer(tmp_path / "out", **options).train()
+    shutil.copy(tmp_path / "plain" / "checkpoint-2" / "optimizer.pt", tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(UserError, match=r"checkpoint-2/optimizer\.pt: its SHA-256"):
+        make_trainer(tmp_path / "out", resume_from_checkpoint=True, **options)
+        pytest.fail("resumed")
+
+
+def test_an_adapter_is_resumed_on_its_base_wherever_that_lies_now(tmp_path):
+    run(tmp_path, lora=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "base").rename(tmp_path / "b" / "base")
+    trainer = make_trainer(tmp_path / "out", make_model(tmp_path / "b", lora=True), resume_from_checkpoint=True, max_steps=3)
+    trainer.train()
+    trainer.save_model()
+    assert is_certified(tmp_path / "out")
 
 
 # --- where training started -------------------------------------------------------------------------------
