@@ -222,6 +222,8 @@ class DPTrainer(Trainer):
     model: PreTrainedModel
     train_dataset: Any
     optimizer: Any
+    audit: Optional[dict[str, Any]] = None  # its result, for the report
+    adapter_base: Optional[dict[str, Any]] = None  # the model under an adapter, for the report
 
     def __init__(
         self,
@@ -273,8 +275,6 @@ class DPTrainer(Trainer):
         self.budget.by_metrics = by_metrics(args)
         self.engine: Optional[ClippingEngine] = None  # while training
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
-        self.audit: Optional[dict[str, Any]] = None  # its result, for the report
-        self.adapter_base: Optional[dict[str, Any]] = None  # what an adapter is trained on, for the report
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
         self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
         self.generators: Optional[SecretGenerators] = None  # while training with privacy
