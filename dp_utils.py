@@ -66,6 +66,7 @@ from author_dp.guards import (
     corrects_adam,
 )
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count
+from author_dp.loggers import redirect_loggers
 from author_dp.loop import (
     Wrapper,
     affordable_bands,
@@ -78,6 +79,7 @@ from author_dp.loop import (
 from author_dp.mechanism import AuthorDPOptimizer, PoissonAuthorSampler, author_losses, takes_positions
 from author_dp.memory import memory_kept
 from author_dp.microbatches import LogicalBatch, constant_shape, is_real
+from author_dp.permissions import owner_only
 from author_dp.plan import make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, longest_sample, prove
@@ -279,6 +281,7 @@ class DPTrainer(Trainer):
         self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
         self.generators: Optional[SecretGenerators] = None  # while training with privacy
         self._step_loss = torch.zeros((), device=args.device)
+        redirect_loggers(args)
         args = for_logical_batches(args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         args.max_steps = self.plan.steps  # not before: it would be said to override --num_train_epochs, of which it is made
@@ -318,7 +321,8 @@ class DPTrainer(Trainer):
             ):
                 self.budget.start()
                 self.checks.start(self._sampler, self.folder, self.args.device, self.privacy.secure_noise)
-                result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
+                with owner_only():
+                    result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
                 self._check()
         finally:
             self.checkpoint = self.generators = None
@@ -498,7 +502,8 @@ class DPTrainer(Trainer):
                 logs |= {**self.norms.pop(), "noise_multiplier": self.plan.noise_multiplier}
             if self.args.process_index == 0:
                 logs["epsilon"] = self.epsilon()
-        super().log(logs, *args, **kwargs)
+        with owner_only():
+            super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, whole or not at all."""
@@ -534,7 +539,8 @@ class DPTrainer(Trainer):
         if self.adapter and self.adapter_base is None:  # never trained
             self._identify_base()
         with certified(Path(output_dir or self.folder), self.adapter, self.privacy_report):
-            super()._save(output_dir, state_dict)
+            with owner_only():
+                super()._save(output_dir, state_dict)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""

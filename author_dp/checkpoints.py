@@ -49,8 +49,6 @@ KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
 }
 # In errors of torch and safetensors, which have no errno.
 WRITE_FAILURES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
-# Of a checkpoint: they tell losses, how much was computed, and how much chance that took.
-PRIVATE_FILES = (TRAINER_STATE_NAME, "scheduler.pt", "rng_state*.pth")
 SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is on disk
 
 # --- whole checkpoints ------------------------------------------------------------------------------------
@@ -59,10 +57,12 @@ SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is o
 def seal(checkpoint: Path) -> None:
     """Put every file of `checkpoint` on disk, then say so in a file of its own, with their sizes.
 
-    The optimizer's state is hashed, as privacy.json does with weights: another run's would be applied without noise.
+    All but the report are for their owner only: the Trainer's state tells losses, how much was computed, and when. The optimizer's
+    state is hashed, as privacy.json does with weights: another run's would be applied without noise.
     """
-    for path in (path for pattern in PRIVATE_FILES for path in checkpoint.glob(pattern)):
-        keep_private(path)
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.name != REPORT_NAME:
+            keep_private(path)
     sizes = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL_NAME):
         with open(path, "rb") as file:

@@ -20,6 +20,7 @@ from transformers.training_args import OptimizerNames
 from author_dp.adam import CORRECTED
 from author_dp.errors import UserError
 from author_dp.frozen import check_trained
+from author_dp.loggers import check_loggers
 from author_dp.proof import OF_TRANSFORMERS, check_apart
 from author_dp.sharding import is_finite
 
@@ -77,6 +78,7 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     check_checkpointing(args, privacy)
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("torch.distributed.run started several processes, but they are not connected: on CPUs add --use_cpu")
+    check_loggers(args)
     if args.push_to_hub:  # without privacy, too: reports show what held-out authors wrote
         check_uploads(args)
     if args.max_grad_norm and not privacy.disable_dp:

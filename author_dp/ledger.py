@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 from author_dp.accounting import PrivacyLoss, Spending, cyclic_spending, guarantee_in_words
 from author_dp.errors import UserError
+from author_dp.permissions import USUAL_MASK
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -311,6 +312,8 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
     with open(temporary, "w") as file:
         if private:
             keep_private(temporary)
+        else:  # also within owner_only
+            temporary.chmod(0o666 & ~USUAL_MASK)
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

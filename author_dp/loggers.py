@@ -1,0 +1,104 @@
+"""Keep the local files of loggers (--report_to) in the output folder, readable for the owner only.
+
+Losses, clipping statistics and times in logs are private. By default, loggers write them to the current folder or the home
+folder, readable by everybody.
+
+Guarantee: the local files of a logger go to OUTPUT_DIR/_logs/NAME (mode 0700), or to a folder that the user named and nobody else
+can read. That was tried with each library that is listed here; other loggers are refused. Online services receive losses, too:
+that is the user's choice, and the log says so.
+
+    scratch/_logs/tensorboard, scratch/_logs/wandb, ...
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from author_dp.errors import UserError
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+LOGS_NAME = "_logs"
+OFF = "false"
+# Environment variables for each logger. {}: the logger's folder. OFF: would upload checkpoints or the whole output folder.
+VARIABLES = {
+    "clearml": {"CLEARML_CACHE_DIR": "{}", "CLEARML_LOG_MODEL": OFF},
+    "codecarbon": {},  # emissions.csv in the output folder: durations, no losses
+    "comet_ml": {"COMET_OFFLINE_DIRECTORY": "{}", "COMET_LOG_ASSETS": OFF},
+    "mlflow": {"MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db", "HF_MLFLOW_LOG_ARTIFACTS": OFF},
+    "tensorboard": {"TENSORBOARD_LOGGING_DIR": "{}"},
+    "trackio": {"TRACKIO_DIR": "{}"},
+    "wandb": {"WANDB_DIR": "{}", "WANDB_CACHE_DIR": "{}", "WANDB_DATA_DIR": "{}", "WANDB_LOG_MODEL": OFF},
+}
+_assigned: dict[str, str] = {}  # by an earlier run of this process, as opposed to the user
+
+
+def check_loggers(args: TrainingArguments) -> None:
+    """Raise UserError for a logger that would leave private numbers where others can read them."""
+    for name in args.report_to or []:
+        if name not in VARIABLES:
+            remedy = "set DISABLE_KUBEFLOW_INTEGRATION=TRUE" if name == "kubeflow" else "leave it out"
+            raise UserError(
+                f"--report_to {name}: it is not known where this logger keeps private losses. Use one of {', '.join(VARIABLES)}; "
+                f"or {remedy}"
+            )
+        for variable, value in VARIABLES[name].items():
+            check_variable(variable, value)
+    space = getattr(args, "trackio_space_id", None) or os.environ.get("TRACKIO_SPACE_ID")
+    if "trackio" in (args.report_to or []) and space and not args.hub_private_repo:
+        raise UserError(
+            f"--trackio_space_id {space}: the Space would show private losses to everybody. Add --hub_private_repo True"
+        )
+
+
+def check_variable(variable: str, value: str) -> None:
+    """Raise UserError where the user set `variable` to a folder that others can read, or to upload private files."""
+    chosen = users_choice(variable)
+    if chosen is None:
+        return
+    if value == OFF:
+        if chosen.lower() not in ("", "0", "false", "no", "off", "n", "f"):
+            raise UserError(
+                f"{variable}={chosen}: private files of --output_dir would be uploaded. Unset it, and upload what "
+                "python -m author_dp.publish copies"
+            )
+    elif value.startswith("sqlite:"):
+        if not chosen.startswith(("http://", "https://", "databricks")):
+            raise UserError(
+                f"{variable}={chosen}: private losses belong into --output_dir. Unset it, or name a server (https://)"
+            )
+    elif (folder := Path(chosen).expanduser()).exists() and stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        raise UserError(
+            f"{variable}={chosen}: others could read private losses there. Run chmod 700 on it, or unset the variable"
+        )
+
+
+def users_choice(variable: str) -> str | None:
+    """Return what the user set `variable` to, None where it is unset or was set by `redirect_loggers`."""
+    value = os.environ.get(variable)
+    return None if value == _assigned.get(variable) else value
+
+
+def redirect_loggers(args: TrainingArguments) -> None:
+    """Make the folders of the loggers in use, and set the variables by which they find them. Call before they are created."""
+    used, logs = args.report_to or [], Path(str(args.output_dir)).resolve() / LOGS_NAME
+    if used and args.process_index == 0:
+        logs.parent.mkdir(parents=True, exist_ok=True)
+    for name in VARIABLES if used else ():  # also of those not in use: comet_ml, where it is installed, follows mlflow
+        for variable, value in VARIABLES[name].items():
+            if (chosen := users_choice(variable)) is None:
+                os.environ[variable] = _assigned[variable] = value.format(logs / name)
+            if name in used and args.process_index == 0 and value != OFF and "://" not in str(chosen):
+                make_private_folder(logs / name if chosen is None else Path(chosen).expanduser())
+    if used:
+        logger.info(f"--report_to {' '.join(used)}: losses go to {logs}, and to online services if any. They are private.")
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for the owner only."""
+    for path in [*reversed(folder.parents), folder]:
+        if not path.exists():
+            path.mkdir(mode=0o700)

@@ -1,0 +1,126 @@
+"""loggers.py and permissions.py: private numbers lie in the output folder, and their owner alone can read them."""
+
+import importlib.util
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import COUNTS, ROOT, make_dataset, make_trainer, sample
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from author_dp.errors import UserError
+from author_dp.loggers import OFF, VARIABLES
+
+OFFLINE = {
+    "WANDB_MODE": "offline", "COMET_START_ONLINE": "false", "COMET_API_KEY": "", "CLEARML_OFFLINE_MODE": "1",
+    "WANDB_SILENT": "true",
+}  # fmt: skip
+NO_LOGS = (".session.json", "telemetry.json", "fontlist")  # identifiers, settings, fonts
+# Without --hide_counts, and without what is written after training.
+FOR_ALL = {"privacy.json", "privacy_ledger.jsonl", "privacy_ledger.jsonl.lock"}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def run_with(folder: Path, monkeypatch, *loggers: str):
+    """A run that evaluates before it trains, from a current folder and a home of its own."""
+    for name in ("cwd", "home"):
+        (folder / name).mkdir(parents=True)
+    monkeypatch.chdir(folder / "cwd")
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    for variable, value in OFFLINE.items():
+        monkeypatch.setenv(variable, value)
+    for name in loggers:
+        for variable in VARIABLES[name]:
+            monkeypatch.delenv(variable, raising=False)
+    trainer = make_trainer(
+        folder / "out", report_to=list(loggers), max_steps=2, save_strategy="steps", save_steps=1
+    )  # fmt: skip
+    trainer.evaluate(held_out := make_dataset(COUNTS, seed=1))
+    trainer.train()
+    trainer.evaluate(held_out)
+    trainer.save_model()
+    return trainer
+
+
+@pytest.mark.parametrize("name", ["tensorboard", *sorted(VARIABLES.keys() - {"tensorboard"})])
+def test_loggers_keep_losses_in_the_output_folder(tmp_path, monkeypatch, name):
+    if importlib.util.find_spec(name) is None:  # not imported yet: some read their variables then
+        pytest.skip(f"{name} is not installed")
+    run_with(tmp_path, monkeypatch, name)
+    outside = {path.name for place in ("cwd", "home") for path in files_of(tmp_path / place)}
+    assert {file for file in outside if not file.startswith(NO_LOGS)} == set()
+    logs = tmp_path / "out" / "_logs"
+    assert mode(logs.parent) == mode(tmp_path / "cwd")
+    written = [tmp_path / "out" / "emissions.csv"] if name == "codecarbon" else files_of(logs)
+    assert written and {mode(path) for path in written} == {0o600}
+    assert {mode(path) for path in [logs, *logs.rglob("*")] if path.is_dir()} <= {0o700}
+
+
+def test_others_read_nothing_but_the_guarantee(tmp_path, monkeypatch):
+    run_with(tmp_path, monkeypatch, "tensorboard")
+    readable = {path.name for path in files_of(tmp_path / "out") if mode(path) & 0o077}
+    private = {"training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "_noise_check.npy"}
+    assert {path.name for path in files_of(tmp_path / "out")} >= private | FOR_ALL
+    assert readable == FOR_ALL
+
+
+@pytest.mark.parametrize("name", [*sorted(INTEGRATION_TO_CALLBACK.keys() - VARIABLES.keys()), "one_that_comes_next"])
+def test_other_loggers_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=f"--report_to {name}: "):
+        make_trainer(tmp_path, report_to=[name])
+
+
+def test_a_folder_of_the_users_choice_must_be_private(tmp_path, monkeypatch):
+    shared, private, new = (tmp_path / name for name in ("shared", "private", "new"))
+    shared.mkdir(mode=0o755), private.mkdir(mode=0o700)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(shared))
+    with pytest.raises(UserError, match=r"TENSORBOARD_LOGGING_DIR=.*shared"):
+        make_trainer(tmp_path / "out", report_to=["tensorboard"])
+    for number, folder in enumerate((private, new)):
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
+        make_trainer(tmp_path / f"out{number}", report_to=["tensorboard"]).train()
+        assert len(files_of(folder)) == 1 and mode(folder) == 0o700
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI=mlruns"):
+        make_trainer(tmp_path / "out", report_to=["mlflow"])
+
+
+def test_two_runs_of_one_process_keep_their_logs_apart(tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    for name in ("a", "b"):
+        make_trainer(tmp_path / name, report_to=["tensorboard"]).train()
+        assert len(files_of(tmp_path / name / "_logs" / "tensorboard")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"), sample((n, v) for n, values in VARIABLES.items() for v, value in values.items() if value == OFF)
+)
+def test_loggers_upload_no_checkpoints(tmp_path, monkeypatch, name, variable):
+    """A checkpoint holds losses; the output folder holds texts of held-out authors."""
+    monkeypatch.setenv(variable, "checkpoint")
+    with pytest.raises(UserError, match=f"{variable}=checkpoint: "):
+        make_trainer(tmp_path, report_to=[name])
+
+
+def test_a_public_space_shows_no_losses(tmp_path):
+    with pytest.raises(UserError, match="--trackio_space_id me/losses: "):
+        make_trainer(tmp_path, report_to=["trackio"], trackio_space_id="me/losses")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no repository")
+def test_git_ignores_private_files():
+    names = ["_logs/x", "runs/x", "report.html", "report/loss.png", "trainer_state.json", "training_args.bin", "_audit_key.json",
+             "_counts.json", "_private_statistics.json", "_noise_check.npy", "emissions.csv", "checkpoint-5/model.safetensors",
+             "wandb/x", "mlruns/x", "mlflow.db", "s.jsonl.report.json"]  # fmt: skip
+    paths = [f"{folder}{name}" for folder in ("", "mine/") for name in names]
+    found = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True)
+    assert set(paths) - set(found.stdout.splitlines()) == set()
