@@ -352,7 +352,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -
 def data_notes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what is to be known of how texts became samples; privacy.json holds it. All of it is public."""
     start = start_token(tokenizer, args.prepend_bos)
+    dataset = (args.dataset_name or DEFAULT_DATASET) if args.train_file is None else None
     return {
+        "dataset": dataset if dataset and not Path(dataset).exists() else None,
         "row_limit": args.row_limit,
         "train_fraction": args.train_fraction,
         "sequence_len": args.sequence_len,

@@ -31,9 +31,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
-from transformers.utils import logging
+from transformers.utils import PushInProgress, logging
 
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.activations import fuse_activations
@@ -79,14 +79,16 @@ from author_dp.loop import (
 from author_dp.mechanism import AuthorDPOptimizer, PoissonAuthorSampler, author_losses, takes_positions
 from author_dp.memory import memory_kept
 from author_dp.microbatches import LogicalBatch, constant_shape, is_real
+from author_dp.model_card import model_card, public_settings
 from author_dp.permissions import owner_only
 from author_dp.plan import make_plan
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, longest_sample, prove
+from author_dp.publish import upload
 from author_dp.secret_generators import SecretGenerators
 from author_dp.sharding import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
 from author_dp.sidecar import starting_model
-from author_dp.weights import certified, check_same_base, describe_base, remove_report
+from author_dp.weights import certified, check_same_base, describe_base
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -278,8 +280,8 @@ class DPTrainer(Trainer):
         self.engine: Optional[ClippingEngine] = None  # while training
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
-        self.model_card: Optional[Callable[[dict[str, Any]], str]] = None  # makes one of a privacy report
         self.generators: Optional[SecretGenerators] = None  # while training with privacy
+        self.settings = public_settings(args, model, model_name or model.name_or_path)
         self._step_loss = torch.zeros((), device=args.device)
         redirect_loggers(args)
         args = for_logical_batches(args)
@@ -548,16 +550,42 @@ class DPTrainer(Trainer):
             check_history(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
         super()._load_best_model()
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Copy a checkpoint's weights to the folder, as the Trainer does: its privacy.json would be about others."""
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: Optional[str] = None,
+        revision: Optional[str] = None,
+        private: Optional[bool] = None,
+        **_: Any,
+    ) -> Any:
+        """Upload what author_dp/publish.py copies of the output folder, and nothing else."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
         if self.is_world_process_zero():
-            remove_report(self.folder)
-        super()._push_from_checkpoint(checkpoint_folder)
+            self._finish_current_push()
+            return self._upload(self.folder, commit_message, token, revision, in_background=not blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload what author_dp/publish.py copies of a checkpoint; leave it out while the last upload is not finished."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is None or self.push_in_progress.is_done() or self.args.hub_always_push:
+            self._finish_current_push()
+            job = self._upload(
+                Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}", in_background=True
+            )
+            self.push_in_progress = PushInProgress([job])  # type: ignore[assignment, arg-type]
+
+    def _upload(self, folder: Path, message: str, token: Any = None, revision: Any = None, *, in_background: bool) -> Any:
+        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+        return upload(folder, str(self.hub_model_id), message, token, revision, in_background)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write `model_card`, if there is one, instead of the Trainer's card, which would show private metrics."""
-        if self.model_card is not None and self.is_world_process_zero():
-            (self.folder / "README.md").write_text(self.model_card(self.privacy_report()))
+        """Write a card of public values instead of the Trainer's, which would show private metrics."""
+        if self.is_world_process_zero():
+            (self.folder / "README.md").write_text(model_card(self.privacy_report()), encoding="utf-8")
 
     # What the run has promised and spent.
 
@@ -574,5 +602,11 @@ class DPTrainer(Trainer):
         report = self.budget.report(self.state.global_step)
         if not self.plan.disable_dp:
             report["secure_noise"] = self.privacy.secure_noise
-        more = {"data": self.data, "audit": self.audit, "adapter_base": self.adapter_base, "base_model": self.base_model}
+        more = {
+            "settings": self.settings,
+            "data": self.data,
+            "audit": self.audit,
+            "adapter_base": self.adapter_base,
+            "base_model": self.base_model,
+        }
         return report | {name: value for name, value in more.items() if value}

@@ -35,7 +35,6 @@ import author_dp  # noqa: F401  before all else: it quiets a library
 gc.disable()
 if (on_interrupt := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-import functools
 import json
 import os
 import sys
@@ -77,7 +76,6 @@ from author_dp.model_folders import absolute, base_of_adapter, first_line, load_
 from author_dp.release import ReleaseArguments, check_release, release_loss
 from author_dp.release import in_words as released_in_words
 from author_dp.report import Statistics, write_report
-from author_dp.report_page import card
 from author_dp.specimens import Specimens
 from author_dp.tables import delete_texts
 from data_utils import (
@@ -426,7 +424,7 @@ def save_all(trainer: DPTrainer, statistics: Statistics, specimens: Specimens, m
         folder = trainer.args.output_dir
         trainer.create_model_card()
         statistics.add(folder, evaluation={"after": metrics}, specimens=specimens.found)
-        write_report(Path(folder), hidden=trainer.args.push_to_hub)
+        write_report(Path(folder))
         report = trainer.privacy_report()
         if trainer.audit is not None:
             loss += f", audit: epsilon {audit_in_words(trainer.audit)}"
@@ -483,7 +481,6 @@ def main() -> None:
     trainer.add_callback(statistics := Statistics(trainer.norms, np.diff(grouped[1])))
     if model_args.dry_run:
         trainer.add_callback(dry_run := DryRun())
-    trainer.model_card = functools.partial(card, base_model=model_args.model_name)
     logger.info("\n".join([trainer.summary(), *in_words(trainer.data)]))
     for warning in (trainer.plan.delta_warning(), trainer.plan.advice()):
         if warning and not privacy_args.disable_dp and trainer.is_world_process_zero():

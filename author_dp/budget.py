@@ -98,7 +98,7 @@ class Budget:
                 self.allowed_steps = largest(plan.steps, lambda steps: self.epsilon(steps) <= target)
             if self.allowed_steps >= 1:
                 versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
-                started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                started = datetime.now(timezone.utc).date().isoformat()  # the time of day would tell how long steps take
                 name = uuid.uuid4().hex  # so that no two runs have the same records, were they alike in all else
                 if plan.hide_counts:
                     write_secret(self.ledger.path.with_name(COUNTS_NAME), {"num_authors": plan.num_authors})

@@ -45,7 +45,8 @@ KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
     "DataLoader worker": "--dataloader_num_workers: a worker ended, perhaps for want of memory; lower it, and {go_on}",
     "to be installed. Run `pip": "--report_to: {text}",
     "`metric_for_best_model` training argument": "--metric_for_best_model: there is no such metric; leave it out for eval_loss",
-    "ConnectError": "--push_to_hub: the Hugging Face hub cannot be reached; leave it out, and upload --output_dir later",
+    "ConnectError": "--push_to_hub: the Hugging Face hub cannot be reached. Leave it out, and later upload what "
+    "`python -m author_dp.publish OUTPUT_DIR OUT` copies, never --output_dir itself",
 }
 # In errors of torch and safetensors, which have no errno.
 WRITE_FAILURES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")

@@ -6,7 +6,6 @@ name", is made from this file.
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from author_dp.adam import CORRECTED
@@ -79,8 +78,8 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("torch.distributed.run started several processes, but they are not connected: on CPUs add --use_cpu")
     check_loggers(args)
-    if args.push_to_hub:  # without privacy, too: reports show what held-out authors wrote
-        check_uploads(args)
+    if args.push_to_hub:
+        check_uploads(args, privacy)
     if args.max_grad_norm and not privacy.disable_dp:
         raise UserError(
             f"--max_grad_norm {args.max_grad_norm} would clip the noisy sum once more; set it to 0, as "
@@ -147,17 +146,17 @@ def check_shared_authors(allowed: bool, args: TrainingArguments, privacy: Any) -
         )
 
 
-def check_uploads(args: TrainingArguments) -> None:
-    """Raise UserError where --push_to_hub would publish losses and norms of private data."""
-    if args.hub_strategy in ("checkpoint", "all_checkpoints"):
-        raise UserError("--hub_strategy checkpoint would publish trainer_state.json, with private losses: use every_save")
-    for name in ("report.html", "report", "runs"):
-        if (Path(str(args.output_dir)) / name).exists():
-            raise UserError(f"--push_to_hub would publish {name} of --output_dir, which is private: move it away")
-    if "tensorboard" in (args.report_to or []) and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
+def check_uploads(args: TrainingArguments, privacy: Any) -> None:
+    """Raise UserError where --push_to_hub would upload more than author_dp/publish.py copies, or a model without a guarantee."""
+    if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise UserError(
-            "--report_to tensorboard writes private losses to --output_dir, which --push_to_hub would publish: set "
-            "TENSORBOARD_LOGGING_DIR to another folder"
+            f"--hub_strategy {HubStrategy(args.hub_strategy).value} would publish private losses in trainer_state.json: use "
+            "every_save or end"
+        )
+    if privacy.disable_dp or privacy.noise_multiplier == 0:
+        option = "--disable_dp" if privacy.disable_dp else "--noise_multiplier 0"
+        raise UserError(
+            f"--push_to_hub publishes models with a guarantee only, and {option} gives none: leave out one of the two"
         )
 
 

@@ -4,7 +4,7 @@
 
 Promise: epsilon is computed anew from the ledger. The model card (README.md) holds public values only. The page and the figures
 show losses, gradient norms, sample counts and times too, which are computed on private data: they are marked, and are not for
-publication. With --push_to_hub their names begin with _, which no upload takes. What the page says is in report_page.py, its
+publication: author_dp/publish.py and --push_to_hub leave them here. What the page says is in report_page.py, its
 figures in report_figures.py, what the model writes in specimens.py.
 """
 
@@ -115,11 +115,9 @@ def report_of_ledger(ledger: PrivacyLedger) -> dict[str, Any]:
     return {**plan.report(math.inf, ledger.steps), **alarm, "interrupted": True, "ledger_link": ledger.links[-1]}
 
 
-def write_report(folder: Path, hidden: bool = False) -> None:
+def write_report(folder: Path) -> None:
     """Write report.html and report/*.png of the run in `folder`.
 
-    Args:
-        hidden: from uploads to the hub, by names that begin with _.
     Raises:
         UserError: where the folder holds no report of a run, or a ledger that was changed.
     """
@@ -129,9 +127,8 @@ def write_report(folder: Path, hidden: bool = False) -> None:
     report, loss = report_anew(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}
-    prefix = "_" if hidden else ""
-    figures = draw_all(folder / f"{prefix}report", report, ledger, loss, statistics)
-    path = folder / f"{prefix}{PAGE_NAME}"
+    figures = draw_all(folder / "report", report, ledger, loss, statistics)
+    path = folder / PAGE_NAME
     keep_private(path)
     path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")
 

@@ -282,30 +282,3 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
         losses=loss_table(statistics.get("log", []), statistics.get("evaluation", {})),
         specimens=specimens_in_html(statistics.get("specimens", {}), has_guarantee(report)),
     )  # fmt: skip
-
-
-def card(report: dict, base_model: str) -> str:
-    """Return a model card with Hugging Face's metadata; public values only."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in guarantee(report))
-    base = f"base_model: {base_model}\n" if base_model and not Path(base_model).exists() else ""
-    is_private = has_guarantee(report)
-    tags = "- differential-privacy\n- author-level-dp\n" if is_private else ""
-    title = "Fine-tuned with author-level differential privacy" if is_private else "Fine-tuned without a privacy guarantee"
-    return f"""---
-{base}pipeline_tag: text-generation
-library_name: transformers
-tags:
-- text-generation
-{tags}---
-
-# {title}
-
-{in_plain_words(report)}
-
-| | |
-|---|---|
-{rows}
-
-The base model's own training data are not covered. The folder of the run also holds files that are not for publication:
-`{PAGE_NAME}`, `report/`, `{STATISTICS_NAME}` and the checkpoints' `trainer_state.json`.
-"""

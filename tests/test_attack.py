@@ -8,8 +8,9 @@ from scipy.special import ndtr, ndtri
 
 from author_dp.accounting import Spending
 from author_dp.attack import RATES, PrivacyCurve, attack, mu_at
+from author_dp.model_card import model_card
 from author_dp.report import write_report
-from author_dp.report_page import attacker, card, in_plain_words
+from author_dp.report_page import attacker, in_plain_words
 
 SETTINGS = [(0.65, 256 / 19_589, 154, 5e-5), (1.0, 0.01, 1_000, 1e-5), (2.0, 0.1, 500, 1e-6), (5.0, 0.9, 100, 1e-5)]
 
@@ -68,6 +69,6 @@ def test_report_and_card_tell_it(tmp_path):
     report = read_report(tmp_path)
     assert report["mu_gdp"] == pytest.approx(1.0) and report["tpr_at_fpr"]["0.01"] == pytest.approx(ndtr(1 + ndtri(0.01)))
     assert attacker(report)[0][1].startswith("mu 1.001") or attacker(report)[0][1].startswith("mu 1.000")
-    assert "| Attacker at 1.0% |" in card(report, "") and "finds at most 9.3 % of those who were" in in_plain_words(report)
+    assert "| Attacker at 1.0% |" in model_card(report) and "finds at most 9.3 % of those who were" in in_plain_words(report)
     write_report(tmp_path)
     assert "Attacker at 0.1%" in (tmp_path / "report.html").read_text()

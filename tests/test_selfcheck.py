@@ -14,7 +14,6 @@ from author_dp.ledger import PrivacyLedger, account
 from author_dp.mechanism import PAD
 from author_dp.noise import NoiseSource
 from author_dp.report import write_report
-from author_dp.report_page import card
 from author_dp.selfcheck import NoiseCheck, check_unseeded
 
 STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
@@ -90,7 +89,6 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
 
     options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
     trainer = small(tmp_path, **options)
-    trainer.model_card = lambda report: card(report, "")
     (tmp_path / "README.md").write_text("epsilon 1")
     trainer.add_callback(Plant())
     with pytest.raises(MechanismError, match=r"its scale.* \(seen in 6 steps"):

@@ -542,15 +542,6 @@ def test_a_run_without_a_whole_checkpoint_starts_anew_and_certifies_its_own_end(
     assert hash_weights(tmp_path) != before and is_certified(tmp_path) and read_report(tmp_path)["steps"] == 4
 
 
-def test_uploads_of_checkpoints_leave_no_certificate_of_others(tmp_path, monkeypatch):
-    trainer = resumable(tmp_path, max_steps=2)
-    trainer.train()
-    trainer.save_model()
-    monkeypatch.setattr(DPTrainer.__mro__[1], "_push_from_checkpoint", lambda self, folder: None)
-    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-2"))
-    assert not (tmp_path / "privacy.json").exists()
-
-
 def test_a_model_in_memory_has_an_adapter_without_a_base(tmp_path):
     trainer = make_trainer(tmp_path, tiny_gpt2(lora=True))
     trainer.save_model()
