@@ -582,6 +582,16 @@ class DPTrainer(Trainer):
         token, revision = token or self.args.hub_token, revision or self.args.hub_revision
         return upload(folder, str(self.hub_model_id), message, token, revision, in_background)
 
+    def save_metrics(self, *args, **kwargs) -> None:
+        """Save metrics for the owner only."""
+        with owner_only():
+            super().save_metrics(*args, **kwargs)
+
+    def save_state(self) -> None:
+        """Save the Trainer's state, with its losses, for the owner only."""
+        with owner_only():
+            super().save_state()
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Write a card of public values instead of the Trainer's, which would show private metrics."""
         if self.is_world_process_zero():

@@ -23,6 +23,7 @@ from author_dp.accounting import guarantee_in_words
 from author_dp.errors import UserError
 from author_dp.ledger import REPORT_NAME, write_json
 from author_dp.model_card import model_card
+from author_dp.model_folders import base_of_adapter
 from author_dp.sidecar import PUBLIC_KEYS, read_guarantee, why_not_covered
 from author_dp.weights import hash_weights, saved_by
 
@@ -132,6 +133,9 @@ def main(arguments: list[str]) -> None:
     report = publishable_report(out)
     print(f"{out}: {guarantee_in_words(report['epsilon'], report['delta'])}")
     print(f"left out: {', '.join(left_out) or 'nothing'}")
+    base = base_of_adapter(str(out))
+    if base is not None and os.path.isdir(base):
+        print(f"note: adapter_config.json names the base model by its path here, {base}: others read it, and cannot load it")
 
 
 if __name__ == "__main__":

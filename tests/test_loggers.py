@@ -5,13 +5,15 @@ import shutil
 import stat
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import COUNTS, ROOT, make_dataset, make_trainer, sample
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from author_dp.checkpoints import seal
 from author_dp.errors import UserError
-from author_dp.loggers import OFF, VARIABLES
+from author_dp.loggers import OFF, VARIABLES, check_loggers
 
 OFFLINE = {
     "WANDB_MODE": "offline", "COMET_START_ONLINE": "false", "COMET_API_KEY": "", "CLEARML_OFFLINE_MODE": "1",
@@ -73,10 +75,28 @@ def test_others_read_nothing_but_the_guarantee(tmp_path, monkeypatch):
     assert readable == FOR_ALL
 
 
+def test_metrics_that_a_program_saves_are_its_owners(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save_metrics("eval", {"eval_loss": 3.0})
+    trainer.save_state()
+    assert {path.name: mode(path) for path in files_of(tmp_path)} == dict.fromkeys(
+        ("all_results.json", "eval_results.json", "trainer_state.json"), 0o600
+    )
+
+
+def test_a_sealed_checkpoint_is_its_owners(tmp_path):
+    """Also where files of a lost step, which an older version wrote, were overwritten."""
+    for name in ("privacy.json", "trainer_state.json", "optimizer.pt", "whatever_comes_next.bin"):
+        (tmp_path / name).write_text("{}")
+        (tmp_path / name).chmod(0o644)
+    seal(tmp_path)
+    assert {path.name for path in files_of(tmp_path) if mode(path) & 0o077} == {"privacy.json"}
+
+
 @pytest.mark.parametrize("name", [*sorted(INTEGRATION_TO_CALLBACK.keys() - VARIABLES.keys()), "one_that_comes_next"])
-def test_other_loggers_are_refused(tmp_path, name):
+def test_other_loggers_are_refused(name):
     with pytest.raises(UserError, match=f"--report_to {name}: "):
-        make_trainer(tmp_path, report_to=[name])
+        check_loggers(SimpleNamespace(report_to=[name]))
 
 
 def test_a_folder_of_the_users_choice_must_be_private(tmp_path, monkeypatch):
@@ -104,11 +124,11 @@ def test_two_runs_of_one_process_keep_their_logs_apart(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "variable"), sample((n, v) for n, values in VARIABLES.items() for v, value in values.items() if value == OFF)
 )
-def test_loggers_upload_no_checkpoints(tmp_path, monkeypatch, name, variable):
+def test_loggers_upload_no_checkpoints(monkeypatch, name, variable):
     """A checkpoint holds losses; the output folder holds texts of held-out authors."""
     monkeypatch.setenv(variable, "checkpoint")
     with pytest.raises(UserError, match=f"{variable}=checkpoint: "):
-        make_trainer(tmp_path, report_to=[name])
+        check_loggers(SimpleNamespace(report_to=[name]))
 
 
 def test_a_public_space_shows_no_losses(tmp_path):

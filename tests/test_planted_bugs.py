@@ -6,6 +6,7 @@ checks are the suite's own tests, called as they are; they pass without the bug,
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,11 +29,13 @@ import test_generate
 import test_guards
 import test_hidden_counts
 import test_ledger
+import test_loggers
 import test_mechanism
 import test_microbatches
 import test_noise
 import test_pld
 import test_processes
+import test_publish
 import test_random_ops
 import test_readers
 import test_release
@@ -70,6 +73,8 @@ SECRET = "author_dp.secret_generators"
 MICROBATCHES = "author_dp.microbatches"
 RANDOM_OPS = "author_dp.random_ops"
 SHARED_STEP = "author_dp.sharding.ShardedOptimizer.pre_step"
+LOGGERS = "author_dp.loggers"
+PUBLISH = "author_dp.publish"
 SHARED_SUMS = "author_dp.sharding.ShardedClipping._add_up"
 
 
@@ -85,6 +90,13 @@ class Bug(NamedTuple):
 def cancelling(case: str, engine_class: type, bf16: bool) -> Callable:
     test = test_clipping_ghost.test_where_tokens_cancel_rounding_carries_no_sum_above_the_clip_norm
     return lambda *_: test(case, engine_class, bf16)
+
+
+def a_result(path) -> tuple[str, Path]:
+    """What a full run left in its folder; path / "new" is an empty one."""
+    (path / "new").mkdir()
+    test_publish.run(path / "result")
+    return "full", path / "result"
 
 
 def update(k: int = 1, per_device: int = 4, clipping: str = "ghost", kind: str = "tied") -> Callable:
@@ -624,6 +636,59 @@ BUGS = [
         "weight.to(gradient.dtype).round(decimals=2)",
         lambda path, _: test_frozen.test_it_computes_what_a_float32_model_with_the_rounded_weights_does(
             test_frozen.make_folders(path), "bfloat16")),
+    # What others can read.
+    Bug("losses in the current folder", f"{LOGGERS}.redirect_loggers", "if (chosen := users_choice(variable)) is None:",
+        "if (chosen := users_choice(variable)) is None and args.push_to_hub:",
+        lambda path, patch: test_loggers.test_loggers_keep_losses_in_the_output_folder(path, patch, "tensorboard")),
+    Bug("logs that others can read", "author_dp.permissions.owner_only", "os.umask(0o077)", "os.umask(0o022)",
+        lambda path, patch: test_loggers.test_loggers_keep_losses_in_the_output_folder(path, patch, "tensorboard")),
+    Bug("log folders that others can enter", f"{LOGGERS}.make_private_folder", "mode=0o700", "mode=0o755",
+        lambda path, patch: test_loggers.test_loggers_keep_losses_in_the_output_folder(path, patch, "tensorboard")),
+    Bug("a log folder of the user's that others can read", f"{LOGGERS}.check_variable", "& 0o077", "& 0",
+        lambda path, patch: test_loggers.test_a_folder_of_the_users_choice_must_be_private(path, patch)),
+    Bug("a logger that nobody looked at", f"{LOGGERS}.check_loggers", "if name not in VARIABLES:",
+        "if name not in VARIABLES:\n            continue\n        if False:",
+        lambda *_: test_loggers.test_other_loggers_are_refused("one_that_comes_next")),
+    Bug("a logger that uploads checkpoints", f"{LOGGERS}.check_variable", "if value == OFF:", "if value == OFF and False:",
+        lambda _, patch: test_loggers.test_loggers_upload_no_checkpoints(patch, "wandb", "WANDB_LOG_MODEL")),
+    Bug("training_args.bin and the like for everybody", "dp_utils.DPTrainer._save", "with owner_only():", "if True:",
+        lambda path, patch: test_loggers.test_others_read_nothing_but_the_guarantee(path, patch)),
+    Bug("all_results.json for everybody", "dp_utils.DPTrainer.save_metrics", "with owner_only():", "if True:",
+        lambda path, _: test_loggers.test_metrics_that_a_program_saves_are_its_owners(path)),
+    Bug("an older checkpoint's files stay everybody's", "author_dp.checkpoints.seal", "keep_private(path)", "pass",
+        lambda path, _: test_loggers.test_a_sealed_checkpoint_is_its_owners(path)),
+    Bug("the number of samples is published", f"{PUBLISH}.publish", "write_json(temporary / REPORT_NAME, report)",
+        "shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)",
+        lambda path, _: test_publish.test_nothing_private_is_in_what_is_published(a_result(path), path)),
+    Bug("a list of what is private instead", f"{PUBLISH}.publish", "for pattern in COPIED for path in folder.glob(pattern)",
+        "for path in folder.iterdir() if path.name not in ('trainer_state.json', 'training_args.bin', REPORT_NAME)",
+        lambda path, _: test_publish.test_exactly_the_listed_files_are_copied(a_result(path), path, "")),
+    Bug("publish without a look at the weights", "author_dp.sidecar.read_guarantee", "check_weights(folder, report)", "pass",
+        lambda path, _: test_publish.test_other_weights_are_not_published(a_result(path)[1], path / "new")),
+    Bug("weights that changed meanwhile", f"{PUBLISH}.publish", 'if hash_weights(temporary) != report["weights"]:', "if False:",
+        lambda path, patch: test_publish.test_weights_that_change_while_they_are_copied_are_not_published(
+            a_result(path)[1], path / "new", patch)),
+    Bug("whatever privacy.json calls weights", f"{PUBLISH}.publishable_report", "if not names.fullmatch(name)", "if not name",
+        lambda path, _: test_publish.test_only_names_that_a_run_saves_can_be_weights(a_result(path)[1], path / "new")),
+    Bug("a model without a guarantee is published", f"{PUBLISH}.publishable_report", "if reason := why_not_covered(guarantee):",
+        "if reason := None:", lambda path, _: test_publish.test_a_result_without_a_guarantee_is_not_published(
+            a_result(path)[1], path / "new", {"epsilon": None}, "infinite")),
+    Bug("times that tell how long steps took", f"{PUBLISH}.make_public", "os.utime(path, (TIME, TIME))", "pass",
+        lambda path, _: test_publish.test_all_may_read_it_and_times_tell_nothing(a_result(path)[1], path / "new")),
+    Bug("the time of day in the ledger", "author_dp.budget.Budget.start", ".date().isoformat()", ".isoformat()",
+        lambda path, _: test_publish.test_all_may_read_it_and_times_tell_nothing(a_result(path)[1], path / "new")),
+    Bug("the folder itself is uploaded", f"{PUBLISH}.upload", 'publish(folder, place / "model", repo)',
+        'shutil.copytree(folder, place / "model")',
+        lambda path, patch: test_publish.test_the_hub_gets_what_publish_copies(path, patch, "full")),
+    Bug("the Trainer's own upload of checkpoints", "dp_utils.DPTrainer._push_from_checkpoint",
+        "if not self.is_world_process_zero()", "return Trainer._push_from_checkpoint(self, checkpoint_folder)\n"
+        "    if not self.is_world_process_zero()",
+        lambda path, patch: test_publish.test_the_hub_gets_what_publish_copies(path, patch, "full")),
+    Bug("checkpoints with losses are uploaded", "author_dp.guards.check_uploads",
+        "not in (HubStrategy.END, HubStrategy.EVERY_SAVE)",
+        "in (HubStrategy.ALL_CHECKPOINTS,)",
+        lambda path, patch: test_publish.test_uploads_of_more_or_without_a_guarantee_are_refused(
+            path, patch, {"hub_strategy": "checkpoint"}, "--hub_strategy checkpoint")),
 ]  # fmt: skip
 
 
