@@ -58,8 +58,8 @@ SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is o
 def seal(checkpoint: Path) -> None:
     """Put every file of `checkpoint` on disk, then say so in a file of its own, with their sizes.
 
-    All but the report are for their owner only: the Trainer's state tells losses, how much was computed, and when. Optimizer
-    states are hashed, as privacy.json does with weights: another run's would be applied without noise.
+    All but the report are for their owner only: the Trainer's state tells losses, how much was computed, and when. The
+    optimizer's state is hashed, as privacy.json does with weights: another run's would be applied without noise.
     """
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.name != REPORT_NAME:

@@ -63,7 +63,8 @@ def public_settings(args: TrainingArguments, model: Any, model_name: Optional[st
     """
     settings = {name: getattr(args, name) for name in OPTIONS}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
-    settings["model_name"] = model_name if model_name and not Path(model_name).exists() else None
+    is_local = not model_name or Path(model_name).exists() or Path(model_name).is_absolute()
+    settings["model_name"] = None if is_local else model_name
     if config := getattr(model, "peft_config", {}).get("default"):
         targets = config.target_modules
         settings["lora"] = {

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger
 from author_dp.publish import main, publish
-from author_dp.weights import hash_weights
+from author_dp.weights import check_weights, hash_weights
 
 NAMES = {"privacy.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
 FILES = {
@@ -238,6 +238,7 @@ def test_the_hub_gets_what_publish_copies(tmp_path, monkeypatch, kind):
     assert hub.uploads[-1][1] == FILES[kind] and 'name = "me/mine"' in hub.card
     assert {frozenset(files) for _, files in hub.uploads} == {frozenset(FILES[kind])}
     assert not hub.folder.exists()  # the copy is deleted
+    check_weights(tmp_path / "a", read_report(tmp_path / "a"))  # and the folder is as it was
     trainer = run(tmp_path / "b", kind, push_to_hub=True, hub_strategy="end")
     trainer.push_to_hub(commit_message="again")
     assert [message for message, _ in hub.uploads[3:]] == ["Model save", "again"]
