@@ -601,7 +601,8 @@ class DPTrainer(Trainer):
 
     def summary(self) -> str:
         """Return what will happen, for the log before training."""
-        return self.budget.summary(self.model, self.train_dataset.offsets)
+        taken = state_of(self.checkpoint).global_step if self.checkpoint else 0
+        return self.budget.summary(self.model, self.train_dataset.offsets, max(0, self.plan.steps - taken))
 
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""

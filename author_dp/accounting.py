@@ -20,10 +20,13 @@ References:
     [3] Balle and Wang 2018, Improving the Gaussian Mechanism for Differential Privacy, arXiv 1805.06530 (Theorem 8)
 """
 
+import decimal
+import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from decimal import Decimal
+from typing import NamedTuple, Optional
 
 import numpy as np
 from opacus.accountants.analysis.prv import (
@@ -46,6 +49,7 @@ EPSILON_BEYOND_USE = 1_000.0  # from here on the grid of [1] would take minutes 
 ROUNDING_SHARE = 1e-2  # of delta: where rounding may be more than that, [1] is not asked
 FINEST = 1e-4  # error in epsilon that the grid of [1] is made for
 COARSE = 3e-3  # of epsilon: nor is it where its grid is coarser than that
+FOUR_DIGITS = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
 ORDERS = np.array([*range(2, 64), 96, 128, 192, 256, 384, 512, 768, 1024])  # of Renyi divergences
 
 
@@ -77,26 +81,20 @@ def cyclic_spending(noise_multiplier: float, sample_rate: float, steps: int, ban
 
 
 def compose(spendings: Sequence[Spending]) -> list[Spending]:
-    """Add up the steps of equal mechanisms; the order of composition does not matter."""
+    """Add up the steps of equal mechanisms, and sort these: the order of composition does not matter."""
     steps: dict[tuple[float, float], int] = {}
     for sigma, rate, count in spendings:
         steps[sigma, rate] = steps.get((sigma, rate), 0) + count
-    return [Spending(*mechanism, count) for mechanism, count in steps.items() if count > 0]
+    return sorted(Spending(*mechanism, count) for mechanism, count in steps.items() if count > 0)
 
 
-def rdp_epsilon(spendings: Sequence[Spending], delta: float, known: Optional[dict[Any, np.ndarray]] = None) -> float:
-    """Cheap upper bound by Renyi differential privacy at integer orders, which have a closed form [2].
-
-    Args:
-        known: `rdp_of_step` of mechanisms that were asked about before; what is computed joins it.
-    """
+def rdp_epsilon(spendings: Sequence[Spending], delta: float) -> float:
+    """Cheap upper bound by Renyi differential privacy at integer orders, which have a closed form [2]."""
     if any(spending.noise_multiplier == 0 for spending in spendings):
         return math.inf
-    known = {} if known is None else known
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # that the best order is the smallest or largest one: it is a bound all the same
-        known |= {spending[:2]: rdp_of_step(*spending[:2]) for spending in spendings if spending[:2] not in known}
-        divergences = np.sum([spending.steps * known[spending[:2]] for spending in spendings], axis=0)
+        divergences = np.sum([steps * known_rdp_of_step(sigma, rate) for sigma, rate, steps in spendings], axis=0)
         epsilon, _ = get_privacy_spent(orders=ORDERS, rdp=divergences, delta=delta)
     return math.inf if math.isnan(epsilon) else max(0.0, float(epsilon))
 
@@ -117,6 +115,9 @@ def rdp_of_step(noise_multiplier: float, sample_rate: float) -> np.ndarray:
         log_mean = logsumexp(np.where(i <= order, exponent, -math.inf), axis=1)
     largest = 3 * gammaln(ORDERS + 1) - ORDERS * math.log(sample_rate) + ORDERS**2 / (2 * noise_multiplier**2) + ORDERS
     return np.maximum(0, log_mean + 16 * ULP * largest) / (ORDERS - 1)  # the parts of an exponent, each rounded
+
+
+known_rdp_of_step = functools.lru_cache(maxsize=256)(rdp_of_step)
 
 
 # --- every author in every step: one Gaussian mechanism -------------------------------------------------
@@ -156,118 +157,94 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 class PrivacyLoss:
-    """Upper bound on the epsilon of composed steps.
+    """Upper bound on the epsilon of composed steps, on a grid that follows from these steps and delta alone.
 
-    By numerical composition of privacy loss variables [1] where that holds. The grid is made once, for `planned`; `epsilon`
-    then costs two FFTs a mechanism for any smaller numbers of steps. Opacus' default error of 0.01 in epsilon would cost 1 %
-    of noise at epsilon 1, so here the error is 0.2 % of epsilon, of which a coarse grid tells the size.
+    By numerical composition of privacy loss variables [1] where that holds. Opacus' default error of 0.01 in epsilon would cost
+    1 % of noise at epsilon 1, so here the error is 0.2 % of epsilon, of which a coarse grid tells the size.
 
     Args:
-        planned: the mechanisms, each with the largest number of steps that will be asked about.
+        spendings: mechanisms with their numbers of steps.
         delta: the delta at which epsilon is asked for.
     Attributes:
-        accountant: whose bound `epsilon` returns, as in the module's docstring; without noise there is none, and it says prv.
+        epsilon: the bound, not rounded; inf without noise.
+        accountant: whose bound `epsilon` is, as in the module's docstring; without noise there is none, and it says prv.
     """
 
-    MAX_CELLS = 2**23  # of the grid: 64 MB an array, about two seconds
+    MAX_CELLS = 2**19  # of the grid: about 0.3 seconds; where that is too coarse, pld.py takes less time
 
-    def __init__(self, planned: Sequence[Spending], delta: float):
+    def __init__(self, spendings: Sequence[Spending], delta: float):
         self.delta = delta
         self.delta_error = delta / 1000
-        self.variables: dict[tuple[float, float], Any] = {}
-        self.divergences: dict[tuple[float, float], np.ndarray] = {}
-        self.distribution: Optional[LossDistribution] = None
-        planned = compose(planned)
-        self.accountant = "prv"
-        if not planned or any(spending.noise_multiplier == 0 for spending in planned):
-            return
-        if all(spending.sample_rate == 1 for spending in planned):
-            self.accountant = "gaussian"
-        elif ever_drawn(planned) <= delta:
+        self.epsilon, self.accountant = 0.0, "prv"
+        spendings = compose(spendings)
+        if not spendings or ever_drawn(spendings) <= delta:
             return  # epsilon is 0 whatever the noise
-        elif not self._take_prv(planned):
-            self._take_pld(planned)
+        if any(spending.noise_multiplier == 0 for spending in spendings):
+            self.epsilon = math.inf
+        elif all(spending.sample_rate == 1 for spending in spendings):
+            self.epsilon, self.accountant = gaussian_epsilon(gaussian_mu(spendings), delta), "gaussian"
+        else:
+            bound = rdp_epsilon(spendings, delta)
+            found = self._prv_epsilon(spendings, bound)
+            self.epsilon = min(bound, self._pld_epsilon(spendings) if found is None else found)
 
-    def _take_prv(self, planned: list[Spending]) -> bool:
-        """Make the grid of [1]; return whether its bound holds at this delta."""
-        bound = rdp_epsilon(planned, self.delta, self.divergences)
-        if not FINEST / COARSE <= bound <= EPSILON_BEYOND_USE or min_rounding(planned) > ROUNDING_SHARE * self.delta:
-            return False
+    def _prv_epsilon(self, spendings: list[Spending], bound: float) -> Optional[float]:
+        """Return epsilon by [1]; None where its bound does not hold at this delta, or is not close."""
+        if not FINEST / COARSE <= bound <= EPSILON_BEYOND_USE or min_rounding(spendings) > ROUNDING_SHARE * self.delta:
+            return None
         try:
-            self._discretize(planned, max(FINEST, 2e-2 * bound))
-            finer = max(FINEST, 2e-3 * self.epsilon(planned))
+            epsilon = self._on_grid(spendings, max(FINEST, 2e-2 * bound))
+            finer = max(FINEST, 2e-3 * epsilon)
             if finer < 0.9 * self.epsilon_error and self.cells < 0.9 * self.MAX_CELLS:
-                self._discretize(planned, finer)
-            exact = self.epsilon_error <= COARSE * self.epsilon(planned)
-            if exact and self.rounding(planned) <= ROUNDING_SHARE * self.delta:
-                return True
+                epsilon = self._on_grid(spendings, finer)
         except (RuntimeError, ValueError) as error:
             logger.info(f"The PRV accountant cannot handle these parameters ({error}).")
-        self.variables = {}
-        return False
+            return None
+        exact = self.epsilon_error <= COARSE * epsilon and self.rounding <= ROUNDING_SHARE * self.delta
+        return epsilon if exact and math.isfinite(epsilon) else None
 
-    def _take_pld(self, planned: list[Spending]) -> None:
+    def _pld_epsilon(self, spendings: list[Spending]) -> float:
+        self.accountant = "pld"
         try:
-            self.distribution, self.accountant = LossDistribution(planned, self.delta), "pld"
+            return LossDistribution(spendings, self.delta).epsilon(spendings, self.delta)
         except (ArithmeticError, ValueError, MemoryError) as error:
             self.accountant = "rdp"
             logger.warning(f"No privacy loss distribution could be made ({error}); epsilon is the RDP bound.")
+            return math.inf
 
-    def _discretize(self, planned: list[Spending], epsilon_error: float) -> None:
-        """Opacus' PRVAccountant, taken apart so that the grid is made once ([1], Algorithm 1 and Remark 5.6)."""
-        steps = [spending.steps for spending in planned]
-        variables = [PoissonSubsampledGaussianPRV(s.sample_rate, s.noise_multiplier) for s in planned]
+    def _on_grid(self, spendings: list[Spending], epsilon_error: float) -> float:
+        """Return epsilon on a grid made for that error, or for the smallest that MAX_CELLS allow.
+
+        Opacus' PRVAccountant, taken apart so that its grid is chosen here ([1], Algorithm 1 and Remark 5.6).
+        """
+        steps = [spending.steps for spending in spendings]
+        variables = [PoissonSubsampledGaussianPRV(s.sample_rate, s.noise_multiplier) for s in spendings]
         with warnings.catch_warnings(), np.errstate(all="ignore"):  # log(0) at q = 1 is handled by their np.where
             warnings.simplefilter("ignore")
             cells_per_error = math.sqrt(sum(steps) * math.log(12 / self.delta_error) / 2)
             epsilon_error = min(0.1, epsilon_error)
-            bound = self._largest_loss(planned, epsilon_error)
+            bound = self._largest_loss(spendings, epsilon_error)
             epsilon_error = max(epsilon_error, 2 * bound * cells_per_error / self.MAX_CELLS)
             domain = Domain.create_aligned(-bound, bound, epsilon_error / cells_per_error)
             truncated = [TruncatedPrivacyRandomVariable(variable, domain.t_min, domain.t_max) for variable in variables]
             discrete = [discretize(variable, domain) for variable in truncated]
-        self.epsilon_error, self.cells = epsilon_error, domain.size
-        self.variables = {spending[:2]: variable for spending, variable in zip(planned, discrete)}
+            self.epsilon_error, self.cells = epsilon_error, domain.size
+            # What rounding in the FFTs may take from delta (Higham 2002, section 24.1, and every cell the worst).
+            norm = sum(count * float(np.linalg.norm(variable.pmf)) for count, variable in zip(steps, discrete))
+            self.rounding = 5 * ULP * math.log2(self.cells) * math.sqrt(self.cells) * norm
+            composed = compose_heterogeneous(discrete, steps)
+            _, _, upper = composed.compute_epsilon(self.delta, self.delta_error + self.rounding, epsilon_error)
+        return max(0.0, float(upper))
 
-    def _largest_loss(self, planned: list[Spending], epsilon_error: float) -> float:
+    def _largest_loss(self, spendings: list[Spending], epsilon_error: float) -> float:
         """Return how far the grid must reach for what lies beyond to be a small part of `delta_error` ([1], Remark 5.6).
 
         As Opacus' compute_safe_domain_size, which bounds tails by 151 orders, most of them slow, where these 70 do.
         """
-        total = sum(spending.steps for spending in planned)
+        total = sum(spending.steps for spending in spendings)
         small = self.delta_error / (8 * total)
-        of_one = [rdp_epsilon([spending._replace(steps=1)], small, self.divergences) for spending in planned]
-        return max(rdp_epsilon(planned, self.delta_error / 4, self.divergences), *of_one, epsilon_error) + 3
-
-    def rounding(self, spendings: list[Spending]) -> float:
-        """Return what rounding in the FFTs of [1] may take from delta (Higham 2002, section 24.1, and every cell the worst)."""
-        norm = sum(spending.steps * float(np.linalg.norm(self.variables[spending[:2]].pmf)) for spending in spendings)
-        return 5 * ULP * math.log2(self.cells) * math.sqrt(self.cells) * norm
-
-    def epsilon(self, spendings: Sequence[Spending]) -> float:
-        """Return an upper bound on the epsilon of `spendings`, at most those planned; inf without noise."""
-        spendings = compose(spendings)
-        if not spendings:
-            return 0.0
-        if all(spending.sample_rate == 1 and spending.noise_multiplier > 0 for spending in spendings):
-            return gaussian_epsilon(gaussian_mu(spendings), self.delta)
-        if ever_drawn(spendings) <= self.delta:
-            return 0.0
-        bound = rdp_epsilon(spendings, self.delta, self.divergences)
-        if self.distribution is not None:
-            return min(bound, self.distribution.epsilon(spendings, self.delta))
-        if not self.variables:
-            return bound
-        variables = [self.variables[spending[:2]] for spending in spendings]
-        try:
-            composed = compose_heterogeneous(variables, [spending.steps for spending in spendings])
-            with np.errstate(all="ignore"):
-                _, _, upper = composed.compute_epsilon(
-                    self.delta, self.delta_error + self.rounding(spendings), self.epsilon_error
-                )
-        except (RuntimeError, ValueError):  # a delta beyond floating point: the bound holds all the same
-            return bound
-        return min(bound, max(0.0, float(upper))) if math.isfinite(upper) else bound
+        of_one = [rdp_epsilon([spending._replace(steps=1)], small) for spending in spendings]
+        return max(rdp_epsilon(spendings, self.delta_error / 4), *of_one, epsilon_error) + 3
 
 
 def ever_drawn(spendings: Sequence[Spending]) -> float:
@@ -277,13 +254,40 @@ def ever_drawn(spendings: Sequence[Spending]) -> float:
     return -math.expm1(math.fsum(steps * math.log1p(-rate) for _, rate, steps in spendings)) * (1 + 8 * ULP)
 
 
-def min_rounding(planned: list[Spending]) -> float:
-    """Return what `PrivacyLoss.rounding` is at least, on any grid of at least 2,048 cells, without making one."""
-    return 5 * ULP * 11 * sum(spending.steps for spending in planned)
+def min_rounding(spendings: list[Spending]) -> float:
+    """Return what rounding in the FFTs of [1] takes at least, on any grid of at least 2,048 cells, without making one."""
+    return 5 * ULP * 11 * sum(spending.steps for spending in spendings)
+
+
+# --- the one number ---------------------------------------------------------------------------------------
+
+
+def epsilon_of(spendings: Sequence[Spending], delta: float) -> float:
+    """Return the epsilon of composed steps, rounded up: the only number that is calibrated for, stopped at, and shown.
+
+    It follows from the mechanisms, their steps and delta alone: not from a plan, the order of runs, or how often it is asked.
+    """
+    return _account(tuple(compose(spendings)), delta)[0]
+
+
+def accountant_of(spendings: Sequence[Spending], delta: float) -> str:
+    """Return the name of the accountant behind `epsilon_of`, as in the module's docstring."""
+    return _account(tuple(compose(spendings)), delta)[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _account(spendings: tuple[Spending, ...], delta: float) -> tuple[float, str]:
+    loss = PrivacyLoss(spendings, delta)
+    return rounded_up(loss.epsilon), loss.accountant
+
+
+def rounded_up(*epsilons: float) -> float:
+    """Return the sum of epsilons, rounded up to four significant digits, as many as the Trainer prints of a number."""
+    return float(FOUR_DIGITS.create_decimal(sum(Decimal(repr(float(epsilon))) for epsilon in epsilons)))
 
 
 def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    """Return an upper bound on the epsilon of `steps` steps at add-or-remove-one adjacency.
+    """Return an upper bound on the epsilon of `steps` steps at add-or-remove-one adjacency, rounded up to four digits.
 
     Args:
         noise_multiplier: sigma, noise standard deviation over clip norm; 0 gives inf.
@@ -299,14 +303,11 @@ def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, del
         raise UserError(
             f"no epsilon for noise_multiplier {noise_multiplier}, sample_rate {sample_rate}, steps {steps}, delta {delta}"
         )
-    if sample_rate == 0:
-        return 0.0
-    spending = [Spending(noise_multiplier, sample_rate, steps)]
-    return PrivacyLoss(spending, delta).epsilon(spending)
+    return 0.0 if sample_rate == 0 else epsilon_of([Spending(noise_multiplier, sample_rate, steps)], delta)
 
 
 def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float, target_delta: float) -> float:
-    """Return the smallest noise multiplier, to 0.1 % of epsilon, whose `compute_epsilon` is at most the target.
+    """Return the smallest noise multiplier, to 0.01 % of epsilon, whose `compute_epsilon` is at most the target.
 
     Args:
         sample_rate: q, probability that an author is in a step's batch.
@@ -337,8 +338,8 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
     while (at_low := excess(low)) <= 0 and low > 1e-3:
         high, at_high, low = low, at_low, low / 1.2
     # Regula falsi on the logarithms, aimed just below the target and kept off the ends.
-    while at_high < -1e-3 and high / low > 1 + 1e-5:
-        weight = (at_low + 5e-4) / (at_low - at_high) if math.isfinite(at_low) else 0.5
+    while at_high < -1e-4 and high / low > 1 + 1e-5:
+        weight = (at_low + 5e-5) / (at_low - at_high) if math.isfinite(at_low) else 0.5
         middle = math.exp(math.log(low) + min(0.95, max(0.05, weight)) * math.log(high / low))
         at_middle = excess(middle)
         if at_middle <= 0:
@@ -348,8 +349,14 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
     return high
 
 
+def epsilon_in_words(epsilon: float) -> str:
+    """Return epsilon as people read it: all digits that `rounded_up` leaves, at least two of them decimals."""
+    whole, _, decimals = f"{Decimal(repr(rounded_up(epsilon))):,f}".partition(".")
+    return f"{whole}.{decimals:0<2}"
+
+
 def guarantee_in_words(epsilon: Optional[float], delta: float) -> str:
     """One phrase for people; epsilon is rounded up."""
     if epsilon is None or math.isinf(epsilon):
         return "no privacy guarantee (epsilon is infinite)"
-    return f"epsilon {math.ceil(epsilon * 100) / 100:.2f} at delta {delta:.2g} (author level, add or remove one)"
+    return f"epsilon {epsilon_in_words(epsilon)} at delta {delta:.2g} (author level, add or remove one)"

@@ -15,6 +15,7 @@ References:
         one mu tells all; we ask that it is nowhere more than 0.01 from what is known)
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -90,7 +91,11 @@ def attack(spendings: Sequence[Spending], delta: float) -> dict[str, Any]:
         spendings: all steps; what is told is null where there is none, or one of them had no noise.
         delta: of the guarantee; mu is told for epsilons whose delta is at least that.
     """
-    spendings = compose(spendings)
+    return dict(_attack(tuple(compose(spendings)), delta))
+
+
+@functools.lru_cache(maxsize=256)
+def _attack(spendings: tuple[Spending, ...], delta: float) -> dict[str, Any]:
     if not spendings or any(spending.noise_multiplier == 0 for spending in spendings):
         return {"mu_gdp": None, "tpr_at_fpr": None}
     if all(spending.sample_rate == 1 for spending in spendings):

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyLoss
+from author_dp.accounting import accountant_of, epsilon_of
 from author_dp.attack import attack
 from author_dp.errors import MechanismError, UserError
 from author_dp.frozen import count
@@ -57,8 +57,6 @@ class Budget:
         self.allowed_steps: float = math.inf
         self.by_metrics: Optional[str] = None
         self.split: Optional[str] = None
-        self._loss: Optional[PrivacyLoss] = None
-        self._attack: Optional[tuple[str, dict[str, Any]]] = None
 
     @contextmanager
     def folder_of_ones_own(self) -> Iterator[None]:
@@ -92,10 +90,7 @@ class Budget:
             logger.warning("*** NO PRIVACY: --noise_multiplier 0 clips without noise. Epsilon is infinite. ***")
         if self.is_first_process:
             self.ledger.check_alarm()
-            if self.steps:  # trained before: the grid was planned for these steps only
-                self.steps, self._loss = 0, None
-            if (target := plan.target_epsilon) is not None:
-                self.allowed_steps = largest(plan.steps, lambda steps: self.epsilon(steps) <= target)
+            self.allowed_steps = self.affordable(plan.steps)
             if self.allowed_steps >= 1:
                 versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
                 started = datetime.now(timezone.utc).date().isoformat()  # the time of day would tell how long steps take
@@ -124,29 +119,31 @@ class Budget:
         with self.ledger.locked():
             self.ledger.record_release({**release, "split": self.split})
 
-    @property
-    def loss(self) -> PrivacyLoss:
-        """Accountant of the earlier runs and this one, on the first process; its grid is made once."""
-        if self._loss is None:
-            self._loss = PrivacyLoss([*self.ledger.spendings, self.plan.spending(self.plan.steps)], self.plan.delta)
-        return self._loss
+    def affordable(self, steps: int) -> float:
+        """Return how many of `steps` more steps the target allows, all of them or inf without one; on the first process only."""
+        target = self.plan.target_epsilon
+        return math.inf if target is None else largest(steps, lambda more: self.epsilon(more) <= target)
 
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
         if self.plan.disable_dp or self.ledger.alarm is not None:
             return math.inf
-        return self.loss.epsilon([*self.ledger.spendings, self.plan.spending(more_steps)])
+        return epsilon_of([*self.ledger.spendings, self.plan.spending(more_steps)], self.plan.delta)
 
-    def summary(self, model: nn.Module, offsets: np.ndarray) -> str:
+    def summary(self, model: nn.Module, offsets: np.ndarray, remaining_steps: int) -> str:
         """Return what will happen, for the log before training; epsilon in it on the first process only.
 
         Args:
             offsets: (authors + 1,), from `data_utils.group_by_author`.
+            remaining_steps: that the training will take, if the target allows them.
         """
         sizes = [(count(p), p.requires_grad) for p in model.parameters()]
         trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
-        epsilon = self.epsilon(self.plan.steps) if self.is_first_process else math.inf
-        return self.plan.summary(np.diff(offsets), trained, total, epsilon, self.ledger.steps)
+        epsilon, steps = math.inf, remaining_steps
+        if self.is_first_process and not self.plan.disable_dp:
+            steps = int(min(steps, self.affordable(steps)))
+            epsilon = self.epsilon(steps)
+        return self.plan.summary(np.diff(offsets), trained, total, epsilon, self.ledger.steps, steps)
 
     def report(self, steps: int) -> dict[str, Any]:
         """Return what privacy.json holds; on the first process only.
@@ -156,13 +153,12 @@ class Budget:
         """
         if self.plan.disable_dp:
             return self.plan.report(math.inf, steps)
-        report = self.plan.report(self.epsilon(), self.ledger.steps, self.loss.accountant, self.ledger.accounted_steps)
+        spendings = self.ledger.spendings
+        accountant = accountant_of(spendings, self.plan.delta)
+        report = self.plan.report(self.epsilon(), self.ledger.steps, accountant, self.ledger.accounted_steps)
         if self.ledger.alarm is not None:
             report["alarm"] = self.ledger.alarm
-        if self._attack is None or self._attack[0] != self.ledger.links[-1]:  # a second, and a run's end asks again and again
-            spendings = self.ledger.spendings if report["epsilon"] is not None else []
-            self._attack = self.ledger.links[-1], attack(spendings, self.plan.delta)
-        report |= self._attack[1]
+        report |= attack(spendings if report["epsilon"] is not None else [], self.plan.delta)
         if self.ledger.releases:
             together = self.ledger.epsilon_with_releases(self.epsilon())
             report["evaluation_release"] = self.ledger.last_release

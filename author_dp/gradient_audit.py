@@ -136,7 +136,7 @@ class GradientCanaries:
         bounds = []
         for factor in reversed(factors):  # more noise, less epsilon
             spendings = [s._replace(noise_multiplier=s.noise_multiplier * factor) for s in ledger.spendings]
-            bounds.append(PrivacyLoss(spendings, delta).epsilon(spendings))
+            bounds.append(PrivacyLoss(spendings, delta).epsilon)
         return {
             "noise_multiplier_between": [factor * trainer.plan.noise_multiplier for factor in factors],
             "epsilon_between": [bound if np.isfinite(bound) else None for bound in bounds],

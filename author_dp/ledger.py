@@ -33,7 +33,7 @@ from typing import Any, Optional
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from author_dp.accounting import PrivacyLoss, Spending, cyclic_spending, guarantee_in_words
+from author_dp.accounting import Spending, cyclic_spending, epsilon_of, guarantee_in_words, rounded_up
 from author_dp.errors import UserError
 from author_dp.permissions import USUAL_MASK
 
@@ -230,7 +230,7 @@ class PrivacyLedger:
         """
         released = sum(release["epsilon"] for release in self.releases)
         splits = {record.get("split") for record in [*self.runs, *self.releases]}
-        return max(epsilon, released) if len(splits) == 1 and None not in splits else epsilon + released
+        return max(epsilon, released) if len(splits) == 1 and None not in splits else rounded_up(epsilon, released)
 
     def check_alarm(self) -> None:
         """Raise UserError where a run in this folder was stopped for its mechanism."""
@@ -379,8 +379,7 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
             f"sample rate {header['sample_rate']:.6g} of {authors_in_words(header)}, clip norm {header['clip_norm']:g}"
             + (f", {bands} noise bands: {accounted.steps:,} steps at {accounted.sample_rate:.6g}" if bands > 1 else "")
         )
-    # Each with a grid of its own: the coarser one of more steps would say more than was spent.
-    spent, after = (PrivacyLoss(s, delta).epsilon(s) for s in (ledger.spendings, [*ledger.spendings, again]))
+    spent, after = (epsilon_of(spendings, delta) for spendings in (ledger.spendings, [*ledger.spendings, again]))
     target = last["target_epsilon"]
     if ledger.alarm is not None:
         lines.append(f"  ALARM: the mechanism was not what this ledger says: {ledger.alarm}")
@@ -429,20 +428,20 @@ def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None
         (delta,) = deltas
     lines, spendings = [], []
     for ledger in ledgers:
-        own = PrivacyLoss(ledger.spendings, delta).epsilon(ledger.spendings) if ledger.alarm is None else math.inf
+        own = epsilon_of(ledger.spendings, delta) if ledger.alarm is None else math.inf
         authors = sorted({authors_in_words(header) for header in ledger.runs})
         lines.append((f"{ledger.path}: steps {ledger.steps:,} on {', '.join(authors)}", own))
         spendings += ledger.spendings
     alone = [own for _, own in lines]
-    together = PrivacyLoss(spendings, delta).epsilon(spendings) if max(alone) < math.inf else math.inf
+    together = epsilon_of(spendings, delta) if max(alone) < math.inf else math.inf
     released = sum(release["epsilon"] for ledger in ledgers for release in ledger.releases)
-    with_losses = f"  with the evaluation losses that they released: {guarantee_in_words(together + released, delta)}"
+    with_losses = f"  with the evaluation losses that they released: {guarantee_in_words(rounded_up(together, released), delta)}"
     return "\n".join(
         [
             *(f"{words}: {guarantee_in_words(own, delta)}" for words, own in lines),
             f"  together: {guarantee_in_words(together, delta)}, for an author who is in all of them",
             *([with_losses] if released else []),
-            f"  their sum, for comparison: {guarantee_in_words(sum(alone), len(alone) * delta)}",
+            f"  their sum, for comparison: {guarantee_in_words(rounded_up(*alone), len(alone) * delta)}",
             "  This holds where the options of each run were chosen without a look at private results. Options that were chosen",
             "  by looking at earlier private results (losses, models) need more than this: composition that allows for adaptive",
             "  choices of noise and sample rate, and a choice by losses that are not private has no bound at all.",

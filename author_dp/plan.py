@@ -94,14 +94,17 @@ class PrivacyPlan:
             "disable_dp": self.disable_dp,
         }
 
-    def summary(self, samples_of_authors: np.ndarray, trained: int, parameters: int, epsilon: float, earlier_steps: int) -> str:
+    def summary(
+        self, samples_of_authors: np.ndarray, trained: int, parameters: int, epsilon: float, earlier_steps: int, left: int = 0
+    ) -> str:
         """Return what will happen, for the log before training.
 
         Args:
             samples_of_authors: number of samples of each author, (authors,).
             trained, parameters: numbers of trained and of all parameters.
-            epsilon: after all planned steps and the earlier ones.
+            epsilon: at which the training will end.
             earlier_steps: taken by earlier runs.
+            left: steps that the training will take now.
         """
         median, largest = np.median(samples_of_authors), samples_of_authors.max()
         lines = [
@@ -109,7 +112,8 @@ class PrivacyPlan:
             f"  authors (N)             {self.num_authors:,} with {self.num_samples:,} samples; samples per author: median "
             f"{median:g}, largest {largest:,}, used per step (k) {self.samples_per_author}",
             f"  sample rate (q)         {self.sample_rate:.6g}, {self.batch_in_words()}",
-            f"  steps                   {self.steps:,}" + (f", {earlier_steps:,} taken by earlier runs" if earlier_steps else ""),
+            f"  steps                   {self.steps:,}"
+            + (f", {earlier_steps:,} taken by earlier runs, {left:,} left" if earlier_steps else ""),
             f"  trained parameters      {trained:,} of {parameters:,}",
         ]
         if not self.disable_dp:
@@ -118,7 +122,7 @@ class PrivacyPlan:
                 f"  noise multiplier        {self.noise_multiplier:.4f}",
                 *([f"  noise bands (b)         {self.bands_in_words()}"] if self.noise_bands > 1 else []),
                 *([f"    a new mechanism begins, and {AGAIN}"] if self.noise_bands > 1 and earlier_steps else []),
-                f"  promise after all steps {guarantee_in_words(epsilon, self.delta)}",
+                f"  guarantee at the end    {guarantee_in_words(epsilon, self.delta)}",
                 *([f"  delta                   {self.delta_in_words()}"] if self.num_authors < FEW_AUTHORS else []),
                 "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",
                 *(

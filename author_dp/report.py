@@ -14,12 +14,12 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback
 
-from author_dp.accounting import PrivacyLoss
+from author_dp.accounting import accountant_of, epsilon_of
 from author_dp.attack import attack
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
@@ -86,25 +86,26 @@ def merged(old: dict, new: dict) -> dict:
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def report_anew(path: Path, ledger: PrivacyLedger) -> tuple[dict[str, Any], Optional[PrivacyLoss]]:
-    """Return the report at `path` with what all steps of its ledger have spent since, and the accountant that says so, if any.
+def report_anew(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
+    """Return the report at `path` with what all steps of its ledger have spent since.
 
     Where there is no file, since the run has not finished, the report is of the ledger's last run and certifies nothing.
 
     Raises:
         UserError: for a report that knows more than the ledger does.
     """
-    report, loss = ledger.check_report(path) if path.exists() else report_of_ledger(ledger), None
+    report = ledger.check_report(path) if path.exists() else report_of_ledger(ledger)
     if not report["disable_dp"] and ledger.steps:
-        loss = PrivacyLoss(ledger.spendings, report["delta"])
-        epsilon = loss.epsilon(ledger.spendings) if ledger.alarm is None else math.inf
-        report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps, "accountant": loss.accountant}
+        accounted = ledger.spendings, report["delta"]
+        epsilon = epsilon_of(*accounted) if ledger.alarm is None else math.inf
+        report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps}
+        report["accountant"] = accountant_of(*accounted)
         if ledger.releases:
             together = ledger.epsilon_with_releases(epsilon)
             report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
         report["accounted_steps"] = ledger.accounted_steps
         report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
-    return report, loss
+    return report
 
 
 def report_of_ledger(ledger: PrivacyLedger) -> dict[str, Any]:
@@ -124,10 +125,10 @@ def write_report(folder: Path) -> None:
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     if not (folder / REPORT_NAME).exists() and not ledger.runs:
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
-    report, loss = report_anew(folder / REPORT_NAME, ledger)
+    report = report_anew(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}
-    figures = draw_all(folder / "report", report, ledger, loss, statistics)
+    figures = draw_all(folder / "report", report, ledger, statistics)
     path = folder / PAGE_NAME
     keep_private(path)
     path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")

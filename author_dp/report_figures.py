@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from author_dp.accounting import PrivacyLoss, Spending
+from author_dp.accounting import Spending, epsilon_of
 from author_dp.ledger import PrivacyLedger, keep_private, spending_under
 from author_dp.report_page import AUTHOR_LOSS, BLUE, GREY, RED
 
@@ -54,18 +54,16 @@ def draw_losses(axes: "Axes", training: list, evaluated: list) -> None:
     axes.legend()
 
 
-def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, loss: PrivacyLoss, target: Optional[float]) -> None:
+def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Optional[float]) -> None:
     """Epsilon after each number of steps, across runs."""
-    steps = np.unique(np.linspace(0, ledger.steps, 21).round().astype(int)).tolist()
-    epsilons = [loss.epsilon(first(ledger, count)) for count in steps]
+    steps = np.unique(np.linspace(0, ledger.steps, 11).round().astype(int)).tolist()
+    epsilons = [epsilon_of(first(ledger, count), delta) for count in steps]
     axes.plot(steps, epsilons, color=BLUE, label="spent")
     for end in np.cumsum(ledger.taken)[:-1]:
         axes.axvline(end, color=GREY, linewidth=1, linestyle="--")
     if target is not None:
         axes.axhline(target, color=RED, linestyle=":", label=f"target {target:g}")
-    axes.set(
-        title="Epsilon spent", xlabel="step, lost ones included", ylabel=f"epsilon at delta {loss.delta:.2g}", ylim=(0, None)
-    )
+    axes.set(title="Epsilon spent", xlabel="step, lost ones included", ylabel=f"epsilon at delta {delta:.2g}", ylim=(0, None))
     axes.legend()
 
 
@@ -105,15 +103,13 @@ def draw_times(axes: "Axes", seconds: list[float]) -> None:
     axes.legend()
 
 
-def draw_all(
-    pictures: Path, report: dict, ledger: PrivacyLedger, loss: Optional[PrivacyLoss], statistics: dict
-) -> dict[str, tuple[Path, bool]]:
+def draw_all(pictures: Path, report: dict, ledger: PrivacyLedger, statistics: dict) -> dict[str, tuple[Path, bool]]:
     """Write the figures that there are data for; return for each name its file in `pictures`, and whether it is private."""
     drawings: dict[str, tuple] = {}
     if any(points := loss_points(statistics.get("log", []), statistics.get("evaluation", {}))):
         drawings["loss"] = (draw_losses, points, True)
-    if loss is not None and report["epsilon"] is not None:
-        drawings["epsilon"] = (draw_epsilon, (ledger, loss, report["target_epsilon"]), False)
+    if ledger.steps and report["epsilon"] is not None:
+        drawings["epsilon"] = (draw_epsilon, (ledger, report["delta"], report["target_epsilon"]), False)
     if "samples_per_author" in statistics:
         samples = statistics["samples_per_author"]
         drawings["samples"] = (draw_samples, (samples["samples"], samples["authors"], report["samples_per_author"]), True)

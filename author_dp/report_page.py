@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Optional
 
-from author_dp.accounting import guarantee_in_words
+from author_dp.accounting import epsilon_in_words, guarantee_in_words, rounded_up
 from author_dp.release import in_words
 
 INTERRUPTED = "nothing yet, as the run has not saved its model; epsilon is what the steps in its ledger have spent"
@@ -41,7 +41,7 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
         ("What is covered", "the released weights and every checkpoint; training data only, not the base model's own"),
         ("Mechanism", "DP-SGD on authors: Poisson sampling, per-author clipping, Gaussian noise"),
         ("Accountant", f"{report['accountant'].upper()} (upper bound), all steps ever taken in this folder, lost ones included"),
-        ("Epsilon", number(report["epsilon"])),
+        ("Epsilon", "none" if report["epsilon"] is None else epsilon_in_words(report["epsilon"])),
         ("Target epsilon", number(report["target_epsilon"])),
         ("Delta", number(report["delta"])),
         *attacker(report),
@@ -59,7 +59,8 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
     if release := report.get("evaluation_release"):
         rows.append(("Evaluation, public", in_words(release)))
     if "epsilon_with_evaluation" in report:
-        rows.append(("Epsilon with it", number(report["epsilon_with_evaluation"])))
+        together = report["epsilon_with_evaluation"]
+        rows.append(("Epsilon with it", "none" if together is None else epsilon_in_words(together)))
     if audit := report.get("audit"):
         found = f"epsilon at least {audit['epsilon_lower_bound']:.2f} with {audit['confidence']:.0%} confidence"
         rows.append(("Audit", f"{found}: {audit['correct']} of {audit['guesses']} guesses on {audit['canaries']} canaries right"))
@@ -135,7 +136,7 @@ def in_plain_words(report: dict) -> str:
             " Even an attacker who knows everything else, and who wrongly accuses 1 % of the authors who were not in the data, "
             f"finds at most {math.ceil(rates['0.01'] * 1e3) / 10:.1f} % of those who were."
         )
-    factor = f"{float(format(math.exp(min(report['epsilon'], 700)), '.3g')):,g}"
+    factor = f"{rounded_up(math.exp(min(report['epsilon'], 700))):,g}"
     return (
         f"Whatever anyone concludes from this model becomes at most {factor} times (e^epsilon) as likely by the presence or "
         "absence of any one author, with all of that author's texts, in the training data, but for a chance of "

@@ -66,7 +66,7 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
         return None
     ledger = PrivacyLedger(ledger_path(folder))
     if ledger.runs:
-        report, _ = report_anew(path, ledger)
+        report = report_anew(path, ledger)
         report["alarm"] = ledger.alarm
     else:
         report = read_json(path)

@@ -366,7 +366,7 @@ def test_a_dry_run_plans_the_run_that_is_asked_for(checkpoint, comments, tmp_pat
     done = run_script(*small(checkpoint, comments, tmp_path / "out", *PRIVACY, "--max_steps", "400", "--dry_run"))
     stderr = done.stderr
     assert done.returncode == 0, stderr
-    assert re.search(r"steps +400\n", stderr) and re.search(r"promise after all steps epsilon 8\.00", stderr)
+    assert re.search(r"steps +400\n", stderr) and re.search(r"guarantee at the end +epsilon 8\.00", stderr)
     report = read_report(tmp_path / "out")
     assert report["steps"] == 2 and 0 < report["epsilon"] < 4
     header = json.loads((tmp_path / "out" / "privacy_ledger.jsonl").read_text().splitlines()[0])

@@ -1,6 +1,5 @@
 """generate.py, drafts.py, prompts.py and sidecar.py: the text, where it goes on, and what is claimed for it."""
 
-import copy
 import hashlib
 import json
 import shutil
@@ -19,7 +18,6 @@ from author_dp.errors import UserError
 from author_dp.ledger import PrivacyLedger, write_json
 from author_dp.prompts import Source, make_prompts, read_rows
 
-KNOWN: dict = {}  # reports of this module's folders
 SHORT = ["--max_new_tokens", "5", "--use_cpu", "--batch_size", "4"]
 
 
@@ -50,20 +48,6 @@ def made(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     return made(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(autouse=True)
-def account_once(monkeypatch):
-    """Compute the epsilon of one ledger once, as it takes a second."""
-    anew = sidecar.report_anew
-
-    def report_anew(path, ledger):
-        known = path.read_bytes(), ledger.path.read_bytes()
-        if known not in KNOWN:
-            KNOWN[known] = anew(path, ledger)
-        return copy.deepcopy(KNOWN[known][0]), KNOWN[known][1]
-
-    monkeypatch.setattr(sidecar, "report_anew", report_anew)
 
 
 @pytest.fixture

@@ -315,7 +315,7 @@ def test_epsilon_of_a_ledger_agrees_with_the_judges(tmp_path, monkeypatch, setti
     (spending,) = PrivacyLedger(tmp_path / "privacy_ledger.jsonl").spendings
     assert spending == (sigma, q, steps)
     loss = PrivacyLoss([spending], delta)
-    epsilon, error = loss.epsilon([spending]), 2 * getattr(loss, "epsilon_error", np.inf)
+    epsilon, error = loss.epsilon, 2 * getattr(loss, "epsilon_error", np.inf)
     judges = [google_bounds(q, steps, sigma, delta, max(2e-5, 1e-3 * epsilon / steps**0.5))]
     if loss.accountant == "prv":
         judges.append(microsoft_bounds(q, steps, sigma, delta, max(0.02 * epsilon, 0.002)))

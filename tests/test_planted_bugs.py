@@ -33,6 +33,7 @@ import test_loggers
 import test_mechanism
 import test_microbatches
 import test_noise
+import test_one_epsilon
 import test_pld
 import test_processes
 import test_publish
@@ -292,7 +293,7 @@ BUGS = [
     Bug("sampling from --seed", LOADER, "secrets.randbits(128)", "args.seed",
         lambda path, _: test_dp_utils.test_one_seed_shares_neither_noise_nor_batches(path)),
     # The accounting and the ledger.
-    Bug("the lower bound for epsilon", "author_dp.accounting.PrivacyLoss.epsilon", "_, _, upper =", "upper, _, _ =",
+    Bug("the lower bound for epsilon", "author_dp.accounting.PrivacyLoss._on_grid", "_, _, upper =", "upper, _, _ =",
         lambda _, patch: test_accounting.test_the_error_of_a_coarse_grid_is_added_not_hidden(patch)),
     Bug("steps of equal mechanisms forgotten", "author_dp.accounting.compose", "steps.get((sigma, rate), 0) + count", "count",
         lambda *_: test_accounting.test_different_mechanisms_compose()),
@@ -320,11 +321,35 @@ BUGS = [
         "os.O_CREAT",
         lambda path, patch: test_ledger.test_a_ledger_that_cannot_be_written_raises_and_counts_nothing(path, "deleted", patch)),
     Bug("steps lost in a crash not counted on resume", "author_dp.budget.Budget.epsilon",
-        "return self.loss.epsilon([*self.ledger.spendings, self.plan.spending(more_steps)])",
-        "return self.loss.epsilon([self.plan.spending(self.steps + more_steps)])",
+        "[*self.ledger.spendings, self.plan.spending(more_steps)]", "[self.plan.spending(self.steps + more_steps)]",
         lambda path, _: test_budget.test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(path)),
     Bug("the budget passed", "author_dp.budget.Budget.record_step", "if self.steps >= self.allowed_steps:", "if False:",
         lambda path, _: test_budget.test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(path)),
+    Bug("epsilon cut off at the target", "author_dp.budget.Budget.epsilon", "return epsilon_of(",
+        "return (lambda *spent: min(self.plan.target_epsilon or math.inf, epsilon_of(*spent)))(",
+        lambda path, _: test_one_epsilon.test_the_steps_that_are_allowed_are_the_most_that_the_target_allows(path, None)),
+    Bug("a report of the plan, not of what was spent", "author_dp.budget.Budget.report", "self.plan.report(self.epsilon(), ",
+        "self.plan.report(self.epsilon(self.plan.steps - self.steps), ",
+        lambda path, _: test_one_epsilon.test_report_page_and_sidecar_hold_what_the_run_reports(path)),
+    Bug("a page and a sidecar that compute on their own", "author_dp.report.report_anew", "epsilon_of(*accounted)",
+        "epsilon_of([spending._replace(steps=spending.steps + 1) for spending in accounted[0]], accounted[1])",
+        lambda path, _: test_one_epsilon.test_report_page_and_sidecar_hold_what_the_run_reports(path)),
+    Bug("a summary that adds all planned steps to those taken", "dp_utils.DPTrainer.summary", "self.plan.steps - taken",
+        "self.plan.steps",
+        lambda path, _: test_one_epsilon.test_the_summary_of_a_resumed_run_says_where_it_ends(path, 4, 6, 30.0)),
+    Bug("a summary that knows of no target", "author_dp.budget.Budget.summary", "min(steps, self.affordable(steps))", "steps",
+        lambda path, _: test_one_epsilon.test_the_summary_of_a_resumed_run_says_where_it_ends(path, 3, 6, 3.0)),
+    Bug("a step more than the target allows", "author_dp.budget.largest", "return low", "return high",
+        lambda path, _: test_one_epsilon.test_the_steps_that_are_allowed_are_the_most_that_the_target_allows(path, None)),
+    Bug("epsilon depends on the order of runs", "author_dp.accounting.compose", "return sorted(", "return list(",
+        lambda *_: test_one_epsilon.test_epsilon_depends_neither_on_the_order_nor_on_how_runs_were_cut(
+            *test_one_epsilon.CASES[1])),
+    Bug("epsilon rounded to the nearest", "author_dp.accounting.rounded_up", "FOUR_DIGITS.", "decimal.Context(prec=4).",
+        lambda *_: test_one_epsilon.test_rounding_goes_up_and_stays(7.9951, 7.996, "7.996")),
+    Bug("calibrated for another number than is shown", "author_dp.accounting.find_noise_multiplier",
+        "epsilon = compute_epsilon(sigma, sample_rate, steps, target_delta)",
+        "epsilon = PrivacyLoss([Spending(sigma, sample_rate, steps)], target_delta).epsilon",
+        lambda *_: test_one_epsilon.test_a_planned_run_ends_at_its_target_by_the_number_that_is_shown(0.05, 100, 2.34567)),
     Bug("a checkpoint without its ledger", "author_dp.checkpoints.find_checkpoint",
         "check_history(checkpoint, ledger, is_first_process=args.process_index == 0)", "pass",
         lambda path, _: test_checkpoints.test_a_checkpoint_is_not_resumed_away_from_its_ledger(path)),
@@ -463,7 +488,7 @@ BUGS = [
         'if guarantee.get("alarm"):', "if False:",
         lambda *_: test_generate.test_nothing_is_claimed_where_there_is_no_guarantee(
             {"epsilon": 2.0, "delta": 1e-5, "disable_dp": False, "alarm": "half the noise"}, "half the noise")),
-    Bug("an edited epsilon travels with the text", "author_dp.sidecar.read_guarantee", "report, _ = report_anew(path, ledger)",
+    Bug("an edited epsilon travels with the text", "author_dp.sidecar.read_guarantee", "report = report_anew(path, ledger)",
         "report = read_json(path)",
         lambda path, _: test_generate.test_epsilon_is_that_of_the_ledger_not_of_an_edited_report(test_generate.made(path))),
     Bug("a private count travels with the text", "author_dp.sidecar.read_guarantee",

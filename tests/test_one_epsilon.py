@@ -1,0 +1,221 @@
+"""One epsilon: files, logs, pages and programs show the same number for a model, however its run came to its end."""
+
+import re
+import runpy
+import sys
+
+import pytest
+from conftest import ROOT, make_trainer, read_report, resumable
+from test_fine_tune_dp import PRIVACY, small
+from transformers import TrainerCallback
+
+from author_dp import generate, ledger
+from author_dp.accounting import (
+    PrivacyLoss,
+    Spending,
+    compute_epsilon,
+    epsilon_in_words,
+    epsilon_of,
+    find_noise_multiplier,
+    rounded_up,
+)
+from author_dp.attack import attack
+from author_dp.budget import Budget
+from author_dp.report import report_anew, write_report
+from author_dp.sidecar import check_sidecar, read_guarantee
+
+NUMBER = r"([\d.,]*\d)"
+SETTINGS = {  # by the accountant, or what is special
+    "prv": [],
+    "gaussian": ["--per_device_train_batch_size", "60", "--max_train_samples", "60"],
+    "pld": ["--target_epsilon", "0.02"],
+    "bands": ["--noise_bands", "2"],
+}
+
+
+def run(monkeypatch, capfd, caplog, *arguments: str) -> tuple[int, str, str]:
+    """Run the script in this process; return its exit status, stdout, and stderr with the log."""
+    monkeypatch.setattr(sys, "argv", ["fine-tune-dp.py", *arguments])
+    capfd.readouterr()
+    caplog.clear()
+    try:
+        runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="__main__")
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code or 0
+    stdout, stderr = capfd.readouterr()
+    return status, stdout, stderr + caplog.text
+
+
+def figures(folder, stdout: str, stderr: str, capfd) -> dict[str, float]:
+    """Gather epsilon of a finished run from wherever it stands."""
+
+    def all_pages(when: str) -> dict[str, str]:
+        page, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
+        return {
+            f"headline {when}": re.search(rf"<strong>epsilon {NUMBER} at", page)[1],
+            f"page {when}": re.search(rf"<tr><th>Epsilon</th><td>{NUMBER}</td>", page)[1],
+            f"card {when}": re.search(rf"\| Epsilon \| {NUMBER} \|", card)[1],
+            f"card's guarantee {when}": re.search(rf"\| Guarantee \| epsilon {NUMBER} at", card)[1],
+        }
+
+    found = {
+        "privacy.json": read_report(folder)["epsilon"],
+        "last line": re.match(rf"epsilon {NUMBER} at", stdout.strip().splitlines()[-1])[1],
+        "summary": re.search(rf"guarantee at the end +epsilon {NUMBER} at", stderr)[1],
+        "last log line": re.findall(r"'epsilon': '([\d.e+-]+)'", stdout)[-1],
+        **all_pages("of the run"),
+    }
+    write_report(folder)
+    found |= all_pages("by author_dp.report")
+    capfd.readouterr()
+    ledger.main([str(folder)])
+    found["ledger"] = re.search(rf"spent: epsilon {NUMBER} at", capfd.readouterr().out)[1]
+    text = folder.parent / f"{folder.name}.jsonl"
+    text.unlink(missing_ok=True)
+    generate.main([str(folder), "--out", str(text), "--number", "2", "--max_new_tokens", "2", "--use_cpu"])
+    sidecar = check_sidecar(text)
+    found |= {"sidecar": sidecar["epsilon"], "sidecar's model": sidecar["model"]["epsilon"]}
+    found["sidecar's words"] = re.match(rf"epsilon {NUMBER} at", sidecar["statement"])[1]
+    return {name: float(str(value).replace(",", "")) for name, value in found.items()}
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """Break off the next run after so many of its steps are in the ledger, the last of them not applied."""
+    record = Budget.record_step
+
+    def record_step(self):
+        record(self)
+        if self.steps == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Budget, "record_step", record_step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("lost", [0, 1], ids=["to the end", "with a lost step"])
+def test_every_place_shows_the_same_number_however_the_run_came_to_its_end(
+    checkpoint, comments, tmp_path, monkeypatch, capfd, caplog, setting, lost
+):
+    """To its end, or broken off one step after a checkpoint and resumed; then asked twice more."""
+    folder = tmp_path / "out"
+    typed = small(checkpoint, comments, folder, *PRIVACY, "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2")
+    typed += ["--logging_steps", "1", *SETTINGS[setting]]
+    target = float(typed[len(typed) - typed[::-1].index("--target_epsilon")])
+    if lost:
+        with monkeypatch.context() as patched:
+            stop_after(patched, 3)
+            assert run(patched, capfd, caplog, *typed)[0] == 130
+        typed += ["--resume_from_checkpoint", "True"]
+    status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed)
+    assert status == 0, stderr
+    first = figures(folder, stdout, stderr, capfd)
+    assert len(set(first.values())) == 1, first
+    assert 0.8 * target < first["privacy.json"] <= target
+    report, state = (folder / "privacy.json").read_bytes(), read_report(folder)
+    spent = ledger.PrivacyLedger(folder / "privacy_ledger.jsonl")
+    assert state["steps"] == spent.steps and state["accountant"] == {"bands": "prv"}.get(setting, setting)
+    for _ in range(2):
+        status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed, "--resume_from_checkpoint", "True")
+        if lost:  # a step short of the plan, and none more is allowed
+            assert status == 2 and "used up" in stderr, stderr
+        else:
+            assert status == 0, stderr
+            assert figures(folder, stdout, stderr, capfd) == first
+        assert (folder / "privacy.json").read_bytes() == report
+
+
+# --- the number follows from the mechanisms, their steps and delta alone -------------------------------------
+
+
+CASES = [
+    ([Spending(0.4715, 1024 / 304_279, 894)], 1 / 304_279),
+    ([Spending(1.0, 4 / 60, 5), Spending(1.5, 0.2, 7)], 1 / 60),
+    ([Spending(5.0, 1.0, 30)], 1e-5),
+    ([Spending(10.0, 0.9, 100)], 1e-14),
+]
+
+
+@pytest.mark.parametrize(("spendings", "delta"), CASES)
+def test_epsilon_depends_neither_on_the_order_nor_on_how_runs_were_cut(spendings, delta):
+    pieces = [Spending(sigma, rate, steps) for sigma, rate, all_ in spendings for steps in (1, all_ - 3, 0, 2)]
+    assert epsilon_of(spendings, delta) == epsilon_of(pieces, delta) == epsilon_of(pieces[::-1], delta)
+    assert attack(spendings, delta) == attack(pieces, delta) == attack(pieces[::-1], delta)
+
+
+@pytest.mark.parametrize(("spendings", "delta"), CASES)
+def test_epsilon_is_rounded_up_to_the_digits_that_are_shown(spendings, delta):
+    epsilon, bound = epsilon_of(spendings, delta), PrivacyLoss(spendings, delta).epsilon
+    assert bound <= epsilon <= bound * 1.001 and float(f"{epsilon:.4g}") == epsilon == float(epsilon_in_words(epsilon))
+
+
+@pytest.mark.parametrize(
+    ("exact", "rounded", "words"),
+    [(7.9951, 7.996, "7.996"), (8.0, 8.0, "8.00"), (0.000123401, 0.0001235, "0.0001235"), (12345.1, 12350.0, "12,350.00"),
+     (7.996, 7.996, "7.996"), (0.1, 0.1, "0.10"), (0.0, 0.0, "0.00"), (99.999, 100.0, "100.00")],
+)  # fmt: skip
+def test_rounding_goes_up_and_stays(exact, rounded, words):
+    assert rounded_up(exact) == rounded and rounded_up(rounded) == rounded and epsilon_in_words(exact) == words
+
+
+def test_sums_are_rounded_up_as_they_are_shown():
+    assert rounded_up(7.996, 2.0) == 9.996 and rounded_up(0.1, 0.2) == 0.3 and rounded_up(9.123, 2.0) == 11.13
+
+
+@pytest.mark.parametrize(("rate", "steps", "epsilon"), [(0.05, 100, 8.0), (0.05, 100, 2.34567), (1.0, 10, 2.0), (0.01, 40, 0.02)])
+def test_a_planned_run_ends_at_its_target_by_the_number_that_is_shown(rate, steps, epsilon):
+    sigma = find_noise_multiplier(rate, steps, epsilon, 1e-5)
+    assert 0.9995 * epsilon <= epsilon_of([Spending(sigma, rate, steps)], 1e-5) <= epsilon
+    assert compute_epsilon(sigma, rate, steps, 1e-5) == epsilon_of([Spending(sigma, rate, steps)], 1e-5)
+
+
+# --- a run that is resumed -----------------------------------------------------------------------------------
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 5])
+@pytest.mark.parametrize(("steps", "target"), [(6, 3.0), (16, 3.0), (6, 30.0)])
+def test_the_summary_of_a_resumed_run_says_where_it_ends(tmp_path, stop, steps, target):
+    """It used to add all planned steps to those that were taken: 9.53 where the run ended at 8.00."""
+    first = resumable(tmp_path)
+    first.add_callback(Stop(stop))
+    first.train()
+    again = resumable(tmp_path, max_steps=steps, target=target, resume_from_checkpoint=True)
+    said = again.summary()
+    again.train()
+    spent = again.epsilon()
+    assert spent <= target and f"guarantee at the end    epsilon {epsilon_in_words(spent)} at" in said
+    assert f"{stop} taken by earlier runs, {again.budget.ledger.steps - stop} left" in said
+
+
+def test_report_page_and_sidecar_hold_what_the_run_reports(tmp_path):
+    trainer = resumable(tmp_path)
+    trainer.add_callback(Stop(4))
+    trainer.train()
+    trainer.save_model()
+    found = read_report(tmp_path)
+    assert found["epsilon"] == trainer.epsilon() < trainer.plan.target_epsilon
+    assert report_anew(tmp_path / "privacy.json", ledger.PrivacyLedger(trainer.budget.ledger.path)) == found
+    sidecar = read_guarantee(tmp_path)
+    assert {name: sidecar[name] for name in found if name in sidecar} == {name: found[name] for name in found if name in sidecar}
+    assert {"epsilon", "accountant", "mu_gdp", "tpr_at_fpr", "steps", "accounted_steps"} <= sidecar.keys()
+
+
+@pytest.mark.parametrize("bands", [None, "2"])
+def test_the_steps_that_are_allowed_are_the_most_that_the_target_allows(tmp_path, bands):
+    """What a budget allows is what its report says afterwards, to the step."""
+    trainer = make_trainer(tmp_path, max_steps=40, privacy={"noise_bands": bands, "sample_rate": 0.05, "target_delta": 1e-3})
+    plan = trainer.plan
+    for target in (0.99, 1.05, 1.3):
+        object.__setattr__(plan, "target_epsilon", target)
+        steps = trainer.budget.affordable(40)
+        assert 0 < steps < 40
+        assert epsilon_of([plan.spending(steps)], plan.delta) <= target < epsilon_of([plan.spending(steps + 1)], plan.delta)
