@@ -39,10 +39,12 @@ from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.activations import fuse_activations
 from author_dp.adam import NoiseCorrectedAdamW
 from author_dp.budget import Budget, StopWhenUsedUp
+from author_dp.callbacks import WatchedCallbacks, by_callback, by_scheduler, check_no_trial
 from author_dp.checkpoints import (
     SignalError,
     StopOnSignal,
     check_history,
+    check_not_released,
     check_same_authors,
     check_untold,
     find_checkpoint,
@@ -61,9 +63,11 @@ from author_dp.guards import (
     check_launch,
     check_model,
     check_options,
+    check_shared_authors,
     check_shares,
     check_trained_weights,
     corrects_adam,
+    shares_authors,
 )
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count
 from author_dp.loggers import redirect_loggers
@@ -277,6 +281,7 @@ class DPTrainer(Trainer):
         check_untold(self.folder, ledger, privacy.hide_counts)
         self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
         self.budget.by_metrics = by_metrics(args)
+        self.shared_authors = False  # whether evaluation authors may be training authors
         self.engine: Optional[ClippingEngine] = None  # while training
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
@@ -290,6 +295,8 @@ class DPTrainer(Trainer):
         check_launch(self.accelerator)
         if full_shard:  # or copies of all gathered weights in bfloat16 would wait for the end of a forward
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+        if not privacy.disable_dp:
+            self.callback_handler = WatchedCallbacks(self)
         self.add_callback(StopWhenUsedUp(self.budget))
         self.needs_positions = takes_positions(model)
 
@@ -303,6 +310,7 @@ class DPTrainer(Trainer):
             SignalError: after a signal, when the checkpoint is saved.
             MechanismError: where the noise is not what the ledger says; that is then noted in the folder, and nothing saved.
         """
+        check_no_trial(args[0] if args else kwargs.get("trial"))
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
             self.checkpoint = find_checkpoint(self.args, self.privacy, self.adapter)
@@ -312,6 +320,7 @@ class DPTrainer(Trainer):
             logger.info(f"{self.checkpoint} is the end of the training: nothing is left to do, or spent.")
             self.state = state
             return self._load_from_checkpoint(str(self.checkpoint))
+        self._check_choices()
         self.add_callback(signals := StopOnSignal())
         little = self.full_shard or self.args.activation_checkpointing  # memory counts for more than time
         try:
@@ -369,6 +378,19 @@ class DPTrainer(Trainer):
             if not self.privacy.disable_dp:
                 check_same_base(self.adapter_base, report.get("adapter_base"))
             self.base_model = report.get("base_model")
+
+    def _check_choices(self) -> None:
+        """Note what lets metrics choose the model, for the ledger; raise UserError where nothing would pay for that."""
+        option = by_metrics(self.args) or by_scheduler(self) or by_callback(self.callback_handler.callbacks)
+        shared = self.shared_authors or shares_authors(self.train_dataset, self.eval_dataset)
+        check_shared_authors(shared, option, self.privacy)
+        if not self.privacy.disable_dp:
+            check_not_released(self.budget.ledger, option)
+        self.budget.by_metrics = option
+
+    def hyperparameter_search(self, *args, **kwargs) -> Any:
+        """Refuse: each trial would spend, and the best one be chosen by losses."""
+        check_no_trial("all")
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""

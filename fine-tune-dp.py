@@ -70,7 +70,7 @@ from author_dp.dry_run import DryRun
 from author_dp.errors import LostProcessError, MechanismError, UserError
 from author_dp.frozen import bytes_of, check_trained, four_bits, quantized, settle
 from author_dp.gradient_audit import GradientCanaries
-from author_dp.guards import check_options, check_shared_authors, check_shares
+from author_dp.guards import by_metrics, check_options, check_shared_authors, check_shares
 from author_dp.hub import hub_error, hub_is_reachable
 from author_dp.model_folders import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer, load_trained
 from author_dp.release import ReleaseArguments, check_release, release_loss
@@ -259,7 +259,7 @@ def parse_arguments() -> tuple:
         training_args.logging_steps = training_args.eval_steps = 1
         training_args.logging_strategy, training_args.eval_strategy = "steps", "steps" if has_evaluation else "no"
     check_options(training_args, privacy_args)
-    check_shared_authors(data_args.allow_shared_authors, training_args, privacy_args)
+    check_shared_authors(data_args.allow_shared_authors, by_metrics(training_args), privacy_args)
     if training_args.full_shard:
         if lora_args.fewer_bits():
             raise UserError(f"--fsdp shares weights in float32 only: leave out {lora_args.fewer_bits()}, or --fsdp")
@@ -476,6 +476,7 @@ def main() -> None:
         model_name=model_args.model_name,
         processing_class=tokenizer,
     )
+    trainer.shared_authors = data_args.allow_shared_authors
     trainer.data = data_notes(data_args, tokenizer)
     trainer.budget.split = name_of_split(data_args, training_args.seed)
     trainer.add_callback(statistics := Statistics(trainer.norms, np.diff(grouped[1])))

@@ -196,6 +196,8 @@ class Budget:
 class StopWhenUsedUp(TrainerCallback):
     """Stop the training when the budget allows no further step."""
 
+    follows = "steps"
+
     def __init__(self, budget: Budget):
         self.budget = budget
 

@@ -165,11 +165,7 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
         with ledger.locked():  # or say at once that another run is in there
             pass
     ledger.check_alarm()
-    if ledger.releases and (option := by_metrics(args)) is not None:
-        raise UserError(
-            f"{option} lets held-out authors choose what is saved or trained, and --output_dir {folder} holds an evaluation loss "
-            "that was released of them: leave it out, or choose another --output_dir"
-        )
+    check_not_released(ledger, by_metrics(args))
     if ledger.steps and privacy.disable_dp:
         raise UserError(f"--output_dir {folder} holds a private run: choose another --output_dir for one with --disable_dp")
     if not resume:
@@ -243,6 +239,15 @@ def names_of(paths: list[Path], folder: Path) -> str:
     """Return the first few names, for an error."""
     names = sorted(str(path.relative_to(folder)) for path in paths)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def check_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
+    """Raise UserError where metrics would choose a model (by `option`) whose held-out authors' loss was released."""
+    if ledger.releases and option is not None:
+        raise UserError(
+            f"{option} lets held-out authors choose what is saved or trained, and --output_dir {ledger.path.parent} holds an "
+            "evaluation loss that was released of them: leave it out, or choose another --output_dir"
+        )
 
 
 def check_history(checkpoint: Path, ledger: PrivacyLedger, is_first_process: bool = True) -> None:
@@ -325,6 +330,7 @@ class StopOnSignal(TrainerCallback):
     neither Ctrl-C nor several processes.
     """
 
+    follows = "steps"  # and people
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
     IMPATIENCE = 2.0  # seconds; a launcher hands the same signal on to its processes sooner than that, people do not
 

@@ -19,6 +19,8 @@ STEPS = 2  # the first one warms up, the second is timed
 class DryRun(TrainerCallback):
     """Stop after two steps, and know how long the second took."""
 
+    follows = "steps"
+
     def __init__(self):
         self.started, self.seconds, self.steps = 0.0, 0.0, 0
 

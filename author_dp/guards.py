@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterable
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy, SchedulerType
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from author_dp.adam import CORRECTED
@@ -121,29 +122,59 @@ def corrects_adam(args: TrainingArguments, privacy: Any, bands: int) -> bool:
     return True
 
 
+# Values known to depend on step numbers alone; all others, those of later versions too, count as chosen by metrics.
+STEP_ONLY = {
+    "lr_scheduler_type": {
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    },
+    "save_strategy": {"no", "steps", "epoch"},
+    "eval_strategy": {"no", "steps", "epoch"},
+    "logging_strategy": {"no", "steps", "epoch"},
+}  # fmt: skip
+
+
 def by_metrics(args: TrainingArguments) -> Optional[str]:
     """Return the option by which evaluation metrics choose what is saved or trained; None where they only inform."""
-    options = {
-        "--load_best_model_at_end": args.load_best_model_at_end,
-        "--save_strategy best": args.save_strategy == "best",
-        "--lr_scheduler_type reduce_lr_on_plateau": args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU,
-    }
-    return next((option for option, given in options.items() if given), None)
+    if args.load_best_model_at_end:
+        return "--load_best_model_at_end"
+    for name, known in STEP_ONLY.items():
+        value = getattr(args, name)
+        value = str(getattr(value, "value", value))
+        if value not in known:
+            return f"--{name} {value}"
+    if args.metric_for_best_model is not None:  # --save_total_limit spares the best checkpoint
+        return f"--metric_for_best_model {args.metric_for_best_model}"
+    return None
 
 
-def check_shared_authors(allowed: bool, args: TrainingArguments, privacy: Any) -> None:
+def check_shared_authors(allowed: bool, option: Optional[str], privacy: Any) -> None:
     """Raise UserError where metrics of training authors, which have no noise, would choose the model.
 
     Args:
-        allowed: --allow_shared_authors.
+        allowed: --allow_shared_authors, or whether evaluation authors are training authors.
+        option: what lets metrics choose, from `by_metrics`.
         privacy: dp_utils.PrivacyArguments.
     """
-    option = by_metrics(args)
     if allowed and option is not None and not privacy.disable_dp:
         raise UserError(
             f"--allow_shared_authors: with {option} the losses of training authors, which have no noise, would choose the model: "
             "leave one of the two out"
         )
+
+
+def shares_authors(train: Any, evaluation: Any) -> bool:
+    """Return whether evaluation authors are seen to be training authors.
+
+    Args:
+        train: data set of the training, `data_utils.AuthorDataset`.
+        evaluation: another one, several by name, or None.
+    """
+    for dataset in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
+        ours, theirs = getattr(train, "hashes", None), getattr(dataset, "hashes", None)
+        if dataset is train or (ours is not None and theirs is not None and bool(np.isin(theirs, ours).any())):
+            return True
+    return False
 
 
 def check_uploads(args: TrainingArguments, privacy: Any) -> None:

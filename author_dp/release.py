@@ -95,9 +95,14 @@ def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_
         raise UserError(
             f"{option} lets held-out authors choose what is saved or trained, for which {name} does not pay: leave it out"
         )
-    if (option := PrivacyLedger(Path(str(args.output_dir)) / LEDGER_NAME).by_metrics) is not None:
+    check_not_chosen(PrivacyLedger(Path(str(args.output_dir)) / LEDGER_NAME).by_metrics)
+
+
+def check_not_chosen(option: Optional[str]) -> None:
+    """Raise UserError where metrics have chosen the model of a run with steps (by `option`, of its ledger)."""
+    if option is not None:
         raise UserError(
-            f"{name}: an earlier run in --output_dir {args.output_dir} had {option}, so held-out authors have chosen its model, "
+            f"--release_eval_epsilon: an earlier run in --output_dir had {option}, so held-out authors have chosen its model, "
             "for which nothing pays: leave it out, or start in a new --output_dir"
         )
 
@@ -110,7 +115,10 @@ def release_loss(trainer: EvaluatedTrainer, epsilon: float, upper: Optional[floa
         limited: whether the held-out authors are a limited number, chosen by a hash.
     Returns:
         what privacy.json holds under "evaluation_release", on the first process; None elsewhere.
+    Raises:
+        UserError: where held-out authors have chosen the model.
     """
+    check_not_chosen(broadcast(trainer.budget.ledger.by_metrics))
     known = broadcast(trainer.budget.ledger.released)
     upper = upper or math.log(len(trainer.model.get_input_embeddings().weight))  # type: ignore[arg-type]
     about = {"epsilon": epsilon, "step": trainer.state.global_step, "limited": limited}

@@ -40,6 +40,8 @@ class Statistics(TrainerCallback):
         norms: of the gradients, read at the end.
     """
 
+    follows = "steps"  # it changes nothing, and need not be looked at (callbacks.py)
+
     def __init__(self, norms: NormStatistics, samples_of_authors: np.ndarray):
         self.norms, self.started = norms, 0.0
         self.before: dict[str, Any] = {}  # what was found before training: written when the folder is this run's own

@@ -95,7 +95,9 @@ def clipped_sum(model, batch: dict, clip_norm: float, clipping: str, **options) 
     return total, norms
 
 
-def make_trainer(folder, model=None, dataset=None, *, privacy=None, full_shard=False, canaries=None, **options) -> DPTrainer:
+def make_trainer(
+    folder, model=None, dataset=None, *, privacy=None, full_shard=False, canaries=None, eval_dataset=None, **options
+) -> DPTrainer:
     """A trainer whose update is minus the gradient: SGD with learning rate 1."""
     privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, **(privacy or {})}
     defaults = {
@@ -111,6 +113,7 @@ def make_trainer(folder, model=None, dataset=None, *, privacy=None, full_shard=F
         data_collator=collate,
         full_shard=full_shard,
         canaries=canaries,
+        eval_dataset=eval_dataset,
     )
 
 

@@ -44,6 +44,8 @@ def test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(tmp_path):
     first = resumable(tmp_path)
 
     class Stop(TrainerCallback):
+        follows = "steps"
+
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3  # one step after the checkpoint: it will be lost
 

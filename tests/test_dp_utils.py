@@ -236,6 +236,8 @@ def test_resuming_restores_optimizer_and_scheduler(tmp_path):
 class StopAt(TrainerCallback):
     """Stop after a step, and keep Adam's first moments as they were at the start of this run."""
 
+    follows = "steps"
+
     def __init__(self, step: int):
         self.step, self.before, self.optimizer = step, None, None
 

@@ -174,6 +174,8 @@ def test_a_planned_run_ends_at_its_target_by_the_number_that_is_shown(rate, step
 
 
 class Stop(TrainerCallback):
+    follows = "steps"
+
     def __init__(self, step: int):
         self.step = step
 

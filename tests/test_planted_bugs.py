@@ -16,6 +16,7 @@ import test_adam
 import test_audit
 import test_bands
 import test_budget
+import test_callbacks
 import test_checkpoints
 import test_clipping
 import test_clipping_contributions
@@ -466,6 +467,37 @@ BUGS = [
     Bug("the loss of another checkpoint's model", "author_dp.release.release_loss", ', "step": trainer.state.global_step',
         ', "step": 4',
         lambda path, _: test_release.test_a_loss_is_published_for_the_model_of_its_step_only(path)),
+    Bug("a scheduler of a later version taken for harmless", "author_dp.guards.by_metrics", "if value not in known:",
+        'if value in ("best", "reduce_lr_on_plateau"):',
+        lambda path, _: test_callbacks.test_a_scheduler_depends_on_step_numbers_alone_or_counts(path, "greedy")),
+    Bug("the best checkpoint spared, and nobody told", "author_dp.guards.by_metrics",
+        "if args.metric_for_best_model is not None:", "if False:",
+        lambda path, _: test_callbacks.test_options_by_which_metrics_choose_are_named(
+            path, {"metric_for_best_model": "loss", "save_total_limit": 1}, "--metric_for_best_model loss")),
+    Bug("callbacks that nobody watches", "dp_utils.DPTrainer.__init__", "self.callback_handler = WatchedCallbacks(self)", "pass",
+        lambda path, _: test_callbacks.test_a_callback_that_has_declared_nothing_changes_nothing(path, "stop", "step_end")),
+    Bug("a callback that sets the learning rate", "author_dp.callbacks.WatchedCallbacks.snapshot", 'if name != "params"',
+        'if name == "weight_decay"',
+        lambda path, _: test_callbacks.test_a_callback_that_has_declared_nothing_changes_nothing(
+            path, "learning rate", "evaluate")),
+    Bug("a callback that takes back a step", "author_dp.callbacks.WatchedCallbacks.snapshot", "weight._version", "0",
+        lambda path, _: test_callbacks.test_a_callback_that_has_declared_nothing_changes_nothing(path, "weights", "step_end")),
+    Bug("a declaration that subclasses inherit", "author_dp.callbacks.follows", 'vars(kind).get("follows")',
+        'getattr(kind, "follows", None)', lambda path, _: test_callbacks.test_a_declaration_is_kept_to(path)),
+    Bug("a callback that follows metrics not in the header", "author_dp.callbacks.by_callback", "== EVALUATION", "== 0",
+        lambda path, _: test_callbacks.test_where_nothing_pays_no_metrics_choose(path, "callback", "shared authors")),
+    Bug("a scheduler that was given taken for harmless", "author_dp.callbacks.by_scheduler",
+        "scheduler is not None and", "False and",
+        lambda path, _: test_callbacks.test_after_metrics_have_chosen_nothing_is_released(path, "scheduler")),
+    Bug("a loss released of a model that it chose", "author_dp.release.release_loss",
+        "check_not_chosen(broadcast(trainer.budget.ledger.by_metrics))", "pass",
+        lambda path, _: test_callbacks.test_after_metrics_have_chosen_nothing_is_released(path, "callback")),
+    Bug("training data that evaluate", "dp_utils.DPTrainer._check_choices",
+        "self.shared_authors or shares_authors(self.train_dataset, self.eval_dataset)", "self.shared_authors",
+        lambda path, _: test_callbacks.test_where_nothing_pays_no_metrics_choose(path, "option", "same hashes")),
+    Bug("a callback chooses after a release", "dp_utils.DPTrainer._check_choices",
+        "check_not_released(self.budget.ledger, option)", "pass",
+        lambda path, _: test_callbacks.test_where_nothing_pays_no_metrics_choose(path, "callback", "an earlier release")),
     Bug("nobody knows that metrics chose a model", "author_dp.budget.Budget.start", '"by_metrics": self.by_metrics, ', "",
         lambda path, patch: test_release.test_the_ledger_says_by_which_metrics_a_model_was_chosen(path, patch)),
     Bug("a number that a run without steps has told", "author_dp.checkpoints.check_untold", "if not spending.steps", "if False",

@@ -1,0 +1,317 @@
+"""What chooses a model: options, schedulers and callbacks that may follow losses without noise count, or are refused."""
+
+import inspect
+import time
+
+import pytest
+import torch
+from conftest import COUNTS, make_dataset, make_trainer, tiny_gpt2
+from test_fine_tune_dp import PRIVACY, run_here, small
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+
+from author_dp.callbacks import OF_TRANSFORMERS, follows
+from author_dp.errors import UserError
+from author_dp.guards import STEP_ONLY, by_metrics
+from author_dp.ledger import PrivacyLedger
+from author_dp.release import release_loss
+
+# --- options -------------------------------------------------------------------------------------------------
+
+SCHEDULER_KWARGS = {"cosine_with_min_lr": {"min_lr": 1e-5}, "cosine_warmup_with_min_lr": {"min_lr": 1e-5}}
+SCHEDULER_KWARGS["warmup_stable_decay"] = {"num_decay_steps": 3}
+
+
+def options(folder, **more) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], **more)
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_a_scheduler_depends_on_step_numbers_alone_or_counts(tmp_path, kind):
+    """Whatever members a version has: what is on the list steps without metrics, and only by its count of steps."""
+    args = options(tmp_path, lr_scheduler_type=kind, eval_strategy="steps", eval_steps=1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = get_scheduler(kind, optimizer, 2, 10, SCHEDULER_KWARGS.get(kind))
+    if kind not in STEP_ONLY["lr_scheduler_type"]:
+        assert by_metrics(args) == f"--lr_scheduler_type {kind}"
+        return
+    assert by_metrics(args) is None
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+    required = [name for name, p in inspect.signature(scheduler.step).parameters.items() if p.default is p.empty]
+    assert not required
+    rates = []
+    for step in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        assert scheduler.lr_lambdas[0](step) * 1.0 == rates[-1]  # asked again, out of order, it says the same
+        optimizer.step()
+        scheduler.step()
+    assert rates == [scheduler.lr_lambdas[0](step) for step in range(10)]
+
+
+def test_what_is_listed_exists_and_what_follows_metrics_is_not_listed():
+    kinds = {kind.value for kind in SchedulerType}
+    assert {"greedy", "reduce_lr_on_plateau"} & kinds <= kinds - STEP_ONLY["lr_scheduler_type"]
+    for name, members in (
+        ("save_strategy", SaveStrategy),
+        ("eval_strategy", IntervalStrategy),
+        ("logging_strategy", IntervalStrategy),
+    ):
+        assert {member.value for member in members} - STEP_ONLY[name] <= {"best"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lr_scheduler_type": "greedy"}, "--lr_scheduler_type greedy"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "--lr_scheduler_type reduce_lr_on_plateau"),
+        ({"load_best_model_at_end": True, "save_steps": 1}, "--load_best_model_at_end"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "--save_strategy best"),
+        ({"metric_for_best_model": "loss", "save_total_limit": 1}, "--metric_for_best_model loss"),
+        ({}, None),
+    ],
+)
+def test_options_by_which_metrics_choose_are_named(tmp_path, given, said):
+    given = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, **given}
+    assert by_metrics(options(tmp_path, **given)) == said
+
+
+def test_a_kind_that_nobody_knows_yet_counts(tmp_path):
+    for name in STEP_ONLY:
+        args = options(tmp_path)
+        setattr(args, name, "new_in_a_later_version")
+        assert by_metrics(args) == f"--{name} new_in_a_later_version"
+
+
+GREEDY = ["--lr_scheduler_type", "greedy", "--eval_strategy", "epoch"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--validation_file", "data.jsonl", "--allow_shared_authors"], ["--release_eval_epsilon", "1"]],
+    ids=["shared", "release"],
+)
+def test_greedy_steers_neither_by_training_authors_nor_where_a_loss_is_released(tmp_path, monkeypatch, capfd, more):
+    status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *GREEDY, *more))
+    assert status == 2 and "--lr_scheduler_type greedy" in stderr and more[-2 if more[-1] == "1" else -1] in stderr, stderr
+
+
+def test_greedy_is_written_in_the_header(tmp_path):
+    trainer = trainer_with(tmp_path, lr_scheduler_type="greedy")
+    trainer.train()
+    assert header(tmp_path)["by_metrics"] == "--lr_scheduler_type greedy" and trainer.budget.ledger.steps == 4
+
+
+# --- callbacks and schedulers that are given -----------------------------------------------------------------
+
+
+def trainer_with(folder, *callbacks, **more):
+    evaluation = make_dataset([1, 1], seed=5)
+    evaluation.hashes = None  # who they are is not known
+    given = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, **more}
+    trainer = make_trainer(folder, eval_dataset=evaluation, **given)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def header(folder) -> dict:
+    return PrivacyLedger(folder / "privacy_ledger.jsonl").runs[-1]
+
+
+class Changes(TrainerCallback):
+    """Change something once a training loss was logged."""
+
+    def __init__(self, what: str, event: str):
+        self.what, self.seen, self.changed = what, False, False
+        self.at = event
+
+    def change(self, args, state, control, optimizer=None, lr_scheduler=None, model=None):
+        self.changed = True
+        match self.what:
+            case "stop":
+                control.should_training_stop = True
+            case "end the epoch":
+                control.should_epoch_stop = True
+            case "save":
+                control.should_save = not control.should_save
+            case "learning rate":
+                optimizer.param_groups[0]["lr"] *= 0.5
+            case "weight decay":
+                optimizer.param_groups[0]["weight_decay"] = 0.5
+            case "scheduler":
+                lr_scheduler.base_lrs = [rate / 2 for rate in lr_scheduler.base_lrs]
+            case "momentum":
+                next(iter(optimizer.state.values()))["momentum_buffer"].zero_()
+            case "weights":
+                with torch.no_grad():
+                    next(model.parameters()).mul_(0.5)
+            case "steps":
+                state.max_steps = 2
+            case "best":
+                args.load_best_model_at_end = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen |= "loss" in logs
+
+    def maybe(self, event, args, state, control, optimizer=None, lr_scheduler=None, model=None):
+        if event == self.at and self.seen and not self.changed:
+            self.change(args, state, control, optimizer, lr_scheduler, model)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.maybe("step_begin", args, state, control, kwargs["optimizer"], kwargs["lr_scheduler"], kwargs["model"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.maybe("step_end", args, state, control, kwargs["optimizer"], kwargs["lr_scheduler"], kwargs["model"])
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.maybe("evaluate", args, state, control, kwargs["optimizer"], kwargs["lr_scheduler"], kwargs["model"])
+
+
+WHATS = ("stop", "end the epoch", "save", "learning rate", "weight decay", "scheduler", "momentum", "weights", "steps", "best")
+
+
+@pytest.mark.parametrize("event", ["step_begin", "step_end", "evaluate"])
+@pytest.mark.parametrize("what", WHATS)
+def test_a_callback_that_has_declared_nothing_changes_nothing(tmp_path, what, event):
+    trainer = trainer_with(tmp_path, changes := Changes(what, event), optim_args="momentum=0.9")
+    with pytest.raises(UserError, match=r"callback Changes: it changed .*training losses"):
+        trainer.train()
+    assert changes.changed and trainer.budget.ledger.steps <= 2  # at once
+
+
+def test_it_may_watch(tmp_path):
+    trainer = trainer_with(tmp_path, Changes("stop", "never"))
+    trainer.train()
+    assert header(tmp_path)["by_metrics"] is None and trainer.budget.ledger.steps == 4
+
+
+def test_a_callback_that_returns_another_control_changes_it_too(tmp_path):
+    class Returns(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            return type(control)(should_training_stop=True)
+
+    with pytest.raises(UserError, match=r"callback Returns: it changed control\.should_training_stop"):
+        trainer_with(tmp_path, Returns()).train()
+
+
+def declared(by: str) -> TrainerCallback:
+    return type("Declared", (Changes,), {"follows": by})("stop", "evaluate")
+
+
+def test_a_declaration_is_kept_to(tmp_path):
+    trainer = trainer_with(tmp_path / "steps", declared("steps"))
+    trainer.train()
+    assert trainer.budget.ledger.steps == 1 and header(tmp_path / "steps")["by_metrics"] is None
+    trainer = trainer_with(tmp_path / "evaluation", declared("evaluation"))
+    trainer.train()
+    assert trainer.budget.ledger.steps == 1 and header(tmp_path / "evaluation")["by_metrics"] == "callback Declared"
+    inherits = type("Inherits", (type(declared("steps")),), {})("stop", "evaluate")
+    with pytest.raises(UserError, match="callback Inherits"):
+        trainer_with(tmp_path / "inherits", inherits).train()
+
+
+def early_stopping() -> EarlyStoppingCallback:
+    return EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=1e9)
+
+
+def test_early_stopping_is_written_in_the_header(tmp_path):
+    trainer = trainer_with(tmp_path, early_stopping(), max_steps=6)
+    trainer.args.metric_for_best_model, trainer.args.greater_is_better = "loss", False
+    trainer.train()
+    assert trainer.budget.ledger.steps < 6
+    assert header(tmp_path)["by_metrics"] in ("callback EarlyStoppingCallback", "--metric_for_best_model loss")
+    assert follows(early_stopping()) == "evaluation"
+
+
+def test_one_that_comes_after_the_header_changes_nothing(tmp_path):
+    class Adds(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                trainer.add_callback(declared("evaluation"))
+
+    trainer = trainer_with(tmp_path, Adds())
+    with pytest.raises(UserError, match=r"callback Declared.*before the training"):
+        trainer.train()
+
+
+def given_scheduler(trainer):
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    trainer.args.metric_for_best_model = None
+
+
+@pytest.mark.parametrize("kind", ["callback", "scheduler", "option"])
+@pytest.mark.parametrize("reason", ["shared authors", "same data", "same hashes", "an earlier release"])
+def test_where_nothing_pays_no_metrics_choose(tmp_path, kind, reason):
+    more = {"lr_scheduler_type": "greedy"} if kind == "option" else {}
+    trainer = trainer_with(tmp_path, *([declared("evaluation")] if kind == "callback" else []), **more)
+    if kind == "scheduler":
+        given_scheduler(trainer)
+    if reason == "shared authors":
+        trainer.shared_authors = True
+    elif reason == "same data":
+        trainer.eval_dataset = {"held-out": trainer.eval_dataset, "train": trainer.train_dataset}
+    elif reason == "same hashes":
+        trainer.eval_dataset.hashes = trainer.train_dataset.hashes[-1:]
+    else:
+        ledger = trainer.budget.ledger
+        ledger.start_run({**trainer.plan.public(), "split": "s"})
+        ledger.record_release({"epsilon": 1.0, "split": "s"})
+    with pytest.raises(UserError, match="was released" if reason == "an earlier release" else "--allow_shared_authors"):
+        trainer.train()
+    assert trainer.budget.ledger.steps == 0
+
+
+@pytest.mark.parametrize("kind", ["callback", "scheduler"])
+def test_after_metrics_have_chosen_nothing_is_released(tmp_path, kind):
+    trainer = trainer_with(tmp_path, *([declared("evaluation")] if kind == "callback" else []), eval_strategy="no")
+    if kind == "scheduler":
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1)
+    trainer.train()
+    said = "callback Declared" if kind == "callback" else "optimizers: StepLR"
+    assert header(tmp_path)["by_metrics"] == said
+    with pytest.raises(UserError, match=f"had {said}"):
+        release_loss(trainer, 1.0, None, limited=False)
+
+
+def test_a_second_training_has_no_given_scheduler(tmp_path):
+    trainer = trainer_with(tmp_path)
+    trainer.train()
+    trainer.train()
+    assert header(tmp_path)["by_metrics"] is None
+
+
+def test_a_hyperparameter_search_is_refused(tmp_path):
+    trainer = trainer_with(tmp_path)
+    for search in (
+        trainer.hyperparameter_search,
+        lambda: trainer.train(trial={"learning_rate": 1.0}),
+        lambda: trainer.train(None, {}),
+    ):
+        with pytest.raises(UserError, match="hyperparameter_search"):
+            search()
+
+
+def test_callbacks_of_transformers_that_are_known_exist_and_others_are_watched(tmp_path):
+    assert follows(DefaultFlowCallback()) == "steps" and follows(TrainerCallback()) is None
+    trainer = trainer_with(tmp_path, report_to=["tensorboard"])
+    kinds = {type(callback).__name__: follows(callback) for callback in trainer.callback_handler.callbacks}
+    assert kinds.pop("TensorBoardCallback") is None and set(kinds.values()) == {"steps"}, kinds
+    assert kinds.keys() - {"StopWhenUsedUp"} <= OF_TRANSFORMERS.keys()
+
+
+def test_without_privacy_callbacks_are_free(tmp_path):
+    trainer = trainer_with(tmp_path, Changes("stop", "step_end"), privacy={"disable_dp": True})
+    trainer.train()
+    assert trainer.state.global_step < 4
+
+
+def test_to_watch_costs_less_than_a_millisecond(tmp_path):
+    trainer = trainer_with(tmp_path, model=tiny_gpt2(), dataset=make_dataset(COUNTS), optim="adamw_torch")
+    trainer.train()
+    start = time.perf_counter()
+    for _ in range(20):
+        trainer.callback_handler.snapshot(trainer.control)
+    assert (time.perf_counter() - start) / 20 < 2e-3
