@@ -86,6 +86,7 @@ from author_dp.microbatches import LogicalBatch, constant_shape, is_real
 from author_dp.model_card import model_card, public_settings
 from author_dp.permissions import owner_only
 from author_dp.plan import make_plan
+from author_dp.precision import check_float32, full_precision_sums
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, longest_sample, prove
 from author_dp.publish import upload
@@ -257,7 +258,8 @@ class DPTrainer(Trainer):
         self.proof: Optional[Proof] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
             checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
-            self.proof = prove(move(model, args), privacy.clipping, sequence_len, checkpointing)
+            check_float32(move(model, args), args.bf16)
+            self.proof = prove(model, privacy.clipping, sequence_len, checkpointing)
             logger.info(self.proof.in_words())
         self.privacy = privacy
         self.sequence_len = longest_sample(model, sequence_len)
@@ -329,6 +331,7 @@ class DPTrainer(Trainer):
                 self.budget.alarm(self.create_model_card),
                 memory_kept(self.args.device.type == "cpu" and not little),
                 self._secret_generators() as self.generators,
+                full_precision_sums(),
             ):
                 self.budget.start()
                 self.checks.start(self._sampler, self.folder, self.args.device, self.privacy.secure_noise)
@@ -423,7 +426,7 @@ class DPTrainer(Trainer):
                 noise_multiplier=self.plan.noise_multiplier,
                 clip_norm=self.plan.clip_norm,
                 expected_batch_size=self.plan.expected_batch_size,
-                before_release=self.budget.record_step,
+                before_release=self._record_step,
                 after_release=self.checks.released,
                 canaries=self.canaries,
                 secure_noise=self.privacy.secure_noise,
@@ -431,6 +434,12 @@ class DPTrainer(Trainer):
         noisy.begin(self.plan.coefficients())
         self._noisy = noisy
         return self.optimizer
+
+    def _record_step(self) -> None:
+        """Record a step in the ledger; before the first one, check the precision that is in force by now."""
+        if not self.budget.steps:
+            check_float32(self.model, self.args.bf16)
+        self.budget.record_step()
 
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """Name the option where the Trainer's scheduler does not take its arguments."""

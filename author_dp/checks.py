@@ -21,6 +21,7 @@ from author_dp.drawcheck import CyclicDrawCheck, DrawCheck, check_unseeded_draws
 from author_dp.gradient_audit import GradientCanaries
 from author_dp.mechanism import PAD, PoissonAuthorSampler
 from author_dp.plan import PrivacyPlan
+from author_dp.precision import PrecisionCheck
 from author_dp.secret_generators import sample_each
 from author_dp.selfcheck import Check, NoiseCheck, check_unseeded, noise_check
 
@@ -41,7 +42,7 @@ class RunChecks:
         self.number = 0 if canaries is None else int(canaries.included.sum())
         self.draws: Optional[DrawCheck | CyclicDrawCheck] = None
         self.noise: Optional[NoiseCheck] = None
-        self._asked: list[Check] = []
+        self._asked: list[Check | PrecisionCheck] = []
         self._undo = Undo(np.ones(1))
         if canaries is not None:
             canaries.start(plan)
@@ -66,7 +67,7 @@ class RunChecks:
         self.noise = noise_check(self.plan, folder, device, secure_noise)
         self._undo = Undo(self.plan.coefficients())
         law = None if self.canaries is None else self.canaries.start(self.plan)
-        self._asked = [check for check in (self.noise, law) if check is not None]
+        self._asked = [check for check in (PrecisionCheck(device), self.noise, law) if check is not None]
 
     def watch(self, sampler: PoissonAuthorSampler) -> None:
         """Check the draws that `sampler` makes from here on, those of the training."""

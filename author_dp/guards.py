@@ -21,6 +21,7 @@ from author_dp.adam import CORRECTED
 from author_dp.errors import UserError
 from author_dp.frozen import check_trained
 from author_dp.loggers import check_loggers
+from author_dp.precision import raise_rounded, settings
 from author_dp.proof import OF_TRANSFORMERS, check_apart
 from author_dp.sharding import is_finite
 
@@ -86,11 +87,13 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
             f"--max_grad_norm {args.max_grad_norm} would clip the noisy sum once more; set it to 0, as "
             "--per_sample_max_grad_norm already clips each author's gradient"
         )
-    if (args.tf32 or torch.backends.cuda.matmul.allow_tf32) and not privacy.disable_dp:
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise UserError(
-            "--tf32 (or torch.backends.cuda.matmul.allow_tf32) rounds what norms and clipped sums are made of, so that an author "
-            "may pass the clip norm; leave it out, and use --bf16, whose rounding is allowed for"
+            "ACCELERATE_DYNAMO_BACKEND (accelerate launch --dynamo_backend) does not work here: like --torch_compile it hides "
+            "the layers from the clipping hooks, and it switches TF32 on; unset it"
         )
+    if not privacy.disable_dp and (args.tf32 or settings(args.device.type)):
+        raise_rounded(["--tf32"] if args.tf32 else settings(args.device.type))
     if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
         raise UserError("--train_sampling_strategy does not work here: authors are sampled by the mechanism; leave it out")
     if any(word in str(args.optim).lower() for word in ("lomo", "layerwise")):
@@ -234,8 +237,11 @@ def check_shares(args: TrainingArguments, privacy: Any, model: Any = None) -> No
 
 def check_launch(accelerator: Accelerator) -> None:
     """Raise UserError where accelerate's own configuration would change the mechanism."""
-    if accelerator.scaler is not None or accelerator.distributed_type not in SUPPORTED_LAUNCHES:
-        raise UserError("accelerate's configuration asks for fp16, deepspeed, fsdp or a TPU: use --bf16, torch.distributed.run")
+    known = accelerator.mixed_precision in ("no", "bf16") and accelerator.distributed_type in SUPPORTED_LAUNCHES
+    if accelerator.scaler is not None or not known:
+        raise UserError(
+            "accelerate's configuration asks for fp16, fp8, deepspeed, fsdp or a TPU: use --bf16, torch.distributed.run"
+        )
 
 
 def check_model(model: nn.Module, proven: bool = True) -> None:

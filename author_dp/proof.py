@@ -25,6 +25,7 @@ from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.frozen import computes_in_float32, in_float32
 from author_dp.mechanism import IGNORED, Batch
+from author_dp.precision import float32_products
 from author_dp.random_ops import BATCH, check_random_ops, training_mode
 from author_dp.sharding import LEAVE_OUT, in_shares, make_engine, norm_of, ordinary_gradients, own, take_in_turn
 
@@ -128,16 +129,13 @@ def still(model: nn.Module) -> Iterator[None]:
     """In training mode, as batch norm shows itself only there, but without dropout, autocast, TF32 or products in bfloat16."""
     owners: dict[int, Any] = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if o is not None}
     rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_rate(o, name, v)]
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     device = next(model.parameters()).device
-    with training_mode(model), torch.autocast(device.type, enabled=False), in_float32(model):
+    with training_mode(model), torch.autocast(device.type, enabled=False), in_float32(model), float32_products():
         try:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             for owner, name, value in rates:
                 setattr(owner, name, type(value)(0))
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
             for owner, name, value in rates:
                 setattr(owner, name, value)
 

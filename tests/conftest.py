@@ -40,7 +40,8 @@ datasets.disable_progress_bars()
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """Let each test start accelerate anew, so that --bf16 of one is not seen by the next."""
+    """Let each test start accelerate anew, so that --bf16 or --torch_compile of one is not seen by the next."""
+    os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
 

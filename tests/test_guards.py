@@ -1,7 +1,6 @@
 """guards.py: options and models under which the guarantee would not hold are refused by name."""
 
 import pytest
-import torch
 from conftest import make_trainer, tiny_gpt2
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel
@@ -49,16 +48,6 @@ def test_options_that_need_a_gpu_are_refused_by_name(tmp_path, name):
     setattr(args, name, True)
     with pytest.raises(UserError, match=f"--{name}"):
         guards.check_options(args, PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0))
-
-
-def test_tf32_is_refused_however_it_was_set(tmp_path):
-    torch.set_float32_matmul_precision("high")
-    try:
-        with pytest.raises(UserError, match="--tf32"):
-            make_trainer(tmp_path)
-        make_trainer(tmp_path, privacy={"disable_dp": True})
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_a_model_that_sees_the_future_is_refused_by_itself():

@@ -36,6 +36,7 @@ import test_microbatches
 import test_noise
 import test_one_epsilon
 import test_pld
+import test_precision
 import test_processes
 import test_publish
 import test_random_ops
@@ -372,6 +373,21 @@ BUGS = [
         lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
     Bug("a run with an alarm that is resumed", "author_dp.checkpoints.find_checkpoint", "ledger.check_alarm()", "pass",
         lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
+    # The precision.
+    Bug("no look at the precision when training starts", "dp_utils.DPTrainer._record_step", "if not self.budget.steps:",
+        "if False:", lambda path, _: test_precision.test_a_run_with_rounded_products_does_not_start(path, "TF32")),
+    Bug("no look at the precision at log lines", "author_dp.checks.RunChecks.start", "(PrecisionCheck(device), ", "(None, ",
+        lambda path, _: test_precision.test_products_that_become_rounded_end_the_run(path, "no")),
+    Bug("products whose factors bfloat16 holds exactly", "author_dp.precision.find_rounding",
+        "(TF32_BITS, FLOAT32_BITS, *([HALF_BITS] if bf16 else []))", "(HALF_BITS,)",
+        lambda *_: test_precision.test_find_rounding_sees_each_lower_precision("TF32")),
+    Bug("sums of bfloat16 factors not looked at", "author_dp.precision.find_rounding", "*([HALF_BITS] if bf16 else [])", "",
+        lambda path, patch: test_precision.test_products_of_bfloat16_factors_are_summed_in_float32_under_bf16(path, patch)),
+    Bug("sums in bfloat16 allowed on a GPU", "author_dp.precision.full_precision_sums",
+        "flags.allow_fp16_reduced_precision_reduction = False", "flags.allow_fp16_reduced_precision_reduction",
+        lambda path, _: test_precision.test_bfloat16_sums_are_not_reduced_in_bfloat16_while_training(path, True)),
+    Bug("a compiler that switches TF32 on", "author_dp.guards.check_options", '.lower() != "no"', '.lower() == "none"',
+        lambda path, patch: test_precision.test_accelerates_dynamo_is_refused(path, patch, "inductor")),
     # Around it.
     Bug("the Trainer's clipping on top", "author_dp.guards.check_options",
         "if args.max_grad_norm and not privacy.disable_dp:", "if False:",
