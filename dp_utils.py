@@ -38,6 +38,7 @@ from transformers.utils import PushInProgress, logging
 from author_dp.accounting import compute_epsilon, find_noise_multiplier
 from author_dp.activations import fuse_activations
 from author_dp.adam import NoiseCorrectedAdamW
+from author_dp.agreement import check_same_start
 from author_dp.budget import Budget, StopWhenUsedUp
 from author_dp.callbacks import WatchedCallbacks, by_callback, by_scheduler, check_no_trial
 from author_dp.checkpoints import (
@@ -277,7 +278,9 @@ class DPTrainer(Trainer):
         )
         if self.plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
             raise ValueError("noise bands need the hashes of all authors: AuthorDataset(..., hashes=author_hashes(authors))")
-        self.checks = RunChecks(self.plan, canaries)
+        check_same_start(self.plan, train_dataset, model, args.bf16)
+        self.norms = NormStatistics(self.plan.clip_norm, args.device)
+        self.checks = RunChecks(self.plan, canaries, self.norms)
         kept = broadcast(hidden_count(self.folder))
         check_same_authors(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
         check_untold(self.folder, ledger, privacy.hide_counts)
@@ -285,7 +288,6 @@ class DPTrainer(Trainer):
         self.budget.by_metrics = by_metrics(args)
         self.shared_authors = False  # whether evaluation authors may be training authors
         self.engine: Optional[ClippingEngine] = None  # while training
-        self.norms = NormStatistics(self.plan.clip_norm, args.device)
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
         self.generators: Optional[SecretGenerators] = None  # while training with privacy
         self.settings = public_settings(args, model, model_name or model.name_or_path)
@@ -334,10 +336,10 @@ class DPTrainer(Trainer):
                 full_precision_sums(),
             ):
                 self.budget.start()
-                self.checks.start(self._sampler, self.folder, self.args.device, self.privacy.secure_noise)
+                self.checks.start(self._sampler, self.budget, self.args.device, self.privacy.secure_noise)
                 with owner_only():
                     result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
-                self._check()
+                self._check(whole=True)
         finally:
             self.checkpoint = self.generators = None
             self.checks.stop()
@@ -421,6 +423,7 @@ class DPTrainer(Trainer):
             if corrects_adam(self.args, self.privacy, self.plan.noise_bands):
                 logger.info("Adam's second moment is rid of the noise's variance (--adam_noise_correction).")
                 optimizer = NoiseCorrectedAdamW(optimizer)
+            self.checks.count_updates(optimizer)
             self.optimizer = noisy = (ShardedOptimizer if self.full_shard else AuthorDPOptimizer)(
                 optimizer,
                 noise_multiplier=self.plan.noise_multiplier,
@@ -453,6 +456,7 @@ class DPTrainer(Trainer):
             return model
         if not self.full_shard:
             broadcast_parameters(self.model)
+        self.checks.hold(self.model)
         if self.privacy.disable_dp:
             return Wrapper(self.model)
         clipped = self.model if self.canaries is None else self.canaries.beside(self.model)
@@ -473,6 +477,7 @@ class DPTrainer(Trainer):
         total = torch.zeros_like(self._step_loss)
         idle = rounds_behind(model, len(inputs.microbatches))  # of a model in shares, whose layers all must gather alike
         for microbatch in inputs.microbatches:
+            real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
                 losses = author_losses(model, microbatch, self.needs_positions)
@@ -481,7 +486,7 @@ class DPTrainer(Trainer):
             else:
                 losses = losses if self.canaries is None else self.canaries.push(losses, microbatch)
                 norms = self.engine.backward(losses, microbatch["author"])
-                self.norms.add(norms, is_real(microbatch))
+                self.norms.add(norms, real)
             total += losses.detach().nan_to_num(posinf=0.0).sum()
             del losses  # and what of its graph is not freed yet
         for _round in range(idle):
@@ -492,7 +497,7 @@ class DPTrainer(Trainer):
         if self.engine is not None:
             self._noisy.draw = inputs.number
         self.norms.end_step()
-        self.checks.taken(inputs.batch_size)
+        self.checks.taken(inputs.batch_size, inputs.number)
         if self.engine is None:
             sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one
@@ -540,13 +545,13 @@ class DPTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, whole or not at all."""
-        self._check()
+        self._check(whole=True)
         with written_whole(self.folder, self.args, self.state):
             super()._save_checkpoint(model, trial)
 
-    def _check(self) -> None:
+    def _check(self, whole: bool = False) -> None:
         """Raise MechanismError for draws, clips or noise that are not as promised, UserError for weights that are not finite."""
-        self.checks.test()
+        self.checks.test(whole)
         check_trained_weights(self.model, self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

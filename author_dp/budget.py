@@ -54,6 +54,7 @@ class Budget:
     def __init__(self, plan: PrivacyPlan, ledger: PrivacyLedger, is_first_process: bool):
         self.plan, self.ledger, self.is_first_process = plan, ledger, is_first_process
         self.steps = 0
+        self._before = 0  # in the ledger when this run began
         self.allowed_steps: float = math.inf
         self.by_metrics: Optional[str] = None
         self.split: Optional[str] = None
@@ -100,6 +101,7 @@ class Budget:
                 header = {**plan.public(), "split": self.split, "by_metrics": self.by_metrics, "name": name, "started": started}
                 self.ledger.start_run({**header, "versions": versions})
         self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
+        self._before = self.ledger.steps
         if self.allowed_steps < 1:
             raise UserError(
                 f"--target_epsilon {plan.target_epsilon} is used up by the steps in {self.ledger.path}: raise it, or take the "
@@ -113,6 +115,10 @@ class Budget:
         if self.is_first_process:
             self.ledger.record_step()
         self.steps += 1
+
+    def lacking(self) -> int:
+        """Return how many steps of this run the ledger's file lacks; 0 on all processes but the first."""
+        return self._before + self.steps - PrivacyLedger(self.ledger.path).steps if self.is_first_process else 0
 
     def record_release(self, release: dict[str, Any]) -> None:
         """Write a released evaluation loss (release.py) and what it spends; on the first process only."""

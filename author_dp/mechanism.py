@@ -77,6 +77,7 @@ class PoissonAuthorSampler:
         bands: b, the number of groups.
     Attributes:
         on_draw: if set, called with each global draw, the places of its authors; an exception ends the run.
+        on_share: if set, called with these, with the samples of this process' authors, and with the draw's number.
     Raises:
         UserError: for more bands than 1 / sample_rate.
         ValueError: for bands without groups.
@@ -102,6 +103,7 @@ class PoissonAuthorSampler:
         self.offsets, self.indices = offsets, indices
         self.real = len(offsets) - 1 - canaries
         self.on_draw: Optional[Callable[[np.ndarray], None]] = None
+        self.on_share: Optional[Callable[[np.ndarray, list[np.ndarray], int], None]] = None
         self.rate = cyclic_rate(sample_rate, bands)  # of the authors of one group
         self.groups = groups
         self.members = None if groups is None else [np.flatnonzero(groups == group) for group in range(bands)]
@@ -125,6 +127,8 @@ class PoissonAuthorSampler:
         if self.on_draw is not None:
             self.on_draw(authors)
         share = self.draw_samples(authors[self.rank :: self.world_size])
+        if self.on_share is not None:
+            self.on_share(authors, share, self.draws)
         self.draws += 1
         return AuthorDraw(share, int((authors < self.real).sum()), self.draws - 1)
 

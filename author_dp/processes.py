@@ -21,6 +21,15 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes, on every process; of any type that can be pickled."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_parameters(model: nn.Module) -> None:
     """Give every process the first one's weights, frozen ones included."""
     if dist.is_initialized():

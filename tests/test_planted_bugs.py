@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import test_accounting
 import test_adam
+import test_agreement
 import test_audit
 import test_bands
 import test_budget
 import test_callbacks
 import test_checkpoints
+import test_checks
 import test_clipping
 import test_clipping_contributions
 import test_clipping_ghost
@@ -109,6 +111,16 @@ def update(k: int = 1, per_device: int = 4, clipping: str = "ghost", kind: str =
     )
 
 
+def disagree(bug: str, bands: str = "1") -> Callable:
+    """Two processes train, with a bug of test_agreement.py if it is named, and say nothing."""
+    work = functools.partial(test_agreement.run_with_bug, bug=bug, bands=bands, canaries=0, full_shard=False, workers=0)
+    return lambda path, _: test_agreement.in_processes(path, 2, functools.partial(test_agreement.says_nothing, work, path))
+
+
+def noticed_by_all(bug: str) -> Callable:
+    return lambda path, _: test_agreement.test_every_process_raises_what_one_of_them_does_otherwise(path, bug)
+
+
 BUGS = [
     # The noise.
     Bug("no noise", STEP, "if std > 0:", "if False:",
@@ -120,8 +132,8 @@ BUGS = [
         lambda path, _: test_processes.test_two_processes_add_the_noise_of_one(path), spawned=True),
     Bug("the noise of one rank alone, short of its share", STEP, "if std > 0:", "if std > 0 and dist.get_rank() == 0:",
         lambda path, _: test_processes.test_two_processes_add_the_noise_of_one(path), spawned=True),
-    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(norms, is_real(microbatch))",
-        "self.norms.add(norms, is_real(microbatch)); self.optimizer.optimizer.sums.add_("
+    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(norms, real)",
+        "self.norms.add(norms, real); self.optimizer.optimizer.sums.add_("
         "torch.randn_like(self.optimizer.optimizer.sums) * self.plan.noise_multiplier * self.plan.clip_norm)",
         lambda path, _: test_dp_utils.test_noise_is_drawn_once_per_step_whatever_the_microbatches(path)),
     Bug("noise that does not scale with the clip norm", STEP, "self.noise_multiplier * self.max_grad_norm",
@@ -367,12 +379,41 @@ BUGS = [
     Bug("a folder counted twice", "author_dp.ledger.account_together", "check_disjoint(ledgers)", "pass",
         lambda path, _: test_ledger.test_no_step_is_counted_twice(path)),
     # The check of the run's own noise.
-    Bug("a check that is never asked", "dp_utils.DPTrainer._check", "self.checks.test()", "pass",
+    Bug("a check that is never asked", "dp_utils.DPTrainer._check", "self.checks.test(whole)", "pass",
         lambda path, patch: test_selfcheck.test_wrong_noise_ends_a_real_run(path, patch, "half the noise")),
     Bug("an alarm that is not written down", "author_dp.budget.Budget.raise_alarm", "self.ledger.record_alarm(found)", "pass",
         lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
     Bug("a run with an alarm that is resumed", "author_dp.checkpoints.find_checkpoint", "ledger.check_alarm()", "pass",
         lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
+    # Processes that differ, and what the run counts.
+    Bug("another sampler key on each process", LOADER, "broadcast(secrets.randbits(128))", "secrets.randbits(128)",
+        disagree("")),
+    Bug("another group key on each process", LOADER, "broadcast(secrets.token_bytes(32))", "secrets.token_bytes(32)",
+        disagree("", "3")),
+    Bug("the whole draw on each process", f"{DRAW}.draw", "authors[self.rank :: self.world_size]", "authors", disagree("")),
+    Bug("the same half of the draw on each process", f"{DRAW}.draw", "self.rank ::", "0 ::", disagree("")),
+    Bug("draws that nobody compares", "author_dp.agreement.compare", '"batches": "sampled authors"', "",
+        noticed_by_all("another sampler key on each")),
+    Bug("groups that nobody compares", "author_dp.agreement.RankCheck.__init__", 'b"" if sampler.groups is None', 'b"" if True',
+        noticed_by_all("another group key on each")),
+    Bug("shares that nobody adds up", "author_dp.agreement.compare", "!= first.whole", "is None",
+        noticed_by_all("the same half on each")),
+    Bug("authors clipped that nobody counts", "author_dp.agreement.compare", "!= first.drawn", "is None",
+        lambda path, patch: test_agreement.test_one_process_notices_too(path, patch, "microbatches taken twice")),
+    Bug("data that nobody compares", "author_dp.agreement.check_same_start", 'one["data"] != every[0]["data"]', "False",
+        lambda path, _: test_agreement.test_processes_that_were_given_other_data_or_options_do_not_start(
+            path, "texts", "training data")),
+    Bug("an alarm that one process keeps to itself", "author_dp.checks.RunChecks.test", "gather(", "(lambda one: [one])(",
+        noticed_by_all("another sampler key on each")),
+    Bug("updates that nobody counts", "author_dp.checks.UpdateCheck.test", "self.updates != self.budget.steps", "False",
+        lambda path, _: test_checks.test_an_update_that_no_ledger_holds_ends_the_run(path)),
+    Bug("a ledger that is not read again", "author_dp.budget.Budget.lacking", "PrivacyLedger(self.ledger.path).steps",
+        "self.ledger.steps", lambda path, patch: test_checks.test_a_step_that_is_not_on_the_disk_ends_the_run(path, patch)),
+    Bug("noise on frozen weights", TRAINING_STEP, "self.norms.end_step()",
+        "self.norms.end_step(); [p.data.add_(torch.randn_like(p), alpha=1e-3) for p in self.model.parameters()]",
+        lambda path, _: test_checks.run(path, test_checks.half_frozen())),
+    Bug("frozen weights that nobody looks at", "author_dp.checks.FixedWeights._sums", "if not p.requires_grad", "if False",
+        lambda path, _: test_checks.test_weights_that_are_not_trained_stay_as_they_are(path, test_checks.half_frozen)),
     # The precision.
     Bug("no look at the precision when training starts", "dp_utils.DPTrainer._record_step", "if not self.budget.steps:",
         "if False:", lambda path, _: test_precision.test_a_run_with_rounded_products_does_not_start(path, "TF32")),

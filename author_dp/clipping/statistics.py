@@ -19,6 +19,7 @@ class NormStatistics:
         device: where the norms are.
     Attributes:
         edges: (81,), a tenth of a decade apart, of the bins of norm / C.
+        authors: clipped by this process; to be set to 0 where a training begins.
     """
 
     def __init__(self, clip_norm: float, device: torch.device):
@@ -27,14 +28,17 @@ class NormStatistics:
         self._bins = torch.zeros(len(self.edges) + 1, device=device)
         self._counts = torch.zeros(3, device=device)  # authors seen, clipped, not finite, since the last log line
         self._steps = 0
+        self.authors = 0
 
     def add(self, norms: torch.Tensor, is_real: torch.Tensor) -> None:
         """Count the norms of a microbatch's real authors.
 
         Args:
             norms: (authors,), before clipping; inf or nan for a gradient that is not finite.
-            is_real: bool (authors,), False for an author who is not to be counted.
+            is_real: bool (authors,) on the CPU, False for an author who is not to be counted.
         """
+        self.authors += int(is_real.sum())
+        is_real = is_real.to(norms.device, non_blocking=True)
         kinds = torch.stack([is_real, norms > self.clip_norm, ~norms.isfinite()]) & is_real
         self._counts += kinds.sum(1)
         self._bins.scatter_add_(0, torch.bucketize(norms / self.clip_norm, self.edges), is_real.to(norms.dtype))
