@@ -3,13 +3,13 @@
 Guarantee: with `MicrobatchShape`, the shapes of all microbatches follow from options alone, and the rows and tokens of an author
 from the author's own samples. The kernel of a matrix product, and with it the rounding of every row, follows from the product's
 shape. In bfloat16 that rounding is coarse: were microbatches as large as the batch happens to be, one author more or less would
-change how all others are rounded, by up to 1.37 C together (`python benchmarks/rounding.py`).
+change how all others are rounded: by 0.23 C on the demo's model (`python benchmarks/rounding.py`).
 
 Example:
 
     >>> shape = constant_shape(per_device=32, accumulation=2, samples_per_author=1, sequence_len=128)
     >>> shape
-    MicrobatchShape(authors=8, samples=1, lengths=(16, 32, 64, 128))
+    MicrobatchShape(authors=8, samples=1, lengths=(16, 24, 32, 48, 64, 96, 128))
     >>> [batch["input_ids"].shape for batch in cut_into_microbatches(authors, 32, collate, shape)]
     [torch.Size([8, 32]), torch.Size([8, 128])]
 """
@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from author_dp.errors import UserError
 from author_dp.mechanism import IGNORED, AuthorDraw, Batch
 
-HALVINGS = 3  # of the longest length: the lengths of microbatches are sequence_len, a half, a quarter and an eighth of it
-SHARE = 8  # a microbatch has at most 1 / SHARE of the expected authors, as the last one of each length is partly empty
+EIGHTHS = (1, 1.5, 2, 3, 4, 6, 8)  # of sequence_len: the lengths of microbatches
+SHARE = 16  # a microbatch has at most 1 / SHARE of the expected authors, as the last one of each length is partly empty,
+FEWEST = 8  # or FEWEST authors: smaller ones would keep a device waiting
 NOBODY = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORED)}  # a sample without targets: its gradient is zero
 
 
@@ -41,16 +42,16 @@ class MicrobatchShape(NamedTuple):
 def constant_shape(per_device: int, accumulation: int, samples_per_author: int, sequence_len: int) -> MicrobatchShape:
     """Return the shape of a run's microbatches, from options alone.
 
-    The number of authors is the largest divisor of `per_device` that is at most 1 / SHARE of `per_device` x `accumulation`.
+    The number of authors is the largest divisor of `per_device` that is at most FEWEST, or 1 / SHARE of the expected authors.
 
     Args:
         per_device, accumulation: the batch options; their product is how many authors a process expects in a step.
         samples_per_author: k.
         sequence_len: tokens of the longest sample.
     """
-    most = max(1, per_device * accumulation // SHARE)
-    authors = max(divisor for divisor in range(1, min(most, per_device) + 1) if per_device % divisor == 0)
-    lengths = sorted({math.ceil(sequence_len / 2**halving) for halving in range(HALVINGS + 1)})
+    most = min(per_device, max(FEWEST, per_device * accumulation // SHARE))
+    authors = max(divisor for divisor in range(1, most + 1) if per_device % divisor == 0)
+    lengths = sorted({math.ceil(sequence_len * eighths / 8) for eighths in EIGHTHS})
     return MicrobatchShape(authors, samples_per_author, tuple(lengths))
 
 

@@ -1,9 +1,12 @@
 """Padding is not work: real tokens per second with length-sorted microbatches, against padding every sample to 128.
 
     python benchmarks/padding.py --file speeches.jsonl --tokenizer gpt2
+    python benchmarks/padding.py --file speeches.jsonl --tokenizer gpt2 --constant
 
 GPT-2 small with random weights on real text with the columns author and content; without --file, the demo's comments.
 Both rows train with ghost clipping on the same draws of all authors; they differ in the collator alone. Prints one table.
+With --constant, nothing is trained: the table has how many more tokens microbatches of constant shape hold, dummy authors and
+padding included, than microbatches as large as the batch, on average over 200 Poisson samples.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import torch
 from throughput import ROOT, make_model, run, train, where
 from transformers import GPT2TokenizerFast
 
+from author_dp.microbatches import constant_shape, cut_into_microbatches
 from data_utils import IGNORED, AuthorDataset, DataArguments, collate, column_of, group_by_author, load_samples, tokenize
 
 ROWS = ("padded to the longest possible", "sorted by length")
@@ -29,6 +33,31 @@ def collate_to(tokens: int, samples: list) -> dict[str, torch.Tensor]:
     return {name: torch.nn.functional.pad(x, missing, value=IGNORED if name == "labels" else 0) for name, x in batch.items()}
 
 
+def extra_tokens(lengths: np.ndarray, longest: int, per_device: int, accumulation: int, steps: int = 200) -> float:
+    """Return by how much constant shapes make the microbatches of a step larger, as a ratio less 1.
+
+    Args:
+        lengths: tokens of the samples, int (samples,), of which a step takes a Poisson number at random.
+    """
+    rng, shape = np.random.default_rng(0), constant_shape(per_device, accumulation, 1, longest)
+    totals = np.zeros(2)
+    for _ in range(steps):
+        chosen = rng.choice(lengths, rng.poisson(per_device * accumulation))
+        authors = [[{"input_ids": np.zeros(length, np.int32)}] for length in chosen]
+        for which, form in enumerate((None, shape)):
+            totals[which] += sum(b["input_ids"].numel() for b in cut_into_microbatches(authors, per_device, collate, form))
+    return float(totals[1] / totals[0] - 1)
+
+
+def print_extra_tokens(lengths: np.ndarray, longest: int, name: str) -> None:
+    print(f"{len(lengths):,} samples of {lengths.mean():.0f} tokens on average, {longest} at most, from {name}\n")
+    print("| per device x accumulation | authors of a microbatch | more tokens than as large as the batch |\n|---|---|---|")
+    for per_device, accumulation in ((8, 32), (64, 4), (32, 2), (64, 1), (128, 8)):
+        rows = constant_shape(per_device, accumulation, 1, longest).authors
+        more = extra_tokens(lengths, longest, per_device, accumulation)
+        print(f"| {per_device} x {accumulation} | {rows} | {more:+.0%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", default=str(ROOT / "demo" / "comments.jsonl"))
@@ -38,12 +67,15 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--constant", action="store_true", help="count the tokens of constant shapes instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     samples, _ = load_samples(DataArguments(train_file=[options.file], eval_fraction=0.0), seed=0)
     tokenizer = GPT2TokenizerFast.from_pretrained(options.tokenizer)
     samples = tokenize(samples, tokenizer, text_column="content", sequence_len=options.tokens)
+    if options.constant:
+        return print_extra_tokens(np.array([len(ids) for ids in samples["input_ids"]]), options.tokens, Path(options.file).name)
     offsets, indices = group_by_author(column_of(samples, "author"))
     # One sample of each of so many authors, evenly spread: both rows see the same tokens in every step.
     chosen = samples.select(indices[offsets[:-1]][np.linspace(0, len(offsets) - 2, options.authors).astype(int)])

@@ -6,8 +6,8 @@ The kernel of a matrix product follows from its shape, and each rounds in its ow
 sampled authors, one author more changes the gradients of all others. In exact arithmetic they do not move.
 
 The table has the largest movement found, for the demo's model, ghost clipping and a C below all norms, among several kinds of
-texts: identical ones, whose rounding errors add up, random ones, and texts of one and of two tokens. A further author joins, with
-a short or a long text.
+texts: identical ones, whose rounding errors add up, random ones, and texts of one and of two tokens. A further author joins in
+front of them, with a short text, one of the same length, or a long one.
 """
 
 import argparse
@@ -37,15 +37,15 @@ def texts(kind: str, count: int, rng: np.random.Generator, vocabulary: int) -> l
     return [rng.integers(1, vocabulary, LENGTH)] * count
 
 
-def clipped_sum(model, rows: list[np.ndarray], keep: int, bf16: bool, per_device: int, constant: bool) -> torch.Tensor:
-    """Return the clipped sum over the first `keep` authors of a batch, over C, float64."""
+def clipped_sum(model, rows: list[np.ndarray], first: int, bf16: bool, per_device: int, constant: bool) -> torch.Tensor:
+    """Return the clipped sum over the authors of a batch from `first` on, over C, float64."""
     shape = constant_shape(per_device, -(-len(rows) // per_device), 1, TOKENS) if constant else None
     engine, total = ENGINES["ghost"](model, CLIP_NORM), 0.0
     authors = [[{"input_ids": ids.astype(np.int32), "number": number}] for number, ids in enumerate(rows)]
     numbers: list[list[int]] = []
 
     def collate_and_note(samples: list) -> dict:
-        numbers.append([sample.get("number", len(rows)) for sample in samples])
+        numbers.append([sample.get("number", 0) for sample in samples])
         return collate(samples)
 
     for batch, of_batch in zip(cut_into_microbatches(authors, per_device, collate_and_note, shape), numbers):
@@ -54,7 +54,7 @@ def clipped_sum(model, rows: list[np.ndarray], keep: int, bf16: bool, per_device
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = author_losses(engine.module, batch)
         # The gradient of a loss that is not kept is left out: times zero it is not clipped, and adds nothing.
-        mask = torch.tensor([float(number < keep) for number in of_batch])
+        mask = torch.tensor([float(number >= first) for number in of_batch])
         engine.backward(losses * mask, batch["author"])
         total = total + torch.cat([p.summed_grad.flatten() for p in engine.parameters]).double()
     engine.close()
@@ -78,9 +78,9 @@ def main() -> None:
                 for count in options.authors:
                     for per_device in options.per_device:
                         rows = texts(kind, count, np.random.default_rng(0), vocabulary)
-                        alone = clipped_sum(model, rows, count, bf16, per_device, constant)
-                        for joining in (np.array([3, 4]), np.arange(TOKENS) % vocabulary):
-                            beside = clipped_sum(model, [*rows, joining], count, bf16, per_device, constant)
+                        alone = clipped_sum(model, rows, 0, bf16, per_device, constant)
+                        for joining in (np.array([3, 4]), np.arange(LENGTH), np.arange(TOKENS)):
+                            beside = clipped_sum(model, [joining, *rows], 1, bf16, per_device, constant)
                             worst = max(worst, (float((beside - alone).norm()), kind, count))
             names = "bfloat16" if bf16 else "float32", "constant shapes" if constant else "as large as the batch"
             print(f"| {names[0]} | {names[1]} | {worst[1]} | {worst[2]} | {worst[0]:.2g} |", flush=True)
