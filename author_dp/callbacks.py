@@ -7,7 +7,8 @@ inherit:
     follows = "steps"       step numbers, time or signals alone; such a callback is not looked at
     follows = "evaluation"  metrics of held-out authors: the ledger's header says so, as of --load_best_model_at_end
 
-Nothing may follow training losses. Weights that are written through `.data`, which torch does not count, are not noticed.
+Nothing may follow training losses. Not noticed are weights written through `.data`, which torch does not count, and models that a
+callback saves on its own.
 """
 
 from collections.abc import Iterable
@@ -96,7 +97,8 @@ class WatchedCallbacks(CallbackHandler):
         found = {
             f"control.{name}": getattr(control, name) for name in ("should_training_stop", "should_epoch_stop", "should_save")
         }
-        found |= {f"state.{name}": getattr(trainer.state, name) for name in ("global_step", "max_steps", "save_steps")}
+        decided = ("global_step", "max_steps", "save_steps", "best_model_checkpoint", "best_global_step")
+        found |= {f"state.{name}": getattr(trainer.state, name) for name in decided}
         found["args"] = by_metrics(trainer.args)
         found["the learning rate, or another option of the optimizer"] = [id(optimizer)] + [
             [(name, repr(value)) for name, value in group.items() if name != "params"]

@@ -149,6 +149,11 @@ class PrivacyLedger:
         return next((option for header in taken if (option := header.get("by_metrics"))), None)
 
     @property
+    def last_run(self) -> dict[str, Any]:
+        """The header of the last run that took steps, whose delta the reports have; of the very last one where none did."""
+        return next((header for header, steps in zip(self.runs[::-1], self.taken[::-1]) if steps), self.runs[-1])
+
+    @property
     def steps(self) -> int:
         """Number of steps of all runs."""
         return sum(self.taken)
@@ -367,7 +372,7 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     Args:
         delta: at which epsilon is asked for; by default that of the last run.
     """
-    last = ledger.runs[-1]
+    last = ledger.last_run
     delta = delta or last["delta"]
     again = spending_under(last, last["steps"])
     lines = [f"{ledger.path}: runs {len(ledger.runs)}, steps {ledger.steps:,}, records unbroken"]
@@ -419,7 +424,7 @@ def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None
         UserError: where they have not, or a record is in two of the ledgers and would be counted twice.
     """
     check_disjoint(ledgers)
-    deltas = {ledger.runs[-1]["delta"] for ledger in ledgers}
+    deltas = {ledger.last_run["delta"] for ledger in ledgers}
     if delta is None:
         if len(deltas) > 1:
             raise UserError(

@@ -85,14 +85,10 @@ def test_a_kind_that_nobody_knows_yet_counts(tmp_path):
 GREEDY = ["--lr_scheduler_type", "greedy", "--eval_strategy", "epoch"]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [["--validation_file", "data.jsonl", "--allow_shared_authors"], ["--release_eval_epsilon", "1"]],
-    ids=["shared", "release"],
-)
+@pytest.mark.parametrize("more", [["--allow_shared_authors", "--validation_file", "x"], ["--release_eval_epsilon", "1"]])
 def test_greedy_steers_neither_by_training_authors_nor_where_a_loss_is_released(tmp_path, monkeypatch, capfd, more):
     status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *GREEDY, *more))
-    assert status == 2 and "--lr_scheduler_type greedy" in stderr and more[-2 if more[-1] == "1" else -1] in stderr, stderr
+    assert status == 2 and "--lr_scheduler_type greedy" in stderr and more[0] in stderr, stderr
 
 
 def test_greedy_is_written_in_the_header(tmp_path):
@@ -147,6 +143,8 @@ class Changes(TrainerCallback):
                     next(model.parameters()).mul_(0.5)
             case "steps":
                 state.max_steps = 2
+            case "the checkpoint that stays":
+                state.best_model_checkpoint = "checkpoint-1"
             case "best":
                 args.load_best_model_at_end = True
 
@@ -167,7 +165,19 @@ class Changes(TrainerCallback):
         self.maybe("evaluate", args, state, control, kwargs["optimizer"], kwargs["lr_scheduler"], kwargs["model"])
 
 
-WHATS = ("stop", "end the epoch", "save", "learning rate", "weight decay", "scheduler", "momentum", "weights", "steps", "best")
+WHATS = (
+    "stop",
+    "end the epoch",
+    "save",
+    "learning rate",
+    "weight decay",
+    "scheduler",
+    "momentum",
+    "weights",
+    "steps",
+    "best",
+    "the checkpoint that stays",
+)
 
 
 @pytest.mark.parametrize("event", ["step_begin", "step_end", "evaluate"])

@@ -5,7 +5,7 @@ import runpy
 import sys
 
 import pytest
-from conftest import ROOT, make_trainer, read_report, resumable
+from conftest import ROOT, make_dataset, make_trainer, read_report, resumable
 from test_fine_tune_dp import PRIVACY, small
 from transformers import TrainerCallback
 
@@ -209,6 +209,18 @@ def test_report_page_and_sidecar_hold_what_the_run_reports(tmp_path):
     sidecar = read_guarantee(tmp_path)
     assert {name: sidecar[name] for name in found if name in sidecar} == {name: found[name] for name in found if name in sidecar}
     assert {"epsilon", "accountant", "mu_gdp", "tpr_at_fpr", "steps", "accounted_steps"} <= sidecar.keys()
+
+
+def test_a_run_that_took_no_step_changes_no_number(tmp_path):
+    trainer = resumable(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    privacy = {"noise_multiplier": 5.0, "target_delta": 1e-9}
+    options = {"privacy": privacy, "dataset": make_dataset([1] * 60), "resume_from_checkpoint": True}
+    again = make_trainer(tmp_path, max_steps=9, save_strategy="steps", **options)
+    again.budget.start()  # and no step
+    epsilon = epsilon_in_words(read_report(tmp_path)["epsilon"])
+    assert f"spent: epsilon {epsilon} at delta 0.017" in ledger.account(again.budget.ledger)
 
 
 @pytest.mark.parametrize("bands", [None, "2"])

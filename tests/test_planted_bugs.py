@@ -339,6 +339,8 @@ BUGS = [
         lambda path, _: test_budget.test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(path)),
     Bug("the budget passed", "author_dp.budget.Budget.record_step", "if self.steps >= self.allowed_steps:", "if False:",
         lambda path, _: test_budget.test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(path)),
+    Bug("spent at the delta of a run that took no step", "author_dp.ledger.account", "last = ledger.last_run",
+        "last = ledger.runs[-1]", lambda path, _: test_one_epsilon.test_a_run_that_took_no_step_changes_no_number(path)),
     Bug("epsilon cut off at the target", "author_dp.budget.Budget.epsilon", "return epsilon_of(",
         "return (lambda *spent: min(self.plan.target_epsilon or math.inf, epsilon_of(*spent)))(",
         lambda path, _: test_one_epsilon.test_the_steps_that_are_allowed_are_the_most_that_the_target_allows(path, None)),
