@@ -103,6 +103,14 @@ __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multi
 # --- options ------------------------------------------------------------------------------------------
 
 
+# Beyond them float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps to count.
+FLOAT_RANGES = {
+    "per_sample_max_grad_norm": (1e-6, 1e6, "Give a clip norm near an author's gradient norm, often 0.1 to 10"),
+    "noise_multiplier": (1e-6, 1e6, "Give 0, for no privacy, or a number often near 1"),
+    "sample_rate": (1e-12, 1, "Give a probability"),
+}
+
+
 @dataclass
 class PrivacyArguments:
     """What is promised, and how. All of it is public."""
@@ -174,12 +182,12 @@ class PrivacyArguments:
                 raise UserError(f"--{name} {getattr(self, name)} must be a finite number")
         if self.target_epsilon is not None and self.target_epsilon <= 0:
             raise UserError(f"--target_epsilon {self.target_epsilon} must be above 0")
-        if self.noise_multiplier is not None and self.noise_multiplier < 0:
-            raise UserError(f"--noise_multiplier {self.noise_multiplier} must be at least 0")
         if self.target_delta is not None and not 0 < self.target_delta < 1:
             raise UserError(f"--target_delta {self.target_delta} must be above 0 and below 1")
-        if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
-            raise UserError(f"--sample_rate {self.sample_rate} must be above 0 and at most 1")
+        for name, (lowest, highest, remedy) in FLOAT_RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value <= highest and (name, value) != ("noise_multiplier", 0):
+                raise UserError(f"--{name} {value}: out of range. {remedy}, from {lowest:g} to {highest:g}")
         if self.hide_counts and (self.sample_rate is None or self.target_delta is None):
             raise UserError(
                 "--hide_counts needs --sample_rate and --target_delta: their defaults tell the number of authors; give both"
@@ -196,10 +204,8 @@ class PrivacyArguments:
             return
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise UserError("give exactly one of --target_epsilon and --noise_multiplier (or --disable_dp for no privacy)")
-        if self.per_sample_max_grad_norm is None or self.per_sample_max_grad_norm <= 0:
-            raise UserError(
-                "--per_sample_max_grad_norm, the clip norm of an author's gradient, must be given and above 0; try 1.0"
-            )
+        if self.per_sample_max_grad_norm is None:
+            raise UserError("--per_sample_max_grad_norm, the clip norm of an author's gradient, must be given; try 1.0")
 
 
 # --- the Trainer ----------------------------------------------------------------------------------------

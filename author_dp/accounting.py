@@ -321,6 +321,12 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
             f"no noise for target_epsilon {target_epsilon}, target_delta {target_delta}, sample_rate {sample_rate}, {steps} steps"
         )
 
+    if (sampled := ever_drawn([Spending(0.0, sample_rate, steps)])) <= target_delta:
+        raise UserError(
+            f"--target_delta {target_delta} is at least the probability {sampled:.2g} that an author is sampled in any step, so "
+            "that any epsilon would hold without noise: lower it, or raise --sample_rate or --max_steps"
+        )
+
     def excess(sigma: float) -> float:
         """log(epsilon / target): negative where the promise is kept; nearly linear in log sigma."""
         epsilon = compute_epsilon(sigma, sample_rate, steps, target_delta)

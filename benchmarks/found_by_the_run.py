@@ -26,7 +26,11 @@ STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
 ON_TWO = {  # processes
     "all of the noise on every process": (STEP, " / math.sqrt(self.world_size)", "", ""),
     "noise on the first process alone": (STEP, "if std > 0:", "if dist.get_rank() == 0:", ""),
-}
+    "another sampler key on each process": (
+        "author_dp.loop.make_sampler", "broadcast(secrets.randbits(128))", "secrets.randbits(128)", ""),
+    "the whole draw on each process": (
+        "author_dp.mechanism.PoissonAuthorSampler.draw", "authors[self.rank :: self.world_size]", "authors", ""),
+}  # fmt: skip
 FURTHER = ("noise reused in each step", "noise from --seed in each step", "Laplacian noise")
 SHORT = {
     "noise is released that is not as promised in": "noise:",

@@ -226,3 +226,11 @@ def test_edges():
 def test_a_large_target_needs_little_noise():
     sigma = find_noise_multiplier(0.01, 10, 5_000.0, 1e-5)
     assert 0 < sigma < 0.1 and compute_epsilon(sigma, 0.01, 10, 1e-5) <= 5_000
+
+
+def test_a_target_that_holds_without_noise_is_refused():
+    """Where an author is sampled at all with less probability than delta, any epsilon holds, and no noise follows from one."""
+    for sample_rate, steps in ((1e-12, 100), (1e-8, 100), (1e-7, 100)):
+        with pytest.raises(UserError, match="--target_delta 1e-05"):
+            find_noise_multiplier(sample_rate, steps, 8.0, 1e-5)
+    assert find_noise_multiplier(1e-6, 100, 8.0, 1e-5) > 0.1

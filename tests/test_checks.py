@@ -128,13 +128,14 @@ def test_of_weights_in_shares_each_process_checks_its_own(tmp_path, noisy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool])
 def test_bits_of_every_type_are_read(dtype):
-    model = torch.nn.Module()
-    model.register_buffer("numbers", torch.ones(2, 3).to(dtype).T)
-    fixed = FixedWeights(model)
-    fixed.test_whole()
-    model.numbers.copy_(-model.numbers if dtype.is_floating_point else torch.zeros(3, 2))
-    with pytest.raises(MechanismError, match="numbers has changed"):
+    for numbers in (torch.ones(2, 3).T, torch.ones(8), torch.ones(16)[1:9], torch.ones(())):
+        model = torch.nn.Module()
+        model.register_buffer("numbers", numbers.to(dtype))
+        fixed = FixedWeights(model)
         fixed.test_whole()
+        model.numbers.view(-1)[-1:].zero_() if model.numbers.is_contiguous() else model.numbers[-1].zero_()
+        with pytest.raises(MechanismError, match="numbers has changed"):
+            fixed.test_whole()
 
 
 @pytest.mark.parametrize("bits", ["bfloat16", "4 bits"])

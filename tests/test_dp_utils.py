@@ -18,6 +18,7 @@ from conftest import (
     make_dataset,
     make_trainer,
     read_report,
+    sample,
     tiny_gpt2,
     train,
     trainable,
@@ -308,6 +309,29 @@ def test_several_gpus_in_one_process_become_one(tmp_path, monkeypatch):
     assert seen[-1] == 1
 
 
+ENDS = [(c, sigma) for c in (1e-6, 1e6) for sigma in (0.0, 1e-6, 0.3, 1e6)]
+KINDS: list[dict] = [
+    {"optim": "adamw_torch"}, {"optim": "sgd"}, {"optim": "adafactor"}, {"optim": "rmsprop"}, {"clipping": "grad_sample"},
+    {"noise_bands": "3"}, {"secure_noise": True}, {"bf16": True}, {"per_device_train_batch_size": 2**31}, {"sample_rate": 1e-12},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("clip_norm", "sigma"), sample(ENDS, of=8))
+def test_at_the_ends_of_the_ranges_nothing_raises_an_alarm(tmp_path, clip_norm, sigma, kind):
+    """Nor are weights lost in float32's: squares of noise overflow above, and vanish below."""
+    privacy = {"per_sample_max_grad_norm": clip_norm, "noise_multiplier": sigma}
+    options: dict = {"learning_rate": 1e-3, "max_steps": 4, "logging_steps": 2, "dataset": make_dataset([1] * 40)}
+    for name, value in kind.items():
+        (privacy if hasattr(PrivacyArguments, name) else options)[name] = value
+    trainer = make_trainer(tmp_path, privacy=privacy, **options)
+    before = flat(trainer.model.parameters()).clone()
+    trainer.train()
+    after = flat(trainer.model.parameters())
+    assert after.isfinite().all() and trainer.budget.ledger.steps == 4
+    assert sigma == 0 or kind.get("optim") == "sgd" or not torch.equal(before, after)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -322,6 +346,13 @@ def test_several_gpus_in_one_process_become_one(tmp_path, monkeypatch):
         ({"target_epsilon": 8.0, "target_delta": 1.0}, "--target_delta"),
         ({"target_epsilon": 8.0, "samples_per_author": 0}, "--samples_per_author"),
         ({"target_epsilon": 8.0, "clipping": "none"}, "--clipping"),
+        *[
+            ({"noise_multiplier": 1.0, "per_sample_max_grad_norm": c}, r"--per_sample_max_grad_norm.*from 1e-06 to 1e\+06")
+            for c in (1e-22, 9e-7, 1.1e6, 1e20)
+        ],
+        *[({"noise_multiplier": sigma}, r"--noise_multiplier.*Give 0, .*from 1e-06 to 1e\+06") for sigma in (1e-30, 9e-7, 1e20)],
+        *[({"target_epsilon": 8.0, "sample_rate": q}, "--sample_rate.*from 1e-12 to 1") for q in (0.0, 1e-30, 1.1)],
+        ({"per_sample_max_grad_norm": None, "disable_dp": True, "sample_rate": 1e-30}, "--sample_rate"),
     ],
 )
 def test_privacy_options_are_checked(options, words):

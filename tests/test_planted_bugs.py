@@ -431,6 +431,11 @@ BUGS = [
         lambda path, _: test_precision.test_bfloat16_sums_are_not_reduced_in_bfloat16_while_training(path, True)),
     Bug("a compiler that switches TF32 on", "author_dp.guards.check_options", '.lower() != "no"', '.lower() == "none"',
         lambda path, patch: test_precision.test_accelerates_dynamo_is_refused(path, patch, "inductor")),
+    # The ranges of options.
+    Bug("a clip norm whose noise float32 does not hold", "dp_utils.PrivacyArguments.__post_init__",
+        "if value is not None and not lowest <= value <= highest", "if not (value is None or value > 0)",
+        lambda *_: test_dp_utils.test_privacy_options_are_checked(
+            {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 1e-22}, "--per_sample_max_grad_norm")),
     # Around it.
     Bug("the Trainer's clipping on top", "author_dp.guards.check_options",
         "if args.max_grad_norm and not privacy.disable_dp:", "if False:",
