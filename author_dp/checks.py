@@ -54,6 +54,7 @@ class RunChecks:
         self._ranks: Optional[RankCheck] = None
         self._updates: Optional[UpdateCheck] = None
         self._fixed: Optional[FixedWeights] = None
+        self._precision: Optional[PrecisionCheck] = None
         self._asked: list[Any] = []  # each with `test`
         self._undo = Undo(np.ones(1))
         if canaries is not None:
@@ -82,8 +83,8 @@ class RunChecks:
         self.noise = noise_check(self.plan, budget.ledger.path.parent, device, secure_noise)
         self._undo = Undo(self.plan.coefficients())
         law = None if self.canaries is None else self.canaries.start(self.plan)
-        self._updates = UpdateCheck(budget)
-        self._asked = [check for check in (PrecisionCheck(device), self._updates, self.noise, law) if check is not None]
+        self._updates, self._precision = UpdateCheck(budget), PrecisionCheck(device)
+        self._asked = [check for check in (self._precision, self._updates, self.noise, law) if check is not None]
 
     def watch(self, sampler: PoissonAuthorSampler) -> None:
         """Check the draws that `sampler` makes from here on, those of the training."""
@@ -107,9 +108,10 @@ class RunChecks:
 
     def taken(self, batch_size: int, number: int) -> None:
         """Take how many real authors are in the draw of a step, and the draw's number."""
-        if self.draws is not None and self._ranks is not None:
+        if self.draws is not None and self._ranks is not None and self._precision is not None:
             self.draws.taken(batch_size)
             self._ranks.step(number, batch_size)
+            self._precision.look()
 
     def released(self, pad: torch.Tensor) -> None:
         """Take what a step released where there is no parameter, flat."""
@@ -155,7 +157,7 @@ class RunChecks:
 
     def stop(self) -> None:
         """Ask nothing more."""
-        self._asked, self._ranks, self._updates, self._fixed = [], None, None, None
+        self._asked, self._ranks, self._updates, self._precision, self._fixed = [], None, None, None, None
 
 
 class UpdateCheck:

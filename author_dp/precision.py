@@ -58,7 +58,7 @@ def raise_rounded(names: list[str], found: Optional[str] = None) -> NoReturn:
 
 
 class PrecisionCheck:
-    """Check the precision while training: torch's settings, and one product.
+    """Check the precision while training: torch's settings in each step, and a product when asked.
 
     Args:
         device: of the run.
@@ -66,11 +66,17 @@ class PrecisionCheck:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._seen: set[str] = set()
         self._factors = {bits: exact_factors(*SQUARE, bits, device) for bits in (TF32_BITS, FLOAT32_BITS)}
 
+    def look(self) -> None:
+        """Note the settings that are in force in a step."""
+        self._seen.update(settings(self.device.type))
+
     def test(self) -> None:
-        """Raise MechanismError if float32 products are rounded, or may be."""
-        found = settings(self.device.type)
+        """Raise MechanismError if float32 products are rounded, or may have been."""
+        self.look()
+        found = sorted(self._seen)
         if not all(torch.equal(matmul(left, right), product) for left, right, product in self._factors.values()):
             found.append("float32 matrix products are rounded")
         if found:

@@ -419,8 +419,10 @@ BUGS = [
     # The precision.
     Bug("no look at the precision when training starts", "dp_utils.DPTrainer._record_step", "if not self.budget.steps:",
         "if False:", lambda path, _: test_precision.test_a_run_with_rounded_products_does_not_start(path, "TF32")),
-    Bug("no look at the precision at log lines", "author_dp.checks.RunChecks.start", "(PrecisionCheck(device), ", "(None, ",
+    Bug("no look at the precision at log lines", "author_dp.checks.RunChecks.start", "(self._precision, ", "(",
         lambda path, _: test_precision.test_products_that_become_rounded_end_the_run(path, "no")),
+    Bug("no look at the settings of each step", "author_dp.checks.RunChecks.taken", "self._precision.look()", "pass",
+        lambda path, _: test_precision.test_a_setting_of_one_step_is_noticed(path, None)),
     Bug("products whose factors bfloat16 holds exactly", "author_dp.precision.find_rounding",
         "(TF32_BITS, FLOAT32_BITS, *([HALF_BITS] if bf16 else []))", "(HALF_BITS,)",
         lambda *_: test_precision.test_find_rounding_sees_each_lower_precision("TF32")),

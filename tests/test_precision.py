@@ -157,6 +157,14 @@ def test_a_setting_that_comes_later_is_noticed(tmp_path, as_before, name, step, 
     assert trainer.budget.ledger.steps == (2 if step else 0)
 
 
+def test_a_setting_of_one_step_is_noticed(tmp_path, as_before):
+    trainer = make_trainer(tmp_path, max_steps=6, logging_steps=3)
+    trainer.add_callback(Open(lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "tf32"), 1))
+    trainer.add_callback(Open(lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "ieee"), 2))
+    with pytest.raises(MechanismError, match="fp32_precision"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_sums_and_noise_are_in_float32(tmp_path, as_before, dtype):
     """They would be in torch's default type otherwise."""
