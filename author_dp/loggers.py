@@ -87,7 +87,7 @@ def redirect_loggers(args: TrainingArguments) -> None:
     used, logs = args.report_to or [], Path(str(args.output_dir)).resolve() / LOGS_NAME
     if used and args.process_index == 0:
         logs.parent.mkdir(parents=True, exist_ok=True)
-    for name in VARIABLES if used else ():  # also of those not in use: comet_ml, where it is installed, follows mlflow
+    for name in {*used, "comet_ml"} if used else ():  # where comet_ml is installed, it follows other loggers
         for variable, value in VARIABLES[name].items():
             if (chosen := users_choice(variable)) is None:
                 os.environ[variable] = _assigned[variable] = value.format(logs / name)

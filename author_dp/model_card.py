@@ -13,6 +13,7 @@ IMPORTS = {
     "peft": "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
     "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer",
 }
+COUNTED = " and the number of steps"
 CARD = """---
 {metadata}
 ---
@@ -44,8 +45,7 @@ print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=4
 `privacy.json` holds these numbers, and the SHA-256 of the weights that they are about.
 
 Not covered: authors who were held out for evaluation; people who appear in the texts of others; choices among several runs, and
-further models trained on the same authors; the base model's own training data. The number of authors, the sample rate and the
-number of steps are taken as public.
+further models trained on the same authors; the base model's own training data. {counts} are taken as public.
 
 ## Settings
 
@@ -107,6 +107,7 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         model_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         name=name,
         base=base,
+        counts=("The sample rate" if report["num_authors"] is None else "The number of authors, the sample rate") + COUNTED,
         guarantee=table(dict(guarantee(report))),
         settings=table({option: in_a_cell(value) for option, value in options.items() if value is not None}),
     )
