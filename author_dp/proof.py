@@ -100,7 +100,8 @@ def check_apart(model: Any, sequence_len: Optional[int] = None) -> None:
     )
     with nothing_at_zero(model), naming(what):
         ids = random_tokens(model, BATCH * min(longest, TOKENS), 5).view(BATCH, -1)
-        check_random_ops(model, ids, SAME * rounding(model))
+        with exact(model):
+            check_random_ops(model, ids, SAME * rounding(model))
         with still(model):
             check_buffers(model, longest)
             check_samples_apart(model, longest)
@@ -125,12 +126,19 @@ def naming(what: str) -> Iterator[None]:
 
 
 @contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """In training mode, as batch norm shows itself only there, without autocast, TF32 or products in bfloat16."""
+    autocast = torch.autocast(next(model.parameters()).device.type, enabled=False)
+    with training_mode(model), autocast, in_float32(model), float32_products():
+        yield
+
+
+@contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """In training mode, as batch norm shows itself only there, but without dropout, autocast, TF32 or products in bfloat16."""
+    """As `exact`, and without dropout."""
     owners: dict[int, Any] = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if o is not None}
     rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_rate(o, name, v)]
-    device = next(model.parameters()).device
-    with training_mode(model), torch.autocast(device.type, enabled=False), in_float32(model), float32_products():
+    with exact(model):
         try:
             for owner, name, value in rates:
                 setattr(owner, name, type(value)(0))

@@ -47,7 +47,7 @@ class SecretGenerators:
     def __enter__(self) -> "SecretGenerators":
         self._earlier = random.getstate(), np.random.get_state(), [generator.get_state() for generator in self.generators]
         random.seed(secrets.token_bytes(4 * TWISTER_WORDS))
-        np.random.seed(np.frombuffer(secrets.token_bytes(4 * TWISTER_WORDS), np.uint32))
+        np.random.set_state(("MT19937", np.frombuffer(secrets.token_bytes(4 * TWISTER_WORDS), np.uint32), TWISTER_WORDS, 0, 0.0))
         for generator in self.generators:
             randomize(generator)
         self._seeds = [generator.initial_seed() for generator in self.generators]

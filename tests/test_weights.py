@@ -508,7 +508,7 @@ def test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(tmp_pa
 def test_a_report_of_the_ledger_tells_what_it_spent(tmp_path):
     trainer = resumable(tmp_path, max_steps=4)
     trainer.train()
-    found, _ = report.report_anew(tmp_path / "privacy.json", trainer.budget.ledger)
+    found = report.report_anew(tmp_path / "privacy.json", trainer.budget.ledger)
     assert found["epsilon"] == pytest.approx(trainer.epsilon(), rel=3e-3) and found["interrupted"] and found["steps"] == 4
     assert found["num_authors"] == 60 and "weights" not in found
 
