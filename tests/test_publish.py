@@ -73,11 +73,10 @@ def test_nothing_private_is_in_what_is_published(result, tmp_path):
     publish(folder, tmp_path / "out")
     assert read_report(folder)["num_samples"] == 100
     report = read_report(tmp_path / "out")
-    assert "num_samples" not in report and report["epsilon"] == pytest.approx(read_report(folder)["epsilon"], rel=0.01)
+    assert "num_samples" not in report and report["epsilon"] == read_report(folder)["epsilon"]
     assert report["num_authors"] == 40 and report["weights"] == read_report(folder)["weights"]
-    for name in FILES[kind] - {"tokenizer.json"}:
-        words = rb"loss|num_samples" if name.endswith(".safetensors") else rb"loss|num_samples|\b100\b"
-        assert not re.search(words, (tmp_path / "out" / name).read_bytes()), name
+    for name in FILES[kind] - {"tokenizer.json", "model.safetensors", "adapter_model.safetensors"}:  # in noise anything stands
+        assert not re.search(rb"loss|num_samples|\b100\b", (tmp_path / "out" / name).read_bytes()), name
     local = [name for name in FILES[kind] if str(ROOT).encode() in (tmp_path / "out" / name).read_bytes()]
     assert local == (["adapter_config.json"] if kind == "lora" else [])  # where peft looks for a base that is on no hub
 
