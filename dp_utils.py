@@ -57,7 +57,7 @@ from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
-from author_dp.frozen import computes_in_float32
+from author_dp.frozen import computes_in_float32, model_sizes
 from author_dp.gradient_audit import CollateWithCanaries, GradientCanaries
 from author_dp.guards import (
     by_metrics,
@@ -644,7 +644,7 @@ class DPTrainer(Trainer):
     def summary(self) -> str:
         """Return what will happen, for the log before training."""
         taken = state_of(self.checkpoint).global_step if self.checkpoint else 0
-        return self.budget.summary(self.model, self.train_dataset.offsets, max(0, self.plan.steps - taken))
+        return self.budget.summary(model_sizes(self.model), self.train_dataset.offsets, max(0, self.plan.steps - taken))
 
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""

@@ -21,14 +21,12 @@ from importlib.metadata import version
 from typing import Any, Optional
 
 import numpy as np
-from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from author_dp.accounting import accountant_of, epsilon_of
 from author_dp.attack import attack
 from author_dp.errors import MechanismError, UserError
-from author_dp.frozen import count
 from author_dp.ledger import COUNTS_NAME, REPORT_NAME, PrivacyLedger, write_json, write_secret
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import broadcast, wait_for_all
@@ -136,20 +134,19 @@ class Budget:
             return math.inf
         return epsilon_of([*self.ledger.spendings, self.plan.spending(more_steps)], self.plan.delta)
 
-    def summary(self, model: nn.Module, offsets: np.ndarray, remaining_steps: int) -> str:
+    def summary(self, sizes: tuple[int, int], offsets: np.ndarray, remaining_steps: int) -> str:
         """Return what will happen, for the log before training; epsilon in it on the first process only.
 
         Args:
+            sizes: numbers of trained and of all parameters.
             offsets: (authors + 1,), from `data_utils.group_by_author`.
             remaining_steps: that the training will take, if the target allows them.
         """
-        sizes = [(count(p), p.requires_grad) for p in model.parameters()]
-        trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
         epsilon, steps = math.inf, remaining_steps
         if self.is_first_process and not self.plan.disable_dp:
             steps = int(min(steps, self.affordable(steps)))
             epsilon = self.epsilon(steps)
-        return self.plan.summary(np.diff(offsets), trained, total, epsilon, self.ledger.steps, steps)
+        return self.plan.summary(np.diff(offsets), *sizes, epsilon, self.ledger.steps, steps)
 
     def report(self, steps: int) -> dict[str, Any]:
         """Return what privacy.json holds; on the first process only.

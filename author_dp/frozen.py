@@ -210,6 +210,12 @@ def count(parameter: Any) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
+def model_sizes(model: nn.Module) -> tuple[int, int]:
+    """Return the numbers of trained and of all parameters."""
+    sizes = [(count(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
 def bytes_of(model: nn.Module) -> int:
     """Return the memory of all weights, scales included."""
     return sum(t.numel() * t.element_size() for p in model.parameters() for t in (p, *scales(p)))
