@@ -57,7 +57,7 @@ from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.evaluation import TextBatches, evaluate
-from author_dp.frozen import computes_in_float32, model_sizes
+from author_dp.frozen import model_sizes
 from author_dp.gradient_audit import CollateWithCanaries, GradientCanaries
 from author_dp.guards import (
     by_metrics,
@@ -408,7 +408,7 @@ class DPTrainer(Trainer):
         at_once = self.args.per_device_train_batch_size
         at_once = at_once if self.proof is None else self.proof.authors_at_once(at_once)
         shape = None
-        if not self.privacy.disable_dp and (self.args.bf16 or not computes_in_float32(self.model)):
+        if not self.privacy.disable_dp:
             accumulation = self.plan.expected_batch_size // (at_once * self.args.world_size)
             shape = constant_shape(at_once, accumulation, self.privacy.samples_per_author, self.sequence_len)
         sampler = self._sampler()

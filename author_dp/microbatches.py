@@ -2,8 +2,9 @@
 
 Guarantee: with `MicrobatchShape`, the shapes of all microbatches follow from options alone, and the rows and tokens of an author
 from the author's own samples. The kernel of a matrix product, and with it the rounding of every row, follows from the product's
-shape. In bfloat16 that rounding is coarse: were microbatches as large as the batch happens to be, one author more or less would
-change how all others are rounded: by 0.23 C on the demo's model (`python benchmarks/rounding.py`).
+shape, and so does the way in which a norm is computed. Were microbatches as large as the batch happens to be, one author more or
+less would change the norms and clip factors of all others: by 0.23 C together in bfloat16 for identical texts, and by 81 C in
+float32 where the gradients of an author's tokens cancel (`python benchmarks/rounding.py`).
 
 Example:
 

@@ -184,9 +184,13 @@ def within(observed: float, expected: float, deviation: float) -> bool:
 
 
 def as_arrays(batch: dict) -> list[list[np.ndarray]]:
-    """Undo collation: the token ids of each author's samples."""
+    """Undo collation: the token ids of each real author's samples."""
     rows = [ids[labels != -100].numpy() for ids, labels in zip(batch["input_ids"], batch["labels"])]
-    return [[rows[i] for i in np.flatnonzero(batch["author"].numpy() == author)] for author in range(batch["num_authors"])]
+    authors = [
+        [rows[i] for i in np.flatnonzero(batch["author"].numpy() == author) if len(rows[i])]
+        for author in range(batch["num_authors"] - batch["num_dummies"])
+    ]
+    return [samples for samples in authors if samples]
 
 
 class Recorder(TrainerCallback):

@@ -162,7 +162,7 @@ def squared_norms(gradients: torch.Tensor) -> torch.Tensor:
     """Squared norms of per-author gradients, (authors, ...): piece by piece, for a cache, and as one sum of many loses norm."""
     rows = gradients.reshape(len(gradients), -1)
     at_once = max(1, (2**20 if rows.device.type == "cpu" else 2**26) // len(rows))
-    return torch.stack([part.square().sum(1) for part in rows.split(at_once, 1)]).sum(0)
+    return torch.stack([part.square().sum(1) for part in rows.split(at_once, 1)], 1).sum(1)  # along rows: see `norms_of`
 
 
 def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> Squared:

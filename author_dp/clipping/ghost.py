@@ -311,9 +311,10 @@ def add_clipped(
 
 def norms_of(squares: list[torch.Tensor], losses: torch.Tensor) -> torch.Tensor:
     """Return the norms of all parameters together, (authors,), of each one's squared norms, (authors,); inf for no number."""
-    every = torch.stack([losses.new_zeros(len(losses), dtype=torch.float32), *squares])
-    # Rounding may leave a small one below zero, which must take nothing from the others; overflow must not pass for one.
-    return every.clamp(min=0).where(every.isfinite(), torch.inf).sum(0).sqrt()
+    every = torch.stack([losses.new_zeros(len(losses), dtype=torch.float32), *squares], 1)  # (authors, parameters)
+    # Rounding may leave a small one below zero, which must take nothing from the others; overflow must not pass for one. The sum
+    # is along the rows: of columns, the order of a vectorized sum follows from the author's place.
+    return every.clamp(min=0).where(every.isfinite(), torch.inf).sum(1).sqrt()
 
 
 def find_lookup(output: torch.Tensor) -> Any:

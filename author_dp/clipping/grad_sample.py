@@ -81,7 +81,7 @@ class GradSampleClipping:
             if parameter.grad is not None:  # else the loss does not use it
                 gradients[parameter] = self._per_author(name, parameter, author, len(losses))
             parameter.grad = parameter.grad_sample = None
-        norms = torch.stack([squared_norms(g).sqrt() for g in gradients.values()]).norm(dim=0)
+        norms = torch.stack([squared_norms(g).sqrt() for g in gradients.values()], 1).norm(dim=1)
         factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
         finite = norms.isfinite()
         if not finite.all():  # leave these authors out: zero times nan would be nan
