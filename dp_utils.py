@@ -266,7 +266,7 @@ class DPTrainer(Trainer):
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
             checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
             check_float32(move(model, args), args.bf16)
-            self.proof = prove(model, privacy.clipping, sequence_len, checkpointing)
+            self.proof = prove(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
             logger.info(self.proof.in_words())
         self.privacy = privacy
         self.sequence_len = longest_sample(model, sequence_len)
@@ -302,7 +302,7 @@ class DPTrainer(Trainer):
         args = for_logical_batches(args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         args.max_steps = self.plan.steps  # not before: it would be said to override --num_train_epochs, of which it is made
-        check_launch(self.accelerator)
+        check_launch(self.accelerator, args.bf16)
         if full_shard:  # or copies of all gathered weights in bfloat16 would wait for the end of a forward
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if not privacy.disable_dp:

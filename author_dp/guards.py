@@ -235,8 +235,14 @@ def check_shares(args: TrainingArguments, privacy: Any, model: Any = None) -> No
         raise UserError("--fsdp wants all weights in float32, on no device yet: load the model whole, without quantization")
 
 
-def check_launch(accelerator: Accelerator) -> None:
-    """Raise UserError where accelerate's own configuration would change the mechanism."""
+def check_launch(accelerator: Accelerator, bf16: bool) -> None:
+    """Raise UserError where accelerate's own configuration would change the mechanism.
+
+    Args:
+        bf16: --bf16, which alone says whether the run computes in bfloat16.
+    """
+    if not bf16 and accelerator.mixed_precision == "bf16":
+        raise UserError("ACCELERATE_MIXED_PRECISION bf16 (accelerate launch --mixed_precision): use --bf16 instead")
     known = accelerator.mixed_precision in ("no", "bf16") and accelerator.distributed_type in SUPPORTED_LAUNCHES
     if accelerator.scaler is not None or not known:
         raise UserError(

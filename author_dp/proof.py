@@ -24,9 +24,9 @@ from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.frozen import computes_in_float32, in_float32
-from author_dp.mechanism import IGNORED, Batch
+from author_dp.mechanism import IGNORED, Batch, takes_positions
 from author_dp.precision import float32_products
-from author_dp.random_ops import BATCH, check_random_ops, training_mode
+from author_dp.random_ops import BATCH, Call, check_random_ops, training_mode
 from author_dp.sharding import LEAVE_OUT, in_shares, make_engine, norm_of, ordinary_gradients, own, take_in_turn
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -70,7 +70,13 @@ class Proof(NamedTuple):
         return words
 
 
-def prove(model: Any, clipping: str, sequence_len: Optional[int] = None, checkpointing: Optional[dict[str, Any]] = None) -> Proof:
+def prove(
+    model: Any,
+    clipping: str,
+    sequence_len: Optional[int] = None,
+    checkpointing: Optional[dict[str, Any]] = None,
+    bf16: bool = False,
+) -> Proof:
     """Prove that the model keeps samples apart and that the engine clips it rightly; freeze what the loss does not use.
 
     Args:
@@ -78,11 +84,12 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None, checkpo
         clipping: the engine's name in ENGINES.
         sequence_len: tokens of the longest sample; default: 128, or as many positions as the model has.
         checkpointing: --activation_checkpointing_kwargs where the run checkpoints its layers: the engine then sees them so.
+        bf16: whether the run is under autocast; random operations are then looked at under it.
     Raises:
         UserError: naming the property that does not hold, or the parameters that differ.
     """
     longest = longest_sample(model, sequence_len)
-    check_apart(model, longest)
+    check_apart(model, longest, bf16)
     with still(model), nothing_at_zero(model):
         with naming(f"--clipping {clipping} cannot follow this model: {instead_of(clipping, model.parameters())}"):
             batches = [random_authors(model, length) for length in LENGTHS]
@@ -92,7 +99,7 @@ def prove(model: Any, clipping: str, sequence_len: Optional[int] = None, checkpo
     return Proof(error, apart, unused)
 
 
-def check_apart(model: Any, sequence_len: Optional[int] = None) -> None:
+def check_apart(model: Any, sequence_len: Optional[int] = None, bf16: bool = False) -> None:
     """Raise UserError where the model mixes samples, shares random numbers among them, sees the future or saves texts."""
     longest = longest_sample(model, sequence_len)
     what = (
@@ -101,7 +108,8 @@ def check_apart(model: Any, sequence_len: Optional[int] = None) -> None:
     with nothing_at_zero(model), naming(what):
         ids = random_tokens(model, BATCH * min(longest, TOKENS), 5).view(BATCH, -1)
         with exact(model):
-            check_random_ops(model, ids, SAME * rounding(model))
+            coarser = 100.0 if bf16 else rounding(model)
+            check_random_ops(Call(model, takes_positions(model), bf16), ids, min(longest, LONGEST), SAME * coarser)
         with still(model):
             check_buffers(model, longest)
             check_samples_apart(model, longest)

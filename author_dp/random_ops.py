@@ -4,15 +4,17 @@ Clipping bounds what one author does to the sum only if the author's dropout mas
 the batch, and if nobody else's masks hang on them. A coin that all samples share (LayerDrop, a mask for the whole batch), a
 permutation or a choice across samples, and numbers from `random` or NumPy break that.
 
-How: the model runs in training mode under a dispatch mode that sees every random operation of torch, whatever calls it.
+How: the model runs in training mode, forward and backward, under a dispatch mode that sees every random operation of torch.
 
-1. With two and with three copies of one sample the same operations must occur, each with a dimension as long as the samples. One
-   that draws the same numbers for all is accepted where its lowest and highest outcome give the same logits (a LayerDrop of 0).
-2. With fixed random numbers for a few samples, their logits must not change with the random numbers and tokens of the others.
-3. Python's `random`, NumPy and generators of the model's own must not be used.
+1. With two and with three copies of one sample the same operations must occur, each with a dimension as long as the samples; also
+   with samples as long as the run's. An operation that draws the same for all is accepted where its lowest and highest outcome
+   give the same logits (a LayerDrop of 0).
+2. With fixed random numbers for a few samples, their logits and gradients must not change with the random numbers and tokens of
+   the others.
+3. Python's `random`, NumPy and generators of the model's own must not be used, and nothing may seed torch's.
 
-Not found: an operation that draws inside a kernel without being marked as random in torch, and a dropout rate that hangs on the
-other samples so weakly that no logit shows it.
+Not found: an operation that draws inside a kernel without being marked as random in torch, what begins after many steps or with
+larger batches than here, and generators that a module hides (in a closure or a list).
 """
 
 import random
@@ -25,13 +27,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from author_dp.errors import UserError
+from author_dp.secret_generators import default_generators
 
-FEW, MANY, BATCH = 2, 3, 5  # numbers of samples
-KEPT = (1, 4)  # samples of BATCH whose random numbers stay the same
-ROUNDS = 8  # of other random numbers and tokens for the samples that are not kept
+FEW, MANY, BATCH = 2, 3, 7  # numbers of samples
+KEPT = (1, 5)  # samples of BATCH whose random numbers stay the same
+ROUNDS = 5  # of other random numbers and tokens for the samples that are not kept
 FILLABLE = ("bernoulli", "rand.", "rand_like", "uniform")  # operations with a lowest and a highest outcome
 BELOW_ONE = 1 - 2.0**-24  # the highest outcome of a uniform number
+SEED = 7  # of what is not controlled: no secret is drawn here
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
+SHARES = "shares random numbers among all samples of a batch, as LayerDrop does"
 REMEDY = "set it to 0 in config.json (or in the --lora options), or choose another model"
 
 
@@ -42,6 +48,7 @@ class RandomOp(NamedTuple):
     scalars: tuple[Any, ...]  # arguments that are neither tensors nor sizes
     shape: tuple[int, ...]  # of what it drew
     has_generator: bool
+    is_seeded: bool  # whether something had put another state into the generators
 
 
 class RandomOps(TorchDispatchMode):
@@ -58,18 +65,29 @@ class RandomOps(TorchDispatchMode):
         super().__init__()
         self.ops: list[RandomOp] = []
         self.sample_dims, self.others, self.fill = sample_dims, others, fill
+        self._seed = SEED
+
+    def __enter__(self) -> Any:
+        torch.manual_seed(self._seed)
+        return super().__enter__()
+
+    def _set_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self._seed = seed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         index = len(self.ops)
-        torch.manual_seed(2 * index)
+        seen = [generator.initial_seed() for generator in default_generators(t.device for t in args if torch.is_tensor(t))]
+        is_seeded = seen != [self._seed] * len(seen)  # by the model
+        self._set_seed(2 * index)
         drawn = func(*args, **kwargs)
         main = drawn[0] if isinstance(drawn, tuple | list) else drawn
         scalars = tuple(a for a in (*args, *kwargs.values()) if isinstance(a, bool | int | float))
         has_generator = any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values()))
-        self.ops.append(RandomOp(str(func), scalars, tuple(main.shape), has_generator))
+        self.ops.append(RandomOp(str(func), scalars, tuple(main.shape), has_generator, is_seeded))
         if self.sample_dims is None or index >= len(self.sample_dims):
             return drawn
         dim = self.sample_dims[index]
@@ -81,52 +99,107 @@ class RandomOps(TorchDispatchMode):
         if main.shape[dim] % BATCH:  # experts, who see some of the tokens only
             raise refusal(self.ops[-1], "draws numbers in no proportion to the number of samples")
         kept = main.unflatten(dim, (BATCH, -1)).index_select(dim, torch.tensor(KEPT, device=main.device))
-        torch.manual_seed(2 * (index + 10_000 * self.others) + 1)
+        self._set_seed(2 * (index + 10_000 * self.others) + 1)
         again = func(*args, **kwargs)
         other = again[0] if isinstance(again, tuple | list) else again
         other.unflatten(dim, (BATCH, -1)).index_copy_(dim, torch.tensor(KEPT, device=main.device), kept)
         return again
 
 
-def check_random_ops(model: Any, ids: torch.Tensor, tolerance: float) -> None:
+class Call(NamedTuple):
+    """How the run calls its model."""
+
+    model: Any
+    needs_positions: bool  # as `mechanism.takes_positions`
+    bf16: bool  # under autocast
+
+    def __call__(self, ids: torch.Tensor, mode: RandomOps, backward: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits, and gradients at the output of the input embeddings, float32 (samples, ...) each, under `mode`."""
+        inputs, embedded = {"input_ids": ids}, []
+        if self.needs_positions:
+            inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+        def require_grad(layer: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            embedded.append(output if output.requires_grad else output.detach().requires_grad_())
+            return embedded[-1]
+
+        hook = self.model.get_input_embeddings().register_forward_hook(require_grad)
+        autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)
+        try:
+            with mode, torch.enable_grad(), autocast:
+                logits = self.model(**inputs).logits.float()
+                found = torch.autograd.grad(logits.square().sum(), embedded[:1], allow_unused=True) if backward else (None,)
+        finally:
+            hook.remove()
+        return logits.detach(), torch.zeros_like(logits) if found[0] is None else found[0].float()
+
+
+def check_random_ops(call: Call, ids: torch.Tensor, longest: int, tolerance: float) -> None:
     """Raise UserError where a random operation is not independent between samples.
 
     Args:
-        model: any mode; its parameters, buffers and modes and all global generators are as before, afterwards.
+        call: the model in any mode; its parameters, buffers and modes and all global generators are as before, afterwards.
         ids: token ids, int64 (BATCH, tokens).
+        longest: tokens of the longest sample of the run.
         tolerance: relative difference of logits that rounding may cause.
     """
-    with training_mode(model), torch.no_grad():
-        few, many = (record(model, ids[:1].expand(count, -1)) for count in (FEW, MANY))
-        if not few and not many:
-            return
-        dims = [sample_dim(*pair) for pair in zip_ops(few, many)]
-        if None in dims:
-            shared = next(op for op, dim in zip(few, dims) if dim is None)
-            low, high = (logits(model, ids[:FEW], RandomOps(dims, fill=fill)) for fill in (0, 1))
-            fillable = all(any(word in op.name for word in FILLABLE) for op, dim in zip(few, dims) if dim is None)
-            if not fillable or not close(low, high, tolerance):
-                raise refusal(shared, "shares random numbers among all samples of a batch, as LayerDrop does")
-        kept = []
-        for round_ in range(1, ROUNDS + 1):
-            changed = ids.roll(round_)
-            changed[list(KEPT)] = ids[list(KEPT)]
-            mode = RandomOps(dims, others=round_)
-            kept.append(logits(model, changed, mode)[list(KEPT)])
-            zip_ops(few, mode.ops)
-        if not all(close(kept[0], other, tolerance) for other in kept[1:]):
-            raise refusal(few[0], "lets random numbers or texts of other samples change a sample's logits")
+    check_own_generators(call.model)
+    with training_mode(call.model):
+        copies = ids[:1, torch.arange(longest, device=ids.device) % ids.shape[1]]  # (1, longest)
+        long = [record(call, copies.expand(count, -1), backward=False) for count in (FEW, MANY)]
+        few, many = (record(call, ids[:1].expand(count, -1)) for count in (FEW, MANY))
+        dims = sample_dims(few, many)
+        if None in sample_dims(*long) + dims:
+            check_shared_ops(call, ids, few, dims, tolerance)
+        if few:
+            check_independence(call, ids, few, dims, tolerance)
 
 
-def record(model: Any, ids: torch.Tensor) -> list[RandomOp]:
-    """Return the random operations of a forward; refuse numbers that come from elsewhere than torch's global generators."""
+def check_own_generators(model: Any) -> None:
+    """Raise UserError where a module holds a random generator: its numbers are not secret."""
+    for name, module in model.named_modules():
+        if any(isinstance(value, GENERATORS) for value in vars(module).values()):
+            raise UserError(
+                f"--model_name: {name or 'the model'} holds a random generator of its own, which is not secret: {REMEDY}"
+            )
+
+
+def check_shared_ops(call: Call, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float) -> None:
+    """Raise UserError where the outcome of an operation that all samples share changes logits or gradients."""
+    shared = [op for op, dim in zip(few, dims) if dim is None]
+    if not shared or not all(any(word in op.name for word in FILLABLE) for op in shared):
+        raise refusal(
+            (shared or few)[0] if few else None, "shares random numbers among all samples of a batch, as LayerDrop does"
+        )
+    low, high = (call(ids[:FEW], RandomOps(dims, fill=fill)) for fill in (0, 1))
+    if not all(close(*pair, tolerance) for pair in zip(low, high)):
+        raise refusal(shared[0], SHARES)
+
+
+def check_independence(call: Call, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float) -> None:
+    """Raise UserError where random numbers or texts of other samples change the logits or gradients of those that are KEPT."""
+    kept = []
+    for round_ in range(1, ROUNDS + 1):
+        changed = ids.roll(round_, 0)
+        changed[list(KEPT)] = ids[list(KEPT)]
+        mode = RandomOps(dims, others=round_)
+        kept.append([values[list(KEPT)] for values in call(changed, mode)])
+        check_same_ops(few, mode.ops)
+    if not all(close(*pair, tolerance) for other in kept[1:] for pair in zip(kept[0], other)):
+        raise refusal(few[0], "lets random numbers or texts of other samples change a sample's logits")
+
+
+def record(call: Call, ids: torch.Tensor, backward: bool = True) -> list[RandomOp]:
+    """Return the random operations of a call; refuse numbers that come from elsewhere than torch's global generators."""
     before, mode = other_states(), RandomOps()
-    logits(model, ids, mode)
+    call(ids, mode, backward)
     if other_states() != before:
         words = "in training this model draws from Python's random or NumPy, for all samples at once, as LayerDrop does"
         raise UserError(f"--model_name: {words}: {REMEDY}")
     if own := next((op for op in mode.ops if op.has_generator), None):
         raise refusal(own, "draws from a generator of the model's own, which is not secret")
+    if seeded := next((op for op in mode.ops if op.is_seeded), None):
+        raise refusal(seeded, "seeds torch's random generators, so that its random numbers are not secret")
     return mode.ops
 
 
@@ -135,40 +208,34 @@ def other_states() -> tuple[Any, str]:
     return random.getstate(), str(np.random.get_state(legacy=False))
 
 
-def logits(model: Any, ids: torch.Tensor, mode: RandomOps) -> torch.Tensor:
-    """Return the logits of a forward under `mode`, (samples, tokens, vocabulary)."""
-    with mode:
-        return model(input_ids=ids).logits
-
-
-def zip_ops(few: list[RandomOp], other: list[RandomOp]) -> Iterator[tuple[RandomOp, RandomOp]]:
-    """Pair the operations of two forwards; refuse those that differ in more than sizes."""
+def check_same_ops(few: list[RandomOp], other: list[RandomOp]) -> None:
+    """Refuse operations of two calls that differ in more than sizes."""
     for one, two in zip(few, other):
         if one.name != two.name or one.scalars != two.scalars or len(one.shape) != len(two.shape):
             raise refusal(one, "draws otherwise for other samples, as a permutation or a choice across samples does")
     if len(few) != len(other):
-        raise refusal(
-            (few or other)[-1], "draws more or less often for other samples or after other random numbers, as LayerDrop does"
-        )
-    yield from zip(few, other)
+        raise refusal((few or other)[-1], "draws more or less often after other random numbers, as LayerDrop does")
 
 
-def sample_dim(few: RandomOp, many: RandomOp) -> Optional[int]:
-    """Return the dimension that grows with the number of samples; None where the operation draws the same for all."""
-    changed = [dim for dim, sizes in enumerate(zip(few.shape, many.shape)) if sizes[0] != sizes[1]]
-    if not changed:
-        return None
-    if len(changed) > 1 or few.shape[changed[0]] * MANY != many.shape[changed[0]] * FEW:
-        raise refusal(few, "draws numbers in no proportion to the number of samples")
-    return changed[0]
+def sample_dims(few: list[RandomOp], many: list[RandomOp]) -> list[Optional[int]]:
+    """Return of each operation the dimension that grows with the samples; None where it draws the same for all."""
+    check_same_ops(few, many)
+    found: list[Optional[int]] = []
+    for one, two in zip(few, many):
+        changed = [dim for dim, sizes in enumerate(zip(one.shape, two.shape)) if sizes[0] != sizes[1]]
+        if len(changed) > 1 or (changed and one.shape[changed[0]] * MANY != two.shape[changed[0]] * FEW):
+            raise refusal(one, "draws numbers in no proportion to the number of samples")
+        found.append(changed[0] if changed else None)
+    return found
 
 
 def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return bool((one - other).norm() <= tolerance * one.norm())
 
 
-def refusal(op: RandomOp, problem: str) -> UserError:
-    return UserError(f"--model_name: in training this model {problem} ({op.name}): {REMEDY}")
+def refusal(op: Optional[RandomOp], problem: str) -> UserError:
+    name = "" if op is None else f" ({op.name})"
+    return UserError(f"--model_name: in training this model {problem}{name}: {REMEDY}")
 
 
 @contextmanager

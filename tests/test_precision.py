@@ -242,4 +242,12 @@ def test_accelerates_dynamo_is_refused(tmp_path, monkeypatch, backend):
     accelerator = make_trainer(tmp_path).accelerator
     monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp8")  # as accelerate launch --mixed_precision sets it
     with pytest.raises(UserError, match="fp8"):
-        check_launch(accelerator)
+        check_launch(accelerator, bf16=False)
+
+
+def test_accelerates_bfloat16_is_refused_without_bf16(tmp_path, monkeypatch):
+    """Autocast would be on, where nothing else of the run knows of it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION"):
+        make_trainer(tmp_path)
+    make_trainer(tmp_path, bf16=True)

@@ -7,15 +7,39 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_gpt2
 from families import SIZES
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from author_dp.errors import UserError
 from author_dp.guards import check_model
-from author_dp.random_ops import BATCH, check_random_ops
+from author_dp.random_ops import BATCH, Call, check_random_ops
 
 IDS = torch.arange(BATCH * 7).view(BATCH, 7) % VOCABULARY
 OWN = torch.Generator()
+LONGEST = 12  # tokens of the run's samples
+
+
+class Backward(torch.autograd.Function):
+    """The identity, whose gradient is sometimes doubled for all samples."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 + (torch.rand([]) < 0.5))
+
+
+def mask(x: torch.Tensor) -> torch.Tensor:
+    return x * (torch.rand(x.shape[1:]) > 0.1)
+
+
+def seeded(x: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.functional.dropout(x, 0.3)
 
 
 def top_k(count: int) -> torch.Tensor:
@@ -40,6 +64,12 @@ SHARED = {
     "a rare bernoulli": (lambda x: x * (1 + torch.empty(()).bernoulli_(1e-3)), "shares random numbers"),
     "Python's random": (lambda x: x * (0.5 + random.random()), "Python's random or NumPy"),
     "NumPy": (lambda x: x * (0.5 + np.random.rand()), "Python's random or NumPy"),
+    "one mask while training only": (lambda x: mask(x) if x.requires_grad else x, "shares random numbers"),
+    "one mask for long samples": (lambda x: mask(x) if x.shape[1] > 7 else x, "shares random numbers"),
+    "one mask for several samples": (lambda x: mask(x) if len(x) > 6 else x, "draws more or less often"),
+    "one mask under autocast": (lambda x: mask(x) if torch.is_autocast_enabled("cpu") else x, "shares random numbers"),
+    "a coin in the backward pass": (Backward.apply, "shares random numbers"),
+    "seeded masks": (seeded, "seeds torch's random generators"),
     "a generator of its own": (lambda x: x * torch.rand(x.shape, generator=OWN), "generator of the model's own"),
 }
 INDEPENDENT = {
@@ -60,8 +90,11 @@ class InTraining(nn.Module):
         self.inner, self.happens = tiny_gpt2(dropout=0.1), happens
         self.config = self.inner.config
 
-    def forward(self, input_ids):
-        output = self.inner(input_ids=input_ids)
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids, position_ids=None):
+        output = self.inner(input_ids=input_ids, position_ids=position_ids)
         if self.training:
             output.logits = self.happens(output.logits)
         return output
@@ -71,21 +104,32 @@ class InTraining(nn.Module):
 def test_check_random_ops_refuses_what_samples_share(what):
     happens, words = SHARED[what]
     with pytest.raises(UserError, match=words):
-        check_random_ops(InTraining(happens), IDS, 1e-4)
+        check_random_ops(Call(InTraining(happens).eval(), True, "autocast" in what), IDS, LONGEST, 1e-4)
+
+
+@pytest.mark.parametrize("generator", [OWN, np.random.default_rng(0), np.random.RandomState(0), random.Random(0)])
+def test_check_random_ops_refuses_a_module_that_holds_a_generator(generator):
+    model = tiny_gpt2(dropout=0.1)
+    model.transformer.h[1].generator = generator
+    with pytest.raises(UserError, match=r"transformer\.h\.1 holds a random generator"):
+        check_random_ops(Call(model, True, False), IDS, LONGEST, 1e-4)
 
 
 @pytest.mark.parametrize("what", INDEPENDENT)
 def test_check_random_ops_accepts_independent_samples(what):
     model = InTraining(INDEPENDENT[what]).eval()
     state, python = torch.get_rng_state(), random.getstate()
-    check_random_ops(model, IDS, 1e-4)
+    check_random_ops(Call(model, True, False), IDS, LONGEST, 1e-4)
     assert torch.equal(state, torch.get_rng_state()) and random.getstate() == python and not model.inner.training
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.05])
-def test_check_model_refuses_layerdrop_unless_it_is_off(rate):
+def test_check_model_refuses_layerdrop_unless_it_is_off(rate, lora):
     sizes = {**SIZES, "pad_token_id": 1}
-    model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, layerdrop=rate))
+    model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, layerdrop=rate)).eval()
+    if lora:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2))
     if not rate:
         return check_model(model)
     with pytest.raises(UserError, match="as LayerDrop does"):

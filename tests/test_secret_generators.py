@@ -1,6 +1,7 @@
 """secret_generators.py: no random number inside the model follows from --seed, and what an attacker who knows it can do."""
 
 import random
+import secrets
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, set_seed
 
 from author_dp.errors import MechanismError
-from author_dp.secret_generators import SecretGenerators, default_generators, sample_each
+from author_dp.secret_generators import SecretGenerators, default_generators, randomize, sample_each
 
 CLIP_NORM, AUTHORS = 0.5, 40
 KINDS = {
@@ -141,3 +142,55 @@ def first_numbers() -> torch.Tensor:
 def test_processes_draw_different_numbers(tmp_path):
     one, other = in_processes(tmp_path, 2, first_numbers)
     assert len(one) == 12 and not (one == other).any()
+
+
+class OnDevice:
+    """As much of a device's generator as is used."""
+
+    def __init__(self):
+        self.device, self.seed = torch.device("cuda", 0), 0
+
+    def manual_seed(self, seed):
+        self.seed = seed
+
+    def initial_seed(self):
+        return self.seed
+
+
+def test_default_generators_are_those_of_the_cpu_and_each_device(monkeypatch):
+    module = type("Module", (), {"default_generators": [OnDevice(), OnDevice()], "current_device": staticmethod(lambda: 1)})
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    devices = [torch.device("cuda"), torch.device("cuda", 0), torch.device("cpu")]
+    assert default_generators(devices) == [torch.default_generator, *reversed(module.default_generators)]
+
+
+def test_randomize_gives_a_device_a_secret_key_of_64_bits():
+    one, other = OnDevice(), OnDevice()
+    randomize(one), randomize(other)
+    assert one.seed != other.seed and max(one.seed, other.seed) > 2**48
+
+
+def test_check_looks_at_every_generator():
+    with SecretGenerators([]) as secret:
+        secret.generators.append(OnDevice())
+        secret._seeds.append(0)
+        secret.check()
+        secret.generators[-1].manual_seed(1)
+        with pytest.raises(MechanismError):
+            secret.check()
+        secret.generators.pop()
+
+
+def test_secret_generators_take_whole_states_from_the_system(monkeypatch):
+    sizes, token_bytes = [], secrets.token_bytes
+    monkeypatch.setattr(secrets, "token_bytes", lambda size: sizes.append(size) or token_bytes(size))
+    with SecretGenerators([]):
+        assert sizes == [4 * 624] * 3  # Python's, NumPy's, torch's
+
+
+def test_train_draws_other_masks_in_every_step(tmp_path):
+    model = tiny_gpt2(dropout=0.1)
+    options = {"per_device_train_batch_size": AUTHORS, "max_steps": 2, "learning_rate": 0.0, "privacy": {"noise_multiplier": 0.0}}
+    _, recorder = train(make_trainer(tmp_path, model, make_dataset([1] * AUTHORS), **options))
+    first, second = (gradient * (AUTHORS / CLIP_NORM) for gradient in recorder.gradients)
+    assert (first - second).norm() > 1.0
