@@ -392,7 +392,8 @@ class DPTrainer(Trainer):
 
     def _check_choices(self) -> None:
         """Note what lets metrics choose the model, for the ledger; raise UserError where nothing would pay for that."""
-        option = by_metrics(self.args) or by_scheduler(self) or by_callback(self.callback_handler.callbacks)
+        scheduler = by_scheduler(self)
+        option = by_metrics(self.args) or scheduler or by_callback(self.callback_handler.callbacks)
         shared = self.shared_authors or shares_authors(self.train_dataset, self.eval_dataset)
         check_shared_authors(shared, option, self.privacy)
         if not self.privacy.disable_dp:

@@ -1,25 +1,28 @@
 """Callbacks that people give to DPTrainer: they may watch; what they change must not follow losses that have no noise.
 
-Guarantees: a callback that changes when training stops or saves, the learning rate, the optimizer's state or trained weights has
-declared by what, or the run ends before the change takes effect. A class declares it by an attribute, which its subclasses do not
-inherit:
+Guarantees: a callback that changes when training stops or saves, an option, the learning rate, the optimizer, its hooks or its
+state, the scheduler, the other callbacks, the model's weights, hooks or settings (dropout's `p`, LoRA's `scaling`) has declared
+by what, or the run ends before the change takes effect. A class declares it by an attribute, which its subclasses do not inherit:
 
     follows = "steps"       step numbers, time or signals alone; such a callback is not looked at
     follows = "evaluation"  metrics of held-out authors: the ledger's header says so, as of --load_best_model_at_end
 
-Nothing may follow training losses. Not noticed are weights written through `.data`, which torch does not count, and models that a
-callback saves on its own.
+A scheduler that is given as an object declares the same, on the object or in its class, or is refused. Nothing may follow
+training losses. Not noticed are weights written through `.data` or `.detach().numpy()`, which torch does not count, signals that
+a callback sends, and files that it deletes or saves on its own.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Optional
 
 import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
 from author_dp.errors import UserError
-from author_dp.guards import by_metrics
 
 STEPS, EVALUATION = "steps", "evaluation"
 OF_TRANSFORMERS = {  # its other callbacks may only watch
@@ -30,11 +33,16 @@ OF_TRANSFORMERS = {  # its other callbacks may only watch
     "ProgressCallback": STEPS,
     "NotebookProgressCallback": STEPS,
 }
+EVENTS = {name for name in vars(TrainerCallback) if name.startswith("on_")}
+OF_MODULES = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks", "forward", "scaling")  # the last is LoRA's
+SCALARS = {bool, int, float, str, type(None)}
 
 
 def follows(callback: TrainerCallback) -> Optional[str]:
     """Return by what a callback changes the training: STEPS, EVALUATION, or None where it has not said so."""
     kind = type(callback)
+    if EVENTS & vars(callback).keys():  # set on the object: its class declares nothing about these
+        return None
     if kind.__module__.startswith("transformers."):
         return OF_TRANSFORMERS.get(kind.__qualname__)
     return vars(kind).get("follows")
@@ -46,10 +54,42 @@ def by_callback(callbacks: Iterable[TrainerCallback]) -> Optional[str]:
 
 
 def by_scheduler(trainer: Any) -> Optional[str]:
-    """Return the name of a scheduler that was given as an object, which may follow anything; None where there is none."""
+    """Return the name of a given scheduler by which evaluation metrics steer the training; None where there is none.
+
+    Raises:
+        UserError: with privacy, for one that has not declared what it follows: it may read training losses.
+    """
     scheduler = trainer.lr_scheduler
-    given = scheduler is not None and not getattr(trainer, "_created_lr_scheduler", False)
-    return f"optimizers: {type(scheduler).__name__}" if given else None
+    if scheduler is None or getattr(trainer, "_created_lr_scheduler", False):
+        return None
+    kind, name = vars(scheduler).get("follows", vars(type(scheduler)).get("follows")), type(scheduler).__name__
+    if kind not in (STEPS, EVALUATION) and not trainer.privacy.disable_dp:
+        raise UserError(
+            f"optimizers: the scheduler {name} did not declare what it follows. Nothing may follow training losses, which have "
+            f'no noise. If it follows step numbers alone, set scheduler.follows = "{STEPS}"; if metrics of held-out authors, '
+            f'"{EVALUATION}".'
+        )
+    return None if kind == STEPS else f"optimizers: {name}"
+
+
+def contents(thing: Any) -> list[Any]:
+    """Return what an object holds: numbers and words by value, tensors by how often they were written, all else by identity."""
+    return [(name, compared(value)) for name, value in vars(thing).items()]
+
+
+def compared(value: Any) -> Any:
+    """Return what equals its like while a value stays the same; it keeps the value, or another could get its id."""
+    if type(value) in SCALARS:
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value), value.is_inference() or value._version, (value,)
+    if isinstance(value, (list, tuple)):
+        return [compared(item) for item in value]
+    if isinstance(value, dict):
+        return [(id(key), compared(item)) for key, item in value.items()]
+    if isinstance(value, Optimizer):
+        return id(value), contents(value)
+    return id(value), repr(value) if isinstance(value, partial) else "", (value,)
 
 
 class WatchedCallbacks(CallbackHandler):
@@ -87,31 +127,42 @@ class WatchedCallbacks(CallbackHandler):
         kind = follows(callback)
         if kind == STEPS or (kind == EVALUATION and self.trainer.budget.by_metrics is not None):
             return False
-        return getattr(type(callback), event) is not getattr(TrainerCallback, event)
+        return getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)
 
     def snapshot(self, control: TrainerControl) -> dict[str, Any]:
         """Return by name whatever decides which weights come out; of tensors how often they were written."""
         trainer = self.trainer
-        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
-        weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         found = {
             f"control.{name}": getattr(control, name) for name in ("should_training_stop", "should_epoch_stop", "should_save")
         }
         decided = ("global_step", "max_steps", "save_steps", "best_model_checkpoint", "best_global_step")
         found |= {f"state.{name}": getattr(trainer.state, name) for name in decided}
-        found["args"] = by_metrics(trainer.args)
-        found["the learning rate, or another option of the optimizer"] = [id(optimizer)] + [
-            [(name, repr(value)) for name, value in group.items() if name != "params"]
-            for group in getattr(optimizer, "param_groups", [])
+        found["args"] = repr([item for item in vars(trainer.args).items() if item[0] != "run_name"])  # which loggers set
+        found["the callbacks"] = [id(trainer.callback_handler), *((id(other), follows(other)) for other in self.callbacks)]
+        found["a function of the trainer"] = [compared(value) for value in vars(trainer).values() if is_function(value)]
+        found["the model's weights, hooks or settings"] = [of_module(module) for module in trainer.model.modules()]
+        found["the optimizer: its learning rate, another option, its state or its hooks"] = [
+            compared(trainer.optimizer),
+            compared(torch_optimizer._global_optimizer_pre_hooks),
+            compared(torch_optimizer._global_optimizer_post_hooks),
         ]
-        found["the optimizer's state"] = [
-            (id(value), value._version) if isinstance(value, torch.Tensor) else value
-            for of_weight in getattr(optimizer, "state", {}).values()
-            for value in of_weight.values()
-        ]
-        found["the scheduler"] = id(scheduler), repr(scheduler.state_dict() if scheduler is not None else None)
-        found["trained weights"] = [(id(weight), weight._version) for weight in weights]
+        if (scheduler := trainer.lr_scheduler) is not None:
+            found["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), contents(scheduler)
         return found
+
+
+def is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, torch.nn.Module)
+
+
+def of_module(module: torch.nn.Module) -> list[Any]:
+    """Return what decides a module's output; not whether it is in training mode, which each step sets anew."""
+    held = vars(module)
+    return [
+        id(module),
+        [(name, value) for name, value in held.items() if type(value) in SCALARS and name != "training"],
+        *[(name, compared(held[name])) for name in OF_MODULES if held.get(name)],
+    ]
 
 
 def check_no_trial(trial: Any) -> None:

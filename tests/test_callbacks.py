@@ -3,11 +3,19 @@
 import inspect
 import time
 
+import peft
 import pytest
 import torch
 from conftest import COUNTS, make_dataset, make_trainer, tiny_gpt2
 from test_fine_tune_dp import PRIVACY, run_here, small
-from transformers import DefaultFlowCallback, EarlyStoppingCallback, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from author_dp.callbacks import OF_TRANSFORMERS, follows
@@ -240,7 +248,117 @@ def test_one_that_comes_after_the_header_changes_nothing(tmp_path):
                 trainer.add_callback(declared("evaluation"))
 
     trainer = trainer_with(tmp_path, Adds())
-    with pytest.raises(UserError, match=r"callback Declared.*before the training"):
+    with pytest.raises(UserError, match=r"callback Adds: it changed the callbacks.*before the training"):
+        trainer.train()
+
+
+def patched(kind, event="on_log") -> TrainerCallback:
+    """A callback whose method is set on the object, which the class knows nothing of."""
+
+    def stop(args, state, control, **kwargs):
+        control.should_training_stop = True
+
+    callback = kind()
+    setattr(callback, event, stop)
+    return callback
+
+
+@pytest.mark.parametrize("kind", [TrainerCallback, ProgressCallback, type("Declared", (TrainerCallback,), {"follows": "steps"})])
+def test_a_method_set_on_the_object_is_watched_too(tmp_path, kind):
+    with pytest.raises(UserError, match=f"callback {kind.__name__}: it changed control"):
+        trainer_with(tmp_path, patched(kind)).train()
+
+
+def set_hook(optimizer):
+    optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.param_groups[0].update(lr=0.0))
+
+
+def innermost(trainer):
+    optimizer = trainer.optimizer
+    while inner := getattr(optimizer, "optimizer", None) or getattr(optimizer, "original_optimizer", None):
+        optimizer = inner
+    return optimizer
+
+
+def dropout(model) -> torch.nn.Module:
+    return next(module for module in model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+DOORS = {  # what a callback that follows training losses may lead to, by other ways than control and learning rate
+    "lr_lambdas": (lambda t: t.lr_scheduler.lr_lambdas.__setitem__(0, lambda step: 0.0), "scheduler"),
+    "options of the lambda": (lambda t: t.lr_scheduler.lr_lambdas[0].keywords.update(num_training_steps=1), "scheduler"),
+    "get_lr": (lambda t: setattr(t.lr_scheduler, "get_lr", lambda: [0.0]), "scheduler"),
+    "scheduler.step": (lambda t: setattr(t.lr_scheduler, "step", lambda: None), "scheduler"),
+    "inner hook": (lambda t: set_hook(innermost(t)), "optimizer"),
+    "optimizer.step": (lambda t: setattr(innermost(t), "step", lambda: None), "optimizer"),
+    "sums": (lambda t: t._noisy.sums.mul_(9.0), "optimizer"),
+    "save_strategy": (lambda t: setattr(t.args, "save_strategy", SaveStrategy.NO), "args"),
+    "save_total_limit": (lambda t: setattr(t.args, "save_total_limit", 1), "args"),
+    "learning_rate": (lambda t: setattr(t.args, "learning_rate", 0.1), "args"),
+    "adds": (lambda t: t.add_callback(declared("steps")), "callbacks"),
+    "removes": (lambda t: t.remove_callback(DefaultFlowCallback), "callbacks"),
+    "declares": (lambda t: setattr(type(t.callback_handler.callbacks[-2]), "follows", "steps"), "callbacks"),
+    "training_step": (lambda t: setattr(t, "training_step", lambda *_: torch.zeros(())), "function"),
+    "dropout": (lambda t: setattr(dropout(t.model), "p", 0.5), "model"),
+    "forward": (lambda t: setattr(dropout(t.model), "forward", lambda x: x * 0), "model"),
+    "module hook": (lambda t: dropout(t.model).register_forward_hook(lambda *_: None), "model"),
+    "buffer": (lambda t: next(t.model.buffers()).zero_(), "model"),
+}
+
+
+class Door(TrainerCallback):
+    def __init__(self, act, event: str):
+        self.act, self.event = act, event
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.event == "train_begin":
+            self.act()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.event == "log" and "loss" in logs:
+            self.act()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.event == "evaluate":
+            self.act()
+
+
+@pytest.mark.parametrize("event", ["train_begin", "log"])
+@pytest.mark.parametrize("name", DOORS)
+def test_other_ways_to_change_the_training_are_noticed(tmp_path, name, event):
+    act, said = DOORS[name]
+    trainer = trainer_with(tmp_path, lr_scheduler_type="linear", optim="adamw_torch")
+    dropout(trainer.model).register_buffer("scale", torch.ones(1))
+    trainer.add_callback(type("Door", (Door,), {})(lambda: act(trainer), event))  # StopOnSignal comes behind it
+    with pytest.raises(UserError, match=f"callback Door: it changed .*{said}.*training losses"):
+        trainer.train()
+    assert trainer.budget.ledger.steps <= 1
+
+
+def test_a_hook_of_all_optimizers_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.optimizer, "_global_optimizer_pre_hooks", {})
+    trainer = trainer_with(tmp_path)
+    hooks = torch.optim.optimizer._global_optimizer_pre_hooks
+    trainer.add_callback(Door(lambda: hooks.update({1: lambda *_: None}), "log"))
+    with pytest.raises(UserError, match="callback Door: it changed the optimizer"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["save_strategy", "learning_rate", "removes"])
+def test_a_change_at_an_evaluation_before_the_training_is_noticed(tmp_path, name):
+    act, said = DOORS[name]
+    trainer = trainer_with(tmp_path)
+    trainer.add_callback(Door(lambda: act(trainer), "evaluate"))
+    with pytest.raises(UserError, match=f"callback Door: it changed .*{said}"):
+        trainer.evaluate()
+
+
+def test_the_scaling_of_an_adapter_is_noticed(tmp_path):
+    model = peft.get_peft_model(tiny_gpt2(), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, r=2))
+    trainer = trainer_with(tmp_path, model=model)
+    layer = next(module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict))
+    trainer.add_callback(Door(lambda: layer.scaling.update(default=9.0), "log"))
+    with pytest.raises(UserError, match="callback Door: it changed the model"):
         trainer.train()
 
 
@@ -248,6 +366,7 @@ def given_scheduler(trainer):
     optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
     trainer.optimizer = optimizer
     trainer.lr_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    trainer.lr_scheduler.follows = "evaluation"
     trainer.args.metric_for_best_model = None
 
 
@@ -279,11 +398,48 @@ def test_after_metrics_have_chosen_nothing_is_released(tmp_path, kind):
     if kind == "scheduler":
         trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
         trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1)
+        trainer.lr_scheduler.follows = "evaluation"
     trainer.train()
     said = "callback Declared" if kind == "callback" else "optimizers: StepLR"
     assert header(tmp_path)["by_metrics"] == said
     with pytest.raises(UserError, match=f"had {said}"):
         release_loss(trainer, 1.0, None, limited=False)
+
+
+def with_scheduler(folder, **more):
+    """A trainer whose scheduler is given, and reads the losses that were logged."""
+    trainer = trainer_with(folder, **more)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: 1.0 + sum(line.get("loss", 0.0) for line in trainer.state.log_history)
+    )
+    return trainer
+
+
+@pytest.mark.parametrize("more", [{}, {"lr_scheduler_type": "greedy"}])  # an option in the header does not cover it
+def test_a_given_scheduler_declares_what_it_follows_or_is_refused(tmp_path, more):
+    trainer = with_scheduler(tmp_path / "none", **more)
+    for kind in (None, "step", "training"):
+        trainer.lr_scheduler.follows = kind
+        with pytest.raises(UserError, match=r"optimizers: the scheduler LambdaLR .*scheduler\.follows"):
+            trainer.train()
+    assert trainer.budget.ledger.steps == 0
+
+
+def test_a_given_scheduler_is_held_to_its_declaration(tmp_path):
+    trainer = with_scheduler(tmp_path / "steps")
+    trainer.lr_scheduler.follows = "steps"
+    trainer.train()
+    assert header(tmp_path / "steps")["by_metrics"] is None
+    kind = type("Own", (torch.optim.lr_scheduler.StepLR,), {"follows": "evaluation"})
+    trainer = with_scheduler(tmp_path / "class")
+    trainer.lr_scheduler = kind(trainer.optimizer, 1)
+    trainer.train()
+    assert header(tmp_path / "class")["by_metrics"] == "optimizers: Own"
+    trainer.lr_scheduler, trainer._created_lr_scheduler = type("Inherits", (kind,), {})(trainer.optimizer, 1), False
+    with pytest.raises(UserError, match="the scheduler Inherits did not declare"):
+        trainer.train()
+    with_scheduler(tmp_path / "free", privacy={"disable_dp": True}).train()
 
 
 def test_a_second_training_has_no_given_scheduler(tmp_path):

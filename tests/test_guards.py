@@ -1,7 +1,8 @@
 """guards.py: options and models under which the guarantee would not hold are refused by name."""
 
+import numpy as np
 import pytest
-from conftest import make_trainer, tiny_gpt2
+from conftest import make_dataset, make_trainer, tiny_gpt2
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
@@ -64,3 +65,11 @@ def test_models_that_mix_authors_or_round_noise_are_refused(tmp_path):
     for model, words in ((batch_norm, r"h\.0\.norm"), (encoder_decoder, "encoder-decoder"), (half, "bfloat16")):
         with pytest.raises(UserError, match=words):
             make_trainer(tmp_path, model)
+
+
+def test_one_author_in_common_is_enough_to_share_authors():
+    train, held_out, nobody = make_dataset([1, 1, 1]), make_dataset([1, 1], seed=1), make_dataset([1], seed=2)
+    foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)
+    held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
+    assert guards.shares_authors(train, held_out) and guards.shares_authors(train, {"a": nobody, "b": held_out})
+    assert not guards.shares_authors(train, nobody) and not guards.shares_authors(train, None)
