@@ -77,12 +77,17 @@ def contents(thing: Any) -> list[Any]:
     return [(name, compared(value)) for name, value in vars(thing).items()]
 
 
+def writes(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written, which torch does not count for those of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def compared(value: Any) -> Any:
     """Return what equals its like while a value stays the same; it keeps the value, or another could get its id."""
     if type(value) in SCALARS:
         return value
     if isinstance(value, torch.Tensor):
-        return id(value), value.is_inference() or value._version, (value,)
+        return id(value), writes(value), (value,)
     if isinstance(value, (list, tuple)):
         return [compared(item) for item in value]
     if isinstance(value, dict):
@@ -147,7 +152,8 @@ class WatchedCallbacks(CallbackHandler):
             compared(torch_optimizer._global_optimizer_post_hooks),
         ]
         if (scheduler := trainer.lr_scheduler) is not None:
-            found["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), contents(scheduler)
+            held = [value for value in vars(scheduler).values() if not isinstance(value, Optimizer)]
+            found["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), compared(held)
         return found
 
 

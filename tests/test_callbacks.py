@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import COUNTS, make_dataset, make_trainer, tiny_gpt2
 from test_fine_tune_dp import PRIVACY, run_here, small
+from torch.optim import optimizer as torch_optimizer
 from transformers import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
@@ -336,9 +337,9 @@ def test_other_ways_to_change_the_training_are_noticed(tmp_path, name, event):
 
 
 def test_a_hook_of_all_optimizers_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim.optimizer, "_global_optimizer_pre_hooks", {})
+    monkeypatch.setattr(torch_optimizer, "_global_optimizer_pre_hooks", {})
     trainer = trainer_with(tmp_path)
-    hooks = torch.optim.optimizer._global_optimizer_pre_hooks
+    hooks = torch_optimizer._global_optimizer_pre_hooks
     trainer.add_callback(Door(lambda: hooks.update({1: lambda *_: None}), "log"))
     with pytest.raises(UserError, match="callback Door: it changed the optimizer"):
         trainer.train()
