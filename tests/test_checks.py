@@ -17,6 +17,8 @@ from author_dp.ledger import PrivacyLedger
 class At(TrainerCallback):
     """Call a function with the model and the optimizer at the end of each step from the second on."""
 
+    follows = "steps"  # or the callbacks' own check would come first
+
     def __init__(self, act):
         self.act = act
 
