@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -86,7 +86,7 @@ from author_dp.memory import memory_kept
 from author_dp.microbatches import LogicalBatch, constant_shape, is_real
 from author_dp.model_card import model_card, public_settings
 from author_dp.permissions import owner_only
-from author_dp.plan import make_plan
+from author_dp.plan import make_plan, plan_of
 from author_dp.precision import check_float32, full_precision_sums
 from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
 from author_dp.proof import Proof, longest_sample, prove
@@ -297,6 +297,8 @@ class DPTrainer(Trainer):
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
         self.generators: Optional[SecretGenerators] = None  # while training with privacy
         self.settings = public_settings(args, model, model_name or model.name_or_path)
+        self.ended: Optional[dict[str, Any]] = None  # the privacy.json of a training that is at its end
+        self._look_for_end()
         self._step_loss = torch.zeros((), device=args.device)
         redirect_loggers(args)
         args = for_logical_batches(args)
@@ -326,9 +328,10 @@ class DPTrainer(Trainer):
             self.checkpoint = find_checkpoint(self.args, self.privacy, self.adapter)
         if self.args.process_index == 0:
             self._identify_base()
-        if self.checkpoint and (state := state_of(self.checkpoint)).global_step >= self.plan.steps:
+        self._look_for_end()
+        if self.checkpoint and self.ended is not None:
             logger.info(f"{self.checkpoint} is the end of the training: nothing is left to do, or spent.")
-            self.state = state
+            self.state = state_of(self.checkpoint)
             return self._load_from_checkpoint(str(self.checkpoint))
         self._check_choices()
         self.add_callback(signals := StopOnSignal())
@@ -357,6 +360,22 @@ class DPTrainer(Trainer):
         if signals.agreed:
             raise SignalError(signals.agreed)
         return result
+
+    def _look_for_end(self) -> None:
+        """Where the checkpoint is the end of the training, report the run that took its steps, whatever the options are now."""
+        self.ended, self.audit, self.budget.plan = None, None, self.plan
+        if not self.checkpoint or state_of(self.checkpoint).global_step < self.plan.steps:
+            return
+        self.ended, final = json.loads((self.checkpoint / REPORT_NAME).read_text()), self.folder / REPORT_NAME
+        if final.exists() and (known := json.loads(final.read_text())).get("weights") == self.ended.get("weights"):
+            self.ended = known  # with an audit, if there was one
+        self.audit = self.ended.get("audit")
+        if not self.plan.disable_dp:
+            self.budget.ledger.read()  # another run may have written it since
+            plan = plan_of(self.budget.ledger.last_run)
+            if plan.hide_counts:  # then the header does not tell them, and nor will the report
+                plan = replace(plan, num_authors=self.plan.num_authors, num_samples=self.plan.num_samples)
+            self.budget.plan = plan
 
     def _secret_generators(self) -> AbstractContextManager[Optional[SecretGenerators]]:
         """Return the context that makes random numbers inside the model secret; without privacy, one that does nothing."""
@@ -654,6 +673,9 @@ class DPTrainer(Trainer):
     def privacy_report(self) -> dict[str, Any]:
         """Return what privacy.json holds; on the first process only."""
         report = self.budget.report(self.state.global_step)
+        if self.ended is not None and self.ended["disable_dp"] == self.plan.disable_dp:
+            kept = {name: value for name, value in self.ended.items() if name != "weights"}
+            return report | kept if self.plan.disable_dp else kept | report
         if not self.plan.disable_dp:
             report["secure_noise"] = self.privacy.secure_noise
         more = {

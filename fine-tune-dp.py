@@ -483,7 +483,7 @@ def main() -> None:
     if model_args.dry_run:
         trainer.add_callback(dry_run := DryRun())
     logger.info("\n".join([trainer.summary(), *in_words(trainer.data)]))
-    for warning in (trainer.plan.delta_warning(), trainer.plan.advice()):
+    for warning in (trainer.budget.plan.delta_warning(), trainer.budget.plan.advice()):
         if warning and not privacy_args.disable_dp and trainer.is_world_process_zero():
             logger.warning(warning)
     start = start_token(tokenizer, data_args.prepend_bos)
@@ -497,7 +497,7 @@ def main() -> None:
     if isinstance(audit, Audit):
         audit.start(trainer)
     trainer.train()
-    if audit is not None:
+    if audit is not None and trainer.ended is None:  # or there is nothing to see, and what it saw itself stays
         trainer.audit = audit.finish(trainer)
     metrics = look(trainer, "after", specimens if writes else None)
     if model_args.dry_run:

@@ -11,7 +11,7 @@ Example:
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Optional
 
 import numpy as np
@@ -174,6 +174,12 @@ class PrivacyPlan:
                 "under --target_epsilon the noise follows"
             )
         return None
+
+
+def plan_of(header: dict[str, Any]) -> PrivacyPlan:
+    """Return the plan that a ledger's header holds; its numbers of authors and samples are None with --hide_counts."""
+    names = {field.name for field in fields(PrivacyPlan)}
+    return PrivacyPlan(**{name: value for name, value in header.items() if name in names})
 
 
 def make_plan(

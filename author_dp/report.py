@@ -12,7 +12,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from author_dp.attack import attack
 from author_dp.clipping.statistics import NormStatistics
 from author_dp.errors import UserError
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, keep_private, reports_in, write_json
-from author_dp.plan import PrivacyPlan
+from author_dp.plan import plan_of
 from author_dp.report_figures import draw_all
 from author_dp.report_page import PAGE_NAME, STATISTICS_NAME, page
 from author_dp.weights import check_weights
@@ -112,10 +111,9 @@ def report_anew(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
 
 def report_of_ledger(ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the report of an interrupted run, without what it has spent."""
-    names = {field.name for field in fields(PrivacyPlan)}
-    plan = PrivacyPlan(**{name: value for name, value in ledger.runs[-1].items() if name in names})
     alarm = {} if ledger.alarm is None else {"alarm": ledger.alarm}
-    return {**plan.report(math.inf, ledger.steps), **alarm, "interrupted": True, "ledger_link": ledger.links[-1]}
+    report = plan_of(ledger.last_run).report(math.inf, ledger.steps)
+    return {**report, **alarm, "interrupted": True, "ledger_link": ledger.links[-1]}
 
 
 def write_report(folder: Path) -> None:

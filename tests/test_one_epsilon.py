@@ -4,6 +4,7 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, make_dataset, make_trainer, read_report, resumable
 from test_fine_tune_dp import PRIVACY, small
@@ -20,8 +21,9 @@ from author_dp.accounting import (
     rounded_up,
 )
 from author_dp.attack import attack
+from author_dp.audit import lower_bound
 from author_dp.budget import Budget
-from author_dp.report import report_anew, write_report
+from author_dp.report import report_anew, report_of_ledger, write_report
 from author_dp.sidecar import check_sidecar, read_guarantee
 
 NUMBER = r"([\d.,]*\d)"
@@ -221,6 +223,86 @@ def test_a_run_that_took_no_step_changes_no_number(tmp_path):
     again.budget.start()  # and no step
     epsilon = epsilon_in_words(read_report(tmp_path)["epsilon"])
     assert f"spent: epsilon {epsilon} at delta 0.017" in ledger.account(again.budget.ledger)
+
+
+OTHER = {"noise_multiplier": 9.0, "target_epsilon": None, "target_delta": 0.9, "secure_noise": True, "samples_per_author": 2,
+         "per_sample_max_grad_norm": 0.001, "allow_other_authors": True, "sample_rate": 0.01}  # fmt: skip
+
+
+def finished(folder, **options):
+    """A trainer of two steps, its model, audit and card saved."""
+    trainer = make_trainer(
+        folder, dataset=make_dataset([1] * 60), max_steps=2, save_strategy="steps", save_steps=2, learning_rate=0.1, **options
+    )
+    trainer.data, trainer.base_model = {"dataset": "mine"}, {"name": "base", "covered": True, "epsilon": 1.0, "delta": 1e-5}
+    trainer.train()
+    trainer.audit = lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
+    trainer.save_model()
+    trainer.create_model_card()
+    return trainer
+
+
+NEVER = (
+    "--noise_multiplier 9 --target_delta 0.9 --secure_noise True --train_fraction 0.5 --allow_other_authors "
+    "--per_sample_max_grad_norm 0.001 --samples_per_author 2 --learning_rate 7 --audit_canaries 20"
+)
+
+
+@pytest.mark.slow
+def test_the_script_certifies_no_run_that_never_happened(checkpoint, comments, tmp_path, monkeypatch, capfd, caplog):
+    folder = tmp_path / "out"
+    typed = small(checkpoint, comments, folder, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2")
+    status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed, *PRIVACY)
+    assert status == 0, stderr
+    kept = [(folder / name).read_bytes() for name in ("privacy.json", "README.md")]
+    status, again, stderr = run(monkeypatch, capfd, caplog, *typed, "--resume_from_checkpoint", "True", *NEVER.split())
+    assert status == 0, stderr
+    assert [(folder / name).read_bytes() for name in ("privacy.json", "README.md")] == kept
+    first, second = (re.match(r"epsilon .* at delta [^,]*", text.strip().splitlines()[-1])[0] for text in (stdout, again))
+    assert first == second and "audit" not in again.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("how", ["options", "argument", "hidden counts", "without privacy"])
+def test_a_finished_run_reports_its_own_options_when_it_is_called_again(tmp_path, how):
+    """It takes no step, so privacy.json, card, summary and epsilon are those of the run that took them."""
+    plain = {"disable_dp": True, "noise_multiplier": None} if how == "without privacy" else {}
+    hidden = {"hide_counts": True, "sample_rate": 0.1, "target_delta": 0.017} if how == "hidden counts" else {}
+    options = {"privacy": {**hidden, **OTHER, **plain}, "learning_rate": 7.0, "per_device_train_batch_size": 3}
+    other = make_trainer(tmp_path, dataset=make_dataset([1] * 50), **options) if how == "argument" else None
+    first = finished(tmp_path, privacy={**hidden, **plain})
+    names = ("privacy.json", "README.md")
+    kept = [(tmp_path / name).read_bytes() for name in names]
+    for _ in range(2):
+        if how == "argument":
+            other.train(resume_from_checkpoint=True)
+        else:
+            other = make_trainer(tmp_path, dataset=make_dataset([1] * 50), resume_from_checkpoint=True, **options)
+            words = f"guarantee at the end    epsilon {epsilon_in_words(first.epsilon())} at delta 0.017"
+            assert plain or words in other.summary()
+            other.train()
+        other.save_model()
+        other.create_model_card()
+        assert [(tmp_path / name).read_bytes() for name in names] == kept and other.audit == first.audit
+        assert plain or other.epsilon() == first.epsilon()
+
+
+def test_after_more_steps_with_another_delta_there_is_one_delta(tmp_path):
+    finished(tmp_path)
+    privacy = {"noise_multiplier": 2.0, "target_delta": 1e-4, "sample_rate": 0.2}
+    again = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy=privacy, max_steps=3, resume_from_checkpoint=True)
+    again.train()
+    again.save_model()
+    report, spendings = read_report(tmp_path), [Spending(1.0, 4 / 60, 2), Spending(2.0, 0.2, 1)]
+    assert report["delta"] == 1e-4 and report["epsilon"] == again.epsilon() == epsilon_of(spendings, 1e-4)
+    assert report["steps"] == 3 and "audit" not in report  # which was of the earlier steps
+    words = f"epsilon {epsilon_in_words(report['epsilon'])} at delta 0.0001"
+    assert f"spent: {words}" in ledger.account(again.budget.ledger)
+    again.create_model_card()
+    assert words in (tmp_path / "README.md").read_text()
+    begun = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy={"target_delta": 0.5}, max_steps=9,
+                         resume_from_checkpoint=True)  # fmt: skip
+    begun.budget.start()  # and no step
+    assert report_of_ledger(begun.budget.ledger)["delta"] == report_anew(tmp_path / "privacy.json", begun.budget.ledger)["delta"]
 
 
 @pytest.mark.parametrize("bands", [None, "2"])
