@@ -602,7 +602,7 @@ class DPTrainer(Trainer):
             return super()._save(output_dir, state_dict)
         if self.adapter and self.adapter_base is None:  # never trained
             self._identify_base()
-        with certified(Path(output_dir or self.folder), self.adapter, self.privacy_report):
+        with certified(Path(output_dir or self.folder), self.adapter, self.privacy_report, self.plan.disable_dp):
             with owner_only():
                 super()._save(output_dir, state_dict)
 

@@ -35,7 +35,16 @@ from author_dp.errors import LostProcessError, UserError
 from author_dp.guards import by_metrics
 from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, fsync_folder, keep_private, reports_in, write_json
 from author_dp.processes import wait_for_all
-from author_dp.weights import check_weights, remove_report, saved_by, sha256_of, weight_files
+from author_dp.weights import (
+    SEAL_NAME,
+    certifies_nothing,
+    check_weights,
+    is_checkpoint,
+    remove_report,
+    saved_by,
+    sha256_of,
+    weight_files,
+)
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -50,7 +59,6 @@ KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
 }
 # In errors of torch and safetensors, which have no errno.
 WRITE_FAILURES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
-SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is on disk
 
 # --- whole checkpoints ------------------------------------------------------------------------------------
 
@@ -117,9 +125,15 @@ def rotate(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint: the Trainer's state first, as one without privacy.json would be another program's."""
+    """Delete a checkpoint: the Trainer's state first, as one without privacy.json would be another program's.
+
+    Weights go before a privacy.json that certifies nothing: without it they would pass for those of a base model.
+    """
     (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    remove_report(path)
+    if not certifies_nothing(path):
+        remove_report(path)
+    for weights in weight_files(path):
+        weights.unlink()
     shutil.rmtree(path)
 
 
@@ -160,6 +174,8 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
         UserError: where spent steps would be forgotten, the folder holds results of another run, or there is nothing to resume.
     """
     folder, resume = Path(str(args.output_dir)), args.resume_from_checkpoint
+    if is_checkpoint(folder):
+        raise UserError(f"--output_dir {folder}: this is the name of a checkpoint, not of a run. Choose another --output_dir")
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     if args.process_index == 0 and ledger.path.exists():
         with ledger.locked():  # or say at once that another run is in there
@@ -266,8 +282,9 @@ def check_history(checkpoint: Path, ledger: PrivacyLedger, is_first_process: boo
         raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
     if is_first_process:
         check_weights(checkpoint, report, base=False)  # the run compares its own base, wherever that lies now
-        for name, known in json.loads((checkpoint / SEAL_NAME).read_text())["sha256"].items():
-            if sha256_of(checkpoint / name) != known:
+        known = json.loads((checkpoint / SEAL_NAME).read_text()).get("sha256") or {}
+        for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
+            if sha256_of(checkpoint / name) != known.get(name):
                 raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {SEAL_NAME}. Restore the file")
 
 

@@ -191,7 +191,7 @@ def fingerprint(folder: str) -> str:
             ("privacy", "training_args", "trainer_state", "optimizer", "scheduler", "rng_state", "_")
         )
         if path.is_file() and path.suffix in (".safetensors", ".json", ".model", ".jinja", ".txt", ".bin") and not made_here:
-            whole.update(f"{path.name}:{sidecar.sha256_of(path)}\n".encode())
+            whole.update(os.fsencode(path.name) + f":{sidecar.sha256_of(path)}\n".encode())  # not all names are UTF-8
     return whole.hexdigest()
 
 

@@ -24,7 +24,7 @@ from author_dp.errors import UserError
 from author_dp.ledger import REPORT_NAME, write_json
 from author_dp.model_card import model_card
 from author_dp.model_folders import base_of_adapter
-from author_dp.sidecar import PUBLIC_KEYS, read_guarantee, why_not_covered
+from author_dp.sidecar import PUBLIC_KEYS, ledger_path, read_guarantee, why_not_covered
 from author_dp.weights import hash_weights, saved_by
 
 # Beside the weight files that privacy.json names, what transformers reads to load and use a model. All of it is the base model's.
@@ -49,6 +49,9 @@ def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"OUT {out} exists and is not an empty folder: choose a new one")
+    for place in (folder, ledger_path(folder).parent):  # of a checkpoint, where its run lies
+        if out.resolve().is_relative_to(place.resolve()) and (place == folder or ledger_path(folder).exists()):
+            raise UserError(f"OUT {out} lies in {place}, whose weights it would be taken for: choose a folder outside it")
     report = publishable_report(folder)
     copied = [path for pattern in COPIED for path in folder.glob(pattern) if path.is_file() and not path.is_symlink()]
     copied += [folder / weights for weights in report["weights"]]
@@ -71,7 +74,8 @@ def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
     except OSError as error:
         raise UserError(f"OUT {out} cannot be written ({error.strerror}): choose a folder with free space") from error
     published = {path.relative_to(folder).parts[0] for path in copied} | {REPORT_NAME, CARD_NAME}
-    return sorted({path.name for path in folder.iterdir()} - published)
+    left_out = {path.name for path in folder.iterdir()} - published
+    return sorted(os.fsencode(name).decode(errors="replace") for name in left_out)
 
 
 def publishable_report(folder: Path) -> dict[str, Any]:

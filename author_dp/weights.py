@@ -12,6 +12,7 @@ Example:
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ OF_THE_TRAINER = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.(
 # What a run saves, by its kind.
 MODEL_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json")
 ADAPTER_FILES = re.compile(r"adapter_model\.safetensors|adapter_config\.json")
+SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is on disk
 ANEW = "Train again in a new folder"
 DELETE = f"or delete {REPORT_NAME} to use the model without a guarantee"
 
@@ -37,10 +39,16 @@ DELETE = f"or delete {REPORT_NAME} to use the model without a guarantee"
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of `folder`; of its subfolders adapters only, which the Trainer loads when it resumes.
 
-    Checkpoints in `folder` are models of their own.
+    Checkpoints in `folder` are models of their own, but there are none in a checkpoint.
     """
-    nested = [path for path in folder.glob("*/adapter_*") if not path.parent.name.startswith("checkpoint-")]
+    in_checkpoint = is_checkpoint(folder) or (folder / SEAL_NAME).exists()
+    nested = [path for path in folder.glob("*/adapter_*") if in_checkpoint or not is_checkpoint(path.parent)]
     return sorted(path for path in [*folder.glob("*"), *nested] if path.is_file() and is_weight_file(path.name))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether `folder` is named like a checkpoint."""
+    return re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
 
 
 def is_weight_file(name: str) -> bool:
@@ -85,17 +93,22 @@ def describe_base(name: Optional[str], revision: Optional[str] = None) -> dict[s
 
 
 @contextmanager
-def certified(folder: Path, adapter: bool, make_report: Callable[[], dict[str, Any]]) -> Iterator[None]:
+def certified(folder: Path, adapter: bool, make_report: Callable[[], dict[str, Any]], disable_dp: bool = False) -> Iterator[None]:
     """Within, the caller writes weights to `folder`: remove its privacy.json and older weights before, write a new one after.
 
     Args:
         adapter: whether the weights are an adapter's.
         make_report: makes the rest of privacy.json.
+        disable_dp: whether privacy.json certifies nothing. Then it is there before the weights are, which would otherwise pass
+            for those of a base model if the run was killed.
     Raises:
         UserError: where weights of another kind lie there, so that it is not clear which ones are loaded.
     """
     own = saved_by(adapter)
-    remove_report(folder)
+    if disable_dp:
+        write_json(folder / REPORT_NAME, make_report())
+    else:
+        remove_report(folder)
     for path in weight_files(folder):
         if own.fullmatch(path.name):
             path.unlink()
@@ -107,6 +120,12 @@ def certified(folder: Path, adapter: bool, make_report: Callable[[], dict[str, A
             "away, then add --resume_from_checkpoint True"
         )
     write_json(folder / REPORT_NAME, {**make_report(), "weights": hashes})
+
+
+def certifies_nothing(folder: Path) -> bool:
+    """Return whether the privacy.json of `folder` says that its weights were trained without privacy."""
+    path = folder / REPORT_NAME
+    return path.exists() and json.loads(path.read_text()).get("disable_dp") is True
 
 
 def remove_report(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -378,3 +379,9 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         run(tmp_path, tmp_path / "s.jsonl")
     with pytest.raises(UserError, match="FOLDER"):
         run(tmp_path / "none", tmp_path / "s.jsonl")
+
+
+def test_a_file_whose_name_is_not_utf8_is_part_of_the_fingerprint(tmp_path):
+    before = generate.fingerprint(str(tmp_path))
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    assert generate.fingerprint(str(tmp_path)) != before

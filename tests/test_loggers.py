@@ -1,6 +1,7 @@
 """loggers.py and permissions.py: private numbers lie in the output folder, and their owner alone can read them."""
 
 import importlib.util
+import os
 import shutil
 import stat
 import subprocess
@@ -13,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from author_dp.checkpoints import seal
 from author_dp.errors import UserError
-from author_dp.loggers import OFF, VARIABLES, check_loggers
+from author_dp.loggers import OFF, VARIABLES, check_loggers, check_variable, redirect_loggers
 
 OFFLINE = {
     "WANDB_MODE": "offline", "COMET_START_ONLINE": "false", "COMET_API_KEY": "", "CLEARML_OFFLINE_MODE": "1",
@@ -112,6 +113,25 @@ def test_a_folder_of_the_users_choice_must_be_private(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI=mlruns"):
         make_trainer(tmp_path / "out", report_to=["mlflow"])
+
+
+@pytest.mark.parametrize("permissions", [0o750, 0o705, 0o710, 0o755])
+def test_a_folder_that_anybody_else_can_open_is_refused(tmp_path, monkeypatch, permissions):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs").chmod(permissions)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    with pytest.raises(UserError, match=r"TENSORBOARD_LOGGING_DIR=.*logs"):
+        check_variable("TENSORBOARD_LOGGING_DIR", "{}")
+        pytest.fail("not noticed")
+
+
+def test_a_logger_that_follows_others_is_redirected_too(tmp_path, monkeypatch):
+    for variable in [*VARIABLES["comet_ml"], *VARIABLES["tensorboard"]]:
+        monkeypatch.setenv(variable, "")  # so that it is as before at the end
+        monkeypatch.delenv(variable)
+    redirect_loggers(SimpleNamespace(report_to=["tensorboard"], output_dir=str(tmp_path), process_index=0))
+    assert os.environ["COMET_OFFLINE_DIRECTORY"] == str(tmp_path / "_logs" / "comet_ml")
+    assert os.environ["COMET_LOG_ASSETS"] == OFF
 
 
 def test_two_runs_of_one_process_keep_their_logs_apart(tmp_path, monkeypatch):

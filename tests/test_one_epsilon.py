@@ -172,6 +172,14 @@ def test_a_planned_run_ends_at_its_target_by_the_number_that_is_shown(rate, step
     assert compute_epsilon(sigma, rate, steps, 1e-5) == epsilon_of([Spending(sigma, rate, steps)], 1e-5)
 
 
+def test_a_target_just_below_what_steps_spend_does_not_allow_the_last_of_them(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=9, privacy={"sample_rate": 0.05, "target_delta": 1e-3})
+    plan = trainer.plan
+    for steps in (2, 5, 9):
+        object.__setattr__(plan, "target_epsilon", epsilon_of([plan.spending(steps)], plan.delta) * (1 - 1e-6))
+        assert trainer.budget.affordable(9) == steps - 1
+
+
 # --- a run that is resumed -----------------------------------------------------------------------------------
 
 

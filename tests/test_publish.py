@@ -206,6 +206,33 @@ def test_an_out_that_holds_something_is_left_alone(full, tmp_path, capsys):
         main([str(full)])
 
 
+@pytest.mark.parametrize(
+    ("place", "out"), [("", "public"), ("", "a/b"), ("checkpoint-1", "public"), ("checkpoint-1", "checkpoint-1/a")]
+)
+def test_an_out_within_the_folder_is_refused(full, tmp_path, place, out):
+    """There it would be taken for weights of the run, which could not be resumed."""
+    with pytest.raises(UserError, match=r"OUT .* lies in"):
+        publish(full / place, full / out)
+        pytest.fail("published")
+    (tmp_path / "link").symlink_to(full)
+    with pytest.raises(UserError, match=r"OUT .* lies in"):
+        publish(full / place, tmp_path / "link" / out)
+        pytest.fail("published")
+    assert not (full / out).exists()
+
+
+def test_a_file_that_is_a_link_is_left_out(full, tmp_path):
+    """It may lead anywhere."""
+    publish(full, copy := tmp_path / "copy")
+    (tmp_path / "private").write_text("texts")
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").symlink_to(tmp_path / "private")
+    (copy / os.fsdecode(b"caf\xe9.txt")).write_text("a name that is not UTF-8")
+    left_out = publish(copy, tmp_path / "out")
+    assert "tokenizer.json" in left_out and not (tmp_path / "out" / "tokenizer.json").exists()
+    assert " ".join(left_out).encode()  # or it could not be printed
+
+
 # --- the hub ----------------------------------------------------------------------------------------------
 
 

@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from author_dp import generate, hub, report, sidecar
-from author_dp.checkpoints import newest_whole
+from author_dp.checkpoints import SEAL_NAME, newest_whole, remove_checkpoint
 from author_dp.errors import UserError
 from author_dp.ledger import main, write_json
-from author_dp.weights import certified, check_weights, hash_weights, weight_files
+from author_dp.weights import certified, check_base, check_weights, describe_base, hash_weights, weight_files
 from dp_utils import DPTrainer
 
 PLAIN = {"disable_dp": True, "noise_multiplier": None}
@@ -335,6 +335,16 @@ def test_another_optimizers_state_is_not_resumed(tmp_path):
         pytest.fail("resumed")
 
 
+def test_an_optimizers_state_without_a_hash_is_not_resumed(tmp_path):
+    make_trainer(tmp_path, **STEPS).train()
+    seal = tmp_path / "checkpoint-2" / SEAL_NAME
+    for other in ({"sha256": {}}, {"sha256": None}):
+        write_json(seal, {**json.loads(seal.read_text()), **other})
+        with pytest.raises(UserError, match=r"checkpoint-2/optimizer\.pt: its SHA-256"):
+            make_trainer(tmp_path, resume_from_checkpoint=True, **STEPS)
+            pytest.fail("resumed")
+
+
 def test_an_adapter_is_resumed_on_its_base_wherever_that_lies_now(tmp_path):
     run(tmp_path, lora=True)
     (tmp_path / "b").mkdir()
@@ -547,3 +557,66 @@ def test_a_model_in_memory_has_an_adapter_without_a_base(tmp_path):
     trainer.save_model()
     assert is_certified(tmp_path) and read_report(tmp_path)["adapter_base"]["name"] is None
     assert isinstance(trainer.model, PeftModel)
+
+
+# --- what lies in subfolders, and what has no guarantee ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["checkpoint-x", "checkpoint-2/checkpoint-x", "checkpoint-2/checkpoint-3"])
+def test_an_adapter_in_a_subfolder_that_is_no_checkpoint_is_found(tmp_path, place):
+    run(tmp_path, lora=True)
+    out = tmp_path / "out"
+    shutil.copytree(out / "checkpoint-2", tmp_path / "copy")  # a copy of another name is one too, by its seal
+    make_model(tmp_path, lora=True, seed=5).save_pretrained(out / place)
+    with pytest.raises(UserError, match=r"checkpoint-[x3]/adapter_config\.json"):
+        check_weights((out / place).parent, read_report((out / place).parent))
+        pytest.fail("not noticed")
+    if place.startswith("checkpoint-2/"):
+        with pytest.raises(UserError, match=r"checkpoint-[x3]/adapter_config\.json"):
+            make_trainer(out, make_model(tmp_path, lora=True), resume_from_checkpoint=True, max_steps=3)
+            pytest.fail("resumed")
+    make_model(tmp_path, lora=True, seed=5).save_pretrained(tmp_path / "copy" / "checkpoint-3")
+    assert "checkpoint-3/adapter_model.safetensors" in hash_weights(tmp_path / "copy")
+
+
+def test_an_output_folder_is_not_called_like_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"--output_dir .*checkpoint-3: this is the name of a checkpoint"):
+        make_trainer(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize("what", ["model", "checkpoint", "rotation"])
+def test_wherever_a_run_without_privacy_is_killed_its_weights_are_not_a_base_model(tmp_path, what):
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    trainer = make_trainer(out, privacy=PLAIN, **STEPS)
+    trainer.train()
+    place = out if what == "model" else out / "checkpoint-2"
+    shutil.copytree(out, kept)
+    save = {
+        "model": trainer.save_model,
+        "checkpoint": lambda: trainer._save_checkpoint(trainer.model, None),
+        "rotation": lambda: remove_checkpoint(place),
+    }[what]
+    for number in range(1, 100):
+        shutil.rmtree(out)
+        shutil.copytree(kept, out)
+        INTERRUPT.arm(out, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        ended = in_a_child(save) == 0
+        INTERRUPT.folder = ""
+        if weight_files(place) and (place / "model.safetensors").exists():
+            assert read_report(place)["disable_dp"] and not sidecar.starting_model(str(place))["covered"]
+        if ended:
+            break
+    assert number > 3
+
+
+def test_a_file_beside_the_base_of_before_is_another_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    report = {"adapter_base": describe_base(str(tmp_path / "base"))}
+    check_base(tmp_path / "adapter", report)
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"other weights")
+    with pytest.raises(UserError, match=r"base/pytorch_model\.bin is not what"):
+        check_base(tmp_path / "adapter", report)
+        pytest.fail("not noticed")
