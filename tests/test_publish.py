@@ -176,9 +176,10 @@ def test_a_result_without_a_guarantee_is_not_published(full, tmp_path, change, w
 
 
 def test_an_interrupted_run_is_not_published(full, tmp_path):
-    (tmp_path / "privacy_ledger.jsonl").write_bytes((full / "privacy_ledger.jsonl").read_bytes())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "privacy_ledger.jsonl").write_bytes((full / "privacy_ledger.jsonl").read_bytes())
     with pytest.raises(UserError, match=r"holds no privacy\.json"):
-        publish(tmp_path, tmp_path / "out")
+        publish(tmp_path / "run", tmp_path / "out")
 
 
 def test_only_names_that_a_run_saves_can_be_weights(full, tmp_path):
