@@ -1,6 +1,7 @@
 """Check that the processes of a run agree: on data and options, on who is sampled, and on who clips whom.
 
-Guarantees: a run ends, on all of its processes, where they started from other data or options, sampled other authors in a step,
+Guarantees: a run ends, on all of its processes, where they started from different privacy options or different data (ownership
+of all samples, tokens of 1,024 of them), sampled different authors in a step,
 dealt authors to other groups, or did not clip each sampled author exactly once. The sampling and the noise that is accounted for
 hold for the processes together only; each by itself looks right, and so does what it releases.
 
@@ -29,6 +30,10 @@ from author_dp.mechanism import PoissonAuthorSampler
 from author_dp.plan import PrivacyPlan
 from author_dp.processes import gather
 
+OPTIONS = {  # of the script, by what is compared
+    "clip_norm": "per_sample_max_grad_norm", "delta": "target_delta", "steps": "max_steps", "trained parameters": "model_name",
+    "expected_batch_size": "per_device_train_batch_size",
+}  # fmt: skip
 EXAMPLES = 1_024  # samples whose tokens stand for all, as reading all of a large data set takes time
 
 # --- before training --------------------------------------------------------------------------------------
@@ -51,7 +56,9 @@ def check_same_start(plan: PrivacyPlan, dataset: Any, model: nn.Module, bf16: bo
             "--train_file: the processes have read other training data: give the same files and options to all, on every machine"
         )
     if other := [name for name in known if any(one[name] != every[0][name] for one in every)]:
-        raise UserError(f"--{other[0]}: the processes have other values of {', '.join(other)}: give the same options to all")
+        raise UserError(
+            f"--{OPTIONS.get(other[0], other[0])}: the processes differ in {', '.join(other)}. Give all of them the same options"
+        )
 
 
 def describe_data(dataset: Any) -> str:

@@ -175,6 +175,6 @@ def check_no_trial(trial: Any) -> None:
     """Raise UserError for a hyperparameter search, which spends in every trial and chooses by losses."""
     if trial is not None:
         raise UserError(
-            "hyperparameter_search does not work here: each trial spends on its own, and the choice by losses more. Train with "
-            "options that were chosen before."
+            "hyperparameter_search is not supported: every trial spends privacy budget, and so does choosing by its losses. Call "
+            "train() with fixed options."
         )

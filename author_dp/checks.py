@@ -1,7 +1,7 @@
 """What a run checks of its own mechanism while it trains: its draws, its noise and, by canaries, all of it.
 
-Promise: each check sees every step, is asked at each log line, before each checkpoint and at the end, and its alarm ends the run,
-on all processes.
+Guarantees: each check runs at every log line, before each checkpoint and at the end; those of frozen weights and of the ledger's
+file, at checkpoints and at the end only. A failure ends the run on all processes.
 
 Example:
 

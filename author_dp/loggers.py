@@ -3,9 +3,9 @@
 Losses, clipping statistics and times in logs are private. By default, loggers write them to the current folder or the home
 folder, readable by everybody.
 
-Guarantee: the local files of a logger go to OUTPUT_DIR/_logs/NAME (mode 0700), or to a folder that the user named and nobody else
-can read. That was tried with each library that is listed here; other loggers are refused. Online services receive losses, too:
-that is the user's choice, and the log says so.
+Guarantee: the local files of a logger go to OUTPUT_DIR/_logs/NAME (mode 0700), or to a folder that the user named and nobody
+else can read; codecarbon's emissions.csv, which holds no losses, goes to OUTPUT_DIR. That was tried with each library that is
+listed here; other loggers are refused. Online services receive losses, too: that is the user's choice, and the log says so.
 
     scratch/_logs/tensorboard, scratch/_logs/wandb, ...
 """
@@ -68,7 +68,7 @@ def check_variable(variable: str, value: str) -> None:
     elif value.startswith("sqlite:"):
         if not chosen.startswith(("http://", "https://", "databricks")):
             raise UserError(
-                f"{variable}={chosen}: private losses belong into --output_dir. Unset it, or name a server (https://)"
+                f"{variable}={chosen}: private losses must stay in --output_dir. Unset it, or name a server (https://)"
             )
     elif (folder := Path(chosen).expanduser()).exists() and stat.S_IMODE(folder.stat().st_mode) & 0o077:
         raise UserError(

@@ -27,8 +27,8 @@ from author_dp.errors import UserError
 from author_dp.mechanism import IGNORED, AuthorDraw, Batch
 
 EIGHTHS = (1, 1.5, 2, 3, 4, 6, 8)  # of sequence_len: the lengths of microbatches
-SHARE = 16  # a microbatch has at most 1 / SHARE of the expected authors, as the last one of each length is partly empty,
-FEWEST = 8  # or FEWEST authors: smaller ones would keep a device waiting
+SHARE = 16  # a microbatch has 1 / SHARE of the expected authors, as the last one of each length is partly empty,
+FEWEST = 8  # but not fewer than these, if so many are allowed: small ones keep a device waiting
 NOBODY = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORED)}  # a sample without targets: its gradient is zero
 
 
@@ -43,15 +43,14 @@ class MicrobatchShape(NamedTuple):
 def constant_shape(per_device: int, accumulation: int, samples_per_author: int, sequence_len: int) -> MicrobatchShape:
     """Return the shape of a run's microbatches, from options alone.
 
-    The number of authors is the largest divisor of `per_device` that is at most FEWEST, or 1 / SHARE of the expected authors.
+    The number of authors is 1 / SHARE of those expected, at least FEWEST and at most `per_device`.
 
     Args:
         per_device, accumulation: the batch options; their product is how many authors a process expects in a step.
         samples_per_author: k.
         sequence_len: tokens of the longest sample.
     """
-    most = min(per_device, max(FEWEST, per_device * accumulation // SHARE))
-    authors = max(divisor for divisor in range(1, most + 1) if per_device % divisor == 0)
+    authors = min(per_device, max(FEWEST, per_device * accumulation // SHARE))
     lengths = sorted({math.ceil(sequence_len * eighths / 8) for eighths in EIGHTHS})
     return MicrobatchShape(authors, samples_per_author, tuple(lengths))
 
@@ -94,7 +93,7 @@ def cut_into_microbatches(
         shape: which all microbatches are to have.
     Returns:
         microbatches, each what `collate` returns, `author`, int64 (samples,): which author of the microbatch a
-        sample belongs to, counted from 0, `num_authors`, and `num_dummies`: so many of these, the last ones, are nobody.
+        sample belongs to, counted from 0, `num_authors`, and `num_dummies`: how many of these are dummies; they come last.
     Raises:
         UserError: for a sample longer than `shape` allows.
     """

@@ -1,7 +1,7 @@
 """Let nobody but the owner read what a run writes, unless it is meant for others.
 
-Guarantee: a file that is made within `owner_only` has mode 0600, a folder 0700, also where another library or a process that it
-starts makes it.
+Within `owner_only` the umask is 0o077: new files get mode 0600 and folders 0700, also from libraries and child processes, unless
+they call chmod. The umask holds for all threads of the process.
 """
 
 import os

@@ -6,7 +6,7 @@ exact, and no setting allows torch to round others. A run that finds otherwise l
 Why: an author's norm and clipped gradient come from different products of the same numbers. Rounding the factors to TF32 changes
 each by 2^-11, so that an author may exceed the clip norm; where tokens cancel, by any factor. Many doors lead there (options,
 environment variables, libraries that set a flag), and a name that is missing in a list shows nothing. So the check computes
-products whose exact value is known, and looks at names only to say what to change.
+products whose exact value is known, and also refuses every known setting that permits rounding.
 
 Convolutions are not checked: a parameter that they use has its gradient formed, norm and sum are of the same numbers.
 
@@ -52,8 +52,8 @@ def raise_rounded(names: list[str], found: Optional[str] = None) -> NoReturn:
     """Raise UserError for settings that allow rounding, or for a product that is rounded."""
     raise UserError(
         f"{', '.join(names) or 'a setting of torch, its libraries or the environment'}: "
-        f"{found or 'float32 matrix products may be rounded'}, so that an author may exceed the clip norm. Leave it out, and use "
-        "--bf16, whose rounding is allowed for"
+        f"{found or 'float32 matrix products may be rounded'}, so an author may exceed the clip norm. Unset it; "
+        "for 16-bit speed use --bf16"
     )
 
 

@@ -1,14 +1,14 @@
 """Check that random operations inside the model treat each sample independently of the others.
 
 Clipping bounds what one author does to the sum only if the author's dropout masks have the same distribution whoever else is in
-the batch, and if nobody else's masks hang on them. A coin that all samples share (LayerDrop, a mask for the whole batch), a
-permutation or a choice across samples, and numbers from `random` or NumPy break that.
+the batch, and if nobody else's masks depend on that author. What breaks that: a coin that all samples share (LayerDrop, a mask for
+the whole batch), a permutation or a choice across samples, and numbers from `random` or NumPy.
 
 How: the model runs in training mode, forward and backward, under a dispatch mode that sees every random operation of torch.
 
-1. With two and with three copies of one sample the same operations must occur, each with a dimension as long as the samples; also
-   with samples as long as the run's. An operation that draws the same for all is accepted where its lowest and highest outcome
-   give the same logits (a LayerDrop of 0).
+1. Two and three copies of one sample must cause the same operations, each with one dimension proportional to the number of
+   samples; checked for short samples and for the longest of the run. An operation that draws the same for all is accepted where
+   its lowest and highest outcome give the same logits (a LayerDrop of 0).
 2. With fixed random numbers for a few samples, their logits and gradients must not change with the random numbers and tokens of
    the others.
 3. Python's `random`, NumPy and generators of the model's own must not be used, and nothing may seed torch's.
@@ -38,7 +38,7 @@ SEED = 7  # of what is not controlled: no secret is drawn here
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 SHARES = "shares random numbers among all samples of a batch, as LayerDrop does"
-REMEDY = "set it to 0 in config.json (or in the --lora options), or choose another model"
+REMEDY = "set the dropout or LayerDrop rate to 0 in config.json (or --lora_dropout 0), or choose another --model_name"
 
 
 class RandomOp(NamedTuple):
@@ -160,7 +160,8 @@ def check_own_generators(model: Any) -> None:
     for name, module in model.named_modules():
         if any(isinstance(value, GENERATORS) for value in vars(module).values()):
             raise UserError(
-                f"--model_name: {name or 'the model'} holds a random generator of its own, which is not secret: {REMEDY}"
+                f"--model_name: {name or 'the model'} holds a random generator, which is not secret: remove it from the model's "
+                "code, or choose another --model_name"
             )
 
 

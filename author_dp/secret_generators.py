@@ -1,7 +1,7 @@
 """Keep the random numbers inside the model secret while it trains: dropout masks above all.
 
-Whoever knows a step's dropout masks can subtract what they do to everybody's gradient, and a mask that follows from `--seed` and
-the number of sampled authors changes for all authors when one of them leaves. Then neighboring data sets differ in every author's
+If masks follow from `--seed` and the number of sampled authors, an attacker can compute them, and one author more or less changes
+the masks of all others. Then neighboring data sets differ in every author's
 gradient, and the sensitivity of a clipped sum is no longer the clip norm. So while a private run trains, every generator that a
 model may use holds a state from the operating system. It differs between processes and runs, and it is never saved.
 

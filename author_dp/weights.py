@@ -193,6 +193,6 @@ def check_same_base(base: Optional[dict[str, Any]], known: Optional[dict[str, An
     for name in ("files",) if "files" in {**(base or {}), **(known or {})} else ("name",):
         if (base or {}).get(name) != (known or {}).get(name):
             raise UserError(
-                f"--model_name: the adapter of the checkpoint was trained on another base ({(known or {}).get('name')}). Give "
-                "the same --model_name"
+                "--model_name: the base model is not the one that the checkpoint's adapter was trained on (its name or weights "
+                "differ). Restore that base, or give its path or hub name"
             )

@@ -164,7 +164,7 @@ def test_another_adapter_or_base_is_refused(tmp_path, how):
         path = out / "adapter_config.json" if how.startswith("adapter") else base / "config.json"
         write_json(path, {**json.loads(path.read_text()), "lora_alpha": 800, "activation_function": "relu"})
     refused_by_all(
-        tmp_path, "adapter's base|trained on another base" if how.startswith("base") else r"out/adapter_\S*: its SHA-256"
+        tmp_path, "adapter's base|the base model is not the one" if how.startswith("base") else r"out/adapter_\S*: its SHA-256"
     )
 
 
@@ -308,7 +308,7 @@ def test_an_adapter_is_not_resumed_on_another_base(tmp_path):
     run(tmp_path, lora=True)
     tiny_gpt2(seed=8).save_pretrained(tmp_path / "b" / "base")
     trainer = make_trainer(tmp_path / "out", make_model(tmp_path / "b", lora=True), resume_from_checkpoint=True, max_steps=3)
-    with pytest.raises(UserError, match="--model_name: the adapter of the checkpoint was trained on another base"):
+    with pytest.raises(UserError, match="--model_name: the base model is not the one"):
         trainer.train()
         pytest.fail("resumed")
 
