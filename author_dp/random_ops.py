@@ -1,8 +1,8 @@
 """Check that random operations inside the model treat each sample independently of the others.
 
 Clipping bounds what one author does to the sum only if the author's dropout masks have the same distribution whoever else is in
-the batch, and if nobody else's masks depend on that author. What breaks that: a coin that all samples share (LayerDrop, a mask for
-the whole batch), a permutation or a choice across samples, and numbers from `random` or NumPy.
+the batch, and if nobody else's masks depend on that author. A coin that all samples share breaks that (LayerDrop, a mask for the
+whole batch), and so do a permutation or a choice across samples, and numbers from `random` or NumPy.
 
 How: the model runs in training mode, forward and backward, under a dispatch mode that sees every random operation of torch.
 
