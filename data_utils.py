@@ -495,6 +495,11 @@ class AuthorDataset(torch.utils.data.Dataset):
         """Number of authors."""
         return len(self.offsets) - 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return pc.max(pc.list_value_length(column_of(self.samples, "input_ids"))).as_py() or 0
+
     def __getitems__(self, draws: list[np.ndarray]) -> list[list[dict[str, np.ndarray]]]:
         """Fetch the samples of several authors at once.
 

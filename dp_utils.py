@@ -270,6 +270,8 @@ class DPTrainer(Trainer):
             logger.info(self.proof.in_words())
         self.privacy = privacy
         self.sequence_len = longest_sample(model, sequence_len)
+        if sequence_len is None and (longest := getattr(train_dataset, "longest", 0)) > self.sequence_len:
+            raise UserError(f"DPTrainer needs sequence_len={longest}: a sample is longer than {self.sequence_len} tokens")
         self.adapter = isinstance(model, PeftModel)
         self.checkpoint = find_checkpoint(args, privacy, self.adapter)
         self.base_model = starting_model(model_name or model.name_or_path) if args.process_index == 0 else None

@@ -28,7 +28,7 @@ from author_dp.mechanism import IGNORED, AuthorDraw, Batch
 
 EIGHTHS = (1, 1.5, 2, 3, 4, 6, 8)  # of sequence_len: the lengths of microbatches
 SHARE = 16  # a microbatch has 1 / SHARE of the expected authors, as the last one of each length is partly empty,
-FEWEST = 8  # but not fewer than these, if so many are allowed: small ones keep a device waiting
+FEWEST, MOST = 8, 256  # but not fewer, if so many are allowed: small ones keep a device waiting; and not more: no gain
 NOBODY = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORED)}  # a sample without targets: its gradient is zero
 
 
@@ -43,14 +43,14 @@ class MicrobatchShape(NamedTuple):
 def constant_shape(per_device: int, accumulation: int, samples_per_author: int, sequence_len: int) -> MicrobatchShape:
     """Return the shape of a run's microbatches, from options alone.
 
-    The number of authors is 1 / SHARE of those expected, at least FEWEST and at most `per_device`.
+    The number of authors is 1 / SHARE of those expected, from FEWEST to MOST, and at most `per_device`.
 
     Args:
         per_device, accumulation: the batch options; their product is how many authors a process expects in a step.
         samples_per_author: k.
         sequence_len: tokens of the longest sample.
     """
-    authors = min(per_device, max(FEWEST, per_device * accumulation // SHARE))
+    authors = min(per_device, MOST, max(FEWEST, per_device * accumulation // SHARE))
     lengths = sorted({math.ceil(sequence_len * eighths / 8) for eighths in EIGHTHS})
     return MicrobatchShape(authors, samples_per_author, tuple(lengths))
 

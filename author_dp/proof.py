@@ -33,6 +33,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 TOLERANCE = 5e-4  # of an author's norm, and of a parameter's share of the clipped sum: what rounding may do to a deep model
 SAME = 1e-4  # of logits that are to be the same: what another order of summation may do
+SAME_BITS = 1e-7  # of logits of one text, computed twice: kernels on a GPU may not be deterministic
 NEGLIGIBLE = 1e-5  # of the whole clipped sum: a parameter's share below it may be nothing but rounding (biases of keys)
 COUNTS = (1, 2, 4)  # samples of the proof's authors: seven, so that neither heads nor experts are as many
 LENGTHS = (9, 7)  # longest sample, in tokens: once another number than the samples, and once the same
@@ -113,6 +114,7 @@ def check_apart(model: Any, sequence_len: Optional[int] = None, bf16: bool = Fal
         with still(model):
             check_buffers(model, longest)
             check_samples_apart(model, longest)
+            check_memory(model, longest)
 
 
 def longest_sample(model: Any, sequence_len: Optional[int]) -> int:
@@ -204,6 +206,20 @@ def check_buffers(model: Any, longest: int) -> None:
     for name, buffer in model.named_buffers():
         if name in before and not torch.equal(before[name], buffer):
             raise UserError(f"--model_name: {name} changes with the texts, without noise, and is saved; choose another model")
+
+
+def check_memory(model: Any, longest: int) -> None:
+    """Raise UserError where a long text changes what later forwards compute: the next step would depend on this one's authors."""
+    ids = random_tokens(model, longest, 3)[None]
+    for length in (longest // 2, longest * 3 // 4):
+        with torch.no_grad():
+            model(input_ids=ids[:, :2])  # whatever was seen before is forgotten, if it ever is
+            first, _, again = (model(input_ids=part).logits for part in (ids[:, :length], ids, ids[:, :length]))
+        if not torch.equal(first, again) and not (first - again).norm() < SAME_BITS * first.norm():
+            raise UserError(
+                f"--model_name: after a text of {longest} tokens this model computes others otherwise (dynamic rope?): lower "
+                "--sequence_len, or choose another model"
+            )
 
 
 def check_samples_apart(model: Any, longest: int) -> None:

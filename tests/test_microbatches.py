@@ -34,6 +34,7 @@ def author(*lengths: int, seed: int = 0) -> list[dict]:
         ((128, 8, 1, 100), 64, (13, 19, 25, 38, 50, 75, 100)),
         ((30, 5, 2, 7), 9, (1, 2, 3, 4, 6, 7)),
         ((1, 1, 1, 1), 1, (1,)),
+        ((2**31, 4, 1, 8), 256, (1, 2, 3, 4, 6, 8)),
     ],
 )
 def test_constant_shape_follows_from_options(options, authors, lengths):
@@ -65,6 +66,11 @@ def test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(k):
 def test_cut_into_microbatches_refuses_a_sample_beyond_the_longest_length():
     with pytest.raises(UserError, match="a sample has 17 tokens"):
         cut_into_microbatches([author(17)], 4, collate, SHAPE)
+
+
+def test_trainer_refuses_samples_beyond_its_sequence_len_before_the_first_step(tmp_path):
+    with pytest.raises(UserError, match=r"needs sequence_len=\d\d: a sample is longer than 16 tokens"):
+        make_trainer(tmp_path, dataset=make_dataset([1] * 9, longest=20))
 
 
 def make_engine(kind: str, model):

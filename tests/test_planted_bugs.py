@@ -40,6 +40,7 @@ import test_one_epsilon
 import test_pld
 import test_precision
 import test_processes
+import test_proof
 import test_publish
 import test_random_ops
 import test_readers
@@ -205,6 +206,8 @@ BUGS = [
         lambda *_: test_random_ops.test_check_model_refuses_layerdrop_unless_it_is_off(0.05, True)),
     Bug("random operations not looked at", "author_dp.proof.check_apart", "check_random_ops(Call", "str(Call",
         lambda *_: test_random_ops.test_check_model_refuses_layerdrop_unless_it_is_off(0.05, False)),
+    Bug("a rope that remembers", "author_dp.proof.check_apart", "check_memory(model, longest)", "pass",
+        lambda *_: test_proof.test_check_apart_refuses_a_rope_that_remembers_the_longest_sample()),
     # Shapes.
     Bug("microbatches as large as the batch", "dp_utils.DPTrainer.get_train_dataloader", "if not self.privacy.disable_dp:",
         "if False:",

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from author_dp.errors import UserError
-from author_dp.proof import prove, sibling, still
+from author_dp.proof import check_apart, prove, sibling, still
 
 # --- samples are apart, and causal ----------------------------------------------------------------------
 
@@ -260,3 +260,12 @@ def test_what_is_taken_apart_survives_checkpointing_and_bfloat16(tmp_path, optio
         trainer.train()
         updates.append(before - flat(model.parameters()))
     assert (updates[0] - updates[1]).norm() < (0.05 if "bf16" in options else 1e-5) * updates[0].norm()
+
+
+def test_check_apart_refuses_a_rope_that_remembers_the_longest_sample():
+    """Its frequencies are in a buffer that is not saved: the next step's gradients would depend on an author of this one."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    config = LlamaConfig(**{**LLAMA, "max_position_embeddings": 24}, rope_parameters=rope)
+    with pytest.raises(UserError, match="dynamic rope"):
+        check_apart(LlamaForCausalLM(config), 32)
+    check_apart(LlamaForCausalLM(config), 24)

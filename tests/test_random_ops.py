@@ -123,6 +123,14 @@ def test_check_random_ops_accepts_independent_samples(what):
     assert torch.equal(state, torch.get_rng_state()) and random.getstate() == python and not model.inner.training
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_check_model_accepts_checkpointed_layers(dropout):
+    """Their states of the generators are restored in the backward pass."""
+    model = tiny_gpt2(dropout=dropout)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    check_model(model)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.05])
 def test_check_model_refuses_layerdrop_unless_it_is_off(rate, lora):
