@@ -142,7 +142,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_that_allows_rounding_is_refused_by_name(tmp_path, as_before, name):
     SETTINGS[name]()
-    with pytest.raises(UserError, match=r"fp32_precision.*Leave it out"):
+    with pytest.raises(UserError, match=r"fp32_precision.*Unset it"):
         make_trainer(tmp_path)
     make_trainer(tmp_path, privacy={"disable_dp": True, "noise_multiplier": None})
 
