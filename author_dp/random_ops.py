@@ -121,7 +121,7 @@ class Call(NamedTuple):
 
         def require_grad(layer: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
             embedded.append(output if output.requires_grad else output.detach().requires_grad_())
-            return embedded[-1]
+            return embedded[-1].clone()  # some models scale it in place, which a leaf does not allow
 
         hook = self.model.get_input_embeddings().register_forward_hook(require_grad)
         autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)

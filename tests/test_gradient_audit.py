@@ -72,7 +72,8 @@ BUGS: dict[str, tuple] = {
         {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
-        "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']))",
+        "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']));"
+        "real = torch.arange(len(microbatch['author'])) < real.sum()",
         "what is released", {"steps": 120}),
     "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "what is released for",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
