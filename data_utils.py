@@ -1,6 +1,6 @@
 """Samples and their authors: load, split by author, tokenize, group, collate.
 
-Promise: a row never silently changes who its author is. Authors are the texts that stand in the files (author_dp/readers.py), and
+Promise: a row never silently changes who its author is. Authors are the texts that stand in the files (author_dp/data/readers.py), and
 are compared exactly (" alice" and "alice" are two authors); a missing author is an error, and no author is on both sides of the
 split. This module knows nothing of privacy; `dp_utils.py` consumes what it returns.
 
@@ -32,15 +32,15 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.authors import column_of, digests, encode_authors, find_nobody, held_out_draws, split_name, uniform
-from author_dp.conversations import TARGETS, Format, start_token
+from author_dp.data.authors import column_of, digests, encode_authors, find_nobody, held_out_draws, split_name, uniform
+from author_dp.data.chat import TARGETS, Format, start_token
+from author_dp.data.hub import read_hub
+from author_dp.data.readers import FORMATS, Columns, read_files, split_suffix
+from author_dp.data.storage import ending_on_sigterm, folders, on_disk, where
+from author_dp.data.tokenization import tokenize
+from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.hub import read_hub
-from author_dp.mechanism import IGNORED
-from author_dp.processes import broadcast
-from author_dp.readers import FORMATS, Columns, read_files, split_suffix
-from author_dp.tables import ending_on_sigterm, folders, on_disk, where
-from author_dp.tokens import tokenize
+from author_dp.mechanism.optimizer import IGNORED
 
 # A child of transformers' own logger, so that its handler and --log_level hold here too.
 logger = logging.get_logger(f"transformers.{__name__}")

@@ -35,31 +35,21 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SchedulerTyp
 from transformers.training_args import OptimizerNames
 from transformers.utils import PushInProgress, logging
 
-from author_dp.accounting import compute_epsilon, find_noise_multiplier
-from author_dp.activations import fuse_activations
-from author_dp.adam import NoiseCorrectedAdamW
-from author_dp.agreement import check_same_start
-from author_dp.budget import Budget, StopWhenUsedUp
-from author_dp.callbacks import WatchedCallbacks, by_callback, by_scheduler, check_no_trial
-from author_dp.checkpoints import (
-    SignalError,
-    StopOnSignal,
-    check_history,
-    check_not_released,
-    check_same_authors,
-    check_untold,
-    find_checkpoint,
-    state_of,
-    written_whole,
-)
-from author_dp.checks import RunChecks
+from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
+from author_dp.accounting.budget import Budget, StopWhenUsedUp
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count
+from author_dp.accounting.plan import make_plan, plan_of
 from author_dp.clipping import ENGINES, ClippingEngine
-from author_dp.clipping.statistics import NormStatistics
+from author_dp.clipping.norm_stats import NormStatistics
+from author_dp.distributed import broadcast, broadcast_parameters, sum_gradients
 from author_dp.errors import UserError
-from author_dp.evaluation import TextBatches, evaluate
-from author_dp.frozen import model_sizes
-from author_dp.gradient_audit import CollateWithCanaries, GradientCanaries
-from author_dp.guards import (
+from author_dp.guards.agreement import check_same_start
+from author_dp.guards.callbacks import WatchedCallbacks, by_callback, by_scheduler, check_no_trial
+from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCanaries
+from author_dp.guards.loggers import redirect_loggers
+from author_dp.guards.model_check import Proof, longest_sample, prove
+from author_dp.guards.monitors import RunChecks
+from author_dp.guards.options import (
     by_metrics,
     check_launch,
     check_model,
@@ -70,9 +60,31 @@ from author_dp.guards import (
     corrects_adam,
     shares_authors,
 )
-from author_dp.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count
-from author_dp.loggers import redirect_loggers
-from author_dp.loop import (
+from author_dp.guards.precision import check_float32, full_precision_sums
+from author_dp.mechanism.adam_bc import NoiseCorrectedAdamW
+from author_dp.mechanism.fsdp import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
+from author_dp.mechanism.microbatches import LogicalBatch, constant_shape, is_real
+from author_dp.mechanism.optimizer import AuthorDPOptimizer, PoissonAuthorSampler, author_losses, takes_positions
+from author_dp.mechanism.secret_generators import SecretGenerators
+from author_dp.models.activations import fuse_activations
+from author_dp.models.quantization import model_sizes
+from author_dp.models.weights import certified, check_same_base, describe_base
+from author_dp.outputs.model_card import model_card, public_settings
+from author_dp.outputs.privacy_statement import starting_model
+from author_dp.outputs.publish import upload
+from author_dp.permissions import owner_only
+from author_dp.training.checkpointing import (
+    SignalError,
+    StopOnSignal,
+    check_history,
+    check_not_released,
+    check_same_authors,
+    check_untold,
+    find_checkpoint,
+    state_of,
+    written_whole,
+)
+from author_dp.training.dataloading import (
     Wrapper,
     affordable_bands,
     for_logical_batches,
@@ -81,20 +93,8 @@ from author_dp.loop import (
     move,
     naming,
 )
-from author_dp.mechanism import AuthorDPOptimizer, PoissonAuthorSampler, author_losses, takes_positions
-from author_dp.memory import memory_kept
-from author_dp.microbatches import LogicalBatch, constant_shape, is_real
-from author_dp.model_card import model_card, public_settings
-from author_dp.permissions import owner_only
-from author_dp.plan import make_plan, plan_of
-from author_dp.precision import check_float32, full_precision_sums
-from author_dp.processes import broadcast, broadcast_parameters, sum_gradients
-from author_dp.proof import Proof, longest_sample, prove
-from author_dp.publish import upload
-from author_dp.secret_generators import SecretGenerators
-from author_dp.sharding import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
-from author_dp.sidecar import starting_model
-from author_dp.weights import certified, check_same_base, describe_base
+from author_dp.training.evaluation import TextBatches, evaluate
+from author_dp.training.malloc import memory_kept
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -212,7 +212,7 @@ class PrivacyArguments:
 
 
 class DPTrainer(Trainer):
-    """Trainer whose training is the mechanism of author_dp/mechanism.py; everything else is the Trainer's.
+    """Trainer whose training is the mechanism of author_dp/mechanism/optimizer.py; everything else is the Trainer's.
 
     The batch size that is accounted for, B, is per_device_train_batch_size x gradient_accumulation_steps x
     world_size authors; a draw is cut into microbatches of at most per_device_train_batch_size authors, and the
@@ -220,7 +220,7 @@ class DPTrainer(Trainer):
 
     Args:
         model: in float32; its trainable parameters are trained, all others are left as they are. An activation that is
-            written out in Python becomes one operation (author_dp/activations.py).
+            written out in Python becomes one operation (author_dp/models/activations.py).
         args: Hugging Face's, with max_grad_norm 0.
         privacy: what is promised.
         train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
@@ -228,7 +228,7 @@ class DPTrainer(Trainer):
         sequence_len: tokens of the longest sample, from which the shapes of microbatches follow; default: 128, or the model's
             positions.
         canaries: authors by whom the run audits itself, not yet in the data set.
-        full_shard: share weights, sums, noise and optimizer state among the processes (author_dp/sharding.py).
+        full_shard: share weights, sums, noise and optimizer state among the processes (author_dp/mechanism/fsdp.py).
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
         kwargs: the Trainer's.
     Raises:
@@ -551,7 +551,7 @@ class DPTrainer(Trainer):
         return DataLoader(TextBatches(dataset, size, self.data_collator, rank, world_size), batch_size=None)
 
     def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
-        """Return losses that depend neither on the batch nor on the number of processes; see author_dp/evaluation.py."""
+        """Return losses that depend neither on the batch nor on the number of processes; see author_dp/training/evaluation.py."""
 
         def on_batch() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -623,7 +623,7 @@ class DPTrainer(Trainer):
         private: Optional[bool] = None,
         **_: Any,
     ) -> Any:
-        """Upload what author_dp/publish.py copies of the output folder, and nothing else."""
+        """Upload what author_dp/outputs/publish.py copies of the output folder, and nothing else."""
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
@@ -632,7 +632,7 @@ class DPTrainer(Trainer):
             return self._upload(self.folder, commit_message, token, revision, in_background=not blocking)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload what author_dp/publish.py copies of a checkpoint; leave it out while the last upload is not finished."""
+        """Upload what author_dp/outputs/publish.py copies of a checkpoint; leave it out while the last upload is not finished."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is None or self.push_in_progress.is_done() or self.args.hub_always_push:

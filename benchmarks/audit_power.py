@@ -19,7 +19,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.audit import Audit
+from author_dp.guards.text_canaries import Audit
 from data_utils import AuthorDataset, collate
 from dp_utils import DPTrainer, PrivacyArguments
 

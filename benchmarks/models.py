@@ -23,19 +23,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from tiny import VOCABULARY, build, classes  # noqa: E402
 
-from author_dp.adapters import add_lora  # noqa: E402
 from author_dp.clipping import ENGINES  # noqa: E402
 from author_dp.errors import UserError  # noqa: E402
-from author_dp.guards import check_model  # noqa: E402
-from author_dp.mechanism import author_losses  # noqa: E402
-from author_dp.proof import prove, still  # noqa: E402
+from author_dp.guards.model_check import prove, still  # noqa: E402
+from author_dp.guards.options import check_model  # noqa: E402
+from author_dp.mechanism.optimizer import author_losses  # noqa: E402
+from author_dp.models.lora import add_lora  # noqa: E402
 
 TOLERANCE = 2e-4
 KINDS = (("full", "ghost"), ("full", "grad_sample"), ("lora", "ghost"))
 HEAD = """# Which models?
 
 Every causal language model that transformers can load, if the proof at the start of the run passes: it takes the model itself, and
-compares logits and clipped gradients of random tokens with a plain loop over authors (`author_dp/proof.py`). What fails is refused
+compares logits and clipped gradients of random tokens with a plain loop over authors (`author_dp/guards/model_check.py`). What fails is refused
 in a line, with the reason.
 
 - **Mixtures of experts** train like others: a router that sends each token by itself mixes no authors, and the balancing losses

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from author_dp.noise import NoiseSource
+from author_dp.mechanism.noise import NoiseSource
 
 SIZE = 124_439_808
 RUNS = 7

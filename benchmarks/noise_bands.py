@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from results import mean_and_spread, measure, plays
 
-from author_dp.accounting import cyclic_spending, find_noise_multiplier
-from author_dp.bands import CHOICES, band_coefficients, step_scale, sum_error
+from author_dp.accounting.accountant import cyclic_spending, find_noise_multiplier
+from author_dp.accounting.banded_mf import CHOICES, band_coefficients, step_scale, sum_error
 
 RUNS = {  # expected batch, authors, steps
     "the original example, 3 epochs": (1_024, 304_279, 894),

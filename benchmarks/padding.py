@@ -20,7 +20,7 @@ import torch
 from throughput import ROOT, make_model, run, train, where
 from transformers import GPT2TokenizerFast
 
-from author_dp.microbatches import constant_shape, cut_into_microbatches
+from author_dp.mechanism.microbatches import constant_shape, cut_into_microbatches
 from data_utils import IGNORED, AuthorDataset, DataArguments, collate, column_of, group_by_author, load_samples, tokenize
 
 ROWS = ("padded to the longest possible", "sorted by length")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
 from scipy import stats
 
-from author_dp.accounting import find_noise_multiplier
+from author_dp.accounting.accountant import find_noise_multiplier
 
 
 def author_epsilon(sigma: float, rate: float, steps: int, samples: int, delta: float) -> float:

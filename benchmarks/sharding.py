@@ -27,7 +27,7 @@ from throughput import StepTimes, make_data, make_model, run, where
 from transformers import TrainerCallback, TrainingArguments
 
 import dp_utils
-from author_dp.proof import Proof
+from author_dp.guards.model_check import Proof
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 

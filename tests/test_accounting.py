@@ -12,9 +12,9 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
-from author_dp.accounting import ORDERS, PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier, rdp_of_step
+from author_dp.accounting.accountant import ORDERS, PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier, rdp_of_step
+from author_dp.accounting.pld import LossDistribution
 from author_dp.errors import UserError
-from author_dp.pld import LossDistribution
 
 N = 304_279
 README_RUN = {"sample_rate": 1024 / N, "steps": 894}

@@ -8,8 +8,8 @@ from transformers import GPT2LMHeadModel
 from transformers.activations import ACT2FN, GELUTanh, NewGELUActivation
 
 import dp_utils
-from author_dp.activations import fuse_activations
-from author_dp.proof import prove
+from author_dp.guards.model_check import prove
+from author_dp.models.activations import fuse_activations
 
 SAME = ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"]
 

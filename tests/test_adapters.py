@@ -7,8 +7,8 @@ from families import close, llama, make_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from author_dp.adapters import add_lora, unfit_layers
-from author_dp.proof import prove
+from author_dp.guards.model_check import prove
+from author_dp.models.lora import add_lora, unfit_layers
 
 OPTIONS = {
     "peft's choice": {},

@@ -6,11 +6,11 @@ from conftest import make_trainer, read_report
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy.special import ndtr, ndtri
 
-from author_dp.accounting import Spending
-from author_dp.attack import RATES, PrivacyCurve, attack, mu_at
-from author_dp.model_card import model_card
-from author_dp.report import write_report
-from author_dp.report_page import attacker, in_plain_words
+from author_dp.accounting.accountant import Spending
+from author_dp.accounting.tradeoff import RATES, PrivacyCurve, attack, mu_at
+from author_dp.outputs.model_card import model_card
+from author_dp.outputs.page import attacker, in_plain_words
+from author_dp.outputs.report import write_report
 
 SETTINGS = [(0.65, 256 / 19_589, 154, 5e-5), (1.0, 0.01, 1_000, 1e-5), (2.0, 0.1, 500, 1e-6), (5.0, 0.9, 100, 1e-5)]
 

@@ -1,4 +1,4 @@
-"""author_dp.audit.py: the bound against the paper's closed form and by simulation, and runs with and without noise."""
+"""author_dp.guards.text_canaries.py: the bound against the paper's closed form and by simulation, and runs with and without noise."""
 
 import functools
 import json
@@ -12,8 +12,8 @@ from datasets import List, Value
 from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from author_dp.audit import Audit, AuditArguments, epsilon_lower_bound, lower_bound, p_value, secret_key
 from author_dp.errors import UserError
+from author_dp.guards.text_canaries import Audit, AuditArguments, epsilon_lower_bound, lower_bound, p_value, secret_key
 from data_utils import AuthorDataset
 
 KEY = 2**100 + 7
@@ -56,7 +56,7 @@ def test_chance_and_wrong_guesses_prove_nothing():
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])
 def test_the_bound_covers_the_true_epsilon_of_randomized_response(epsilon, monkeypatch):
     """Randomized response of one bit a canary is exactly epsilon-DP, and the audit's worst case: at least 95 % of bounds hold."""
-    monkeypatch.setattr("author_dp.audit.epsilon_lower_bound", functools.cache(epsilon_lower_bound))
+    monkeypatch.setattr("author_dp.guards.text_canaries.epsilon_lower_bound", functools.cache(epsilon_lower_bound))
     generator, runs = np.random.default_rng(3), 2_000
     exceeded = 0
     for _ in range(runs):
@@ -144,7 +144,7 @@ def test_without_noise_the_audit_shouts(tmp_path):
 @pytest.mark.slow
 def test_with_the_promised_noise_the_audit_stays_below_epsilon(tmp_path, monkeypatch):
     complaints = []
-    monkeypatch.setattr("author_dp.audit.logger.error", complaints.append)
+    monkeypatch.setattr("author_dp.guards.text_canaries.logger.error", complaints.append)
     found, epsilon = audited_run(tmp_path, noise_multiplier=None, target_epsilon=2.0)
     assert found["epsilon_lower_bound"] <= epsilon <= 2.0 and not complaints
 
@@ -152,8 +152,8 @@ def test_with_the_promised_noise_the_audit_stays_below_epsilon(tmp_path, monkeyp
 @pytest.mark.slow
 def test_noise_that_is_promised_but_not_added_is_found(tmp_path, monkeypatch):
     complaints = []
-    monkeypatch.setattr("author_dp.audit.logger.error", complaints.append)
-    monkeypatch.setattr("author_dp.noise.NoiseSource.add_", lambda self, total, std: total)
-    monkeypatch.setattr("author_dp.checks.noise_check", lambda *_: None)  # which would find it before the first step
+    monkeypatch.setattr("author_dp.guards.text_canaries.logger.error", complaints.append)
+    monkeypatch.setattr("author_dp.mechanism.noise.NoiseSource.add_", lambda self, total, std: total)
+    monkeypatch.setattr("author_dp.guards.monitors.noise_check", lambda *_: None)  # which would find it before the first step
     found, epsilon = audited_run(tmp_path, noise_multiplier=None, target_epsilon=2.0)
     assert found["epsilon_lower_bound"] > epsilon and "contradicts the guarantee" in complaints[0]

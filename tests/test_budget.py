@@ -7,9 +7,9 @@ from conftest import flat, make_dataset, make_trainer, resumable, train
 from test_accounting import exact_epsilon
 from transformers import TrainerCallback
 
-from author_dp.budget import StopWhenUsedUp
+from author_dp.accounting.budget import StopWhenUsedUp
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.ledger import PrivacyLedger
 
 
 def test_the_ledger_is_ahead_of_every_update(tmp_path):

@@ -19,11 +19,11 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from author_dp.callbacks import OF_TRANSFORMERS, follows
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.guards import STEP_ONLY, by_metrics
-from author_dp.ledger import PrivacyLedger
-from author_dp.release import release_loss
+from author_dp.guards.callbacks import OF_TRANSFORMERS, follows
+from author_dp.guards.options import STEP_ONLY, by_metrics
+from author_dp.training.public_loss import release_loss
 
 # --- options -------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from conftest import make_dataset, make_trainer, resumable, sample
 from transformers import TrainerControl
 
-from author_dp.accounting import Spending
-from author_dp.checkpoints import SEAL_NAME, StopOnSignal, check_history, find_damage, newest_whole, seal
+from author_dp.accounting.accountant import Spending
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.ledger import PrivacyLedger
+from author_dp.training.checkpointing import SEAL_NAME, StopOnSignal, check_history, find_damage, newest_whole, seal
 
 
 def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):
@@ -98,7 +98,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
         seal(folder)
         os.utime(folder, (backwards(),) * 2)
 
-    monkeypatch.setattr("author_dp.checkpoints.seal", seal_and_age)
+    monkeypatch.setattr("author_dp.training.checkpointing.seal", seal_and_age)
     monkeypatch.setattr(time, "time", backwards)
     trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
     trainer.train()
@@ -163,7 +163,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_the_folder_is_free_again_after_a_mistake(tmp_path, monkeypatch):
-    monkeypatch.setattr("author_dp.ledger.LOCK_SECONDS", 0)
+    monkeypatch.setattr("author_dp.accounting.ledger.LOCK_SECONDS", 0)
     make_trainer(tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}).train()
     spent = make_trainer(
         tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}, resume_from_checkpoint=True,

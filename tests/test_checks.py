@@ -9,9 +9,9 @@ from forked import in_processes
 from planting import find, with_edit
 from transformers import TrainerCallback
 
-from author_dp.checks import FixedWeights
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError
-from author_dp.ledger import PrivacyLedger
+from author_dp.guards.monitors import FixedWeights
 
 
 class At(TrainerCallback):
@@ -60,7 +60,7 @@ def test_an_optimizer_whose_step_calls_that_of_its_base_makes_one_update(tmp_pat
 
 
 def test_a_step_without_an_update_ends_the_run(tmp_path, monkeypatch):
-    step = find("author_dp.mechanism.AuthorDPOptimizer.pre_step")
+    step = find("author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step")
     twice = with_edit(step, "self.before_release()", "self.before_release(); self.before_release()")
     monkeypatch.setattr(step, "__code__", twice)
     with pytest.raises(MechanismError, match="updated 2 times in 4 steps"):
@@ -68,7 +68,7 @@ def test_a_step_without_an_update_ends_the_run(tmp_path, monkeypatch):
 
 
 def test_a_step_that_is_not_on_the_disk_ends_the_run(tmp_path, monkeypatch):
-    append = find("author_dp.ledger.PrivacyLedger._append")
+    append = find("author_dp.accounting.ledger.PrivacyLedger._append")
     code = with_edit(append, "self._write(record)", "None if self.steps == 3 else self._write(record)")
     monkeypatch.setattr(append, "__code__", code)
     with pytest.raises(MechanismError, match="lacks 1 steps"):

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from author_dp.clipping import contributions
-from author_dp.clipping.contributions import Authors, Product, lookup_squared_norms, product_squared_norms
+from author_dp.clipping import grad_factors as contributions
 from author_dp.clipping.ghost import norms_of
+from author_dp.clipping.grad_factors import Authors, Product, lookup_squared_norms, product_squared_norms
 
 
 def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,13 @@ from conftest import as_arrays, clipped_sum, flat, make_batch, make_trainer, tin
 from families import FAMILIES, KINDS, close, make_model
 from torch import nn
 
-from author_dp.clipping import contributions, ghost
-from author_dp.clipping.contributions import Explicit
+from author_dp.clipping import ghost
+from author_dp.clipping import grad_factors as contributions
 from author_dp.clipping.ghost import GhostClipping
+from author_dp.clipping.grad_factors import Explicit
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
-from author_dp.mechanism import author_losses
+from author_dp.mechanism.optimizer import author_losses
 
 # --- against the other engines --------------------------------------------------------------------------
 

@@ -15,11 +15,11 @@ from test_proof import OwnScale
 from transformers import GPT2LMHeadModel
 
 from author_dp.clipping import engine_of
-from author_dp.clipping.contributions import Explicit
 from author_dp.clipping.ghost import GhostClipping
+from author_dp.clipping.grad_factors import Explicit
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
-from author_dp.mechanism import author_losses
+from author_dp.mechanism.optimizer import author_losses
 
 
 def checkpointed(model, **options):

@@ -1,4 +1,4 @@
-"""author_dp/conversations.py: what of a prompt or conversation is learned, from the file to the loss."""
+"""author_dp/data/chat.py: what of a prompt or conversation is learned, from the file to the loss."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data_utils
-from author_dp.audit import Audit
-from author_dp.conversations import Example, Format, tokenize_examples
+from author_dp.data.chat import Example, Format, tokenize_examples
 from author_dp.errors import UserError
-from author_dp.mechanism import IGNORED, author_losses
-from author_dp.microbatches import cut_into_microbatches
+from author_dp.guards.text_canaries import Audit
+from author_dp.mechanism.microbatches import cut_into_microbatches
+from author_dp.mechanism.optimizer import IGNORED, author_losses
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_samples, tokenize
 
 PLAIN = (  # as ChatML, with a start token and without marks

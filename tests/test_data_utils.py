@@ -18,8 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data_utils
-from author_dp import tables
-from author_dp.authors import find_nobody
+from author_dp.data import storage as tables
+from author_dp.data.authors import find_nobody
 from author_dp.errors import UserError
 from data_utils import AuthorDataset, DataArguments, collate, column_of, group_by_author, load_files, load_samples, tokenize
 

@@ -15,8 +15,8 @@ from programs import Program, command
 from test_fine_tune_dp import small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from author_dp.checkpoints import newest_whole
-from author_dp.ledger import PrivacyLedger
+from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.training.checkpointing import newest_whole
 
 pytestmark = pytest.mark.slow
 

@@ -37,8 +37,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from author_dp.accounting import compute_epsilon, find_noise_multiplier
-from author_dp.ledger import PrivacyLedger
+from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
+from author_dp.accounting.ledger import PrivacyLedger
 
 # The two commands of the original example, flag for flag, but for the process count.
 FULL = """--output_dir scratch --model_name gpt2 --sequence_len 128 --per_device_train_batch_size 32

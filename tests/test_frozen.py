@@ -14,13 +14,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from author_dp import frozen
-from author_dp.adapters import add_lora
 from author_dp.clipping import engine_of
 from author_dp.errors import UserError
-from author_dp.mechanism import author_losses
-from author_dp.model_folders import load_adapter, load_base, load_trained
-from author_dp.proof import prove, rounding
+from author_dp.guards.model_check import prove, rounding
+from author_dp.mechanism.optimizer import author_losses
+from author_dp.models import quantization as frozen
+from author_dp.models.loading import load_adapter, load_base, load_trained
+from author_dp.models.lora import add_lora
 
 SIZES = {**LLAMA, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
 BITS = ("bfloat16", "4 bits")

@@ -6,8 +6,8 @@ from conftest import make_dataset, make_trainer, tiny_gpt2
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
-from author_dp import guards
 from author_dp.errors import UserError
+from author_dp.guards import options as guards
 from dp_utils import PrivacyArguments
 
 

@@ -12,12 +12,12 @@ from conftest import make_dataset, make_trainer, read_report, within
 from safetensors.numpy import load_file
 from test_fine_tune_dp import run_here
 
-from author_dp.accounting import compute_epsilon
+from author_dp.accounting.accountant import compute_epsilon
+from author_dp.accounting.ledger import PrivacyLedger, account, account_together
+from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
-from author_dp.ledger import PrivacyLedger, account, account_together
-from author_dp.plan import make_plan
-from author_dp.report import Statistics, write_report
-from author_dp.report_page import guarantee
+from author_dp.outputs.page import guarantee
+from author_dp.outputs.report import Statistics, write_report
 from dp_utils import PrivacyArguments
 
 HIDDEN = {"sample_rate": 0.05, "target_delta": 1e-5, "hide_counts": True}

@@ -15,9 +15,9 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from test_accounting import exact_epsilon
 
-from author_dp.accounting import PrivacyLoss, Spending, find_noise_multiplier
+from author_dp.accounting.accountant import PrivacyLoss, Spending, find_noise_multiplier
+from author_dp.accounting.ledger import PrivacyLedger, link, main, write_json
 from author_dp.errors import UserError
-from author_dp.ledger import PrivacyLedger, link, main, write_json
 
 HEADER = {"noise_multiplier": 0.7, "sample_rate": 0.1, "steps": 10, "num_authors": 1_000, "clip_norm": 1.0,
           "target_epsilon": 8.0, "delta": 1e-3}  # fmt: skip
@@ -147,7 +147,7 @@ def test_a_ledger_that_cannot_be_written_raises_and_counts_nothing(tmp_path, fau
 
 
 def test_a_second_run_is_kept_out_until_the_first_one_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("author_dp.ledger.LOCK_SECONDS", 0)
+    monkeypatch.setattr("author_dp.accounting.ledger.LOCK_SECONDS", 0)
     first, second = PrivacyLedger(tmp_path / "privacy_ledger.jsonl"), PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     with first.locked():
         first.start_run(HEADER)

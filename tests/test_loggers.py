@@ -12,9 +12,9 @@ import pytest
 from conftest import COUNTS, ROOT, make_dataset, make_trainer, sample
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from author_dp.checkpoints import seal
 from author_dp.errors import UserError
-from author_dp.loggers import OFF, VARIABLES, check_loggers, check_variable, redirect_loggers
+from author_dp.guards.loggers import OFF, VARIABLES, check_loggers, check_variable, redirect_loggers
+from author_dp.training.checkpointing import seal
 
 OFFLINE = {
     "WANDB_MODE": "offline", "COMET_START_ONLINE": "false", "COMET_API_KEY": "", "CLEARML_OFFLINE_MODE": "1",

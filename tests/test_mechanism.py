@@ -20,8 +20,8 @@ from conftest import (
 from scipy import stats
 from torch import nn
 
-from author_dp.mechanism import AuthorDPOptimizer, PoissonAuthorSampler, author_losses
-from author_dp.microbatches import cut_into_microbatches
+from author_dp.mechanism.microbatches import cut_into_microbatches
+from author_dp.mechanism.optimizer import AuthorDPOptimizer, PoissonAuthorSampler, author_losses
 from data_utils import collate, group_by_author
 
 # --- step 1: sampling -----------------------------------------------------------------------------------

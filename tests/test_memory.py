@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from author_dp.memory import memory_kept
+from author_dp.training.malloc import memory_kept
 
 GLIBC = sys.platform == "linux" and "glibc" in os.confstr("CS_GNU_LIBC_VERSION")
 PROGRAM = """
 import resource
 import torch
-from author_dp.memory import memory_kept
+from author_dp.training.malloc import memory_kept
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

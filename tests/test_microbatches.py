@@ -8,12 +8,12 @@ from conftest import VOCABULARY, as_arrays, make_dataset, make_trainer, sample, 
 from families import make_model
 
 from author_dp.clipping import ENGINES
-from author_dp.clipping.contributions import squared_norms
 from author_dp.clipping.ghost import norms_of
+from author_dp.clipping.grad_factors import squared_norms
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
-from author_dp.mechanism import author_losses
-from author_dp.microbatches import MicrobatchShape, constant_shape, cut_into_microbatches, is_real
+from author_dp.mechanism.microbatches import MicrobatchShape, constant_shape, cut_into_microbatches, is_real
+from author_dp.mechanism.optimizer import author_losses
 from data_utils import AuthorDataset, author_hashes, collate, group_by_author
 
 SHAPE = MicrobatchShape(authors=4, samples=1, lengths=(4, 8, 16))

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.model_folders import absolute, base_of_adapter, load_adapter, load_base, load_tokenizer
+from author_dp.models.loading import absolute, base_of_adapter, load_adapter, load_base, load_tokenizer
 
 
 def load(folder: Path):

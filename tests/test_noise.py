@@ -8,8 +8,8 @@ import torch
 from conftest import make_trainer, within
 from scipy import stats
 
-from author_dp import noise
-from author_dp.noise import PAIRS, NoiseSource
+from author_dp.mechanism import noise
+from author_dp.mechanism.noise import PAIRS, NoiseSource
 
 CPU = torch.device("cpu")
 

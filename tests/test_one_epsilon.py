@@ -10,8 +10,8 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, resumable
 from test_fine_tune_dp import PRIVACY, small
 from transformers import TrainerCallback
 
-from author_dp import generate, ledger
-from author_dp.accounting import (
+from author_dp.accounting import ledger
+from author_dp.accounting.accountant import (
     PrivacyLoss,
     Spending,
     compute_epsilon,
@@ -20,11 +20,12 @@ from author_dp.accounting import (
     find_noise_multiplier,
     rounded_up,
 )
-from author_dp.attack import attack
-from author_dp.audit import lower_bound
-from author_dp.budget import Budget
-from author_dp.report import report_anew, report_of_ledger, write_report
-from author_dp.sidecar import check_sidecar, read_guarantee
+from author_dp.accounting.budget import Budget
+from author_dp.accounting.tradeoff import attack
+from author_dp.guards.text_canaries import lower_bound
+from author_dp.outputs import generate
+from author_dp.outputs.privacy_statement import check_sidecar, read_guarantee
+from author_dp.outputs.report import report_anew, report_of_ledger, write_report
 
 NUMBER = r"([\d.,]*\d)"
 SETTINGS = {  # by the accountant, or what is special

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
-from author_dp.plan import make_plan
 from dp_utils import PrivacyArguments
 
 

@@ -8,7 +8,7 @@ from scipy import integrate
 from scipy.special import log_ndtr
 from test_accounting import gaussian_delta_in_high_precision
 
-from author_dp.pld import Composed, LossDistribution, normal_mass
+from author_dp.accounting.pld import Composed, LossDistribution, normal_mass
 
 DELTAS = [1e-3, 1e-9, 1e-15]
 

@@ -6,12 +6,12 @@ from conftest import make_dataset, make_trainer, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from author_dp import precision
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards import check_launch
-from author_dp.ledger import PrivacyLedger
-from author_dp.precision import check_float32, exact_factors, find_rounding, full_precision_sums
-from author_dp.proof import prove
+from author_dp.guards import precision
+from author_dp.guards.model_check import prove
+from author_dp.guards.options import check_launch
+from author_dp.guards.precision import check_float32, exact_factors, find_rounding, full_precision_sums
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODELS, ROOT, read_report, sample, tiny_gpt2, within
 
-from author_dp.ledger import PrivacyLedger
+from author_dp.accounting.ledger import PrivacyLedger
 
 
 def run_processes(folder: Path, processes: int, **options) -> list[dict]:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from author_dp.errors import UserError
-from author_dp.proof import check_apart, prove, sibling, still
+from author_dp.guards.model_check import check_apart, prove, sibling, still
 
 # --- samples are apart, and causal ----------------------------------------------------------------------
 
@@ -110,18 +110,18 @@ class Rows(nn.Module):
 
 GHOST = "author_dp.clipping.ghost.GhostClipping"
 PLANTED = {
-    "a rule with a wrong factor": ("author_dp.clipping.rules.conv1d", "(inputs, gradients,", "(inputs, 1.01 * gradients,"),
+    "a rule with a wrong factor": ("author_dp.clipping.layer_rules.conv1d", "(inputs, gradients,", "(inputs, 1.01 * gradients,"),
     "a clipped sum without a factor": (f"{GHOST}._clip", "(self.clip_norm / norms)", "(1.01 * self.clip_norm / norms)"),
     "norms without biases": (f"{GHOST}._clip", "for parts in contributions.values() if parts]",
                              "for p, parts in contributions.items() if parts and p.dim() > 1]"),
-    "a layer norm without its bias": ("author_dp.clipping.rules.layer_norm",
+    "a layer norm without its bias": ("author_dp.clipping.layer_rules.layer_norm",
                                       "contributions[layer.bias] = Explicit(authors.sum(", "authors.sum(torch.zeros(1)); ((("),
     "a layer whose tap is lost": (f"{GHOST}._tap", "if self._in_rule or",
                                   "if self._in_rule or (self._settled and isinstance(layer, nn.LayerNorm)) or"),
-    "tied weights counted as two": ("author_dp.clipping.contributions.tied_cross_terms", "return 2 * (", "return 0 * ("),
-    "tied weights counted as two, formed": ("author_dp.clipping.contributions.plus", "part.gradients.float()",
+    "tied weights counted as two": ("author_dp.clipping.grad_factors.tied_cross_terms", "return 2 * (", "return 0 * ("),
+    "tied weights counted as two, formed": ("author_dp.clipping.grad_factors.plus", "part.gradients.float()",
                                             "0 * part.gradients"),
-    "one author's gradient twice": ("author_dp.clipping.contributions.Authors.scale", "factors[self.author]",
+    "one author's gradient twice": ("author_dp.clipping.grad_factors.Authors.scale", "factors[self.author]",
                                     "factors.roll(1)[self.author]"),
     "the other engine without a clip": ("author_dp.clipping.grad_sample.GradSampleClipping.backward",
                                         "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)"),
@@ -148,7 +148,7 @@ def test_a_bug_in_the_clipping_ends_the_run_at_its_start(tmp_path, monkeypatch, 
 
 
 def test_the_parameters_that_differ_are_named(tmp_path, monkeypatch):
-    function = find("author_dp.clipping.rules.layer_norm")
+    function = find("author_dp.clipping.layer_rules.layer_norm")
     code = with_edit(function, "normalized.mul_(gradients)", "normalized.mul_(gradients).mul_(1.1)")
     monkeypatch.setattr(function, "__code__", code)
     with pytest.raises(UserError, match=r"transformer\.h\.0\.ln_1\.weight.* and 2 more"):

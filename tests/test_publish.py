@@ -14,10 +14,10 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, sample, tiny
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.ledger import PrivacyLedger
-from author_dp.publish import main, publish
-from author_dp.weights import check_weights, hash_weights
+from author_dp.models.weights import check_weights, hash_weights
+from author_dp.outputs.publish import main, publish
 
 NAMES = {"privacy.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
 FILES = {

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.guards import check_model
-from author_dp.random_ops import BATCH, Call, check_random_ops
+from author_dp.guards.options import check_model
+from author_dp.guards.random_ops import BATCH, Call, check_random_ops
 
 IDS = torch.arange(BATCH * 7).view(BATCH, 7) % VOCABULARY
 OWN = torch.Generator()

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from author_dp import readers
+from author_dp.data import readers
+from author_dp.data.readers import Columns, read_files
 from author_dp.errors import UserError
-from author_dp.readers import Columns, read_files
 
 COLUMNS = Columns("--train_file", text="body", author="user")
 

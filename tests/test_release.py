@@ -12,11 +12,13 @@ from test_evaluation import naive_losses
 from test_fine_tune_dp import PRIVACY, run_here, small
 from test_ledger import make_ledger
 
-from author_dp import release
-from author_dp.budget import Budget
+from author_dp.accounting.budget import Budget
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.ledger import PrivacyLedger
-from author_dp.release import (
+from author_dp.guards.noise_monitor import twice_from_one_state
+from author_dp.outputs.page import guarantee
+from author_dp.training import public_loss as release
+from author_dp.training.public_loss import (
     GRID,
     LIMITS,
     author_shares,
@@ -27,8 +29,6 @@ from author_dp.release import (
     on_grid,
     release_loss,
 )
-from author_dp.report_page import guarantee
-from author_dp.selfcheck import twice_from_one_state
 from data_utils import AuthorDataset, DataArguments, load_samples, lowest_authors, name_of_split, split_by_author
 
 COUNTS = [1, 3, 2, 1, 7]

@@ -10,13 +10,13 @@ import yaml
 from conftest import make_dataset, make_trainer
 from matplotlib.image import imread
 
-from author_dp.accounting import Spending, compute_epsilon, epsilon_in_words
+from author_dp.accounting.accountant import Spending, compute_epsilon, epsilon_in_words
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.ledger import PrivacyLedger
-from author_dp.model_card import model_card
-from author_dp.report import Statistics, write_report
-from author_dp.report_figures import first, loss_points
-from author_dp.report_page import guarantee
+from author_dp.outputs.figures import first, loss_points
+from author_dp.outputs.model_card import model_card
+from author_dp.outputs.page import guarantee
+from author_dp.outputs.report import Statistics, write_report
 
 
 def run(folder, **privacy):

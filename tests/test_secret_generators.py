@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, set_seed
 
 from author_dp.errors import MechanismError
-from author_dp.secret_generators import SecretGenerators, default_generators, randomize, sample_each
+from author_dp.mechanism.secret_generators import SecretGenerators, default_generators, randomize, sample_each
 
 CLIP_NORM, AUTHORS = 0.5, 40
 KINDS = {

@@ -9,15 +9,15 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, run_script, 
 from planting import find, with_edit
 from transformers import TrainerCallback
 
+from author_dp.accounting.ledger import PrivacyLedger, account
 from author_dp.errors import MechanismError, UserError
-from author_dp.ledger import PrivacyLedger, account
-from author_dp.mechanism import PAD
-from author_dp.noise import NoiseSource
-from author_dp.report import write_report
-from author_dp.selfcheck import NoiseCheck, check_unseeded
+from author_dp.guards.noise_monitor import NoiseCheck, check_unseeded
+from author_dp.mechanism.noise import NoiseSource
+from author_dp.mechanism.optimizer import PAD
+from author_dp.outputs.report import write_report
 
-STEP = "author_dp.mechanism.AuthorDPOptimizer.pre_step"
-NOISE = "author_dp.noise.NoiseSource"
+STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
+NOISE = "author_dp.mechanism.noise.NoiseSource"
 ADD = "self.noise.add_(part, std)"
 
 # What a careless colleague would write, and what finds it: in a run of 12 steps, tested at each.
@@ -144,7 +144,7 @@ def test_looking_for_seeds_leaves_every_generator_as_it_was(tmp_path):
 def test_noise_of_an_earlier_run_is_found(tmp_path, monkeypatch):
     code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", "bytes(16)")
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
-    monkeypatch.setattr("author_dp.selfcheck.check_unseeded", lambda draw: None)  # which would find it first
+    monkeypatch.setattr("author_dp.guards.noise_monitor.check_unseeded", lambda draw: None)  # which would find it first
     small(tmp_path, save_strategy="steps", save_steps=6).train()
     with pytest.raises(MechanismError, match="correlation with run 1 of the folder"):
         small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=str(tmp_path / "checkpoint-6")).train()
@@ -161,7 +161,7 @@ def test_honest_runs_of_a_folder_do_not_resemble_each_other(tmp_path):
 @pytest.mark.parametrize("processes", [0, 2])
 def test_the_program_ends_with_status_3(tmp_path, checkpoint, comments, processes, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
-        "import author_dp.noise as noise\nadd = noise.NoiseSource.add_\n"
+        "import author_dp.mechanism.noise as noise\nadd = noise.NoiseSource.add_\n"
         "noise.NoiseSource.add_ = lambda self, total, std: add(self, total, std / 2)\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")

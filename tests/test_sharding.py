@@ -31,15 +31,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel
 
-from author_dp.adam import NoiseCorrectedAdamW
-from author_dp.bands import band_coefficients
+from author_dp.accounting.banded_mf import band_coefficients
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.gradient_audit import GradientCanaries
-from author_dp.guards import check_shares
-from author_dp.ledger import PrivacyLedger
-from author_dp.mechanism import PAD, author_losses
-from author_dp.proof import prove
-from author_dp.sharding import ShardedClipping, ShardedOptimizer, blocks, buckets, make_engine, own, rounds_behind, shard
+from author_dp.guards.gradient_canaries import GradientCanaries
+from author_dp.guards.model_check import prove
+from author_dp.guards.options import check_shares
+from author_dp.mechanism.adam_bc import NoiseCorrectedAdamW
+from author_dp.mechanism.fsdp import ShardedClipping, ShardedOptimizer, blocks, buckets, make_engine, own, rounds_behind, shard
+from author_dp.mechanism.optimizer import PAD, author_losses
 
 CPU = torch.device("cpu")
 
@@ -286,7 +286,7 @@ def test_weights_are_in_shares_again_after_a_microbatch_and_have_no_ordinary_gra
 
 
 def test_small_parameters_are_reduced_together(monkeypatch):
-    monkeypatch.setattr("author_dp.sharding.BUCKET", 10)
+    monkeypatch.setattr("author_dp.mechanism.fsdp.BUCKET", 10)
     sizes = [3, 4, 5, 20, 1, 9, 1]
     assert [[p.numel() for p in b] for b in buckets([torch.zeros(n) for n in sizes])] == [[3, 4], [5], [20], [1, 9], [1]]
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from author_dp import synthetic_report, usefulness
-from author_dp.authors import split_name
+from author_dp.accounting.ledger import write_json
+from author_dp.data.authors import split_name
 from author_dp.errors import UserError
-from author_dp.ledger import write_json
-from author_dp.passages import shared_passages, words_of
-from author_dp.sidecar import claim, sha256_of, sidecar_of
-from author_dp.synthetic_report import Text, main, make_report, safety, split
+from author_dp.outputs import synthetic_report
+from author_dp.outputs import utility as usefulness
+from author_dp.outputs.overlap import shared_passages, words_of
+from author_dp.outputs.privacy_statement import claim, sha256_of, sidecar_of
+from author_dp.outputs.synthetic_report import Text, main, make_report, safety, split
 from data_utils import DataArguments, name_of_split, split_by_author
 
 OPTIONS = {

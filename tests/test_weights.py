@@ -13,11 +13,13 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, resumable, s
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from author_dp import generate, hub, report, sidecar
-from author_dp.checkpoints import SEAL_NAME, newest_whole, remove_checkpoint
+from author_dp.accounting.ledger import main, write_json
+from author_dp.data import hub
 from author_dp.errors import UserError
-from author_dp.ledger import main, write_json
-from author_dp.weights import certified, check_base, check_weights, describe_base, hash_weights, weight_files
+from author_dp.models.weights import certified, check_base, check_weights, describe_base, hash_weights, weight_files
+from author_dp.outputs import generate, report
+from author_dp.outputs import privacy_statement as sidecar
+from author_dp.training.checkpointing import SEAL_NAME, newest_whole, remove_checkpoint
 from dp_utils import DPTrainer
 
 PLAIN = {"disable_dp": True, "noise_multiplier": None}

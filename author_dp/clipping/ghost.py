@@ -31,8 +31,8 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.contributions import Authors, Contribution, Explicit, merge, squared_norms, total_squared_norms, without
-from author_dp.clipping.rules import conv1d, embedding, general, linear, rule_of
+from author_dp.clipping.grad_factors import Authors, Contribution, Explicit, merge, squared_norms, total_squared_norms, without
+from author_dp.clipping.layer_rules import conv1d, embedding, general, linear, rule_of
 from author_dp.errors import UserError
 
 MATRICES = {linear, conv1d, embedding}  # rules whose contributions to one matrix add up, from whichever layers they come

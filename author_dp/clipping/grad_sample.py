@@ -21,7 +21,7 @@ from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.contributions import squared_norms
+from author_dp.clipping.grad_factors import squared_norms
 from author_dp.errors import UserError
 
 

@@ -36,7 +36,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from author_dp.clipping.contributions import (
+from author_dp.clipping.ghost import GhostClipping, add_clipped, norms_of
+from author_dp.clipping.grad_factors import (
     EXPLICIT_ELEMENTS,
     Authors,
     Contribution,
@@ -49,7 +50,6 @@ from author_dp.clipping.contributions import (
     together,
     total_squared_norms,
 )
-from author_dp.clipping.ghost import GhostClipping, add_clipped, norms_of
 from author_dp.errors import UserError
 
 KEPT = 1 / 20  # of the weights' memory may be taken by small contributions that spare a second pass

@@ -1,0 +1,65 @@
+"""What several processes share. With one process, or without torch.distributed, every function does what that one would.
+
+Promise: the functions are collective: all processes of a run call them, in the same order, and get the same result.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from author_dp.models.quantization import scales
+
+
+def broadcast(value: Any) -> Any:
+    """Return the first process' value on every process; of any type that can be pickled."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes, on every process; of any type that can be pickled."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give every process the first one's weights, frozen ones included."""
+    if dist.is_initialized():
+        for parameter in model.parameters():
+            for tensor in (parameter.data, *scales(parameter)):
+                dist.broadcast(tensor, src=0)
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over the processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum the gradients of all processes, in one buffer; a process that had no author has zeros."""
+    if not dist.is_initialized():
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
+
+
+def is_first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

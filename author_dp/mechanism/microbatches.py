@@ -1,0 +1,151 @@
+"""Cut a step's batch into microbatches that fit in memory at once.
+
+Guarantee: with `MicrobatchShape`, the shapes of all microbatches follow from options alone, and the rows and tokens of an author
+from the author's own samples. The kernel of a matrix product, and with it the rounding of every row, follows from the product's
+shape, and so does the way in which a norm is computed. Were microbatches as large as the batch happens to be, one author more or
+less would change the norms and clip factors of all others: by 0.23 C together in bfloat16 for identical texts, and by 81 C in
+float32 where the gradients of an author's tokens cancel (`python benchmarks/rounding.py`).
+
+Example:
+
+    >>> shape = constant_shape(per_device=32, accumulation=2, samples_per_author=1, sequence_len=128)
+    >>> shape
+    MicrobatchShape(authors=8, samples=1, lengths=(16, 24, 32, 48, 64, 96, 128))
+    >>> [batch["input_ids"].shape for batch in cut_into_microbatches(authors, 32, collate, shape)]
+    [torch.Size([8, 32]), torch.Size([8, 128])]
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from author_dp.errors import UserError
+from author_dp.mechanism.optimizer import IGNORED, AuthorDraw, Batch
+
+EIGHTHS = (1, 1.5, 2, 3, 4, 6, 8)  # of sequence_len: the lengths of microbatches
+SHARE = 16  # a microbatch has 1 / SHARE of the expected authors, as the last one of each length is partly empty,
+FEWEST, MOST = 8, 256  # but not fewer, if so many are allowed: small ones keep a device waiting; and not more: no gain
+NOBODY = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORED)}  # a sample without targets: its gradient is zero
+
+
+class MicrobatchShape(NamedTuple):
+    """The shape that all microbatches of a run have."""
+
+    authors: int  # rows / samples; what is missing is filled with dummy authors, who have no targets
+    samples: int  # k: an author with fewer has dummy samples
+    lengths: tuple[int, ...]  # tokens, ascending: an author is in a microbatch of the shortest one that holds all own samples
+
+
+def constant_shape(per_device: int, accumulation: int, samples_per_author: int, sequence_len: int) -> MicrobatchShape:
+    """Return the shape of a run's microbatches, from options alone.
+
+    The number of authors is 1 / SHARE of those expected, from FEWEST to MOST, and at most `per_device`.
+
+    Args:
+        per_device, accumulation: the batch options; their product is how many authors a process expects in a step.
+        samples_per_author: k.
+        sequence_len: tokens of the longest sample.
+    """
+    authors = min(per_device, MOST, max(FEWEST, per_device * accumulation // SHARE))
+    lengths = sorted({math.ceil(sequence_len * eighths / 8) for eighths in EIGHTHS})
+    return MicrobatchShape(authors, samples_per_author, tuple(lengths))
+
+
+class LogicalBatch(NamedTuple):
+    """One step's batch on one process, cut into what fits in memory at once."""
+
+    microbatches: list[Batch]
+    batch_size: int  # as in AuthorDraw
+    number: int
+
+
+class DrawnDataset(torch.utils.data.Dataset):
+    """Adapter for DataLoader: one AuthorDraw in, one LogicalBatch out, so that both happen in its workers."""
+
+    def __init__(self, dataset, max_authors: int, collate: Callable, shape: Optional[MicrobatchShape] = None):
+        self.dataset, self.max_authors, self.collate, self.shape = dataset, max_authors, collate, shape
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, draw: AuthorDraw) -> LogicalBatch:
+        authors = self.dataset.__getitems__(draw.samples)
+        microbatches = cut_into_microbatches(authors, self.max_authors, self.collate, self.shape)
+        return LogicalBatch(microbatches, draw.batch_size, draw.number)
+
+
+def cut_into_microbatches(
+    authors: list[list[dict[str, Any]]],
+    max_authors: int,
+    collate: Callable[[list], dict[str, torch.Tensor]],
+    shape: Optional[MicrobatchShape] = None,
+) -> list[Batch]:
+    """Cut a batch into microbatches.
+
+    Args:
+        authors: the sampled texts of each author.
+        max_authors: of a microbatch without `shape`; it then has authors of similar length, padded to the longest sample.
+        collate: pads a list of samples to tensors of shape (samples, tokens).
+        shape: which all microbatches are to have.
+    Returns:
+        microbatches, each what `collate` returns, `author`, int64 (samples,): which author of the microbatch a
+        sample belongs to, counted from 0, `num_authors`, and `num_dummies`: how many of these are dummies; they come last.
+    Raises:
+        UserError: for a sample longer than `shape` allows.
+    """
+    if not authors:
+        return []
+    if shape is not None:
+        return [
+            make_microbatch(chosen[start : start + shape.authors], collate, shape, length)
+            for length, chosen in by_length(authors, shape.lengths).items()
+            for start in range(0, len(chosen), shape.authors)
+        ]
+    ordered = sorted(authors, key=num_tokens)
+    parts = np.array_split(np.arange(len(ordered)), math.ceil(len(ordered) / max_authors))
+    return [make_microbatch([ordered[i] for i in part], collate) for part in parts]
+
+
+def num_tokens(samples: list[dict[str, Any]]) -> int:
+    """Return the number of tokens of an author's longest sample."""
+    return max(len(sample["input_ids"]) for sample in samples)
+
+
+def by_length(authors: list[list[dict[str, Any]]], lengths: tuple[int, ...]) -> dict[int, list[list[dict[str, Any]]]]:
+    """Return the authors of each length: the shortest of `lengths` that holds all of an author's own samples."""
+    found: dict[int, list[list[dict[str, Any]]]] = {length: [] for length in lengths}
+    for samples in authors:
+        longest = num_tokens(samples)
+        if longest > lengths[-1]:
+            raise UserError(f"sequence_len {lengths[-1]}: a sample has {longest} tokens; give DPTrainer the longest length")
+        found[next(length for length in lengths if length >= longest)].append(samples)
+    return found
+
+
+def make_microbatch(
+    authors: list[list[dict[str, Any]]], collate: Callable, shape: Optional[MicrobatchShape] = None, length: int = 0
+) -> Batch:
+    """Collate the samples of some authors; with `shape`, fill up to its authors and samples and to `length` tokens."""
+    dummies = 0 if shape is None else shape.authors - len(authors)
+    if shape is not None:
+        authors = [samples + [NOBODY] * (shape.samples - len(samples)) for samples in [*authors, *[[]] * dummies]]
+    batch = collate([sample for samples in authors for sample in samples])
+    if shape is not None:
+        missing = (0, length - batch["input_ids"].shape[1])
+        padding = {"input_ids": 0, "labels": IGNORED}
+        batch |= {name: F.pad(batch[name], missing, value=value) for name, value in padding.items()}
+    owners = np.repeat(np.arange(len(authors)), [len(samples) for samples in authors])
+    return {**batch, "author": torch.from_numpy(owners), "num_authors": len(authors), "num_dummies": dummies}
+
+
+def is_real(batch: Batch) -> torch.Tensor:
+    """Return which authors of a microbatch are neither dummies nor canaries, bool (authors,)."""
+    author = batch["author"]
+    real = torch.arange(batch["num_authors"], device=author.device) < batch["num_authors"] - batch["num_dummies"]
+    if "canary" in batch:
+        real &= torch.zeros(len(real), device=author.device).index_add(0, author, (batch["canary"] >= 0).float()) == 0
+    return real

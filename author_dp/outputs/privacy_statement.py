@@ -1,0 +1,205 @@
+"""The guarantee that travels with synthetic text: a file beside it that says what is covered, and what is not.
+
+Promise: a sidecar has an epsilon only where the text is post-processing [1] of a model that has one: its prompts are fixed or
+public by the word of whoever made it, and the model's privacy.json agrees with its weights and its ledger. Otherwise epsilon is
+null and the first line says why. It holds public values only, and names its text by SHA-256, so that no other text can claim it.
+
+    synthetic.jsonl                 the text
+    synthetic.jsonl.privacy.json    its sidecar
+
+References:
+    [1] Dwork and Roth 2014, The Algorithmic Foundations of Differential Privacy, Proposition 2.1
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from transformers.utils import logging
+
+from author_dp.accounting.accountant import guarantee_in_words
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
+from author_dp.data.hub import local_copy
+from author_dp.errors import UserError
+from author_dp.models.loading import base_of_adapter, public_name
+from author_dp.models.weights import check_weights, sha256_of
+from author_dp.outputs.page import model_in_words
+from author_dp.outputs.report import report_anew
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+SUFFIX = ".privacy.json"
+NO_PROMPTS, FIXED, PUBLIC, PRIVATE = "none", "fixed", "public", "private"  # where prompts come from
+
+# Of privacy.json; what is not named here stays at home, above all num_samples, an exact count of private texts.
+PUBLIC_KEYS = (
+    "privacy_unit", "adjacency", "accountant", "sampling", "epsilon", "delta", "target_epsilon", "noise_multiplier", "clip_norm",
+    "sample_rate", "expected_batch_size", "steps", "num_authors", "samples_per_author", "clipping", "world_size", "disable_dp",
+    "noise_bands", "accounted_sample_rate", "accounted_steps", "mu_gdp", "tpr_at_fpr", "data", "ledger_link", "alarm",
+    "weights", "adapter_base", "base_model", "secure_noise", "audit", "evaluation_release", "epsilon_with_evaluation", "settings",
+)  # fmt: skip
+
+NOT_COVERED = (
+    "leaving out, choosing or changing texts by comparison with training texts, or by any other look at private data, such as "
+    "the report of python -m author_dp.synthetic_report",
+    "a choice among several models, runs or files of text by losses or reports on private data; further models trained on the "
+    "same authors, whose epsilon comes on top",
+    "authors who were held out, people who appear in the texts of others, and the base model's own training data",
+    "the numbers of authors and steps and the sample rate, which are taken as public",
+)
+PRIVATE_PROMPTS = (
+    "prompts and fields: they are taken from private data, stand in the file or shape it, and are protected by nothing"
+)
+PUBLIC_PROMPTS = (
+    "prompts and fields, should they be taken from private data after all: whoever made the file declared them public"
+)
+
+
+def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
+    """Return the public part of a model's guarantee, epsilon anew from the ledger where that is at hand; None if it has none.
+
+    Raises:
+        UserError: for a privacy.json that cannot be read, knows more than the ledger beside it, or certifies other weights.
+    """
+    path = folder / REPORT_NAME
+    if not path.exists():
+        return None
+    ledger = PrivacyLedger(ledger_path(folder))
+    if ledger.runs:
+        report = report_anew(path, ledger)
+        report["alarm"] = ledger.alarm
+    else:
+        report = read_json(path)
+        if not {"epsilon", "delta", "disable_dp"} <= report.keys():
+            raise UserError(f"{path} is not a report of this program: restore it, or generate from another folder")
+    if not report["disable_dp"]:
+        check_weights(folder, report)
+    split = {"split": ledger.runs[-1].get("split")} if ledger.runs else {}
+    return {**{key: report[key] for key in PUBLIC_KEYS if key in report}, **split, "ledger_was_read": bool(ledger.runs)}
+
+
+def ledger_path(folder: Path) -> Path:
+    """Return where the ledger of a model's folder is: beside it, or beside its checkpoint."""
+    is_checkpoint = folder.resolve().name.startswith("checkpoint-")
+    return (folder.resolve().parent if is_checkpoint else folder) / LEDGER_NAME
+
+
+def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
+    """Describe the guarantee of a model that a training starts from, where this program trained it; None for any other model.
+
+    Args:
+        name: hub name or local folder.
+    """
+    if not name or (folder := local_copy(name, REPORT_NAME)) is None:
+        return None
+    reason: Optional[str]
+    try:
+        guarantee = read_guarantee(folder)
+    except UserError as error:
+        logger.warning(f"--model_name {name}: {error}")
+        reason = "its privacy.json does not certify its weights"
+    else:
+        if guarantee is not None:
+            reason = why_not_covered(guarantee)
+        elif ledger_path(folder).exists():
+            reason = "it has a privacy ledger, but no privacy.json: its run did not finish"
+        else:
+            base = base_of_adapter(name)
+            return None if base is None else starting_model(base)
+    described: dict[str, Any] = {"name": public_name(name), "covered": reason is None, "epsilon": None, "delta": None}
+    if reason is None and guarantee is not None:
+        described |= {key: guarantee[key] for key in ("epsilon", "delta", "base_model") if key in guarantee}
+    else:
+        described["reason"] = reason
+    logger.warning(f"--model_name {name} was trained by this program: {model_in_words(described)}")
+    return described
+
+
+def why_not_covered(guarantee: dict[str, Any]) -> Optional[str]:
+    """Return why a model has no guarantee; None where it has one.
+
+    Args:
+        guarantee: from `read_guarantee`.
+    """
+    if guarantee["disable_dp"]:
+        return "its model was trained without privacy (--disable_dp)"
+    if guarantee.get("alarm"):
+        return f"the run of its model found that its mechanism is not what its ledger says ({guarantee['alarm']})"
+    if guarantee["epsilon"] is None:
+        return "the epsilon of its model is infinite"
+    if not guarantee.get("base_model", {"covered": True})["covered"]:
+        return f"the training of its model started from another one: {model_in_words(guarantee['base_model'])}"
+    return None
+
+
+def claim(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
+    """Return what a sidecar says of the protection of a text.
+
+    Args:
+        guarantee: of the model, from `read_guarantee`.
+        prompts: where they come from, one of NO_PROMPTS, FIXED, PUBLIC, PRIVATE.
+    """
+    reason = None
+    if guarantee is None:
+        reason = f"its model has no {REPORT_NAME}: nothing is known of how its training data are protected"
+    else:
+        reason = why_not_covered(guarantee)
+        if reason is None and prompts == PRIVATE:
+            reason = "its prompts or fields are taken from private data"
+    if reason is not None or guarantee is None:
+        words = f"NO PRIVACY GUARANTEE: {reason}. The text may repeat what people wrote: do not publish it."
+    else:
+        words = (
+            f"{guarantee_in_words(guarantee['epsilon'], guarantee['delta'])}: the text is post-processing of a model with that "
+            "guarantee for each author of its training data, and costs nothing more, however much of it there is."
+        )
+        if "base_model" in guarantee:
+            words += f" The training started from another model: {model_in_words(guarantee['base_model'])}."
+    covered = reason is None and guarantee is not None
+    excluded = [PRIVATE_PROMPTS] if prompts == PRIVATE else [] if prompts == NO_PROMPTS else [PUBLIC_PROMPTS]
+    return {
+        "statement": words,
+        "covered": covered,
+        "epsilon": guarantee["epsilon"] if covered and guarantee is not None else None,
+        "delta": guarantee["delta"] if covered and guarantee is not None else None,
+        "prompts": prompts,
+        "not_covered": [*excluded, *NOT_COVERED],
+        "model": guarantee,
+    }
+
+
+def sidecar_of(text: Path) -> Path:
+    return text.with_name(text.name + SUFFIX)
+
+
+def check_sidecar(text: Path) -> dict[str, Any]:
+    """Return the sidecar of a file of text.
+
+    Raises:
+        UserError: where there is none, or the text is not the one that it was written for.
+    """
+    path = sidecar_of(text)
+    if not path.exists():
+        raise UserError(f"{text} has no {path.name} beside it: nothing says what it is; copy both, or generate it anew")
+    sidecar = read_json(path)
+    if sidecar.get("sha256") != sha256_of(text):
+        raise UserError(
+            f"{text} is not the text that {path.name} was written for, by its SHA-256: what is said there does not hold for it; "
+            "restore the file, or generate it anew"
+        )
+    if sidecar.get("covered") and not (sidecar.get("model") or {}).get("weights"):
+        raise UserError(
+            f"{path}: it does not say which weights wrote the text, as an older version wrote it, so what it claims is not "
+            "certain. Generate the text anew"
+        )
+    return sidecar
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it") from error
+    return content

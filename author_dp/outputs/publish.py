@@ -1,0 +1,141 @@
+"""Copy what may be published of a result, and nothing else.
+
+    python -m author_dp.publish FOLDER OUT
+
+FOLDER is the --output_dir of a run, or a checkpoint in it. OUT, a new folder, then holds the weights, what is needed to load
+them, privacy.json without the number of samples, and a model card. --push_to_hub uploads the same files.
+
+Guarantee: a file is copied only if its name is on a list of what may be published; all others, losses, reports, logs and the
+ledger among them, are left out and named. The weights are those that privacy.json certifies. A result without a guarantee is
+refused. OUT appears complete or not at all. Its times of modification tell nothing: they are all the same constant.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+from huggingface_hub import HfApi
+
+from author_dp.accounting.accountant import guarantee_in_words
+from author_dp.accounting.ledger import REPORT_NAME, write_json
+from author_dp.errors import UserError
+from author_dp.models.loading import base_of_adapter
+from author_dp.models.weights import hash_weights, saved_by
+from author_dp.outputs.model_card import model_card
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, read_guarantee, why_not_covered
+
+# Beside the weight files that privacy.json names, what transformers reads to load and use a model. All of it is the base model's.
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+CARD_NAME = "README.md"
+TIME = 946_684_800  # 2000-01-01, of all files: true times would tell how long steps took, so how many authors were in them
+
+
+def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
+    """Copy the publishable files of `folder` to `out`; return the names that were left out.
+
+    Args:
+        folder: with the result of a run, or a checkpoint of one.
+        out: is made, or empty.
+        name: by which the model card loads the model.
+    Raises:
+        UserError: for a result without a guarantee, or weights that its privacy.json does not certify.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"OUT {out} exists and is not an empty folder: choose a new one")
+    for place in (folder, ledger_path(folder).parent):  # of a checkpoint, where its run lies
+        if out.resolve().is_relative_to(place.resolve()) and (place == folder or ledger_path(folder).exists()):
+            raise UserError(f"OUT {out} lies in {place}, whose weights it would be taken for: choose a folder outside it")
+    report = publishable_report(folder)
+    copied = [path for pattern in COPIED for path in folder.glob(pattern) if path.is_file() and not path.is_symlink()]
+    copied += [folder / weights for weights in report["weights"]]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            for path in copied:
+                target = temporary / path.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            if hash_weights(temporary) != report["weights"]:
+                raise UserError(f"FOLDER {folder}: its weights changed while they were copied. Publish after the run has ended")
+            write_json(temporary / REPORT_NAME, report)
+            (temporary / CARD_NAME).write_text(model_card(report, name), encoding="utf-8")
+            make_public(temporary)
+            os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"OUT {out} cannot be written ({error.strerror}): choose a folder with free space") from error
+    published = {path.relative_to(folder).parts[0] for path in copied} | {REPORT_NAME, CARD_NAME}
+    left_out = {path.name for path in folder.iterdir()} - published
+    return sorted(os.fsencode(name).decode(errors="replace") for name in left_out)
+
+
+def publishable_report(folder: Path) -> dict[str, Any]:
+    """Return the public part of the privacy.json in `folder`.
+
+    Raises:
+        UserError: where there is none, it certifies other weights, or it has no guarantee.
+    """
+    if not (folder / REPORT_NAME).is_file():
+        raise UserError(
+            f"FOLDER {folder} holds no {REPORT_NAME}, so nothing certifies its weights: give the --output_dir of a run that has "
+            "ended, or a checkpoint in it"
+        )
+    guarantee = read_guarantee(folder)
+    assert guarantee is not None
+    if reason := why_not_covered(guarantee):
+        raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. Train it with privacy, in a new folder")
+    names = saved_by(adapter="adapter_base" in guarantee)
+    if other := [name for name in guarantee["weights"] if not names.fullmatch(name)]:
+        raise UserError(f"FOLDER {folder}: {REPORT_NAME} names {other[0]}, which is not a file that a run saves. Train again")
+    return {key: guarantee[key] for key in PUBLIC_KEYS if key in guarantee and key != "alarm"}
+
+
+def make_public(folder: Path) -> None:
+    """Let everybody read `folder`, and give everything in it the same time."""
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        os.utime(path, (TIME, TIME))
+
+
+def upload(folder: Path, repo: str, message: str, token: Optional[str], revision: Optional[str], in_background: bool) -> Any:
+    """Upload to the hub what `publish` copies of `folder`; return the commit, or in the background its future.
+
+    Args:
+        repo: name of the repository.
+        message, token, revision: of the commit.
+    """
+    place = Path(tempfile.mkdtemp(prefix="author-publish-"))
+    job: Any = None
+    try:
+        publish(folder, place / "model", repo)
+        job = HfApi().upload_folder(  # type: ignore[call-overload]
+            repo_id=repo, folder_path=place / "model", commit_message=message, token=token, revision=revision,
+            run_as_future=in_background,
+        )  # fmt: skip
+    finally:
+        if job is None or not in_background:
+            shutil.rmtree(place, ignore_errors=True)
+    if in_background:
+        job.add_done_callback(lambda _: shutil.rmtree(place, ignore_errors=True))
+    return job
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
+        raise UserError("usage: python -m author_dp.publish FOLDER OUT")
+    folder, out = map(Path, arguments)
+    left_out = publish(folder, out)
+    report = publishable_report(out)
+    print(f"{out}: {guarantee_in_words(report['epsilon'], report['delta'])}")
+    print(f"left out: {', '.join(left_out) or 'nothing'}")
+    base = base_of_adapter(str(out))
+    if base is not None and os.path.isdir(base):
+        print(f"note: adapter_config.json names the base model by its path here, {base}: others read it, and cannot load it")

@@ -1,0 +1,145 @@
+"""Report of a run: one self-contained page, the same figures as PNGs, and a model card that is safe to publish.
+
+    python -m author_dp.report OUTPUT_DIR
+
+Promise: epsilon is computed anew from the ledger. The model card (README.md) holds public values only. The page and the figures
+show losses, gradient norms, sample counts and times too, which are computed on private data: they are marked, and are not for
+publication: author_dp/outputs/publish.py and --push_to_hub leave them here. What the page says is in report_page.py, its
+figures in report_figures.py, what the model writes in specimens.py.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from author_dp.accounting.accountant import accountant_of, epsilon_of
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, keep_private, reports_in, write_json
+from author_dp.accounting.plan import plan_of
+from author_dp.accounting.tradeoff import attack
+from author_dp.clipping.norm_stats import NormStatistics
+from author_dp.errors import UserError
+from author_dp.models.weights import check_weights
+from author_dp.outputs.figures import draw_all
+from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
+
+# --- what is noted during the run -------------------------------------------------------------------------
+
+
+class Statistics(TrainerCallback):
+    """Note what the report shows and no other file holds. All of it is private.
+
+    Args:
+        samples_of_authors: (authors,), how many samples each has.
+        norms: of the gradients, read at the end.
+    """
+
+    follows = "steps"  # it changes nothing, and need not be looked at (callbacks.py)
+
+    def __init__(self, norms: NormStatistics, samples_of_authors: np.ndarray):
+        self.norms, self.started = norms, 0.0
+        self.before: dict[str, Any] = {}  # what was found before training: written when the folder is this run's own
+        self.seconds: list[float] = []
+        self.counts = np.unique(samples_of_authors, return_counts=True)
+
+    def add(self, folder: str, **more: Any) -> None:
+        """Add to what the file holds, also from before this run was resumed."""
+        path = Path(folder) / STATISTICS_NAME
+        finite = json.loads(json.dumps(more), parse_constant=lambda _: None)
+        write_json(path, merged(json.loads(path.read_text()) if path.exists() else {}, finite), private=True)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.before:
+            (Path(args.output_dir) / STATISTICS_NAME).unlink(missing_ok=True)  # of another run, perhaps one without privacy
+            self.add(args.output_dir, **self.before)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(round(time.perf_counter() - self.started, 6))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        norms = self.norms.histogram()
+        if not state.is_world_process_zero:
+            return
+        statistics = {
+            "note": "computed on private data without noise: do not publish",
+            "samples_per_author": {"samples": self.counts[0].tolist(), "authors": self.counts[1].tolist()},
+            "norms_over_clip_norm": {"edges": self.norms.edges.tolist(), "counts": norms},
+            "seconds_per_step": self.seconds,
+            "log": state.log_history,
+        }
+        self.add(args.output_dir, **statistics)
+
+
+def merged(old: dict, new: dict) -> dict:
+    """Return `old` with what `new` has, dictionaries within merged alike."""
+    both = {name: merged(old[name], value) for name, value in new.items() if isinstance(value, dict) and name in old}
+    return {**old, **new, **both}
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def report_anew(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
+    """Return the report at `path` with what all steps of its ledger have spent since.
+
+    Where there is no file, since the run has not finished, the report is of the ledger's last run and certifies nothing.
+
+    Raises:
+        UserError: for a report that knows more than the ledger does.
+    """
+    report = ledger.check_report(path) if path.exists() else report_of_ledger(ledger)
+    if not report["disable_dp"] and ledger.steps:
+        accounted = ledger.spendings, report["delta"]
+        epsilon = epsilon_of(*accounted) if ledger.alarm is None else math.inf
+        report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps}
+        report["accountant"] = accountant_of(*accounted)
+        if ledger.releases:
+            together = ledger.epsilon_with_releases(epsilon)
+            report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
+        report["accounted_steps"] = ledger.accounted_steps
+        report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
+    return report
+
+
+def report_of_ledger(ledger: PrivacyLedger) -> dict[str, Any]:
+    """Return the report of an interrupted run, without what it has spent."""
+    alarm = {} if ledger.alarm is None else {"alarm": ledger.alarm}
+    report = plan_of(ledger.last_run).report(math.inf, ledger.steps)
+    return {**report, **alarm, "interrupted": True, "ledger_link": ledger.links[-1]}
+
+
+def write_report(folder: Path) -> None:
+    """Write report.html and report/*.png of the run in `folder`.
+
+    Raises:
+        UserError: where the folder holds no report of a run, or a ledger that was changed.
+    """
+    ledger = PrivacyLedger(folder / LEDGER_NAME)
+    if not (folder / REPORT_NAME).exists() and not ledger.runs:
+        raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
+    report = report_anew(folder / REPORT_NAME, ledger)
+    path = folder / STATISTICS_NAME
+    statistics = json.loads(path.read_text()) if path.exists() else {}
+    figures = draw_all(folder / "report", report, ledger, statistics)
+    path = folder / PAGE_NAME
+    keep_private(path)
+    path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise UserError("usage: python -m author_dp.report OUTPUT_DIR")
+    folder = Path(arguments[0])
+    ledger = PrivacyLedger(folder / LEDGER_NAME)
+    for path in reports_in(folder):
+        report = ledger.check_report(path)
+        if path.parent == folder and not report["disable_dp"]:
+            check_weights(folder, report)
+    write_report(folder)
