@@ -1,6 +1,6 @@
 """Samples and their authors: load, split by author, tokenize, group, collate.
 
-Promise: a row never silently changes who its author is. Authors are the texts that stand in the files (author_dp/data/readers.py), and
+Promise: a row never silently changes who its author is. Authors are the texts that stand in the files (data/readers.py), and
 are compared exactly (" alice" and "alice" are two authors); a missing author is an error, and no author is on both sides of the
 split. This module knows nothing of privacy; `dp_utils.py` consumes what it returns.
 
@@ -40,7 +40,7 @@ from author_dp.data.storage import ending_on_sigterm, folders, on_disk, where
 from author_dp.data.tokenization import tokenize
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.mechanism.optimizer import IGNORED
+from author_dp.types import IGNORED
 
 # A child of transformers' own logger, so that its handler and --log_level hold here too.
 logger = logging.get_logger(f"transformers.{__name__}")

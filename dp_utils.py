@@ -41,8 +41,8 @@ from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger,
 from author_dp.accounting.plan import make_plan, plan_of
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.norm_stats import NormStatistics
-from author_dp.distributed import broadcast, broadcast_parameters, sum_gradients
-from author_dp.errors import UserError
+from author_dp.distributed import broadcast, sum_gradients
+from author_dp.errors import SignalError, UserError
 from author_dp.guards.agreement import check_same_start
 from author_dp.guards.callbacks import WatchedCallbacks, by_callback, by_scheduler, check_no_trial
 from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCanaries
@@ -63,8 +63,10 @@ from author_dp.guards.options import (
 from author_dp.guards.precision import check_float32, full_precision_sums
 from author_dp.mechanism.adam_bc import NoiseCorrectedAdamW
 from author_dp.mechanism.fsdp import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
+from author_dp.mechanism.losses import author_losses, takes_positions
 from author_dp.mechanism.microbatches import LogicalBatch, constant_shape, is_real
-from author_dp.mechanism.optimizer import AuthorDPOptimizer, PoissonAuthorSampler, author_losses, takes_positions
+from author_dp.mechanism.optimizer import AuthorDPOptimizer
+from author_dp.mechanism.sampling import PoissonAuthorSampler
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.activations import fuse_activations
 from author_dp.models.quantization import model_sizes
@@ -74,8 +76,6 @@ from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.publish import upload
 from author_dp.permissions import owner_only
 from author_dp.training.checkpointing import (
-    SignalError,
-    StopOnSignal,
     check_history,
     check_not_released,
     check_same_authors,
@@ -87,6 +87,7 @@ from author_dp.training.checkpointing import (
 from author_dp.training.dataloading import (
     Wrapper,
     affordable_bands,
+    broadcast_parameters,
     for_logical_batches,
     load_logical_batches,
     make_sampler,
@@ -94,6 +95,7 @@ from author_dp.training.dataloading import (
     naming,
 )
 from author_dp.training.evaluation import TextBatches, evaluate
+from author_dp.training.interruption import StopOnSignal
 from author_dp.training.malloc import memory_kept
 
 logger = logging.get_logger(f"transformers.{__name__}")

@@ -60,21 +60,21 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from author_dp.accounting.accountant import guarantee_in_words
-from author_dp.accounting.banded_mf import with_canaries
 from author_dp.data.chat import start_token
-from author_dp.data.hub import hub_error, hub_is_reachable
 from author_dp.data.storage import delete_texts
-from author_dp.errors import LostProcessError, MechanismError, UserError
+from author_dp.errors import LostProcessError, MechanismError, SignalError, UserError, explain
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.options import by_metrics, check_options, check_shared_authors, check_shares
 from author_dp.guards.text_canaries import Audit, AuditArguments, secret_key
 from author_dp.guards.text_canaries import in_words as audit_in_words
+from author_dp.hub_access import hub_error, hub_is_reachable
+from author_dp.mechanism.sampling import with_canaries
 from author_dp.models.loading import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer, load_trained
 from author_dp.models.lora import add_lora
 from author_dp.models.quantization import bytes_of, check_trained, four_bits, quantized, settle
 from author_dp.outputs.report import Statistics, write_report
 from author_dp.outputs.samples import Specimens
-from author_dp.training.checkpointing import SignalError, explain, find_checkpoint
+from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dry_run import DryRun
 from author_dp.training.public_loss import ReleaseArguments, check_release, release_loss
 from author_dp.training.public_loss import in_words as released_in_words

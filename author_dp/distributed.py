@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from author_dp.models.quantization import scales
-
 
 def broadcast(value: Any) -> Any:
     """Return the first process' value on every process; of any type that can be pickled."""
@@ -28,14 +26,6 @@ def gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def broadcast_parameters(model: nn.Module) -> None:
-    """Give every process the first one's weights, frozen ones included."""
-    if dist.is_initialized():
-        for parameter in model.parameters():
-            for tensor in (parameter.data, *scales(parameter)):
-                dist.broadcast(tensor, src=0)
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,11 @@ as it is and exit with status 2. `MechanismError` is what no user can mend, and 
 is an error of ours, and deserves its traceback.
 """
 
+import errno
+from typing import Optional
+
+import torch.distributed as dist
+
 
 class UserError(ValueError):
     """Something that the user can mend. The message, one line, names the option, file or column, and the remedy."""
@@ -19,3 +24,48 @@ class LostProcessError(UserError):
 
 class MechanismError(Exception):
     """The run found that its own mechanism is not what its ledger says: what it has released has no known guarantee."""
+
+
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer")
+
+
+KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
+    "DataLoader worker": "--dataloader_num_workers: a worker ended, perhaps for want of memory; lower it, and {go_on}",
+    "to be installed. Run `pip": "--report_to: {text}",
+    "`metric_for_best_model` training argument": "--metric_for_best_model: there is no such metric; leave it out for eval_loss",
+    "ConnectError": "--push_to_hub: the Hugging Face hub cannot be reached. Leave it out, and later upload what "
+    "`python -m author_dp.publish OUTPUT_DIR OUT` copies, never --output_dir itself",
+}
+
+
+# In errors of torch and safetensors, which have no errno.
+WRITE_FAILURES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
+
+
+class SignalError(Exception):
+    """A signal ended the training after a whole step; its checkpoint is saved.
+
+    Args:
+        number: of the signal. The exit status is 128 + number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def explain(error: Exception) -> Optional[UserError]:
+    """Return what the user can do about a fault around the run; None for an error of ours."""
+    text, go_on = str(error), "nothing that was counted is lost: go on with --resume_from_checkpoint True"
+    if isinstance(error, dist.DistBackendError) or any(words in text for words in PEER_LOST):
+        return LostProcessError(f"another process of this run has ended, see what it said or what killed it; {go_on}")
+    for words, message in KNOWN_FAULTS.items():
+        if words in text or words in type(error).__name__:
+            return UserError(message.format(text=text.strip().splitlines()[0], go_on=go_on))
+    if getattr(error, "errno", None) in WRITE_ERRORS or any(word in text for word in WRITE_FAILURES):
+        reason = getattr(error, "strerror", None) or "the write failed"
+        return UserError(f"--output_dir cannot be written ({reason}): make it writable, with free space; {go_on}")
+    return None

@@ -1,4 +1,4 @@
-"""Generate synthetic text: `python -m author_dp.generate`, the program of author_dp/outputs/generate.py."""
+"""Generate synthetic text: the program of author_dp/outputs/generate.py."""
 
 from author_dp.cli import run_program
 from author_dp.outputs.generate import main

@@ -1,4 +1,4 @@
-"""Copy what may be published of an output folder: `python -m author_dp.publish`, the program of author_dp/outputs/publish.py."""
+"""Copy the files of an output folder that may be published: the program of author_dp/outputs/publish.py."""
 
 from author_dp.cli import run_program
 from author_dp.outputs.publish import main

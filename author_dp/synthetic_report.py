@@ -1,4 +1,4 @@
-"""Compare synthetic text with the training data: `python -m author_dp.synthetic_report`, the program of author_dp/outputs/synthetic_report.py."""
+"""Compare synthetic text with the training data: the program of author_dp/outputs/synthetic_report.py."""
 
 from author_dp.cli import run_program
 from author_dp.outputs.synthetic_report import main

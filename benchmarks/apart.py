@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from author_dp.clipping.ghost import GhostClipping
-from author_dp.mechanism.optimizer import author_losses
+from author_dp.mechanism.losses import author_losses
 
 AUTHORS, TOKENS, VOCABULARY, REPEATS = 8, 64, 4_000, 5
 

@@ -27,7 +27,7 @@ from author_dp.accounting.accountant import compute_epsilon, find_noise_multipli
 from author_dp.accounting.ledger import PrivacyLedger  # noqa: E402
 from author_dp.data.authors import column_of, find_nobody  # noqa: E402
 from author_dp.mechanism.microbatches import DrawnDataset  # noqa: E402
-from author_dp.mechanism.optimizer import PoissonAuthorSampler  # noqa: E402
+from author_dp.mechanism.sampling import PoissonAuthorSampler  # noqa: E402
 from data_utils import AuthorDataset, collate, group_by_author, load_files, split_by_author, tokenize  # noqa: E402
 
 SAMPLES, AUTHORS, BATCH = 500_000, 304_279, 1_024

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.append(str(Path(__file__).parent.parent))
 
 from author_dp.clipping import ENGINES
-from author_dp.mechanism.optimizer import author_losses
+from author_dp.mechanism.losses import author_losses
 from author_dp.models.loading import load_base
 from author_dp.models.lora import add_lora
 from author_dp.models.quantization import bytes_of, count, four_bits, settle

@@ -29,7 +29,7 @@ ON_TWO = {  # processes
     "another sampler key on each process": (
         "author_dp.training.dataloading.make_sampler", "broadcast(secrets.randbits(128))", "secrets.randbits(128)", ""),
     "the whole draw on each process": (
-        "author_dp.mechanism.optimizer.PoissonAuthorSampler.draw", "authors[self.rank :: self.world_size]", "authors", ""),
+        "author_dp.mechanism.sampling.PoissonAuthorSampler.draw", "authors[self.rank :: self.world_size]", "authors", ""),
 }  # fmt: skip
 FURTHER = ("noise reused in each step", "noise from --seed in each step", "Laplacian noise")
 SHORT = {

@@ -27,7 +27,7 @@ from author_dp.clipping import ENGINES  # noqa: E402
 from author_dp.errors import UserError  # noqa: E402
 from author_dp.guards.model_check import prove, still  # noqa: E402
 from author_dp.guards.options import check_model  # noqa: E402
-from author_dp.mechanism.optimizer import author_losses  # noqa: E402
+from author_dp.mechanism.losses import author_losses  # noqa: E402
 from author_dp.models.lora import add_lora  # noqa: E402
 
 TOLERANCE = 2e-4

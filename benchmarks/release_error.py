@@ -1,6 +1,6 @@
 """How far is a published evaluation loss from the true one? python benchmarks/release_error.py
 
-The noise of author_dp/training/public_loss.py on losses of made-up held-out authors (normal, mean 3.6, standard deviation 0.5), as
+The noise of training/public_loss.py on losses of made-up held-out authors (normal, mean 3.6, standard deviation 0.5), as
 --release_eval_epsilon would release them with GPT-2's vocabulary: the root of the mean squared error over 300 releases.
 """
 

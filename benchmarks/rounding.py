@@ -19,8 +19,8 @@ from throughput import ROOT, where
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from author_dp.clipping import ENGINES
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import constant_shape, cut_into_microbatches
-from author_dp.mechanism.optimizer import author_losses
 from data_utils import collate
 
 TOKENS, LENGTH, VOCABULARY = 64, 21, 61

@@ -28,7 +28,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.two_pass import TwoPassClipping
-from author_dp.mechanism.optimizer import AuthorDPOptimizer, author_losses, takes_positions
+from author_dp.mechanism.losses import author_losses, takes_positions
+from author_dp.mechanism.optimizer import AuthorDPOptimizer
 
 ROWS = {
     "ordinary, not checkpointed": None,

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 
 from author_dp.clipping import ENGINES
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, cut_into_microbatches
-from author_dp.mechanism.optimizer import author_losses
 from data_utils import AuthorDataset, author_hashes, collate, group_by_author
 from dp_utils import DPTrainer, PrivacyArguments
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import make_trainer
 
-from author_dp.accounting.banded_mf import BandedNoise, band_coefficients
+from author_dp.accounting.banded_mf import band_coefficients
 from author_dp.errors import UserError
 from author_dp.mechanism.adam_bc import FLOOR, NoiseCorrectedAdamW
-from author_dp.mechanism.noise import NoiseSource
+from author_dp.mechanism.noise import BandedNoise, NoiseSource
 
 OPTIONS = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
 

@@ -15,7 +15,7 @@ from author_dp.guards.agreement import describe_data, set_hash
 from author_dp.guards.gradient_canaries import GradientCanaries
 
 LOADER = "author_dp.training.dataloading.make_sampler"
-DRAW = "author_dp.mechanism.optimizer.PoissonAuthorSampler.draw"
+DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler.draw"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
 
 # What a careless colleague would write, and what the run says of it.
@@ -26,7 +26,7 @@ BUGS = {
     "the same half on each": (DRAW, "self.rank ::", "0 ::", "shares"),
     "an author on none": (DRAW, "self.rank :: self.world_size]", "self.rank :: self.world_size][1:]", "shares"),
     "samples of another author": (
-        "author_dp.mechanism.optimizer.PoissonAuthorSampler.draw_samples", "self.offsets[authors][owners] + order",
+        "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_samples", "self.offsets[authors][owners] + order",
         "self.offsets[authors][owners] - 1 + order", "shares"),
     "microbatches left out": (
         TRAINING_STEP, "for microbatch in inputs.microbatches:",

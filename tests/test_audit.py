@@ -1,4 +1,4 @@
-"""author_dp.guards.text_canaries.py: the bound against the paper's closed form and by simulation, and runs with and without noise."""
+"""text_canaries.py: the bound against the paper's closed form and by simulation, and runs with and without noise."""
 
 import functools
 import json

@@ -17,24 +17,14 @@ from test_gradient_audit import audited
 from test_mechanism import make_optimizer
 
 from author_dp.accounting.accountant import Spending, compute_epsilon, cyclic_rate, cyclic_spending, find_noise_multiplier
-from author_dp.accounting.banded_mf import (
-    BandedNoise,
-    MatchedFilter,
-    Undo,
-    band_coefficients,
-    choose_bands,
-    deal,
-    gain,
-    log_error,
-    step_scale,
-    sum_error,
-)
+from author_dp.accounting.banded_mf import band_coefficients, choose_bands, gain, log_error, step_scale, sum_error
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.gradient_canaries import CanaryCheck
+from author_dp.guards.noise_inversion import MatchedFilter, Undo
 from author_dp.guards.sampling_monitor import CyclicDrawCheck
-from author_dp.mechanism.noise import NoiseSource
-from author_dp.mechanism.optimizer import PoissonAuthorSampler
+from author_dp.mechanism.noise import BandedNoise, NoiseSource
+from author_dp.mechanism.sampling import PoissonAuthorSampler, deal
 from data_utils import author_hashes, group_by_author
 from dp_utils import PrivacyArguments
 
@@ -486,19 +476,23 @@ def test_a_canary_gives_one_number_for_each_time_its_group_is_drawn():
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
 BUGS = {
     "no bug": (STEP, "self._used = True", "self._used = True", None),
-    "a band dropped": ("author_dp.accounting.banded_mf.BandedNoise.add_", "zip(places, self.rest)", "zip(places[1:], self.rest[1:])",
+    "a band dropped": ("author_dp.mechanism.noise.BandedNoise.add_", "zip(places, self.rest)", "zip(places[1:], self.rest[1:])",
         "between steps"),
-    "independent noise": ("author_dp.accounting.banded_mf.BandedNoise.add_", "noise.sub_(past[place], alpha=coefficient)", "pass", "its scale"),
+    "independent noise": ("author_dp.mechanism.noise.BandedNoise.add_", "noise.sub_(past[place], alpha=coefficient)", "pass",
+        "its scale"),
     "half the noise": (STEP, "self._slice, self.noise, std *", "self._slice, self.noise, 0.5 * std *",
         "its scale"),
     "a group in every step": (
-        "author_dp.mechanism.optimizer.PoissonAuthorSampler.draw_authors", "self.draws % len(self.members)", "0", "another group"),
+        "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_authors", "self.draws % len(self.members)", "0", "another group"),
     "b q drawn twice": (
-        "author_dp.mechanism.optimizer.PoissonAuthorSampler.draw_places", "drawn = []", "drawn, self.rate = [], 0.45", "how many authors"),
+        "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_places", "drawn = []", "drawn, self.rate = [], 0.45",
+        "how many authors"),
     "groups from --seed": (
-        "author_dp.training.dataloading.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')", "the groups"),
+        "author_dp.training.dataloading.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')",
+        "the groups"),
     "draws from --seed behind secret groups": (
-        "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()", "the draws follow the seed"),
+        "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
+        "the draws follow the seed"),
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from transformers import TrainerControl
 from author_dp.accounting.accountant import Spending
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.training.checkpointing import SEAL_NAME, StopOnSignal, check_history, find_damage, newest_whole, seal
+from author_dp.training.checkpointing import SEAL_NAME, check_history, find_damage, newest_whole, seal
+from author_dp.training.interruption import StopOnSignal
 
 
 def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):

@@ -10,8 +10,8 @@ from torch import nn
 
 from author_dp.clipping import ENGINES
 from author_dp.errors import UserError
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import cut_into_microbatches
-from author_dp.mechanism.optimizer import author_losses
 from data_utils import collate
 
 

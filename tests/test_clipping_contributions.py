@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from author_dp.clipping import grad_factors as contributions
+from author_dp.clipping.author_groups import Authors
 from author_dp.clipping.ghost import norms_of
-from author_dp.clipping.grad_factors import Authors, Product, lookup_squared_norms, product_squared_norms
+from author_dp.clipping.grad_factors import Product, lookup_squared_norms, product_squared_norms
 
 
 def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

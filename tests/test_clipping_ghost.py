@@ -15,7 +15,7 @@ from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.grad_factors import Explicit
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
-from author_dp.mechanism.optimizer import author_losses
+from author_dp.mechanism.losses import author_losses
 
 # --- against the other engines --------------------------------------------------------------------------
 

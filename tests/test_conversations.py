@@ -17,8 +17,9 @@ import data_utils
 from author_dp.data.chat import Example, Format, tokenize_examples
 from author_dp.errors import UserError
 from author_dp.guards.text_canaries import Audit
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import cut_into_microbatches
-from author_dp.mechanism.optimizer import IGNORED, author_losses
+from author_dp.types import IGNORED
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_samples, tokenize
 
 PLAIN = (  # as ChatML, with a start token and without marks

@@ -30,8 +30,8 @@ import dp_utils
 from author_dp.accounting import budget
 from author_dp.accounting.accountant import compute_epsilon, guarantee_in_words
 from author_dp.errors import UserError
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.noise import NoiseSource
-from author_dp.mechanism.optimizer import author_losses
 from data_utils import collate
 from dp_utils import PrivacyArguments
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from author_dp.clipping import engine_of
 from author_dp.errors import UserError
 from author_dp.guards.model_check import prove, rounding
-from author_dp.mechanism.optimizer import author_losses
+from author_dp.mechanism.losses import author_losses
 from author_dp.models import quantization as frozen
 from author_dp.models.loading import load_adapter, load_base, load_trained
 from author_dp.models.lora import add_lora

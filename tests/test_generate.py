@@ -13,12 +13,14 @@ from conftest import ROOT, make_dataset, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from author_dp.accounting.ledger import PrivacyLedger, write_json
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.data.chat import Format, start_token, tokenize_examples
+from author_dp.data.rows import read_rows
 from author_dp.errors import UserError
+from author_dp.files import write_json
 from author_dp.outputs import generate
 from author_dp.outputs import privacy_statement as sidecar
-from author_dp.outputs.prompts import Source, make_prompts, read_rows
+from author_dp.outputs.prompts import Source, make_prompts
 
 SHORT = ["--max_new_tokens", "5", "--use_cpu", "--batch_size", "4"]
 

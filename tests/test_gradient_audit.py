@@ -14,7 +14,6 @@ from test_fine_tune_dp import PRIVACY, run_here, small
 from transformers import TrainingArguments
 
 from author_dp.accounting.accountant import gaussian_epsilon
-from author_dp.accounting.banded_mf import deal
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.gradient_canaries import (
@@ -28,14 +27,15 @@ from author_dp.guards.gradient_canaries import (
 )
 from author_dp.guards.monitors import from_all
 from author_dp.guards.sampling_monitor import DrawCheck, check_unseeded_draws
-from author_dp.mechanism.optimizer import PAD, PoissonAuthorSampler
+from author_dp.mechanism.optimizer import PAD
+from author_dp.mechanism.sampling import PoissonAuthorSampler, deal
 from author_dp.outputs.page import guarantee
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
 GHOST = "author_dp.clipping.ghost.GhostClipping._clip"
-DRAW = "author_dp.mechanism.optimizer.PoissonAuthorSampler"
+DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler"
 ADD = "self.noise.add_(part, std)"
 
 
@@ -78,7 +78,8 @@ BUGS: dict[str, tuple] = {
     "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "what is released for",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
     "q doubled": (
-        "author_dp.training.dataloading.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate", "how many authors"),
+        "author_dp.training.dataloading.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate",
+        "how many authors"),
     "shuffled batches": (
         f"{DRAW}.draw_places", "drawn = []",
         "drawn = []\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
@@ -112,7 +113,8 @@ BUGS: dict[str, tuple] = {
         STEP, "if self.after_release is not None:", "self.sums.mul_(min(1.0, 0.5 / float(self.sums.norm())))\n"
         "    if self.after_release is not None:", "its scale"),
     "draws from --seed": (
-        "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()", "the draws follow the seed"),
+        "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
+        "the draws follow the seed"),
 }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from test_fine_tune_dp import run_here
 
 from author_dp.accounting.accountant import compute_epsilon
-from author_dp.accounting.ledger import PrivacyLedger, account, account_together
+from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.ledger_report import account, account_together
 from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
 from author_dp.outputs.page import guarantee

@@ -16,8 +16,10 @@ from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from test_accounting import exact_epsilon
 
 from author_dp.accounting.accountant import PrivacyLoss, Spending, find_noise_multiplier
-from author_dp.accounting.ledger import PrivacyLedger, link, main, write_json
+from author_dp.accounting.ledger import PrivacyLedger, link
+from author_dp.accounting.ledger_report import main
 from author_dp.errors import UserError
+from author_dp.files import write_json
 
 HEADER = {"noise_multiplier": 0.7, "sample_rate": 0.1, "steps": 10, "num_authors": 1_000, "clip_norm": 1.0,
           "target_epsilon": 8.0, "delta": 1e-3}  # fmt: skip

@@ -20,8 +20,10 @@ from conftest import (
 from scipy import stats
 from torch import nn
 
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import cut_into_microbatches
-from author_dp.mechanism.optimizer import AuthorDPOptimizer, PoissonAuthorSampler, author_losses
+from author_dp.mechanism.optimizer import AuthorDPOptimizer
+from author_dp.mechanism.sampling import PoissonAuthorSampler
 from data_utils import collate, group_by_author
 
 # --- step 1: sampling -----------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from author_dp.clipping.ghost import norms_of
 from author_dp.clipping.grad_factors import squared_norms
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import MicrobatchShape, constant_shape, cut_into_microbatches, is_real
-from author_dp.mechanism.optimizer import author_losses
 from data_utils import AuthorDataset, author_hashes, collate, group_by_author
 
 SHAPE = MicrobatchShape(authors=4, samples=1, lengths=(4, 8, 16))

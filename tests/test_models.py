@@ -12,7 +12,7 @@ from models import difference, try_out
 from tiny import build, classes
 
 from author_dp.guards.model_check import prove, still
-from author_dp.mechanism.optimizer import takes_positions
+from author_dp.mechanism.losses import takes_positions
 
 FAMILIES = "bloom cohere2 falcon gemma2 gemma3_text glm4 granite mamba olmo2 phi3 qwen3_moe smollm3".split()
 NOT_BY_OPACUS = {("falcon", "full"), ("gemma2", "full"), ("gemma3_text", "full"), ("qwen3_moe", "full"), ("qwen3_moe", "lora")}

@@ -10,7 +10,7 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, resumable
 from test_fine_tune_dp import PRIVACY, small
 from transformers import TrainerCallback
 
-from author_dp.accounting import ledger
+from author_dp.accounting import ledger_report
 from author_dp.accounting.accountant import (
     PrivacyLoss,
     Spending,
@@ -21,11 +21,13 @@ from author_dp.accounting.accountant import (
     rounded_up,
 )
 from author_dp.accounting.budget import Budget
+from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.ledger_report import report_anew, report_of_ledger
 from author_dp.accounting.tradeoff import attack
 from author_dp.guards.text_canaries import lower_bound
 from author_dp.outputs import generate
 from author_dp.outputs.privacy_statement import check_sidecar, read_guarantee
-from author_dp.outputs.report import report_anew, report_of_ledger, write_report
+from author_dp.outputs.report import write_report
 
 NUMBER = r"([\d.,]*\d)"
 SETTINGS = {  # by the accountant, or what is special
@@ -72,7 +74,7 @@ def figures(folder, stdout: str, stderr: str, capfd) -> dict[str, float]:
     write_report(folder)
     found |= all_pages("by author_dp.report")
     capfd.readouterr()
-    ledger.main([str(folder)])
+    ledger_report.main([str(folder)])
     found["ledger"] = re.search(rf"spent: epsilon {NUMBER} at", capfd.readouterr().out)[1]
     text = folder.parent / f"{folder.name}.jsonl"
     text.unlink(missing_ok=True)
@@ -117,7 +119,7 @@ def test_every_place_shows_the_same_number_however_the_run_came_to_its_end(
     assert len(set(first.values())) == 1, first
     assert 0.8 * target < first["privacy.json"] <= target
     report, state = (folder / "privacy.json").read_bytes(), read_report(folder)
-    spent = ledger.PrivacyLedger(folder / "privacy_ledger.jsonl")
+    spent = PrivacyLedger(folder / "privacy_ledger.jsonl")
     assert state["steps"] == spent.steps and state["accountant"] == {"bands": "prv"}.get(setting, setting)
     for _ in range(2):
         status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed, "--resume_from_checkpoint", "True")
@@ -216,7 +218,7 @@ def test_report_page_and_sidecar_hold_what_the_run_reports(tmp_path):
     trainer.save_model()
     found = read_report(tmp_path)
     assert found["epsilon"] == trainer.epsilon() < trainer.plan.target_epsilon
-    assert report_anew(tmp_path / "privacy.json", ledger.PrivacyLedger(trainer.budget.ledger.path)) == found
+    assert report_anew(tmp_path / "privacy.json", PrivacyLedger(trainer.budget.ledger.path)) == found
     sidecar = read_guarantee(tmp_path)
     assert {name: sidecar[name] for name in found if name in sidecar} == {name: found[name] for name in found if name in sidecar}
     assert {"epsilon", "accountant", "mu_gdp", "tpr_at_fpr", "steps", "accounted_steps"} <= sidecar.keys()
@@ -231,7 +233,7 @@ def test_a_run_that_took_no_step_changes_no_number(tmp_path):
     again = make_trainer(tmp_path, max_steps=9, save_strategy="steps", **options)
     again.budget.start()  # and no step
     epsilon = epsilon_in_words(read_report(tmp_path)["epsilon"])
-    assert f"spent: epsilon {epsilon} at delta 0.017" in ledger.account(again.budget.ledger)
+    assert f"spent: epsilon {epsilon} at delta 0.017" in ledger_report.account(again.budget.ledger)
 
 
 OTHER = {"noise_multiplier": 9.0, "target_epsilon": None, "target_delta": 0.9, "secure_noise": True, "samples_per_author": 2,
@@ -305,7 +307,7 @@ def test_after_more_steps_with_another_delta_there_is_one_delta(tmp_path):
     assert report["delta"] == 1e-4 and report["epsilon"] == again.epsilon() == epsilon_of(spendings, 1e-4)
     assert report["steps"] == 3 and "audit" not in report  # which was of the earlier steps
     words = f"epsilon {epsilon_in_words(report['epsilon'])} at delta 0.0001"
-    assert f"spent: {words}" in ledger.account(again.budget.ledger)
+    assert f"spent: {words}" in ledger_report.account(again.budget.ledger)
     again.create_model_card()
     assert words in (tmp_path / "README.md").read_text()
     begun = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy={"target_delta": 0.5}, max_steps=9,

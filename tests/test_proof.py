@@ -121,7 +121,7 @@ PLANTED = {
     "tied weights counted as two": ("author_dp.clipping.grad_factors.tied_cross_terms", "return 2 * (", "return 0 * ("),
     "tied weights counted as two, formed": ("author_dp.clipping.grad_factors.plus", "part.gradients.float()",
                                             "0 * part.gradients"),
-    "one author's gradient twice": ("author_dp.clipping.grad_factors.Authors.scale", "factors[self.author]",
+    "one author's gradient twice": ("author_dp.clipping.author_groups.Authors.scale", "factors[self.author]",
                                     "factors.roll(1)[self.author]"),
     "the other engine without a clip": ("author_dp.clipping.grad_sample.GradSampleClipping.backward",
                                         "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)"),

@@ -9,7 +9,8 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, run_script, 
 from planting import find, with_edit
 from transformers import TrainerCallback
 
-from author_dp.accounting.ledger import PrivacyLedger, account
+from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.ledger_report import account
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.noise_monitor import NoiseCheck, check_unseeded
 from author_dp.mechanism.noise import NoiseSource

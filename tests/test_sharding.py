@@ -39,7 +39,8 @@ from author_dp.guards.model_check import prove
 from author_dp.guards.options import check_shares
 from author_dp.mechanism.adam_bc import NoiseCorrectedAdamW
 from author_dp.mechanism.fsdp import ShardedClipping, ShardedOptimizer, blocks, buckets, make_engine, own, rounds_behind, shard
-from author_dp.mechanism.optimizer import PAD, author_losses
+from author_dp.mechanism.losses import author_losses
+from author_dp.mechanism.optimizer import PAD
 
 CPU = torch.device("cpu")
 

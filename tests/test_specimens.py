@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT, make_dataset, tiny_gpt2
 from transformers import AutoTokenizer, GenerationConfig
 
-from author_dp.mechanism.optimizer import IGNORED
 from author_dp.outputs.page import specimens_in_html
 from author_dp.outputs.samples import SEED, TEXTS, Specimens, beginnings, continue_rows
+from author_dp.types import IGNORED
 from data_utils import AuthorDataset, group_by_author
 
 

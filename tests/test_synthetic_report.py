@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from author_dp.accounting.ledger import write_json
 from author_dp.data.authors import split_name
 from author_dp.errors import UserError
+from author_dp.files import write_json
 from author_dp.outputs import synthetic_report
 from author_dp.outputs import utility as usefulness
 from author_dp.outputs.overlap import shared_passages, words_of

@@ -31,18 +31,13 @@ References:
 """
 
 import functools
-import hashlib
 import math
-from collections import deque
-from typing import Optional
 
 import numpy as np
-import torch
 from scipy.optimize import minimize
 from scipy.signal import lfilter
 
 from author_dp.accounting.accountant import Spending, cyclic_spending, find_noise_multiplier, rdp_epsilon
-from author_dp.mechanism.noise import NoiseSource
 
 CHOICES = [2**i for i in range(7)]  # of `auto`: 1 to 64
 HORIZON = 2_048  # steps for which coefficients are optimized: beyond it they hardly change
@@ -134,97 +129,4 @@ def gain(noise_multiplier: float, sample_rate: float, steps: int, bands: int, ep
 # --- the groups -------------------------------------------------------------------------------------------
 
 
-def deal(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
-    """Return the group of each author, int64 (authors,), each of `bands` as likely; it follows from the author and the key alone.
-
-    Args:
-        hashes: uint64 (authors,), of each author's value (`data_utils.author_hashes`).
-        key: secret bits, the same on all processes, new for each training.
-    """
-    if bands == 1:
-        return np.zeros(len(hashes), np.int64)
-    digests = (hashlib.blake2b(int(one).to_bytes(8, "big"), key=key, digest_size=8).digest() for one in hashes)
-    return (np.frombuffer(b"".join(digests), dtype=">u8") % np.uint64(bands)).astype(np.int64)
-
-
-def with_canaries(hashes: Optional[np.ndarray], canaries: int) -> Optional[np.ndarray]:
-    """Return the hashes with those of so many further authors, who have no value: their places from the end."""
-    return None if hashes is None else np.concatenate([hashes, np.arange(canaries, dtype=np.uint64)])
-
-
 # --- the noise --------------------------------------------------------------------------------------------
-
-
-class BandedNoise:
-    """The noise of one training in one process' slice of the sums; it holds the last b - 1 of it, secret, in memory only.
-
-    Args:
-        coefficients: (bands,), two or more.
-        size: of the slice.
-        device: where the sums are.
-    """
-
-    def __init__(self, coefficients: np.ndarray, size: int, device: torch.device):
-        self.coefficients = coefficients
-        self.first, *self.rest = coefficients.tolist()
-        self.past = torch.zeros(len(self.rest), size, device=device)
-        self.steps = 0
-
-    def add_(self, total: torch.Tensor, source: NoiseSource, std: float) -> torch.Tensor:
-        """Add the noise of the next step to `total`, float32 (size,), in place; std is sigma C."""
-        places = [(self.steps - lag) % len(self.past) for lag in range(1, len(self.past) + 1)]  # of w_{t-1}, w_{t-2}, ...
-        for total_part, past in zip(total.split(source.elements), self.past.split(source.elements, dim=1)):
-            noise = source.add_(torch.zeros_like(total_part), std)
-            for place, coefficient in zip(places, self.rest):
-                noise.sub_(past[place], alpha=coefficient)
-            noise.div_(self.first)
-            past[self.steps % len(past)] = noise  # in the place of the oldest one
-            total_part.add_(noise)
-        self.steps += 1
-        return total
-
-    @property
-    def variance(self) -> float:
-        """Variance of the last step's noise, in units of (sigma C)^2."""
-        return step_scale(self.coefficients, self.steps) ** 2
-
-
-class Undo:
-    """Turn what is released, step by step, x_t + w_t, into rows of C x + z, where the noise is independent over steps."""
-
-    def __init__(self, coefficients: np.ndarray):
-        self.coefficients = coefficients.tolist()
-        self._past: deque[torch.Tensor] = deque(maxlen=len(self.coefficients))
-
-    def __call__(self, released: torch.Tensor) -> torch.Tensor:
-        self._past.appendleft(released.detach().clone())
-        return torch.stack([c * past for c, past in zip(self.coefficients, self._past)]).sum(0)
-
-
-class MatchedFilter:
-    """Turn rows of C x + z into one number for each time that an author's group is drawn: x + N(0, sigma^2), independent.
-
-    The draw of step t shows in rows t, ..., t + b - 1, c_i times each; their products with c_i are summed. Blocks of a group do
-    not overlap.
-
-    Args:
-        coefficients: (bands,).
-        groups: (coordinates,), when the author of each coordinate is drawn: at step t for t mod bands.
-    """
-
-    def __init__(self, coefficients: np.ndarray, groups: np.ndarray):
-        self.coefficients, self.bands = torch.from_numpy(coefficients / np.linalg.norm(coefficients)), len(coefficients)
-        self.groups = torch.from_numpy(groups)
-        self._rows: deque[torch.Tensor] = deque(maxlen=2 * self.bands - 1)
-        self._steps = 0
-
-    def __call__(self, row: torch.Tensor) -> Optional[torch.Tensor]:
-        """Take a row, (coordinates,); return the next number of each coordinate once in `bands` steps, None otherwise."""
-        self._rows.append(row)
-        self._steps += 1
-        if len(self._rows) < 2 * self.bands - 1 or (self._steps + 1) % self.bands:
-            return None
-        rows = torch.stack(list(self._rows))  # the first of them is of group 0
-        groups, coefficients = self.groups.to(row.device), self.coefficients.to(rows)
-        windows = torch.stack([coefficients @ rows[g : g + self.bands] for g in range(self.bands)])  # (bands, coordinates)
-        return windows.gather(0, groups[None])[0]

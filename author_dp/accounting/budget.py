@@ -25,11 +25,12 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from author_dp.accounting.accountant import accountant_of, epsilon_of
-from author_dp.accounting.ledger import COUNTS_NAME, REPORT_NAME, PrivacyLedger, write_json, write_secret
+from author_dp.accounting.ledger import COUNTS_NAME, REPORT_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.accounting.tradeoff import attack
 from author_dp.distributed import broadcast, wait_for_all
 from author_dp.errors import MechanismError, UserError
+from author_dp.files import write_json, write_secret
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -32,9 +32,9 @@ from typing import Any, Optional
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from author_dp.accounting.accountant import Spending, cyclic_spending, epsilon_of, guarantee_in_words, rounded_up
+from author_dp.accounting.accountant import Spending, cyclic_spending, rounded_up
 from author_dp.errors import UserError
-from author_dp.permissions import USUAL_MASK
+from author_dp.files import fsync_folder
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -305,26 +305,6 @@ def link(previous: str, record: dict[str, Any]) -> str:
     return hashlib.sha256(f"{previous}{json.dumps(record)}".encode()).hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any], private: bool = False) -> None:
-    """Replace `path` atomically: a crash leaves the old file or the new one.
-
-    Args:
-        private: for its owner's eyes only.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        if private:
-            keep_private(temporary)
-        else:  # also within owner_only
-            temporary.chmod(0o666 & ~USUAL_MASK)
-        file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-
-
 def reports_in(folder: Path) -> list[Path]:
     """Return each privacy.json of a run: that of its folder, while it holds a model, and those of its checkpoints."""
     return sorted([*folder.glob(REPORT_NAME), *folder.glob(f"checkpoint-*/{REPORT_NAME}")])
@@ -338,151 +318,4 @@ def hidden_count(folder: Path) -> Optional[int]:
         return None  # it guards from mistakes only
 
 
-def write_secret(path: Path, content: dict[str, Any]) -> None:
-    """Write a file for its owner's eyes only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(content, file)
-
-
-def keep_private(path: Path) -> None:
-    """Let nobody but the owner read a file, there or not yet, so that what is private can be told by its mode."""
-    path.touch(mode=0o600)  # or it would be everybody's for a moment
-    path.chmod(0o600)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Let the names in `folder` survive a power cut, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 # --- what a folder has spent --------------------------------------------------------------------------------
-
-
-def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
-    """Return in words what the ledger says was spent, computed anew, and what one more run like its last would cost.
-
-    Args:
-        delta: at which epsilon is asked for; by default that of the last run.
-    """
-    last = ledger.last_run
-    delta = delta or last["delta"]
-    again = spending_under(last, last["steps"])
-    lines = [f"{ledger.path}: runs {len(ledger.runs)}, steps {ledger.steps:,}, records unbroken"]
-    for number, (header, steps) in enumerate(zip(ledger.runs, ledger.taken), 1):
-        bands = header.get("noise_bands", 1)
-        accounted = spending_under(header, steps)
-        lines.append(
-            f"  run {number}: {steps:,} of {header['steps']:,} steps, noise multiplier {header['noise_multiplier']:.4f}, "
-            f"sample rate {header['sample_rate']:.6g} of {authors_in_words(header)}, clip norm {header['clip_norm']:g}"
-            + (f", {bands} noise bands: {accounted.steps:,} steps at {accounted.sample_rate:.6g}" if bands > 1 else "")
-        )
-    spent, after = (epsilon_of(spendings, delta) for spendings in (ledger.spendings, [*ledger.spendings, again]))
-    target = last["target_epsilon"]
-    if ledger.alarm is not None:
-        lines.append(f"  ALARM: the mechanism was not what this ledger says: {ledger.alarm}")
-        spent = after = math.inf
-    together = []
-    if ledger.releases:
-        total, words = sum(release["epsilon"] for release in ledger.releases), "epsilon {:g} for the held-out authors"
-        together = [
-            f"  evaluation losses released: {len(ledger.releases)}, with {words.format(total)}",
-            f"  models and these losses together: {guarantee_in_words(ledger.epsilon_with_releases(spent), delta)}",
-        ]
-    return "\n".join(
-        [
-            *lines,
-            f"  spent: {guarantee_in_words(spent, delta)}",
-            *together,
-            "  promised: " + (f"epsilon {target:g}" if target is not None else "no target, the noise was given"),
-            f"  after one more run of {last['steps']:,} steps: {guarantee_in_words(after, delta)}",
-        ]
-    )
-
-
-def authors_in_words(header: dict[str, Any]) -> str:
-    number = header["num_authors"]
-    return "an untold number of authors" if number is None else f"{number:,} authors"
-
-
-def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None) -> str:
-    """Return in words what several folders have spent on authors that are in all of them, at one delta.
-
-    All that was released from them is one mechanism, the steps of all ledgers in a row; its epsilon is less than the sum. To it
-    the released evaluation losses are added, as another split holds out other authors.
-
-    Args:
-        delta: by default that of the last runs, if they have the same one.
-    Raises:
-        UserError: where they have not, or a record is in two of the ledgers and would be counted twice.
-    """
-    check_disjoint(ledgers)
-    deltas = {ledger.last_run["delta"] for ledger in ledgers}
-    if delta is None:
-        if len(deltas) > 1:
-            raise UserError(
-                f"the folders have different deltas ({', '.join(map(str, sorted(deltas)))}): give one DELTA for all at the end"
-            )
-        (delta,) = deltas
-    lines, spendings = [], []
-    for ledger in ledgers:
-        own = epsilon_of(ledger.spendings, delta) if ledger.alarm is None else math.inf
-        authors = sorted({authors_in_words(header) for header in ledger.runs})
-        lines.append((f"{ledger.path}: steps {ledger.steps:,} on {', '.join(authors)}", own))
-        spendings += ledger.spendings
-    alone = [own for _, own in lines]
-    together = epsilon_of(spendings, delta) if max(alone) < math.inf else math.inf
-    released = sum(release["epsilon"] for ledger in ledgers for release in ledger.releases)
-    with_losses = f"  with the evaluation losses that they released: {guarantee_in_words(rounded_up(together, released), delta)}"
-    return "\n".join(
-        [
-            *(f"{words}: {guarantee_in_words(own, delta)}" for words, own in lines),
-            f"  together: {guarantee_in_words(together, delta)}, for an author who is in all of them",
-            *([with_losses] if released else []),
-            f"  their sum, for comparison: {guarantee_in_words(rounded_up(*alone), len(alone) * delta)}",
-            "  This holds where the options of each run were chosen without a look at private results. Options that were chosen",
-            "  by looking at earlier private results (losses, models) need more than this: composition that allows for adaptive",
-            "  choices of noise and sample rate, and a choice by losses that are not private has no bound at all.",
-        ]
-    )
-
-
-def check_disjoint(ledgers: list[PrivacyLedger]) -> None:
-    """Raise UserError where two ledgers hold the same record: one is the other, or a copy, and would be counted twice."""
-    owners: dict[str, Path] = {}
-    for ledger in ledgers:
-        for its_link in ledger.links[1:]:
-            if (other := owners.setdefault(its_link, ledger.path)) is not ledger.path:
-                raise UserError(
-                    f"OUTPUT_DIR {ledger.path.parent} and {other.parent} share records of one run, which would be counted twice: "
-                    "give each folder once, and of a copy that went on only the one with all steps"
-                )
-
-
-def main(arguments: list[str]) -> None:
-    folders, delta = list(arguments), None
-    if len(folders) > 1 and not Path(folders[-1]).is_dir():
-        try:
-            delta = float(folders[-1])
-            folders.pop()
-        except ValueError:
-            pass  # a folder, which is not there
-    if not folders or any(folder.startswith("-") for folder in folders):
-        raise UserError("usage: python -m author_dp.ledger OUTPUT_DIR... [DELTA]")
-    if delta is not None and not 0 < delta < 1:
-        raise UserError(f"DELTA {arguments[-1]} must be a number above 0 and below 1")
-    ledgers = []
-    for folder in map(Path, folders):
-        ledger = PrivacyLedger(folder / LEDGER_NAME)
-        if not ledger.runs:
-            raise UserError(f"OUTPUT_DIR {folder} holds no {LEDGER_NAME} with a run in it: give the --output_dir of a run")
-        for path in reports_in(folder):
-            ledger.check_report(path)
-        ledgers.append(ledger)
-    print(account(ledgers[0], delta) if len(ledgers) == 1 else account_together(ledgers, delta))

@@ -31,7 +31,8 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.grad_factors import Authors, Contribution, Explicit, merge, squared_norms, total_squared_norms, without
+from author_dp.clipping.author_groups import Authors
+from author_dp.clipping.grad_factors import Contribution, Explicit, merge, squared_norms, total_squared_norms, without
 from author_dp.clipping.layer_rules import conv1d, embedding, general, linear, rule_of
 from author_dp.errors import UserError
 

@@ -17,7 +17,8 @@ from torch import nn
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.grad_factors import Authors, Contribution, Explicit, Lookup, Product, as_explicit
+from author_dp.clipping.author_groups import Authors
+from author_dp.clipping.grad_factors import Contribution, Explicit, Lookup, Product, as_explicit
 from author_dp.models.quantization import Conv1D16, Linear16, is_plain_linear
 
 SMALL = 2**17  # parameters of a layer whose per-sample gradients are formed by `general`

@@ -36,10 +36,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from author_dp.clipping.author_groups import Authors
 from author_dp.clipping.ghost import GhostClipping, add_clipped, norms_of
 from author_dp.clipping.grad_factors import (
     EXPLICIT_ELEMENTS,
-    Authors,
     Contribution,
     Explicit,
     Lookup,

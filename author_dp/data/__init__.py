@@ -1,0 +1,1 @@
+"""Read author-labelled text, split it by author, and tokenize it."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Optional
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from author_dp.mechanism.optimizer import IGNORED
+from author_dp.types import IGNORED
 
 TARGETS = ("assistant", "all")
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # in a template, where the assistant's words begin

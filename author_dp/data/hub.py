@@ -11,19 +11,11 @@ from typing import Any, Optional
 
 import fsspec
 import pyarrow as pa
-from huggingface_hub import constants, get_session, hf_hub_download
+from huggingface_hub import hf_hub_download
 
 from author_dp.data.readers import Columns, read_open_parquet
 from author_dp.errors import UserError
-
-
-def hub_is_reachable() -> bool:
-    """Ask the hub once, without the minute of retries that the libraries spend where there is no network."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the HTTP library, its proxy, or offline mode raises: it is not to be had
-        return False
-    return True
+from author_dp.hub_access import hub_error, hub_is_reachable
 
 
 def local_copy(name: str, file: str) -> Optional[Path]:
@@ -34,13 +26,6 @@ def local_copy(name: str, file: str) -> Optional[Path]:
         return Path(hf_hub_download(name, file, local_files_only=not hub_is_reachable())).parent
     except Exception:  # of many kinds: there is no such file or model, or the hub cannot be reached
         return None
-
-
-def hub_error(option: str, name: str) -> UserError:
-    return UserError(
-        f"{option} {name} is not a local path and the Hugging Face hub cannot be reached: give local files with --train_file "
-        "and a local folder with --model_name, or run the demo (README.md)"
-    )
 
 
 def read_hub(

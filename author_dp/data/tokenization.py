@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from author_dp.data.chat import start_token, tokenize_examples
 from author_dp.errors import UserError
-from author_dp.mechanism.optimizer import IGNORED
+from author_dp.types import IGNORED
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

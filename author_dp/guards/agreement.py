@@ -28,7 +28,7 @@ from torch import nn
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import gather
 from author_dp.errors import UserError
-from author_dp.mechanism.optimizer import PoissonAuthorSampler
+from author_dp.mechanism.sampling import PoissonAuthorSampler
 
 OPTIONS = {  # of the script, by what is compared
     "clip_norm": "per_sample_max_grad_norm", "delta": "target_delta", "steps": "max_steps", "trained parameters": "model_name",

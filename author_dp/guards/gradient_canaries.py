@@ -33,13 +33,14 @@ from scipy.special import expit, ndtr, ndtri
 from torch import nn
 
 from author_dp.accounting.accountant import PrivacyLoss, gaussian_epsilon
-from author_dp.accounting.banded_mf import MatchedFilter, with_canaries
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.errors import UserError
+from author_dp.guards.noise_inversion import MatchedFilter
 from author_dp.guards.noise_monitor import NoiseCheck
 from author_dp.guards.text_canaries import CONFIDENCE, SHARES, AuditedTrainer, guesses, lower_bound
-from author_dp.mechanism.optimizer import IGNORED, Batch
+from author_dp.mechanism.sampling import with_canaries
+from author_dp.types import IGNORED, Batch
 
 SAMPLES, TOKENS = 2, 2  # of a canary, at least two samples, so that a clip for each would show
 PUSH = 1e3  # a canary's gradient over the clip norm, before clipping

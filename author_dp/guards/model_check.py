@@ -26,8 +26,9 @@ from author_dp.errors import UserError
 from author_dp.guards.precision import float32_products
 from author_dp.guards.random_ops import BATCH, Call, check_random_ops, training_mode
 from author_dp.mechanism.fsdp import LEAVE_OUT, in_shares, make_engine, norm_of, ordinary_gradients, own, take_in_turn
-from author_dp.mechanism.optimizer import IGNORED, Batch, takes_positions
+from author_dp.mechanism.losses import takes_positions
 from author_dp.models.quantization import computes_in_float32, in_float32
+from author_dp.types import IGNORED, Batch
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from author_dp.accounting.banded_mf import Undo
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.clipping.norm_stats import NormStatistics
@@ -25,11 +24,13 @@ from author_dp.distributed import gather
 from author_dp.errors import MechanismError
 from author_dp.guards.agreement import RankCheck, compare
 from author_dp.guards.gradient_canaries import GradientCanaries
+from author_dp.guards.noise_inversion import Undo
 from author_dp.guards.noise_monitor import NoiseCheck, check_unseeded, noise_check
 from author_dp.guards.precision import PrecisionCheck
 from author_dp.guards.sampling_monitor import CyclicDrawCheck, DrawCheck, check_unseeded_draws, check_unseeded_groups
 from author_dp.mechanism.fsdp import own
-from author_dp.mechanism.optimizer import PAD, PoissonAuthorSampler
+from author_dp.mechanism.optimizer import PAD
+from author_dp.mechanism.sampling import PoissonAuthorSampler
 from author_dp.mechanism.secret_generators import sample_each
 from author_dp.models.quantization import scales
 

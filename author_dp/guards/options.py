@@ -181,7 +181,7 @@ def shares_authors(train: Any, evaluation: Any) -> bool:
 
 
 def check_uploads(args: TrainingArguments, privacy: Any) -> None:
-    """Raise UserError where --push_to_hub would upload more than author_dp/outputs/publish.py copies, or a model without a guarantee."""
+    """Raise UserError where --push_to_hub would upload more than outputs/publish.py copies, or a model without a guarantee."""
     if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise UserError(
             f"--hub_strategy {HubStrategy(args.hub_strategy).value} would publish private losses in trainer_state.json: use "

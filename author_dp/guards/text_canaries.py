@@ -34,12 +34,12 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from author_dp.accounting.ledger import write_secret
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
+from author_dp.files import write_secret
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import cut_into_microbatches
-from author_dp.mechanism.optimizer import author_losses
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

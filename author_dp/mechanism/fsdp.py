@@ -35,10 +35,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from author_dp.clipping import ClippingEngine, engine_of
+from author_dp.clipping.author_groups import Authors
 from author_dp.clipping.ghost import GhostClipping, add_clipped
-from author_dp.clipping.grad_factors import Authors, Contribution
+from author_dp.clipping.grad_factors import Contribution
 from author_dp.errors import UserError
-from author_dp.mechanism.optimizer import PAD, AuthorDPOptimizer, Batch, author_losses, takes_positions
+from author_dp.mechanism.losses import author_losses, takes_positions
+from author_dp.mechanism.optimizer import PAD, AuthorDPOptimizer
+from author_dp.types import Batch
 
 BUCKET = 2**22  # elements of small parameters that are reduced together: 16 MB
 LEAVE_OUT = "leave out --fsdp"

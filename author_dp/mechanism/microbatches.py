@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from author_dp.errors import UserError
-from author_dp.mechanism.optimizer import IGNORED, AuthorDraw, Batch
+from author_dp.mechanism.sampling import AuthorDraw
+from author_dp.types import IGNORED, Batch
 
 EIGHTHS = (1, 1.5, 2, 3, 4, 6, 8)  # of sequence_len: the lengths of microbatches
 SHARE = 16  # a microbatch has 1 / SHARE of the expected authors, as the last one of each length is partly empty,

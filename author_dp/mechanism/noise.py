@@ -20,8 +20,11 @@ References:
 import math
 import secrets
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from author_dp.accounting.banded_mf import step_scale
 
 PAIRS = 2**17  # normals are made two at a time, so many pairs at once: what stays in the cache
 
@@ -84,3 +87,37 @@ class NoiseSource:
         first.addcmul_(radius[: len(first)], self._cosine[: len(first)])
         second.addcmul_(radius[: len(second)], self._sine[: len(second)])
         return total
+
+
+class BandedNoise:
+    """The noise of one training in one process' slice of the sums; it holds the last b - 1 of it, secret, in memory only.
+
+    Args:
+        coefficients: (bands,), two or more.
+        size: of the slice.
+        device: where the sums are.
+    """
+
+    def __init__(self, coefficients: np.ndarray, size: int, device: torch.device):
+        self.coefficients = coefficients
+        self.first, *self.rest = coefficients.tolist()
+        self.past = torch.zeros(len(self.rest), size, device=device)
+        self.steps = 0
+
+    def add_(self, total: torch.Tensor, source: NoiseSource, std: float) -> torch.Tensor:
+        """Add the noise of the next step to `total`, float32 (size,), in place; std is sigma C."""
+        places = [(self.steps - lag) % len(self.past) for lag in range(1, len(self.past) + 1)]  # of w_{t-1}, w_{t-2}, ...
+        for total_part, past in zip(total.split(source.elements), self.past.split(source.elements, dim=1)):
+            noise = source.add_(torch.zeros_like(total_part), std)
+            for place, coefficient in zip(places, self.rest):
+                noise.sub_(past[place], alpha=coefficient)
+            noise.div_(self.first)
+            past[self.steps % len(past)] = noise  # in the place of the oldest one
+            total_part.add_(noise)
+        self.steps += 1
+        return total
+
+    @property
+    def variance(self) -> float:
+        """Variance of the last step's noise, in units of (sigma C)^2."""
+        return step_scale(self.coefficients, self.steps) ** 2

@@ -1,0 +1,1 @@
+"""Load language models, adapt and quantize them, and certify their weights."""

@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from author_dp.accounting.ledger import REPORT_NAME, fsync_folder, write_json
+from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.errors import UserError
+from author_dp.files import fsync_folder, write_json
 from author_dp.models.loading import base_of_adapter, public_name
 
 # Whatever a library may load as weights, and what says how: a shard index, the configuration, an adapter's.

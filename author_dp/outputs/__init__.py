@@ -1,0 +1,1 @@
+"""Reports, cards, synthetic text, and copies that may be published."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 from author_dp.accounting.accountant import Spending, epsilon_of
-from author_dp.accounting.ledger import PrivacyLedger, keep_private, spending_under
+from author_dp.accounting.ledger import PrivacyLedger, spending_under
+from author_dp.files import keep_private
 from author_dp.outputs.page import AUTHOR_LOSS, BLUE, GREY, RED
 
 if TYPE_CHECKING:

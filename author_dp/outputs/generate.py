@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from author_dp.data.hub import hub_error, hub_is_reachable
 from author_dp.errors import UserError
+from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.models.loading import base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
 from author_dp.outputs import privacy_statement as sidecar
 from author_dp.outputs import synthetic_report

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from author_dp.accounting.ledger import fsync_folder, write_json
 from author_dp.errors import UserError
+from author_dp.files import fsync_folder, write_json
 from author_dp.outputs import privacy_statement as sidecar
 
 STATE_SUFFIX = ".json"  # of what an unfinished file was begun with

@@ -19,12 +19,12 @@ from transformers.utils import logging
 
 from author_dp.accounting.accountant import guarantee_in_words
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
+from author_dp.accounting.ledger_report import report_anew
 from author_dp.data.hub import local_copy
 from author_dp.errors import UserError
 from author_dp.models.loading import base_of_adapter, public_name
 from author_dp.models.weights import check_weights, sha256_of
 from author_dp.outputs.page import model_in_words
-from author_dp.outputs.report import report_anew
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

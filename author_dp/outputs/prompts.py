@@ -10,18 +10,14 @@ Example:
     {'prompt': 'about chess:'}
 """
 
-import csv
 import string
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from author_dp.data.chat import Example, Format, as_messages, start_token, tokenize_examples
-from author_dp.data.readers import FORMATS, Columns, json_values, lines_of, split_suffix
+from author_dp.data.rows import read_rows
 from author_dp.errors import UserError
 
 
@@ -142,30 +138,3 @@ def fallback(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what to begin with where nothing does: a model must read one token to write the next."""
     tokens = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     return [int(token) for token in tokens[:1]]
-
-
-def read_rows(name: str, option: str = "--prompts") -> Iterator[dict[str, Any]]:
-    """Yield the rows of a .jsonl, .json, .csv or .parquet file, numbers of JSON and CSV as they are written.
-
-    Raises:
-        UserError: with the file and the remedy.
-    """
-    suffix, compression = split_suffix(name)
-    columns = Columns(option, "", "")
-    if suffix not in FORMATS:
-        raise UserError(f"{option} {name}: it must be a {', '.join(FORMATS)} file (or these with .gz or .zst)")
-    if not Path(name).is_file():
-        raise UserError(f"{option} {name}: there is no such file")
-    try:
-        if suffix == ".parquet":
-            for batch in pq.ParquetFile(name).iter_batches():
-                yield from batch.to_pylist()
-        elif suffix == ".csv":
-            yield from csv.DictReader(lines_of(name, compression, columns), strict=True)
-        else:
-            for _, value in json_values(lines_of(name, compression, columns), name, columns):
-                if type(value) is not dict:
-                    raise UserError(f"{option} {name}: {str(value)[:40]!r} is no object with columns, like {{...}}")
-                yield value
-    except (OSError, csv.Error, pa.ArrowException) as error:
-        raise UserError(f"{option} {name} cannot be read as {suffix}: {str(error).splitlines()[0]}") from error

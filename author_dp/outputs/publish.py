@@ -19,8 +19,9 @@ from typing import Any, Optional
 from huggingface_hub import HfApi
 
 from author_dp.accounting.accountant import guarantee_in_words
-from author_dp.accounting.ledger import REPORT_NAME, write_json
+from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.errors import UserError
+from author_dp.files import write_json
 from author_dp.models.loading import base_of_adapter
 from author_dp.models.weights import hash_weights, saved_by
 from author_dp.outputs.model_card import model_card

@@ -9,7 +9,6 @@ figures in report_figures.py, what the model writes in specimens.py.
 """
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from author_dp.accounting.accountant import accountant_of, epsilon_of
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, keep_private, reports_in, write_json
-from author_dp.accounting.plan import plan_of
-from author_dp.accounting.tradeoff import attack
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, reports_in
+from author_dp.accounting.ledger_report import report_anew
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError
+from author_dp.files import keep_private, write_json
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_all
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
@@ -84,35 +82,6 @@ def merged(old: dict, new: dict) -> dict:
 
 
 # --- the report ---------------------------------------------------------------------------------------------
-
-
-def report_anew(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
-    """Return the report at `path` with what all steps of its ledger have spent since.
-
-    Where there is no file, since the run has not finished, the report is of the ledger's last run and certifies nothing.
-
-    Raises:
-        UserError: for a report that knows more than the ledger does.
-    """
-    report = ledger.check_report(path) if path.exists() else report_of_ledger(ledger)
-    if not report["disable_dp"] and ledger.steps:
-        accounted = ledger.spendings, report["delta"]
-        epsilon = epsilon_of(*accounted) if ledger.alarm is None else math.inf
-        report |= {"epsilon": epsilon if math.isfinite(epsilon) else None, "steps": ledger.steps}
-        report["accountant"] = accountant_of(*accounted)
-        if ledger.releases:
-            together = ledger.epsilon_with_releases(epsilon)
-            report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
-        report["accounted_steps"] = ledger.accounted_steps
-        report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
-    return report
-
-
-def report_of_ledger(ledger: PrivacyLedger) -> dict[str, Any]:
-    """Return the report of an interrupted run, without what it has spent."""
-    alarm = {} if ledger.alarm is None else {"alarm": ledger.alarm}
-    report = plan_of(ledger.last_run).report(math.inf, ledger.steps)
-    return {**report, **alarm, "interrupted": True, "ledger_link": ledger.links[-1]}
 
 
 def write_report(folder: Path) -> None:

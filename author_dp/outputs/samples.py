@@ -25,7 +25,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from author_dp.mechanism.optimizer import IGNORED, at_rest
+from author_dp.mechanism.losses import at_rest
+from author_dp.types import IGNORED
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, NoReturn, Optional
 
 import numpy as np
 
-from author_dp.accounting.ledger import write_json
 from author_dp.data.authors import held_out_draws, split_name
 from author_dp.data.readers import Columns, read_files
+from author_dp.data.rows import read_rows
 from author_dp.errors import UserError
+from author_dp.files import write_json
 from author_dp.outputs.overlap import Passages, shared_passages
 from author_dp.outputs.privacy_statement import check_sidecar
-from author_dp.outputs.prompts import read_rows
 from author_dp.outputs.utility import compare_classifiers, compare_language_models
 
 SUFFIX = ".report.json"

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from author_dp.mechanism.optimizer import IGNORED
 from author_dp.outputs.overlap import words_of
+from author_dp.types import IGNORED
 
 VOCABULARY, TOKENS, BATCH = 2_000, 64, 64  # byte pairs; of a text at most; texts of a step
 END = "<|end|>"

@@ -1,0 +1,1 @@
+"""What surrounds the optimizer's steps: data loading, checkpoints, evaluation, signals."""

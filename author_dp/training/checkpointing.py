@@ -11,37 +11,24 @@ Example:
     PosixPath('scratch/checkpoint-100')
 """
 
-import errno
 import json
 import os
 import re
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-import torch.distributed as dist
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from author_dp.accounting.ledger import (
-    LEDGER_NAME,
-    REPORT_NAME,
-    PrivacyLedger,
-    fsync_folder,
-    keep_private,
-    reports_in,
-    write_json,
-)
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, reports_in
 from author_dp.distributed import wait_for_all
-from author_dp.errors import LostProcessError, UserError
+from author_dp.errors import UserError
+from author_dp.files import fsync_folder, keep_private, write_json
 from author_dp.guards.options import by_metrics
 from author_dp.models.weights import (
     SEAL_NAME,
@@ -56,17 +43,6 @@ from author_dp.models.weights import (
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-PEER_LOST = ("Connection closed by peer", "Connection reset by peer")
-KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
-    "DataLoader worker": "--dataloader_num_workers: a worker ended, perhaps for want of memory; lower it, and {go_on}",
-    "to be installed. Run `pip": "--report_to: {text}",
-    "`metric_for_best_model` training argument": "--metric_for_best_model: there is no such metric; leave it out for eval_loss",
-    "ConnectError": "--push_to_hub: the Hugging Face hub cannot be reached. Leave it out, and later upload what "
-    "`python -m author_dp.publish OUTPUT_DIR OUT` copies, never --output_dir itself",
-}
-# In errors of torch and safetensors, which have no errno.
-WRITE_FAILURES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
 
 # --- whole checkpoints ------------------------------------------------------------------------------------
 
@@ -334,71 +310,3 @@ def check_untold(folder: Path, ledger: PrivacyLedger, hidden: bool) -> None:
 
 
 # --- how a run ends early ---------------------------------------------------------------------------------
-
-
-class SignalError(Exception):
-    """A signal ended the training after a whole step; its checkpoint is saved.
-
-    Args:
-        number: of the signal. The exit status is 128 + number.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
-class StopOnSignal(TrainerCallback):
-    """On SIGTERM or Ctrl-C, finish the step, save a checkpoint and stop; a second Ctrl-C acts at once.
-
-    All processes stop after the same step, whichever of them got the signal. Transformers' own --enable_jit_checkpoint knows
-    neither Ctrl-C nor several processes.
-    """
-
-    follows = "steps"  # and people
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    IMPATIENCE = 2.0  # seconds; a launcher hands the same signal on to its processes sooner than that, people do not
-
-    def __init__(self):
-        self.received, self.when, self.agreed = 0, 0.0, 0
-        self.earlier: dict[int, Any] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():
-            self.earlier = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
-
-    def receive(self, number: int, frame: Any) -> None:
-        if not self.received:
-            self.received, self.when = number, time.monotonic()
-            logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint.")
-        elif number == signal.SIGINT and time.monotonic() - self.when > self.IMPATIENCE:
-            raise KeyboardInterrupt
-
-    def restore(self) -> None:
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
-        self.earlier = {}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = self.received
-        if dist.is_initialized():
-            received = torch.tensor(self.received, device=args.device)
-            dist.all_reduce(received, op=dist.ReduceOp.MAX)
-            self.agreed = int(received)  # not `received`, which a signal may set just now
-        if self.agreed:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-
-def explain(error: Exception) -> Optional[UserError]:
-    """Return what the user can do about a fault around the run; None for an error of ours."""
-    text, go_on = str(error), "nothing that was counted is lost: go on with --resume_from_checkpoint True"
-    if isinstance(error, dist.DistBackendError) or any(words in text for words in PEER_LOST):
-        return LostProcessError(f"another process of this run has ended, see what it said or what killed it; {go_on}")
-    for words, message in KNOWN_FAULTS.items():
-        if words in text or words in type(error).__name__:
-            return UserError(message.format(text=text.strip().splitlines()[0], go_on=go_on))
-    if getattr(error, "errno", None) in WRITE_ERRORS or any(word in text for word in WRITE_FAILURES):
-        reason = getattr(error, "strerror", None) or "the write failed"
-        return UserError(f"--output_dir cannot be written ({reason}): make it writable, with free space; {go_on}")
-    return None

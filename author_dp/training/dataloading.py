@@ -13,17 +13,18 @@ from typing import Any, Optional
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.accounting.banded_mf import deal
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
 from author_dp.mechanism.microbatches import DrawnDataset, MicrobatchShape
-from author_dp.mechanism.optimizer import PoissonAuthorSampler
+from author_dp.mechanism.sampling import PoissonAuthorSampler, deal
+from author_dp.models.quantization import scales
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -121,3 +122,11 @@ def naming(option: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise UserError(f"{option}: {error}") from error
+
+
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give every process the first one's weights, frozen ones included."""
+    if dist.is_initialized():
+        for parameter in model.parameters():
+            for tensor in (parameter.data, *scales(parameter)):
+                dist.broadcast(tensor, src=0)

@@ -21,7 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from author_dp.data.authors import column_of
 from author_dp.distributed import sum_over_processes
 from author_dp.mechanism.fsdp import idle_forwards, rounds_behind
-from author_dp.mechanism.optimizer import Batch, token_losses
+from author_dp.mechanism.losses import token_losses
+from author_dp.types import Batch
 
 
 class TextBatches(Dataset):

@@ -41,7 +41,7 @@ from author_dp.distributed import broadcast, sum_over_processes
 from author_dp.errors import UserError
 from author_dp.guards.options import by_metrics
 from author_dp.mechanism.fsdp import idle_forwards, rounds_behind
-from author_dp.mechanism.optimizer import token_losses
+from author_dp.mechanism.losses import token_losses
 
 GRID = 2**20  # steps between a loss of 0 and one of R
 LIMITS = {"release_eval_epsilon": (1e-9, 1e9), "release_eval_range": (1e-6, 1e6)}  # beyond, floats cannot tell what was found
