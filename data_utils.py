@@ -32,15 +32,23 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.data.authors import column_of, digests, encode_authors, find_nobody, held_out_draws, split_name, uniform
-from author_dp.data.chat import TARGETS, Format, start_token
+from author_dp.data.authors import (
+    encode_authors,
+    get_column,
+    hash_authors,
+    hash_to_unit,
+    holdout_scores,
+    split_id,
+    suspicious_author_warnings,
+)
+from author_dp.data.chat import TARGETS, ChatFormatter, resolve_bos_token
 from author_dp.data.hub import read_hub
-from author_dp.data.readers import FORMATS, Columns, read_files, split_suffix
-from author_dp.data.storage import ending_on_sigterm, folders, on_disk, where
+from author_dp.data.readers import FORMATS, ColumnSpec, read_files, split_suffix
+from author_dp.data.storage import exit_on_sigterm, filter_rows, temp_dirs, write_arrow
 from author_dp.data.tokenization import tokenize
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.types import IGNORED
+from author_dp.types import IGNORE_INDEX
 
 # A child of transformers' own logger, so that its handler and --log_level hold here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -156,10 +164,14 @@ class DataArguments:
         """Return how rows become texts, as `readers.Columns` wants it: as they stand, or packed examples (`conversations`)."""
         if not self.has_targets:
             return {}
-        form = Format(tokenizer, self.targets)
+        form = ChatFormatter(tokenizer, self.targets)
         if self.messages_column is not None:
             return {"as_text": form.messages, "text_option": "--messages_column"}
         return {"as_text": form.completion, "prompt": self.prompt_column}
+
+    def split_id(self, seed: int) -> Optional[str]:
+        """Return the ID of the rule that holds authors out, None with a file. Under one ID nobody held out is trained on."""
+        return None if self.validation_file is not None else split_id(seed, self.eval_fraction, self.author_column)
 
     @property
     def row_limit(self) -> Optional[int]:
@@ -171,7 +183,7 @@ class DataArguments:
 # --- load ---------------------------------------------------------------------------------------------
 
 
-def prepare(
+def load_author_datasets(
     args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, released: bool = False
 ) -> tuple[Dataset, Optional[Dataset]]:
     """Load and tokenize, once a machine; every process then sees the result.
@@ -188,7 +200,7 @@ def prepare(
     with training_args.main_process_first(desc="load and tokenize"):
         if training_args.local_process_index == 0:
             folder.mkdir(mode=0o700)
-            folders.append(folder)
+            temp_dirs.append(folder)
             options: dict[str, Any] = {
                 "text_column": args.text_column,
                 "sequence_len": args.sequence_len,
@@ -198,8 +210,8 @@ def prepare(
                 "has_targets": args.has_targets,
                 "num_proc": args.preprocessing_num_workers,
             }
-            with ending_on_sigterm():
-                train, evaluation = load_samples(args, training_args.seed, folder, released, tokenizer)
+            with exit_on_sigterm():
+                train, evaluation = load_train_and_eval(args, training_args.seed, folder, released, tokenizer)
                 tokenize(train, tokenizer, **options).save_to_disk(folder / "train")
                 if evaluation is not None:
                     option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
@@ -211,7 +223,7 @@ def prepare(
     return load_from_disk(folder / "train"), load_from_disk(folder / "evaluation") if has_evaluation else None
 
 
-def load_samples(
+def load_train_and_eval(
     args: DataArguments,
     seed: int,
     folder: Optional[Path] = None,
@@ -247,17 +259,17 @@ def load_samples(
     else:
         train, _ = split_by_author(samples, args.author_column, 0.0, seed, args.train_fraction, folder)
         evaluation = load_files("--validation_file", args.validation_file, **columns)
-        check_apart(train, evaluation, args)
+        check_author_overlap(train, evaluation, args)
     if args.max_train_samples is not None:
         train = train.select(range(min(args.max_train_samples, len(train))))
-        if pc.count_distinct(column_of(train, args.author_column)).as_py() < 2:
+        if pc.count_distinct(get_column(train, args.author_column)).as_py() < 2:
             raise UserError(f"--max_train_samples {args.max_train_samples} leaves rows of one author only: raise it")
     if evaluation is not None and args.max_eval_samples is not None:
         if released:
-            evaluation = lowest_authors(evaluation, args.author_column, args.max_eval_samples, seed, folder)
+            evaluation = subsample_authors(evaluation, args.author_column, args.max_eval_samples, seed, folder)
         else:
             evaluation = evaluation.select(range(min(args.max_eval_samples, len(evaluation))))
-    for warning in find_nobody(train, args.text_column, args.author_column):
+    for warning in suspicious_author_warnings(train, args.text_column, args.author_column):
         logger.warning(warning)
     return train, evaluation
 
@@ -286,14 +298,14 @@ def load_files(
             f"{option}: files must all be of one kind of {', '.join(FORMATS)} (or these with .gz or .zst), not "
             f"{', '.join(sorted(suffixes))}"
         )
-    batches = read_files(files, Columns(option, text_column, author_column, **reading or {}), kinds)
-    return keep(batches, [text_column, author_column], f"{option} {' '.join(patterns)}", folder)
+    batches = read_files(files, ColumnSpec(option, text_column, author_column, **reading or {}), kinds)
+    return write_arrow_dataset(batches, [text_column, author_column], f"{option} {' '.join(patterns)}", folder)
 
 
-def keep(batches: Iterable[pa.RecordBatch], columns: list[str], source: str, folder: Optional[Path]) -> Dataset:
+def write_arrow_dataset(batches: Iterable[pa.RecordBatch], columns: list[str], source: str, folder: Optional[Path]) -> Dataset:
     """Write the samples of a source to `folder`, and return them."""
     schema = pa.schema([(name, pa.large_string()) for name in columns])
-    samples = on_disk((batch.select(columns) for batch in batches), schema, folder)
+    samples = write_arrow((batch.select(columns) for batch in batches), schema, folder)
     if not len(samples):
         raise UserError(f"{source} holds no rows")
     return samples
@@ -334,9 +346,9 @@ def load_hub(
     Raises:
         UserError: where the hub or the data set cannot be reached, or a column is missing.
     """
-    columns = Columns("--dataset_name", text_column, author_column, **reading or {})
+    columns = ColumnSpec("--dataset_name", text_column, author_column, **reading or {})
     batches = read_hub(name, config, revision, columns, limit, {} if kinds is None else kinds)
-    return keep(batches, [text_column, author_column], f"--dataset_name {name}", folder)
+    return write_arrow_dataset(batches, [text_column, author_column], f"--dataset_name {name}", folder)
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:
@@ -349,9 +361,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -
         raise UserError(f"--chat_template {path} cannot be read: {error}") from error
 
 
-def data_notes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def data_summary(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what is to be known of how texts became samples; privacy.json holds it. All of it is public."""
-    start = start_token(tokenizer, args.prepend_bos)
+    start = resolve_bos_token(tokenizer, args.prepend_bos)
     dataset = (args.dataset_name or DEFAULT_DATASET) if args.train_file is None else None
     return {
         "dataset": dataset if dataset and not Path(dataset).exists() else None,
@@ -364,7 +376,7 @@ def data_notes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> dict[
     }
 
 
-def in_words(notes: dict[str, Any]) -> list[str]:
+def format_data_summary(notes: dict[str, Any]) -> list[str]:
     """Return the lines of `data_notes` that a reader of the log should not miss."""
     lines = []
     if notes["row_limit"]:
@@ -404,13 +416,13 @@ def split_by_author(
     Returns:
         (train, evaluation); evaluation is None where `eval_fraction` is 0.
     """
-    values = encode_authors(column_of(samples, author_column))
+    values = encode_authors(get_column(samples, author_column))
     codes, authors = values.indices.to_numpy(), values.dictionary.to_pylist()
     if len(authors) < 2:
         raise UserError(f"--author_column {author_column!r}: there is one author only, whom no noise can hide; give data of many")
     if eval_fraction == 0 and train_fraction == 1:
         return samples, None
-    draws = held_out_draws(authors, seed)
+    draws = holdout_scores(authors, seed)
     held_out = draws < eval_fraction
     if eval_fraction > 0 and not held_out.any():
         if not by_force:
@@ -423,29 +435,26 @@ def split_by_author(
         option = f"--eval_fraction {eval_fraction}" + (f" and --train_fraction {train_fraction}" if train_fraction < 1 else "")
         remedy = "raise the latter" if train_fraction < 1 else "lower it"
         raise UserError(f"{option} of {len(authors)} authors leaves none to train on: {remedy}, or give more authors")
-    return where(samples, trained[codes], folder), where(samples, held_out[codes], folder) if eval_fraction > 0 else None
+    return filter_rows(samples, trained[codes], folder), filter_rows(
+        samples, held_out[codes], folder
+    ) if eval_fraction > 0 else None
 
 
 def author_hashes(authors: Sequence | pa.ChunkedArray) -> np.ndarray:
     """Return a hash of each author's value, uint64 (authors,), in the order of `group_by_author`."""
-    return digests(encode_authors(authors).dictionary.to_pylist(), "author:").astype(np.uint64)
+    return hash_authors(encode_authors(authors).dictionary.to_pylist(), "author:").astype(np.uint64)
 
 
-def lowest_authors(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
+def subsample_authors(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
     """Return all samples of at most `limit` authors, those of the lowest hashes: one author less lets one other in."""
-    values = encode_authors(column_of(samples, author_column))
-    lowest = np.argsort(uniform(values.dictionary.to_pylist(), f"evaluation:{seed}:"), kind="stable")[:limit]
-    return where(samples, np.isin(values.indices.to_numpy(), lowest), folder)
+    values = encode_authors(get_column(samples, author_column))
+    lowest = np.argsort(hash_to_unit(values.dictionary.to_pylist(), f"evaluation:{seed}:"), kind="stable")[:limit]
+    return filter_rows(samples, np.isin(values.indices.to_numpy(), lowest), folder)
 
 
-def name_of_split(args: DataArguments, seed: int) -> Optional[str]:
-    """Return a name of the rule that holds authors out: with one name, who is held out is never trained on. None with a file."""
-    return None if args.validation_file is not None else split_name(seed, args.eval_fraction, args.author_column)
-
-
-def check_apart(train: Dataset, evaluation: Dataset, args: DataArguments) -> None:
+def check_author_overlap(train: Dataset, evaluation: Dataset, args: DataArguments) -> None:
     """Raise UserError where evaluation authors are training authors too: their texts are no test."""
-    ours, theirs = (pc.unique(column_of(samples, args.author_column)) for samples in (train, evaluation))
+    ours, theirs = (pc.unique(get_column(samples, args.author_column)) for samples in (train, evaluation))
     shared = pc.sum(pc.is_in(theirs, value_set=ours)).as_py()
     if shared and not args.allow_shared_authors:
         raise UserError(
@@ -498,7 +507,7 @@ class AuthorDataset(torch.utils.data.Dataset):
     @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
-        return pc.max(pc.list_value_length(column_of(self.samples, "input_ids"))).as_py() or 0
+        return pc.max(pc.list_value_length(get_column(self.samples, "input_ids"))).as_py() or 0
 
     def __getitems__(self, draws: list[np.ndarray]) -> list[list[dict[str, np.ndarray]]]:
         """Fetch the samples of several authors at once.
@@ -530,7 +539,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
     rows = [np.asarray(sample["input_ids"]) for sample in samples]
     present = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]  # (samples, tokens)
-    input_ids, labels = np.zeros(present.shape, np.int64), np.full(present.shape, IGNORED)
+    input_ids, labels = np.zeros(present.shape, np.int64), np.full(present.shape, IGNORE_INDEX)
     input_ids[present] = np.concatenate(rows)
     labels[present] = np.concatenate([np.asarray(sample.get("labels", row)) for sample, row in zip(samples, rows)])
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}

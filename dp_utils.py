@@ -36,65 +36,65 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import PushInProgress, logging
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
-from author_dp.accounting.budget import Budget, StopWhenUsedUp
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, hidden_count
+from author_dp.accounting.budget import Budget, StopAtTargetEpsilon
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, read_private_count
 from author_dp.accounting.plan import make_plan, plan_of
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.norm_stats import NormStatistics
-from author_dp.distributed import broadcast, sum_gradients
+from author_dp.distributed import all_reduce_gradients, broadcast
 from author_dp.errors import SignalError, UserError
 from author_dp.guards.agreement import check_same_start
-from author_dp.guards.callbacks import WatchedCallbacks, by_callback, by_scheduler, check_no_trial
+from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial, metric_driven_callback, metric_driven_scheduler
 from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.model_check import Proof, longest_sample, prove
-from author_dp.guards.monitors import RunChecks
+from author_dp.guards.model_check import ModelCheck, longest_sample, verify_model
+from author_dp.guards.monitors import RunMonitors
 from author_dp.guards.options import (
-    by_metrics,
+    check_fsdp,
     check_launch,
     check_model,
     check_options,
     check_shared_authors,
-    check_shares,
     check_trained_weights,
-    corrects_adam,
-    shares_authors,
+    have_shared_authors,
+    metric_driven_option,
+    use_adam_bc,
 )
 from author_dp.guards.precision import check_float32, full_precision_sums
-from author_dp.mechanism.adam_bc import NoiseCorrectedAdamW
-from author_dp.mechanism.fsdp import ShardedOptimizer, load_weights, make_engine, rounds_behind, shard, whole_weights
-from author_dp.mechanism.losses import author_losses, takes_positions
-from author_dp.mechanism.microbatches import LogicalBatch, constant_shape, is_real
+from author_dp.mechanism.adam_bc import AdamBC
+from author_dp.mechanism.fsdp import ShardedOptimizer, full_state_dict, load_weights, make_engine, missing_rounds, shard
+from author_dp.mechanism.losses import author_losses, needs_position_ids
+from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.activations import fuse_activations
 from author_dp.models.quantization import model_sizes
-from author_dp.models.weights import certified, check_same_base, describe_base
+from author_dp.models.weights import check_same_base, describe_base, write_certified
 from author_dp.outputs.model_card import model_card, public_settings
 from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.publish import upload
 from author_dp.permissions import owner_only
 from author_dp.training.checkpointing import (
-    check_history,
+    atomic_checkpoint,
+    check_author_count,
+    check_counts_hidden,
+    check_ledger_covers,
     check_not_released,
-    check_same_authors,
-    check_untold,
     find_checkpoint,
-    state_of,
-    written_whole,
+    load_trainer_state,
 )
 from author_dp.training.dataloading import (
-    Wrapper,
-    affordable_bands,
+    NoDDPWrapper,
+    adapt_trainer_args,
+    as_user_error,
     broadcast_parameters,
-    for_logical_batches,
     load_logical_batches,
     make_sampler,
-    move,
-    naming,
+    max_bands_in_memory,
+    to_device,
 )
-from author_dp.training.evaluation import TextBatches, evaluate
+from author_dp.training.evaluation import EvalBatches, evaluate
 from author_dp.training.interruption import StopOnSignal
 from author_dp.training.malloc import memory_kept
 
@@ -262,13 +262,13 @@ class DPTrainer(Trainer):
         fuse_activations(model)
         self.full_shard = full_shard
         if full_shard:
-            check_shares(args, privacy, model)
+            check_fsdp(args, privacy, model)
             shard(model, args.device)
-        self.proof: Optional[Proof] = None
+        self.proof: Optional[ModelCheck] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
             checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
-            check_float32(move(model, args), args.bf16)
-            self.proof = prove(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
+            check_float32(to_device(model, args), args.bf16)
+            self.proof = verify_model(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
             logger.info(self.proof.in_words())
         self.privacy = privacy
         self.sequence_len = longest_sample(model, sequence_len)
@@ -284,18 +284,18 @@ class DPTrainer(Trainer):
         ledger = PrivacyLedger(self.folder / LEDGER_NAME)
         earlier = broadcast(ledger.runs if ledger.steps else [])  # a run that took no step binds nobody
         self.plan = make_plan(
-            privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, affordable_bands(model, args)
+            privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands_in_memory(model, args)
         )
         if self.plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
             raise ValueError("noise bands need the hashes of all authors: AuthorDataset(..., hashes=author_hashes(authors))")
         check_same_start(self.plan, train_dataset, model, args.bf16)
         self.norms = NormStatistics(self.plan.clip_norm, args.device)
-        self.checks = RunChecks(self.plan, canaries, self.norms)
-        kept = broadcast(hidden_count(self.folder))
-        check_same_authors(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
-        check_untold(self.folder, ledger, privacy.hide_counts)
+        self.checks = RunMonitors(self.plan, canaries, self.norms)
+        kept = broadcast(read_private_count(self.folder))
+        check_author_count(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
+        check_counts_hidden(self.folder, ledger, privacy.hide_counts)
         self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
-        self.budget.by_metrics = by_metrics(args)
+        self.budget.by_metrics = metric_driven_option(args)
         self.shared_authors = False  # whether evaluation authors may be training authors
         self.engine: Optional[ClippingEngine] = None  # while training
         self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
@@ -305,7 +305,7 @@ class DPTrainer(Trainer):
         self._look_for_end()
         self._step_loss = torch.zeros((), device=args.device)
         redirect_loggers(args)
-        args = for_logical_batches(args)
+        args = adapt_trainer_args(args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         args.max_steps = self.plan.steps  # not before: it would be said to override --num_train_epochs, of which it is made
         check_launch(self.accelerator, args.bf16)
@@ -313,8 +313,8 @@ class DPTrainer(Trainer):
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if not privacy.disable_dp:
             self.callback_handler = WatchedCallbacks(self)
-        self.add_callback(StopWhenUsedUp(self.budget))
-        self.needs_positions = takes_positions(model)
+        self.add_callback(StopAtTargetEpsilon(self.budget))
+        self.needs_positions = needs_position_ids(model)
 
     # What the Trainer asks for, in the order in which it asks.
 
@@ -335,14 +335,14 @@ class DPTrainer(Trainer):
         self._look_for_end()
         if self.checkpoint and self.ended is not None:
             logger.info(f"{self.checkpoint} is the end of the training: nothing is left to do, or spent.")
-            self.state = state_of(self.checkpoint)
+            self.state = load_trainer_state(self.checkpoint)
             return self._load_from_checkpoint(str(self.checkpoint))
         self._check_choices()
         self.add_callback(signals := StopOnSignal())
         little = self.full_shard or self.args.activation_checkpointing  # memory counts for more than time
         try:
             with (
-                self.budget.folder_of_ones_own(),
+                self.budget.lock_output_dir(),
                 self.budget.alarm(self.create_model_card),
                 memory_kept(self.args.device.type == "cpu" and not little),
                 self._secret_generators() as self.generators,
@@ -368,7 +368,7 @@ class DPTrainer(Trainer):
     def _look_for_end(self) -> None:
         """Where the checkpoint is the end of the training, report the run that took its steps, whatever the options are now."""
         self.ended, self.audit, self.budget.plan = None, None, self.plan
-        if not self.checkpoint or state_of(self.checkpoint).global_step < self.plan.steps:
+        if not self.checkpoint or load_trainer_state(self.checkpoint).global_step < self.plan.steps:
             return
         self.ended, final = json.loads((self.checkpoint / REPORT_NAME).read_text()), self.folder / REPORT_NAME
         if final.exists() and (known := json.loads(final.read_text())).get("weights") == self.ended.get("weights"):
@@ -415,9 +415,9 @@ class DPTrainer(Trainer):
 
     def _check_choices(self) -> None:
         """Note what lets metrics choose the model, for the ledger; raise UserError where nothing would pay for that."""
-        scheduler = by_scheduler(self)
-        option = by_metrics(self.args) or scheduler or by_callback(self.callback_handler.callbacks)
-        shared = self.shared_authors or shares_authors(self.train_dataset, self.eval_dataset)
+        scheduler = metric_driven_scheduler(self)
+        option = metric_driven_option(self.args) or scheduler or metric_driven_callback(self.callback_handler.callbacks)
+        shared = self.shared_authors or have_shared_authors(self.train_dataset, self.eval_dataset)
         check_shared_authors(shared, option, self.privacy)
         if not self.privacy.disable_dp:
             check_not_released(self.budget.ledger, option)
@@ -430,11 +430,11 @@ class DPTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""
         at_once = self.args.per_device_train_batch_size
-        at_once = at_once if self.proof is None else self.proof.authors_at_once(at_once)
+        at_once = at_once if self.proof is None else self.proof.max_authors(at_once)
         shape = None
         if not self.privacy.disable_dp:
             accumulation = self.plan.expected_batch_size // (at_once * self.args.world_size)
-            shape = constant_shape(at_once, accumulation, self.privacy.samples_per_author, self.sequence_len)
+            shape = make_microbatch_shape(at_once, accumulation, self.privacy.samples_per_author, self.sequence_len)
         sampler = self._sampler()
         self.checks.watch(sampler)
         return load_logical_batches(self.train_dataset, sampler, self.args, self.data_collator, at_once, shape)
@@ -444,15 +444,15 @@ class DPTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Wrap the Trainer's optimizer in the one that adds the noise."""
-        with naming(f"--optim {OptimizerNames(self.args.optim).value}, with --optim_args {self.args.optim_args}"):
+        with as_user_error(f"--optim {OptimizerNames(self.args.optim).value}, with --optim_args {self.args.optim_args}"):
             optimizer = super().create_optimizer(*args, **kwargs)
         if self.privacy.disable_dp:
             return optimizer
         noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
-            if corrects_adam(self.args, self.privacy, self.plan.noise_bands):
+            if use_adam_bc(self.args, self.privacy, self.plan.noise_bands):
                 logger.info("Adam's second moment is rid of the noise's variance (--adam_noise_correction).")
-                optimizer = NoiseCorrectedAdamW(optimizer)
+                optimizer = AdamBC(optimizer)
             self.checks.count_updates(optimizer)
             self.optimizer = noisy = (ShardedOptimizer if self.full_shard else AuthorDPOptimizer)(
                 optimizer,
@@ -477,7 +477,7 @@ class DPTrainer(Trainer):
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """Name the option where the Trainer's scheduler does not take its arguments."""
         kind, options = SchedulerType(self.args.lr_scheduler_type).value, self.args.lr_scheduler_kwargs
-        with naming(f"--lr_scheduler_type {kind}, with --lr_scheduler_kwargs {options}"):
+        with as_user_error(f"--lr_scheduler_type {kind}, with --lr_scheduler_kwargs {options}"):
             return super().create_scheduler(*args, **kwargs)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Optional[DataLoader] = None) -> nn.Module:
@@ -488,12 +488,12 @@ class DPTrainer(Trainer):
             broadcast_parameters(self.model)
         self.checks.hold(self.model)
         if self.privacy.disable_dp:
-            return Wrapper(self.model)
+            return NoDDPWrapper(self.model)
         clipped = self.model if self.canaries is None else self.canaries.beside(self.model)
         self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm, bool(self.args.activation_checkpointing))
         if self.proof is not None:
             self.proof.settle(self.engine)
-        return Wrapper(self.engine.module)
+        return NoDDPWrapper(self.engine.module)
 
     def training_step(self, model: nn.Module, inputs: LogicalBatch, *_) -> torch.Tensor:  # type: ignore[override]
         """Accumulate the clipped gradients of one logical batch; an empty one costs nothing.
@@ -505,7 +505,7 @@ class DPTrainer(Trainer):
         model.train()
         self.optimizer.zero_grad()  # also what a step left that was broken off
         total = torch.zeros_like(self._step_loss)
-        idle = rounds_behind(model, len(inputs.microbatches))  # of a model in shares, whose layers all must gather alike
+        idle = missing_rounds(model, len(inputs.microbatches))  # of a model in shares, whose layers all must gather alike
         for microbatch in inputs.microbatches:
             real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
@@ -529,7 +529,7 @@ class DPTrainer(Trainer):
         self.norms.end_step()
         self.checks.taken(inputs.batch_size, inputs.number)
         if self.engine is None:
-            sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+            all_reduce_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one
             self._step_loss = total * self.args.world_size / inputs.batch_size
         return self._step_loss.clone()
@@ -550,7 +550,7 @@ class DPTrainer(Trainer):
         """Return this process' share of the evaluation texts, in batches of --per_device_eval_batch_size."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        return DataLoader(TextBatches(dataset, size, self.data_collator, rank, world_size), batch_size=None)
+        return DataLoader(EvalBatches(dataset, size, self.data_collator, rank, world_size), batch_size=None)
 
     def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
         """Return losses that depend neither on the batch nor on the number of processes; see author_dp/training/evaluation.py."""
@@ -576,7 +576,7 @@ class DPTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, whole or not at all."""
         self._check(whole=True)
-        with written_whole(self.folder, self.args, self.state):
+        with atomic_checkpoint(self.folder, self.args, self.state):
             super()._save_checkpoint(model, trial)
 
     def _check(self, whole: bool = False) -> None:
@@ -588,7 +588,7 @@ class DPTrainer(Trainer):
         """Save the whole of an optimizer's state that is in shares, as one without shares would be."""
         if not self.full_shard:
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = getattr(self.optimizer, "optimizer", self.optimizer).whole_state()
+        state = getattr(self.optimizer, "optimizer", self.optimizer).full_optim_state()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # type: ignore[union-attr]
@@ -601,19 +601,19 @@ class DPTrainer(Trainer):
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
         """Save model and tokenizer, and the privacy report of these weights beside them."""
         if self.full_shard:
-            state_dict = whole_weights(self.model)
+            state_dict = full_state_dict(self.model)
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         if self.adapter and self.adapter_base is None:  # never trained
             self._identify_base()
-        with certified(Path(output_dir or self.folder), self.adapter, self.privacy_report, self.plan.disable_dp):
+        with write_certified(Path(output_dir or self.folder), self.adapter, self.privacy_report, self.plan.disable_dp):
             with owner_only():
                 super()._save(output_dir, state_dict)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""
         if self.budget.is_first_process and not self.privacy.disable_dp:
-            check_history(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
+            check_ledger_covers(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
         super()._load_best_model()
 
     def push_to_hub(  # type: ignore[override]
@@ -667,7 +667,7 @@ class DPTrainer(Trainer):
 
     def summary(self) -> str:
         """Return what will happen, for the log before training."""
-        taken = state_of(self.checkpoint).global_step if self.checkpoint else 0
+        taken = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
         return self.budget.summary(model_sizes(self.model), self.train_dataset.offsets, max(0, self.plan.steps - taken))
 
     def epsilon(self, more_steps: int = 0) -> float:

@@ -59,36 +59,43 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
-from author_dp.accounting.accountant import guarantee_in_words
-from author_dp.data.chat import start_token
-from author_dp.data.storage import delete_texts
-from author_dp.errors import LostProcessError, MechanismError, SignalError, UserError, explain
+from author_dp.accounting.accountant import format_guarantee
+from author_dp.data.authors import get_column
+from author_dp.data.chat import resolve_bos_token
+from author_dp.data.storage import cleanup_temp_dirs
+from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.options import by_metrics, check_options, check_shared_authors, check_shares
-from author_dp.guards.text_canaries import Audit, AuditArguments, secret_key
-from author_dp.guards.text_canaries import in_words as audit_in_words
+from author_dp.guards.options import check_fsdp, check_options, check_shared_authors, metric_driven_option
+from author_dp.guards.text_canaries import AuditArguments, TextCanaries, load_or_create_key
+from author_dp.guards.text_canaries import format_audit as audit_in_words
 from author_dp.hub_access import hub_error, hub_is_reachable
-from author_dp.mechanism.sampling import with_canaries
-from author_dp.models.loading import absolute, base_of_adapter, first_line, load_adapter, load_base, load_tokenizer, load_trained
+from author_dp.mechanism.sampling import append_canary_hashes
+from author_dp.models.loading import (
+    adapter_base_model,
+    first_line,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    reload_adapter_weights,
+    to_absolute,
+)
 from author_dp.models.lora import add_lora
-from author_dp.models.quantization import bytes_of, check_trained, four_bits, quantized, settle
-from author_dp.outputs.report import Statistics, write_report
-from author_dp.outputs.samples import Specimens
+from author_dp.models.quantization import cast_parameters, check_quantized_frozen, nf4_config, quantized_layers, weight_bytes
+from author_dp.outputs.report import RunStatistics, write_report
+from author_dp.outputs.samples import TextSamples
 from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dry_run import DryRun
-from author_dp.training.public_loss import ReleaseArguments, check_release, release_loss
-from author_dp.training.public_loss import in_words as released_in_words
+from author_dp.training.public_loss import ReleaseArguments, check_release, release_eval_loss
+from author_dp.training.public_loss import format_release as released_in_words
 from data_utils import (
     AuthorDataset,
     DataArguments,
     author_hashes,
     collate,
-    column_of,
-    data_notes,
+    data_summary,
+    format_data_summary,
     group_by_author,
-    in_words,
-    name_of_split,
-    prepare,
+    load_author_datasets,
 )
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -259,11 +266,11 @@ def parse_arguments() -> tuple:
         training_args.logging_steps = training_args.eval_steps = 1
         training_args.logging_strategy, training_args.eval_strategy = "steps", "steps" if has_evaluation else "no"
     check_options(training_args, privacy_args)
-    check_shared_authors(data_args.allow_shared_authors, by_metrics(training_args), privacy_args)
+    check_shared_authors(data_args.allow_shared_authors, metric_driven_option(training_args), privacy_args)
     if training_args.full_shard:
         if lora_args.fewer_bits():
             raise UserError(f"--fsdp shares weights in float32 only: leave out {lora_args.fewer_bits()}, or --fsdp")
-        check_shares(training_args, privacy_args)
+        check_fsdp(training_args, privacy_args)
     check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
     # A folder that cannot be used is refused before the data are read.
     find_checkpoint(training_args, privacy_args, lora_args.enable_lora)
@@ -308,8 +315,8 @@ def load_model(
     model_args: ModelArguments, lora_args: LoraArguments, training_args: TrainingArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer, and add LoRA if asked for; all that is trained is in float32 (noise would be rounded in less)."""
-    name = absolute(model_args.model_name)  # for an adapter to find its base from wherever it is loaded
-    adapter = base_of_adapter(name)
+    name = to_absolute(model_args.model_name)  # for an adapter to find its base from wherever it is loaded
+    adapter = adapter_base_model(name)
     if adapter is not None and not lora_args.enable_lora:
         raise UserError(
             f"--model_name {name} holds a LoRA adapter: add --enable_lora to go on training it, or merge it into its base"
@@ -319,7 +326,7 @@ def load_model(
     compute = torch.bfloat16 if training_args.bf16 else torch.float32  # in which what is in 4 bits is multiplied
     bits: dict[str, Any] = {"dtype": torch.bfloat16} if lora_args.fewer_bits() else {}
     if lora_args.load_in_4bit:
-        bits["quantization_config"] = four_bits(compute)
+        bits["quantization_config"] = nf4_config(compute)
         bits["device_map"] = {"": training_args.device}
     try:
         model = load_base(base, local_files_only=local_only, **bits)
@@ -343,12 +350,12 @@ def load_model(
         )
     if lora_args.enable_lora and adapter is None:
         model = adapt(model, lora_args, name)
-    if lora_args.load_in_4bit and not quantized(model):
+    if lora_args.load_in_4bit and not quantized_layers(model):
         raise UserError(f"--load_in_4bit finds no plain linear layer in {base}: use --base_dtype bfloat16")
-    if lora_args.fewer_bits() or quantized(model):  # a folder may hold 4 bits, and a type to multiply in, of its own
-        model = settle(model, compute)
+    if lora_args.fewer_bits() or quantized_layers(model):  # a folder may hold 4 bits, and a type to multiply in, of its own
+        model = cast_parameters(model, compute)
         if adapter is not None:
-            load_trained(model, name)
+            reload_adapter_weights(model, name)
     return model, tokenizer
 
 
@@ -357,7 +364,7 @@ def adapt(model: PreTrainedModel, lora_args: LoraArguments, name: str) -> PreTra
     options = {option.removeprefix("lora_"): value for option, value in vars(lora_args).items() if option.startswith("lora_")}
     targets, options["r"], options["lora_alpha"] = options.pop("target_modules"), options.pop("dim"), options.pop("alpha")
     options["lora_dropout"] = options.pop("dropout")
-    check_trained(model, lora_args.lora_modules_to_save or [])
+    check_quantized_frozen(model, lora_args.lora_modules_to_save or [])
     try:
         return add_lora(model, targets, **options)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -371,7 +378,7 @@ def losses_in_words(metrics: dict[str, float]) -> str:
     )
 
 
-def look(trainer: DPTrainer, when: str, specimens: Optional[Specimens]) -> dict[str, float]:
+def look(trainer: DPTrainer, when: str, specimens: Optional[TextSamples]) -> dict[str, float]:
     """Evaluate, and let the model write for the report; return the metrics, none where nobody is held out."""
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if metrics:  # in words, since the Trainer's progress bar shows log lines during training only
@@ -397,7 +404,7 @@ def keep_quiet(training_args: TrainingArguments) -> None:
 
 def make_audit(
     args: AuditArguments, most_samples: int, most_tokens: int, vocabulary: int, folder: str, go_on: bool
-) -> Audit | GradientCanaries | None:
+) -> TextCanaries | GradientCanaries | None:
     """Return the canaries that are asked for, as authors or as gradients.
 
     Args:
@@ -406,13 +413,13 @@ def make_audit(
     """
     if not args.audit_canaries:
         return None
-    key = secret_key(folder, go_on=go_on)
+    key = load_or_create_key(folder, go_on=go_on)
     if args.audit_kind == "gradient":
         return GradientCanaries(args.audit_canaries, key)
-    return Audit(args.audit_canaries, most_samples, most_tokens, vocabulary, key)
+    return TextCanaries(args.audit_canaries, most_samples, most_tokens, vocabulary, key)
 
 
-def save_all(trainer: DPTrainer, statistics: Statistics, specimens: Specimens, metrics: dict[str, float], loss: str) -> None:
+def save_all(trainer: DPTrainer, statistics: RunStatistics, specimens: TextSamples, metrics: dict[str, float], loss: str) -> None:
     """Save the model; on the first process write what stands beside it, and say what was promised, as the last line.
 
     Args:
@@ -428,7 +435,7 @@ def save_all(trainer: DPTrainer, statistics: Statistics, specimens: Specimens, m
         report = trainer.privacy_report()
         if trainer.audit is not None:
             loss += f", audit: epsilon {audit_in_words(trainer.audit)}"
-        print(f"{guarantee_in_words(report['epsilon'], report['delta'])}{loss}, saved to {folder}")
+        print(f"{format_guarantee(report['epsilon'], report['delta'])}{loss}, saved to {folder}")
 
 
 def main() -> None:
@@ -439,29 +446,29 @@ def main() -> None:
     model, tokenizer = load_model(model_args, lora_args, training_args)
     logging.set_verbosity(training_args.get_process_log_level())
     if lora_args.fewer_bits():
-        logger.info(f"{lora_args.fewer_bits()}: all weights, adapters too, take {bytes_of(model) / 2**20:,.1f} MiB.")
+        logger.info(f"{lora_args.fewer_bits()}: all weights, adapters too, take {weight_bytes(model) / 2**20:,.1f} MiB.")
     longest = getattr(model.config, "max_position_embeddings", data_args.sequence_len)
     if data_args.sequence_len > longest:
         raise UserError(f"--sequence_len {data_args.sequence_len} is more than the model's {longest} positions: lower it")
 
     released = release_args.release_eval_epsilon is not None
-    train, evaluation = prepare(data_args, training_args, tokenizer, released)
-    grouped = (train, *group_by_author(column_of(train, data_args.author_column)))
+    train, evaluation = load_author_datasets(data_args, training_args, tokenizer, released)
+    grouped = (train, *group_by_author(get_column(train, data_args.author_column)))
     held_out = None
     if evaluation is not None:
-        held_out = AuthorDataset(evaluation, *group_by_author(column_of(evaluation, data_args.author_column)))
+        held_out = AuthorDataset(evaluation, *group_by_author(get_column(evaluation, data_args.author_column)))
     elif training_args.eval_strategy != "no":
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
     hashes = None
     if privacy_args.noise_bands or training_args.resume_from_checkpoint:  # they deal authors to groups
-        hashes = author_hashes(column_of(train, data_args.author_column))
+        hashes = author_hashes(get_column(train, data_args.author_column))
     audit = make_audit(
         audit_args, privacy_args.samples_per_author, data_args.sequence_len, len(model.get_input_embeddings().weight),
         training_args.output_dir, go_on=bool(training_args.resume_from_checkpoint),
     )  # fmt: skip
-    if isinstance(audit, Audit):
+    if isinstance(audit, TextCanaries):
         grouped = audit.join(*grouped)
-        hashes = with_canaries(hashes, len(grouped[1]) - 1 - len(hashes)) if hashes is not None else None
+        hashes = append_canary_hashes(hashes, len(grouped[1]) - 1 - len(hashes)) if hashes is not None else None
 
     trainer = DPTrainer(
         model,
@@ -477,24 +484,24 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.shared_authors = data_args.allow_shared_authors
-    trainer.data = data_notes(data_args, tokenizer)
-    trainer.budget.split = name_of_split(data_args, training_args.seed)
-    trainer.add_callback(statistics := Statistics(trainer.norms, np.diff(grouped[1])))
+    trainer.data = data_summary(data_args, tokenizer)
+    trainer.budget.split = data_args.split_id(training_args.seed)
+    trainer.add_callback(statistics := RunStatistics(trainer.norms, np.diff(grouped[1])))
     if model_args.dry_run:
         trainer.add_callback(dry_run := DryRun())
-    logger.info("\n".join([trainer.summary(), *in_words(trainer.data)]))
-    for warning in (trainer.budget.plan.delta_warning(), trainer.budget.plan.advice()):
+    logger.info("\n".join([trainer.summary(), *format_data_summary(trainer.data)]))
+    for warning in (trainer.budget.plan.delta_warning(), trainer.budget.plan.tuning_hint()):
         if warning and not privacy_args.disable_dp and trainer.is_world_process_zero():
             logger.warning(warning)
-    start = start_token(tokenizer, data_args.prepend_bos)
-    specimens = Specimens(
+    start = resolve_bos_token(tokenizer, data_args.prepend_bos)
+    specimens = TextSamples(
         tokenizer, held_out, [] if start is None else [start], data_args.sequence_len, answers=data_args.has_targets
     )
     writes = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
     if not training_args.resume_from_checkpoint:
         before = look(trainer, "before", specimens if writes else None)
         statistics.before = {"evaluation": {"before": before}, "specimens": specimens.found}
-    if isinstance(audit, Audit):
+    if isinstance(audit, TextCanaries):
         audit.start(trainer)
     trainer.train()
     if audit is not None and trainer.ended is None:  # or there is nothing to see, and what it saw itself stays
@@ -505,7 +512,7 @@ def main() -> None:
     loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
     if released:
         limited = data_args.max_eval_samples is not None
-        release = release_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
+        release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
         loss = f", {released_in_words(release)}, both public"
     save_all(trainer, statistics, specimens, metrics, loss)
     if torch.distributed.is_initialized():  # a process that just ends may abort: its gloo threads are still there
@@ -515,7 +522,7 @@ def main() -> None:
 
 def complain(error: UserError) -> NoReturn:
     """Say on stderr what the user can mend, once, and exit with status 2."""
-    if int(os.environ.get("RANK", 0)) > 0 and not isinstance(error, LostProcessError):
+    if int(os.environ.get("RANK", 0)) > 0 and not isinstance(error, PeerLostError):
         time.sleep(10)  # the first process says it, and its exit ends this one; if it has no complaint, go on and say it
     print(f"fine-tune-dp.py: error: {error}", file=sys.stderr)
     end(2)
@@ -537,7 +544,7 @@ def end(status: int) -> NoReturn:
     """Exit at once where there are several processes: gloo's threads may abort one that ends in the usual way."""
     sys.stdout.flush()
     sys.stderr.flush()
-    delete_texts()
+    cleanup_temp_dirs()
     if torch.distributed.is_initialized():
         os._exit(status)
     sys.exit(status)
@@ -563,6 +570,6 @@ if __name__ == "__main__":
     except Exception as error:
         if hasattr(signal, "SIGCHLD"):  # or torch's handler would raise in here, of a worker whose death is what is to be told
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if (mistake := explain(error)) is None:
+        if (mistake := to_user_error(error)) is None:
             raise
         complain(mistake)

@@ -28,28 +28,28 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over the processes, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients of all processes, in one buffer; a process that had no author has zeros."""
     if not dist.is_initialized():
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    total = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+    total = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
     for parameter, part in zip(parameters, total.split([p.numel() for p in parameters])):
         parameter.grad = part.view_as(parameter)
 
 
-def is_first_process() -> bool:
+def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Return when every process is here."""
     if dist.is_initialized():
         dist.barrier()

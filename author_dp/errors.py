@@ -18,7 +18,7 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
-class LostProcessError(UserError):
+class PeerLostError(UserError):
     """Another process of the run is gone: every process that is left says so."""
 
 
@@ -26,10 +26,10 @@ class MechanismError(Exception):
     """The run found that its own mechanism is not what its ledger says: what it has released has no known guarantee."""
 
 
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
-PEER_LOST = ("Connection closed by peer", "Connection reset by peer")
+PEER_LOST_MESSAGES = ("Connection closed by peer", "Connection reset by peer")
 
 
 KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
@@ -42,7 +42,7 @@ KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
 
 
 # In errors of torch and safetensors, which have no errno.
-WRITE_FAILURES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
+WRITE_ERROR_MESSAGES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
 
 
 class SignalError(Exception):
@@ -57,15 +57,15 @@ class SignalError(Exception):
         self.number = number
 
 
-def explain(error: Exception) -> Optional[UserError]:
+def to_user_error(error: Exception) -> Optional[UserError]:
     """Return what the user can do about a fault around the run; None for an error of ours."""
     text, go_on = str(error), "nothing that was counted is lost: go on with --resume_from_checkpoint True"
-    if isinstance(error, dist.DistBackendError) or any(words in text for words in PEER_LOST):
-        return LostProcessError(f"another process of this run has ended, see what it said or what killed it; {go_on}")
+    if isinstance(error, dist.DistBackendError) or any(words in text for words in PEER_LOST_MESSAGES):
+        return PeerLostError(f"another process of this run has ended, see what it said or what killed it; {go_on}")
     for words, message in KNOWN_FAULTS.items():
         if words in text or words in type(error).__name__:
             return UserError(message.format(text=text.strip().splitlines()[0], go_on=go_on))
-    if getattr(error, "errno", None) in WRITE_ERRORS or any(word in text for word in WRITE_FAILURES):
+    if getattr(error, "errno", None) in WRITE_ERRNOS or any(word in text for word in WRITE_ERROR_MESSAGES):
         reason = getattr(error, "strerror", None) or "the write failed"
         return UserError(f"--output_dir cannot be written ({reason}): make it writable, with free space; {go_on}")
     return None

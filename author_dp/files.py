@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from author_dp.permissions import USUAL_MASK
+from author_dp.permissions import USER_UMASK
 
 
 def write_json(path: Path, content: dict[str, Any], private: bool = False) -> None:
@@ -18,9 +18,9 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
         if private:
-            keep_private(temporary)
+            make_private(temporary)
         else:  # also within owner_only
-            temporary.chmod(0o666 & ~USUAL_MASK)
+            temporary.chmod(0o666 & ~USER_UMASK)
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -28,7 +28,7 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
     fsync_folder(path.parent)
 
 
-def write_secret(path: Path, content: dict[str, Any]) -> None:
+def write_private_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file for its owner's eyes only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -36,7 +36,7 @@ def write_secret(path: Path, content: dict[str, Any]) -> None:
         json.dump(content, file)
 
 
-def keep_private(path: Path) -> None:
+def make_private(path: Path) -> None:
     """Let nobody but the owner read a file, there or not yet, so that what is private can be told by its mode."""
     path.touch(mode=0o600)  # or it would be everybody's for a moment
     path.chmod(0o600)

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-USUAL_MASK = os.umask(0o077)  # the user's own, for files that others may read
-os.umask(USUAL_MASK)
+USER_UMASK = os.umask(0o077)  # the user's own, for files that others may read
+os.umask(USER_UMASK)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-IGNORED = -100  # label of a position that counts in no loss; cross_entropy's ignore_index
+IGNORE_INDEX = -100  # label of a position that counts in no loss; cross_entropy's ignore_index
 
 
 Batch = dict[str, Any]  # input_ids, labels, (samples, tokens); author, (samples,); num_authors

@@ -20,7 +20,7 @@ from author_dp.mechanism.losses import author_losses
 AUTHORS, TOKENS, VOCABULARY, REPEATS = 8, 64, 4_000, 5
 
 
-def seconds(model: Any, apart: Iterable[Any], authors_at_once: int) -> float:
+def seconds(model: Any, apart: Iterable[Any], max_authors: int) -> float:
     """Return the least time of some repeats."""
     engine = GhostClipping(model, 1.0)
     engine.settle(set(apart))
@@ -30,7 +30,7 @@ def seconds(model: Any, apart: Iterable[Any], authors_at_once: int) -> float:
     times = []
     for _ in range(REPEATS):
         start = time.process_time()
-        for part in ids.split(authors_at_once):
+        for part in ids.split(max_authors):
             batch = {"input_ids": part, "labels": part, "author": torch.arange(len(part)), "num_authors": len(part)}
             engine.backward(author_losses(model, batch), batch["author"])
         times.append(time.process_time() - start)

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.guards.text_canaries import Audit
+from author_dp.guards.text_canaries import TextCanaries
 from data_utils import AuthorDataset, collate
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -30,7 +30,7 @@ def audit_once(args: argparse.Namespace, noise: dict) -> tuple[dict, float | Non
     """Train once; return the audit and the epsilon that was accounted for."""
     texts = np.random.default_rng(0).integers(VOCABULARY, size=(args.authors, TOKENS))
     train = Dataset.from_dict({"input_ids": texts}, features=Features({"input_ids": List(Value("int32"))}))
-    audit = Audit(args.canaries, 1, TOKENS, VOCABULARY, secrets.randbits(128))
+    audit = TextCanaries(args.canaries, 1, TOKENS, VOCABULARY, secrets.randbits(128))
     joined = audit.join(train, np.arange(args.authors + 1), np.arange(args.authors))
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
                         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)  # fmt: skip

@@ -25,8 +25,8 @@ from transformers import GPT2TokenizerFast  # noqa: E402
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier  # noqa: E402
 from author_dp.accounting.ledger import PrivacyLedger  # noqa: E402
-from author_dp.data.authors import column_of, find_nobody  # noqa: E402
-from author_dp.mechanism.microbatches import DrawnDataset  # noqa: E402
+from author_dp.data.authors import get_column, suspicious_author_warnings  # noqa: E402
+from author_dp.mechanism.microbatches import LogicalBatchDataset  # noqa: E402
 from author_dp.mechanism.sampling import PoissonAuthorSampler  # noqa: E402
 from data_utils import AuthorDataset, collate, group_by_author, load_files, split_by_author, tokenize  # noqa: E402
 
@@ -70,11 +70,15 @@ def large(samples: int = 10_000_000, authors: int = 5_000_000) -> None:
         seconds, loaded = timed(lambda: load_files("--train_file", [str(path)], text_column="content", author_column="author"))
         rows.append((f"load {samples:,} samples from JSONL", seconds, f"{samples / seconds:,.0f} samples/s"))
         rows.append(
-            ("look for nobody's authors and texts of several", timed(lambda: find_nobody(loaded, "content", "author"))[0], "")
+            (
+                "look for nobody's authors and texts of several",
+                timed(lambda: suspicious_author_warnings(loaded, "content", "author"))[0],
+                "",
+            )
         )
         seconds, (train, _) = timed(lambda: split_by_author(loaded, "author", 0.02, 0))
         rows.append(("hold out 2 % of the authors", seconds, f"{len(loaded) - len(train):,} samples"))
-        seconds, (offsets, indices) = timed(lambda: group_by_author(column_of(train, "author")))
+        seconds, (offsets, indices) = timed(lambda: group_by_author(get_column(train, "author")))
         rows.append((f"group by {len(offsets) - 1:,} authors", seconds, ""))
     for number, its_offsets in ((len(offsets) - 1, offsets), (10**8, np.broadcast_to(np.int64(0), 10**8 + 1))):
         sampler = PoissonAuthorSampler(its_offsets, indices, sample_rate=BATCH / number, samples_per_author=1, steps=1, key=1)
@@ -108,7 +112,7 @@ def main() -> None:
         rows.append(("tokenizer alone, 50,000 samples", bare, f"{50_000 / bare:,.0f} samples/s"))
         token_seconds, tokens = timed(lambda: tokenize(samples, tokenizer, text_column="content", sequence_len=128))
         rows.append(("tokenize 500,000 samples", token_seconds, f"{SAMPLES / token_seconds:,.0f} samples/s"))
-        authors = column_of(tokens, "author")
+        authors = get_column(tokens, "author")
         group_seconds, (offsets, indices) = timed(lambda: group_by_author(authors), 5)
         rows.append((f"group by {len(offsets) - 1:,} authors", group_seconds, ""))
         options = {"sample_rate": BATCH / AUTHORS, "samples_per_author": 1, "steps": 1, "key": 1}
@@ -116,7 +120,7 @@ def main() -> None:
         rows.append(("one Poisson draw over all authors", timed(sampler.draw_authors, 20)[0], ""))
         draw_seconds, draw = timed(sampler.draw, 20)
         rows.append(("the draw with its samples", draw_seconds, f"{draw.batch_size:,} authors"))
-        dataset = DrawnDataset(AuthorDataset(tokens, offsets, indices), 64, collate)
+        dataset = LogicalBatchDataset(AuthorDataset(tokens, offsets, indices), 64, collate)
         rows.append(
             ("fetch and collate the draw", timed(lambda: dataset.__getitems__(draw), 20)[0], "microbatches of 64 authors")
         )

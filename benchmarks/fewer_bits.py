@@ -24,7 +24,7 @@ from author_dp.clipping import ENGINES
 from author_dp.mechanism.losses import author_losses
 from author_dp.models.loading import load_base
 from author_dp.models.lora import add_lora
-from author_dp.models.quantization import bytes_of, count, four_bits, settle
+from author_dp.models.quantization import cast_parameters, nf4_config, num_elements, weight_bytes
 
 GIB = 2**30
 KINDS = ("float32", "bfloat16", "4 bits")
@@ -62,9 +62,9 @@ class Peak:
 def load(folder: str, kind: str) -> Any:
     options: dict[str, Any] = {} if kind == "float32" else {"dtype": torch.bfloat16}
     if kind == "4 bits":
-        options |= {"quantization_config": four_bits(torch.float32), "device_map": {"": torch.device("cpu")}}
+        options |= {"quantization_config": nf4_config(torch.float32), "device_map": {"": torch.device("cpu")}}
     model = add_lora(load_base(folder, **options), ["all-linear"], r=RANK)
-    return model if kind == "float32" else settle(model)
+    return model if kind == "float32" else cast_parameters(model)
 
 
 def measure(folder: str, kind: str, authors: int, tokens: int) -> dict[str, float]:
@@ -83,9 +83,9 @@ def measure(folder: str, kind: str, authors: int, tokens: int) -> dict[str, floa
     with Peak() as stepping:
         engine.backward(author_losses(engine.module, batch), batch["author"])
     seconds = time.process_time() - start
-    return {"weights": bytes_of(model) / GIB, "loading": (loading.highest - before) / GIB,
+    return {"weights": weight_bytes(model) / GIB, "loading": (loading.highest - before) / GIB,
             "step": (stepping.highest - before) / GIB, "seconds": seconds,
-            "parameters": sum(count(p) for p in model.parameters())}  # fmt: skip
+            "parameters": sum(num_elements(p) for p in model.parameters())}  # fmt: skip
 
 
 def measured(options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from tiny import VOCABULARY, build, classes  # noqa: E402
 
 from author_dp.clipping import ENGINES  # noqa: E402
 from author_dp.errors import UserError  # noqa: E402
-from author_dp.guards.model_check import prove, still  # noqa: E402
+from author_dp.guards.model_check import deterministic_train_mode, verify_model  # noqa: E402
 from author_dp.guards.options import check_model  # noqa: E402
 from author_dp.mechanism.losses import author_losses  # noqa: E402
 from author_dp.models.lora import add_lora  # noqa: E402
@@ -130,8 +130,8 @@ def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any)
     try:
         check_model(model, proven=False)
         model = with_lora(model) if kind == "lora" else model
-        proof = prove(model, clipping, sequence_len=24)
-        with still(model):
+        proof = verify_model(model, clipping, sequence_len=24)
+        with deterministic_train_mode(model):
             error = max(difference(model, clipping, per_author) for per_author in (1, 2))
             # Two experts nearly tied may change places beside padding; a wrong clip is wrong for all texts.
             if error >= TOLERANCE:

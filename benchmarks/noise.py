@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from author_dp.mechanism.noise import NoiseSource
+from author_dp.mechanism.noise import GaussianNoise
 
 SIZE = 124_439_808
 RUNS = 7
@@ -23,12 +23,12 @@ RUNS = 7
 
 def main() -> None:
     total, threads = torch.ones(SIZE), torch.get_num_threads()
-    source, hardened = NoiseSource(torch.device("cpu")), NoiseSource(torch.device("cpu"), secure=True)
+    source, hardened = GaussianNoise(torch.device("cpu")), GaussianNoise(torch.device("cpu"), secure=True)
     generator = torch.Generator()
     philox = [np.random.Generator(np.random.Philox(key=secrets.randbits(128))) for _ in range(threads)]
     parts = np.array_split(total.numpy(), threads)
 
-    def ours(source: NoiseSource = source) -> None:
+    def ours(source: GaussianNoise = source) -> None:
         for part in total.split(source.elements):
             source.add_(part, 1.0)
 

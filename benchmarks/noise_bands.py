@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from results import mean_and_spread, measure, plays
 
-from author_dp.accounting.accountant import cyclic_spending, find_noise_multiplier
-from author_dp.accounting.banded_mf import CHOICES, band_coefficients, step_scale, sum_error
+from author_dp.accounting.accountant import cyclic_event, find_noise_multiplier
+from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, step_noise_std, toeplitz_coefficients
 
 RUNS = {  # expected batch, authors, steps
     "the original example, 3 epochs": (1_024, 304_279, 894),
@@ -28,21 +28,21 @@ RUNS = {  # expected batch, authors, steps
 
 def computed() -> None:
     """Print the error of prefix sums, and the noise of a step, over those of independent noise at the same epsilon."""
-    print("| run | epsilon | " + " | ".join(f"b = {bands}" for bands in CHOICES[1:]) + " |")
-    print("|---" * (len(CHOICES) + 1) + "|")
+    print("| run | epsilon | " + " | ".join(f"b = {bands}" for bands in BAND_CHOICES[1:]) + " |")
+    print("|---" * (len(BAND_CHOICES) + 1) + "|")
     for name, (batch, authors, steps) in RUNS.items():
         for epsilon in (8, 2):
             rate, cells = batch / authors, []
             plain = find_noise_multiplier(rate, steps, epsilon, 1 / authors)
-            for bands in CHOICES[1:]:
+            for bands in BAND_CHOICES[1:]:
                 if bands * rate > 1 or bands > steps:
                     cells.append("-")
                     continue
-                accounted = cyclic_spending(0, rate, steps, bands)
+                accounted = cyclic_event(0, rate, steps, bands)
                 sigma = find_noise_multiplier(accounted.sample_rate, accounted.steps, epsilon, 1 / authors)
-                c = band_coefficients(bands, steps)
-                error = sigma * sum_error(c, steps) / (plain * sum_error(np.ones(1), steps))
-                cells.append(f"{error:.2f} ({sigma * step_scale(c, steps) / plain:.1f})")
+                c = toeplitz_coefficients(bands, steps)
+                error = sigma * prefix_sum_rmse(c, steps) / (plain * prefix_sum_rmse(np.ones(1), steps))
+                cells.append(f"{error:.2f} ({sigma * step_noise_std(c, steps) / plain:.1f})")
             print(f"| {name} | {epsilon} | {' | '.join(cells)} |")
 
 

@@ -20,8 +20,10 @@ import torch
 from throughput import ROOT, make_model, run, train, where
 from transformers import GPT2TokenizerFast
 
-from author_dp.mechanism.microbatches import constant_shape, cut_into_microbatches
-from data_utils import IGNORED, AuthorDataset, DataArguments, collate, column_of, group_by_author, load_samples, tokenize
+from author_dp.data.authors import get_column
+from author_dp.mechanism.microbatches import make_microbatch_shape, make_microbatches
+from author_dp.types import IGNORE_INDEX
+from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_train_and_eval, tokenize
 
 ROWS = ("padded to the longest possible", "sorted by length")
 
@@ -30,7 +32,7 @@ def collate_to(tokens: int, samples: list) -> dict[str, torch.Tensor]:
     """Pad to a fixed length, as most scripts do."""
     batch = collate(samples)
     missing = (0, tokens - batch["input_ids"].shape[1])
-    return {name: torch.nn.functional.pad(x, missing, value=IGNORED if name == "labels" else 0) for name, x in batch.items()}
+    return {name: torch.nn.functional.pad(x, missing, value=IGNORE_INDEX if name == "labels" else 0) for name, x in batch.items()}
 
 
 def extra_tokens(lengths: np.ndarray, longest: int, per_device: int, accumulation: int, steps: int = 200) -> float:
@@ -39,13 +41,13 @@ def extra_tokens(lengths: np.ndarray, longest: int, per_device: int, accumulatio
     Args:
         lengths: tokens of the samples, int (samples,), of which a step takes a Poisson number at random.
     """
-    rng, shape = np.random.default_rng(0), constant_shape(per_device, accumulation, 1, longest)
+    rng, shape = np.random.default_rng(0), make_microbatch_shape(per_device, accumulation, 1, longest)
     totals = np.zeros(2)
     for _ in range(steps):
         chosen = rng.choice(lengths, rng.poisson(per_device * accumulation))
         authors = [[{"input_ids": np.zeros(length, np.int32)}] for length in chosen]
         for which, form in enumerate((None, shape)):
-            totals[which] += sum(b["input_ids"].numel() for b in cut_into_microbatches(authors, per_device, collate, form))
+            totals[which] += sum(b["input_ids"].numel() for b in make_microbatches(authors, per_device, collate, form))
     return float(totals[1] / totals[0] - 1)
 
 
@@ -53,7 +55,7 @@ def print_extra_tokens(lengths: np.ndarray, longest: int, name: str) -> None:
     print(f"{len(lengths):,} samples of {lengths.mean():.0f} tokens on average, {longest} at most, from {name}\n")
     print("| per device x accumulation | authors of a microbatch | more tokens than as large as the batch |\n|---|---|---|")
     for per_device, accumulation in ((8, 32), (64, 4), (32, 2), (64, 1), (128, 8)):
-        rows = constant_shape(per_device, accumulation, 1, longest).authors
+        rows = make_microbatch_shape(per_device, accumulation, 1, longest).authors
         more = extra_tokens(lengths, longest, per_device, accumulation)
         print(f"| {per_device} x {accumulation} | {rows} | {more:+.0%} |")
 
@@ -71,12 +73,12 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
-    samples, _ = load_samples(DataArguments(train_file=[options.file], eval_fraction=0.0), seed=0)
+    samples, _ = load_train_and_eval(DataArguments(train_file=[options.file], eval_fraction=0.0), seed=0)
     tokenizer = GPT2TokenizerFast.from_pretrained(options.tokenizer)
     samples = tokenize(samples, tokenizer, text_column="content", sequence_len=options.tokens)
     if options.constant:
         return print_extra_tokens(np.array([len(ids) for ids in samples["input_ids"]]), options.tokens, Path(options.file).name)
-    offsets, indices = group_by_author(column_of(samples, "author"))
+    offsets, indices = group_by_author(get_column(samples, "author"))
     # One sample of each of so many authors, evenly spread: both rows see the same tokens in every step.
     chosen = samples.select(indices[offsets[:-1]][np.linspace(0, len(offsets) - 2, options.authors).astype(int)])
     lengths = [len(ids) for ids in chosen["input_ids"]]

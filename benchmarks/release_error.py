@@ -9,17 +9,17 @@ from fractions import Fraction
 
 import numpy as np
 
-from author_dp.training.public_loss import GRID, discrete_laplace, mean_loss, on_grid
+from author_dp.training.public_loss import GRID, discrete_laplace, noisy_mean, quantize_loss
 
 RELEASES = 300
 
 
 def error(authors: int, epsilon: float, upper: float) -> float:
     losses = np.random.default_rng(0).normal(3.6, 0.5, authors)
-    sums = np.sum([on_grid(float(loss), upper) for loss in losses], axis=0).tolist()
+    sums = np.sum([quantize_loss(float(loss), upper) for loss in losses], axis=0).tolist()
     scale = Fraction(GRID) / Fraction(epsilon)
     found = [
-        mean_loss([total + discrete_laplace(scale) for total in sums], upper, GRID / epsilon)["loss"] for _ in range(RELEASES)
+        noisy_mean([total + discrete_laplace(scale) for total in sums], upper, GRID / epsilon)["loss"] for _ in range(RELEASES)
     ]
     return float(np.sqrt(np.mean((np.array(found) - losses.mean()) ** 2)))
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from author_dp.clipping import ENGINES
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import constant_shape, cut_into_microbatches
+from author_dp.mechanism.microbatches import make_microbatch_shape, make_microbatches
 from data_utils import collate
 
 TOKENS, LENGTH, VOCABULARY = 64, 21, 61
@@ -63,7 +63,7 @@ def canceling_model() -> tuple[GPT2LMHeadModel, float]:
 
 def clipped_sum(model, clip_norm: float, authors: list[Author], first: int, bf16: bool, constant: bool) -> torch.Tensor:
     """Return the clipped sum over the authors of a batch from `first` on, over C, float64."""
-    shape = constant_shape(256, 1, max(map(len, authors)), TOKENS) if constant else None
+    shape = make_microbatch_shape(256, 1, max(map(len, authors)), TOKENS) if constant else None
     engine, total = ENGINES["ghost"](model, clip_norm), 0.0
     rows = [[{"input_ids": ids.astype(np.int32), "number": number} for ids in texts] for number, texts in enumerate(authors)]
     numbers: list[list[int]] = []
@@ -72,7 +72,7 @@ def clipped_sum(model, clip_norm: float, authors: list[Author], first: int, bf16
         numbers.append([sample.get("number", 0) for sample in samples])
         return collate(samples)
 
-    for batch, of_batch in zip(cut_into_microbatches(rows, 256, collate_and_note, shape), numbers):
+    for batch, of_batch in zip(make_microbatches(rows, 256, collate_and_note, shape), numbers):
         for parameter in engine.parameters:
             parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, Trainer
 
 from author_dp.clipping import ENGINES
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import LogicalBatch, cut_into_microbatches
+from author_dp.mechanism.microbatches import LogicalBatch, make_microbatches
 from data_utils import AuthorDataset, author_hashes, collate, group_by_author
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -80,7 +80,7 @@ def make_batch(counts: list[int] = COUNTS, seed: int = 0, longest: int = 12) -> 
     """One microbatch with all samples of all authors."""
     dataset = make_dataset(counts, seed, longest)
     draws = [dataset.indices[a:b] for a, b in zip(dataset.offsets, dataset.offsets[1:])]
-    (batch,) = cut_into_microbatches(dataset.__getitems__(draws), len(counts), collate)
+    (batch,) = make_microbatches(dataset.__getitems__(draws), len(counts), collate)
     return batch
 
 

@@ -12,7 +12,14 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
-from author_dp.accounting.accountant import ORDERS, PrivacyLoss, Spending, compute_epsilon, find_noise_multiplier, rdp_of_step
+from author_dp.accounting.accountant import (
+    ORDERS,
+    EpsilonAccountant,
+    MechanismEvent,
+    compute_epsilon,
+    find_noise_multiplier,
+    rdp_of_step,
+)
 from author_dp.accounting.pld import LossDistribution
 from author_dp.errors import UserError
 
@@ -75,9 +82,9 @@ def test_epsilon_is_an_upper_bound_and_close():
 
 
 def test_the_error_of_a_coarse_grid_is_added_not_hidden(monkeypatch):
-    spending = [Spending(0.8, 0.02, 500)]
-    loss = PrivacyLoss(spending, 1e-5)
-    monkeypatch.setattr(PrivacyLoss, "MAX_CELLS", 2**11)
+    spending = [MechanismEvent(0.8, 0.02, 500)]
+    loss = EpsilonAccountant(spending, 1e-5)
+    monkeypatch.setattr(EpsilonAccountant, "MAX_CELLS", 2**11)
     epsilon = loss._on_grid(spending, 0.02)
     exact = exact_epsilon(spending, 1e-5, 1e-4)
     assert loss.epsilon_error > 0.02 * exact
@@ -100,8 +107,8 @@ def test_renyi_divergences_are_rounded_up_and_close(sigma, rate):
 
 def test_the_grid_reaches_as_far_as_the_accountants_own():
     for sigma, rate, steps, delta in [(0.4715, 1024 / N, 894, 1 / N), (1.0, 0.01, 1_000, 1e-5), (0.6, 0.1, 100, 1e-8)]:
-        spending = [Spending(sigma, rate, steps)]
-        loss = PrivacyLoss(spending, delta)
+        spending = [MechanismEvent(sigma, rate, steps)]
+        loss = EpsilonAccountant(spending, delta)
         theirs = compute_safe_domain_size([PoissonSubsampledGaussianPRV(rate, sigma)], [steps], 0.01, loss.delta_error)
         assert theirs * (1 - 1e-9) <= loss._largest_loss(spending, 0.01) <= 1.5 * theirs  # integer orders are a little coarser
 
@@ -125,15 +132,15 @@ def gaussian_delta_in_high_precision(mu, epsilon):
 
 
 def check_at_rate_one(sigma, steps, delta):
-    epsilon, mu = PrivacyLoss([Spending(sigma, 1.0, steps)], delta).epsilon, mpmath.sqrt(steps) / mpmath.mpf(sigma)
+    epsilon, mu = EpsilonAccountant([MechanismEvent(sigma, 1.0, steps)], delta).epsilon, mpmath.sqrt(steps) / mpmath.mpf(sigma)
     assert gaussian_delta_in_high_precision(mu, epsilon) <= delta  # epsilon is enough,
     assert epsilon == 0 or gaussian_delta_in_high_precision(mu, epsilon * (1 - 1e-5)) > delta  # and no more than that
 
 
 def check_below_rate_one(sigma, rate, steps, delta):
     """dp-accounting's estimates round the losses down and, with connected dots, up; below 1e-12 its own rounding shows."""
-    spending = [Spending(sigma, rate, steps)]
-    loss = PrivacyLoss(spending, delta)
+    spending = [MechanismEvent(sigma, rate, steps)]
+    loss = EpsilonAccountant(spending, delta)
     epsilon, bound = loss.epsilon, LossDistribution(spending, delta).epsilon(spending, delta)
     assert bound <= epsilon * (1 + 1e-9)
     if delta < 1e-12:
@@ -162,7 +169,7 @@ def test_epsilon_is_never_below_the_truth_at_any_delta_and_at_most_half_a_percen
 
 
 def test_at_rate_one_epsilon_is_exact_where_the_prv_accountant_was_below():
-    assert 7.8687 <= PrivacyLoss([Spending(10.0, 1.0, 100)], 1e-14).epsilon < 7.8688
+    assert 7.8687 <= EpsilonAccountant([MechanismEvent(10.0, 1.0, 100)], 1e-14).epsilon < 7.8688
     for mu in (1e-6, 1e-3, 1.0, 30.0, 1e3):
         for delta in (0.999, 0.5, 1e-3, 1e-15, 1e-100):
             check_at_rate_one(1 / mu, 1, delta)
@@ -175,18 +182,18 @@ def test_at_rate_one_epsilon_is_exact_where_the_prv_accountant_was_below():
 )  # fmt: skip
 def test_the_accountant_is_named(setting, accountant):
     *spending, delta = setting
-    assert PrivacyLoss([Spending(*spending)], delta).accountant == accountant
+    assert EpsilonAccountant([MechanismEvent(*spending)], delta).accountant == accountant
 
 
 def test_different_mechanisms_compose():
-    spendings = [Spending(0.8, 0.01, 300), Spending(1.1, 0.02, 200), Spending(0.8, 0.01, 50)]
-    ours = PrivacyLoss(spendings, 1e-5).epsilon
+    spendings = [MechanismEvent(0.8, 0.01, 300), MechanismEvent(1.1, 0.02, 200), MechanismEvent(0.8, 0.01, 50)]
+    ours = EpsilonAccountant(spendings, 1e-5).epsilon
     exact = exact_epsilon([(0.8, 0.01, 350), (1.1, 0.02, 200)], 1e-5, 1e-4)
     assert exact * 0.999 <= ours <= exact * 1.01
 
 
 def test_epsilon_grows_with_the_steps():
-    epsilons = [PrivacyLoss([Spending(0.6, 0.02, steps)], 1e-5).epsilon for steps in (0, 1, 10, 100, 499, 500)]
+    epsilons = [EpsilonAccountant([MechanismEvent(0.6, 0.02, steps)], 1e-5).epsilon for steps in (0, 1, 10, 100, 499, 500)]
     assert epsilons[0] == 0 and epsilons == sorted(epsilons)
     for steps, epsilon in zip((10, 100, 500), (epsilons[2], epsilons[3], epsilons[5])):
         exact = exact_epsilon([(0.6, 0.02, steps)], 1e-5, 1e-4)

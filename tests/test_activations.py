@@ -8,7 +8,7 @@ from transformers import GPT2LMHeadModel
 from transformers.activations import ACT2FN, GELUTanh, NewGELUActivation
 
 import dp_utils
-from author_dp.guards.model_check import prove
+from author_dp.guards.model_check import verify_model
 from author_dp.models.activations import fuse_activations
 
 SAME = ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"]
@@ -55,7 +55,9 @@ def activations(model: nn.Module) -> set[type]:
 
 def test_a_trainer_proves_and_trains_with_it_and_saves_what_was_there(tmp_path, monkeypatch):
     proven = []
-    monkeypatch.setattr(dp_utils, "prove", lambda model, *rest: proven.append(activations(model)) or prove(model, *rest))
+    monkeypatch.setattr(
+        dp_utils, "verify_model", lambda model, *rest: proven.append(activations(model)) or verify_model(model, *rest)
+    )
     trainer = make_trainer(tmp_path, tiny_gpt2(), make_dataset([1, 2, 3]))
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import make_trainer
 
-from author_dp.accounting.banded_mf import band_coefficients
+from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.errors import UserError
-from author_dp.mechanism.adam_bc import FLOOR, NoiseCorrectedAdamW
-from author_dp.mechanism.noise import BandedNoise, NoiseSource
+from author_dp.mechanism.adam_bc import FLOOR, AdamBC
+from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
 
 OPTIONS = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
 
@@ -49,7 +49,7 @@ def naive(values: np.ndarray, all_gradients: list[np.ndarray], variances: list[f
 def test_updates_are_those_of_the_paper_also_where_noise_changes():
     variances = [0.3, 0.5, 0.5, 2.0, 0.1]
     ours = start()
-    take(NoiseCorrectedAdamW(torch.optim.AdamW(ours, **OPTIONS)), ours, enumerate(variances))
+    take(AdamBC(torch.optim.AdamW(ours, **OPTIONS)), ours, enumerate(variances))
     for place, (first, last) in enumerate(zip(start(), ours)):
         seen = [gradients(step, ours)[place].numpy().astype(float) for step in range(len(variances))]
         assert np.allclose(naive(first.detach().numpy().astype(float), seen, variances), last.detach().numpy(), atol=1e-5)
@@ -60,7 +60,7 @@ def test_without_noise_it_is_adamw():
     ours, theirs = start(), start()
     groups = [[{"params": [first], "weight_decay": 0.0}, {"params": [second], "lr": 0.3}] for first, second in (ours, theirs)]
     plain = [torch.optim.AdamW(group, **OPTIONS) for group in groups]
-    take(NoiseCorrectedAdamW(plain[0]), ours, [(step, 0.0) for step in range(4)])
+    take(AdamBC(plain[0]), ours, [(step, 0.0) for step in range(4)])
     take(plain[1], theirs, [(step, 0.0) for step in range(4)])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(ours, theirs))
 
@@ -70,7 +70,7 @@ def test_what_it_divides_by_is_the_gradient_not_the_noise():
     moved = {}
     for name, variance in (("ours", 4.0), ("plain", 0.0)):
         parameter = torch.nn.Parameter(torch.zeros(2_000))
-        optimizer = NoiseCorrectedAdamW(torch.optim.AdamW([parameter], lr=0.01, betas=(0.9, 0.999), weight_decay=0.0))
+        optimizer = AdamBC(torch.optim.AdamW([parameter], lr=0.01, betas=(0.9, 0.999), weight_decay=0.0))
         generator = torch.Generator().manual_seed(0)
         for _ in range(400):
             before, optimizer.noise_variance = parameter.detach().mean().item(), variance
@@ -83,20 +83,20 @@ def test_what_it_divides_by_is_the_gradient_not_the_noise():
 
 def test_each_goes_on_from_the_others_state():
     ours = start()
-    take(NoiseCorrectedAdamW(torch.optim.AdamW(ours, **OPTIONS)), ours, [(step, 0.5) for step in range(5)])
-    for half in (torch.optim.AdamW, lambda p, **options: NoiseCorrectedAdamW(torch.optim.AdamW(p, **options))):
+    take(AdamBC(torch.optim.AdamW(ours, **OPTIONS)), ours, [(step, 0.5) for step in range(5)])
+    for half in (torch.optim.AdamW, lambda p, **options: AdamBC(torch.optim.AdamW(p, **options))):
         parameters = start()
         first = half(parameters, **OPTIONS)
         take(first, parameters, [(step, 0.0 if half is torch.optim.AdamW else 0.5) for step in range(3)])
         state = copy.deepcopy(first.state_dict())
         if half is torch.optim.AdamW:  # the mean of squares is the same, whoever kept it
-            second = NoiseCorrectedAdamW(torch.optim.AdamW(parameters, **OPTIONS))
+            second = AdamBC(torch.optim.AdamW(parameters, **OPTIONS))
             second.load_state_dict(state)
             take(second, parameters, [(3, 0.5)])
             kept = second.state[parameters[0]]["noise_variance"]
             assert kept == pytest.approx(0.5 * (1 - OPTIONS["betas"][1] ** 4))
         else:
-            second = NoiseCorrectedAdamW(torch.optim.AdamW(parameters, **OPTIONS))
+            second = AdamBC(torch.optim.AdamW(parameters, **OPTIONS))
             second.load_state_dict(state)
             take(second, parameters, [(step, 0.5) for step in (3, 4)])
             assert all(torch.equal(one, other) for one, other in zip(ours, parameters))
@@ -106,9 +106,9 @@ def test_each_goes_on_from_the_others_state():
 
 
 def test_the_variance_of_banded_noise_is_told_step_by_step():
-    c = band_coefficients(4, 12)
+    c = toeplitz_coefficients(4, 12)
     matrix = sum(np.diag(np.full(12 - lag, value), -lag) for lag, value in enumerate(c))
-    noise, source, told = BandedNoise(c, 8, torch.device("cpu")), NoiseSource(torch.device("cpu")), []
+    noise, source, told = BandMFNoise(c, 8, torch.device("cpu")), GaussianNoise(torch.device("cpu")), []
     for _ in range(12):
         noise.add_(torch.zeros(8), source, 1.0)
         told.append(noise.variance)
@@ -125,12 +125,12 @@ def test_a_run_tells_it_the_variance_of_what_it_releases(tmp_path, bands):
     privacy = {"noise_multiplier": 5.0, "noise_bands": bands, "adam_noise_correction": True, "sample_rate": 0.01}
     trainer = make_trainer(tmp_path, privacy=privacy, optim="adamw_torch", learning_rate=0.0, max_steps=8)
     seen = []
-    step = NoiseCorrectedAdamW.step
-    NoiseCorrectedAdamW.step = lambda self, *_: (seen.append(mean_square(self)), step(self))[1]  # type: ignore[method-assign]
+    step = AdamBC.step
+    AdamBC.step = lambda self, *_: (seen.append(mean_square(self)), step(self))[1]  # type: ignore[method-assign]
     try:
         trainer.train()
     finally:
-        NoiseCorrectedAdamW.step = step  # type: ignore[method-assign]
+        AdamBC.step = step  # type: ignore[method-assign]
     assert len(seen) == 8 and all(found == pytest.approx(told, rel=0.1) for found, told in seen)
 
 
@@ -147,7 +147,7 @@ def corrects(path, **options) -> bool:
         **{"optim": "adamw_torch", "max_steps": 4, **options},
     )
     trainer.create_optimizer()
-    return isinstance(trainer._noisy.original_optimizer, NoiseCorrectedAdamW)
+    return isinstance(trainer._noisy.original_optimizer, AdamBC)
 
 
 def test_it_is_taken_with_noise_bands_or_if_asked_for(tmp_path):

@@ -7,8 +7,8 @@ from families import close, llama, make_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from author_dp.guards.model_check import prove
-from author_dp.models.lora import add_lora, unfit_layers
+from author_dp.guards.model_check import verify_model
+from author_dp.models.lora import add_lora, excluded_layers
 
 OPTIONS = {
     "peft's choice": {},
@@ -34,7 +34,7 @@ def make(family: str = "llama", **options):
 @pytest.mark.parametrize("name", sample(OPTIONS))
 def test_every_kind_of_adapter_is_clipped_exactly(name):
     model, batch = make(**OPTIONS[name]), make_batch()
-    assert prove(model, "ghost").error < 1e-5
+    assert verify_model(model, "ghost").error < 1e-5
     assert close(clipped_sum(model, batch, 0.1, "ghost")[0], naive.clipped_sum(model, as_arrays(batch), 0.1))
 
 
@@ -59,5 +59,5 @@ def test_a_router_that_returns_more_than_its_product_is_left_out():
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, intermediate_size=8, head_dim=4,
                                          num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
     model.model.layers[0].router = Router(8, 8)
-    assert unfit_layers(model) == ["model.layers.0.router"]
+    assert excluded_layers(model) == ["model.layers.0.router"]
     assert "router" not in " ".join(trainable(add_lora(model, ["all-linear"], r=2)))

@@ -6,10 +6,10 @@ from conftest import make_trainer, read_report
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy.special import ndtr, ndtri
 
-from author_dp.accounting.accountant import Spending
-from author_dp.accounting.tradeoff import RATES, PrivacyCurve, attack, mu_at
+from author_dp.accounting.accountant import MechanismEvent
+from author_dp.accounting.tradeoff import FALSE_POSITIVE_RATES, PrivacyProfile, attack_bounds, gdp_mu_at
 from author_dp.outputs.model_card import model_card
-from author_dp.outputs.page import attacker, in_plain_words
+from author_dp.outputs.page import attack_rows, plain_summary
 from author_dp.outputs.report import write_report
 
 SETTINGS = [(0.65, 256 / 19_589, 154, 5e-5), (1.0, 0.01, 1_000, 1e-5), (2.0, 0.1, 500, 1e-6), (5.0, 0.9, 100, 1e-5)]
@@ -22,7 +22,7 @@ def google(sigma, rate, steps, pessimistic=True):
 
 @pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), SETTINGS)
 def test_rates_of_an_attacker_agree_with_dp_accounting(sigma, rate, steps, delta):
-    told = attack([Spending(sigma, rate, steps)], delta)
+    told = attack_bounds([MechanismEvent(sigma, rate, steps)], delta)
     epsilons = np.linspace(0, 12, 4_001)
     deltas = google(sigma, rate, steps).get_delta_for_epsilon(epsilons)
     for false, true in told["tpr_at_fpr"].items():
@@ -32,10 +32,10 @@ def test_rates_of_an_attacker_agree_with_dp_accounting(sigma, rate, steps, delta
 
 @pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), SETTINGS)
 def test_mu_bounds_delta_at_every_epsilon_and_no_smaller_one_does(sigma, rate, steps, delta):
-    mu, epsilons = PrivacyCurve([Spending(sigma, rate, steps)], delta).mu(), np.linspace(0, 12, 2_001)
+    mu, epsilons = PrivacyProfile([MechanismEvent(sigma, rate, steps)], delta).mu(), np.linspace(0, 12, 2_001)
     deltas = np.array(google(sigma, rate, steps).get_delta_for_epsilon(epsilons))
     above = deltas >= delta * 1.01
-    needed = mu_at(epsilons[above], deltas[above]).max()
+    needed = gdp_mu_at(epsilons[above], deltas[above]).max()
     assert needed * (1 - 1e-3) <= mu <= needed * (1 + 1e-2)
 
 
@@ -44,22 +44,22 @@ def test_mu_of_a_delta_is_that_of_the_gaussian_mechanism():
         deltas = from_gaussian_mechanism(1 / mu, value_discretization_interval=1e-4).get_delta_for_epsilon(
             [0.0, 0.5 * mu, 2 * mu]
         )
-        assert mu_at(np.array([0.0, 0.5 * mu, 2 * mu]), np.array(deltas)) == pytest.approx(mu, rel=1e-3)
+        assert gdp_mu_at(np.array([0.0, 0.5 * mu, 2 * mu]), np.array(deltas)) == pytest.approx(mu, rel=1e-3)
 
 
 def test_at_rate_one_both_are_exact_and_where_they_are_not_tight_mu_is_not_told():
-    told = attack([Spending(2.0, 1.0, 4), Spending(1.0, 1.0, 3)], 1e-5)
-    assert told["mu_gdp"] == pytest.approx(2.0) and list(told["tpr_at_fpr"]) == [f"{rate:g}" for rate in RATES]
-    assert list(told["tpr_at_fpr"].values()) == pytest.approx([ndtr(2 + ndtri(rate)) for rate in RATES])
-    assert attack([Spending(0.65, 0.013, 154)], 5e-5)["mu_gdp"] is None
-    nearly = attack([Spending(2.0, 1 - 1e-9, 4)], 1e-5)  # the same, by the distribution
+    told = attack_bounds([MechanismEvent(2.0, 1.0, 4), MechanismEvent(1.0, 1.0, 3)], 1e-5)
+    assert told["mu_gdp"] == pytest.approx(2.0) and list(told["tpr_at_fpr"]) == [f"{rate:g}" for rate in FALSE_POSITIVE_RATES]
+    assert list(told["tpr_at_fpr"].values()) == pytest.approx([ndtr(2 + ndtri(rate)) for rate in FALSE_POSITIVE_RATES])
+    assert attack_bounds([MechanismEvent(0.65, 0.013, 154)], 5e-5)["mu_gdp"] is None
+    nearly = attack_bounds([MechanismEvent(2.0, 1 - 1e-9, 4)], 1e-5)  # the same, by the distribution
     assert nearly["mu_gdp"] == pytest.approx(1.0, rel=2e-3) and nearly["tpr_at_fpr"]["0.01"] == pytest.approx(
         ndtr(1 + ndtri(0.01)), rel=2e-3
     )
 
 
 def test_without_noise_or_steps_nothing_is_told():
-    assert attack([Spending(0.0, 0.1, 3)], 1e-5) == attack([], 1e-5) == {"mu_gdp": None, "tpr_at_fpr": None}
+    assert attack_bounds([MechanismEvent(0.0, 0.1, 3)], 1e-5) == attack_bounds([], 1e-5) == {"mu_gdp": None, "tpr_at_fpr": None}
 
 
 def test_report_and_card_tell_it(tmp_path):
@@ -68,7 +68,7 @@ def test_report_and_card_tell_it(tmp_path):
     trainer.save_model()
     report = read_report(tmp_path)
     assert report["mu_gdp"] == pytest.approx(1.0) and report["tpr_at_fpr"]["0.01"] == pytest.approx(ndtr(1 + ndtri(0.01)))
-    assert attacker(report)[0][1].startswith("mu 1.001") or attacker(report)[0][1].startswith("mu 1.000")
-    assert "| Attacker at 1.0% |" in model_card(report) and "finds at most 9.3 % of those who were" in in_plain_words(report)
+    assert attack_rows(report)[0][1].startswith("mu 1.001") or attack_rows(report)[0][1].startswith("mu 1.000")
+    assert "| Attacker at 1.0% |" in model_card(report) and "finds at most 9.3 % of those who were" in plain_summary(report)
     write_report(tmp_path)
     assert "Attacker at 0.1%" in (tmp_path / "report.html").read_text()

@@ -13,7 +13,14 @@ from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from author_dp.errors import UserError
-from author_dp.guards.text_canaries import Audit, AuditArguments, epsilon_lower_bound, lower_bound, p_value, secret_key
+from author_dp.guards.text_canaries import (
+    AuditArguments,
+    TextCanaries,
+    epsilon_lower_bound,
+    load_or_create_key,
+    lower_bound,
+    p_value,
+)
 from data_utils import AuthorDataset
 
 KEY = 2**100 + 7
@@ -82,7 +89,7 @@ def columns(dataset: AuthorDataset):
 
 def test_canaries_join_as_authors_like_any_other():
     dataset = make_dataset([2, 1, 3])
-    audit = Audit(40, 2, 5, VOCABULARY, KEY)
+    audit = TextCanaries(40, 2, 5, VOCABULARY, KEY)
     joined = AuthorDataset(*audit.join(*columns(dataset)))
     assert len(joined) == 3 + audit.included.sum()
     draws = [joined.indices[a:b] for a, b in zip(joined.offsets, joined.offsets[1:])]
@@ -93,18 +100,20 @@ def test_canaries_join_as_authors_like_any_other():
 
 
 def test_coins_are_fair_and_canaries_differ_between_keys():
-    a, b = Audit(4_000, 1, 8, VOCABULARY, KEY), Audit(4_000, 1, 8, VOCABULARY, KEY + 1)
+    a, b = TextCanaries(4_000, 1, 8, VOCABULARY, KEY), TextCanaries(4_000, 1, 8, VOCABULARY, KEY + 1)
     assert abs(a.included.sum() - 2_000) < 6 * math.sqrt(1_000) and a.tokens.min() == 0 and a.tokens.max() == VOCABULARY - 1
     assert 0.4 < (a.included == b.included).mean() < 0.6 and not np.array_equal(a.tokens, b.tokens)
-    again = Audit(4_000, 1, 8, VOCABULARY, KEY)
+    again = TextCanaries(4_000, 1, 8, VOCABULARY, KEY)
     assert np.array_equal(a.included, again.included) and np.array_equal(a.tokens, again.tokens)
 
 
 def test_the_key_is_secret_new_for_a_new_run_and_kept_for_one_that_goes_on(tmp_path):
-    first = secret_key(str(tmp_path / "out"), go_on=False)
+    first = load_or_create_key(str(tmp_path / "out"), go_on=False)
     path = tmp_path / "out" / "_audit_key.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and json.loads(path.read_text())["key"] == first
-    assert secret_key(str(tmp_path / "out"), go_on=True) == first != secret_key(str(tmp_path / "out"), go_on=False)
+    assert (
+        load_or_create_key(str(tmp_path / "out"), go_on=True) == first != load_or_create_key(str(tmp_path / "out"), go_on=False)
+    )
     assert first.bit_length() > 90
 
 
@@ -119,7 +128,7 @@ def test_too_few_canaries_are_refused(number):
 
 def audited_run(folder, **privacy) -> tuple[dict, float]:
     """Train on 200 authors and 200 canaries until what is not protected is learned by heart."""
-    dataset, audit = make_dataset([1] * 200), Audit(200, 1, 10, VOCABULARY, KEY)
+    dataset, audit = make_dataset([1] * 200), TextCanaries(200, 1, 10, VOCABULARY, KEY)
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
                         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)  # fmt: skip
     trainer = make_trainer(
@@ -153,7 +162,7 @@ def test_with_the_promised_noise_the_audit_stays_below_epsilon(tmp_path, monkeyp
 def test_noise_that_is_promised_but_not_added_is_found(tmp_path, monkeypatch):
     complaints = []
     monkeypatch.setattr("author_dp.guards.text_canaries.logger.error", complaints.append)
-    monkeypatch.setattr("author_dp.mechanism.noise.NoiseSource.add_", lambda self, total, std: total)
+    monkeypatch.setattr("author_dp.mechanism.noise.GaussianNoise.add_", lambda self, total, std: total)
     monkeypatch.setattr("author_dp.guards.monitors.noise_check", lambda *_: None)  # which would find it before the first step
     found, epsilon = audited_run(tmp_path, noise_multiplier=None, target_epsilon=2.0)
     assert found["epsilon_lower_bound"] > epsilon and "contradicts the guarantee" in complaints[0]

@@ -16,15 +16,28 @@ from scipy.optimize import check_grad
 from test_gradient_audit import audited
 from test_mechanism import make_optimizer
 
-from author_dp.accounting.accountant import Spending, compute_epsilon, cyclic_rate, cyclic_spending, find_noise_multiplier
-from author_dp.accounting.banded_mf import band_coefficients, choose_bands, gain, log_error, step_scale, sum_error
+from author_dp.accounting.accountant import (
+    MechanismEvent,
+    compute_epsilon,
+    cyclic_event,
+    cyclic_sample_rate,
+    find_noise_multiplier,
+)
+from author_dp.accounting.banded_mf import (
+    choose_bands,
+    error_ratio,
+    log_error,
+    prefix_sum_rmse,
+    step_noise_std,
+    toeplitz_coefficients,
+)
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.gradient_canaries import CanaryCheck
-from author_dp.guards.noise_inversion import MatchedFilter, Undo
-from author_dp.guards.sampling_monitor import CyclicDrawCheck
-from author_dp.mechanism.noise import BandedNoise, NoiseSource
-from author_dp.mechanism.sampling import PoissonAuthorSampler, deal
+from author_dp.guards.gradient_canaries import CanaryMonitor
+from author_dp.guards.noise_inversion import MatchedFilter, NoiseDecorrelator
+from author_dp.guards.sampling_monitor import CyclicSamplingMonitor
+from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
+from author_dp.mechanism.sampling import PoissonAuthorSampler, assign_groups
 from data_utils import author_hashes, group_by_author
 from dp_utils import PrivacyArguments
 
@@ -44,32 +57,32 @@ def matrix(coefficients: np.ndarray, steps: int) -> np.ndarray:
 
 def test_columns_have_norm_one_and_as_many_bands_as_asked_for():
     for bands, steps in ((1, 10), (2, 10), (4, 50), (8, 154), (8, 8)):
-        c = band_coefficients.__wrapped__(bands, steps)
+        c = toeplitz_coefficients.__wrapped__(bands, steps)
         norms = np.linalg.norm(matrix(c, steps), axis=0)
         assert len(c) == bands and norms.max() <= 1 and norms[0] == pytest.approx(1, abs=1e-9)
         assert np.allclose(matrix(c, steps), np.tril(matrix(c, steps)))
-    assert band_coefficients(1, 10).tolist() == pytest.approx([1.0])
+    assert toeplitz_coefficients(1, 10).tolist() == pytest.approx([1.0])
 
 
 def test_errors_are_those_of_the_dense_matrices():
-    c, steps = band_coefficients(4, 30), 30
+    c, steps = toeplitz_coefficients(4, 30), 30
     sums = np.tril(np.ones((steps, steps))) @ np.linalg.inv(matrix(c, steps))
-    assert sum_error(c, steps) == pytest.approx(np.linalg.norm(sums) / math.sqrt(steps))
-    assert sum_error(np.ones(1), steps) == pytest.approx(math.sqrt((steps + 1) / 2))
+    assert prefix_sum_rmse(c, steps) == pytest.approx(np.linalg.norm(sums) / math.sqrt(steps))
+    assert prefix_sum_rmse(np.ones(1), steps) == pytest.approx(math.sqrt((steps + 1) / 2))
     inverse = np.linalg.inv(matrix(c, steps))
-    assert step_scale(c, steps) == pytest.approx(np.linalg.norm(inverse[-1]))
+    assert step_noise_std(c, steps) == pytest.approx(np.linalg.norm(inverse[-1]))
 
 
 def test_the_coefficients_are_optimal_not_only_the_square_roots():
     start = np.array([0.5, 0.375, 0.3125])
     assert check_grad(lambda c: log_error(c, 40)[0], lambda c: log_error(c, 40)[1], start) < 1e-5
-    assert math.exp(log_error(start, 40)[0] / 2) == pytest.approx(sum_error(square_roots(4), 40) * math.sqrt(40))
+    assert math.exp(log_error(start, 40)[0] / 2) == pytest.approx(prefix_sum_rmse(square_roots(4), 40) * math.sqrt(40))
     for bands in (2, 4, 8):
-        best = sum_error(band_coefficients(bands, 154), 154)
-        assert best < 0.97 * sum_error(square_roots(bands), 154)
+        best = prefix_sum_rmse(toeplitz_coefficients(bands, 154), 154)
+        assert best < 0.97 * prefix_sum_rmse(square_roots(bands), 154)
         for direction in np.random.default_rng(0).standard_normal((20, bands)):
-            moved = band_coefficients(bands, 154) + 0.02 * direction
-            assert sum_error(moved / np.linalg.norm(moved), 154) >= best * (1 - 1e-6)
+            moved = toeplitz_coefficients(bands, 154) + 0.02 * direction
+            assert prefix_sum_rmse(moved / np.linalg.norm(moved), 154) >= best * (1 - 1e-6)
 
 
 def square_roots(bands: int) -> np.ndarray:
@@ -82,7 +95,7 @@ def square_roots(bands: int) -> np.ndarray:
 
 def noises(bands: int, steps: int, size: int = 40_000, std: float = 0.5) -> np.ndarray:
     """What `BandedNoise` adds in each step, (steps, size)."""
-    noise, source = BandedNoise(band_coefficients(bands, steps), size, CPU), NoiseSource(CPU)
+    noise, source = BandMFNoise(toeplitz_coefficients(bands, steps), size, CPU), GaussianNoise(CPU)
     source.elements = 15_000  # parts, the last one smaller
     return np.stack([noise.add_(torch.zeros(size), source, std).numpy() for _ in range(steps)])
 
@@ -91,23 +104,23 @@ def noises(bands: int, steps: int, size: int = 40_000, std: float = 0.5) -> np.n
 def test_the_covariance_of_released_noise_is_that_of_the_inverse(bands):
     steps, size = 11, 40_000
     released = noises(bands, steps, size)
-    inverse = np.linalg.inv(matrix(band_coefficients(bands, steps), steps))
+    inverse = np.linalg.inv(matrix(toeplitz_coefficients(bands, steps), steps))
     expected = 0.25 * inverse @ inverse.T
     found = released @ released.T / size
     scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)) / size)
     assert np.all(np.abs(found - expected) < 6 * np.sqrt(2) * scale)
-    whitened = matrix(band_coefficients(bands, steps), steps) @ released  # C w = z: independent, N(0, std^2)
+    whitened = matrix(toeplitz_coefficients(bands, steps), steps) @ released  # C w = z: independent, N(0, std^2)
     assert np.all(np.abs(whitened @ whitened.T / size / 0.25 - np.eye(steps)) < 6 * math.sqrt(2 / size))
     neighbours = (released[:, 1:] * released[:, :-1]).mean(1) / released.var(1)
     assert np.abs(neighbours).max() < 6 / math.sqrt(size)
 
 
 def test_undoing_the_bands_gives_independent_noise_and_leaves_one_band_alone():
-    c = band_coefficients(4, 20)
-    undo, released = Undo(c), torch.from_numpy(noises(4, 20, 1_000))
+    c = toeplitz_coefficients(4, 20)
+    undo, released = NoiseDecorrelator(c), torch.from_numpy(noises(4, 20, 1_000))
     rows = np.stack([undo(row).numpy() for row in released])
     assert np.allclose(rows, matrix(c, 20) @ released.numpy(), atol=1e-5)
-    same = Undo(band_coefficients(1, 20))(released[0])
+    same = NoiseDecorrelator(toeplitz_coefficients(1, 20))(released[0])
     assert torch.equal(same, released[0].to(same.dtype))
 
 
@@ -119,9 +132,9 @@ def test_one_band_is_the_mechanism_as_it_was_draw_for_draw(monkeypatch):
     for begin in (False, True):
         optimizer, parameters = make_optimizer(size=1_000)
         generator = torch.Generator().manual_seed(1)
-        monkeypatch.setattr(NoiseSource, "add_", functools.partial(add, generator))
+        monkeypatch.setattr(GaussianNoise, "add_", functools.partial(add, generator))
         if begin:
-            optimizer.begin(band_coefficients(1, 10))
+            optimizer.begin(toeplitz_coefficients(1, 10))
         for _ in range(3):
             optimizer.zero_grad()
             optimizer.step()
@@ -145,7 +158,7 @@ def make_sampler(counts, sample_rate, bands, groups=None, key=7, **options) -> P
 
 def participation(authors: int, sample_rate: float, bands: int, steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Who was drawn when, bool (steps, authors), and the groups."""
-    groups = deal(np.random.default_rng(seed).integers(2**63, size=authors).astype(np.uint64), bands, KEY)
+    groups = assign_groups(np.random.default_rng(seed).integers(2**63, size=authors).astype(np.uint64), bands, KEY)
     sampler, found = make_sampler([1] * authors, sample_rate, bands, groups, key=seed), np.zeros((steps, authors), bool)
     for row in found:
         samples = sampler.draw().samples
@@ -157,9 +170,9 @@ def test_a_group_follows_from_the_author_and_the_key_alone():
     names = [f"author {i}" for i in range(5_000)]
     hashes, rest = author_hashes(names), author_hashes([name for i, name in enumerate(names) if i % 3])
     assert len(set(hashes.tolist())) == 5_000
-    groups = deal(hashes, 8, KEY)
-    assert np.array_equal(deal(rest, 8, KEY), groups[np.arange(5_000) % 3 != 0])  # nobody moves when others leave
-    other = deal(hashes, 8, b"1" * 32)
+    groups = assign_groups(hashes, 8, KEY)
+    assert np.array_equal(assign_groups(rest, 8, KEY), groups[np.arange(5_000) % 3 != 0])  # nobody moves when others leave
+    other = assign_groups(hashes, 8, b"1" * 32)
     assert within((other == groups).mean(), 1 / 8, math.sqrt(7 / 64 / 5_000))
     sizes = np.bincount(groups, minlength=8)
     assert len(sizes) == 8 and all(within(size, 625, math.sqrt(625)) for size in sizes)
@@ -184,7 +197,7 @@ def test_authors_are_drawn_at_b_q_when_it_is_their_turn_and_independently():
 @pytest.mark.parametrize("bands", [2, 4, 7])
 def test_sensitivity_of_what_the_sampler_can_draw(bands):
     steps = 23
-    c = matrix(band_coefficients(bands, steps), steps)
+    c = matrix(toeplitz_coefficients(bands, steps), steps)
     drawn, _ = participation(300, 0.8 / bands, bands, steps)
     norms = np.linalg.norm(c @ drawn, axis=0)  # gradients of norm 1, all in one direction: the worst case
     assert norms.max() <= math.sqrt(math.ceil(steps / bands)) * (1 + 1e-9)
@@ -199,13 +212,13 @@ def test_sensitivity_of_what_the_sampler_can_draw(bands):
 
 
 def test_draws_are_numbered_over_epochs_and_processes():
-    sampler = make_sampler([1] * 50, 0.1, 3, deal(np.arange(50, dtype=np.uint64), 3, KEY), steps=4)
+    sampler = make_sampler([1] * 50, 0.1, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), steps=4)
     assert [draw.number for _ in range(3) for draw in sampler] == list(range(12))
     shares = [
-        make_sampler([1] * 50, 0.3, 3, deal(np.arange(50, dtype=np.uint64), 3, KEY), key=5, rank=r, world_size=2)
+        make_sampler([1] * 50, 0.3, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), key=5, rank=r, world_size=2)
         for r in range(2)
     ]
-    whole = make_sampler([1] * 50, 0.3, 3, deal(np.arange(50, dtype=np.uint64), 3, KEY), key=5)
+    whole = make_sampler([1] * 50, 0.3, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), key=5)
     for _ in range(9):
         parts = [int(s[0]) for share in shares for s in share.draw().samples]
         assert sorted(parts) == [int(s[0]) for s in whole.draw().samples]
@@ -219,14 +232,14 @@ def test_nobody_is_drawn_without_a_group():
 
 def test_longer_columns_are_refused():
     optimizer, _ = make_optimizer(size=100)
-    for coefficients in (np.ones(2), np.array([np.nan, 0.5]), band_coefficients(4, 10) * 1.001):
+    for coefficients in (np.ones(2), np.array([np.nan, 0.5]), toeplitz_coefficients(4, 10) * 1.001):
         with pytest.raises(ValueError, match="norm 1"):
             optimizer.begin(coefficients)
 
 
 def test_the_optimizer_takes_each_draw_once_and_in_order():
     optimizer, _ = make_optimizer(size=1_000)
-    optimizer.begin(band_coefficients(3, 10))
+    optimizer.begin(toeplitz_coefficients(3, 10))
     for number in (0, 1):
         optimizer.zero_grad()
         optimizer.draw = number
@@ -244,17 +257,17 @@ def test_the_optimizer_takes_each_draw_once_and_in_order():
 
 
 def test_bands_are_accounted_as_fewer_steps_at_a_higher_rate():
-    assert cyclic_spending(0.9, 0.01, 100, 8) == Spending(0.9, 0.08, 13)
-    assert cyclic_spending(0.9, 0.01, 96, 8).steps == 12 and cyclic_spending(0.9, 0.01, 97, 8).steps == 13
-    assert cyclic_spending(0.9, 0.01, 0, 8).steps == 0 and cyclic_spending(0.9, 0.01, 5, 1) == Spending(0.9, 0.01, 5)
-    assert cyclic_rate(1 / 49, 49) == 1.0 and cyclic_rate(1 / 3, 3) == 1.0
+    assert cyclic_event(0.9, 0.01, 100, 8) == MechanismEvent(0.9, 0.08, 13)
+    assert cyclic_event(0.9, 0.01, 96, 8).steps == 12 and cyclic_event(0.9, 0.01, 97, 8).steps == 13
+    assert cyclic_event(0.9, 0.01, 0, 8).steps == 0 and cyclic_event(0.9, 0.01, 5, 1) == MechanismEvent(0.9, 0.01, 5)
+    assert cyclic_sample_rate(1 / 49, 49) == 1.0 and cyclic_sample_rate(1 / 3, 3) == 1.0
     with pytest.raises(UserError, match=r"--noise_bands 8: .* lower it to at most 7$"):
-        cyclic_rate(0.13, 8)
+        cyclic_sample_rate(0.13, 8)
 
 
 def test_epsilon_is_that_of_an_independent_accountant():
     for sigma, rate, steps, bands in ((0.65, 0.013, 154, 8), (1.1, 0.05, 50, 4)):
-        accounted = cyclic_spending(sigma, rate, steps, bands)
+        accounted = cyclic_event(sigma, rate, steps, bands)
         judge = PLDAccountant()
         judge.compose(SelfComposedDpEvent(PoissonSampledDpEvent(bands * rate, GaussianDpEvent(sigma)), math.ceil(steps / bands)))
         ours = compute_epsilon(accounted.noise_multiplier, accounted.sample_rate, accounted.steps, 1e-5)
@@ -266,9 +279,9 @@ def test_auto_takes_nearly_the_least_error_of_what_is_allowed():
     assert few in (8, 16)
     assert choose_bands(0.013, 154, 8.0, 5e-5, 3) == 2 and choose_bands(0.013, 154, 8.0, 5e-5, 1) == 1
     assert choose_bands(0.3, 154, 8.0, 5e-5, 64) <= 3 and choose_bands(1.0, 60, 8.0, 1e-3, 64) == 1
-    accounted = cyclic_spending(0, 0.013, 154, few)
+    accounted = cyclic_event(0, 0.013, 154, few)
     sigma = find_noise_multiplier(accounted.sample_rate, accounted.steps, 8.0, 5e-5)
-    assert 0.5 < gain(sigma, 0.013, 154, few, 8.0, 5e-5) < 0.6
+    assert 0.5 < error_ratio(sigma, 0.013, 154, few, 8.0, 5e-5) < 0.6
 
 
 # --- whole runs -------------------------------------------------------------------------------------------
@@ -289,7 +302,7 @@ def test_report_and_ledger_tell_the_bands_and_what_is_accounted(tmp_path):
     assert told == {"sampling": "cyclic-poisson", "noise_bands": 3, "sample_rate": 4 / 60, "steps": 7, "accounted_steps": 3}
     assert report["accounted_sample_rate"] == pytest.approx(0.2)
     assert report["epsilon"] == pytest.approx(compute_epsilon(1.0, 0.2, 3, 1 / 60), rel=2e-3)
-    assert ledger.runs[0]["noise_bands"] == 3 and ledger.spendings == [Spending(1.0, pytest.approx(0.2), 3)]
+    assert ledger.runs[0]["noise_bands"] == 3 and ledger.spendings == [MechanismEvent(1.0, pytest.approx(0.2), 3)]
     # Resumed for two more steps, a new mechanism begins: ceil(7 / 3) + ceil(2 / 3) accounted steps.
     again = banded(tmp_path, bands=None, steps=9, resume_from_checkpoint=True)
     assert again.plan.noise_bands == 3 and "a new mechanism begins" in again.summary()
@@ -297,7 +310,7 @@ def test_report_and_ledger_tell_the_bands_and_what_is_accounted(tmp_path):
     again.train()
     again.save_model()
     assert read_report(tmp_path)["accounted_steps"] == 4 and read_report(tmp_path)["steps"] == 9
-    spent = [Spending(1.0, pytest.approx(0.2), 3), Spending(1.0, pytest.approx(0.2), 1)]
+    spent = [MechanismEvent(1.0, pytest.approx(0.2), 3), MechanismEvent(1.0, pytest.approx(0.2), 1)]
     assert again.budget.ledger.spendings == spent
     with pytest.raises(UserError, match=r"--noise_bands 2: .* has 3"):
         banded(tmp_path, bands="2", resume_from_checkpoint=True)
@@ -383,7 +396,7 @@ def test_draws_thrown_away_end_the_run(tmp_path):
 def test_two_processes_add_the_noise_of_one_in_slices(tmp_path):
     options = {"model": {}, "counts": [1] * 9, "privacy": {"noise_multiplier": 30.0, "noise_bands": "2"}, "per_device": 1}
     first, second = test_processes.run_processes(tmp_path, 2, **options, steps=2)
-    scale = 1 / band_coefficients(2, 2)[0]  # of the first step
+    scale = 1 / toeplitz_coefficients(2, 2)[0]  # of the first step
     noise = first["gradient"] * 2 / (30.0 * 0.5 * scale)
     for part in noise.tensor_split(2):
         assert within(part.var().item(), 1, math.sqrt(2 / len(part)) + 0.01)
@@ -430,11 +443,11 @@ def test_honest_draws_of_groups_raise_no_alarm_and_wrong_ones_do():
     wrong = {
         "another group": lambda sampler: setattr(sampler, "members", sampler.members[::-1]),
         "how many authors": lambda sampler: setattr(sampler, "rate", 0.4),
-        "never drawn": lambda sampler: setattr(sampler, "draw_places", lambda number: np.arange(number // 10)),
+        "never drawn": lambda sampler: setattr(sampler, "sample_indices", lambda number: np.arange(number // 10)),
     }
     for name, spoil in {"": lambda sampler: None, **wrong}.items():
-        groups = deal(hashes, 4, KEY)
-        sampler, check = make_sampler([1] * 600, 0.025, 4, groups), CyclicDrawCheck(groups, 4, 0, 0.1)
+        groups = assign_groups(hashes, 4, KEY)
+        sampler, check = make_sampler([1] * 600, 0.025, 4, groups), CyclicSamplingMonitor(groups, 4, 0, 0.1)
         sampler.on_draw = check.drawn
         spoil(sampler)
         for _ in range(400):
@@ -445,17 +458,17 @@ def test_honest_draws_of_groups_raise_no_alarm_and_wrong_ones_do():
         else:
             check.test()
             assert min(check.p_values().values()) > 1e-6
-    lopsided = CyclicDrawCheck(np.zeros(600, np.int64), 4, 0, 0.1)
+    lopsided = CyclicSamplingMonitor(np.zeros(600, np.int64), 4, 0, 0.1)
     lopsided.taken(0)
     with pytest.raises(MechanismError, match="sizes of groups"):
         lopsided.test()
 
 
 def test_a_canary_gives_one_number_for_each_time_its_group_is_drawn():
-    c, steps, authors, sigma = band_coefficients(3, 60), 60, 4_000, 0.7
+    c, steps, authors, sigma = toeplitz_coefficients(3, 60), 60, 4_000, 0.7
     drawn, groups = participation(authors, 0.1, 3, steps)
-    noise = BandedNoise(c, authors, CPU)
-    source, undo, filtered = NoiseSource(CPU), Undo(c), MatchedFilter(c, groups)
+    noise = BandMFNoise(c, authors, CPU)
+    source, undo, filtered = GaussianNoise(CPU), NoiseDecorrelator(c), MatchedFilter(c, groups)
     values = []
     for row in drawn:
         released = noise.add_(torch.from_numpy(row.astype(np.float32)), source, sigma)
@@ -466,7 +479,7 @@ def test_a_canary_gives_one_number_for_each_time_its_group_is_drawn():
     rest = np.stack(values) - whens
     assert within(rest.var() / sigma**2, 1, math.sqrt(2 / rest.size)) and within(rest.mean(), 0, sigma / math.sqrt(rest.size))
     assert within((rest[1:] * rest[:-1]).mean() / sigma**2, 0, 1 / math.sqrt(rest[1:].size))
-    law = CanaryCheck(sigma, 0.3, np.ones(authors, bool))
+    law = CanaryMonitor(sigma, 0.3, np.ones(authors, bool))
     for value in values:
         law.add(torch.from_numpy(value))
     law.test()
@@ -476,16 +489,16 @@ def test_a_canary_gives_one_number_for_each_time_its_group_is_drawn():
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
 BUGS = {
     "no bug": (STEP, "self._used = True", "self._used = True", None),
-    "a band dropped": ("author_dp.mechanism.noise.BandedNoise.add_", "zip(places, self.rest)", "zip(places[1:], self.rest[1:])",
+    "a band dropped": ("author_dp.mechanism.noise.BandMFNoise.add_", "zip(places, self.rest)", "zip(places[1:], self.rest[1:])",
         "between steps"),
-    "independent noise": ("author_dp.mechanism.noise.BandedNoise.add_", "noise.sub_(past[place], alpha=coefficient)", "pass",
+    "independent noise": ("author_dp.mechanism.noise.BandMFNoise.add_", "noise.sub_(past[place], alpha=coefficient)", "pass",
         "its scale"),
     "half the noise": (STEP, "self._slice, self.noise, std *", "self._slice, self.noise, 0.5 * std *",
         "its scale"),
     "a group in every step": (
         "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_authors", "self.draws % len(self.members)", "0", "another group"),
     "b q drawn twice": (
-        "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_places", "drawn = []", "drawn, self.rate = [], 0.45",
+        "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_indices", "drawn = []", "drawn, self.rate = [], 0.45",
         "how many authors"),
     "groups from --seed": (
         "author_dp.training.dataloading.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')",
@@ -519,7 +532,7 @@ def test_the_ledger_reads_bands_and_refuses_none(tmp_path):
     ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "noise_bands": 4})
     for _ in range(5):
         ledger.record_step()
-    assert PrivacyLedger(path).spendings == [Spending(1.0, 0.4, 2)] and PrivacyLedger(path).accounted_steps == 2
+    assert PrivacyLedger(path).spendings == [MechanismEvent(1.0, 0.4, 2)] and PrivacyLedger(path).accounted_steps == 2
     for bands in (0, -1, 2.5, 11):
         with pytest.raises((ValueError, TypeError)):
             header = {"record": "run", "noise_multiplier": 1.0, "sample_rate": 0.1, "noise_bands": bands}

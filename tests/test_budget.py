@@ -7,7 +7,7 @@ from conftest import flat, make_dataset, make_trainer, resumable, train
 from test_accounting import exact_epsilon
 from transformers import TrainerCallback
 
-from author_dp.accounting.budget import StopWhenUsedUp
+from author_dp.accounting.budget import StopAtTargetEpsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 
@@ -105,7 +105,7 @@ def test_more_epochs_on_resume_spend_only_what_is_left(tmp_path):
 
 def test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(tmp_path):
     trainer = resumable(tmp_path)
-    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, StopWhenUsedUp)]
+    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, StopAtTargetEpsilon)]
     trainer.budget.start()
     for _ in range(6):
         trainer.budget.record_step()

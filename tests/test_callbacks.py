@@ -22,8 +22,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.guards.callbacks import OF_TRANSFORMERS, follows
-from author_dp.guards.options import STEP_ONLY, by_metrics
-from author_dp.training.public_loss import release_loss
+from author_dp.guards.options import STEP_ONLY, metric_driven_option
+from author_dp.training.public_loss import release_eval_loss
 
 # --- options -------------------------------------------------------------------------------------------------
 
@@ -42,9 +42,9 @@ def test_a_scheduler_depends_on_step_numbers_alone_or_counts(tmp_path, kind):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = get_scheduler(kind, optimizer, 2, 10, SCHEDULER_KWARGS.get(kind))
     if kind not in STEP_ONLY["lr_scheduler_type"]:
-        assert by_metrics(args) == f"--lr_scheduler_type {kind}"
+        assert metric_driven_option(args) == f"--lr_scheduler_type {kind}"
         return
-    assert by_metrics(args) is None
+    assert metric_driven_option(args) is None
     assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
     required = [name for name, p in inspect.signature(scheduler.step).parameters.items() if p.default is p.empty]
     assert not required
@@ -81,14 +81,14 @@ def test_what_is_listed_exists_and_what_follows_metrics_is_not_listed():
 )
 def test_options_by_which_metrics_choose_are_named(tmp_path, given, said):
     given = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, **given}
-    assert by_metrics(options(tmp_path, **given)) == said
+    assert metric_driven_option(options(tmp_path, **given)) == said
 
 
 def test_a_kind_that_nobody_knows_yet_counts(tmp_path):
     for name in STEP_ONLY:
         args = options(tmp_path)
         setattr(args, name, "new_in_a_later_version")
-        assert by_metrics(args) == f"--{name} new_in_a_later_version"
+        assert metric_driven_option(args) == f"--{name} new_in_a_later_version"
 
 
 GREEDY = ["--lr_scheduler_type", "greedy", "--eval_strategy", "epoch"]
@@ -292,7 +292,7 @@ DOORS = {  # what a callback that follows training losses may lead to, by other 
     "scheduler.step": (lambda t: setattr(t.lr_scheduler, "step", lambda: None), "scheduler"),
     "inner hook": (lambda t: set_hook(innermost(t)), "optimizer"),
     "optimizer.step": (lambda t: setattr(innermost(t), "step", lambda: None), "optimizer"),
-    "sums": (lambda t: t._noisy.sums.mul_(9.0), "optimizer"),
+    "sums": (lambda t: t._noisy.grad_buffer.mul_(9.0), "optimizer"),
     "save_strategy": (lambda t: setattr(t.args, "save_strategy", SaveStrategy.NO), "args"),
     "save_total_limit": (lambda t: setattr(t.args, "save_total_limit", 1), "args"),
     "learning_rate": (lambda t: setattr(t.args, "learning_rate", 0.1), "args"),
@@ -404,7 +404,7 @@ def test_after_metrics_have_chosen_nothing_is_released(tmp_path, kind):
     said = "callback Declared" if kind == "callback" else "optimizers: StepLR"
     assert header(tmp_path)["by_metrics"] == said
     with pytest.raises(UserError, match=f"had {said}"):
-        release_loss(trainer, 1.0, None, limited=False)
+        release_eval_loss(trainer, 1.0, None, limited=False)
 
 
 def with_scheduler(folder, **more):
@@ -466,7 +466,7 @@ def test_callbacks_of_transformers_that_are_known_exist_and_others_are_watched(t
     trainer = trainer_with(tmp_path, report_to=["tensorboard"])
     kinds = {type(callback).__name__: follows(callback) for callback in trainer.callback_handler.callbacks}
     assert kinds.pop("TensorBoardCallback") is None and set(kinds.values()) == {"steps"}, kinds
-    assert kinds.keys() - {"StopWhenUsedUp"} <= OF_TRANSFORMERS.keys()
+    assert kinds.keys() - {"StopAtTargetEpsilon"} <= OF_TRANSFORMERS.keys()
 
 
 def test_without_privacy_callbacks_are_free(tmp_path):

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from conftest import make_dataset, make_trainer, resumable, sample
 from transformers import TrainerControl
 
-from author_dp.accounting.accountant import Spending
+from author_dp.accounting.accountant import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.training.checkpointing import SEAL_NAME, check_history, find_damage, newest_whole, seal
+from author_dp.models.weights import COMPLETE_MARKER
+from author_dp.training.checkpointing import check_ledger_covers, find_corruption, latest_complete, mark_complete
 from author_dp.training.interruption import StopOnSignal
 
 
@@ -42,7 +43,7 @@ def test_a_checkpoint_without_privacy_is_not_resumed_with_it(tmp_path):
     with pytest.raises(UserError, match=r"another kind of run \(checkpoint-2/privacy\.json\)"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     with pytest.raises(UserError, match=r"checkpoint-2 was trained with --disable_dp"):
-        check_history(tmp_path / "checkpoint-2", PrivacyLedger(tmp_path / "privacy_ledger.jsonl"))
+        check_ledger_covers(tmp_path / "checkpoint-2", PrivacyLedger(tmp_path / "privacy_ledger.jsonl"))
     with pytest.raises(UserError, match="holds a private run"):
         make_trainer(tmp_path, **plain)
 
@@ -62,7 +63,7 @@ def test_another_number_of_authors_needs_a_word(tmp_path):
     trainer = make_trainer(tmp_path, **options, privacy={"allow_other_authors": True})
     trainer.train()
     assert trainer.budget.ledger.steps == 3 and [run["num_authors"] for run in trainer.budget.ledger.runs] == [60, 59]
-    assert trainer.budget.ledger.spendings == [Spending(1.0, 4 / 60, 2), Spending(1.0, 4 / 59, 1)]
+    assert trainer.budget.ledger.spendings == [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(1.0, 4 / 59, 1)]
 
 
 def test_only_an_impatient_second_ctrl_c_acts_at_once(monkeypatch):
@@ -96,22 +97,22 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
         return now[0]
 
     def seal_and_age(folder: Path) -> None:
-        seal(folder)
+        mark_complete(folder)
         os.utime(folder, (backwards(),) * 2)
 
-    monkeypatch.setattr("author_dp.training.checkpointing.seal", seal_and_age)
+    monkeypatch.setattr("author_dp.training.checkpointing.mark_complete", seal_and_age)
     monkeypatch.setattr(time, "time", backwards)
     trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
-    assert newest_whole(tmp_path).name == "checkpoint-5" and trainer.budget.ledger.steps == 5
+    assert latest_complete(tmp_path).name == "checkpoint-5" and trainer.budget.ledger.steps == 5
 
 
 def damage(checkpoint: Path, how: str) -> None:
     if how == "unsealed":
-        (checkpoint / SEAL_NAME).unlink()
+        (checkpoint / COMPLETE_MARKER).unlink()
     elif how == "seal cut short":
-        (checkpoint / SEAL_NAME).write_text('{"files": ')
+        (checkpoint / COMPLETE_MARKER).write_text('{"files": ')
     elif how == "optimizer cut short":
         path = checkpoint / "optimizer.pt"
         path.write_bytes(path.read_bytes()[:-7])
@@ -123,13 +124,13 @@ def damage(checkpoint: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, how):
     make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
     damage(tmp_path / "checkpoint-4", how)
-    assert find_damage(tmp_path / "checkpoint-4") and newest_whole(tmp_path).name == "checkpoint-2"
+    assert find_corruption(tmp_path / "checkpoint-4") and latest_complete(tmp_path).name == "checkpoint-2"
     with pytest.raises(UserError, match=r"checkpoint-4.*give an earlier checkpoint"):
         make_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer = make_trainer(tmp_path, max_steps=4, resume_from_checkpoint=True, save_strategy="steps", save_steps=2)
     trainer.train()
     assert trainer.state.global_step == 4 and trainer.budget.ledger.steps == 6
-    assert newest_whole(tmp_path).name == "checkpoint-4"  # sealed anew
+    assert latest_complete(tmp_path).name == "checkpoint-4"  # sealed anew
 
 
 def test_a_crash_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, monkeypatch):
@@ -142,7 +143,7 @@ def test_a_crash_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, mon
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", crash)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and newest_whole(tmp_path).name == "checkpoint-2"
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and latest_complete(tmp_path).name == "checkpoint-2"
 
 
 def test_without_a_whole_checkpoint_a_run_starts_anew_with_its_steps_counted(tmp_path):

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError
-from author_dp.guards.monitors import FixedWeights
+from author_dp.guards.monitors import FrozenWeightsMonitor
 
 
 class At(TrainerCallback):
@@ -133,11 +133,11 @@ def test_bits_of_every_type_are_read(dtype):
     for numbers in (torch.ones(2, 3).T, torch.ones(8), torch.ones(16)[1:9], torch.ones(())):
         model = torch.nn.Module()
         model.register_buffer("numbers", numbers.to(dtype))
-        fixed = FixedWeights(model)
-        fixed.test_whole()
+        fixed = FrozenWeightsMonitor(model)
+        fixed.test_full()
         model.numbers.view(-1)[-1:].zero_() if model.numbers.is_contiguous() else model.numbers[-1].zero_()
         with pytest.raises(MechanismError, match="numbers has changed"):
-            fixed.test_whole()
+            fixed.test_full()
 
 
 @pytest.mark.parametrize("bits", ["bfloat16", "4 bits"])
@@ -147,10 +147,10 @@ def test_a_base_in_fewer_bits_and_its_scales_stay_as_they_are(tmp_path, bits):
     options = {"optim": "adamw_torch", "max_steps": 3, "eval_strategy": "no"}
     run(tmp_path / "honest", test_frozen.make(folder, bits), **options)
     model = test_frozen.make(folder, bits)
-    fixed = FixedWeights(model)
+    fixed = FrozenWeightsMonitor(model)
     if bits == "4 bits":
         next(p for p in model.parameters() if hasattr(p, "quant_state")).quant_state.absmax.view(-1)[0].add_(1)
     else:
         next(p for p in model.parameters() if p.dtype == torch.bfloat16).data.view(-1)[0].add_(1)
     with pytest.raises(MechanismError, match="not trained"):
-        fixed.test_whole()
+        fixed.test_full()

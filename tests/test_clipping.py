@@ -11,13 +11,13 @@ from torch import nn
 from author_dp.clipping import ENGINES
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import cut_into_microbatches
+from author_dp.mechanism.microbatches import make_microbatches
 from data_utils import collate
 
 
 def select_authors(batch, chosen) -> dict:
     samples = [as_arrays(batch)[author] for author in chosen]
-    (batch,) = cut_into_microbatches([[{"input_ids": row} for row in rows] for rows in samples], len(chosen), collate)
+    (batch,) = make_microbatches([[{"input_ids": row} for row in rows] for rows in samples], len(chosen), collate)
     return batch
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from author_dp.clipping import grad_factors as contributions
-from author_dp.clipping.author_groups import Authors
-from author_dp.clipping.ghost import norms_of
-from author_dp.clipping.grad_factors import Product, lookup_squared_norms, product_squared_norms
+from author_dp.clipping.author_groups import AuthorIndex
+from author_dp.clipping.ghost import total_norms
+from author_dp.clipping.grad_factors import OuterProduct, lookup_squared_norms, product_squared_norms
 
 
 def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def test_norm_of_a_product_both_ways(tokens, rows, columns, monkeypatch):
     left, right = torch.randn(4, tokens, rows), torch.randn(4, tokens, columns)
     assert torch.allclose(product_squared_norms(left, right).found, explicit(left, right), rtol=1e-4)
-    monkeypatch.setattr(contributions, "EXPLICIT_ELEMENTS", 1)
+    monkeypatch.setattr(contributions, "MATERIALIZE_ELEMENTS", 1)
     assert torch.allclose(product_squared_norms(left, right).found, explicit(left, right), rtol=1e-4)
 
 
@@ -78,7 +78,7 @@ def test_a_norm_where_tokens_cancel(tokens, common, kind):
     right = torch.randn(8, tokens if common else 1, 512, generator=torch.Generator().manual_seed(1)).expand(8, tokens, 512)
     right = right / 512**0.5 + common * torch.nn.functional.one_hot(torch.tensor(3), 512)
     truth = (left.double().mT @ right.double()).square().sum((1, 2))
-    found = contributions.ghost_squared_norms(left, right, 128).rounded_up()
+    found = contributions.ghost_squared_norms(left, right, 128).with_margin()
     assert is_above(found, truth, (left.norm(dim=2) * right.norm(dim=2)).sum(1))
 
 
@@ -87,7 +87,7 @@ def test_a_norm_where_tokens_cancel(tokens, common, kind):
 def test_a_norm_of_a_lookup_where_tokens_cancel(tokens, kind):
     gradients = cancelling(tokens, 512, kind)
     truth = gradients.double().sum(1).square().sum(1)
-    found = lookup_squared_norms(torch.zeros(8, tokens, dtype=torch.int64), gradients).rounded_up()
+    found = lookup_squared_norms(torch.zeros(8, tokens, dtype=torch.int64), gradients).with_margin()
     assert is_above(found, truth, gradients.norm(dim=2).sum(1))
 
 
@@ -98,8 +98,8 @@ def test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(vocabulary, features):
     gradients, ids = hidden * (1 + 1e-4), torch.full((8, 100), 7)
     logits = -torch.nn.functional.one_hot(ids, vocabulary).float()
     truth = (gradients.double() - hidden.double()).sum(1).square().sum(1)
-    parts = [contributions.Lookup(ids, gradients), Product(logits, hidden)]
-    found = contributions.total_squared_norms(parts, Authors(torch.arange(8), 8))
+    parts = [contributions.EmbeddingGrad(ids, gradients), OuterProduct(logits, hidden)]
+    found = contributions.total_squared_norms(parts, AuthorIndex(torch.arange(8), 8))
     assert is_above(found, truth, gradients.norm(dim=2).sum(1) + hidden.norm(dim=2).sum(1))
 
 
@@ -107,10 +107,10 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
     tokens = torch.tensor([*[1.0, 1.015625, -2.015625] * 5, 2.0**-8])  # times most factors, rounded, they sum to something else
     logits, hidden = tokens.view(1, -1, 1).expand(1, -1, 20).bfloat16(), torch.ones(1, len(tokens), 30, dtype=torch.bfloat16)
     parts = [
-        contributions.Lookup(torch.zeros(1, len(tokens), dtype=torch.int64), torch.zeros_like(hidden)),
-        Product(logits, hidden),
+        contributions.EmbeddingGrad(torch.zeros(1, len(tokens), dtype=torch.int64), torch.zeros_like(hidden)),
+        OuterProduct(logits, hidden),
     ]
-    authors = Authors(torch.tensor([0]), 1)
+    authors = AuthorIndex(torch.tensor([0]), 1)
     norm = contributions.total_squared_norms(parts, authors).sqrt()
     for share in torch.linspace(0.05, 0.85, 17):
         total = torch.zeros(20, 30)
@@ -128,30 +128,30 @@ def test_squared_norms_of_many_numbers_lose_nothing():
 
 def test_no_parameter_takes_norm_away_from_others():
     squares = [torch.tensor([-1.0, 1.0, 4.0, 1.0]), torch.tensor([4.0, -torch.inf, 5.0, torch.nan])]
-    assert norms_of(squares, torch.zeros(4)).tolist() == [2.0, torch.inf, 3.0, torch.inf]
+    assert total_norms(squares, torch.zeros(4)).tolist() == [2.0, torch.inf, 3.0, torch.inf]
 
 
 @pytest.mark.parametrize("author", [[0, 1, 0, 1], [1, 0], [0, 0, 2, 3], [1, 1, 2], [0, 1, 2], [0, 0, 0], []])
 def test_authors_in_another_order_are_refused(author):
     """Or samples of one author would be clipped as those of two."""
     with pytest.raises(ValueError, match="ascending"):
-        Authors(torch.tensor(author, dtype=torch.int64), 2)
+        AuthorIndex(torch.tensor(author, dtype=torch.int64), 2)
 
 
 def test_authors_line_up_and_add_up_their_samples():
-    authors = Authors(torch.tensor([0, 0, 0, 1, 2, 2]), 3)
+    authors = AuthorIndex(torch.tensor([0, 0, 0, 1, 2, 2]), 3)
     tensor = torch.arange(1.0, 13).view(6, 2, 1)
     assert authors.gather(tensor)[..., 0].tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 0, 0, 0, 0], [9, 10, 11, 12, 0, 0]]
     assert authors.sum(tensor)[..., 0].tolist() == [[9, 12], [7, 8], [20, 22]]
-    even = Authors(torch.tensor([0, 0, 1, 1, 2, 2]), 3).gather(tensor)
+    even = AuthorIndex(torch.tensor([0, 0, 1, 1, 2, 2]), 3).gather(tensor)
     assert even[..., 0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]] and even.data_ptr() == tensor.data_ptr()
 
 
 def test_product_scales_the_narrower_side():
-    authors, factors = Authors(torch.arange(2), 2), torch.tensor([0.5, 2.0])
+    authors, factors = AuthorIndex(torch.arange(2), 2), torch.tensor([0.5, 2.0])
     for rows, columns in ((3, 9), (9, 3)):
         left, right = torch.randn(2, 4, rows), torch.randn(2, 4, columns)
         total = torch.ones(rows, columns)
-        Product(left, right).add_clipped(total, factors, authors)
+        OuterProduct(left, right).add_clipped(total, factors, authors)
         expected = 1 + sum(f * a.T @ b for f, a, b in zip(factors, left, right))
         assert torch.allclose(total, expected, atol=1e-5) and math.isclose(authors._scratch[torch.float32].numel(), 2 * 4 * 3)

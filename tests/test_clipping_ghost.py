@@ -12,7 +12,7 @@ from torch import nn
 from author_dp.clipping import ghost
 from author_dp.clipping import grad_factors as contributions
 from author_dp.clipping.ghost import GhostClipping
-from author_dp.clipping.grad_factors import Explicit
+from author_dp.clipping.grad_factors import MaterializedGrad
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
@@ -62,14 +62,14 @@ def test_a_matrix_that_is_embedding_and_head_takes_the_smaller_form(monkeypatch)
     forms = []
     norms = ghost.total_squared_norms
     monkeypatch.setattr(ghost, "total_squared_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors))
-    monkeypatch.setattr(contributions, "EXPLICIT_ELEMENTS", 1)  # so large that it is formed author by author
-    for tokens, kinds in ((7, {"Lookup", "Product"}), (8, {"Explicit"})):
+    monkeypatch.setattr(contributions, "MATERIALIZE_ELEMENTS", 1)  # so large that it is formed author by author
+    for tokens, kinds in ((7, {"EmbeddingGrad", "OuterProduct"}), (8, {"MaterializedGrad"})):
         model = tiny_gpt2()
         rows, columns = model.lm_head.weight.shape
         batch = make_batch([1, 2, 2], longest=16)
         batch = {name: value[:, :tokens] if name in ("input_ids", "labels") else value for name, value in batch.items()}
         tokens_of_all = len(batch["author"]) * tokens
-        assert (3 * rows * columns < tokens_of_all * (rows + columns)) == (kinds == {"Explicit"}), (rows, columns)
+        assert (3 * rows * columns < tokens_of_all * (rows + columns)) == (kinds == {"MaterializedGrad"}), (rows, columns)
         forms.clear()
         ours, _ = clipped_sum(model, batch, 0.1, "ghost")
         assert kinds in [{type(part).__name__ for part in parts} for parts in forms]
@@ -250,7 +250,7 @@ def test_no_per_author_gradient_of_a_large_layer_is_formed(monkeypatch):
     monkeypatch.setattr(ghost, "total_squared_norms", lambda parts, authors: kept.extend(parts) or norms(parts, authors))
     model = make_model("gpt2", "tied")
     clipped_sum(model, make_batch([2] * 4, longest=4), 0.1, "ghost")
-    sizes = [part.gradients[0].numel() for part in kept if isinstance(part, Explicit)]
+    sizes = [part.gradients[0].numel() for part in kept if isinstance(part, MaterializedGrad)]
     assert max(sizes) <= 4 * 16  # biases and layer norms; the smallest matrix has 16 x 16
     assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
 

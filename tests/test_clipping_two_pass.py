@@ -14,9 +14,9 @@ from test_clipping_ghost import per_author_by_autograd
 from test_proof import OwnScale
 from transformers import GPT2LMHeadModel
 
-from author_dp.clipping import engine_of
+from author_dp.clipping import engine_class
 from author_dp.clipping.ghost import GhostClipping
-from author_dp.clipping.grad_factors import Explicit
+from author_dp.clipping.grad_factors import MaterializedGrad
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
@@ -29,7 +29,7 @@ def checkpointed(model, **options):
 
 def two_pass(model, batch, clip_norm: float = 0.1, *, keep: bool = True, settled: bool = True, weights=1.0, watch=None):
     """Flat clipped sum, norms and the engine; `keep`: whether small contributions may be kept."""
-    engine = engine_of("ghost", checkpointed=True)(model, clip_norm)
+    engine = engine_class("ghost", checkpointed=True)(model, clip_norm)
     assert type(engine) is TwoPassClipping
     engine.may_keep *= keep
     if settled:
@@ -86,8 +86,8 @@ def test_one_pass_is_enough_where_everything_kept_is_small():
         model, batch, visits = checkpointed(make_model("llama", "lora")).train(), make_batch(longest=100), []
 
         def watch(engine, visits=visits):
-            visit = engine._visit
-            engine._visit = lambda *args, **options: visits.append(1) or visit(*args, **options)
+            visit = engine._backward
+            engine._backward = lambda *args, **options: visits.append(1) or visit(*args, **options)
             engine.may_keep *= 1000
 
         assert close(two_pass(model, batch, keep=keep, watch=watch)[0], two_pass(model, batch)[0])
@@ -200,14 +200,14 @@ def test_nothing_of_a_layer_is_kept_but_what_is_small():
     alive, most = [], []
 
     def watch(engine):
-        take = engine._take
+        take = engine._store
 
         def taking(parameter, part, given):
             take(parameter, part, given)
-            alive.extend(weakref.ref(tensor) for tensor in part if not isinstance(part, Explicit))
+            alive.extend(weakref.ref(tensor) for tensor in part if not isinstance(part, MaterializedGrad))
             most.append(sum(1 for tensor in alive if tensor() is not None))
 
-        engine._take = taking
+        engine._store = taking
 
     two_pass(model, batch, watch=watch)
     assert len(alive) > 20 and max(most) <= 4  # a layer's input and output gradient, and their views
@@ -215,8 +215,10 @@ def test_nothing_of_a_layer_is_kept_but_what_is_small():
 
 def test_a_run_that_checkpoints_takes_two_passes_and_its_update_is_the_naive_one(tmp_path, monkeypatch):
     passes = []
-    visit = TwoPassClipping._visit
-    monkeypatch.setattr(TwoPassClipping, "_visit", lambda self, *a, **o: passes.append(o["retain_graph"]) or visit(self, *a, **o))
+    visit = TwoPassClipping._backward
+    monkeypatch.setattr(
+        TwoPassClipping, "_backward", lambda self, *a, **o: passes.append(o["retain_graph"]) or visit(self, *a, **o)
+    )
     model = tiny_gpt2()
     before = flat(model.parameters()).clone()
     privacy = {"noise_multiplier": 0.0, "samples_per_author": 9}
@@ -231,7 +233,7 @@ def test_a_run_that_checkpoints_takes_two_passes_and_its_update_is_the_naive_one
 
 
 def test_the_proof_at_the_start_is_of_the_engine_of_the_run(tmp_path, monkeypatch):
-    take = find("author_dp.clipping.two_pass.TwoPassClipping._take")
+    take = find("author_dp.clipping.two_pass.TwoPassClipping._store")
     monkeypatch.setattr(take, "__code__", with_edit(take, "self._adding.factors,", "1.01 * self._adding.factors,"))
     make_trainer(tmp_path / "kept", tiny_gpt2())
     with pytest.raises(UserError, match="--clipping ghost does not clip this model rightly"):
@@ -240,7 +242,7 @@ def test_the_proof_at_the_start_is_of_the_engine_of_the_run(tmp_path, monkeypatc
 
 
 def test_layers_that_are_not_checkpointed_are_kept_for():
-    assert engine_of("ghost", checkpointed=False) is GhostClipping
+    assert engine_class("ghost", checkpointed=False) is GhostClipping
 
 
 def test_a_model_that_cannot_checkpoint_is_named(tmp_path):

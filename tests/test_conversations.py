@@ -14,13 +14,13 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data_utils
-from author_dp.data.chat import Example, Format, tokenize_examples
+from author_dp.data.chat import ChatFormatter, Example, tokenize_examples
 from author_dp.errors import UserError
-from author_dp.guards.text_canaries import Audit
+from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import cut_into_microbatches
-from author_dp.types import IGNORED
-from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_samples, tokenize
+from author_dp.mechanism.microbatches import make_microbatches
+from author_dp.types import IGNORE_INDEX
+from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_train_and_eval, tokenize
 
 PLAIN = (  # as ChatML, with a start token and without marks
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
@@ -49,31 +49,31 @@ def tokenizer():
 
 
 def learned(packed: str) -> str:
-    example = Example.unpacked(packed)
+    example = Example.from_json(packed)
     return "|".join(example.text[start:end] for start, end in example.targets)
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_the_assistants_turns_are_the_targets(tokenizer, template):
     tokenizer.chat_template = template
-    packed = Format(tokenizer, "assistant").messages(TALK)
+    packed = ChatFormatter(tokenizer, "assistant").messages(TALK)
     assert learned(packed) == "one<end>|two<end>"
-    assert learned(Format(tokenizer, "all").messages(TALK)) == Example.unpacked(packed).text
+    assert learned(ChatFormatter(tokenizer, "all").messages(TALK)) == Example.from_json(packed).text
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_may_be_learned_whole(tokenizer):
     tokenizer.chat_template = FORGETFUL
     with pytest.raises(ValueError, match=r"cannot be divided into turns.*--targets all"):
-        Format(tokenizer, "assistant").messages(TALK)
-    assert learned(Format(tokenizer, "all").messages(TALK)).startswith("<4>")
+        ChatFormatter(tokenizer, "assistant").messages(TALK)
+    assert learned(ChatFormatter(tokenizer, "all").messages(TALK)).startswith("<4>")
 
 
 def test_completions_follow_prompts_of_text_and_of_messages(tokenizer):
-    form = Format(tokenizer, "assistant")
+    form = ChatFormatter(tokenizer, "assistant")
     assert learned(form.completion("two and two?", " four")) == " four"
     assert learned(form.completion(None, "four")) == "four" and form.completion("two?", None) == form.completion("two?", "") == ""
     assert learned(form.completion(TALK[:1], TALK[1:])) == "one<end><user>more<end><assistant>two<end>"
-    assert learned(Format(tokenizer, "all").completion("two?", " four")) == "two? four"
+    assert learned(ChatFormatter(tokenizer, "all").completion("two?", " four")) == "two? four"
     for prompt, completion in (("two?", TALK), (TALK, "two"), (5, "two"), ("two?", {})):
         with pytest.raises(ValueError, match="both texts, or both lists"):
             form.completion(prompt, completion)
@@ -82,13 +82,17 @@ def test_completions_follow_prompts_of_text_and_of_messages(tokenizer):
 def test_tokens_of_targets_and_the_start_and_end_tokens(tokenizer):
     """A token is a target if it holds a character of one; the template's start token is not doubled."""
     start, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    packed = [Format(tokenizer, "assistant").messages(TALK), Format(tokenizer, "assistant").completion("Q: ", "<s>an answer"), ""]
+    packed = [
+        ChatFormatter(tokenizer, "assistant").messages(TALK),
+        ChatFormatter(tokenizer, "assistant").completion("Q: ", "<s>an answer"),
+        "",
+    ]
     ids, labels = tokenize_examples(packed, tokenizer, start, end)
     assert [row.count(start[0]) for row in ids] == [1, 1, 0] and [row.count(end[0]) for row in ids] == [1, 1, 0]
-    targets = [tokenizer.decode([token for token in row if token != IGNORED]) for row in labels]
+    targets = [tokenizer.decode([token for token in row if token != IGNORE_INDEX]) for row in labels]
     assert targets[0].replace(" ", "").startswith("one<end>two<end>") and "<s>an answer" in targets[1] and targets[2] == ""
-    assert labels[0][0] == IGNORED
-    assert all(label in (token, IGNORED) for row, own in zip(ids, labels) for token, label in zip(row, own))
+    assert labels[0][0] == IGNORE_INDEX
+    assert all(label in (token, IGNORE_INDEX) for row, own in zip(ids, labels) for token, label in zip(row, own))
 
 
 # --- from files ------------------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ def write(folder: Path, name: str, rows: list[dict]) -> str:
 
 def load(path: str, tokenizer, **options) -> list[str]:
     args = DataArguments(train_file=[path], eval_fraction=0.0, **options)
-    return load_samples(args, 0, tokenizer=tokenizer)[0][args.text_column][:]
+    return load_train_and_eval(args, 0, tokenizer=tokenizer)[0][args.text_column][:]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -190,7 +194,7 @@ def test_options_that_do_not_fit_are_refused(options, words):
 
 def dataset_of(tokenizer, rows: list[tuple[str, str, str]], **options) -> AuthorDataset:
     """The samples of (author, prompt, completion)."""
-    form = Format(tokenizer, "assistant")
+    form = ChatFormatter(tokenizer, "assistant")
     samples = Dataset.from_dict({"author": [row[0] for row in rows], "content": [form.completion(*row[1:]) for row in rows]})
     options = {"sequence_len": 64, **options}
     tokens = tokenize(samples, tokenizer, text_column="content", has_targets=True, **options)
@@ -199,7 +203,7 @@ def dataset_of(tokenizer, rows: list[tuple[str, str, str]], **options) -> Author
 
 def batch_of(dataset: AuthorDataset) -> dict:
     draws = [dataset.indices[a:b] for a, b in zip(dataset.offsets, dataset.offsets[1:])]
-    (batch,) = cut_into_microbatches(dataset.__getitems__(draws), len(draws), collate)
+    (batch,) = make_microbatches(dataset.__getitems__(draws), len(draws), collate)
     return batch
 
 
@@ -226,8 +230,11 @@ def test_losses_equal_a_plain_loop_over_completions(tokenizer):
 
 def test_what_stands_as_a_prompts_target_changes_no_loss():
     """The ids of prompts are context, never what is predicted: other labels there are no labels."""
-    sample = {"input_ids": [5, 6, 7, 8], "labels": [IGNORED, IGNORED, 7, 8]}
-    assert collate([sample, {"input_ids": [1, 2, 3]}])["labels"].tolist() == [[IGNORED, IGNORED, 7, 8], [1, 2, 3, IGNORED]]
+    sample = {"input_ids": [5, 6, 7, 8], "labels": [IGNORE_INDEX, IGNORE_INDEX, 7, 8]}
+    assert collate([sample, {"input_ids": [1, 2, 3]}])["labels"].tolist() == [
+        [IGNORE_INDEX, IGNORE_INDEX, 7, 8],
+        [1, 2, 3, IGNORE_INDEX],
+    ]
 
 
 def test_samples_without_a_target_are_dropped_and_counted(tokenizer, caplog):
@@ -240,18 +247,21 @@ def test_samples_without_a_target_are_dropped_and_counted(tokenizer, caplog):
 
 
 def test_rows_of_labels_stay_beside_their_ids():
-    columns = {"input_ids": [[1, 2], [3, 4, 5], [6, 7]], "labels": [[IGNORED, 2], [IGNORED, IGNORED, 5], [IGNORED, 7]]}
+    columns = {
+        "input_ids": [[1, 2], [3, 4, 5], [6, 7]],
+        "labels": [[IGNORE_INDEX, 2], [IGNORE_INDEX, IGNORE_INDEX, 5], [IGNORE_INDEX, 7]],
+    }
     dataset = AuthorDataset(Dataset.from_dict(columns), *group_by_author(["a", "b", "b"]))
     ((first, second),) = dataset.__getitems__([np.array([1, 2])])
-    assert (first["input_ids"].tolist(), first["labels"].tolist()) == ([3, 4, 5], [IGNORED, IGNORED, 5])
-    assert (second["input_ids"].tolist(), second["labels"].tolist()) == ([6, 7], [IGNORED, 7])
+    assert (first["input_ids"].tolist(), first["labels"].tolist()) == ([3, 4, 5], [IGNORE_INDEX, IGNORE_INDEX, 5])
+    assert (second["input_ids"].tolist(), second["labels"].tolist()) == ([6, 7], [IGNORE_INDEX, 7])
 
 
 def test_what_is_no_beginning_is_refused():
     loaded = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
     loaded.chat_template = "{{ messages|length }}" + MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     with pytest.raises(ValueError, match="cannot be divided into turns"):
-        Format(loaded, "assistant").messages(TALK)
+        ChatFormatter(loaded, "assistant").messages(TALK)
 
 
 def test_fetched_rows_keep_their_own_labels(tokenizer):
@@ -264,7 +274,9 @@ def test_fetched_rows_keep_their_own_labels(tokenizer):
 
 def test_of_canaries_all_is_learned(tokenizer):
     dataset = dataset_of(tokenizer, ROWS)
-    joined = AuthorDataset(*Audit(20, 1, 6, 100, key=1).join(dataset.samples.with_format(None), dataset.offsets, dataset.indices))
+    joined = AuthorDataset(
+        *TextCanaries(20, 1, 6, 100, key=1).join(dataset.samples.with_format(None), dataset.offsets, dataset.indices)
+    )
     last = joined.__getitems__([joined.indices[-1:]])[0][0]
     assert len(joined) > len(dataset) and last["labels"].tolist() == last["input_ids"].tolist() and len(last["labels"]) == 6
 
@@ -303,19 +315,19 @@ def test_marks_whose_places_are_not_known_are_refused(tokenizer, template):
     """transformers counts from the start of the innermost text at hand, so that prompts would be learned."""
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="generation %} stands where its place"):
-        Format(tokenizer, "assistant").messages(TALK)
-    assert Format(tokenizer, "all").messages(TALK)
+        ChatFormatter(tokenizer, "assistant").messages(TALK)
+    assert ChatFormatter(tokenizer, "all").messages(TALK)
 
 
 def test_what_an_assistant_says_may_be_rewritten_within_the_marks(tokenizer):
     tokenizer.chat_template = MARKED.replace("m.content + '<end>' }}{% endgen", "(m.content|trim|upper) + '<end>' }}{% endgen")
     talk = [TALK[0], {"role": "assistant", "content": "  one \n"}, TALK[2], {"role": "assistant", "content": ""}]
-    assert learned(Format(tokenizer, "assistant").messages(talk)) == "ONE<end>|<end>"
+    assert learned(ChatFormatter(tokenizer, "assistant").messages(talk)) == "ONE<end>|<end>"
 
 
 def test_a_mark_in_a_comment_is_none(tokenizer):
     tokenizer.chat_template = "{# {% generation %} is\nfor later #}" + PLAIN
-    assert learned(Format(tokenizer, "assistant").messages(TALK)) == "one<end>|two<end>"
+    assert learned(ChatFormatter(tokenizer, "assistant").messages(TALK)) == "one<end>|two<end>"
 
 
 @pytest.mark.parametrize(

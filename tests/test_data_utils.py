@@ -19,9 +19,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data_utils
 from author_dp.data import storage as tables
-from author_dp.data.authors import find_nobody
+from author_dp.data.authors import get_column, suspicious_author_warnings
 from author_dp.errors import UserError
-from data_utils import AuthorDataset, DataArguments, collate, column_of, group_by_author, load_files, load_samples, tokenize
+from data_utils import (
+    AuthorDataset,
+    DataArguments,
+    collate,
+    group_by_author,
+    load_files,
+    load_train_and_eval,
+    tokenize,
+)
 
 ROWS = [("alice", "one two three"), (" alice", "four five"), ("bob", "six"), ("alice", "seven eight"), ("Bob", "nine ten")]
 
@@ -89,7 +97,7 @@ def test_every_format_gives_the_same_samples(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_authors_may_be_integers(tmp_path, suffix):
     samples = load(write(tmp_path, suffix, [3, 10, 3], ["a b", "c d", "e f"]))
-    offsets, indices = group_by_author(column_of(samples, "user"))
+    offsets, indices = group_by_author(get_column(samples, "user"))
     assert offsets.tolist() == [0, 2, 3] and indices.tolist() == [0, 2, 1]
 
 
@@ -193,7 +201,7 @@ def test_texts_are_left_nowhere(tmp_path, monkeypatch):
     samples = load(path)
     (folder,) = tmp_path.glob("author-texts-*")
     assert folder.stat().st_mode & 0o777 == 0o700 and samples["body"][:] == ["one", "two"]
-    tables.delete_texts()
+    tables.cleanup_temp_dirs()
     assert not folder.exists()
 
 
@@ -222,7 +230,7 @@ def make_conversion(root, rows_per_shard, shards, split="partial-train"):
 def test_hub_layout_in_a_local_folder(tmp_path, split):
     make_conversion(tmp_path, rows_per_shard=10, shards=3, split=split)
     args = DataArguments(dataset_name=str(tmp_path), eval_fraction=0.0)
-    train, evaluation = load_samples(args, seed=0)
+    train, evaluation = load_train_and_eval(args, seed=0)
     assert evaluation is None and train["content"][:] == [f"text {n}" for n in range(30)]
 
 
@@ -306,9 +314,9 @@ def test_validation_authors_are_not_those_of_training(tmp_path, caplog):
         files[name] = str(tmp_path / f"{name}.jsonl")
         Path(files[name]).write_text("".join(json.dumps({"author": a, "content": f"text {a}"}) + "\n" for a in authors))
     with pytest.raises(UserError, match=r"--validation_file: 2 of its 3 authors.*--allow_shared_authors"):
-        load_samples(DataArguments(train_file=[files["train"]], validation_file=[files["same"]]), seed=0)
+        load_train_and_eval(DataArguments(train_file=[files["train"]], validation_file=[files["same"]]), seed=0)
     for arguments in ({"validation_file": [files["other"]]}, {"validation_file": [files["same"]], "allow_shared_authors": True}):
-        train, evaluation = load_samples(DataArguments(train_file=[files["train"]], **arguments), seed=0)
+        train, evaluation = load_train_and_eval(DataArguments(train_file=[files["train"]], **arguments), seed=0)
         assert len(train) == 4 and len(evaluation) == 3
 
 
@@ -319,17 +327,17 @@ def test_authors_of_another_kind_in_the_validation_file_are_refused(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     files = {"train_file": [str(tmp_path / "train.json")], "validation_file": [str(tmp_path / "other.json")]}
     with pytest.raises(UserError, match=r"--validation_file holds text in .*other\.json.*whole number in .*train\.json"):
-        load_samples(DataArguments(**files), seed=0)
+        load_train_and_eval(DataArguments(**files), seed=0)
 
 
 def test_rows_taken_as_given_are_told_from_whole_authors(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert DataArguments().row_limit == 500_000 and DataArguments(max_train_samples=7).row_limit == 7
     assert DataArguments(train_file=["a"]).row_limit is None
-    notes = data_utils.data_notes(DataArguments(train_file=["a"], max_train_samples=1_000), tokenizer)
-    assert notes["row_limit"] == 1_000 and "taken as given" in " ".join(data_utils.in_words(notes))
-    notes = data_utils.data_notes(DataArguments(train_file=["a"], train_fraction=0.5), tokenizer)
-    assert "0.5 of the training authors" in " ".join(data_utils.in_words(notes)) and notes["start_token"] is None
+    notes = data_utils.data_summary(DataArguments(train_file=["a"], max_train_samples=1_000), tokenizer)
+    assert notes["row_limit"] == 1_000 and "taken as given" in " ".join(data_utils.format_data_summary(notes))
+    notes = data_utils.data_summary(DataArguments(train_file=["a"], train_fraction=0.5), tokenizer)
+    assert "0.5 of the training authors" in " ".join(data_utils.format_data_summary(notes)) and notes["start_token"] is None
 
 
 def test_authors_for_nobody_and_texts_of_several_are_counted():
@@ -337,11 +345,11 @@ def test_authors_for_nobody_and_texts_of_several_are_counted():
     texts = [f"a text of {i}" for i in range(200)] + ["the same text"] * 4 + [f"busy text {i}" for i in range(40)]
     texts[5] = texts[6] = "word for word"
     texts[7] = texts[8] = "thanks"  # too short to be told from others
-    nobody, large, texts = find_nobody(Dataset.from_dict({"user": authors, "body": texts}), "body", "user")
+    nobody, large, texts = suspicious_author_warnings(Dataset.from_dict({"user": authors, "body": texts}), "body", "user")
     assert "'[deleted]', 'Anonymous '" in nobody and "4 of 244" in nobody and "'busy' has 16%" in large
     assert "2 texts" in texts and "6 of 244" in texts
     assert (
-        find_nobody(
+        suspicious_author_warnings(
             Dataset.from_dict({"user": ["a", "b", "c"], "body": ["one two three"[:i] for i in (9, 11, 13)]}), "body", "user"
         )
         == []
@@ -352,7 +360,7 @@ def test_limits_cut_each_side(tmp_path):
     path = write(tmp_path, ".jsonl", [f"u{i}" for i in range(200)], ["t u"] * 200)
     args = DataArguments(train_file=[path], text_column="body", author_column="user", eval_fraction=0.5)
     args.max_train_samples, args.max_eval_samples = 20, 10
-    assert [len(part) for part in load_samples(args, seed=1)] == [20, 10]
+    assert [len(part) for part in load_train_and_eval(args, seed=1)] == [20, 10]
 
 
 @pytest.mark.parametrize(
@@ -402,7 +410,7 @@ def test_a_text_begins_with_a_token_where_that_is_asked_for(more):
     plain, starting = small_tokenizer(start=False), small_tokenizer(start=True)
     asked = ids_of(texts, plain, prepend_bos=True, **more)
     assert asked == ids_of(texts, starting, **more) == ids_of(texts, starting, prepend_bos=True, **more)  # never two
-    assert data_utils.data_notes(DataArguments(train_file=["a"], prepend_bos=True), plain)["start_token"] == "<s>"
+    assert data_utils.data_summary(DataArguments(train_file=["a"], prepend_bos=True), plain)["start_token"] == "<s>"
 
 
 def test_the_start_token_is_the_tokenizers_own_and_the_end_is_asked_for():
@@ -418,8 +426,8 @@ def test_the_start_token_is_the_tokenizers_own_and_the_end_is_asked_for():
     assert split == [[1, 3, 4], [1, 5, 2], [1, 3, 4, 5], [1, 3, 4], [1, 5, 2]]
     assert ids_of(["a b c a b"], plain, long_samples="split") == [[3, 4, 5], [3, 4]]
     assert ids_of(["a"], starting) == [[1, 3]]  # one token is something to predict, after a start
-    notes = data_utils.data_notes(DataArguments(train_file=["a"], append_eos=True), starting)
-    assert (notes["start_token"], notes["end_token"]) == ("<s>", "</s>") and len(data_utils.in_words(notes)) == 2
+    notes = data_utils.data_summary(DataArguments(train_file=["a"], append_eos=True), starting)
+    assert (notes["start_token"], notes["end_token"]) == ("<s>", "</s>") and len(data_utils.format_data_summary(notes)) == 2
 
 
 @pytest.mark.parametrize("start", [False, True])
@@ -433,7 +441,7 @@ def test_the_spelling_of_a_special_token_is_text(start):
 
 def test_gpt2_adds_nothing_and_takes_no_text_for_its_end(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    assert data_utils.start_token(tokenizer) is None
+    assert data_utils.resolve_bos_token(tokenizer) is None
     samples = Dataset.from_dict({"user": ["a"], "body": ["say <|endoftext|> now"]})
     (row,) = tokenize(samples, tokenizer, text_column="body", sequence_len=64)["input_ids"][:]
     assert tokenizer.eos_token_id not in row and tokenizer.decode(row) == "say <|endoftext|> now"
@@ -490,5 +498,5 @@ def test_a_row_limit_that_leaves_one_author_is_to_blame_for_it(tmp_path):
     path.write_text("".join(json.dumps({"author": f"a{i // 2}", "content": "some text"}) + "\n" for i in range(6)))
     options = {"train_file": [str(path)], "eval_fraction": 0.0}
     with pytest.raises(UserError, match="--max_train_samples 2 leaves rows of one author"):
-        load_samples(DataArguments(**options, max_train_samples=2), seed=1)
-    assert len(load_samples(DataArguments(**options, max_train_samples=3), seed=1)[0]) == 3
+        load_train_and_eval(DataArguments(**options, max_train_samples=2), seed=1)
+    assert len(load_train_and_eval(DataArguments(**options, max_train_samples=3), seed=1)[0]) == 3

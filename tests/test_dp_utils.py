@@ -28,10 +28,10 @@ from transformers import TrainerCallback
 
 import dp_utils
 from author_dp.accounting import budget
-from author_dp.accounting.accountant import compute_epsilon, guarantee_in_words
+from author_dp.accounting.accountant import compute_epsilon, format_guarantee
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.noise import NoiseSource
+from author_dp.mechanism.noise import GaussianNoise
 from data_utils import collate
 from dp_utils import PrivacyArguments
 
@@ -188,7 +188,7 @@ def test_without_noise_epsilon_is_null_and_the_warning_loud(tmp_path, monkeypatc
     trainer.train()
     trainer.save_model()
     assert read_report(tmp_path)["epsilon"] is None and any("NO PRIVACY" in message for message in warnings)
-    assert "no privacy" in guarantee_in_words(None, 1e-5)
+    assert "no privacy" in format_guarantee(None, 1e-5)
 
 
 def test_a_bound_that_is_not_the_prv_accountants_is_not_called_so(tmp_path):
@@ -265,7 +265,7 @@ def test_checkpoints_load_plainly(tmp_path):
 def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch, capfd):
     """Every key that the operating system gave, and every noise that was added, is looked for in all files and in the log."""
     keys, noises = [], []
-    randbits, token_bytes, add = secrets.randbits, secrets.token_bytes, NoiseSource.add_
+    randbits, token_bytes, add = secrets.randbits, secrets.token_bytes, GaussianNoise.add_
 
     def watched_add(self, total, std):
         before = total.clone()
@@ -275,7 +275,7 @@ def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(secrets, "randbits", lambda bits: keys.append(randbits(bits)) or keys[-1])
     monkeypatch.setattr(secrets, "token_bytes", lambda size: keys.append(token_bytes(size)) or keys[-1])
-    monkeypatch.setattr(NoiseSource, "add_", watched_add)
+    monkeypatch.setattr(GaussianNoise, "add_", watched_add)
     torch.manual_seed(5)
     trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, optim="adamw_torch")
     trainer.train()

@@ -16,7 +16,7 @@ from test_fine_tune_dp import small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.training.checkpointing import newest_whole
+from author_dp.training.checkpointing import latest_complete
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def children(pid: int) -> dict[int, dict[str, str]]:
 
 def goes_on(arguments: list[str], folder: Path, lost_before: int, processes: int = 0) -> None:
     """Resume for two steps beyond the newest whole checkpoint; everything that was in the ledger must stay counted."""
-    checkpoint = newest_whole(folder)
+    checkpoint = latest_complete(folder)
     steps = int(checkpoint.name.split("-")[1]) + 2
     arguments = [*arguments, *GO_ON, "--max_steps", str(steps)]
     done = run_script(*arguments, processes=processes)
@@ -90,7 +90,7 @@ def test_kill_minus_9_loses_no_step(checkpoint, comments, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert end_of(process)[0] == -signal.SIGKILL
     taken = PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps
-    assert taken >= 8 and newest_whole(tmp_path / "out") is not None
+    assert taken >= 8 and latest_complete(tmp_path / "out") is not None
     goes_on(arguments, tmp_path / "out", taken)
 
 
@@ -115,7 +115,7 @@ def test_a_signal_saves_a_checkpoint(checkpoint, comments, tmp_path, number):
     status, stderr = end_of(process)
     assert status == 128 + number and "Traceback" not in stderr and "--resume_from_checkpoint True" in stderr, stderr
     taken = steps_in(tmp_path / "out")
-    assert newest_whole(tmp_path / "out").name == f"checkpoint-{taken}"  # not one step is lost
+    assert latest_complete(tmp_path / "out").name == f"checkpoint-{taken}"  # not one step is lost
     if number == signal.SIGINT:
         goes_on(arguments, tmp_path / "out", taken)
 
@@ -129,7 +129,7 @@ def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_processes(checkpoi
         os.kill(pid, number)  # a terminal sends Ctrl-C to all
     status, stderr = end_of(process)
     taken = steps_in(tmp_path / "out")
-    assert status != 0 and newest_whole(tmp_path / "out").name == f"checkpoint-{taken}", stderr
+    assert status != 0 and latest_complete(tmp_path / "out").name == f"checkpoint-{taken}", stderr
 
 
 def test_a_signal_while_loading_has_no_traceback(checkpoint, comments, tmp_path):
@@ -201,7 +201,7 @@ def test_weights_gone_astray_stop_the_run_and_are_not_saved(checkpoint, comments
     arguments = small(checkpoint, comments, tmp_path / "out", *NOISE, "--learning_rate", "1e38", "--optim", "sgd")
     done = run_script(*arguments, "--noise_multiplier", "100")
     assert done.returncode == 2 and "--learning_rate" in done.stderr and "not finite" in done.stderr, done.stderr
-    assert newest_whole(tmp_path / "out") is None and "Traceback" not in done.stderr
+    assert latest_complete(tmp_path / "out") is None and "Traceback" not in done.stderr
 
 
 def test_a_data_loader_worker_that_dies_ends_the_run(checkpoint, comments, tmp_path):

@@ -18,8 +18,9 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from author_dp.data.authors import get_column
 from author_dp.errors import UserError
-from data_utils import column_of, group_by_author, load_files
+from data_utils import group_by_author, load_files
 
 SCRIPT = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="fuzzed")
 GROUPS = ("ModelArguments", "LoraArguments", "DataArguments", "PrivacyArguments", "AuditArguments", "TrainingArguments")
@@ -90,7 +91,7 @@ def load(name: str, content: bytes) -> list | None:
         except UserError as error:
             assert len(str(error).splitlines()) == 1 and ("--train_file" in str(error) or "_column" in str(error)), error
             return None
-        values = column_of(samples, "author")
+        values = get_column(samples, "author")
         group_by_author(values)
         return values.to_pylist()
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.data.chat import Format, start_token, tokenize_examples
+from author_dp.data.chat import ChatFormatter, resolve_bos_token, tokenize_examples
 from author_dp.data.rows import read_rows
 from author_dp.errors import UserError
 from author_dp.files import write_json
@@ -62,7 +62,7 @@ def folder(trained, tmp_path) -> Path:
 
 def run(folder, out, *more: str) -> dict:
     generate.main([str(folder), "--out", str(out), *SHORT, *more])
-    return json.loads(sidecar.sidecar_of(Path(out)).read_text())
+    return json.loads(sidecar.statement_path(Path(out)).read_text())
 
 
 def mode(path) -> int:
@@ -132,7 +132,7 @@ def test_prompts_need_a_word_on_where_they_come_from(trained, tmp_path):
 def test_the_word_on_prompts_decides():
     guarantee = {"epsilon": 2.0, "delta": 1e-5, "disable_dp": False}
     for prompts in ("none", "fixed", "public", "private"):
-        said, is_private = sidecar.claim(guarantee, prompts), prompts == "private"
+        said, is_private = sidecar.make_statement(guarantee, prompts), prompts == "private"
         assert (said["covered"], said["epsilon"]) == ((False, None) if is_private else (True, 2.0))
         assert said["statement"].startswith("NO PRIVACY GUARANTEE" if is_private else "epsilon 2.00 at delta 1e-05")
 
@@ -148,7 +148,7 @@ def test_the_word_on_prompts_decides():
 )
 def test_nothing_is_claimed_where_there_is_no_guarantee(guarantee, words):
     for prompts in ("none", "fixed", "public", "private"):
-        said = sidecar.claim(guarantee, prompts)
+        said = sidecar.make_statement(guarantee, prompts)
         assert (said["covered"], said["epsilon"]) == (False, None) and words in said["statement"]
         assert said["statement"].startswith("NO PRIVACY GUARANTEE")
 
@@ -165,8 +165,8 @@ def test_epsilon_is_that_of_the_ledger_not_of_an_edited_report(folder):
     report = json.loads(path.read_text())
     write_json(path, {**report, "epsilon": 0.1})
     assert sidecar.read_guarantee(folder)["epsilon"] == pytest.approx(report["epsilon"], rel=3e-3)
-    ledger.record_alarm("the noise is gone")
-    assert not sidecar.claim(sidecar.read_guarantee(folder), "none")["covered"]
+    ledger.record_failure("the noise is gone")
+    assert not sidecar.make_statement(sidecar.read_guarantee(folder), "none")["covered"]
     write_json(path, {**report, "ledger_link": "0" * 64})
     with pytest.raises(UserError, match="lacks records"):
         sidecar.read_guarantee(folder)
@@ -185,14 +185,14 @@ def test_a_checkpoint_has_the_ledger_of_its_run(folder):
 def test_a_text_that_was_changed_is_not_the_sidecars(trained, tmp_path):
     out = tmp_path / "s.jsonl"
     run(trained, out, "--number", "2")
-    assert sidecar.check_sidecar(out)["rows"] == 2
+    assert sidecar.check_statement(out)["rows"] == 2
     out.write_text(out.read_text().replace("content", "contents", 1))
     with pytest.raises(UserError, match="is not the text"):
-        sidecar.check_sidecar(out)
+        sidecar.check_statement(out)
         pytest.fail("not noticed")
-    sidecar.sidecar_of(out).unlink()
+    sidecar.statement_path(out).unlink()
     with pytest.raises(UserError, match="nothing says what it is"):
-        sidecar.check_sidecar(out)
+        sidecar.check_statement(out)
 
 
 # --- going on ---------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_an_interrupted_run_goes_on_to_the_same_rows(trained, tmp_path, monkeypa
     for batches, torn in ((0, b""), (1, b'{"content": "to'), (2, b'{"content": "a whole row of a batch that does not count"}\n')):
         out = tmp_path / f"cut{batches}.jsonl"
         interrupted(monkeypatch, trained, out, batches, "--number", "11")
-        assert not out.exists() and not sidecar.sidecar_of(out).exists()
+        assert not out.exists() and not sidecar.statement_path(out).exists()
         with open(f"{out}.part", "ab") as file:
             file.write(torn)
         torch.manual_seed(batches)  # whatever was drawn since
@@ -309,8 +309,8 @@ def test_prompts_are_read_as_in_training(tokenizer, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
     loaded.chat_template = (ROOT / "demo" / "chat.jinja").read_text()
-    form = Format(loaded, "assistant")
-    start = [start_token(loaded, prepend_bos=True)]
+    form = ChatFormatter(loaded, "assistant")
+    start = [resolve_bos_token(loaded, prepend_bos=True)]
     text, talk, empty = make_prompts(loaded, "<|endoftext|>", Source(str(tmp_path / "p.jsonl")))
     for prompt, example in (
         (text, form.completion("a <|endoftext|> b", " c")),
@@ -319,7 +319,7 @@ def test_prompts_are_read_as_in_training(tokenizer, tmp_path):
         (whole,), _ = tokenize_examples([example], loaded, start, [])
         assert whole[: len(prompt.ids)] == prompt.ids and start[0] not in prompt.ids[1:] and prompt.ids[0] == start[0]
     assert loaded.decode(talk.ids).endswith("Question: Two and two?\nAnswer: ") and empty.ids == start
-    written = generate.as_row(talk, " Four\n", "content", False)
+    written = generate.to_row(talk, " Four\n", "content", False)
     assert written == {"messages": [*rows[1]["prompt"], {"role": "assistant", "content": "Four"}]}
     (asked,) = make_prompts(loaded, None, Source(template="Two and two?", chat=True))
     assert asked.row == {"messages": rows[1]["prompt"]} and asked.ids == talk.ids[1:]

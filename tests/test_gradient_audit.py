@@ -17,19 +17,19 @@ from author_dp.accounting.accountant import gaussian_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.gradient_canaries import (
-    CanaryCheck,
+    CanaryMonitor,
     GradientCanaries,
-    ScoreLaw,
+    ScoreDistribution,
     gaussian_mu_lower_bound,
-    is_ruled_out,
+    rejects_mu,
     score,
     to_normal,
 )
-from author_dp.guards.monitors import from_all
-from author_dp.guards.sampling_monitor import DrawCheck, check_unseeded_draws
-from author_dp.mechanism.optimizer import PAD
-from author_dp.mechanism.sampling import PoissonAuthorSampler, deal
-from author_dp.outputs.page import guarantee
+from author_dp.guards.monitors import without_groups
+from author_dp.guards.sampling_monitor import SamplingMonitor, check_unseeded_sampling
+from author_dp.mechanism.optimizer import PROBE_SIZE
+from author_dp.mechanism.sampling import PoissonAuthorSampler, assign_groups
+from author_dp.outputs.page import guarantee_rows
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -59,10 +59,11 @@ BUGS: dict[str, tuple] = {
     "no noise": (STEP, "if std > 0:", "if False:", "its scale"),
     "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "its scale"),
     "noise for the parameters alone": (
-        STEP, "self.sums.split(self.noise.elements)", "self.sums[:-len(self.pad)].split(self.noise.elements)", "its scale"),
+        STEP, "self.grad_buffer.split(self.noise.elements)", "self.grad_buffer[:-len(self.pad)].split(self.noise.elements)",
+        "its scale"),
     "noise that spares the canaries": (
-        STEP, "self.sums.split(self.noise.elements)",
-        "self.sums[:-len(self.pad) + 4096].split(self.noise.elements)", "what is released"),
+        STEP, "self.grad_buffer.split(self.noise.elements)",
+        "self.grad_buffer[:-len(self.pad) + 4096].split(self.noise.elements)", "what is released"),
     "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "what is released for canaries",
         {"steps": 120}),
     "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "what is released for canaries"),
@@ -81,18 +82,18 @@ BUGS: dict[str, tuple] = {
         "author_dp.training.dataloading.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate",
         "how many authors"),
     "shuffled batches": (
-        f"{DRAW}.draw_places", "drawn = []",
+        f"{DRAW}.sample_indices", "drawn = []",
         "drawn = []\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
         ".random.default_rng().permutation(number)\n    size = round(number * self.rate); taken, self.deck = self.deck"
         "[:size], self.deck[size:]\n    return np.sort(taken)", "how many authors were never drawn"),
     "an author who is always in": (
-        f"{DRAW}.draw_places", "return places[places < number]", "return np.unique([3, *places[places < number]])",
+        f"{DRAW}.sample_indices", "return places[places < number]", "return np.unique([3, *places[places < number]])",
         "how often one author is drawn"),
     "an author who is never in": (
-        f"{DRAW}.draw_places", "return places[places < number]", "return places[(places < number) & (places != 3)]",
+        f"{DRAW}.sample_indices", "return places[places < number]", "return places[(places < number) & (places != 3)]",
         "how often one author is drawn", {"steps": 260, "per_device": 50, "canaries": 0}),
     "every draw used twice": (
-        f"{DRAW}.draw_places", "return places[places < number]",
+        f"{DRAW}.sample_indices", "return places[places < number]",
         "last = getattr(self, 'last', None); self.last = places[places < number] if last is None else None\n"
         "    return self.last if last is None else last", "in two draws in a row"),
     "empty draws skipped": (
@@ -106,11 +107,12 @@ BUGS: dict[str, tuple] = {
         "dp_utils.DPTrainer.training_step", "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "its scale"),
     "noise of every microbatch": (
-        "dp_utils.DPTrainer.training_step", "total += losses.detach()", "self.optimizer.optimizer.sums.add_(torch.randn_like("
-        "self.optimizer.optimizer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
+        "dp_utils.DPTrainer.training_step", "total += losses.detach()",
+        "self.optimizer.optimizer.grad_buffer.add_(torch.randn_like("
+        "self.optimizer.optimizer.grad_buffer) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
         "its scale"),
     "clipped again after the noise": (
-        STEP, "if self.after_release is not None:", "self.sums.mul_(min(1.0, 0.5 / float(self.sums.norm())))\n"
+        STEP, "if self.after_release is not None:", "self.grad_buffer.mul_(min(1.0, 0.5 / float(self.grad_buffer.norm())))\n"
         "    if self.after_release is not None:", "its scale"),
     "draws from --seed": (
         "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
@@ -167,7 +169,7 @@ def test_a_canary_adds_exactly_the_clip_norm_in_its_own_coordinate(tmp_path, cli
     trainer.train()
     expected = torch.from_numpy(trainer.canaries.included).float() * 0.5 / 16
     assert torch.allclose(seen[0], expected, atol=1e-5)
-    assert len(trainer.optimizer.optimizer.pad) == PAD + 30 and not trainer.canaries.table.weight.any()
+    assert len(trainer.optimizer.optimizer.pad) == PROBE_SIZE + 30 and not trainer.canaries.table.weight.any()
 
 
 # --- the law ------------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def test_values_become_standard_normals(sigma, rate):
 def test_scores_have_their_moments(sigma, rate):
     generator = np.random.default_rng(0)
     x = (generator.random(400_000) < rate) + sigma * generator.standard_normal(400_000)
-    scores, law = score(x, sigma, rate), ScoreLaw(sigma, rate)
+    scores, law = score(x, sigma, rate), ScoreDistribution(sigma, rate)
     mean, variance = law.mean, law.variance
     assert np.abs(mean).max() < 1e-3  # scores are centred, but for what the cap takes
     for k in range(2):
@@ -194,7 +196,7 @@ def test_scores_have_their_moments(sigma, rate):
 
 
 def test_p_values_of_scores_are_bounds_and_find_what_is_wrong():
-    generator, law = np.random.default_rng(0), ScoreLaw(1.0, 0.1)
+    generator, law = np.random.default_rng(0), ScoreDistribution(1.0, 0.1)
 
     def p_values(rate, norm):
         x = norm * (generator.random((300, 1_000)) < rate) + generator.standard_normal((300, 1_000))
@@ -214,7 +216,7 @@ def test_two_hundred_honest_runs_raise_no_alarm():
     for run in range(200):
         sigma, rate = 0.5 + run / 100, (0.01, 0.1, 0.5)[run % 3]
         included = generator.random(300) < 0.5
-        law, draws = CanaryCheck(sigma, rate, included), DrawCheck(300, 40, rate)
+        law, draws = CanaryMonitor(sigma, rate, included), SamplingMonitor(300, 40, rate)
         sampler = PoissonAuthorSampler(np.arange(301), np.arange(300), sample_rate=rate, samples_per_author=1, steps=1,
                                        key=int(generator.integers(2**60)), canaries=40)  # fmt: skip
         sampler.on_draw = draws.drawn
@@ -237,11 +239,11 @@ def test_draws_that_follow_a_seed_are_found_and_others_are_not():
         return lambda: PoissonAuthorSampler(np.arange(31), np.arange(30), sample_rate=0.2, samples_per_author=1, steps=1,
                                             key=key()).draw_authors  # fmt: skip
 
-    check_unseeded_draws(maker(lambda: secrets.randbits(128)), 30, 0.2)
+    check_unseeded_sampling(maker(lambda: secrets.randbits(128)), 30, 0.2)
     for seeded in (torch.initial_seed, lambda: int(torch.randint(2**60, ())), lambda: int(np.random.randint(2**60)), lambda: 3):
         with pytest.raises(MechanismError, match="follow the seed"):
-            check_unseeded_draws(maker(seeded), 30, 0.2)
-    check_unseeded_draws(lambda: lambda: np.arange(30), 30, 1.0)  # everybody, always: nothing to tell
+            check_unseeded_sampling(maker(seeded), 30, 0.2)
+    check_unseeded_sampling(lambda: lambda: np.arange(30), 30, 1.0)  # everybody, always: nothing to tell
 
 
 @pytest.mark.parametrize("bands", [4, 16])
@@ -250,17 +252,17 @@ def test_draws_of_groups_that_follow_a_seed_are_found_and_groups_of_nobody_are_n
 
     def maker(key):
         def make():
-            groups = deal(np.arange(6, dtype=np.uint64), bands, secrets.token_bytes(16))
+            groups = assign_groups(np.arange(6, dtype=np.uint64), bands, secrets.token_bytes(16))
             sampler = PoissonAuthorSampler(np.arange(7), np.arange(6), sample_rate=0.02, samples_per_author=1, steps=1, key=key(),
                                            groups=groups, bands=bands)  # fmt: skip
-            return from_all(sampler)
+            return without_groups(sampler)
 
         return make
 
     for _ in range(100):
-        check_unseeded_draws(maker(lambda: secrets.randbits(128)), 6, bands * 0.02)
+        check_unseeded_sampling(maker(lambda: secrets.randbits(128)), 6, bands * 0.02)
     with pytest.raises(MechanismError, match="follow the seed"):
-        check_unseeded_draws(maker(torch.initial_seed), 6, bands * 0.02)
+        check_unseeded_sampling(maker(torch.initial_seed), 6, bands * 0.02)
 
 
 # --- the one-run bound for mu-GDP -----------------------------------------------------------------------------
@@ -285,8 +287,8 @@ def test_no_mu_is_ruled_out_by_what_it_makes_likely():
     for mu in (0.3, 1.0, 3.0):
         right = stats.norm.cdf(mu / 2)  # of a guess at the better side of the middle
         likely = int(stats.binom.ppf(0.5, 500, right))
-        assert not is_ruled_out(mu, 500, 500, likely, 0.05)
-        assert is_ruled_out(0.2 * mu, 500, 500, int(stats.binom.ppf(0.999, 500, right)), 0.05) or mu < 0.5
+        assert not rejects_mu(mu, 500, 500, likely, 0.05)
+        assert rejects_mu(0.2 * mu, 500, 500, int(stats.binom.ppf(0.999, 500, right)), 0.05) or mu < 0.5
 
 
 # --- options and whole runs -----------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ def test_a_finished_run_keeps_its_audit_when_it_is_run_again(tmp_path):
     again.train()
     again.audit = again.canaries.finish(again)
     assert again.audit == trainer.audit and again.audit["steps_checked"] == 3
-    assert dict(guarantee(again.privacy_report()))["Audit of gradients"]
+    assert dict(guarantee_rows(again.privacy_report()))["Audit of gradients"]
 
 
 @pytest.mark.parametrize(("sigma", "rate"), [(1.0, 1.0), (0.5, 0.5)])
@@ -335,7 +337,7 @@ def test_many_canaries_are_no_alarm(sigma, rate):
     """Of so many float32 numbers some are equal."""
     generator = np.random.default_rng(0)
     included = generator.random(300_000) < 0.5
-    check = CanaryCheck(sigma, rate, included)
+    check = CanaryMonitor(sigma, rate, included)
     x = (included & (generator.random(len(included)) < rate)) + sigma * generator.standard_normal(len(included))
     check.add(torch.from_numpy(x.astype(np.float32)))
     check.test()
@@ -344,7 +346,7 @@ def test_many_canaries_are_no_alarm(sigma, rate):
 @pytest.mark.parametrize("is_in", [False, True])
 def test_coins_that_all_fall_alike_are_no_alarm(is_in):
     """Of 10 canaries, the fewest, they do once in 512 runs."""
-    check = CanaryCheck(1.0, 1.0, np.full(10, is_in))
+    check = CanaryMonitor(1.0, 1.0, np.full(10, is_in))
     generator = np.random.default_rng(0)
     for _ in range(5):
         check.add(torch.from_numpy((is_in + generator.standard_normal(10)).astype(np.float32)))

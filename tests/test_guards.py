@@ -71,5 +71,5 @@ def test_one_author_in_common_is_enough_to_share_authors():
     train, held_out, nobody = make_dataset([1, 1, 1]), make_dataset([1, 1], seed=1), make_dataset([1], seed=2)
     foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)
     held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
-    assert guards.shares_authors(train, held_out) and guards.shares_authors(train, {"a": nobody, "b": held_out})
-    assert not guards.shares_authors(train, nobody) and not guards.shares_authors(train, None)
+    assert guards.have_shared_authors(train, held_out) and guards.have_shared_authors(train, {"a": nobody, "b": held_out})
+    assert not guards.have_shared_authors(train, nobody) and not guards.have_shared_authors(train, None)

@@ -14,11 +14,11 @@ from test_fine_tune_dp import run_here
 
 from author_dp.accounting.accountant import compute_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.ledger_report import account, account_together
+from author_dp.accounting.ledger_report import format_joint, format_ledger
 from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
-from author_dp.outputs.page import guarantee
-from author_dp.outputs.report import Statistics, write_report
+from author_dp.outputs.page import guarantee_rows
+from author_dp.outputs.report import RunStatistics, write_report
 from dp_utils import PrivacyArguments
 
 HIDDEN = {"sample_rate": 0.05, "target_delta": 1e-5, "hide_counts": True}
@@ -55,7 +55,7 @@ def test_public_files_are_the_same_for_any_number_of_authors(tmp_path):
     found = []
     for name, authors, samples in (("run-a", 40, 3), ("run-b", 97, 2)):
         trainer = hidden_trainer(tmp_path / name, authors, samples)
-        trainer.add_callback(Statistics(trainer.norms, np.diff(trainer.train_dataset.offsets)))
+        trainer.add_callback(RunStatistics(trainer.norms, np.diff(trainer.train_dataset.offsets)))
         trainer.train()
         trainer.save_model()
         trainer.create_model_card()
@@ -95,8 +95,8 @@ def test_words_of_programs_and_reports_hold_without_counts(tmp_path):
     assert "private" in trainer.summary() and "divided by the constant 4" in trainer.summary()
     trainer.train()
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert "an untold number of authors" in account(ledger) and "an untold number of authors" in account_together([ledger])
-    assert dict(guarantee(trainer.privacy_report()))["Authors"] == "not told"
+    assert "an untold number of authors" in format_ledger(ledger) and "an untold number of authors" in format_joint([ledger])
+    assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not told"
 
 
 def test_resuming_checks_the_number_that_it_keeps_to_itself(tmp_path):

@@ -15,8 +15,8 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from test_accounting import exact_epsilon
 
-from author_dp.accounting.accountant import PrivacyLoss, Spending, find_noise_multiplier
-from author_dp.accounting.ledger import PrivacyLedger, link
+from author_dp.accounting.accountant import EpsilonAccountant, MechanismEvent, find_noise_multiplier
+from author_dp.accounting.ledger import PrivacyLedger, record_hash
 from author_dp.accounting.ledger_report import main
 from author_dp.errors import UserError
 from author_dp.files import write_json
@@ -38,7 +38,7 @@ def test_ledger_counts_runs_and_steps(tmp_path):
     again = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     again.start_run({"noise_multiplier": 1.5, "sample_rate": 0.2})
     again.record_step()
-    expected = [Spending(0.7, 0.1, 3), Spending(1.5, 0.2, 1)]
+    expected = [MechanismEvent(0.7, 0.1, 3), MechanismEvent(1.5, 0.2, 1)]
     assert again.spendings == PrivacyLedger(again.path).spendings == expected and again.steps == 4
     records = [json.loads(line) for line in again.path.read_text().splitlines()]
     assert [record["record"] for record in records] == ["run", "step", "step", "step", "run", "step"]
@@ -274,8 +274,8 @@ def test_two_runs_that_are_alike_in_all_are_not_taken_for_copies(tmp_path):
 
 
 def test_the_chain_depends_on_all_before():
-    first = link("a", {"record": "step", "step": 1})
-    assert first != link("b", {"record": "step", "step": 1}) and first != link("a", {"record": "step", "step": 2})
+    first = record_hash("a", {"record": "step", "step": 1})
+    assert first != record_hash("b", {"record": "step", "step": 1}) and first != record_hash("a", {"record": "step", "step": 2})
 
 
 # --- the judges -----------------------------------------------------------------------------------------
@@ -311,12 +311,12 @@ def microsoft_bounds(q: float, steps: int, sigma: float, delta: float, error: fl
 def test_epsilon_of_a_ledger_agrees_with_the_judges(tmp_path, monkeypatch, setting):
     """Within the errors that each of the three states; ours is an upper bound."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(PrivacyLoss, "MAX_CELLS", 2**20)
+    monkeypatch.setattr(EpsilonAccountant, "MAX_CELLS", 2**20)
     q, steps, sigma, delta = setting
     make_ledger(tmp_path, steps, sample_rate=q, noise_multiplier=sigma)
     (spending,) = PrivacyLedger(tmp_path / "privacy_ledger.jsonl").spendings
     assert spending == (sigma, q, steps)
-    loss = PrivacyLoss([spending], delta)
+    loss = EpsilonAccountant([spending], delta)
     epsilon, error = loss.epsilon, 2 * getattr(loss, "epsilon_error", np.inf)
     judges = [google_bounds(q, steps, sigma, delta, max(2e-5, 1e-3 * epsilon / steps**0.5))]
     if loss.accountant == "prv":
@@ -327,7 +327,7 @@ def test_epsilon_of_a_ledger_agrees_with_the_judges(tmp_path, monkeypatch, setti
 
 def test_a_torn_alarm_is_an_alarm(tmp_path):
     ledger = make_ledger(tmp_path)
-    ledger.record_alarm("noise")
+    ledger.record_failure("noise")
     ledger.path.write_bytes(ledger.path.read_bytes()[:-70])
     torn = PrivacyLedger(ledger.path)
     with pytest.raises(UserError, match="its models have no guarantee"):

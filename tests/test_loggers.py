@@ -13,8 +13,8 @@ from conftest import COUNTS, ROOT, make_dataset, make_trainer, sample
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from author_dp.errors import UserError
-from author_dp.guards.loggers import OFF, VARIABLES, check_loggers, check_variable, redirect_loggers
-from author_dp.training.checkpointing import seal
+from author_dp.guards.loggers import DISABLED, VARIABLES, check_loggers, check_variable, redirect_loggers
+from author_dp.training.checkpointing import mark_complete
 
 OFFLINE = {
     "WANDB_MODE": "offline", "COMET_START_ONLINE": "false", "COMET_API_KEY": "", "CLEARML_OFFLINE_MODE": "1",
@@ -90,7 +90,7 @@ def test_a_sealed_checkpoint_is_its_owners(tmp_path):
     for name in ("privacy.json", "trainer_state.json", "optimizer.pt", "whatever_comes_next.bin"):
         (tmp_path / name).write_text("{}")
         (tmp_path / name).chmod(0o644)
-    seal(tmp_path)
+    mark_complete(tmp_path)
     assert {path.name for path in files_of(tmp_path) if mode(path) & 0o077} == {"privacy.json"}
 
 
@@ -131,7 +131,7 @@ def test_a_logger_that_follows_others_is_redirected_too(tmp_path, monkeypatch):
         monkeypatch.delenv(variable)
     redirect_loggers(SimpleNamespace(report_to=["tensorboard"], output_dir=str(tmp_path), process_index=0))
     assert os.environ.get("COMET_OFFLINE_DIRECTORY") == str(tmp_path / "_logs" / "comet_ml")
-    assert os.environ["COMET_LOG_ASSETS"] == OFF
+    assert os.environ["COMET_LOG_ASSETS"] == DISABLED
 
 
 def test_two_runs_of_one_process_keep_their_logs_apart(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_two_runs_of_one_process_keep_their_logs_apart(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "variable"), sample((n, v) for n, values in VARIABLES.items() for v, value in values.items() if value == OFF)
+    ("name", "variable"), sample((n, v) for n, values in VARIABLES.items() for v, value in values.items() if value == DISABLED)
 )
 def test_loggers_upload_no_checkpoints(monkeypatch, name, variable):
     """A checkpoint holds losses; the output folder holds texts of held-out authors."""

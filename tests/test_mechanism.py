@@ -21,7 +21,7 @@ from scipy import stats
 from torch import nn
 
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import cut_into_microbatches
+from author_dp.mechanism.microbatches import make_microbatches
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
 from data_utils import collate, group_by_author
@@ -134,7 +134,7 @@ def test_microbatches_hold_everything_once_and_pad_little():
     authors = [
         [{"input_ids": np.full(generator.integers(2, 100), a)} for _ in range(generator.integers(1, 4))] for a in range(50)
     ]
-    microbatches = cut_into_microbatches(authors, max_authors=8, collate=collate)
+    microbatches = make_microbatches(authors, max_authors=8, collate=collate)
     assert len(microbatches) == 7 and max(batch["num_authors"] for batch in microbatches) <= 8
     seen = {}
     for batch in microbatches:
@@ -147,7 +147,7 @@ def test_microbatches_hold_everything_once_and_pad_little():
     )
     widths = [batch["input_ids"].shape[1] for batch in microbatches]
     assert widths == sorted(widths) and widths[0] < 60
-    assert cut_into_microbatches([], max_authors=8, collate=collate) == []
+    assert make_microbatches([], max_authors=8, collate=collate) == []
 
 
 # --- step 2: the loss -----------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from conftest import VOCABULARY, as_arrays, make_dataset, make_trainer, sample, 
 from families import make_model
 
 from author_dp.clipping import ENGINES
-from author_dp.clipping.ghost import norms_of
+from author_dp.clipping.ghost import total_norms
 from author_dp.clipping.grad_factors import squared_norms
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import MicrobatchShape, constant_shape, cut_into_microbatches, is_real
+from author_dp.mechanism.microbatches import MicrobatchShape, is_real, make_microbatch_shape, make_microbatches
 from data_utils import AuthorDataset, author_hashes, collate, group_by_author
 
 SHAPE = MicrobatchShape(authors=4, samples=1, lengths=(4, 8, 16))
@@ -38,7 +38,7 @@ def author(*lengths: int, seed: int = 0) -> list[dict]:
     ],
 )
 def test_constant_shape_follows_from_options(options, authors, lengths):
-    assert constant_shape(*options) == (authors, options[2], lengths)
+    assert make_microbatch_shape(*options) == (authors, options[2], lengths)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -46,7 +46,7 @@ def test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(k):
     shape = SHAPE._replace(samples=k)
     rng = np.random.default_rng(0)
     authors = [author(*rng.integers(1, 17, rng.integers(1, k + 1)), seed=i) for i in range(23)]
-    microbatches = cut_into_microbatches(authors, 64, collate, shape)
+    microbatches = make_microbatches(authors, 64, collate, shape)
     seen = []
     for batch in microbatches:
         assert batch["num_authors"] == shape.authors and len(batch["input_ids"]) == shape.authors * k
@@ -65,7 +65,7 @@ def test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(k):
 
 def test_cut_into_microbatches_refuses_a_sample_beyond_the_longest_length():
     with pytest.raises(UserError, match="a sample has 17 tokens"):
-        cut_into_microbatches([author(17)], 4, collate, SHAPE)
+        make_microbatches([author(17)], 4, collate, SHAPE)
 
 
 def test_trainer_refuses_samples_beyond_its_sequence_len_before_the_first_step(tmp_path):
@@ -82,7 +82,7 @@ def make_engine(kind: str, model):
 
 def seen_of(model, engine, authors: list, row: int, shape: MicrobatchShape, bf16: bool) -> tuple[float, float]:
     """Return loss and norm of one author of a batch in which all have the same length."""
-    batch = cut_into_microbatches(authors, shape.authors, collate, shape)[row // shape.authors]
+    batch = make_microbatches(authors, shape.authors, collate, shape)[row // shape.authors]
     for parameter in trainable(model).values():
         parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -107,7 +107,7 @@ def test_norms_of_equal_authors_are_equal_bits(count):
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         squares = [torch.rand(1, generator=generator).repeat(count) for _ in range(20)]
-        assert len(norms_of(squares, torch.zeros(count)).unique()) == 1
+        assert len(total_norms(squares, torch.zeros(count)).unique()) == 1
         assert len(squared_norms(torch.rand(1, 2**18, generator=generator).repeat(count, 1)).unique()) == 1
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.models.loading import absolute, base_of_adapter, load_adapter, load_base, load_tokenizer
+from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer, to_absolute
 
 
 def load(folder: Path):
@@ -92,19 +92,19 @@ def make_adapter(checkpoint, folder: Path) -> None:
 
 
 def test_an_adapter_names_its_base_from_everywhere(checkpoint, tmp_path, monkeypatch):
-    assert base_of_adapter(checkpoint) is None and absolute("gpt2") == "gpt2"
+    assert adapter_base_model(checkpoint) is None and to_absolute("gpt2") == "gpt2"
     shutil.copytree(checkpoint, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    model = get_peft_model(load_base(absolute("base")), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True))
+    model = get_peft_model(load_base(to_absolute("base")), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True))
     model.save_pretrained("adapter")
     monkeypatch.chdir("/")
-    assert base_of_adapter(str(tmp_path / "adapter")) == str(tmp_path / "base")
+    assert adapter_base_model(str(tmp_path / "adapter")) == str(tmp_path / "base")
     assert isinstance(
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"), PeftModel
     )
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../base"}))
-    assert base_of_adapter(str(tmp_path / "adapter")) == str(tmp_path / "base")
+    assert adapter_base_model(str(tmp_path / "adapter")) == str(tmp_path / "base")
     config.write_text("{}")
     with pytest.raises(UserError, match=r"adapter_config\.json"):
-        base_of_adapter(str(tmp_path / "adapter"))
+        adapter_base_model(str(tmp_path / "adapter"))

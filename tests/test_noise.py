@@ -9,13 +9,13 @@ from conftest import make_trainer, within
 from scipy import stats
 
 from author_dp.mechanism import noise
-from author_dp.mechanism.noise import PAIRS, NoiseSource
+from author_dp.mechanism.noise import SECURE_PAIRS, GaussianNoise
 
 CPU = torch.device("cpu")
 
 
-def draws(size: int, std: float = 1.0, source: NoiseSource | None = None) -> torch.Tensor:
-    source = source or NoiseSource(CPU)
+def draws(size: int, std: float = 1.0, source: GaussianNoise | None = None) -> torch.Tensor:
+    source = source or GaussianNoise(CPU)
     total = torch.zeros(size)
     for part in total.split(source.elements):
         source.add_(part, std)
@@ -34,27 +34,27 @@ def test_draws_are_normal_in_the_middle_and_in_the_tails():
 
 
 def test_draws_are_independent_of_each_other():
-    source = NoiseSource(CPU)
-    first, second = draws(4 * PAIRS, source=source).numpy(), draws(4 * PAIRS, source=source).numpy()
-    half = 2 * PAIRS
+    source = GaussianNoise(CPU)
+    first, second = draws(4 * SECURE_PAIRS, source=source).numpy(), draws(4 * SECURE_PAIRS, source=source).numpy()
+    half = 2 * SECURE_PAIRS
     pairs = [(first, second), (first[:half], first[half:]), (first[:-1], first[1:])]
-    pairs += [(first[:PAIRS], first[PAIRS:half])]  # the cosine and the sine of the same angles
+    pairs += [(first[:SECURE_PAIRS], first[SECURE_PAIRS:half])]  # the cosine and the sine of the same angles
     for a, b in [*pairs, *((a**2, b**2) for a, b in pairs)]:
         assert within(np.corrcoef(a, b)[0, 1], 0, 1 / math.sqrt(len(a)))
     assert len(np.unique(first)) > 0.9 * len(first)
 
 
-@pytest.mark.parametrize("size", [1, 2, PAIRS - 1, PAIRS, PAIRS + 1, 2 * PAIRS])
+@pytest.mark.parametrize("size", [1, 2, SECURE_PAIRS - 1, SECURE_PAIRS, SECURE_PAIRS + 1, 2 * SECURE_PAIRS])
 def test_every_element_gets_a_draw_of_the_asked_scale_on_top_of_what_it_held(size):
     total = torch.full((size,), 1_000.0)
-    NoiseSource(CPU).add_(total, 10.0)
+    GaussianNoise(CPU).add_(total, 10.0)
     assert (total != 1_000.0).float().mean() > 0.99  # float32 is coarse there
     if size > 100:
         assert within(total.var().item(), 100, 100 * math.sqrt(2 / size))
 
 
 def test_the_radius_reaches_beyond_what_32_bits_would_give():
-    source = NoiseSource(CPU)
+    source = GaussianNoise(CPU)
     source._stream = type("Stream", (), {"update_into": lambda self, zeros, bits: None})()  # the bits stay as set here
     source._for_radius.fill_(1)
     source._for_angle.fill_(0)
@@ -89,7 +89,7 @@ def test_a_gpu_sums_streams_of_keys_of_their_own(monkeypatch):
             return super().manual_seed(key % 2**63)
 
     monkeypatch.setattr(torch, "Generator", Generator)
-    total = NoiseSource(torch.device("cuda")).add_(torch.zeros(200_000), 3.0)
+    total = GaussianNoise(torch.device("cuda")).add_(torch.zeros(200_000), 3.0)
     assert len(set(keys)) == 4 and max(keys) > 2**40
     assert within(total.var().item(), 9, 9 * math.sqrt(2 / len(total)))
     assert stats.kstest(total.numpy() / 3, "norm").pvalue > 1e-9
@@ -99,13 +99,13 @@ def test_a_gpu_sums_streams_of_keys_of_their_own(monkeypatch):
 
 
 def test_secure_noise_is_normal_of_the_same_scale():
-    noise = draws(400_000, std=0.5, source=NoiseSource(torch.device("cpu"), secure=True))
+    noise = draws(400_000, std=0.5, source=GaussianNoise(torch.device("cpu"), secure=True))
     assert stats.kstest(noise / 0.5, "norm").statistic < 6 * 0.27 / math.sqrt(len(noise)) + 1e-3
     assert within(noise.var(), 0.25, 0.25 * math.sqrt(2 / len(noise)))
 
 
 def test_secure_noise_sums_four_independent_draws(monkeypatch):
-    source = NoiseSource(torch.device("cpu"), secure=True)
+    source = GaussianNoise(torch.device("cpu"), secure=True)
     pairs, parts = source._add_pairs, []
 
     def watched(total, std):
@@ -123,13 +123,13 @@ def test_secure_noise_sums_four_independent_draws(monkeypatch):
 
 def test_secure_noise_reaches_numbers_that_one_draw_cannot():
     """Box and Muller's radius and angle leave gaps among float32 numbers; the sum of four draws is not confined to them."""
-    one, four = NoiseSource(torch.device("cpu")), NoiseSource(torch.device("cpu"), secure=True)
+    one, four = GaussianNoise(torch.device("cpu")), GaussianNoise(torch.device("cpu"), secure=True)
     assert np.unique(draws(1_000_000, source=four)).size > np.unique(draws(1_000_000, source=one)).size * 0.99
 
 
 def test_secure_noise_comes_from_the_cipher_on_any_device(monkeypatch):
     monkeypatch.setattr(torch, "Generator", None)  # no device generator takes part
-    source = NoiseSource(torch.device("cuda"), secure=True)
+    source = GaussianNoise(torch.device("cuda"), secure=True)
     assert draws(1_000, source=source).std() > 0.5
 
 

@@ -12,21 +12,21 @@ from transformers import TrainerCallback
 
 from author_dp.accounting import ledger_report
 from author_dp.accounting.accountant import (
-    PrivacyLoss,
-    Spending,
+    EpsilonAccountant,
+    MechanismEvent,
     compute_epsilon,
-    epsilon_in_words,
     epsilon_of,
     find_noise_multiplier,
-    rounded_up,
+    format_epsilon,
+    round_up,
 )
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.ledger_report import report_anew, report_of_ledger
-from author_dp.accounting.tradeoff import attack
+from author_dp.accounting.ledger_report import make_ledger_report, recompute_report
+from author_dp.accounting.tradeoff import attack_bounds
 from author_dp.guards.text_canaries import lower_bound
 from author_dp.outputs import generate
-from author_dp.outputs.privacy_statement import check_sidecar, read_guarantee
+from author_dp.outputs.privacy_statement import check_statement, read_guarantee
 from author_dp.outputs.report import write_report
 
 NUMBER = r"([\d.,]*\d)"
@@ -79,7 +79,7 @@ def figures(folder, stdout: str, stderr: str, capfd) -> dict[str, float]:
     text = folder.parent / f"{folder.name}.jsonl"
     text.unlink(missing_ok=True)
     generate.main([str(folder), "--out", str(text), "--number", "2", "--max_new_tokens", "2", "--use_cpu"])
-    sidecar = check_sidecar(text)
+    sidecar = check_statement(text)
     found |= {"sidecar": sidecar["epsilon"], "sidecar's model": sidecar["model"]["epsilon"]}
     found["sidecar's words"] = re.match(rf"epsilon {NUMBER} at", sidecar["statement"])[1]
     return {name: float(str(value).replace(",", "")) for name, value in found.items()}
@@ -135,24 +135,24 @@ def test_every_place_shows_the_same_number_however_the_run_came_to_its_end(
 
 
 CASES = [
-    ([Spending(0.4715, 1024 / 304_279, 894)], 1 / 304_279),
-    ([Spending(1.0, 4 / 60, 5), Spending(1.5, 0.2, 7)], 1 / 60),
-    ([Spending(5.0, 1.0, 30)], 1e-5),
-    ([Spending(10.0, 0.9, 100)], 1e-14),
+    ([MechanismEvent(0.4715, 1024 / 304_279, 894)], 1 / 304_279),
+    ([MechanismEvent(1.0, 4 / 60, 5), MechanismEvent(1.5, 0.2, 7)], 1 / 60),
+    ([MechanismEvent(5.0, 1.0, 30)], 1e-5),
+    ([MechanismEvent(10.0, 0.9, 100)], 1e-14),
 ]
 
 
 @pytest.mark.parametrize(("spendings", "delta"), CASES)
 def test_epsilon_depends_neither_on_the_order_nor_on_how_runs_were_cut(spendings, delta):
-    pieces = [Spending(sigma, rate, steps) for sigma, rate, all_ in spendings for steps in (1, all_ - 3, 0, 2)]
+    pieces = [MechanismEvent(sigma, rate, steps) for sigma, rate, all_ in spendings for steps in (1, all_ - 3, 0, 2)]
     assert epsilon_of(spendings, delta) == epsilon_of(pieces, delta) == epsilon_of(pieces[::-1], delta)
-    assert attack(spendings, delta) == attack(pieces, delta) == attack(pieces[::-1], delta)
+    assert attack_bounds(spendings, delta) == attack_bounds(pieces, delta) == attack_bounds(pieces[::-1], delta)
 
 
 @pytest.mark.parametrize(("spendings", "delta"), CASES)
 def test_epsilon_is_rounded_up_to_the_digits_that_are_shown(spendings, delta):
-    epsilon, bound = epsilon_of(spendings, delta), PrivacyLoss(spendings, delta).epsilon
-    assert bound <= epsilon <= bound * 1.001 and float(f"{epsilon:.4g}") == epsilon == float(epsilon_in_words(epsilon))
+    epsilon, bound = epsilon_of(spendings, delta), EpsilonAccountant(spendings, delta).epsilon
+    assert bound <= epsilon <= bound * 1.001 and float(f"{epsilon:.4g}") == epsilon == float(format_epsilon(epsilon))
 
 
 @pytest.mark.parametrize(
@@ -161,18 +161,18 @@ def test_epsilon_is_rounded_up_to_the_digits_that_are_shown(spendings, delta):
      (7.996, 7.996, "7.996"), (0.1, 0.1, "0.10"), (0.0, 0.0, "0.00"), (99.999, 100.0, "100.00")],
 )  # fmt: skip
 def test_rounding_goes_up_and_stays(exact, rounded, words):
-    assert rounded_up(exact) == rounded and rounded_up(rounded) == rounded and epsilon_in_words(exact) == words
+    assert round_up(exact) == rounded and round_up(rounded) == rounded and format_epsilon(exact) == words
 
 
 def test_sums_are_rounded_up_as_they_are_shown():
-    assert rounded_up(7.996, 2.0) == 9.996 and rounded_up(0.1, 0.2) == 0.3 and rounded_up(9.123, 2.0) == 11.13
+    assert round_up(7.996, 2.0) == 9.996 and round_up(0.1, 0.2) == 0.3 and round_up(9.123, 2.0) == 11.13
 
 
 @pytest.mark.parametrize(("rate", "steps", "epsilon"), [(0.05, 100, 8.0), (0.05, 100, 2.34567), (1.0, 10, 2.0), (0.01, 40, 0.02)])
 def test_a_planned_run_ends_at_its_target_by_the_number_that_is_shown(rate, steps, epsilon):
     sigma = find_noise_multiplier(rate, steps, epsilon, 1e-5)
-    assert 0.9995 * epsilon <= epsilon_of([Spending(sigma, rate, steps)], 1e-5) <= epsilon
-    assert compute_epsilon(sigma, rate, steps, 1e-5) == epsilon_of([Spending(sigma, rate, steps)], 1e-5)
+    assert 0.9995 * epsilon <= epsilon_of([MechanismEvent(sigma, rate, steps)], 1e-5) <= epsilon
+    assert compute_epsilon(sigma, rate, steps, 1e-5) == epsilon_of([MechanismEvent(sigma, rate, steps)], 1e-5)
 
 
 def test_a_target_just_below_what_steps_spend_does_not_allow_the_last_of_them(tmp_path):
@@ -207,7 +207,7 @@ def test_the_summary_of_a_resumed_run_says_where_it_ends(tmp_path, stop, steps, 
     said = again.summary()
     again.train()
     spent = again.epsilon()
-    assert spent <= target and f"guarantee at the end    epsilon {epsilon_in_words(spent)} at" in said
+    assert spent <= target and f"guarantee at the end    epsilon {format_epsilon(spent)} at" in said
     assert f"{stop} taken by earlier runs, {again.budget.ledger.steps - stop} left" in said
 
 
@@ -218,7 +218,7 @@ def test_report_page_and_sidecar_hold_what_the_run_reports(tmp_path):
     trainer.save_model()
     found = read_report(tmp_path)
     assert found["epsilon"] == trainer.epsilon() < trainer.plan.target_epsilon
-    assert report_anew(tmp_path / "privacy.json", PrivacyLedger(trainer.budget.ledger.path)) == found
+    assert recompute_report(tmp_path / "privacy.json", PrivacyLedger(trainer.budget.ledger.path)) == found
     sidecar = read_guarantee(tmp_path)
     assert {name: sidecar[name] for name in found if name in sidecar} == {name: found[name] for name in found if name in sidecar}
     assert {"epsilon", "accountant", "mu_gdp", "tpr_at_fpr", "steps", "accounted_steps"} <= sidecar.keys()
@@ -232,8 +232,8 @@ def test_a_run_that_took_no_step_changes_no_number(tmp_path):
     options = {"privacy": privacy, "dataset": make_dataset([1] * 60), "resume_from_checkpoint": True}
     again = make_trainer(tmp_path, max_steps=9, save_strategy="steps", **options)
     again.budget.start()  # and no step
-    epsilon = epsilon_in_words(read_report(tmp_path)["epsilon"])
-    assert f"spent: epsilon {epsilon} at delta 0.017" in ledger_report.account(again.budget.ledger)
+    epsilon = format_epsilon(read_report(tmp_path)["epsilon"])
+    assert f"spent: epsilon {epsilon} at delta 0.017" in ledger_report.format_ledger(again.budget.ledger)
 
 
 OTHER = {"noise_multiplier": 9.0, "target_epsilon": None, "target_delta": 0.9, "secure_noise": True, "samples_per_author": 2,
@@ -288,7 +288,7 @@ def test_a_finished_run_reports_its_own_options_when_it_is_called_again(tmp_path
             other.train(resume_from_checkpoint=True)
         else:
             other = make_trainer(tmp_path, dataset=make_dataset([1] * 50), resume_from_checkpoint=True, **options)
-            words = f"guarantee at the end    epsilon {epsilon_in_words(first.epsilon())} at delta 0.017"
+            words = f"guarantee at the end    epsilon {format_epsilon(first.epsilon())} at delta 0.017"
             assert plain or words in other.summary()
             other.train()
         other.save_model()
@@ -303,17 +303,20 @@ def test_after_more_steps_with_another_delta_there_is_one_delta(tmp_path):
     again = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy=privacy, max_steps=3, resume_from_checkpoint=True)
     again.train()
     again.save_model()
-    report, spendings = read_report(tmp_path), [Spending(1.0, 4 / 60, 2), Spending(2.0, 0.2, 1)]
+    report, spendings = read_report(tmp_path), [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(2.0, 0.2, 1)]
     assert report["delta"] == 1e-4 and report["epsilon"] == again.epsilon() == epsilon_of(spendings, 1e-4)
     assert report["steps"] == 3 and "audit" not in report  # which was of the earlier steps
-    words = f"epsilon {epsilon_in_words(report['epsilon'])} at delta 0.0001"
-    assert f"spent: {words}" in ledger_report.account(again.budget.ledger)
+    words = f"epsilon {format_epsilon(report['epsilon'])} at delta 0.0001"
+    assert f"spent: {words}" in ledger_report.format_ledger(again.budget.ledger)
     again.create_model_card()
     assert words in (tmp_path / "README.md").read_text()
     begun = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy={"target_delta": 0.5}, max_steps=9,
                          resume_from_checkpoint=True)  # fmt: skip
     begun.budget.start()  # and no step
-    assert report_of_ledger(begun.budget.ledger)["delta"] == report_anew(tmp_path / "privacy.json", begun.budget.ledger)["delta"]
+    assert (
+        make_ledger_report(begun.budget.ledger)["delta"]
+        == recompute_report(tmp_path / "privacy.json", begun.budget.ledger)["delta"]
+    )
 
 
 @pytest.mark.parametrize("bands", [None, "2"])

@@ -15,10 +15,10 @@ def test_advice_for_small_batches_and_few_steps_alone():
         per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 8, 1, 1, -1, 3
 
     privacy = PrivacyArguments(noise_multiplier=0.5, per_sample_max_grad_norm=1.0)
-    assert "--gradient_accumulation_steps" in make_plan(privacy, Args, np.arange(1_001)).advice()
+    assert "--gradient_accumulation_steps" in make_plan(privacy, Args, np.arange(1_001)).tuning_hint()
     Args.gradient_accumulation_steps = 32
-    assert make_plan(privacy, Args, np.arange(10_001)).advice() is None
-    advice = make_plan(privacy, Args, np.arange(201)).advice()  # all of 200 authors in each of three steps
+    assert make_plan(privacy, Args, np.arange(10_001)).tuning_hint() is None
+    advice = make_plan(privacy, Args, np.arange(201)).tuning_hint()  # all of 200 authors in each of three steps
     assert advice.startswith("3 steps") and "--num_train_epochs, to 60" in advice
 
 

@@ -8,7 +8,7 @@ from scipy import integrate
 from scipy.special import log_ndtr
 from test_accounting import gaussian_delta_in_high_precision
 
-from author_dp.accounting.pld import Composed, LossDistribution, normal_mass
+from author_dp.accounting.pld import ComposedPLD, LossDistribution, normal_mass
 
 DELTAS = [1e-3, 1e-9, 1e-15]
 
@@ -48,7 +48,7 @@ def test_one_step_is_bounded_closely(sigma, rate, delta):
 @pytest.mark.parametrize("added", [False, True])
 def test_delta_is_bounded_closely_in_both_directions(added):
     grids = LossDistribution([(1.0, 0.1, 1)], 1e-3)
-    composed = Composed(grids, [(1.0, 0.1, 1)], 1e-3, added)
+    composed = ComposedPLD(grids, [(1.0, 0.1, 1)], 1e-3, added)
     for epsilon in composed.losses[np.linspace(5, len(composed.losses) - 5, 40).astype(int)]:
         exact = one_step_delta(1.0, 0.1, float(epsilon), added)
         if 1e-6 < exact < 1:  # in the direction that is added 1 - exp(epsilon) cancels

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards import precision
-from author_dp.guards.model_check import prove
+from author_dp.guards.model_check import verify_model
 from author_dp.guards.options import check_launch
 from author_dp.guards.precision import check_float32, exact_factors, find_rounding, full_precision_sums
 
@@ -189,16 +189,16 @@ def test_sums_and_noise_are_in_float32(tmp_path, as_before, dtype):
 )
 def test_environment_variables_that_round_are_named(monkeypatch, variable, value, device, refused):
     monkeypatch.setenv(variable, value)
-    assert any(variable in setting for setting in precision.settings(device)) == refused
+    assert any(variable in setting for setting in precision.rounding_settings(device)) == refused
 
 
 def test_cuda_settings_are_named_in_either_way_to_set_them(as_before):
-    assert not precision.settings("cuda")
+    assert not precision.rounding_settings("cuda")
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert precision.settings("cuda") and not precision.settings("cpu")
+    assert precision.rounding_settings("cuda") and not precision.rounding_settings("cpu")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    assert precision.settings("cuda") and not precision.settings("cpu")
+    assert precision.rounding_settings("cuda") and not precision.rounding_settings("cpu")
 
 
 @pytest.mark.parametrize("setting", ["torch.backends.fp32_precision", "torch.set_float32_matmul_precision"])
@@ -207,8 +207,10 @@ def test_the_proof_runs_without_tf32_whichever_way_it_was_set(as_before, setting
     before = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
     seen = []
     model = tiny_gpt2()
-    model.register_forward_pre_hook(lambda *_: seen.append(precision.settings("cuda") + precision.settings("cpu")))
-    prove(model, "ghost")
+    model.register_forward_pre_hook(
+        lambda *_: seen.append(precision.rounding_settings("cuda") + precision.rounding_settings("cpu"))
+    )
+    verify_model(model, "ghost")
     assert seen and not any(seen)
     assert before == [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
 

@@ -35,7 +35,7 @@ def test_two_processes_release_the_naive_update_and_stay_identical(tmp_path, kin
     assert (first["gradient"] - expected).norm() <= 1e-5 * expected.norm()
     assert torch.equal(first["gradient"], second["gradient"]) and torch.equal(first["weights"], second["weights"])
     assert first["loss"] == pytest.approx(second["loss"])
-    assert first["wrapped_in"] == "Wrapper"  # and not in DistributedDataParallel, which would average
+    assert first["wrapped_in"] == "NoDDPWrapper"  # and not in DistributedDataParallel, which would average
     assert read_report(tmp_path / "run")["world_size"] == 2
     assert PrivacyLedger(tmp_path / "run" / "privacy_ledger.jsonl").steps == 1
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from author_dp.errors import UserError
-from author_dp.guards.model_check import check_apart, prove, sibling, still
+from author_dp.guards.model_check import check_sample_independence, deterministic_train_mode, strip_expert_index, verify_model
 
 # --- samples are apart, and causal ----------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ class Sees(LlamaForCausalLM):
 
 
 def test_a_model_that_keeps_samples_apart_passes(clipping):
-    assert prove(Sees("itself"), clipping).error < 1e-5
+    assert verify_model(Sees("itself"), clipping).error < 1e-5
 
 
 @pytest.mark.parametrize("what", ["neighbours", "the future"])
@@ -54,8 +54,8 @@ def test_a_model_that_mixes_samples_or_sees_the_future_is_refused(tmp_path, what
 def test_a_bert_needs_to_be_a_decoder():
     sizes = {name: value for name, value in SIZES.items() if name != "pad_token_id"} | {"intermediate_size": 24}
     with pytest.raises(UserError, match=r"sees later tokens.*is_decoder"):
-        prove(BertLMHeadModel(BertConfig(**sizes)), "ghost")
-    assert prove(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), "ghost").error < 1e-5
+        verify_model(BertLMHeadModel(BertConfig(**sizes)), "ghost")
+    assert verify_model(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), "ghost").error < 1e-5
 
 
 def test_rope_that_switches_on_the_longest_sample_is_refused_where_samples_reach_it():
@@ -67,23 +67,23 @@ def test_rope_that_switches_on_the_longest_sample_is_refused_where_samples_reach
             nn.init.normal_(parameter, std=0.3)
         return made
 
-    assert prove(model(), "ghost", sequence_len=32).error < 1e-5
+    assert verify_model(model(), "ghost", sequence_len=32).error < 1e-5
     with pytest.raises(UserError, match="longer sample"):
-        prove(model(), "ghost", sequence_len=100)
+        verify_model(model(), "ghost", sequence_len=100)
 
 
 def test_batch_norm_shows_itself_in_training_mode():
     model = llama(True, 0.0)
     model.model.norm = nn.Sequential(model.model.norm, Rows(nn.BatchNorm1d(16)))
     with pytest.raises(UserError, match="--model_name"):
-        prove(model, "ghost")
+        verify_model(model, "ghost")
 
 
 def test_a_buffer_that_learns_from_the_texts_is_refused():
     model = llama(True, 0.0)
     model.model.norm = nn.Sequential(model.model.norm, Counts())
     with pytest.raises(UserError, match=r"norm\.1\.mean changes with the texts"):
-        prove(model, "ghost")
+        verify_model(model, "ghost")
     assert model.model.norm[1].mean == 0
 
 
@@ -111,17 +111,18 @@ class Rows(nn.Module):
 GHOST = "author_dp.clipping.ghost.GhostClipping"
 PLANTED = {
     "a rule with a wrong factor": ("author_dp.clipping.layer_rules.conv1d", "(inputs, gradients,", "(inputs, 1.01 * gradients,"),
-    "a clipped sum without a factor": (f"{GHOST}._clip", "(self.clip_norm / norms)", "(1.01 * self.clip_norm / norms)"),
-    "norms without biases": (f"{GHOST}._clip", "for parts in contributions.values() if parts]",
+    "a clipped sum mask_authors a factor": (f"{GHOST}._clip", "(self.clip_norm / norms)", "(1.01 * self.clip_norm / norms)"),
+    "norms mask_authors biases": (f"{GHOST}._clip", "for parts in contributions.values() if parts]",
                              "for p, parts in contributions.items() if parts and p.dim() > 1]"),
     "a layer norm without its bias": ("author_dp.clipping.layer_rules.layer_norm",
-                                      "contributions[layer.bias] = Explicit(authors.sum(", "authors.sum(torch.zeros(1)); ((("),
+                                      "contributions[layer.bias] = MaterializedGrad(authors.sum(",
+                                      "authors.sum(torch.zeros(1)); ((("),
     "a layer whose tap is lost": (f"{GHOST}._tap", "if self._in_rule or",
                                   "if self._in_rule or (self._settled and isinstance(layer, nn.LayerNorm)) or"),
     "tied weights counted as two": ("author_dp.clipping.grad_factors.tied_cross_terms", "return 2 * (", "return 0 * ("),
-    "tied weights counted as two, formed": ("author_dp.clipping.grad_factors.plus", "part.gradients.float()",
+    "tied weights counted as two, formed": ("author_dp.clipping.grad_factors.add", "part.gradients.float()",
                                             "0 * part.gradients"),
-    "one author's gradient twice": ("author_dp.clipping.author_groups.Authors.scale", "factors[self.author]",
+    "one author's gradient twice": ("author_dp.clipping.author_groups.AuthorIndex.scale", "factors[self.author]",
                                     "factors.roll(1)[self.author]"),
     "the other engine without a clip": ("author_dp.clipping.grad_sample.GradSampleClipping.backward",
                                         "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)"),
@@ -166,7 +167,7 @@ def test_the_proof_leaves_no_trace(kind, clipping):
     model.get_submodule("base_model.model.transformer.h.0" if kind == "lora" else "transformer.h.0").eval()
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    prove(model, clipping)
+    verify_model(model, clipping)
     assert torch.equal(state, torch.get_rng_state()) and modes == [module.training for module in model.modules()]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(p.grad is None and getattr(p, "summed_grad", None) is None for p in model.parameters())
@@ -175,7 +176,7 @@ def test_the_proof_leaves_no_trace(kind, clipping):
 
 def test_dropout_is_off_only_while_it_is_compared():
     model = make_model("gpt2", "untied", dropout=0.3)
-    with still(model):
+    with deterministic_train_mode(model):
         assert model.training and model.transformer.drop.p == 0 and model.config.attn_pdrop == 0
     assert model.transformer.drop.p == model.config.attn_pdrop == 0.3
 
@@ -194,8 +195,8 @@ def test_the_log_says_it_and_names_what_is_frozen(tmp_path, caplog, monkeypatch)
 
 
 def test_experts_that_no_token_reached_are_not_frozen():
-    assert sibling("layers.0.mlp.experts.3.up.weight") == sibling("layers.0.mlp.experts.5.up.weight")
-    assert sibling("layers.0.encoder_attn.weight") != sibling("layers.0.self_attn.weight")
+    assert strip_expert_index("layers.0.mlp.experts.3.up.weight") == strip_expert_index("layers.0.mlp.experts.5.up.weight")
+    assert strip_expert_index("layers.0.encoder_attn.weight") != strip_expert_index("layers.0.self_attn.weight")
 
 
 def test_a_frozen_base_may_be_in_bfloat16():
@@ -203,7 +204,7 @@ def test_a_frozen_base_may_be_in_bfloat16():
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    assert prove(model, "ghost").error < 0.05
+    assert verify_model(model, "ghost").error < 0.05
 
 
 def test_without_privacy_nothing_is_proven(tmp_path):
@@ -267,5 +268,5 @@ def test_check_apart_refuses_a_rope_that_remembers_the_longest_sample():
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     config = LlamaConfig(**{**LLAMA, "max_position_embeddings": 24}, rope_parameters=rope)
     with pytest.raises(UserError, match="dynamic rope"):
-        check_apart(LlamaForCausalLM(config), 32)
-    check_apart(LlamaForCausalLM(config), 24)
+        check_sample_independence(LlamaForCausalLM(config), 32)
+    check_sample_independence(LlamaForCausalLM(config), 24)

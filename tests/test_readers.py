@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from author_dp.data import readers
-from author_dp.data.readers import Columns, read_files
+from author_dp.data.readers import ColumnSpec, read_files
 from author_dp.errors import UserError
 
-COLUMNS = Columns("--train_file", text="body", author="user")
+COLUMNS = ColumnSpec("--train_file", text="body", author="user")
 
 
 def read(*paths) -> list[tuple[str, str]]:
@@ -82,7 +82,7 @@ def test_timestamps_that_differ_stay_apart(tmp_path):
 
 def test_a_column_with_a_dot_is_no_field_of_another(tmp_path):
     path = write(tmp_path, "a.parquet", parquet(**{"user.name": ["a"], "body": ["x"], "user": [{"name": "b"}]}))
-    (batch,) = read_files([str(path)], Columns("--train_file", "body", "user.name"))
+    (batch,) = read_files([str(path)], ColumnSpec("--train_file", "body", "user.name"))
     assert batch.to_pylist() == [{"user.name": "a", "body": "x"}]
 
 

@@ -15,21 +15,21 @@ from test_ledger import make_ledger
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.guards.noise_monitor import twice_from_one_state
-from author_dp.outputs.page import guarantee
+from author_dp.guards.noise_monitor import replay_global_rng
+from author_dp.outputs.page import guarantee_rows
 from author_dp.training import public_loss as release
 from author_dp.training.public_loss import (
     GRID,
     LIMITS,
-    author_shares,
     bernoulli_exp,
     discrete_laplace,
-    in_words,
-    mean_loss,
-    on_grid,
-    release_loss,
+    format_release,
+    local_loss_sums,
+    noisy_mean,
+    quantize_loss,
+    release_eval_loss,
 )
-from data_utils import AuthorDataset, DataArguments, load_samples, lowest_authors, name_of_split, split_by_author
+from data_utils import AuthorDataset, DataArguments, load_train_and_eval, split_by_author, subsample_authors
 
 COUNTS = [1, 3, 2, 1, 7]
 
@@ -63,7 +63,7 @@ def test_coins_have_their_probability(rate):
 
 def test_noise_follows_no_seed():
     """Who knows --seed would take the noise of a published loss away."""
-    first, second = twice_from_one_state(lambda: [discrete_laplace(Fraction(GRID)) for _ in range(20)])
+    first, second = replay_global_rng(lambda: [discrete_laplace(Fraction(GRID)) for _ in range(20)])
     assert first != second
 
 
@@ -72,7 +72,7 @@ def test_noise_follows_no_seed():
 
 @pytest.mark.parametrize("loss", [0.0, 1e-9, 2.5, 4.0, 4.1, 1e300, -3.0, math.inf, -math.inf, math.nan])
 def test_an_author_moves_the_sums_by_the_grid_whatever_the_loss(loss):
-    first, second = on_grid(loss, 4.0)
+    first, second = quantize_loss(loss, 4.0)
     assert min(first, second) >= 0 and first + second == GRID
 
 
@@ -82,7 +82,7 @@ def shares_of(trainer, dataset, which=None) -> list[int]:
     indices = np.concatenate([dataset.indices[slice(*bounds[a])] for a in authors])
     offsets = np.cumsum([0, *(np.diff(bounds[a])[0] for a in authors)])
     trainer.eval_dataset = AuthorDataset(dataset.samples, offsets, indices)
-    return author_shares(trainer, upper=5.0).tolist()
+    return local_loss_sums(trainer, upper=5.0).tolist()
 
 
 def test_nobody_changes_what_another_adds_not_even_in_the_last_bit(tmp_path):
@@ -113,10 +113,10 @@ def spy(collate, seen):
 def test_little_noise_gives_the_mean_over_authors(tmp_path):
     dataset, model = make_dataset(COUNTS, seed=3), tiny_gpt2()
     trainer = ready(make_trainer(tmp_path, model), dataset)
-    found = release_loss(trainer, 1e7, 9.0, limited=False)
+    found = release_eval_loss(trainer, 1e7, 9.0, limited=False)
     assert found["loss"] == pytest.approx(naive_losses(model, dataset)[1], abs=1e-3)
     assert found["authors"] == len(COUNTS) and found["range"] == [0.0, 9.0]
-    assert f"{found['loss']:.3f}" in in_words(found)
+    assert f"{found['loss']:.3f}" in format_release(found)
 
 
 def ready(trainer, dataset):
@@ -131,22 +131,22 @@ def ready(trainer, dataset):
 def test_noise_has_the_scale_of_what_one_author_can_change(tmp_path, monkeypatch, limited, factor):
     scales = []
     monkeypatch.setattr(release, "discrete_laplace", lambda scale: scales.append(scale) or 0)
-    found = release_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), 0.5, 5.0, limited)
+    found = release_eval_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), 0.5, 5.0, limited)
     assert scales == [Fraction(GRID * factor * 2)] * 2
     assert found["standard_error"] > 0
 
 
 def test_the_standard_error_is_that_of_the_noise():
     sums = [300 * GRID, 700 * GRID]
-    error = mean_loss(sums, 6.0, GRID / 1.0)["standard_error"]
+    error = noisy_mean(sums, 6.0, GRID / 1.0)["standard_error"]
     generator = np.random.default_rng(0)
     noisy = np.array(sums) + generator.laplace(scale=GRID, size=(20_000, 2))
     assert error == pytest.approx((noisy[:, 0] / noisy.sum(1) * 6.0).std(), rel=0.05)
 
 
 def test_too_few_authors_have_no_loss():
-    found = mean_loss([-5 * GRID, 2 * GRID], 6.0, GRID)
-    assert found["loss"] is None and found["authors"] == 0 and "too few" in in_words(found)
+    found = noisy_mean([-5 * GRID, 2 * GRID], 6.0, GRID)
+    assert found["loss"] is None and found["authors"] == 0 and "too few" in format_release(found)
 
 
 def test_one_author_less_lets_at_most_one_other_in(tmp_path, comments):
@@ -156,9 +156,9 @@ def test_one_author_less_lets_at_most_one_other_in(tmp_path, comments):
     for gone in [None, *range(40)]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["author"] != f"a{gone}"))
         samples = load_samples_of(path)
-        taken.append({str(author) for author in lowest_authors(samples, "author", 10, seed=1)["author"]})
+        taken.append({str(author) for author in subsample_authors(samples, "author", 10, seed=1)["author"]})
     whole = taken[0]
-    assert len(whole) == 10 and len(lowest_authors(samples, "author", 10, seed=1)) == 50  # all texts of each
+    assert len(whole) == 10 and len(subsample_authors(samples, "author", 10, seed=1)) == 50  # all texts of each
     for gone, others in enumerate(taken[1:]):
         assert len(whole ^ others) == (2 if f"a{gone}" in whole else 0)
 
@@ -184,14 +184,14 @@ def test_nobody_is_held_out_by_force_for_a_number_that_is_published(tmp_path):
 def test_what_was_released_is_in_the_ledger_before_it_is_told(tmp_path, monkeypatch):
     # So little noise that no loss falls on an end of the range, where two would be equal.
     trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
-    found = release_loss(trainer, 20.0, 8.0, limited=False)
+    found = release_eval_loss(trainer, 20.0, 8.0, limited=False)
     again = PrivacyLedger(trainer.budget.ledger.path)
     assert again.releases == [{**found, "split": "s"}] and again.released == again.releases[0] and again.steps == 1
     monkeypatch.setattr(release, "discrete_laplace", lambda scale: pytest.fail("noise was drawn for the same number once more"))
-    assert release_loss(trainer, 20.0, 8.0, limited=False)["loss"] == found["loss"]
+    assert release_eval_loss(trainer, 20.0, 8.0, limited=False)["loss"] == found["loss"]
     monkeypatch.undo()
     trainer.budget.ledger.record_step()
-    assert release_loss(trainer, 20.0, 8.0, limited=False)["loss"] != found["loss"]
+    assert release_eval_loss(trainer, 20.0, 8.0, limited=False)["loss"] != found["loss"]
     assert [one["epsilon"] for one in PrivacyLedger(again.path).releases] == [20.0, 20.0]
 
 
@@ -262,7 +262,7 @@ def test_a_run_says_its_public_loss_and_no_other(checkpoint, comments, tmp_path,
     last = done.stdout.strip().splitlines()[-1]
     assert found == ledger.released and report["epsilon_with_evaluation"] == max(report["epsilon"], 2.0)
     assert "both public" in last and "eval loss" not in last
-    words = dict(guarantee(report))["Evaluation, public"]
+    words = dict(guarantee_rows(report))["Evaluation, public"]
     assert words in (tmp_path / "README.md").read_text() and words in last
 
 
@@ -280,7 +280,7 @@ def test_a_validation_file_adds_up(checkpoint, comments, tmp_path):
 def test_models_of_all_kinds_have_a_range(tmp_path):
     for kind, options in MODELS.items():
         trainer = ready(make_trainer(tmp_path / kind, tiny_gpt2(**options)), make_dataset([1]))
-        assert release_loss(trainer, 1.0, None, limited=False)["range"][1] == pytest.approx(math.log(61)), kind
+        assert release_eval_loss(trainer, 1.0, None, limited=False)["range"][1] == pytest.approx(math.log(61)), kind
 
 
 def test_max_eval_samples_takes_authors(tmp_path):
@@ -288,8 +288,8 @@ def test_max_eval_samples_takes_authors(tmp_path):
     rows = [{"author": f"a{i % 50}", "content": f"text {i}"} for i in range(500)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = DataArguments(train_file=[str(path)], eval_fraction=0.5, max_eval_samples=7)
-    _, rows_taken = load_samples(arguments, seed=1)
-    _, authors_taken = load_samples(arguments, seed=1, released=True)
+    _, rows_taken = load_train_and_eval(arguments, seed=1)
+    _, authors_taken = load_train_and_eval(arguments, seed=1, released=True)
     assert len(rows_taken) == 7 and len(authors_taken) == 70 and len(set(authors_taken["author"])) == 7
 
 
@@ -329,7 +329,7 @@ def test_after_a_release_held_out_authors_choose_nothing(tmp_path, monkeypatch, 
 
 
 def test_the_ledger_says_by_which_metrics_a_model_was_chosen(tmp_path, monkeypatch):
-    monkeypatch.setattr("dp_utils.by_metrics", lambda args: "--some option")
+    monkeypatch.setattr("dp_utils.metric_driven_option", lambda args: "--some option")
     trainer = make_trainer(tmp_path)
     trainer.budget.start()
     ledger = PrivacyLedger(trainer.budget.ledger.path)
@@ -362,7 +362,7 @@ def test_a_torn_release_is_paid_for_and_leaves_the_ledger_whole(tmp_path, then):
         elif then == "run":
             torn.start_run(torn.runs[0])
         else:
-            torn.record_alarm("something")
+            torn.record_failure("something")
     try:
         again = PrivacyLedger(ledger.path)
     except UserError as error:
@@ -383,23 +383,23 @@ def test_a_release_torn_before_its_loss_told_nothing(tmp_path, length):
 def test_a_loss_is_published_for_the_model_of_its_step_only(tmp_path):
     trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
     trainer.state.global_step = 4
-    found = release_loss(trainer, 20.0, 8.0, limited=False)
-    assert found["step"] == 4 and "at step 4" in in_words(found)
+    found = release_eval_loss(trainer, 20.0, 8.0, limited=False)
+    assert found["step"] == 4 and "at step 4" in format_release(found)
     trainer.state.global_step = 2  # an earlier checkpoint, to which nothing is left to do
-    assert release_loss(trainer, 20.0, 8.0, limited=False)["loss"] != found["loss"]
+    assert release_eval_loss(trainer, 20.0, 8.0, limited=False)["loss"] != found["loss"]
     assert [one["step"] for one in PrivacyLedger(trainer.budget.ledger.path).releases] == [4, 2]
 
 
 @pytest.mark.parametrize("epsilon", LIMITS["release_eval_epsilon"])
 @pytest.mark.parametrize("upper", LIMITS["release_eval_range"])
 def test_the_extremes_that_are_allowed_are_numbers_in_all_files(tmp_path, epsilon, upper):
-    found = release_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found and in_words(found)
+    found = release_eval_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found and format_release(found)
     assert found == {k: v for k, v in PrivacyLedger(tmp_path / "privacy_ledger.jsonl").released.items() if k != "split"}
 
 
 def test_a_split_has_another_name_with_another_rule():
     """By another column the same people are others, and who was held out may be trained on: it adds up."""
     options = [{}, {"eval_fraction": 0.1}, {"author_column": "device"}, {"author_column": "a:b"}]
-    names = [name_of_split(DataArguments(train_file=["x"], **more), seed) for more in options for seed in (1, 2)]
-    assert len(set(names)) == 8 and name_of_split(DataArguments(train_file=["x"], validation_file=["y"]), 1) is None
+    names = [DataArguments(train_file=["x"], **more).split_id(seed) for more in options for seed in (1, 2)]
+    assert len(set(names)) == 8 and DataArguments(train_file=["x"], validation_file=["y"]).split_id(1) is None

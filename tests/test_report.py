@@ -10,13 +10,13 @@ import yaml
 from conftest import make_dataset, make_trainer
 from matplotlib.image import imread
 
-from author_dp.accounting.accountant import Spending, compute_epsilon, epsilon_in_words
+from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, format_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.outputs.figures import first, loss_points
+from author_dp.outputs.figures import first_steps, loss_points
 from author_dp.outputs.model_card import model_card
-from author_dp.outputs.page import guarantee
-from author_dp.outputs.report import Statistics, write_report
+from author_dp.outputs.page import guarantee_rows
+from author_dp.outputs.report import RunStatistics, write_report
 
 
 def run(folder, **privacy):
@@ -25,7 +25,7 @@ def run(folder, **privacy):
         folder, dataset=dataset, max_steps=4, learning_rate=0.1, eval_strategy="no", logging_steps=1,
         privacy={"noise_multiplier": None, "target_epsilon": 8.0, "samples_per_author": 2, **privacy},
     )  # fmt: skip
-    trainer.add_callback(Statistics(trainer.norms, np.diff(dataset.offsets)))
+    trainer.add_callback(RunStatistics(trainer.norms, np.diff(dataset.offsets)))
     trainer.train()
     trainer.save_model()
     return trainer
@@ -35,7 +35,7 @@ def test_the_page_shows_the_guarantee_and_the_run(tmp_path):
     trainer = run(tmp_path)
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert f"epsilon {epsilon_in_words(trainer.epsilon())} at delta 0.025" in page
+    assert f"epsilon {format_epsilon(trainer.epsilon())} at delta 0.025" in page
     assert page.count("data:image/png;base64,") == 5 and page.count("private: do not publish") == 5
     assert "http" not in page.replace("http-equiv", "")  # self-contained
     names = {path.stem for path in (tmp_path / "report").glob("*.png")}
@@ -67,7 +67,7 @@ def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
 def test_the_page_calls_text_covered_where_there_is_a_guarantee_alone(tmp_path, disable_dp):
     run(tmp_path, disable_dp=disable_dp)
     texts = {"free": {"before": ["a"], "after": ["b"]}}
-    Statistics(None, np.ones(3, int)).add(str(tmp_path), specimens=texts)
+    RunStatistics(None, np.ones(3, int)).add(str(tmp_path), specimens=texts)
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert ("covered by the guarantee, as the model" in page) is not disable_dp
@@ -76,18 +76,18 @@ def test_the_page_calls_text_covered_where_there_is_a_guarantee_alone(tmp_path, 
 
 def test_nothing_of_an_earlier_run_is_in_the_statistics(tmp_path):
     """One without privacy may have been in the folder before."""
-    Statistics(None, np.ones(3, int)).add(str(tmp_path), specimens={"free": {"after": ["what an author wrote"]}})
-    statistics = Statistics(None, np.ones(3, int))
+    RunStatistics(None, np.ones(3, int)).add(str(tmp_path), specimens={"free": {"after": ["what an author wrote"]}})
+    statistics = RunStatistics(None, np.ones(3, int))
     statistics.before = {"specimens": {"free": {"before": ["a"]}}}
     statistics.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(is_world_process_zero=True), None)
     assert json.loads((tmp_path / "_private_statistics.json").read_text()) == statistics.before
 
 
 def test_what_was_found_before_training_outlives_an_interruption(tmp_path):
-    statistics, args = Statistics(None, np.ones(3, int)), SimpleNamespace(output_dir=str(tmp_path))
+    statistics, args = RunStatistics(None, np.ones(3, int)), SimpleNamespace(output_dir=str(tmp_path))
     statistics.before = {"evaluation": {"before": {"eval_loss": 3.0}}, "specimens": {"free": {"before": ["a"]}}}
     statistics.on_train_begin(args, SimpleNamespace(is_world_process_zero=True), None)
-    resumed = Statistics(None, np.ones(3, int))
+    resumed = RunStatistics(None, np.ones(3, int))
     resumed.on_train_begin(args, SimpleNamespace(is_world_process_zero=True), None)
     resumed.add(str(tmp_path), evaluation={"after": {"eval_loss": float("nan")}}, specimens={"free": {"after": ["b"]}})
     path = tmp_path / "_private_statistics.json"
@@ -131,7 +131,7 @@ def test_without_privacy_nothing_is_promised(tmp_path):
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "without a privacy guarantee" in page and "--disable_dp" in page and page.count("data:image") == 3
-    assert guarantee(trainer.privacy_report())[0][1].startswith("none")
+    assert guarantee_rows(trainer.privacy_report())[0][1].startswith("none")
     without_noise = {**trainer.privacy_report(), "disable_dp": False, "delta": 0.01, "samples_per_author": 1}
     for report in (trainer.privacy_report(), without_noise):  # neither by --disable_dp nor by --noise_multiplier 0
         text = model_card(report)
@@ -144,8 +144,11 @@ def test_first_steps_of_several_runs(tmp_path):
         ledger.start_run({"noise_multiplier": sigma, "sample_rate": 0.1, "noise_bands": int(sigma)})
         for _ in range(5):
             ledger.record_step()
-    assert first(ledger, 8) == [Spending(1.0, 0.1, 5), Spending(2.0, 0.2, 2)]
-    assert first(ledger, 3) == [Spending(1.0, 0.1, 3), Spending(2.0, 0.2, 0)] and first(ledger, 10) == ledger.spendings
+    assert first_steps(ledger, 8) == [MechanismEvent(1.0, 0.1, 5), MechanismEvent(2.0, 0.2, 2)]
+    assert (
+        first_steps(ledger, 3) == [MechanismEvent(1.0, 0.1, 3), MechanismEvent(2.0, 0.2, 0)]
+        and first_steps(ledger, 10) == ledger.spendings
+    )
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

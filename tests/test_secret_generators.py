@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, set_seed
 
 from author_dp.errors import MechanismError
-from author_dp.mechanism.secret_generators import SecretGenerators, default_generators, randomize, sample_each
+from author_dp.mechanism.secret_generators import SecretGenerators, default_generators, randomize, sample_generators
 
 CLIP_NORM, AUTHORS = 0.5, 40
 KINDS = {
@@ -136,7 +136,7 @@ def test_data_loader_workers_have_secret_seeds():
 
 def first_numbers() -> torch.Tensor:
     torch.manual_seed(0)
-    return sample_each([], 4)
+    return sample_generators([], 4)
 
 
 def test_processes_draw_different_numbers(tmp_path):

@@ -10,22 +10,22 @@ from planting import find, with_edit
 from transformers import TrainerCallback
 
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.ledger_report import account
+from author_dp.accounting.ledger_report import format_ledger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.noise_monitor import NoiseCheck, check_unseeded
-from author_dp.mechanism.noise import NoiseSource
-from author_dp.mechanism.optimizer import PAD
+from author_dp.guards.noise_monitor import NoiseMonitor, check_unseeded
+from author_dp.mechanism.noise import GaussianNoise
+from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.outputs.report import write_report
 
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
-NOISE = "author_dp.mechanism.noise.NoiseSource"
+NOISE = "author_dp.mechanism.noise.GaussianNoise"
 ADD = "self.noise.add_(part, std)"
 
 # What a careless colleague would write, and what finds it: in a run of 12 steps, tested at each.
 BUGS = {
     "no noise": (STEP, "if std > 0:", "if False:", "its scale"),
     "noise for the parameters alone": (
-        STEP, "self.sums.split(self.noise.elements)", "self.sums[:-4096].split(9**6)", "its scale"),
+        STEP, "self.grad_buffer.split(self.noise.elements)", "self.grad_buffer[:-4096].split(9**6)", "its scale"),
     "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "its scale"),
     "half of the variance": (f"{NOISE}._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)", "its scale"),
     "noise twice": (STEP, ADD, f"{ADD}; {ADD}", "its scale"),
@@ -33,8 +33,9 @@ BUGS = {
         STEP, "self.noise_multiplier * self.max_grad_norm", "self.noise_multiplier", "its scale"),
     "noise divided twice": (STEP, "part.div_(self.expected_batch_size)", "part.div_(self.expected_batch_size**2)", "its scale"),
     "noise of every microbatch": (
-        "dp_utils.DPTrainer.training_step", "total += losses.detach()", "self.optimizer.optimizer.sums.add_(torch.randn_like("
-        "self.optimizer.optimizer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
+        "dp_utils.DPTrainer.training_step", "total += losses.detach()",
+        "self.optimizer.optimizer.grad_buffer.add_(torch.randn_like("
+        "self.optimizer.optimizer.grad_buffer) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
         "its scale"),
     "scaled by the number of microbatches": (
         "dp_utils.DPTrainer.training_step", "model.train()",
@@ -86,7 +87,7 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
     class Plant(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 4:
-                patch.setattr(NoiseSource, "add_", lambda self, total, std: total)
+                patch.setattr(GaussianNoise, "add_", lambda self, total, std: total)
 
     options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
     trainer = small(tmp_path, **options)
@@ -104,8 +105,8 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
         ledger.steps == 6
         and ledger.alarm
         and "its scale" in ledger.alarm
-        and "ALARM" in account(ledger)
-        and "no privacy" in account(ledger)
+        and "ALARM" in format_ledger(ledger)
+        and "no privacy" in format_ledger(ledger)
     )
     assert "without a privacy guarantee" in (tmp_path / "README.md").read_text()
     write_report(tmp_path)
@@ -137,7 +138,7 @@ def test_noise_from_a_seed_is_found_before_the_first_step(tmp_path, monkeypatch,
 def test_looking_for_seeds_leaves_every_generator_as_it_was(tmp_path):
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    check_unseeded(lambda: NoiseSource(torch.device("cpu")).add_(torch.zeros(PAD), 1.0))
+    check_unseeded(lambda: GaussianNoise(torch.device("cpu")).add_(torch.zeros(PROBE_SIZE), 1.0))
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
     assert before[2] == random.getstate()
 
@@ -155,7 +156,7 @@ def test_noise_of_an_earlier_run_is_found(tmp_path, monkeypatch):
 def test_honest_runs_of_a_folder_do_not_resemble_each_other(tmp_path):
     for resume in (None, str(tmp_path / "checkpoint-6"), str(tmp_path / "checkpoint-6")):
         small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=resume).train()
-    assert np.load(tmp_path / "_noise_check.npy").shape == (3, PAD)
+    assert np.load(tmp_path / "_noise_check.npy").shape == (3, PROBE_SIZE)
 
 
 @pytest.mark.slow
@@ -194,7 +195,9 @@ def test_the_pad_belongs_to_no_parameter(tmp_path):
     trainer = small(tmp_path)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
-    assert len(optimizer.pad) == PAD and len(optimizer.sums) == PAD + sum(p.numel() for p in optimizer.params)
+    assert len(optimizer.pad) == PROBE_SIZE and len(optimizer.grad_buffer) == PROBE_SIZE + sum(
+        p.numel() for p in optimizer.params
+    )
     places = [p.summed_grad.data_ptr() for p in optimizer.params]
     assert optimizer.pad.data_ptr() > max(places) and all(p.grad is None for p in [optimizer.pad])
 
@@ -203,9 +206,9 @@ def test_the_pad_belongs_to_no_parameter(tmp_path):
 def test_two_hundred_honest_runs_raise_no_alarm_and_their_p_values_are_uniform():
     smallest = []
     for _ in range(200):
-        source, check = NoiseSource(torch.device("cpu")), NoiseCheck(std=0.01)
+        source, check = GaussianNoise(torch.device("cpu")), NoiseMonitor(std=0.01)
         for step in range(1, 31):
-            check.add(source.add_(torch.zeros(PAD), 0.01))
+            check.add(source.add_(torch.zeros(PROBE_SIZE), 0.01))
             if step % 5 == 0:
                 check.test()
         smallest.append(min(check.p_values().values()) * len(check.p_values()))
@@ -213,9 +216,9 @@ def test_two_hundred_honest_runs_raise_no_alarm_and_their_p_values_are_uniform()
 
 
 def test_one_percent_is_found_within_some_hundred_steps():
-    source, check, found = NoiseSource(torch.device("cpu")), NoiseCheck(std=1.0), None
+    source, check, found = GaussianNoise(torch.device("cpu")), NoiseMonitor(std=1.0), None
     for step in range(1, 301):
-        check.add(source.add_(torch.zeros(PAD), 1.01))
+        check.add(source.add_(torch.zeros(PROBE_SIZE), 1.01))
         if step % 10 == 0:
             try:
                 check.test()
@@ -226,22 +229,22 @@ def test_one_percent_is_found_within_some_hundred_steps():
 
 
 def test_what_is_not_finite_is_found():
-    check = NoiseCheck(std=1.0)
-    check.add(torch.full((PAD,), float("nan")))
+    check = NoiseMonitor(std=1.0)
+    check.add(torch.full((PROBE_SIZE,), float("nan")))
     with pytest.raises(MechanismError, match="not finite"):
         check.test()
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e300])
 def test_kept_noise_that_was_damaged_stops_nobody(tmp_path, value):
-    pads = np.random.default_rng(0).standard_normal((2, PAD))
+    pads = np.random.default_rng(0).standard_normal((2, PROBE_SIZE))
     pads[0, 7] = value
     np.save(tmp_path / "pads.npy", pads)
-    check = NoiseCheck(1.0, tmp_path / "pads.npy")
+    check = NoiseMonitor(1.0, tmp_path / "pads.npy")
     for _ in range(3):
-        check.add(torch.randn(PAD))
+        check.add(torch.randn(PROBE_SIZE))
         check.test()
-    check = NoiseCheck(1.0, tmp_path / "pads.npy")
+    check = NoiseMonitor(1.0, tmp_path / "pads.npy")
     check.add(torch.from_numpy(pads[1]).float())  # the other one is still compared
     with pytest.raises(MechanismError, match="of the folder"):
         check.test()

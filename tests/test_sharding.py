@@ -31,16 +31,25 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel
 
-from author_dp.accounting.banded_mf import band_coefficients
+from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.model_check import prove
-from author_dp.guards.options import check_shares
-from author_dp.mechanism.adam_bc import NoiseCorrectedAdamW
-from author_dp.mechanism.fsdp import ShardedClipping, ShardedOptimizer, blocks, buckets, make_engine, own, rounds_behind, shard
+from author_dp.guards.model_check import verify_model
+from author_dp.guards.options import check_fsdp
+from author_dp.mechanism.adam_bc import AdamBC
+from author_dp.mechanism.fsdp import (
+    ShardedClipping,
+    ShardedOptimizer,
+    blocks,
+    buckets,
+    local_shard,
+    make_engine,
+    missing_rounds,
+    shard,
+)
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.optimizer import PAD
+from author_dp.mechanism.optimizer import PROBE_SIZE
 
 CPU = torch.device("cpu")
 
@@ -65,7 +74,7 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
     before = flat(parameters)
     optimizer.zero_grad()
     rank, authors = dist.get_rank(), []
-    idle = rounds_behind(model, len(counts[rank]))
+    idle = missing_rounds(model, len(counts[rank]))
     for number, samples in enumerate(counts[rank]):
         batch = make_batch(samples, seed=10 * rank + number)
         authors += [[row.tolist() for row in rows] for rows in as_arrays(batch)]
@@ -78,7 +87,7 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
     return {
         "authors": authors,
         "update": before - flat(parameters),
-        "shares": [own(parameter).numel() for parameter in parameters],
+        "shares": [local_shard(parameter).numel() for parameter in parameters],
         "whole": [parameter.numel() for parameter in parameters],
     }
 
@@ -132,7 +141,7 @@ def one_step(folder: Path) -> dict:
 
 def test_a_run_in_shares_is_proven_checks_itself_and_evaluates(tmp_path):
     first, second = in_processes(tmp_path, 2, one_step, tmp_path)
-    assert first["wrapped_in"] == "Wrapper" and first["proven"] < 1e-5 and first["checked"] == (3, 3)
+    assert first["wrapped_in"] == "NoDDPWrapper" and first["proven"] < 1e-5 and first["checked"] == (3, 3)
     before = flat(tiny_gpt2().parameters())
     assert torch.allclose(before - first["update"], first["weights"], atol=1e-5) and torch.equal(
         first["weights"], second["weights"]
@@ -168,7 +177,7 @@ def released_noise(canaries: int = 0) -> dict:
         if table is not None:
             table.table.weight.summed_grad.add_(1.0 + dist.get_rank())
         optimizer.step()
-        steps.append({"own": torch.cat([own(p.grad).flatten() for p in parameters]) / 0.03, "pad": pads[-1] / 0.03})
+        steps.append({"own": torch.cat([local_shard(p.grad).flatten() for p in parameters]) / 0.03, "pad": pads[-1] / 0.03})
     return {"steps": steps, "whole": flat(p.grad for p in parameters) / 0.03}
 
 
@@ -198,12 +207,12 @@ def test_noise_is_of_the_promised_scale_once_and_independent_between_shares(tmp_
 def test_every_process_sees_the_noise_of_all_in_the_pad_and_canaries_once(tmp_path):
     found = in_processes(tmp_path, 3, released_noise, 60)
     pads = [process["steps"][-1]["pad"] for process in found]
-    assert len(pads[0]) == PAD + 60 and torch.equal(pads[0], pads[1]) and torch.equal(pads[0], pads[2])
-    pad, canaries = pads[0][:PAD], pads[0][PAD:]
-    assert within(pad.var().item(), 1, math.sqrt(2 / PAD))
-    thirds = pad[: PAD // 3 * 3].view(3, -1)
+    assert len(pads[0]) == PROBE_SIZE + 60 and torch.equal(pads[0], pads[1]) and torch.equal(pads[0], pads[2])
+    pad, canaries = pads[0][:PROBE_SIZE], pads[0][PROBE_SIZE:]
+    assert within(pad.var().item(), 1, math.sqrt(2 / PROBE_SIZE))
+    thirds = pad[: PROBE_SIZE // 3 * 3].view(3, -1)
     between = np.corrcoef(thirds)[np.triu_indices(3, 1)]
-    assert all(within(correlation, 0, 1 / math.sqrt(PAD // 3)) for correlation in between)
+    assert all(within(correlation, 0, 1 / math.sqrt(PROBE_SIZE // 3)) for correlation in between)
     # Of three processes, 1 + 2 + 3, over sigma C = 0.3.
     assert within(canaries.mean().item(), 6 / 0.3, 1 / math.sqrt(60)) and within(canaries.var().item(), 1, math.sqrt(2 / 60))
 
@@ -212,7 +221,7 @@ def banded_noise(coefficients: np.ndarray, steps: int) -> list[torch.Tensor]:
     """What an optimizer in shares releases of nobody with noise bands, over sigma C / B, (coordinates,) for each step."""
     model = nn.Linear(200, 151)
     shard_plainly(model)
-    plain = NoiseCorrectedAdamW(torch.optim.AdamW(model.parameters(), lr=0.0))
+    plain = AdamBC(torch.optim.AdamW(model.parameters(), lr=0.0))
     optimizer = ShardedOptimizer(plain, noise_multiplier=1.5, clip_norm=0.2, expected_batch_size=10, before_release=lambda: None)
     optimizer.begin(coefficients)
     released = []
@@ -228,7 +237,7 @@ def banded_noise(coefficients: np.ndarray, steps: int) -> list[torch.Tensor]:
 
 
 def test_bands_of_noise_are_correlated_over_steps_in_every_share(tmp_path):
-    c, steps = band_coefficients(3, 5), 5
+    c, steps = toeplitz_coefficients(3, 5), 5
     first, second = in_processes(tmp_path, 2, banded_noise, np.array(c), steps)
     inverse = np.linalg.inv(toeplitz(np.pad(c, (0, 2)), np.zeros(steps)))
     covariance = inverse @ inverse.T
@@ -244,7 +253,7 @@ def test_bands_of_noise_are_correlated_over_steps_in_every_share(tmp_path):
 def fail_to_record() -> bool:
     model = nn.Linear(4, 4)
     shard_plainly(model)
-    before = own(model.weight).clone()
+    before = local_shard(model.weight).clone()
 
     def fail():
         raise OSError("disk full")
@@ -258,7 +267,7 @@ def fail_to_record() -> bool:
     )
     with pytest.raises(OSError):
         optimizer.step()
-    return torch.equal(own(model.weight), before)
+    return torch.equal(local_shard(model.weight), before)
 
 
 def test_nothing_is_updated_when_the_step_cannot_be_recorded(tmp_path):
@@ -287,7 +296,7 @@ def test_weights_are_in_shares_again_after_a_microbatch_and_have_no_ordinary_gra
 
 
 def test_small_parameters_are_reduced_together(monkeypatch):
-    monkeypatch.setattr("author_dp.mechanism.fsdp.BUCKET", 10)
+    monkeypatch.setattr("author_dp.mechanism.fsdp.BUCKET_ELEMENTS", 10)
     sizes = [3, 4, 5, 20, 1, 9, 1]
     assert [[p.numel() for p in b] for b in buckets([torch.zeros(n) for n in sizes])] == [[3, 4], [5], [20], [1, 9], [1]]
 
@@ -301,7 +310,7 @@ def test_a_model_without_blocks_is_refused():
 def proven(family: str, kind: str) -> float:
     model = make_model(family, kind)
     shard(model, CPU)
-    return prove(model, "ghost", 14).error
+    return verify_model(model, "ghost", 14).error
 
 
 @pytest.mark.slow
@@ -328,10 +337,10 @@ def test_what_was_not_proven_in_shares_is_refused(change, words):
         "disable_dp": False,
     }
     options = SimpleNamespace(**given)
-    check_shares(options, options, tiny_gpt2())
+    check_fsdp(options, options, tiny_gpt2())
     vars(options).update(change)
     with pytest.raises(UserError, match=words):
-        check_shares(options, options, tiny_gpt2().to(change.get("dtype", torch.float32)))
+        check_fsdp(options, options, tiny_gpt2().to(change.get("dtype", torch.float32)))
 
 
 # --- what is saved ----------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT, make_dataset, tiny_gpt2
 from transformers import AutoTokenizer, GenerationConfig
 
-from author_dp.outputs.page import specimens_in_html
-from author_dp.outputs.samples import SEED, TEXTS, Specimens, beginnings, continue_rows
-from author_dp.types import IGNORED
+from author_dp.outputs.page import samples_html
+from author_dp.outputs.samples import SEED, TEXTS, TextSamples, generate_rows, heldout_prompts
+from author_dp.types import IGNORE_INDEX
 from data_utils import AuthorDataset, group_by_author
 
 
@@ -24,14 +24,14 @@ class Tokenizer:
         return [" ".join(f"w{token}" for token in row) for row in rows]
 
 
-def made(held_out=None, **options) -> Specimens:
-    return Specimens(Tokenizer(), held_out, start=[], sequence_len=16, **options)
+def made(held_out=None, **options) -> TextSamples:
+    return TextSamples(Tokenizer(), held_out, start=[], sequence_len=16, **options)
 
 
 def conversations(prompts: list[int]) -> AuthorDataset:
     """One sample of each author: so many tokens of a prompt, then three of an answer."""
     ids = [list(range(1, length + 4)) for length in prompts]
-    labels = [[IGNORED] * length + row[length:] for length, row in zip(prompts, ids)]
+    labels = [[IGNORE_INDEX] * length + row[length:] for length, row in zip(prompts, ids)]
     return AuthorDataset(datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}), *group_by_author(range(len(ids))))
 
 
@@ -62,9 +62,9 @@ def test_held_out_texts_go_on_where_they_begin():
     drawn = dataset.__getitems__([dataset.indices[start : start + 1] for start in dataset.offsets[:TEXTS]])
     first = [sample["input_ids"].tolist() for (sample,) in drawn]
     assert all(
-        row[: len(begun)] == begun and 0 < len(begun) <= len(row) / 2 for row, begun in zip(first, beginnings(dataset, 16))
+        row[: len(begun)] == begun and 0 < len(begun) <= len(row) / 2 for row, begun in zip(first, heldout_prompts(dataset, 16))
     )
-    prompts = beginnings(conversations([15, 40, 3, 4, 5]), 16)  # the second leaves no room for an answer
+    prompts = heldout_prompts(conversations([15, 40, 3, 4, 5]), 16)  # the second leaves no room for an answer
     assert prompts == [list(range(1, length + 1)) for length in (15, 3, 4, 5)]
 
 
@@ -89,7 +89,7 @@ def test_they_are_what_the_model_has_likely_not_what_its_folder_asks_for():
     model, rows = tiny_gpt2(dropout=0.5), [[1, 2], [3, 4]]
     own = GenerationConfig(num_beams=3, num_return_sequences=2, temperature=0.1, suppress_tokens=[5, 6], min_p=0.5)
     model.generation_config = own
-    written = continue_rows(model.train(), rows, 6, None)
+    written = generate_rows(model.train(), rows, 6, None)
     assert model.generation_config is own
     begun = torch.tensor(rows)
     torch.manual_seed(SEED)
@@ -105,7 +105,7 @@ def test_a_model_that_cannot_write_ends_no_run():
     model.generate = lambda **_: 1 / 0
     specimens = made(make_dataset([2] * 9))
     specimens.write(model, "after")
-    assert specimens_in_html(specimens.found, covered=True) == "" and model.training is tiny_gpt2().training
+    assert samples_html(specimens.found, covered=True) == "" and model.training is tiny_gpt2().training
 
 
 FOUND = {
@@ -116,18 +116,18 @@ FOUND = {
 
 @pytest.mark.parametrize("covered", [True, False])
 def test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(covered):
-    folds = re.findall(r"<summary>(.*?)</summary>", specimens_in_html(FOUND, covered))
+    folds = re.findall(r"<summary>(.*?)</summary>", samples_html(FOUND, covered))
     assert ["private: do not publish" in fold for fold in folds] == [not covered, True]
     assert ["covered by the guarantee" in fold for fold in folds] == [covered, False]
 
 
 def test_what_is_written_is_no_html():
-    page = specimens_in_html(FOUND, covered=True)
+    page = samples_html(FOUND, covered=True)
     assert "<script>" not in page and "&lt;script&gt;" in page and "they &amp; wrote" in page
 
 
 def test_a_real_tokenizer_begins_with_its_end_of_text():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model", local_files_only=True)
-    specimens = Specimens(tokenizer, None, [], 64)
+    specimens = TextSamples(tokenizer, None, [], 64)
     assert specimens.begun["free"] == [[tokenizer.eos_token_id]] * TEXTS
-    assert Specimens(tokenizer, None, [5], 64).begun["free"] == [[5]] * TEXTS
+    assert TextSamples(tokenizer, None, [5], 64).begun["free"] == [[5]] * TEXTS

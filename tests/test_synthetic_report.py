@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from author_dp.data.authors import split_name
+from author_dp.data.authors import split_id
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.outputs import synthetic_report
 from author_dp.outputs import utility as usefulness
-from author_dp.outputs.overlap import shared_passages, words_of
-from author_dp.outputs.privacy_statement import claim, sha256_of, sidecar_of
-from author_dp.outputs.synthetic_report import Text, main, make_report, safety, split
-from data_utils import DataArguments, name_of_split, split_by_author
+from author_dp.outputs.overlap import longest_overlaps, words_of
+from author_dp.outputs.privacy_statement import make_statement, sha256_of, statement_path
+from author_dp.outputs.synthetic_report import Text, main, make_report, overlap_report, split
+from data_utils import DataArguments, split_by_author
 
 OPTIONS = {
     "text_column": "content", "messages_column": None, "author_column": "author", "label_column": None, "validation_file": None,
@@ -55,14 +55,14 @@ def test_passages_are_those_of_a_plain_search():
             for n in (7, 4)
         )
         authors = [generator.choice("xyz") for _ in training]
-        found, expected = shared_passages(training, authors, texts), naive(training, authors, texts)
+        found, expected = longest_overlaps(training, authors, texts), naive(training, authors, texts)
         assert list(zip(found.places.tolist(), found.of_one.tolist())) == [place for row in expected for place in row]
         assert found.longest.tolist() == [max([n for n, _ in row], default=0) for row in expected]
         assert found.longest_of_one.tolist() == [max([n for n, one in row if one], default=0) for row in expected]
 
 
 def test_words_are_compared_without_case_and_punctuation():
-    found = shared_passages(["He said: TWO, three! 你好吗"], ["a"], ["one two three four", "好吗?"])
+    found = longest_overlaps(["He said: TWO, three! 你好吗"], ["a"], ["one two three four", "好吗?"])
     assert found.longest.tolist() == [2, 2] and (found.passage(0), found.passage(1)) == ("two three", "好 吗")
 
 
@@ -76,12 +76,12 @@ def test_a_copied_text_of_one_author_shows():
     training = [Text(f"a{n // 2}", text(20), None) for n in range(200)]
     synthetic = [text(20) for _ in range(100)]
     synthetic[7] = f"{text(3)} {training[5].text.upper()} {text(2)}"
-    found = safety(synthetic, training, [text(20) for _ in range(100)])
+    found = overlap_report(synthetic, training, [text(20) for _ in range(100)])
     first = found["synthetic"]["longest_ones_of_one_author"][0]
     assert first["words"] >= 20 and first["row"] == 8 and " ".join(words_of(training[5].text)) in first["passage"]
     assert found["held_out"]["longest_passage_of_one_author"]["1"] < 8 and 0.01 <= found["beyond"]["synthetic"] < 0.1
     several = [*training, *(row._replace(author="b") for row in training)]  # of two authors each: nobody's alone
-    assert safety(synthetic, several, [text(20)])["synthetic"]["longest_passage_of_one_author"]["1"] == 0
+    assert overlap_report(synthetic, several, [text(20)])["synthetic"]["longest_passage_of_one_author"]["1"] == 0
     counts = found["synthetic"]["passages_of_one_author_per_1000_words"]
     assert counts["20 words or more"] == pytest.approx(1_000 / 2_005) and counts["40 words or more"] == 0
 
@@ -94,7 +94,7 @@ def test_the_split_is_that_of_the_training(fraction):
     rows = [{"author": f"a{n % 60}", "content": str(n)} for n in range(180)]
     train, held_out = split_by_author(Dataset.from_list(rows), "author", 0.25, 42, fraction)
     model = {
-        "split": name_of_split(DataArguments(eval_fraction=0.25), 42),
+        "split": DataArguments(eval_fraction=0.25).split_id(42),
         "data": {"train_fraction": fraction, "row_limit": None},
     }
     ours = split([Text(row["author"], row["content"], None) for row in rows], model, Namespace(**OPTIONS))
@@ -103,14 +103,14 @@ def test_the_split_is_that_of_the_training(fraction):
 
 def test_other_held_out_authors_than_the_runs_are_refused():
     rows = [Text(str(n), "a", None) for n in range(9)]
-    for model, words in (({"split": split_name(1, 0.25, "author")}, "--split_seed"), ({"split": None}, "--validation_file")):
+    for model, words in (({"split": split_id(1, 0.25, "author")}, "--split_seed"), ({"split": None}, "--validation_file")):
         with pytest.raises(UserError, match=words):
             split(rows, model, Namespace(**OPTIONS))
             pytest.fail("not noticed")
     with pytest.raises(UserError, match="leave out --validation_file"):
         split(
             rows,
-            {"split": split_name(42, 0.25, "author"), "weights": {"a": "b"}},
+            {"split": split_id(42, 0.25, "author"), "weights": {"a": "b"}},
             Namespace(**{**OPTIONS, "validation_file": ["v.jsonl"]}),
         )
 
@@ -164,10 +164,10 @@ def make_files(tmp_path: Path, monkeypatch) -> tuple[Path, Path]:
         "epsilon": 8.0,
         "delta": 1e-5,
         "disable_dp": False,
-        "split": split_name(42, 0.25, "author"),
+        "split": split_id(42, 0.25, "author"),
         "weights": {"a": "b"},
     }
-    write_json(sidecar_of(synthetic), {**claim(guarantee, "none"), "sha256": sha256_of(synthetic)})
+    write_json(statement_path(synthetic), {**make_statement(guarantee, "none"), "sha256": sha256_of(synthetic)})
     return synthetic, real
 
 
@@ -195,7 +195,7 @@ def test_conversations_are_compared_by_their_answers(tmp_path, files):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         talks = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": row["content"]}] for row in rows]
         path.write_text("".join(json.dumps({**row, "content": None, "messages": talk}) + "\n" for row, talk in zip(rows, talks)))
-    write_json(sidecar_of(synthetic), {**json.loads(sidecar_of(synthetic).read_text()), "sha256": sha256_of(synthetic)})
+    write_json(statement_path(synthetic), {**json.loads(statement_path(synthetic).read_text()), "sha256": sha256_of(synthetic)})
     report = make_report(synthetic, [str(real)], Namespace(**{**OPTIONS, "messages_column": "messages"}))
     assert report["passages"]["held_out"]["words_of_a_text"] == report["passages"]["synthetic"]["words_of_a_text"] == 6
 

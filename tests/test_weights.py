@@ -18,10 +18,18 @@ from author_dp.accounting.ledger_report import main
 from author_dp.data import hub
 from author_dp.errors import UserError
 from author_dp.files import write_json
-from author_dp.models.weights import certified, check_base, check_weights, describe_base, hash_weights, weight_files
+from author_dp.models.weights import (
+    COMPLETE_MARKER,
+    check_base,
+    check_weights,
+    describe_base,
+    hash_weights,
+    weight_files,
+    write_certified,
+)
 from author_dp.outputs import generate, report
 from author_dp.outputs import privacy_statement as sidecar
-from author_dp.training.checkpointing import SEAL_NAME, newest_whole, remove_checkpoint
+from author_dp.training.checkpointing import latest_complete, remove_checkpoint
 from dp_utils import DPTrainer
 
 PLAIN = {"disable_dp": True, "noise_multiplier": None}
@@ -203,26 +211,26 @@ def test_an_adapter_and_a_full_model_in_one_folder_are_ambiguous_without_a_certi
 def test_without_a_privacy_json_a_model_writes_uncertified(tmp_path):
     assert sidecar.read_guarantee(tmp_path) is None
     run(tmp_path, privacy=PLAIN)
-    assert not sidecar.claim(sidecar.read_guarantee(tmp_path / "out"), "none")["covered"]
+    assert not sidecar.make_statement(sidecar.read_guarantee(tmp_path / "out"), "none")["covered"]
 
 
 def test_a_text_whose_sidecar_names_no_weights_is_not_covered(tmp_path):
     path = tmp_path / "s.jsonl"
     path.write_text("{}\n")
     said = {"sha256": sidecar.sha256_of(path), "covered": True, "model": {"epsilon": 2.0}}
-    write_json(sidecar.sidecar_of(path), said)
+    write_json(sidecar.statement_path(path), said)
     with pytest.raises(UserError, match="does not say which weights"):
-        sidecar.check_sidecar(path)
-    write_json(sidecar.sidecar_of(path), {**said, "model": {"weights": {"model.safetensors": "1a"}}})
-    assert sidecar.check_sidecar(path)["covered"]
+        sidecar.check_statement(path)
+    write_json(sidecar.statement_path(path), {**said, "model": {"weights": {"model.safetensors": "1a"}}})
+    assert sidecar.check_statement(path)["covered"]
 
 
 def test_sharded_weights_are_certified_and_replaced_by_others(tmp_path):
     model = tiny_gpt2()
-    with certified(tmp_path, adapter=False, make_report=dict):
+    with write_certified(tmp_path, adapter=False, make_report=dict):
         model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert is_certified(tmp_path) and len(weight_files(tmp_path)) > 3
-    with certified(tmp_path, adapter=False, make_report=dict):
+    with write_certified(tmp_path, adapter=False, make_report=dict):
         model.save_pretrained(tmp_path)
     assert {path.name for path in weight_files(tmp_path)} == {"config.json", "model.safetensors"} and is_certified(tmp_path)
 
@@ -341,7 +349,7 @@ def test_another_optimizers_state_is_not_resumed(tmp_path):
 
 def test_an_optimizers_state_without_a_hash_is_not_resumed(tmp_path):
     make_trainer(tmp_path, **STEPS).train()
-    seal = tmp_path / "checkpoint-2" / SEAL_NAME
+    seal = tmp_path / "checkpoint-2" / COMPLETE_MARKER
     for other in ({"sha256": {}}, {"sha256": None}):
         write_json(seal, {**json.loads(seal.read_text()), **other})
         with pytest.raises(UserError, match=r"checkpoint-2/optimizer\.pt: its SHA-256"):
@@ -372,7 +380,7 @@ def test_the_model_that_training_started_from_is_named_with_its_guarantee(tmp_pa
         named = read_report(folder / "second").get("base_model")
         assert named is not None
         assert named["name"] == "out" and named["covered"] == (name == "private")
-        said = sidecar.claim(sidecar.read_guarantee(folder / "second"), "none")
+        said = sidecar.make_statement(sidecar.read_guarantee(folder / "second"), "none")
         assert said["covered"] == named["covered"] and "out has" in said["statement"]
         report.main([str(folder / "second")])
         page = (folder / "second" / "report.html").read_text()
@@ -501,7 +509,7 @@ def test_wherever_a_save_is_cut_nothing_false_is_certified(tmp_path, how, what):
         left, INTERRUPT.folder = INTERRUPT.left, ""
         outcomes.add((is_certified(place), (place / "model.safetensors").exists()))
         is_certified(out)
-        assert newest_whole(out) is not None or what == "checkpoint"
+        assert latest_complete(out) is not None or what == "checkpoint"
         resumable(out, max_steps=2, resume_from_checkpoint=True)  # nothing of it is in the way of going on
         if ended and (ENDS[how] is None or left > 0):
             break
@@ -522,7 +530,7 @@ def test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(tmp_pa
 def test_a_report_of_the_ledger_tells_what_it_spent(tmp_path):
     trainer = resumable(tmp_path, max_steps=4)
     trainer.train()
-    found = ledger_report.report_anew(tmp_path / "privacy.json", trainer.budget.ledger)
+    found = ledger_report.recompute_report(tmp_path / "privacy.json", trainer.budget.ledger)
     assert found["epsilon"] == pytest.approx(trainer.epsilon(), rel=3e-3) and found["interrupted"] and found["steps"] == 4
     assert found["num_authors"] == 60 and "weights" not in found
 

@@ -45,15 +45,15 @@ from author_dp.errors import UserError
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-EPSILON_BEYOND_USE = 1_000.0  # from here on the grid of [1] would take minutes and GBs
-ROUNDING_SHARE = 1e-2  # of delta: where rounding may be more than that, [1] is not asked
-FINEST = 1e-4  # error in epsilon that the grid of [1] is made for
-COARSE = 3e-3  # of epsilon: nor is it where its grid is coarser than that
+MAX_PRV_EPSILON = 1_000.0  # from here on the grid of [1] would take minutes and GBs
+GRID_ERROR_SHARE = 1e-2  # of delta: where rounding may be more than that, [1] is not asked
+FINEST_GRID = 1e-4  # error in epsilon that the grid of [1] is made for
+COARSE_GRID = 3e-3  # of epsilon: nor is it where its grid is coarser than that
 FOUR_DIGITS = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
 ORDERS = np.array([*range(2, 64), 96, 128, 192, 256, 384, 512, 768, 1024])  # of Renyi divergences
 
 
-class Spending(NamedTuple):
+class MechanismEvent(NamedTuple):
     """A number of steps of the Poisson-subsampled Gaussian mechanism."""
 
     noise_multiplier: float
@@ -61,7 +61,7 @@ class Spending(NamedTuple):
     steps: int
 
 
-def cyclic_rate(sample_rate: float, bands: int) -> float:
+def cyclic_sample_rate(sample_rate: float, bands: int) -> float:
     """Return b q, the probability with which an author is in the draws of the own group; above 1 it is refused.
 
     Raises:
@@ -75,20 +75,20 @@ def cyclic_rate(sample_rate: float, bands: int) -> float:
     return bands * sample_rate if bands * sample_rate < 1 - 1e-9 else 1.0
 
 
-def cyclic_spending(noise_multiplier: float, sample_rate: float, steps: int, bands: int) -> Spending:
+def cyclic_event(noise_multiplier: float, sample_rate: float, steps: int, bands: int) -> MechanismEvent:
     """Return what steps with `bands` groups in turn spend (bands.py): every author's group has at most ceil(steps / bands)."""
-    return Spending(noise_multiplier, cyclic_rate(sample_rate, bands), -(-steps // bands))
+    return MechanismEvent(noise_multiplier, cyclic_sample_rate(sample_rate, bands), -(-steps // bands))
 
 
-def compose(spendings: Sequence[Spending]) -> list[Spending]:
+def merge_events(spendings: Sequence[MechanismEvent]) -> list[MechanismEvent]:
     """Add up the steps of equal mechanisms, and sort these: the order of composition does not matter."""
     steps: dict[tuple[float, float], int] = {}
     for sigma, rate, count in spendings:
         steps[sigma, rate] = steps.get((sigma, rate), 0) + count
-    return sorted(Spending(*mechanism, count) for mechanism, count in steps.items() if count > 0)
+    return sorted(MechanismEvent(*mechanism, count) for mechanism, count in steps.items() if count > 0)
 
 
-def rdp_epsilon(spendings: Sequence[Spending], delta: float) -> float:
+def rdp_epsilon(spendings: Sequence[MechanismEvent], delta: float) -> float:
     """Cheap upper bound by Renyi differential privacy at integer orders, which have a closed form [2]."""
     if any(spending.noise_multiplier == 0 for spending in spendings):
         return math.inf
@@ -123,7 +123,7 @@ known_rdp_of_step = functools.lru_cache(maxsize=256)(rdp_of_step)
 # --- every author in every step: one Gaussian mechanism -------------------------------------------------
 
 
-def gaussian_mu(spendings: Sequence[Spending]) -> float:
+def gaussian_mu(spendings: Sequence[MechanismEvent]) -> float:
     """Return mu of steps at q = 1: together they are one Gaussian mechanism of sensitivity mu and noise 1; rounded up."""
     return math.sqrt(math.fsum(steps / sigma**2 for sigma, _, steps in spendings)) * (1 + 8 * ULP)
 
@@ -156,7 +156,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 # --- Poisson sampling -----------------------------------------------------------------------------------
 
 
-class PrivacyLoss:
+class EpsilonAccountant:
     """Upper bound on the epsilon of composed steps, on a grid that follows from these steps and delta alone.
 
     By numerical composition of privacy loss variables [1] where that holds. Opacus' default error of 0.01 in epsilon would cost
@@ -172,12 +172,12 @@ class PrivacyLoss:
 
     MAX_CELLS = 2**19  # of the grid: about 0.3 seconds; where that is too coarse, pld.py takes less time
 
-    def __init__(self, spendings: Sequence[Spending], delta: float):
+    def __init__(self, spendings: Sequence[MechanismEvent], delta: float):
         self.delta = delta
         self.delta_error = delta / 1000
         self.epsilon, self.accountant = 0.0, "prv"
-        spendings = compose(spendings)
-        if not spendings or ever_drawn(spendings) <= delta:
+        spendings = merge_events(spendings)
+        if not spendings or prob_ever_sampled(spendings) <= delta:
             return  # epsilon is 0 whatever the noise
         if any(spending.noise_multiplier == 0 for spending in spendings):
             self.epsilon = math.inf
@@ -188,22 +188,22 @@ class PrivacyLoss:
             found = self._prv_epsilon(spendings, bound)
             self.epsilon = min(bound, self._pld_epsilon(spendings) if found is None else found)
 
-    def _prv_epsilon(self, spendings: list[Spending], bound: float) -> Optional[float]:
+    def _prv_epsilon(self, spendings: list[MechanismEvent], bound: float) -> Optional[float]:
         """Return epsilon by [1]; None where its bound does not hold at this delta, or is not close."""
-        if not FINEST / COARSE <= bound <= EPSILON_BEYOND_USE or min_rounding(spendings) > ROUNDING_SHARE * self.delta:
+        if not FINEST_GRID / COARSE_GRID <= bound <= MAX_PRV_EPSILON or min_fft_error(spendings) > GRID_ERROR_SHARE * self.delta:
             return None
         try:
-            epsilon = self._on_grid(spendings, max(FINEST, 2e-2 * bound))
-            finer = max(FINEST, 2e-3 * epsilon)
+            epsilon = self._on_grid(spendings, max(FINEST_GRID, 2e-2 * bound))
+            finer = max(FINEST_GRID, 2e-3 * epsilon)
             if finer < 0.9 * self.epsilon_error and self.cells < 0.9 * self.MAX_CELLS:
                 epsilon = self._on_grid(spendings, finer)
         except (RuntimeError, ValueError) as error:
             logger.info(f"The PRV accountant cannot handle these parameters ({error}).")
             return None
-        exact = self.epsilon_error <= COARSE * epsilon and self.rounding <= ROUNDING_SHARE * self.delta
+        exact = self.epsilon_error <= COARSE_GRID * epsilon and self.rounding <= GRID_ERROR_SHARE * self.delta
         return epsilon if exact and math.isfinite(epsilon) else None
 
-    def _pld_epsilon(self, spendings: list[Spending]) -> float:
+    def _pld_epsilon(self, spendings: list[MechanismEvent]) -> float:
         self.accountant = "pld"
         try:
             return LossDistribution(spendings, self.delta).epsilon(spendings, self.delta)
@@ -212,7 +212,7 @@ class PrivacyLoss:
             logger.warning(f"No privacy loss distribution could be made ({error}); epsilon is the RDP bound.")
             return math.inf
 
-    def _on_grid(self, spendings: list[Spending], epsilon_error: float) -> float:
+    def _on_grid(self, spendings: list[MechanismEvent], epsilon_error: float) -> float:
         """Return epsilon on a grid made for that error, or for the smallest that MAX_CELLS allow.
 
         Opacus' PRVAccountant, taken apart so that its grid is chosen here ([1], Algorithm 1 and Remark 5.6).
@@ -236,7 +236,7 @@ class PrivacyLoss:
             _, _, upper = composed.compute_epsilon(self.delta, self.delta_error + self.rounding, epsilon_error)
         return max(0.0, float(upper))
 
-    def _largest_loss(self, spendings: list[Spending], epsilon_error: float) -> float:
+    def _largest_loss(self, spendings: list[MechanismEvent], epsilon_error: float) -> float:
         """Return how far the grid must reach for what lies beyond to be a small part of `delta_error` ([1], Remark 5.6).
 
         As Opacus' compute_safe_domain_size, which bounds tails by 151 orders, most of them slow, where these 70 do.
@@ -247,14 +247,14 @@ class PrivacyLoss:
         return max(rdp_epsilon(spendings, self.delta_error / 4), *of_one, epsilon_error) + 3
 
 
-def ever_drawn(spendings: Sequence[Spending]) -> float:
+def prob_ever_sampled(spendings: Sequence[MechanismEvent]) -> float:
     """Return the probability that an author is in any of the steps, rounded up: delta is no more than that at any epsilon."""
     if any(spending.sample_rate == 1 for spending in spendings):
         return 1.0
     return -math.expm1(math.fsum(steps * math.log1p(-rate) for _, rate, steps in spendings)) * (1 + 8 * ULP)
 
 
-def min_rounding(spendings: list[Spending]) -> float:
+def min_fft_error(spendings: list[MechanismEvent]) -> float:
     """Return what rounding in the FFTs of [1] takes at least, on any grid of at least 2,048 cells, without making one."""
     return 5 * ULP * 11 * sum(spending.steps for spending in spendings)
 
@@ -262,26 +262,26 @@ def min_rounding(spendings: list[Spending]) -> float:
 # --- the one number ---------------------------------------------------------------------------------------
 
 
-def epsilon_of(spendings: Sequence[Spending], delta: float) -> float:
+def epsilon_of(spendings: Sequence[MechanismEvent], delta: float) -> float:
     """Return the epsilon of composed steps, rounded up: the only number that is calibrated for, stopped at, and shown.
 
     It follows from the mechanisms, their steps and delta alone: not from a plan, the order of runs, or how often it is asked.
     """
-    return _account(tuple(compose(spendings)), delta)[0]
+    return _account(tuple(merge_events(spendings)), delta)[0]
 
 
-def accountant_of(spendings: Sequence[Spending], delta: float) -> str:
+def accountant_of(spendings: Sequence[MechanismEvent], delta: float) -> str:
     """Return the name of the accountant behind `epsilon_of`, as in the module's docstring."""
-    return _account(tuple(compose(spendings)), delta)[1]
+    return _account(tuple(merge_events(spendings)), delta)[1]
 
 
 @functools.lru_cache(maxsize=1024)
-def _account(spendings: tuple[Spending, ...], delta: float) -> tuple[float, str]:
-    loss = PrivacyLoss(spendings, delta)
-    return rounded_up(loss.epsilon), loss.accountant
+def _account(spendings: tuple[MechanismEvent, ...], delta: float) -> tuple[float, str]:
+    loss = EpsilonAccountant(spendings, delta)
+    return round_up(loss.epsilon), loss.accountant
 
 
-def rounded_up(*epsilons: float) -> float:
+def round_up(*epsilons: float) -> float:
     """Return the sum of epsilons, rounded up to four significant digits, as many as the Trainer prints of a number."""
     return float(FOUR_DIGITS.create_decimal(sum(Decimal(repr(float(epsilon))) for epsilon in epsilons)))
 
@@ -303,7 +303,7 @@ def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, del
         raise UserError(
             f"no epsilon for noise_multiplier {noise_multiplier}, sample_rate {sample_rate}, steps {steps}, delta {delta}"
         )
-    return 0.0 if sample_rate == 0 else epsilon_of([Spending(noise_multiplier, sample_rate, steps)], delta)
+    return 0.0 if sample_rate == 0 else epsilon_of([MechanismEvent(noise_multiplier, sample_rate, steps)], delta)
 
 
 def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float, target_delta: float) -> float:
@@ -321,7 +321,7 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
             f"no noise for target_epsilon {target_epsilon}, target_delta {target_delta}, sample_rate {sample_rate}, {steps} steps"
         )
 
-    if (sampled := ever_drawn([Spending(0.0, sample_rate, steps)])) <= target_delta:
+    if (sampled := prob_ever_sampled([MechanismEvent(0.0, sample_rate, steps)])) <= target_delta:
         raise UserError(
             f"--target_delta {target_delta} is at least the probability {sampled:.2g} that an author is sampled in any step, so "
             "that any epsilon would hold without noise: lower it, or raise --sample_rate or --max_steps"
@@ -334,7 +334,7 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
 
     # Bracket: `high` keeps the promise, `low` breaks it. The cheap bound tells where to begin.
     high = 0.1
-    while high < 1e3 and rdp_epsilon([Spending(high, sample_rate, steps)], target_delta) > target_epsilon:
+    while high < 1e3 and rdp_epsilon([MechanismEvent(high, sample_rate, steps)], target_delta) > target_epsilon:
         high *= 1.1
     while (at_high := excess(high)) > 0:
         high *= 2
@@ -355,14 +355,14 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
     return high
 
 
-def epsilon_in_words(epsilon: float) -> str:
-    """Return epsilon as people read it: all digits that `rounded_up` leaves, at least two of them decimals."""
-    whole, _, decimals = f"{Decimal(repr(rounded_up(epsilon))):,f}".partition(".")
+def format_epsilon(epsilon: float) -> str:
+    """Return epsilon as people read it: all digits that `with_margin` leaves, at least two of them decimals."""
+    whole, _, decimals = f"{Decimal(repr(round_up(epsilon))):,f}".partition(".")
     return f"{whole}.{decimals:0<2}"
 
 
-def guarantee_in_words(epsilon: Optional[float], delta: float) -> str:
+def format_guarantee(epsilon: Optional[float], delta: float) -> str:
     """One phrase for people; epsilon is rounded up."""
     if epsilon is None or math.isinf(epsilon):
         return "no privacy guarantee (epsilon is infinite)"
-    return f"epsilon {epsilon_in_words(epsilon)} at delta {delta:.2g} (author level, add or remove one)"
+    return f"epsilon {format_epsilon(epsilon)} at delta {delta:.2g} (author level, add or remove one)"

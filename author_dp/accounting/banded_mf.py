@@ -37,17 +37,19 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.signal import lfilter
 
-from author_dp.accounting.accountant import Spending, cyclic_spending, find_noise_multiplier, rdp_epsilon
+from author_dp.accounting.accountant import MechanismEvent, cyclic_event, find_noise_multiplier, rdp_epsilon
 
-CHOICES = [2**i for i in range(7)]  # of `auto`: 1 to 64
+BAND_CHOICES = [2**i for i in range(7)]  # of `auto`: 1 to 64
 HORIZON = 2_048  # steps for which coefficients are optimized: beyond it they hardly change
-NEARLY = 1.05  # `auto` takes the fewest bands whose error is at most so many times the least: each costs memory and step noise
+NEGLIGIBLE_GAIN = (
+    1.05  # `auto` takes the fewest bands whose error is at most so many times the least: each costs memory and step noise
+)
 
 # --- the matrix -------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def band_coefficients(bands: int, steps: int) -> np.ndarray:
+def toeplitz_coefficients(bands: int, steps: int) -> np.ndarray:
     """Return c_0, ..., c_{b-1}, float64 (bands,), of norm 1, for the least `sum_error` over that many steps ([4], section 4).
 
     Found by L-BFGS from the square-root coefficients of [3], those of (1 - x)^(-1/2). They depend on both arguments alone.
@@ -81,7 +83,7 @@ def log_error(rest: np.ndarray, steps: int) -> tuple[float, np.ndarray]:
     return float(np.log(square) + np.log(c @ c)), gradient + 2 * rest / (c @ c)
 
 
-def sum_error(coefficients: np.ndarray, steps: int) -> float:
+def prefix_sum_rmse(coefficients: np.ndarray, steps: int) -> float:
     """Return the root mean square, over t, of the noise in the sum of the first t updates, in units of sigma C.
 
     Without bands it is sqrt((steps + 1) / 2).
@@ -90,7 +92,7 @@ def sum_error(coefficients: np.ndarray, steps: int) -> float:
     return math.sqrt(np.arange(steps, 0, -1) @ m**2 / steps)
 
 
-def step_scale(coefficients: np.ndarray, steps: int) -> float:
+def step_noise_std(coefficients: np.ndarray, steps: int) -> float:
     """Return the standard deviation of the noise of the last step, in units of sigma C: the diagonal of C^-1 C^-T."""
     impulse = np.zeros(steps)
     impulse[0] = 1.0
@@ -103,14 +105,14 @@ def choose_bands(sample_rate: float, steps: int, target_epsilon: float, delta: f
     Noise multipliers for the comparison are those of the cheap accountant; the chosen one's is calibrated exactly later.
     """
     errors = {}
-    for bands in CHOICES:
+    for bands in BAND_CHOICES:
         if bands == 1 or (bands <= min(most, steps) and bands * sample_rate <= 1):
-            sigma = rough_noise_multiplier(cyclic_spending(1.0, sample_rate, steps, bands), target_epsilon, delta)
-            errors[bands] = sigma * sum_error(band_coefficients(bands, steps), steps)
-    return min(bands for bands, error in errors.items() if error <= NEARLY * min(errors.values()))
+            sigma = rdp_noise_multiplier(cyclic_event(1.0, sample_rate, steps, bands), target_epsilon, delta)
+            errors[bands] = sigma * prefix_sum_rmse(toeplitz_coefficients(bands, steps), steps)
+    return min(bands for bands, error in errors.items() if error <= NEGLIGIBLE_GAIN * min(errors.values()))
 
 
-def rough_noise_multiplier(spending: Spending, target_epsilon: float, delta: float) -> float:
+def rdp_noise_multiplier(spending: MechanismEvent, target_epsilon: float, delta: float) -> float:
     """Return the noise multiplier for a target by Renyi differential privacy, to 1 %."""
     low, high = 1e-2, 1e4
     while high / low > 1.01:
@@ -120,10 +122,10 @@ def rough_noise_multiplier(spending: Spending, target_epsilon: float, delta: flo
     return high
 
 
-def gain(noise_multiplier: float, sample_rate: float, steps: int, bands: int, epsilon: float, delta: float) -> float:
+def error_ratio(noise_multiplier: float, sample_rate: float, steps: int, bands: int, epsilon: float, delta: float) -> float:
     """Return the error of prefix sums over that of independent noise at the same epsilon."""
-    plain = find_noise_multiplier(sample_rate, steps, epsilon, delta) * sum_error(np.ones(1), steps)
-    return noise_multiplier * sum_error(band_coefficients(bands, steps), steps) / plain
+    plain = find_noise_multiplier(sample_rate, steps, epsilon, delta) * prefix_sum_rmse(np.ones(1), steps)
+    return noise_multiplier * prefix_sum_rmse(toeplitz_coefficients(bands, steps), steps) / plain
 
 
 # --- the groups -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ its update. Epsilon is that of all steps in the folder's ledger, those of earlie
 Example:
 
     >>> budget = Budget(plan, PrivacyLedger(Path("scratch") / LEDGER_NAME), is_first_process=True)
-    >>> with budget.folder_of_ones_own():
+    >>> with budget.lock_output_dir():
     ...     budget.start()
     ...     budget.record_step()
 """
@@ -27,10 +27,10 @@ from transformers.utils import logging
 from author_dp.accounting.accountant import accountant_of, epsilon_of
 from author_dp.accounting.ledger import COUNTS_NAME, REPORT_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
-from author_dp.accounting.tradeoff import attack
-from author_dp.distributed import broadcast, wait_for_all
+from author_dp.accounting.tradeoff import attack_bounds
+from author_dp.distributed import barrier, broadcast
 from author_dp.errors import MechanismError, UserError
-from author_dp.files import write_json, write_secret
+from author_dp.files import write_json, write_private_json
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -59,13 +59,13 @@ class Budget:
         self.split: Optional[str] = None
 
     @contextmanager
-    def folder_of_ones_own(self) -> Iterator[None]:
+    def lock_output_dir(self) -> Iterator[None]:
         """Lock the folder, for the first process; every process has looked into it before that one writes.
 
         Raises:
             UserError: where another run is in there, or was since the ledger was read.
         """
-        wait_for_all()
+        barrier()
         if self.plan.disable_dp or not self.is_first_process:
             yield
             return
@@ -96,7 +96,7 @@ class Budget:
                 started = datetime.now(timezone.utc).date().isoformat()  # the time of day would tell how long steps take
                 name = uuid.uuid4().hex  # so that no two runs have the same records, were they alike in all else
                 if plan.hide_counts:
-                    write_secret(self.ledger.path.with_name(COUNTS_NAME), {"num_authors": plan.num_authors})
+                    write_private_json(self.ledger.path.with_name(COUNTS_NAME), {"num_authors": plan.num_authors})
                 header = {**plan.public(), "split": self.split, "by_metrics": self.by_metrics, "name": name, "started": started}
                 self.ledger.start_run({**header, "versions": versions})
         self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
@@ -127,7 +127,7 @@ class Budget:
     def affordable(self, steps: int) -> float:
         """Return how many of `steps` more steps the target allows, all of them or inf without one; on the first process only."""
         target = self.plan.target_epsilon
-        return math.inf if target is None else largest(steps, lambda more: self.epsilon(more) <= target)
+        return math.inf if target is None else bisect_largest(steps, lambda more: self.epsilon(more) <= target)
 
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
@@ -162,7 +162,7 @@ class Budget:
         report = self.plan.report(self.epsilon(), self.ledger.steps, accountant, self.ledger.accounted_steps)
         if self.ledger.alarm is not None:
             report["alarm"] = self.ledger.alarm
-        report |= attack(spendings if report["epsilon"] is not None else [], self.plan.delta)
+        report |= attack_bounds(spendings if report["epsilon"] is not None else [], self.plan.delta)
         if self.ledger.releases:
             together = self.ledger.epsilon_with_releases(self.epsilon())
             report["evaluation_release"] = self.ledger.last_release
@@ -179,16 +179,16 @@ class Budget:
         try:
             yield
         except MechanismError as error:
-            self.raise_alarm(str(error))
+            self.void_guarantee(str(error))
             if (self.ledger.path.parent / "README.md").exists():
                 write_card()
             raise
 
-    def raise_alarm(self, found: str) -> None:
+    def void_guarantee(self, found: str) -> None:
         """Note in the ledger, and in every report of the folder, that there is no guarantee; on the first process only."""
         if not self.is_first_process:
             return
-        self.ledger.record_alarm(found)
+        self.ledger.record_failure(found)
         folder = self.ledger.path.parent
         # The link: a ledger from which the alarm is taken away is refused.
         void = {"epsilon": None, "epsilon_with_evaluation": None, "mu_gdp": None, "tpr_at_fpr": None}
@@ -197,7 +197,7 @@ class Budget:
             write_json(path, {**json.loads(path.read_text()), **changed})
 
 
-class StopWhenUsedUp(TrainerCallback):
+class StopAtTargetEpsilon(TrainerCallback):
     """Stop the training when the budget allows no further step."""
 
     follows = "steps"
@@ -211,7 +211,7 @@ class StopWhenUsedUp(TrainerCallback):
             control.should_training_stop = True
 
 
-def largest(limit: int, allowed: Callable[[int], bool]) -> int:
+def bisect_largest(limit: int, allowed: Callable[[int], bool]) -> int:
     """Return the largest number up to `limit` that is allowed, by bisection; 0 if none is."""
     low, high = 0, limit
     if allowed(high):

@@ -32,7 +32,7 @@ from typing import Any, Optional
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from author_dp.accounting.accountant import Spending, cyclic_spending, rounded_up
+from author_dp.accounting.accountant import MechanismEvent, cyclic_event, round_up
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder
 
@@ -42,8 +42,8 @@ LEDGER_NAME = "privacy_ledger.jsonl"
 REPORT_NAME = "privacy.json"
 COUNTS_NAME = "_counts.json"  # with --hide_counts: what resuming needs; the leading _ keeps it out of uploads to the hub
 LOCK_SECONDS = 10  # data loader workers of a killed run hold its lock until they notice, about five seconds later
-TORN_RELEASE = re.compile(rb'\{"record": "release", "epsilon": ([^,]+), "split": (null|"[^"]*"), ')
-FIRST_LINK = hashlib.sha256(b"privacy ledger").hexdigest()
+TRUNCATED_RELEASE = re.compile(rb'\{"record": "release", "epsilon": ([^,]+), "split": (null|"[^"]*"), ')
+FIRST_HASH = hashlib.sha256(b"privacy ledger").hexdigest()
 
 
 class PrivacyLedger:
@@ -74,7 +74,7 @@ class PrivacyLedger:
         """Read the file anew."""
         self.runs: list[dict[str, Any]] = []
         self.taken: list[int] = []
-        self.links = [FIRST_LINK]
+        self.links = [FIRST_HASH]
         self.alarm: Optional[str] = None
         self.releases: list[dict[str, Any]] = []
         self.released: Optional[dict[str, Any]] = None
@@ -91,12 +91,12 @@ class PrivacyLedger:
         try:
             for line in lines:
                 record = json.loads(line)
-                if (found := record.pop("link")) != link(self.links[-1], record):
+                if (found := record.pop("link")) != record_hash(self.links[-1], record):
                     raise ValueError("the chain is broken")
                 self._count(record, found)
                 number += 1
             if self._torn and self.runs:
-                self._taken_for = self._torn_record()
+                self._taken_for = self._truncated_record()
                 logger.warning_once(f"The last record of {self.path} is incomplete; it counts as: {self._taken_for['record']}.")
                 self._count(self._taken_for)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -104,9 +104,9 @@ class PrivacyLedger:
                 f"{self.path}, line {number} was changed after it was written: restore it, or start in a new --output_dir"
             ) from error
 
-    def _torn_record(self) -> dict[str, Any]:
+    def _truncated_record(self) -> dict[str, Any]:
         """Return what a record that was cut short is taken for: a release or an alarm if it says so, otherwise a step."""
-        if found := TORN_RELEASE.match(self._torn):  # so much of it that a loss may follow
+        if found := TRUNCATED_RELEASE.match(self._torn):  # so much of it that a loss may follow
             return {"record": "release", "epsilon": float(found[1]), "split": json.loads(found[2]), "torn": True}
         if self._torn.startswith(b'{"record": "alarm"'):
             return {"record": "alarm", "found": "something, in a record that was cut short"}
@@ -114,7 +114,7 @@ class PrivacyLedger:
 
     def _count(self, record: dict[str, Any], its_link: Optional[str] = None) -> None:
         if record["record"] == "run":
-            spending_under(record, 0)  # which raises for a header without a mechanism
+            event_of_run(record, 0)  # which raises for a header without a mechanism
             self.taken.append(0)
             self.runs.append(record)
         elif record["record"] == "alarm":
@@ -158,9 +158,9 @@ class PrivacyLedger:
         return sum(self.taken)
 
     @property
-    def spendings(self) -> list[Spending]:
+    def spendings(self) -> list[MechanismEvent]:
         """What the steps under each header spend, by themselves: each run is a mechanism of its own."""
-        return [spending_under(header, steps) for header, steps in zip(self.runs, self.taken)]
+        return [event_of_run(header, steps) for header, steps in zip(self.runs, self.taken)]
 
     @property
     def accounted_steps(self) -> int:
@@ -210,7 +210,7 @@ class PrivacyLedger:
         """Write one step of the current run to disk."""
         self._append({"record": "step", "step": self.steps + 1})
 
-    def record_alarm(self, found: str) -> None:
+    def record_failure(self, found: str) -> None:
         """Write that the mechanism is not what this ledger says."""
         self._append({"record": "alarm", "found": found})
 
@@ -234,7 +234,7 @@ class PrivacyLedger:
         """
         released = sum(release["epsilon"] for release in self.releases)
         splits = {record.get("split") for record in [*self.runs, *self.releases]}
-        return max(epsilon, released) if len(splits) == 1 and None not in splits else rounded_up(epsilon, released)
+        return max(epsilon, released) if len(splits) == 1 and None not in splits else round_up(epsilon, released)
 
     def check_alarm(self) -> None:
         """Raise UserError where a run in this folder was stopped for its mechanism."""
@@ -245,10 +245,10 @@ class PrivacyLedger:
             )
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._mend()
+        self._repair_tail()
         self._count(record, self._write(record))
 
-    def _mend(self) -> None:
+    def _repair_tail(self) -> None:
         """Write in place of a record that was cut short what it was taken for, if there is a run that it can belong to."""
         if not self._torn:
             return
@@ -263,7 +263,7 @@ class PrivacyLedger:
 
     def _write(self, record: dict[str, Any]) -> str:
         """Write, flush and fsync; return the link. Only the first record makes the file: one taken away must not begin anew."""
-        its_link = link(self.links[-1], record)
+        its_link = record_hash(self.links[-1], record)
         line = json.dumps({**record, "link": its_link}).encode() + b"\n"
         try:
             created = 0 if self._size else os.O_CREAT
@@ -291,16 +291,16 @@ class PrivacyLedger:
         )
 
 
-def spending_under(header: dict[str, Any], steps: int) -> Spending:
+def event_of_run(header: dict[str, Any], steps: int) -> MechanismEvent:
     """Return what so many steps of the run with that header spend."""
     mechanism = float(header["noise_multiplier"]), float(header["sample_rate"])
     bands = operator.index(header.get("noise_bands", 1))  # older versions knew of one only
     if bands < 1:
         raise ValueError("no number of bands")
-    return cyclic_spending(*mechanism, steps, bands)
+    return cyclic_event(*mechanism, steps, bands)
 
 
-def link(previous: str, record: dict[str, Any]) -> str:
+def record_hash(previous: str, record: dict[str, Any]) -> str:
     """Return the hash that chains `record` to the one before it."""
     return hashlib.sha256(f"{previous}{json.dumps(record)}".encode()).hexdigest()
 
@@ -310,7 +310,7 @@ def reports_in(folder: Path) -> list[Path]:
     return sorted([*folder.glob(REPORT_NAME), *folder.glob(f"checkpoint-*/{REPORT_NAME}")])
 
 
-def hidden_count(folder: Path) -> Optional[int]:
+def read_private_count(folder: Path) -> Optional[int]:
     """Return the number of authors of the last run with --hide_counts in `folder`; None where that is not known."""
     try:
         return int(json.loads((folder / COUNTS_NAME).read_text())["num_authors"])

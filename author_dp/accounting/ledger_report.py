@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 from typing import Any, Optional
 
-from author_dp.accounting.accountant import accountant_of, epsilon_of, guarantee_in_words, rounded_up
-from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, reports_in, spending_under
+from author_dp.accounting.accountant import accountant_of, epsilon_of, format_guarantee, round_up
+from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, event_of_run, reports_in
 from author_dp.accounting.plan import plan_of
-from author_dp.accounting.tradeoff import attack
+from author_dp.accounting.tradeoff import attack_bounds
 from author_dp.errors import UserError
 
 
-def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
+def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     """Return in words what the ledger says was spent, computed anew, and what one more run like its last would cost.
 
     Args:
@@ -19,14 +19,14 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     """
     last = ledger.last_run
     delta = delta or last["delta"]
-    again = spending_under(last, last["steps"])
+    again = event_of_run(last, last["steps"])
     lines = [f"{ledger.path}: runs {len(ledger.runs)}, steps {ledger.steps:,}, records unbroken"]
     for number, (header, steps) in enumerate(zip(ledger.runs, ledger.taken), 1):
         bands = header.get("noise_bands", 1)
-        accounted = spending_under(header, steps)
+        accounted = event_of_run(header, steps)
         lines.append(
             f"  run {number}: {steps:,} of {header['steps']:,} steps, noise multiplier {header['noise_multiplier']:.4f}, "
-            f"sample rate {header['sample_rate']:.6g} of {authors_in_words(header)}, clip norm {header['clip_norm']:g}"
+            f"sample rate {header['sample_rate']:.6g} of {format_num_authors(header)}, clip norm {header['clip_norm']:g}"
             + (f", {bands} noise bands: {accounted.steps:,} steps at {accounted.sample_rate:.6g}" if bands > 1 else "")
         )
     spent, after = (epsilon_of(spendings, delta) for spendings in (ledger.spendings, [*ledger.spendings, again]))
@@ -39,25 +39,25 @@ def account(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
         total, words = sum(release["epsilon"] for release in ledger.releases), "epsilon {:g} for the held-out authors"
         together = [
             f"  evaluation losses released: {len(ledger.releases)}, with {words.format(total)}",
-            f"  models and these losses together: {guarantee_in_words(ledger.epsilon_with_releases(spent), delta)}",
+            f"  models and these losses together: {format_guarantee(ledger.epsilon_with_releases(spent), delta)}",
         ]
     return "\n".join(
         [
             *lines,
-            f"  spent: {guarantee_in_words(spent, delta)}",
+            f"  spent: {format_guarantee(spent, delta)}",
             *together,
             "  promised: " + (f"epsilon {target:g}" if target is not None else "no target, the noise was given"),
-            f"  after one more run of {last['steps']:,} steps: {guarantee_in_words(after, delta)}",
+            f"  after one more run of {last['steps']:,} steps: {format_guarantee(after, delta)}",
         ]
     )
 
 
-def authors_in_words(header: dict[str, Any]) -> str:
+def format_num_authors(header: dict[str, Any]) -> str:
     number = header["num_authors"]
     return "an untold number of authors" if number is None else f"{number:,} authors"
 
 
-def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None) -> str:
+def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) -> str:
     """Return in words what several folders have spent on authors that are in all of them, at one delta.
 
     All that was released from them is one mechanism, the steps of all ledgers in a row; its epsilon is less than the sum. To it
@@ -68,7 +68,7 @@ def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None
     Raises:
         UserError: where they have not, or a record is in two of the ledgers and would be counted twice.
     """
-    check_disjoint(ledgers)
+    check_no_shared_records(ledgers)
     deltas = {ledger.last_run["delta"] for ledger in ledgers}
     if delta is None:
         if len(deltas) > 1:
@@ -79,19 +79,19 @@ def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None
     lines, spendings = [], []
     for ledger in ledgers:
         own = epsilon_of(ledger.spendings, delta) if ledger.alarm is None else math.inf
-        authors = sorted({authors_in_words(header) for header in ledger.runs})
+        authors = sorted({format_num_authors(header) for header in ledger.runs})
         lines.append((f"{ledger.path}: steps {ledger.steps:,} on {', '.join(authors)}", own))
         spendings += ledger.spendings
     alone = [own for _, own in lines]
     together = epsilon_of(spendings, delta) if max(alone) < math.inf else math.inf
     released = sum(release["epsilon"] for ledger in ledgers for release in ledger.releases)
-    with_losses = f"  with the evaluation losses that they released: {guarantee_in_words(rounded_up(together, released), delta)}"
+    with_losses = f"  with the evaluation losses that they released: {format_guarantee(round_up(together, released), delta)}"
     return "\n".join(
         [
-            *(f"{words}: {guarantee_in_words(own, delta)}" for words, own in lines),
-            f"  together: {guarantee_in_words(together, delta)}, for an author who is in all of them",
+            *(f"{words}: {format_guarantee(own, delta)}" for words, own in lines),
+            f"  together: {format_guarantee(together, delta)}, for an author who is in all of them",
             *([with_losses] if released else []),
-            f"  their sum, for comparison: {guarantee_in_words(rounded_up(*alone), len(alone) * delta)}",
+            f"  their sum, for comparison: {format_guarantee(round_up(*alone), len(alone) * delta)}",
             "  This holds where the options of each run were chosen without a look at private results. Options that were chosen",
             "  by looking at earlier private results (losses, models) need more than this: composition that allows for adaptive",
             "  choices of noise and sample rate, and a choice by losses that are not private has no bound at all.",
@@ -99,7 +99,7 @@ def account_together(ledgers: list[PrivacyLedger], delta: Optional[float] = None
     )
 
 
-def check_disjoint(ledgers: list[PrivacyLedger]) -> None:
+def check_no_shared_records(ledgers: list[PrivacyLedger]) -> None:
     """Raise UserError where two ledgers hold the same record: one is the other, or a copy, and would be counted twice."""
     owners: dict[str, Path] = {}
     for ledger in ledgers:
@@ -131,10 +131,10 @@ def main(arguments: list[str]) -> None:
         for path in reports_in(folder):
             ledger.check_report(path)
         ledgers.append(ledger)
-    print(account(ledgers[0], delta) if len(ledgers) == 1 else account_together(ledgers, delta))
+    print(format_ledger(ledgers[0], delta) if len(ledgers) == 1 else format_joint(ledgers, delta))
 
 
-def report_anew(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
+def recompute_report(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the report at `path` with what all steps of its ledger have spent since.
 
     Where there is no file, since the run has not finished, the report is of the ledger's last run and certifies nothing.
@@ -142,7 +142,7 @@ def report_anew(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
     Raises:
         UserError: for a report that knows more than the ledger does.
     """
-    report = ledger.check_report(path) if path.exists() else report_of_ledger(ledger)
+    report = ledger.check_report(path) if path.exists() else make_ledger_report(ledger)
     if not report["disable_dp"] and ledger.steps:
         accounted = ledger.spendings, report["delta"]
         epsilon = epsilon_of(*accounted) if ledger.alarm is None else math.inf
@@ -152,11 +152,11 @@ def report_anew(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
             together = ledger.epsilon_with_releases(epsilon)
             report["epsilon_with_evaluation"] = together if math.isfinite(together) else None
         report["accounted_steps"] = ledger.accounted_steps
-        report |= attack(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
+        report |= attack_bounds(ledger.spendings if report["epsilon"] is not None else [], report["delta"])
     return report
 
 
-def report_of_ledger(ledger: PrivacyLedger) -> dict[str, Any]:
+def make_ledger_report(ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the report of an interrupted run, without what it has spent."""
     alarm = {} if ledger.alarm is None else {"alarm": ledger.alarm}
     report = plan_of(ledger.last_run).report(math.inf, ledger.steps)

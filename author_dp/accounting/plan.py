@@ -16,13 +16,21 @@ from typing import Any, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import Spending, cyclic_rate, cyclic_spending, find_noise_multiplier, guarantee_in_words
-from author_dp.accounting.banded_mf import CHOICES, band_coefficients, choose_bands, gain
+from author_dp.accounting.accountant import (
+    MechanismEvent,
+    cyclic_event,
+    cyclic_sample_rate,
+    find_noise_multiplier,
+    format_guarantee,
+)
+from author_dp.accounting.banded_mf import BAND_CHOICES, choose_bands, error_ratio, toeplitz_coefficients
 from author_dp.errors import UserError
 
 FEW_AUTHORS, LARGE_DELTA = 1_000, 1e-3  # below and above which a delta is explained, and warned of
-AGAIN = "the earlier steps are accounted by themselves, rounded up to whole cycles: up to one accounted step more, so that the "
-AGAIN += "target may not allow the last steps"
+RESUME_NOTE = (
+    "the earlier steps are accounted by themselves, rounded up to whole cycles: up to one accounted step more, so that the "
+)
+RESUME_NOTE += "target may not allow the last steps"
 SMALL_BATCH, GOOD_BATCH = 64, 256  # authors: below the first the log has advice
 FEW_STEPS, ENOUGH_STEPS = 20, 60  # the same of steps
 
@@ -47,13 +55,13 @@ class PrivacyPlan:
     hide_counts: bool = False
     noise_bands: int = 1  # b
 
-    def spending(self, steps: int) -> Spending:
+    def spending(self, steps: int) -> MechanismEvent:
         """Return what so many steps of a training spend."""
-        return cyclic_spending(self.noise_multiplier, self.sample_rate, steps, self.noise_bands)
+        return cyclic_event(self.noise_multiplier, self.sample_rate, steps, self.noise_bands)
 
     def coefficients(self) -> np.ndarray:
         """Return the band coefficients of a training, float64 (bands,)."""
-        return band_coefficients(self.noise_bands, self.steps)
+        return toeplitz_coefficients(self.noise_bands, self.steps)
 
     def public(self) -> dict[str, Any]:
         """Return what a ledger's header may hold."""
@@ -85,7 +93,7 @@ class PrivacyPlan:
             "expected_batch_size": self.expected_batch_size,
             "steps": steps,
             "noise_bands": self.noise_bands,
-            "accounted_sample_rate": cyclic_rate(self.sample_rate, self.noise_bands),
+            "accounted_sample_rate": cyclic_sample_rate(self.sample_rate, self.noise_bands),
             "accounted_steps": steps if accounted_steps is None else accounted_steps,
             **{name: self.public()[name] for name in ("num_authors", "num_samples")},
             "samples_per_author": self.samples_per_author,
@@ -111,7 +119,7 @@ class PrivacyPlan:
             "*** NO PRIVACY: --disable_dp ***" if self.disable_dp else "Author-level DP fine-tuning",
             f"  authors (N)             {self.num_authors:,} with {self.num_samples:,} samples; samples per author: median "
             f"{median:g}, largest {largest:,}, used per step (k) {self.samples_per_author}",
-            f"  sample rate (q)         {self.sample_rate:.6g}, {self.batch_in_words()}",
+            f"  sample rate (q)         {self.sample_rate:.6g}, {self.format_batch()}",
             f"  steps                   {self.steps:,}"
             + (f", {earlier_steps:,} taken by earlier runs, {left:,} left" if earlier_steps else ""),
             f"  trained parameters      {trained:,} of {parameters:,}",
@@ -120,10 +128,10 @@ class PrivacyPlan:
             lines += [
                 f"  clip norm (C)           {self.clip_norm:g} per author, by {self.clipping}",
                 f"  noise multiplier        {self.noise_multiplier:.4f}",
-                *([f"  noise bands (b)         {self.bands_in_words()}"] if self.noise_bands > 1 else []),
-                *([f"    a new mechanism begins, and {AGAIN}"] if self.noise_bands > 1 and earlier_steps else []),
-                f"  guarantee at the end    {guarantee_in_words(epsilon, self.delta)}",
-                *([f"  delta                   {self.delta_in_words()}"] if self.num_authors < FEW_AUTHORS else []),
+                *([f"  noise bands (b)         {self.format_bands()}"] if self.noise_bands > 1 else []),
+                *([f"    a new mechanism begins, and {RESUME_NOTE}"] if self.noise_bands > 1 and earlier_steps else []),
+                f"  guarantee at the end    {format_guarantee(epsilon, self.delta)}",
+                *([f"  delta                   {self.format_delta()}"] if self.num_authors < FEW_AUTHORS else []),
                 "  Losses, metrics and gradient statistics in logs are computed on private data: not covered by the promise.",
                 *(
                     ["  --hide_counts: this log tells numbers of authors and samples, so it is private."]
@@ -133,23 +141,23 @@ class PrivacyPlan:
             ]
         return "\n".join(lines)
 
-    def bands_in_words(self) -> str:
+    def format_bands(self) -> str:
         words = (
             f"{self.noise_bands}: noise correlated over steps; accounted as {self.spending(self.steps).steps:,} steps at sample "
             f"rate {self.spending(0).sample_rate:.6g}"
         )
         if self.target_epsilon is not None:
             known = self.noise_multiplier, self.sample_rate, self.steps, self.noise_bands, self.target_epsilon, self.delta
-            words += f"; sums of updates are {gain(*known):.2f} as noisy as by independent noise of the same epsilon"
+            words += f"; sums of updates are {error_ratio(*known):.2f} as noisy as by independent noise of the same epsilon"
         return words
 
-    def batch_in_words(self) -> str:
+    def format_batch(self) -> str:
         drawn, divisor = self.sample_rate * self.num_authors, self.expected_batch_size
         if abs(min(divisor, self.num_authors) - drawn) < 1e-6 * drawn:
             return f"expected batch size (B) {divisor:,} authors"
         return f"expected batch {drawn:,.1f} authors, their sum divided by the constant {divisor:,} (B)"
 
-    def delta_in_words(self) -> str:
+    def format_delta(self) -> str:
         return (
             f"{self.delta:.2g}: what published all texts of one author in {1 / self.delta:,.0f}, and no other, would keep it too"
         )
@@ -158,9 +166,9 @@ class PrivacyPlan:
         """Return what is to be said of a delta that promises little; 1 / N, the default, does where authors are few."""
         if self.disable_dp or self.delta <= LARGE_DELTA:
             return None
-        return f"--target_delta: delta is {self.delta_in_words()}. Set it lower, to 1e-5 or so; the noise follows"
+        return f"--target_delta: delta is {self.format_delta()}. Set it lower, to 1e-5 or so; the noise follows"
 
-    def advice(self) -> Optional[str]:
+    def tuning_hint(self) -> Optional[str]:
         """Return what stands in the way of a good model, if it can be told from the plan."""
         if self.expected_batch_size < SMALL_BATCH and self.sample_rate < 1:
             return (
@@ -183,7 +191,7 @@ def plan_of(header: dict[str, Any]) -> PrivacyPlan:
 
 
 def make_plan(
-    privacy: Any, args: Any, offsets: np.ndarray, earlier: Optional[dict[str, Any]] = None, most_bands: int = CHOICES[-1]
+    privacy: Any, args: Any, offsets: np.ndarray, earlier: Optional[dict[str, Any]] = None, most_bands: int = BAND_CHOICES[-1]
 ) -> PrivacyPlan:
     """Work out sample rate, steps and noise.
 
@@ -205,7 +213,7 @@ def make_plan(
     sample_rate = privacy.sample_rate or min(1.0, batch_size / num_authors)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
     delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
-    bands = 1 if privacy.disable_dp else number_of_bands(privacy, earlier, sample_rate, steps, delta, most_bands)
+    bands = 1 if privacy.disable_dp else resolve_num_bands(privacy, earlier, sample_rate, steps, delta, most_bands)
     if privacy.disable_dp:
         sigma = 0.0
     elif privacy.noise_multiplier is not None:
@@ -213,7 +221,7 @@ def make_plan(
     elif earlier is not None:
         sigma = earlier["noise_multiplier"]
     else:
-        accounted = cyclic_spending(0.0, sample_rate, steps, bands)
+        accounted = cyclic_event(0.0, sample_rate, steps, bands)
         sigma = find_noise_multiplier(accounted.sample_rate, accounted.steps, privacy.target_epsilon, delta)
     return PrivacyPlan(
         target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
@@ -234,7 +242,7 @@ def make_plan(
     )
 
 
-def number_of_bands(
+def resolve_num_bands(
     privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: float, steps: int, delta: float, most_bands: int
 ) -> int:
     """Return --noise_bands as a number, that of the run that is resumed where there is one.
@@ -251,7 +259,7 @@ def number_of_bands(
     if asked == "auto":
         return choose_bands(sample_rate, steps, privacy.target_epsilon, delta, most_bands)
     bands = int(asked or 1)
-    cyclic_rate(sample_rate, bands)  # which refuses too many
+    cyclic_sample_rate(sample_rate, bands)  # which refuses too many
     if bands > steps:
         raise UserError(f"--noise_bands {bands} is more than the {steps} steps of the run: lower it")
     return bands

@@ -39,7 +39,7 @@ TILTS = np.geomspace(1e-5, 1e9, 300)
 Steps = tuple[float, float, int]  # noise multiplier, sample rate, steps: accounting.Spending
 
 
-class Losses(NamedTuple):
+class DiscretePLD(NamedTuple):
     """A step's losses on a grid: `mass[i]` at (`first` + i) x cell, and `infinite` where there is no bound."""
 
     first: int
@@ -71,7 +71,7 @@ def gaussian_loss(x: np.ndarray, rate: float) -> np.ndarray:
     return np.where(x > 1, far, near)
 
 
-def on_grid(sigma: float, rate: float, cell: float, tail: float) -> tuple[Losses, Losses]:
+def discretize_loss(sigma: float, rate: float, cell: float, tail: float) -> tuple[DiscretePLD, DiscretePLD]:
     """Return the losses of one step when the author is removed, (P, Q) = ((1 - q) N0 + q N1, N0), and when one is added, (Q, P).
 
     Args:
@@ -109,11 +109,11 @@ def on_grid(sigma: float, rate: float, cell: float, tail: float) -> tuple[Losses
     below, below_1, above, above_1 = np.exp(log_ndtr(np.array([under[0], shifted[0], -under[-1], -shifted[-1]])))
     at[0] += (1 - rate) * below + rate * below_1
     at_added[-1] += above
-    removed = Losses(first, at, 1.001 * ((1 - rate) * above + rate * above_1))
-    return removed, removed if rate == 1 else Losses(-last, at_added[::-1], 1.001 * below)
+    removed = DiscretePLD(first, at, 1.001 * ((1 - rate) * above + rate * above_1))
+    return removed, removed if rate == 1 else DiscretePLD(-last, at_added[::-1], 1.001 * below)
 
 
-class Sketch:
+class ApproxPLD:
     """A rough picture of composed losses, by which tilt, grid and window are chosen; nothing that is promised rests on it."""
 
     POINTS = 2_001
@@ -146,7 +146,7 @@ class Sketch:
 
     def best_tilt(self, delta: float) -> tuple[float, float]:
         """Return the tilt whose Chernoff bound on epsilon at `delta` is the smallest, and that epsilon."""
-        bounds = (self.at_tilts + np.log([excess(tilt) for tilt in TILTS]) - math.log(delta)) / TILTS
+        bounds = (self.at_tilts + np.log([max_hockey_stick(tilt) for tilt in TILTS]) - math.log(delta)) / TILTS
         best = int(np.nanargmin(bounds))
         return float(TILTS[best]), float(bounds[best])
 
@@ -159,7 +159,7 @@ class Sketch:
         return sign * float(bounds[best]), float(shifts[best])
 
 
-def excess(tilt: float) -> float:
+def max_hockey_stick(tilt: float) -> float:
     """max over u > 0 of exp(-tilt u) (1 - exp(-u))."""
     return math.exp(-tilt * math.log1p(1 / tilt)) / (1 + tilt)
 
@@ -178,7 +178,7 @@ class LossDistribution:
         steps = sum(count for *_, count in planned)
         self.tail = float(-ndtri_exp(math.log(delta * NEGLIGIBLE / steps)))
         # Made for the direction in which an author is removed, which has the larger epsilon unless both have the same one.
-        self._sketches: dict[Any, Sketch] = {}
+        self._sketches: dict[Any, ApproxPLD] = {}
         sketch = self.sketch(planned, added=False)
         tilt, epsilon = sketch.best_tilt(delta)
         # E exp(tilt x L) grows by tilt (tilt + 1) cell^2 / 8 a step at most, epsilon by that over the tilt.
@@ -195,29 +195,29 @@ class LossDistribution:
 
     def _with_cell(self, cell: float, planned: Sequence[Steps], delta: float) -> float:
         self.cell = cell
-        self.grids = {(sigma, rate): on_grid(sigma, rate, cell, self.tail) for sigma, rate, _ in planned}
+        self.grids = {(sigma, rate): discretize_loss(sigma, rate, cell, self.tail) for sigma, rate, _ in planned}
         return self.epsilon(planned, delta)
 
-    def sketch(self, spendings: Sequence[Steps], added: bool) -> Sketch:
+    def sketch(self, spendings: Sequence[Steps], added: bool) -> ApproxPLD:
         """Return the sketch of these steps; the last ones are kept, for whoever asks about several deltas."""
         key = tuple(spendings), added
         if key not in self._sketches:
             if len(self._sketches) > 3:  # two directions, of what is planned and of what is spent
                 self._sketches.clear()
-            self._sketches[key] = Sketch(spendings, self.tail, added)
+            self._sketches[key] = ApproxPLD(spendings, self.tail, added)
         return self._sketches[key]
 
     def epsilon(self, spendings: Sequence[Steps], delta: float) -> float:
         """Return an upper bound on epsilon at `delta`; inf where the losses beyond the grid are more than that."""
-        removed = max(0.0, Composed(self, spendings, delta, added=False).epsilon(delta))
+        removed = max(0.0, ComposedPLD(self, spendings, delta, added=False).epsilon(delta))
         # An author who is added makes no outcome rarer than by 1 - q a step.
         most = sum(steps * (-math.log1p(-rate) if rate < 1 else math.inf) for _, rate, steps in spendings) * (1 + 1e-9)
         if most <= removed:
             return removed
-        return max(removed, min(most, Composed(self, spendings, delta, added=True).epsilon(delta)))
+        return max(removed, min(most, ComposedPLD(self, spendings, delta, added=True).epsilon(delta)))
 
 
-class Composed:
+class ComposedPLD:
     """The losses of composed steps in one direction, tilted so that epsilon at about `delta` comes out exactly.
 
     Attributes:
@@ -240,7 +240,7 @@ class Composed:
         self.mass, rounding = self._compose(parts, round(self.losses[0] / cell), cells)
         steepness = np.minimum(700, np.array([self.tilt, self.tilt + 1]) * cell)
         between = float(-np.diff(1 / np.expm1(steepness))[0])  # the sum over cells of exp(-tilt u) (1 - exp(-u))
-        self.error = wrapped * excess(self.tilt) + rounding * (between + excess(self.tilt))
+        self.error = wrapped * max_hockey_stick(self.tilt) + rounding * (between + max_hockey_stick(self.tilt))
         self.infinite = sum(steps * part.infinite for part, steps in parts)
         largest = max(abs(part.first) + len(part.mass) for part, _ in parts) * cell
         steps = sum(count for _, count in parts)
@@ -248,7 +248,7 @@ class Composed:
         self.shift = steps * 16 * ULP * (1 + largest)  # and of the grid: of epsilon
         self._sum_up()
 
-    def _place(self, sketch: Sketch, parts: list[tuple[Losses, int]]) -> float:
+    def _place(self, sketch: ApproxPLD, parts: list[tuple[DiscretePLD, int]]) -> float:
         """Choose the window; return Chernoff's bound on what is above it and wraps to its bottom, of the masses composed."""
         (low, _), (high, shift) = sketch.reach(self.tilt, -1), sketch.reach(self.tilt, 1)
         start = math.floor(low / self.cell) - 1
@@ -259,7 +259,7 @@ class Composed:
         )
         return math.exp(min(0.0, beyond - self.log_moment - shift * self.losses[-1]))
 
-    def _compose(self, parts: list[tuple[Losses, int]], start: int, cells: int) -> tuple[np.ndarray, float]:
+    def _compose(self, parts: list[tuple[DiscretePLD, int]], start: int, cells: int) -> tuple[np.ndarray, float]:
         """Return the tilted mass of each cell of the window, and a bound on its rounding error [4]."""
         spectrum, norm, steps = np.ones(cells // 2 + 1, dtype=complex), 0.0, 0
         smallest = np.ones(cells // 2 + 1)  # |spectrum| with one step of each mechanism less

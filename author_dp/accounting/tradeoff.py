@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 from scipy.special import erfcx, ndtr, ndtri
 
-from author_dp.accounting.accountant import Spending, compose, gaussian_mu
-from author_dp.accounting.pld import Composed, LossDistribution
+from author_dp.accounting.accountant import MechanismEvent, gaussian_mu, merge_events
+from author_dp.accounting.pld import ComposedPLD, LossDistribution
 
-RATES = (0.01, 0.001)  # false-positive rates that are reported
-TIGHT = 0.01  # of the true-positive rate: mu is not told where it would promise that much less than is known
+FALSE_POSITIVE_RATES = (0.01, 0.001)  # false-positive rates that are reported
+TIGHT_AT = 0.01  # of the true-positive rate: mu is not told where it would promise that much less than is known
 POINTS = 10_000  # of each view of a curve
 
 
-class PrivacyCurve:
+class PrivacyProfile:
     """delta as a function of epsilon, for each direction of add-or-remove-one.
 
     Args:
@@ -41,13 +41,13 @@ class PrivacyCurve:
         curves: for an author who is removed and one who is added: epsilons, ascending, and deltas, (points,).
     """
 
-    def __init__(self, spendings: Sequence[Spending], delta: float):
-        self.spendings, self.delta = compose(spendings), delta
+    def __init__(self, spendings: Sequence[MechanismEvent], delta: float):
+        self.spendings, self.delta = merge_events(spendings), delta
         grids = LossDistribution(self.spendings, delta)
         self.curves: list[tuple[np.ndarray, np.ndarray]] = []
         for added in (False, True):
             views = [
-                Composed(grids, self.spendings, at, added) for at in (0.5, 0.1, 1e-2, 1e-4, delta)
+                ComposedPLD(grids, self.spendings, at, added) for at in (0.5, 0.1, 1e-2, 1e-4, delta)
             ]  # each is exact near its own
             epsilons = np.unique(np.concatenate([np.linspace(view.losses[0], view.losses[-1], POINTS) for view in views]))
             deltas = np.min([view.deltas(epsilons) for view in views], axis=0)
@@ -66,11 +66,11 @@ class PrivacyCurve:
             # Between two points delta is at most that of the first one, and a Gaussian's at least that of the second.
             within = (deltas[:-1] >= self.delta) & (epsilons[1:] >= 0)
             if within.any():
-                largest = max(largest, float(mu_at(np.maximum(epsilons[1:][within], 0), deltas[:-1][within]).max()))
+                largest = max(largest, float(gdp_mu_at(np.maximum(epsilons[1:][within], 0), deltas[:-1][within]).max()))
         return largest
 
 
-def mu_at(epsilons: np.ndarray, deltas: np.ndarray) -> np.ndarray:
+def gdp_mu_at(epsilons: np.ndarray, deltas: np.ndarray) -> np.ndarray:
     """Return for each epsilon the mu of the Gaussian mechanism with that delta, by bisection, rounded up; inf beyond 100."""
     low, high = np.zeros_like(deltas), np.full_like(deltas, 100.0)
     for _ in range(60):
@@ -84,28 +84,28 @@ def mu_at(epsilons: np.ndarray, deltas: np.ndarray) -> np.ndarray:
     return np.where(high >= 100, np.inf, high)
 
 
-def attack(spendings: Sequence[Spending], delta: float) -> dict[str, Any]:
+def attack_bounds(spendings: Sequence[MechanismEvent], delta: float) -> dict[str, Any]:
     """Return what privacy.json holds about attackers.
 
     Args:
         spendings: all steps; what is told is null where there is none, or one of them had no noise.
         delta: of the guarantee; mu is told for epsilons whose delta is at least that.
     """
-    return dict(_attack(tuple(compose(spendings)), delta))
+    return dict(_attack_bounds(tuple(merge_events(spendings)), delta))
 
 
 @functools.lru_cache(maxsize=256)
-def _attack(spendings: tuple[Spending, ...], delta: float) -> dict[str, Any]:
+def _attack_bounds(spendings: tuple[MechanismEvent, ...], delta: float) -> dict[str, Any]:
     if not spendings or any(spending.noise_multiplier == 0 for spending in spendings):
         return {"mu_gdp": None, "tpr_at_fpr": None}
     if all(spending.sample_rate == 1 for spending in spendings):
         mu = gaussian_mu(spendings)
-        return {"mu_gdp": mu, "tpr_at_fpr": {f"{rate:g}": float(ndtr(mu + ndtri(rate))) for rate in RATES}}
-    curve = PrivacyCurve(spendings, delta)
+        return {"mu_gdp": mu, "tpr_at_fpr": {f"{rate:g}": float(ndtr(mu + ndtri(rate))) for rate in FALSE_POSITIVE_RATES}}
+    curve = PrivacyProfile(spendings, delta)
     mu = curve.mu()
     rates = np.geomspace(max(delta, 1e-6), 0.5, 100)
     loss = max(float(ndtr(mu + ndtri(rate))) - curve.true_positive_rate(rate) for rate in rates)
     return {
-        "mu_gdp": mu if math.isfinite(mu) and loss <= TIGHT else None,
-        "tpr_at_fpr": {f"{rate:g}": curve.true_positive_rate(rate) for rate in RATES},
+        "mu_gdp": mu if math.isfinite(mu) and loss <= TIGHT_AT else None,
+        "tpr_at_fpr": {f"{rate:g}": curve.true_positive_rate(rate) for rate in FALSE_POSITIVE_RATES},
     }

@@ -41,6 +41,6 @@ class ClippingEngine(Protocol):
 ENGINES: dict[str, type[ClippingEngine]] = {"ghost": GhostClipping, "grad_sample": GradSampleClipping}
 
 
-def engine_of(name: str, checkpointed: bool) -> type[ClippingEngine]:
+def engine_class(name: str, checkpointed: bool) -> type[ClippingEngine]:
     """Return the engine of --clipping `name`, for a model whose layers are checkpointed or not."""
     return TwoPassClipping if checkpointed and name == "ghost" else ENGINES[name]

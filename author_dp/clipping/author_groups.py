@@ -3,7 +3,7 @@
 import torch
 
 
-class Authors:
+class AuthorIndex:
     """The authors of a microbatch.
 
     Args:

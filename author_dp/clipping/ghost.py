@@ -31,17 +31,24 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.author_groups import Authors
-from author_dp.clipping.grad_factors import Contribution, Explicit, merge, squared_norms, total_squared_norms, without
-from author_dp.clipping.layer_rules import conv1d, embedding, general, linear, rule_of
+from author_dp.clipping.author_groups import AuthorIndex
+from author_dp.clipping.grad_factors import (
+    GradFactors,
+    MaterializedGrad,
+    mask_authors,
+    merge_factors,
+    squared_norms,
+    total_squared_norms,
+)
+from author_dp.clipping.layer_rules import conv1d, embedding, linear, rule_for, vmap_rule
 from author_dp.errors import UserError
 
-MATRICES = {linear, conv1d, embedding}  # rules whose contributions to one matrix add up, from whichever layers they come
+MATRIX_LAYERS = {linear, conv1d, embedding}  # rules whose contributions to one matrix add up, from whichever layers they come
 SAVE_NO_OUTPUT = (nn.Linear, nn.LayerNorm, Conv1D)  # their backward does not look at what they returned
-OF_EXPERTS = r"experts\.\d+\."
+EXPERT_LAYERS = r"experts\.\d+\."
 
 
-class Tap(torch.autograd.Function):
+class CaptureGrad(torch.autograd.Function):
     """Change nothing; in the backward pass, hand a layer's inputs and output gradient to the engine.
 
     The inputs are saved as autograd saves its own, so gradient checkpointing drops and recomputes them as it does those.
@@ -89,13 +96,13 @@ class GhostClipping:
         self.apart: set[Any] = set()
         behind = [re.escape(n) for n, m in model.named_modules() if n.endswith("lora_magnitude_vector") and any(m.children())]
         # DoRA subtracts its layer's bias once more, behind the tap; experts see some tokens only, in an order of their own.
-        unfit = re.compile("|".join([OF_EXPERTS, *(name.replace("lora_magnitude_vector", "base_layer") for name in behind)]))
+        unfit = re.compile("|".join([EXPERT_LAYERS, *(name.replace("lora_magnitude_vector", "base_layer") for name in behind)]))
         for parameter, uses in owners.items():
             # A head may hold its layer's bias once more, under a name of its own.
             uses = [(n, layer) for n, layer in uses if not any(other.startswith(f"{n}.") for other, _ in uses)]
-            rules = {rule_of(layer) for _, layer in uses}
-            self._rules |= {layer: rule_of(layer) for _, layer in uses}
-            add_up = None not in rules and (len(uses) == 1 or rules <= MATRICES)
+            rules = {rule_for(layer) for _, layer in uses}
+            self._rules |= {layer: rule_for(layer) for _, layer in uses}
+            add_up = None not in rules and (len(uses) == 1 or rules <= MATRIX_LAYERS)
             if not add_up or any(unfit.search(f"{n}.") for n, _ in uses):
                 self.apart.add(parameter)
         self._trained = {layer: {p for p in layer.parameters(recurse=False) if p.requires_grad} for layer in self._rules}
@@ -107,18 +114,18 @@ class GhostClipping:
         self._settled = False
         # Every tap has this leaf as an input: what autograd must visit to reach it are the taps, and no weight.
         self._anchor = torch.zeros((), requires_grad=True, device=next(iter(self.parameters)).device)
-        self._contributions: dict[nn.Parameter, list[Contribution]] = defaultdict(list)
-        self._authors: Authors | None = None  # while taps are to collect
+        self._contributions: dict[nn.Parameter, list[GradFactors]] = defaultdict(list)
+        self._authors: AuthorIndex | None = None  # while taps are to collect
         self._collected = (0, 0)  # samples and tokens of what they collect
         self._given, self._in_rule = torch.zeros(0, 0), False  # the last forward's input ids, (samples, tokens)
         self._hooks: list[Any] = [layer.register_forward_hook(self._tap, with_kwargs=True) for layer in self._rules]
-        self._hooks.append(model.register_forward_pre_hook(self._look, with_kwargs=True))
+        self._hooks.append(model.register_forward_pre_hook(self._remember_inputs, with_kwargs=True))
 
     def settle(self, apart: set[Any]) -> None:
         """Take these parameters apart, as another engine found on this model, and from now on no others."""
         self.apart, self._settled = self.apart | apart, True
 
-    def _look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _remember_inputs(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         given = kwargs.get("input_ids", args[0] if args else None)
         if torch.is_grad_enabled() and given is not None:
             self._given = given.detach()
@@ -131,23 +138,23 @@ class GhostClipping:
         if rule is embedding:  # OPT computes its positions inside the layer: take what was really looked up
             lookup = find_lookup(output)
             if lookup is None or lookup._saved_padding_idx != (2**64 - 1 if layer.padding_idx is None else layer.padding_idx):
-                return self._leave(layer, output)
+                return self._fall_back(layer, output)
             if lookup is not output.grad_fn:
                 collect = functools.partial(self._collect, layer, self._given, behind=(GradientEdge(lookup, 0), output))
             ids, (samples, tokens) = lookup._saved_indices, self._given.shape[:2]
             if ids.shape == (1, tokens) and lookup is output.grad_fn:  # positions that all samples share
                 output, ids = output.expand(samples, -1, -1), ids.expand(samples, -1)
-            return Tap.apply(output, self._anchor, collect, True, ids)
+            return CaptureGrad.apply(output, self._anchor, collect, True, ids)
         plain = isinstance(output, torch.Tensor) and not kwargs and len(inputs) == len(args)
-        if not plain or (rule is not general and len(inputs) > 1):
-            return self._leave(layer, output)
+        if not plain or (rule is not vmap_rule and len(inputs) > 1):
+            return self._fall_back(layer, output)
         if not output.requires_grad:
             return output
         if isinstance(layer, nn.Linear | Conv1D):
             inputs = [inputs[0].to(output.dtype)]  # as autocast does inside the layer
-        return Tap.apply(output, self._anchor, collect, type(layer) not in SAVE_NO_OUTPUT, *inputs)
+        return CaptureGrad.apply(output, self._anchor, collect, type(layer) not in SAVE_NO_OUTPUT, *inputs)
 
-    def _leave(self, layer: nn.Module, output: Any = None) -> Any:
+    def _fall_back(self, layer: nn.Module, output: Any = None) -> Any:
         """Take the layer's parameters apart from here on."""
         if self._settled:
             raise UserError(
@@ -172,37 +179,39 @@ class GhostClipping:
     def _clip(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
         """As `backward`, in float32."""
         self._contributions.clear()
-        authors = Authors(author, len(losses))
-        known = self._known(authors)
-        found = self._visit(losses, authors, known, retain_graph=not self._settled or (bool(self.apart) and not known))
-        apart = self._learn(losses, self._contributions)
-        contributions = {p: merge(self._contributions.pop(p, []), authors) for p in self.parameters if p not in apart}
-        contributions |= {p: [Explicit(gradient.float()[None])] for p, gradient in zip(known, found) if gradient is not None}
-        norms = norms_of([total_squared_norms(parts, authors) for parts in contributions.values() if parts], losses)
+        authors = AuthorIndex(author, len(losses))
+        known = self._single_author_params(authors)
+        found = self._backward(losses, authors, known, retain_graph=not self._settled or (bool(self.apart) and not known))
+        apart = self._find_fallback(losses, self._contributions)
+        contributions = {p: merge_factors(self._contributions.pop(p, []), authors) for p in self.parameters if p not in apart}
+        contributions |= {
+            p: [MaterializedGrad(gradient.float()[None])] for p, gradient in zip(known, found) if gradient is not None
+        }
+        norms = total_norms([total_squared_norms(parts, authors) for parts in contributions.values() if parts], losses)
         if apart and not known:
-            norms = self._add_apart(losses, norms, [p for p in self.parameters if p in apart])
+            norms = self._clip_fallback(losses, norms, [p for p in self.parameters if p in apart])
         factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
-        left_out = None if norms.isfinite().all() else ~norms.isfinite()
-        self._add_up(contributions, factors, left_out, authors)
+        non_finite = None if norms.isfinite().all() else ~norms.isfinite()
+        self._add_up(contributions, factors, non_finite, authors)
         return norms
 
     def _add_up(
         self,
-        contributions: dict[Any, list[Contribution]],
+        contributions: dict[Any, list[GradFactors]],
         factors: torch.Tensor,
-        left_out: torch.Tensor | None,
-        authors: Authors,
+        non_finite: torch.Tensor | None,
+        authors: AuthorIndex,
     ) -> None:
         """Add the clipped sums of these authors, each times its factor, (authors,), to `summed_grad`."""
         for parameter in list(contributions):  # let go of each tensor once it is used
             for part in contributions.pop(parameter):
-                add_clipped(part, parameter.summed_grad, factors, left_out, authors)
+                add_clipped(part, parameter.summed_grad, factors, non_finite, authors)
 
-    def _known(self, authors: Authors) -> list[Any]:
+    def _single_author_params(self, authors: AuthorIndex) -> list[Any]:
         """Return the parameters whose ordinary gradients are what is asked for: with one author, they are the author's."""
         return [p for p in self.parameters if p in self.apart] if self._settled and authors.count == 1 else []
 
-    def _visit(self, losses: torch.Tensor, authors: Authors, known: list[Any], retain_graph: bool) -> list[Any]:
+    def _backward(self, losses: torch.Tensor, authors: AuthorIndex, known: list[Any], retain_graph: bool) -> list[Any]:
         """Go back through the taps, which collect; return the gradients of `known`, None for one that is not used."""
         self._authors, self._collected = authors, (0, 0)
         try:
@@ -212,7 +221,7 @@ class GhostClipping:
         finally:
             self._authors = None
 
-    def _learn(self, losses: torch.Tensor, collected: Container[Any]) -> set[Any]:
+    def _find_fallback(self, losses: torch.Tensor, collected: Container[Any]) -> set[Any]:
         """Return what is to be taken apart: what no rule follows, and in a first call what was used behind the taps' back."""
         if self._settled:
             return self.apart
@@ -225,11 +234,11 @@ class GhostClipping:
             self.apart |= {parameter for parameter, gradient in zip(missing, found) if gradient is not None}
         return self.apart
 
-    def _add_apart(self, losses: torch.Tensor, norms: torch.Tensor, apart: list[Any]) -> torch.Tensor:
+    def _clip_fallback(self, losses: torch.Tensor, norms: torch.Tensor, apart: list[Any]) -> torch.Tensor:
         """Add the clipped gradients of these parameters, by a backward an author; return the norms over all parameters.
 
         Infinite activations of one author reach the others here, as zero times infinity: DPTrainer takes such models one author
-        at a time (`Proof.authors_at_once`), and so must others.
+        at a time (`Proof.max_authors`), and so must others.
 
         Args:
             norms: (authors,), over the other parameters.
@@ -261,32 +270,32 @@ class GhostClipping:
             (gradient,) = torch.autograd.grad(behind[1], [behind[0]], gradient, retain_graph=True)
         rule, rows = self._rules[layer], []
         for tensor in (*inputs, gradient):
-            if (row := by_sample(tensor, *shape, len(self._authors.author))) is None:
-                return self._leave(layer)
+            if (row := to_samples(tensor, *shape, len(self._authors.author))) is None:
+                return self._fall_back(layer)
             rows.append(row)
         self._in_rule = True
         known = {layer.get_parameter(name): parameter for name, parameter in self._named[layer].items()}
         try:
-            if rule is general:
-                parts = general(layer, rows[:-1], rows[-1], self._authors)
+            if rule is vmap_rule:
+                parts = vmap_rule(layer, rows[:-1], rows[-1], self._authors)
             else:
                 rows = [rows[0].flatten(1) if rule is embedding else rows[0].flatten(1, -2), rows[-1].flatten(1, -2)]
                 parts = rule(layer, *rows, self._authors, self._most_explicit(known.get(layer.weight)))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            if rule is not general or isinstance(error, torch.OutOfMemoryError):
+            if rule is not vmap_rule or isinstance(error, torch.OutOfMemoryError):
                 raise
-            return self._leave(layer)  # vmap cannot follow everything
+            return self._fall_back(layer)  # vmap cannot follow everything
         finally:
             self._in_rule = False
         for parameter, part in parts.items():
             if parameter in known and known[parameter] not in self.apart:
-                self._take(known[parameter], part, given)
+                self._store(known[parameter], part, given)
 
     def _most_explicit(self, weight: Any) -> int:
         """Return the elements of a layer's per-author gradients up to which they may be formed, if that is the cheaper way."""
         return sys.maxsize
 
-    def _take(self, parameter: Any, part: Contribution, given: torch.Tensor) -> None:
+    def _store(self, parameter: Any, part: GradFactors, given: torch.Tensor) -> None:
         """Keep what a layer adds to a parameter's gradient, until all norms are known."""
         self._contributions[parameter].append(part)
 
@@ -297,20 +306,20 @@ class GhostClipping:
 
 
 def add_clipped(
-    part: Contribution, total: torch.Tensor, factors: torch.Tensor, left_out: torch.Tensor | None, authors: Authors
+    part: GradFactors, total: torch.Tensor, factors: torch.Tensor, non_finite: torch.Tensor | None, authors: AuthorIndex
 ) -> None:
     """Add a contribution, each author's times the author's factor, to a total of the parameter's shape.
 
     Args:
         factors: (authors,).
-        left_out: bool (authors,), whose gradients are not finite; None where there is none.
+        non_finite: bool (authors,), whose gradients are not finite; None where there is none.
     """
-    if left_out is not None:  # their factor is zero, but zero times nan would be nan
-        part = without(part, left_out, authors.author)
+    if non_finite is not None:  # their factor is zero, but zero times nan would be nan
+        part = mask_authors(part, non_finite, authors.author)
     part.add_clipped(total, factors, authors)
 
 
-def norms_of(squares: list[torch.Tensor], losses: torch.Tensor) -> torch.Tensor:
+def total_norms(squares: list[torch.Tensor], losses: torch.Tensor) -> torch.Tensor:
     """Return the norms of all parameters together, (authors,), of each one's squared norms, (authors,); inf for no number."""
     every = torch.stack([losses.new_zeros(len(losses), dtype=torch.float32), *squares], 1)  # (authors, parameters)
     # Rounding may leave a small one below zero, which must take nothing from the others; overflow must not pass for one. The sum
@@ -327,7 +336,7 @@ def find_lookup(output: torch.Tensor) -> Any:
     return node
 
 
-def by_sample(tensor: torch.Tensor, samples: int, tokens: int, expected: int) -> torch.Tensor | None:
+def to_samples(tensor: torch.Tensor, samples: int, tokens: int, expected: int) -> torch.Tensor | None:
     """Return (samples, calls, ...) of (samples, ...), or of samples and tokens that were joined; None where neither is certain.
 
     A tensor of shape (samples, features) might as well be one row for each token: it is not certain.

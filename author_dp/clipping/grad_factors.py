@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-from author_dp.clipping.author_groups import Authors
+from author_dp.clipping.author_groups import AuthorIndex
 
-EXPLICIT_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
+MATERIALIZE_ELEMENTS = 2**24  # per-author gradients formed at once, where they are the cheaper way: 64 MB
 GHOST_BLOCK = 128  # tokens whose products with the later ones are formed at once; on a GPU 256, so that the proof has two of them
 # Both of the square that a norm had if nothing cancelled: below the first a squared norm is rounded up, by the second, which is
 # more than twice what rounding was seen to take (3.5e-7, where tokens repeat). 1,024 independent tokens or more are below it too.
@@ -37,44 +37,44 @@ BFLOAT16_ROUNDING = 2.0**-8  # of its size, at most, is what a number changes by
 # --- what a call of a layer adds to the gradient of one parameter ---------------------------------------
 
 
-class Squared(NamedTuple):
+class SquaredNorm(NamedTuple):
     """A squared norm that is a difference, and the norm that it were the square of if nothing cancelled; float32 (authors,)."""
 
     found: torch.Tensor
     most: torch.Tensor  # the sum over tokens of |left_t| |right_t|; 0 where the gradient itself is what is scaled
     room: torch.Tensor | None = None  # by how much the norm of what is added may be larger, as c g_t is rounded
 
-    def rounded_up(self) -> torch.Tensor:
+    def with_margin(self) -> torch.Tensor:
         most = self.most.square()
         square = torch.where(self.found < CANCELS * most, self.found + ROUNDING * most, self.found)
         return square if self.room is None else (square.clamp(min=0).sqrt() + self.room).square()
 
 
-class Explicit(NamedTuple):
+class MaterializedGrad(NamedTuple):
     """Per-author gradients, of what is small or smaller than what it is made of."""
 
     gradients: torch.Tensor  # (authors, ...), float32
 
-    def squared(self, authors: Authors) -> Squared:
+    def squared(self, authors: AuthorIndex) -> SquaredNorm:
         found = squared_norms(self.gradients)
-        return Squared(found, torch.zeros_like(found))
+        return SquaredNorm(found, torch.zeros_like(found))
 
-    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
+    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: AuthorIndex) -> None:
         total.view(-1).addmv_(self.gradients.reshape(len(self.gradients), -1).T, factors)
 
 
-class Product(NamedTuple):
+class OuterProduct(NamedTuple):
     """The gradient of a matrix: sum over tokens of left_t right_t^T, of the matrix' shape."""
 
     left: torch.Tensor  # (samples, tokens, rows)
     right: torch.Tensor  # (samples, tokens, columns)
 
-    def squared(self, authors: Authors) -> Squared:
+    def squared(self, authors: AuthorIndex) -> SquaredNorm:
         squared = product_squared_norms(authors.gather(self.left), authors.gather(self.right))
         # |sum_t r_t a_t^T| <= |c G| + sum_t |r_t - c g_t| |a_t| for the rounded r_t, and the last sum is at most c `room`.
         return squared if self.left.dtype == torch.float32 else squared._replace(room=BFLOAT16_ROUNDING * squared.most)
 
-    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
+    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: AuthorIndex) -> None:
         left, right = self.left, self.right
         if left.shape[-1] < right.shape[-1]:  # scale the narrower: the other may be as wide as the vocabulary
             left = authors.scale(left, factors)
@@ -86,21 +86,21 @@ class Product(NamedTuple):
             total.add_(matmul(left.flatten(0, 1).T, right.flatten(0, 1)))
 
 
-class Lookup(NamedTuple):
+class EmbeddingGrad(NamedTuple):
     """The gradient of an embedding: the tokens' output gradients, added to the rows that were looked up."""
 
     ids: torch.Tensor  # (samples, tokens)
     gradients: torch.Tensor  # (samples, tokens, features)
 
-    def squared(self, authors: Authors) -> Squared:
+    def squared(self, authors: AuthorIndex) -> SquaredNorm:
         return lookup_squared_norms(authors.gather(self.ids), authors.gather(self.gradients))
 
-    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: Authors) -> None:
+    def add_clipped(self, total: torch.Tensor, factors: torch.Tensor, authors: AuthorIndex) -> None:
         gradients = authors.scale(self.gradients.float(), factors)
         total.index_add_(0, self.ids.flatten(), gradients.flatten(0, 1))
 
 
-Contribution = Explicit | Product | Lookup
+GradFactors = MaterializedGrad | OuterProduct | EmbeddingGrad
 
 
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def squared_norms(gradients: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.square().sum(1) for part in rows.split(at_once, 1)], 1).sum(1)  # along rows: see `norms_of`
 
 
-def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> Squared:
+def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> SquaredNorm:
     """||sum_t left_t right_t^T||^2 of each author, by the way that costs fewer multiplications.
 
     With T tokens an author, the ghost norm takes up to T^2 (rows + columns) multiplications, the gradient T rows columns.
@@ -130,13 +130,13 @@ def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> Squared:
     block = min(tokens, GHOST_BLOCK if left.device.type == "cpu" else 2 * GHOST_BLOCK)
     if (tokens + block) / 2 * (rows + columns) <= rows * columns:
         return ghost_squared_norms(left, right, block)
-    at_once = max(1, EXPLICIT_ELEMENTS // (rows * columns))
+    at_once = max(1, MATERIALIZE_ELEMENTS // (rows * columns))
     parts = zip(left.split(at_once), right.split(at_once))
     found = torch.cat([matmul(left_part.mT, right_part).square_().sum((1, 2)) for left_part, right_part in parts])
-    return Squared(found, (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1))
+    return SquaredNorm(found, (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1))
 
 
-def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> Squared:
+def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> SquaredNorm:
     """sum_{s,t} <left_s, left_t> <right_s, right_t>: blocks of s, with t from there on: the rest is the same once more."""
     if left.device.type == "cpu":
         left, right = left.float(), right.float()  # once for all blocks
@@ -146,14 +146,14 @@ def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> 
         products.mul_(others)  # (authors, block, tokens from start on)
         most = most + products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
         found = found + products[:, :, :block].sum((1, 2)) + 2 * products[:, :, block:].sum((1, 2))
-    return Squared(found, most)
+    return SquaredNorm(found, most)
 
 
-def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> Squared:
+def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> SquaredNorm:
     """sum_{s,t} [id_s = id_t] <e_s, e_t> of each author: (authors, tokens), (authors, tokens, features)."""
     products = matmul(gradients, gradients.mT)
     most = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
-    return Squared(products.mul_(ids[:, :, None] == ids[:, None, :]).sum((1, 2)), most)
+    return SquaredNorm(products.mul_(ids[:, :, None] == ids[:, None, :]).sum((1, 2)), most)
 
 
 def tied_cross_terms(
@@ -183,52 +183,52 @@ def looked_up_rows(ids: torch.Tensor, logit_gradients: torch.Tensor, hidden: tor
     return matmul(picked.mT, hidden.to(picked.dtype))
 
 
-def total_squared_norms(parts: list[Contribution], authors: Authors) -> torch.Tensor:
+def total_squared_norms(parts: list[GradFactors], authors: AuthorIndex) -> torch.Tensor:
     """||sum of the contributions||^2 for one parameter, (authors,): one contribution, or the two of a tied embedding."""
     if len(parts) == 1:
-        return parts[0].squared(authors).rounded_up()
-    lookup, product = sorted(parts, key=lambda part: isinstance(part, Product))
-    assert isinstance(product, Product)
+        return parts[0].squared(authors).with_margin()
+    lookup, product = sorted(parts, key=lambda part: isinstance(part, OuterProduct))
+    assert isinstance(product, OuterProduct)
     cross = tied_cross_terms(*(authors.gather(tensor) for tensor in (*lookup, *product)))
-    return together(lookup.squared(authors), product.squared(authors), cross)
+    return tied_squared_norm(lookup.squared(authors), product.squared(authors), cross)
 
 
-def together(lookup: Squared, product: Squared, cross: torch.Tensor) -> torch.Tensor:
+def tied_squared_norm(lookup: SquaredNorm, product: SquaredNorm, cross: torch.Tensor) -> torch.Tensor:
     """Return the squared norm of a sum of two gradients, from their own and 2 <one, other>, (authors,)."""
-    return Squared(lookup.found + product.found + cross, lookup.most + product.most, product.room).rounded_up()
+    return SquaredNorm(lookup.found + product.found + cross, lookup.most + product.most, product.room).with_margin()
 
 
-def merge(parts: list[Contribution], authors: Authors) -> list[Contribution]:
+def merge_factors(parts: list[GradFactors], authors: AuthorIndex) -> list[GradFactors]:
     """Make one contribution of those of one kind: all calls of a layer share one token axis."""
     if len(parts) < 2:
         return parts
-    explicit = [part for part in parts if isinstance(part, Explicit)]
+    explicit = [part for part in parts if isinstance(part, MaterializedGrad)]
     if explicit:
         total = explicit[0]
-        for part in [*explicit[1:], *(part for part in parts if not isinstance(part, Explicit))]:
-            total = plus(total, part, authors)
+        for part in [*explicit[1:], *(part for part in parts if not isinstance(part, MaterializedGrad))]:
+            total = add(total, part, authors)
         return [total]
-    kinds = ([part for part in parts if isinstance(part, kind)] for kind in (Lookup, Product))
+    kinds = ([part for part in parts if isinstance(part, kind)] for kind in (EmbeddingGrad, OuterProduct))
     return [same[0] if len(same) == 1 else type(same[0])(*(torch.cat(t, 1) for t in zip(*same))) for same in kinds if same]
 
 
-def as_explicit(part: Product, authors: Authors) -> Explicit:
+def materialize(part: OuterProduct, authors: AuthorIndex) -> MaterializedGrad:
     """Form the per-author gradients of a matrix: of small ones for each sample first, which moves nothing."""
-    if len(part.left) * part.left.shape[-1] * part.right.shape[-1] <= EXPLICIT_ELEMENTS:
-        return Explicit(authors.sum(matmul(part.left.mT, part.right)))
-    return Explicit(matmul(authors.gather(part.left).mT, authors.gather(part.right)))
+    if len(part.left) * part.left.shape[-1] * part.right.shape[-1] <= MATERIALIZE_ELEMENTS:
+        return MaterializedGrad(authors.sum(matmul(part.left.mT, part.right)))
+    return MaterializedGrad(matmul(authors.gather(part.left).mT, authors.gather(part.right)))
 
 
-def plus(total: Explicit, part: Contribution, authors: Authors) -> Explicit:
+def add(total: MaterializedGrad, part: GradFactors, authors: AuthorIndex) -> MaterializedGrad:
     """Return the sum of two contributions; a lookup is added in place, as what is formed of a matrix has memory of its own."""
-    if isinstance(part, Lookup):
+    if isinstance(part, EmbeddingGrad):
         rows = authors.author.view(-1, 1) * total.gradients.shape[1] + part.ids  # (samples, tokens), among all authors' rows
         total.gradients.view(-1, total.gradients.shape[2]).index_add_(0, rows.flatten(), part.gradients.float().flatten(0, 1))
         return total
-    return Explicit(total.gradients + (as_explicit(part, authors) if isinstance(part, Product) else part).gradients)
+    return MaterializedGrad(total.gradients + (materialize(part, authors) if isinstance(part, OuterProduct) else part).gradients)
 
 
-def without(part: Contribution, bad: torch.Tensor, author: torch.Tensor) -> Contribution:
+def mask_authors(part: GradFactors, bad: torch.Tensor, author: torch.Tensor) -> GradFactors:
     """Return the contribution with zeros for the `bad` authors, (authors,), whatever they held."""
-    rows = bad if isinstance(part, Explicit) else bad[author]
+    rows = bad if isinstance(part, MaterializedGrad) else bad[author]
     return type(part)(*(tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in part))

@@ -17,14 +17,14 @@ from torch import nn
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.clipping.author_groups import Authors
-from author_dp.clipping.grad_factors import Contribution, Explicit, Lookup, Product, as_explicit
-from author_dp.models.quantization import Conv1D16, Linear16, is_plain_linear
+from author_dp.clipping.author_groups import AuthorIndex
+from author_dp.clipping.grad_factors import EmbeddingGrad, GradFactors, MaterializedGrad, OuterProduct, materialize
+from author_dp.models.quantization import BF16Conv1D, BF16Linear, is_plain_linear
 
-SMALL = 2**17  # parameters of a layer whose per-sample gradients are formed by `general`
+SMALL_ELEMENTS = 2**17  # parameters of a layer whose per-sample gradients are formed by `general`
 
 
-def matrix(left: torch.Tensor, right: torch.Tensor, authors: Authors, most_explicit: int) -> Contribution:
+def matrix_grad(left: torch.Tensor, right: torch.Tensor, authors: AuthorIndex, most_explicit: int) -> GradFactors:
     """The gradient of a matrix, formed for each author where that is smaller than what it is made of: then it is also faster.
 
     So it is for LoRA's factors, and for any matrix where an author's tokens are many.
@@ -32,47 +32,47 @@ def matrix(left: torch.Tensor, right: torch.Tensor, authors: Authors, most_expli
     Args:
         most_explicit: elements of what may be formed.
     """
-    product = Product(left, right)
+    product = OuterProduct(left, right)
     elements = authors.count * left.shape[-1] * right.shape[-1]
     smaller = 4 * elements < sum(tensor.numel() * tensor.element_size() for tensor in product)
-    return as_explicit(product, authors) if smaller and elements <= most_explicit else product
+    return materialize(product, authors) if smaller and elements <= most_explicit else product
 
 
-def linear(layer: nn.Linear, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, most_explicit: int) -> dict:
-    contributions = {layer.weight: matrix(gradients, inputs, authors, most_explicit)}
+def linear(layer: nn.Linear, inputs: torch.Tensor, gradients: torch.Tensor, authors: AuthorIndex, most_explicit: int) -> dict:
+    contributions = {layer.weight: matrix_grad(gradients, inputs, authors, most_explicit)}
     if layer.bias is not None:
-        contributions[layer.bias] = Explicit(authors.sum(gradients.sum(1, dtype=torch.float32)))
+        contributions[layer.bias] = MaterializedGrad(authors.sum(gradients.sum(1, dtype=torch.float32)))
     return contributions
 
 
-def conv1d(layer: Conv1D, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, most_explicit: int) -> dict:
+def conv1d(layer: Conv1D, inputs: torch.Tensor, gradients: torch.Tensor, authors: AuthorIndex, most_explicit: int) -> dict:
     """Hugging Face's linear layer with weight (inputs, outputs)."""
     return {
-        layer.weight: matrix(inputs, gradients, authors, most_explicit),
-        layer.bias: Explicit(authors.sum(gradients.sum(1, dtype=torch.float32))),
+        layer.weight: matrix_grad(inputs, gradients, authors, most_explicit),
+        layer.bias: MaterializedGrad(authors.sum(gradients.sum(1, dtype=torch.float32))),
     }
 
 
 def embedding(layer: nn.Embedding, ids: torch.Tensor, gradients: torch.Tensor, *_) -> dict:
     if layer.padding_idx is not None:
         gradients = gradients * (ids != layer.padding_idx)[:, :, None]
-    return {layer.weight: Lookup(ids, gradients)}
+    return {layer.weight: EmbeddingGrad(ids, gradients)}
 
 
-def layer_norm(layer: nn.LayerNorm, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, *_) -> dict:
+def layer_norm(layer: nn.LayerNorm, inputs: torch.Tensor, gradients: torch.Tensor, authors: AuthorIndex, *_) -> dict:
     normalized = F.layer_norm(inputs.float(), layer.normalized_shape, eps=layer.eps)
-    contributions = {layer.weight: Explicit(authors.sum(normalized.mul_(gradients).sum(1)))}
+    contributions = {layer.weight: MaterializedGrad(authors.sum(normalized.mul_(gradients).sum(1)))}
     if layer.bias is not None:
-        contributions[layer.bias] = Explicit(authors.sum(gradients.sum(1, dtype=torch.float32)))
+        contributions[layer.bias] = MaterializedGrad(authors.sum(gradients.sum(1, dtype=torch.float32)))
     return contributions
 
 
-def rms_norm(layer: Any, inputs: torch.Tensor, gradients: torch.Tensor, authors: Authors, *_) -> dict:
+def rms_norm(layer: Any, inputs: torch.Tensor, gradients: torch.Tensor, authors: AuthorIndex, *_) -> dict:
     normalized = F.rms_norm(inputs.float(), inputs.shape[-1:], eps=layer.variance_epsilon)
-    return {layer.weight: Explicit(authors.sum(normalized.mul_(gradients).sum(1)))}
+    return {layer.weight: MaterializedGrad(authors.sum(normalized.mul_(gradients).sum(1)))}
 
 
-def general(layer: nn.Module, inputs: list[torch.Tensor], gradients: torch.Tensor, authors: Authors) -> dict:
+def vmap_rule(layer: nn.Module, inputs: list[torch.Tensor], gradients: torch.Tensor, authors: AuthorIndex) -> dict:
     """The gradients of a small layer's own parameters, whatever it computes: its own forward, once more, sample by sample (vmap).
 
     Args:
@@ -88,12 +88,12 @@ def general(layer: nn.Module, inputs: list[torch.Tensor], gradients: torch.Tenso
         return pull(gradient.to(output.dtype))[0]
 
     found = vmap(of_sample)(gradients, *inputs)  # {name: (samples, ...)}
-    return {layer.get_parameter(name): Explicit(authors.sum(gradient)) for name, gradient in found.items()}
+    return {layer.get_parameter(name): MaterializedGrad(authors.sum(gradient)) for name, gradient in found.items()}
 
 
-def rule_of(layer: nn.Module) -> Callable | None:
+def rule_for(layer: nn.Module) -> Callable | None:
     """Return the rule for exactly this type of layer, None if there is none: a subclass may compute anything."""
-    if is_plain_linear(layer) or type(layer) is Linear16:
+    if is_plain_linear(layer) or type(layer) is BF16Linear:
         return linear
     if isinstance(layer, nn.Embedding) and layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse:
         return embedding
@@ -101,8 +101,11 @@ def rule_of(layer: nn.Module) -> Callable | None:
         return layer_norm
     if type(layer).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
         return rms_norm
-    if type(layer) in (Conv1D, Conv1D16):
+    if type(layer) in (Conv1D, BF16Conv1D):
         return conv1d
-    if not any(True for _ in layer.children()) and sum(p.numel() for p in layer.parameters() if p.requires_grad) <= SMALL:
-        return general
+    if (
+        not any(True for _ in layer.children())
+        and sum(p.numel() for p in layer.parameters() if p.requires_grad) <= SMALL_ELEMENTS
+    ):
+        return vmap_rule
     return None

@@ -6,7 +6,7 @@ Promise: nothing here enters an update. All of it is computed on private data wi
 import torch
 from transformers.utils import logging
 
-from author_dp.distributed import sum_over_processes
+from author_dp.distributed import all_reduce_sum
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -48,7 +48,7 @@ class NormStatistics:
 
     def pop(self) -> dict[str, float]:
         """Return clip_fraction and authors_per_step of all processes since the last call; warn of gradients not finite."""
-        authors, clipped, not_finite = sum_over_processes(self._counts).tolist()
+        authors, clipped, not_finite = all_reduce_sum(self._counts).tolist()
         steps, self._steps = self._steps, 0
         self._counts.zero_()
         if not_finite:
@@ -57,4 +57,4 @@ class NormStatistics:
 
     def histogram(self) -> list[float]:
         """Return how many norms of all processes lie below, between and above `edges`, since the start; (82,)."""
-        return sum_over_processes(self._bins.clone()).tolist()
+        return all_reduce_sum(self._bins.clone()).tolist()

@@ -36,24 +36,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from author_dp.clipping.author_groups import Authors
-from author_dp.clipping.ghost import GhostClipping, add_clipped, norms_of
+from author_dp.clipping.author_groups import AuthorIndex
+from author_dp.clipping.ghost import GhostClipping, add_clipped, total_norms
 from author_dp.clipping.grad_factors import (
-    EXPLICIT_ELEMENTS,
-    Contribution,
-    Explicit,
-    Lookup,
-    Product,
-    Squared,
+    MATERIALIZE_ELEMENTS,
+    EmbeddingGrad,
+    GradFactors,
+    MaterializedGrad,
+    OuterProduct,
+    SquaredNorm,
     looked_up_rows,
-    merge,
-    together,
+    merge_factors,
+    tied_squared_norm,
     total_squared_norms,
 )
 from author_dp.errors import UserError
 
-KEPT = 1 / 20  # of the weights' memory may be taken by small contributions that spare a second pass
-OTHER = 0.02  # relative difference of what a layer saw in both passes: beyond rounding, far below that of other dropout masks
+KEPT_ELEMENTS = 1 / 20  # of the weights' memory may be taken by small contributions that spare a second pass
+MISMATCH_TOLERANCE = (
+    0.02  # relative difference of what a layer saw in both passes: beyond rounding, far below that of other dropout masks
+)
 
 
 class TwoPassClipping(GhostClipping):
@@ -69,12 +71,14 @@ class TwoPassClipping(GhostClipping):
 
     def __init__(self, model: nn.Module, clip_norm: float):
         super().__init__(model, clip_norm)
-        self.may_keep = int(KEPT * sum(p.numel() * p.element_size() for p in model.parameters()))  # bytes
+        self.may_keep = int(KEPT_ELEMENTS * sum(p.numel() * p.element_size() for p in model.parameters()))  # bytes
         self._whole: set[Any] = set()  # parameters whose contributions can only be judged together
         self._squares: dict[Any, torch.Tensor] = {}  # the squared norms of each other parameter's gradients, (authors,)
-        self._rows: dict[Any, tuple[Lookup, Squared]] = {}  # of a head's gradient, those that are looked up, and its square
+        self._rows: dict[
+            Any, tuple[EmbeddingGrad, SquaredNorm]
+        ] = {}  # of a head's gradient, those that are looked up, and its square
         self._kept = 0  # bytes of contributions
-        self._adding: Adding | None = None  # in the second pass
+        self._adding: SumPass | None = None  # in the second pass
         self._seen: list[tuple[Any, list[torch.Tensor]]] = []  # some numbers of each layer's tensors, as the first pass met them
         self._same: list[torch.Tensor] = []  # whether the second pass met the same, each ()
 
@@ -84,43 +88,43 @@ class TwoPassClipping(GhostClipping):
         Raises:
             UserError: where the second pass went through other numbers than the first.
         """
-        authors = Authors(author, len(losses))
-        known = self._known(authors)
-        self._measure(losses, authors, known)
-        apart = self._learn(losses, self._squares.keys() | self._contributions.keys())
+        authors = AuthorIndex(author, len(losses))
+        known = self._single_author_params(authors)
+        self._norm_pass(losses, authors, known)
+        apart = self._find_fallback(losses, self._squares.keys() | self._contributions.keys())
         of_taps = [p for p in self.parameters if known or p not in apart]
-        kept = {p: merge(self._contributions[p], authors) for p in of_taps if p in self._contributions}
+        kept = {p: merge_factors(self._contributions[p], authors) for p in of_taps if p in self._contributions}
         squares = {p: self._squares[p] for p in of_taps if p in self._squares}
         together = [total_squared_norms(parts, authors) for p, parts in kept.items() if p not in squares]
-        norms = norms_of([*squares.values(), *together], losses)
+        norms = total_norms([*squares.values(), *together], losses)
         if apart and not known:
-            norms = self._add_apart(losses, norms, [p for p in self.parameters if p in apart])
+            norms = self._clip_fallback(losses, norms, [p for p in self.parameters if p in apart])
         factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
-        left_out = None if norms.isfinite().all() else ~norms.isfinite()
+        non_finite = None if norms.isfinite().all() else ~norms.isfinite()
         self._contributions.clear()
-        self._add(losses, authors, known, Adding(squares.keys() - kept.keys(), factors, left_out))
+        self._add(losses, authors, known, SumPass(squares.keys() - kept.keys(), factors, non_finite))
         for parameter in list(kept):
             for part in kept.pop(parameter):
-                add_clipped(part, parameter.summed_grad, factors, left_out, authors)
+                add_clipped(part, parameter.summed_grad, factors, non_finite, authors)
         return norms
 
-    def _measure(self, losses: torch.Tensor, authors: Authors, known: list[Any]) -> None:
+    def _norm_pass(self, losses: torch.Tensor, authors: AuthorIndex, known: list[Any]) -> None:
         """Go through the first pass, and once more where a parameter turned out to be used in another way than it was taken."""
         whole: set[Any] | None = None
         while whole != self._whole:
             whole = set(self._whole)
             self._contributions.clear()
             self._squares, self._rows, self._seen, self._kept = {}, {}, [], 0
-            self._visit(losses, authors, known, retain_graph=True)
+            self._backward(losses, authors, known, retain_graph=True)
         self._rows.clear()
 
-    def _add(self, losses: torch.Tensor, authors: Authors, known: list[Any], adding: "Adding") -> None:
+    def _add(self, losses: torch.Tensor, authors: AuthorIndex, known: list[Any], adding: "SumPass") -> None:
         """Go through the second pass, if anything is to be added by it, and free the graph."""
         if not adding.to:
             return
         self._adding, self._same = adding, []
         try:
-            self._visit(losses, authors, known, retain_graph=False)
+            self._backward(losses, authors, known, retain_graph=False)
         finally:
             self._adding = None
         if len(self._same) < len(self._seen) or not torch.stack(self._same).all():
@@ -129,20 +133,20 @@ class TwoPassClipping(GhostClipping):
                 "replayed?), so that norms are not those of what is summed; leave it out"
             )
 
-    def _visit(self, losses: torch.Tensor, authors: Authors, known: list[Any], retain_graph: bool) -> list[Any]:
+    def _backward(self, losses: torch.Tensor, authors: AuthorIndex, known: list[Any], retain_graph: bool) -> list[Any]:
         """As in ghost.py, but take the gradients of `known` as they come, and let go of them."""
-        hooks = [parameter.register_hook(functools.partial(self._take_ordinary, parameter)) for parameter in known]
+        hooks = [parameter.register_hook(functools.partial(self._store_ordinary, parameter)) for parameter in known]
         try:
-            return super()._visit(losses, authors, known, retain_graph)
+            return super()._backward(losses, authors, known, retain_graph)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _take_ordinary(self, parameter: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def _store_ordinary(self, parameter: Any, gradient: torch.Tensor) -> torch.Tensor:
         """Take the ordinary gradient of a parameter, which is the one author's; return a stand-in that takes no memory."""
         if gradient.dim() > 1:  # a vector's may be nothing but rounding (biases of keys)
-            self._look_at(parameter, (gradient,))
-        self._take(parameter, Explicit(gradient.float()[None]), self._given)
+            self._check_replay(parameter, (gradient,))
+        self._store(parameter, MaterializedGrad(gradient.float()[None]), self._given)
         return gradient.new_zeros(()).expand_as(gradient)
 
     def _collect(
@@ -150,79 +154,79 @@ class TwoPassClipping(GhostClipping):
     ) -> None:
         if self._authors is None:
             return
-        self._look_at(layer, (*inputs, gradient))
+        self._check_replay(layer, (*inputs, gradient))
         if self._adding is None or self._trained[layer] & self._adding.to:
             super()._collect(layer, given, inputs, gradient, behind)
 
-    def _look_at(self, what: Any, tensors: tuple) -> None:
+    def _check_replay(self, what: Any, tensors: tuple) -> None:
         """Note one feature of each token at a layer; in the second pass, whether it is what the first one saw."""
         place = len(self._seen if self._adding is None else self._same)
-        numbers = [some_numbers(tensor, 31 * place) for tensor in tensors]
+        numbers = [fingerprint(tensor, 31 * place) for tensor in tensors]
         if self._adding is None:
             self._seen.append((what, numbers))
             return
         before, expected = self._seen[place] if place < len(self._seen) else (None, [])
-        same = before is what and [agree(*pair) for pair in zip(expected, numbers)]
+        same = before is what and [fingerprints_match(*pair) for pair in zip(expected, numbers)]
         self._same.append(torch.stack(same).all() if same else torch.zeros((), dtype=torch.bool, device=numbers[0].device))
 
     def _most_explicit(self, weight: Any) -> int:
         """What is formed is kept: the second pass scales tokens, whose rounding a norm of what was formed knows nothing of."""
         if self._adding is not None or weight in self.tied:
             return 0
-        return min(EXPLICIT_ELEMENTS, (self.may_keep - self._kept) // 4)  # of 4 bytes
+        return min(MATERIALIZE_ELEMENTS, (self.may_keep - self._kept) // 4)  # of 4 bytes
 
-    def _take(self, parameter: Any, part: Contribution, given: torch.Tensor) -> None:
+    def _store(self, parameter: Any, part: GradFactors, given: torch.Tensor) -> None:
         """Use what a layer adds to a parameter's gradient, and keep it only where it is small or cannot be judged alone."""
         assert self._authors is not None
         if self._adding is not None:
             if parameter in self._adding.to:
-                add_clipped(part, parameter.summed_grad, self._adding.factors, self._adding.left_out, self._authors)
+                add_clipped(part, parameter.summed_grad, self._adding.factors, self._adding.non_finite, self._authors)
         elif parameter in self._whole:
             self._contributions[parameter].append(part)
         elif parameter in self._squares:
-            self._take_second(parameter, part)
+            self._handle_tied(parameter, part)
         else:
-            if isinstance(part, Product) and parameter in self.tied and given.shape == part.left.shape[:2]:
+            if isinstance(part, OuterProduct) and parameter in self.tied and given.shape == part.left.shape[:2]:
                 squared = part.squared(self._authors)
                 ids = given.clamp(0, part.left.shape[-1] - 1)
                 gathered = (self._authors.gather(tensor) for tensor in (ids, *part))
-                self._rows[parameter] = Lookup(given, looked_up_rows(*gathered)), squared
+                self._rows[parameter] = EmbeddingGrad(given, looked_up_rows(*gathered)), squared
             else:
                 squared = part.squared(self._authors)
-            self._squares[parameter] = squared.rounded_up()
-            if isinstance(part, Explicit):
+            self._squares[parameter] = squared.with_margin()
+            if isinstance(part, MaterializedGrad):
                 size = part.gradients.numel() * part.gradients.element_size()
                 if self._kept + size <= self.may_keep:
                     self._contributions[parameter].append(part)
                     self._kept += size
 
-    def _take_second(self, parameter: Any, part: Contribution) -> None:
+    def _handle_tied(self, parameter: Any, part: GradFactors) -> None:
         """Add a parameter's further contribution to the squared norms, or find that all of them must be kept."""
         of_head = self._rows.pop(parameter, None)
-        if of_head is None or not isinstance(part, Lookup) or not torch.equal(of_head[0].ids, part.ids):
+        if of_head is None or not isinstance(part, EmbeddingGrad) or not torch.equal(of_head[0].ids, part.ids):
             self._whole.add(parameter)
             return
         assert self._authors is not None
         rows, squared = of_head
         both = rows.gradients.mul_(self._authors.gather(part.gradients)).sum((1, 2))  # <G_embedding, G_head>
-        self._squares[parameter] = together(part.squared(self._authors), squared, 2 * both)
+        self._squares[parameter] = tied_squared_norm(part.squared(self._authors), squared, 2 * both)
 
 
-class Adding(NamedTuple):
+class SumPass(NamedTuple):
     """What the second pass is to do."""
 
     to: set[Any]  # parameters
     factors: torch.Tensor  # (authors,)
-    left_out: torch.Tensor | None  # bool (authors,), whose gradients are not finite; None where there is none
+    non_finite: torch.Tensor | None  # bool (authors,), whose gradients are not finite; None where there is none
 
 
-def some_numbers(tensor: torch.Tensor, at: int) -> torch.Tensor:
+def fingerprint(tensor: torch.Tensor, at: int) -> torch.Tensor:
     """Return a copy of one feature, the one at `at` if there are as many, of each token."""
     return tensor.detach().select(-1, at % tensor.shape[-1]).to(torch.float32, copy=True).flatten()
 
 
-def agree(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def fingerprints_match(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Whether two passes saw the same, as a bool () that nobody has to wait for; what is not finite is left out anyway."""
     finite = first.isfinite()
     difference = torch.where(finite, second - first, 0.0).norm()
-    return difference <= OTHER * first.where(finite, 0.0).norm()
+    return difference <= MISMATCH_TOLERANCE * first.where(finite, 0.0).norm()

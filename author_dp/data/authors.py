@@ -13,13 +13,13 @@ from datasets import Dataset
 
 from author_dp.errors import UserError
 
-NOBODY = [
+PLACEHOLDER_AUTHORS = [
     "[deleted]", "[removed]", "deleted", "removed", "anonymous", "anon", "unknown", "nobody", "none", "null", "nan", "n/a", "na",
     "guest", "undefined", "unspecified", "no author", "?", "-",
 ]  # fmt: skip
 LARGE_SHARE = 0.03  # of all samples
 BATCH_ROWS = 2**16  # that are looked at at once
-WORDS = 3  # that a text needs to be told from others
+HASH_WORDS = 3  # that a text needs to be told from others
 
 
 def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
@@ -35,44 +35,44 @@ def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
     return values.dictionary_encode()
 
 
-def column_of(samples: Dataset, name: str) -> pa.ChunkedArray:
+def get_column(samples: Dataset, name: str) -> pa.ChunkedArray:
     """Return a column without a detour over Python objects, or over the other columns."""
     return samples.select_columns([name]).with_format("arrow")[:][name]
 
 
-def uniform(authors: list, prefix: str) -> np.ndarray:
+def hash_to_unit(authors: list, prefix: str) -> np.ndarray:
     """Return for each author a number in [0, 1), float64 (authors,), that depends on the author's value and `prefix` alone."""
-    return digests(authors, prefix) / 2.0**64
+    return hash_authors(authors, prefix) / 2.0**64
 
 
-def digests(authors: list, prefix: str) -> np.ndarray:
+def hash_authors(authors: list, prefix: str) -> np.ndarray:
     """Return for each author 64 bits that depend on the author's value and `prefix` alone, uint64 (authors,)."""
     found = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
     return np.frombuffer(b"".join(found), dtype=">u8")
 
 
-def held_out_draws(authors: list, seed: int) -> np.ndarray:
+def holdout_scores(authors: list, seed: int) -> np.ndarray:
     """Return for each author a number in [0, 1), (authors,): those below --eval_fraction are held out."""
-    return uniform(authors, f"{seed}:")
+    return hash_to_unit(authors, f"{seed}:")
 
 
-def split_name(seed: int, eval_fraction: float, author_column: str) -> str:
+def split_id(seed: int, eval_fraction: float, author_column: str) -> str:
     """Return a name of the rule that holds authors out: with one name, who is held out is never trained on."""
     rule = f"{seed}:{eval_fraction}:{author_column}"  # other values are other authors, of the same people
     return hashlib.sha256(rule.encode()).hexdigest()[:16]
 
 
-def find_nobody(samples: Dataset, text_column: str, author_column: str) -> list[str]:
+def suspicious_author_warnings(samples: Dataset, text_column: str, author_column: str) -> list[str]:
     """Return warnings of authors who stand for nobody or for many, and of texts that stand under several authors.
 
     The guarantee holds for them as for all, but is not what it seems: a person behind "[deleted]" is one of many in that author,
     and one whose text stands under another name too is not hidden by the removal of one of them.
     """
-    values = encode_authors(column_of(samples, author_column))
+    values = encode_authors(get_column(samples, author_column))
     codes, counts = values.indices.to_numpy(), np.bincount(values.indices)
     names = pc.utf8_lower(pc.utf8_trim_whitespace(values.dictionary))
     warnings = []
-    nobody = np.flatnonzero(pc.is_in(names, value_set=pa.array(NOBODY, names.type)).to_numpy(zero_copy_only=False))
+    nobody = np.flatnonzero(pc.is_in(names, value_set=pa.array(PLACEHOLDER_AUTHORS, names.type)).to_numpy(zero_copy_only=False))
     if len(nobody):
         shown = ", ".join(repr(values.dictionary[i].as_py()) for i in nobody[:5])
         warnings.append(
@@ -92,13 +92,13 @@ def find_nobody(samples: Dataset, text_column: str, author_column: str) -> list[
     if again.any():
         several = np.unique(hashes[1:][again])
         warnings.append(
-            f"--text_column {text_column!r}: {len(several):,} texts of {WORDS} words or more stand word for word under several "
-            f"authors, in {np.isin(hashes, several).sum():,} of {len(samples):,} samples: what is written under two names is not "
-            "hidden by leaving out one of them"
+            f"--text_column {text_column!r}: {len(several):,} texts of {HASH_WORDS} words or more stand word for word under "
+            f"several authors, in {np.isin(hashes, several).sum():,} of {len(samples):,} samples: text under two names "
+            "is not hidden by leaving out one of them"
         )
     return warnings
 
 
 def hash_texts(texts: pa.ChunkedArray) -> np.ndarray:
     """Return int64 (texts,): equal for equal texts, 0 for those too short to be told from others."""
-    return np.array([hash(text) if text.count(" ") >= WORDS - 1 else 0 for text in texts.to_pylist()], np.int64)
+    return np.array([hash(text) if text.count(" ") >= HASH_WORDS - 1 else 0 for text in texts.to_pylist()], np.int64)

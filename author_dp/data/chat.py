@@ -1,7 +1,7 @@
 """Turn prompts with completions, and conversations, into texts of which a part is to be learned.
 
 Promise: what is a target is decided by exact positions in the text that the model reads, never by searching it for words; a
-conversation for which no such positions can be found is an error. An example is kept as one JSON text, `Example.packed()`, so
+conversation for which no such positions can be found is an error. An example is kept as one JSON text, `Example.to_json()`, so
 that all that reads, splits and stores texts need not know of it.
 
 The columns are those of TRL [1]: "prompt" and "completion", texts or lists of messages; or "messages", a list of {"role",
@@ -11,7 +11,7 @@ the one must be the beginning of the other, to the letter.
 
 Example:
 
-    >>> Example.unpacked(Format(None, "assistant").completion("two and two?", " four")).targets
+    >>> Example.from_json(ChatFormatter(None, "assistant").completion("two and two?", " four")).targets
     [[12, 17]]
 
 References:
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Optional
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from author_dp.types import IGNORED
+from author_dp.types import IGNORE_INDEX
 
 TARGETS = ("assistant", "all")
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # in a template, where the assistant's words begin
@@ -39,16 +39,16 @@ class Example(NamedTuple):
     targets: list[tuple[int, int]]  # from, to; in order, apart
     templated: bool  # whether a chat template wrote it, so that its special tokens are meant as such
 
-    def packed(self) -> str:
+    def to_json(self) -> str:
         return json.dumps(self, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
-    def unpacked(cls, text: str) -> "Example":
+    def from_json(cls, text: str) -> "Example":
         """Undo `packed`; a missing text is an example of nothing."""
         return cls(*json.loads(text)) if text else cls("", [], False)
 
 
-class Format:
+class ChatFormatter:
     """How rows become examples.
 
     Args:
@@ -71,18 +71,18 @@ class Format:
         """
         if value is None:
             return ""
-        messages = as_messages(value)
+        messages = to_messages(value)
         if self.targets == "all":
             text = self.render(messages)
-            return Example(text, [(0, len(text))], True).packed()
+            return Example(text, [(0, len(text))], True).to_json()
         if self.has_marks:
-            return self.marked(messages).packed()
+            return self.render_with_generation_mask(messages).to_json()
         text, spans = self.render(messages), []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
                 start, end = (self.prefix(text, messages[: number + i], is_prompt=i == 0) for i in (0, 1))
                 spans.append((start, end))
-        return Example(text, spans, True).packed()
+        return Example(text, spans, True).to_json()
 
     def completion(self, prompt: Any, completion: Any) -> str:
         """Return a prompt and its completion, both texts or both lists of messages, as a packed example.
@@ -97,14 +97,14 @@ class Format:
         prompt = type(completion)() if prompt is None and isinstance(completion, (str, list)) else prompt
         if type(prompt) is str and type(completion) is str:
             text = prompt + completion
-            return Example(text, [(0 if self.targets == "all" else len(prompt), len(text))], False).packed()
+            return Example(text, [(0 if self.targets == "all" else len(prompt), len(text))], False).to_json()
         if type(prompt) is not list or type(completion) is not list:
             raise ValueError("must hold a prompt and a completion that are both texts, or both lists of messages")
-        before, after = (as_messages(part) if part else [] for part in (prompt, completion))
+        before, after = (to_messages(part) if part else [] for part in (prompt, completion))
         text, start = self.render(before + after), 0
         if before and self.targets != "all":
             start = self.prefix(text, before, is_prompt=bool(after) and after[0]["role"] == "assistant")
-        return Example(text, [(start, len(text))], True).packed()
+        return Example(text, [(start, len(text))], True).to_json()
 
     def prefix(self, text: str, messages: list[dict[str, str]], is_prompt: bool) -> int:
         """Return how long the beginning of `text` is that these messages are, with the opening of an answer if `is_prompt`."""
@@ -119,11 +119,11 @@ class Format:
     def render(self, messages: list[dict[str, str]], opens_answer: bool = False) -> str:
         return self.rendered(messages, add_generation_prompt=opens_answer)[0]
 
-    def marked(self, messages: list[dict[str, str]]) -> Example:
+    def render_with_generation_mask(self, messages: list[dict[str, str]]) -> Example:
         text, spans = self.rendered(messages, return_assistant_tokens_mask=True)
         # Within macros and filters marks are counted from elsewhere. Then something outside follows what the assistant says.
         others = [{**m, "content": m["content"] + "x"} if m["role"] == "assistant" else m for m in messages]
-        if outside(text, spans) != outside(*self.rendered(others, return_assistant_tokens_mask=True)):
+        if text_outside_spans(text, spans) != text_outside_spans(*self.rendered(others, return_assistant_tokens_mask=True)):
             raise ValueError(
                 "cannot be divided into turns: {% generation %} stands where its place in the text is not known, or not around "
                 "all of the assistant's words; take it out of macros, filters and set blocks, or give --targets all"
@@ -144,13 +144,13 @@ class Format:
         return texts[0], marks[0] if marks else []
 
 
-def outside(text: str, spans: list[tuple[int, int]]) -> list[str]:
+def text_outside_spans(text: str, spans: list[tuple[int, int]]) -> list[str]:
     """Return the parts of a text before, between and after the spans, which are in order."""
     bounds = [0, *(place for span in spans for place in span), len(text)]
     return [text[start:end] for start, end in zip(bounds[::2], bounds[1::2])]
 
 
-def as_messages(value: Any) -> list[dict[str, str]]:
+def to_messages(value: Any) -> list[dict[str, str]]:
     """Check a list of messages.
 
     Raises:
@@ -174,7 +174,7 @@ def as_messages(value: Any) -> list[dict[str, str]]:
     return messages
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool = False) -> Optional[int]:
+def resolve_bos_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool = False) -> Optional[int]:
     """Return the token with which the tokenizer itself begins every text, as Llama's and Gemma's do; None if there is none.
 
     Args:
@@ -200,7 +200,7 @@ def tokenize_examples(
     """
     ids: list[list[int]] = [[] for _ in packed]
     labels: list[list[int]] = [[] for _ in packed]
-    examples = [Example.unpacked(text) for text in packed]
+    examples = [Example.from_json(text) for text in packed]
     for templated in (False, True):
         chosen = [i for i, example in enumerate(examples) if example.templated == templated and example.text]
         if not chosen:
@@ -209,10 +209,10 @@ def tokenize_examples(
         encoded = tokenizer([examples[i].text for i in chosen], **options, verbose=False)
         for i, row, places in zip(chosen, encoded["input_ids"], encoded["offset_mapping"]):
             targets = [
-                token if is_target(place, examples[i].targets) else IGNORED for token, place in zip(row, places, strict=True)
+                token if is_target(place, examples[i].targets) else IGNORE_INDEX for token, place in zip(row, places, strict=True)
             ]
             before, after = start * (row[:1] != start), end * (row[-1:] != end)
-            ids[i], labels[i] = before + row + after, [IGNORED] * len(before) + targets + after
+            ids[i], labels[i] = before + row + after, [IGNORE_INDEX] * len(before) + targets + after
     return ids, labels
 
 

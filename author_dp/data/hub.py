@@ -13,12 +13,12 @@ import fsspec
 import pyarrow as pa
 from huggingface_hub import hf_hub_download
 
-from author_dp.data.readers import Columns, read_open_parquet
+from author_dp.data.readers import ColumnSpec, read_open_parquet
 from author_dp.errors import UserError
 from author_dp.hub_access import hub_error, hub_is_reachable
 
 
-def local_copy(name: str, file: str) -> Optional[Path]:
+def cached_copy(name: str, file: str) -> Optional[Path]:
     """Return the folder of a model: itself where it is local, the cached copy of a hub model that has `file`; None otherwise."""
     if os.path.isdir(name):
         return Path(name)
@@ -29,7 +29,7 @@ def local_copy(name: str, file: str) -> Optional[Path]:
 
 
 def read_hub(
-    name: str, config: str, revision: str, columns: Columns, limit: Optional[int], kinds: dict[str, str]
+    name: str, config: str, revision: str, columns: ColumnSpec, limit: Optional[int], kinds: dict[str, str]
 ) -> Iterator[pa.RecordBatch]:
     """Yield the first `limit` samples, all where it is None, as record batches of text and author.
 
@@ -49,7 +49,7 @@ def read_hub(
         shards = sorted(filesystem.glob(f"{path}/train/*.parquet") or filesystem.glob(f"{path}/partial-train/*.parquet"))
         if not shards:
             raise FileNotFoundError("no Parquet files")
-        yield from first_rows(itertools.chain.from_iterable(read_shard(filesystem, s, columns, kinds) for s in shards), limit)
+        yield from take_rows(itertools.chain.from_iterable(read_shard(filesystem, s, columns, kinds) for s in shards), limit)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"--dataset_name {name}: no readable Parquet files at {root}/train ({str(error).splitlines()[0]}): check the name, "
@@ -57,12 +57,12 @@ def read_hub(
         ) from error
 
 
-def read_shard(filesystem: Any, shard: str, columns: Columns, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
+def read_shard(filesystem: Any, shard: str, columns: ColumnSpec, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
     with filesystem.open(shard) as file:
         yield from read_open_parquet(file, shard, columns, kinds)
 
 
-def first_rows(batches: Iterable[pa.RecordBatch], limit: Optional[int]) -> Iterator[pa.RecordBatch]:
+def take_rows(batches: Iterable[pa.RecordBatch], limit: Optional[int]) -> Iterator[pa.RecordBatch]:
     """Yield the first `limit` rows, and open no file beyond them."""
     for batch in batches:
         yield batch[:limit]

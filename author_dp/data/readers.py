@@ -43,7 +43,7 @@ BYTE_ORDER_MARK = "\ufeff"
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 
 
-class Columns(NamedTuple):
+class ColumnSpec(NamedTuple):
     """What to read, and how to call it in messages."""
 
     option: str  # that named the files
@@ -86,7 +86,7 @@ def split_suffix(name: str) -> tuple[str, Optional[str]]:
     return (Path(path.stem) if compression else path).suffix.lower(), compression
 
 
-def read_files(files: Iterable[str], columns: Columns, kinds: Optional[dict[str, str]] = None) -> Iterator[pa.RecordBatch]:
+def read_files(files: Iterable[str], columns: ColumnSpec, kinds: Optional[dict[str, str]] = None) -> Iterator[pa.RecordBatch]:
     """Read the two columns of several files, in order.
 
     Args:
@@ -104,12 +104,12 @@ def read_files(files: Iterable[str], columns: Columns, kinds: Optional[dict[str,
                 yield from read_parquet(name, compression, columns, kinds)
             else:
                 read = read_csv if suffix == ".csv" else read_json
-                yield from in_batches(read(lines_of(name, compression, columns), name, columns), name, columns, kinds)
+                yield from to_record_batches(read(iterate_lines(name, compression, columns), name, columns), name, columns, kinds)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise unreadable(name, columns, str(error).strip() or type(error).__name__) from error
+            raise unreadable_error(name, columns, str(error).strip() or type(error).__name__) from error
 
 
-def lines_of(name: str, compression: Optional[str], columns: Columns) -> Iterator[str]:
+def iterate_lines(name: str, compression: Optional[str], columns: ColumnSpec) -> Iterator[str]:
     """Yield the lines of a UTF-8 file with their ends, without a byte order mark; \\n alone ends one."""
     with io.BufferedReader(pa.input_stream(name, compression=compression), 2**20) as file:
         for number, line in enumerate(file, 1):
@@ -123,25 +123,25 @@ def lines_of(name: str, compression: Optional[str], columns: Columns) -> Iterato
 # --- what every row must be -----------------------------------------------------------------------------
 
 
-def in_batches(rows: Iterable[Row], name: str, columns: Columns, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
+def to_record_batches(rows: Iterable[Row], name: str, columns: ColumnSpec, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
     """Check rows, and collect them into record batches."""
     batch: list[Row] = []
     characters = 0
     for row in rows:
         if row.author is None or not row.author.strip():
-            raise missing_author(name, row.place, columns)
+            raise missing_author_error(name, row.place, columns)
         if row.kind not in kinds:
-            note_kind(row.kind, f"{name}, {row.place}", kinds, columns)
+            check_author_type(row.kind, f"{name}, {row.place}", kinds, columns)
         batch.append(row)
         characters += len(row.text or "")
         if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield as_arrow(batch, name, columns)
+            yield to_arrow_schema(batch, name, columns)
             batch, characters = [], 0
     if batch:
-        yield as_arrow(batch, name, columns)
+        yield to_arrow_schema(batch, name, columns)
 
 
-def as_arrow(rows: list[Row], name: str, columns: Columns) -> pa.RecordBatch:
+def to_arrow_schema(rows: list[Row], name: str, columns: ColumnSpec) -> pa.RecordBatch:
     try:
         arrays = [
             pa.array([row.author for row in rows], pa.large_string()),
@@ -159,7 +159,7 @@ def is_text(value: str) -> bool:
     return value.encode(errors="ignore").decode() == value
 
 
-def note_kind(kind: str, place: str, kinds: dict[str, str], columns: Columns) -> None:
+def check_author_type(kind: str, place: str, kinds: dict[str, str], columns: ColumnSpec) -> None:
     """Note where the first author of a kind stands; raise UserError for a second kind."""
     for other, where in kinds.items():
         raise UserError(
@@ -169,7 +169,7 @@ def note_kind(kind: str, place: str, kinds: dict[str, str], columns: Columns) ->
     kinds[kind] = place
 
 
-def check_columns(columns: Columns, names: list[str], file: str) -> None:
+def check_columns(columns: ColumnSpec, names: list[str], file: str) -> None:
     """Raise UserError unless both columns are there, once each."""
     for option, column in columns.by_option:
         if column not in names:
@@ -181,28 +181,28 @@ def check_columns(columns: Columns, names: list[str], file: str) -> None:
             raise UserError(f"{option} {column!r} is in {columns.option} {file} {names.count(column)} times: rename all but one")
 
 
-def missing_author(name: str, place: str, columns: Columns) -> UserError:
+def missing_author_error(name: str, place: str, columns: ColumnSpec) -> UserError:
     return UserError(
         f"--author_column {columns.author!r} of {columns.option} {name} is empty in {place}: remove such rows or give them an "
         "author each"
     )
 
 
-def no_author(name: str, place: str, value: Any, columns: Columns) -> UserError:
+def missing_value_error(name: str, place: str, value: Any, columns: ColumnSpec) -> UserError:
     return UserError(
         f"--author_column {columns.author!r} of {columns.option} {name} holds {str(value)[:40]!r} in {place}, neither text nor a "
         "number: write the authors as strings"
     )
 
 
-def no_text(name: str, place: str, value: Any, columns: Columns) -> UserError:
+def missing_text_error(name: str, place: str, value: Any, columns: ColumnSpec) -> UserError:
     return UserError(
         f"{columns.text_option} {columns.text!r} of {columns.option} {name} holds {str(value)[:40]!r} in {place}, not text: "
         "name another column, or mend the row"
     )
 
 
-def made_text(name: str, place: str, values: list[Any], columns: Columns) -> str:
+def format_text(name: str, place: str, values: list[Any], columns: ColumnSpec) -> str:
     """Return the text that `columns.as_text` makes of a row's values; UserError, with the place, where it cannot."""
     assert columns.as_text is not None
     try:
@@ -211,18 +211,18 @@ def made_text(name: str, place: str, values: list[Any], columns: Columns) -> str
         raise UserError(f"{columns.text_option} {columns.text!r} of {columns.option} {name}, {place} {error}") from error
 
 
-def unreadable(name: str, columns: Columns, reason: str) -> UserError:
+def unreadable_error(name: str, columns: ColumnSpec, reason: str) -> UserError:
     return UserError(f"{columns.option} {name} cannot be read as {split_suffix(name)[0]}: {reason.splitlines()[0]}")
 
 
 # --- CSV ------------------------------------------------------------------------------------------------
 
 
-def read_csv(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Row]:
+def read_csv(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[Row]:
     """Yield the rows of a CSV file; blank lines are none. Every author is text, whatever it looks like."""
     csv.field_size_limit(2**29)  # beyond it a quote was forgotten
     kept: list[str] = []  # the lines of the row at hand, to say where a quote opened
-    rows = csv.reader(keeping(lines, kept), strict=True)
+    rows = csv.reader(record_lines(lines, kept), strict=True)
     header: list[str] = []
     number = 0
     while True:
@@ -231,7 +231,7 @@ def read_csv(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Row]
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise broken_csv(error, kept, line, name, columns) from error
+            raise broken_csv_error(error, kept, line, name, columns) from error
         if row is None:
             return
         if not header:
@@ -248,21 +248,21 @@ def read_csv(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Row]
                 )
             read = Row(row[author], row[parts[-1]], "text", line, number)
             if columns.as_text is not None:
-                read = read._replace(text=made_text(name, read.place, [row[part] for part in parts], columns))
+                read = read._replace(text=format_text(name, read.place, [row[part] for part in parts], columns))
             yield read
 
 
-def keeping(lines: Iterator[str], kept: list[str]) -> Iterator[str]:
+def record_lines(lines: Iterator[str], kept: list[str]) -> Iterator[str]:
     for line in lines:
         kept.append(line)
         yield line
 
 
-def broken_csv(error: csv.Error, lines: list[str], first: int, name: str, columns: Columns) -> UserError:
+def broken_csv_error(error: csv.Error, lines: list[str], first: int, name: str, columns: ColumnSpec) -> UserError:
     """Say what is wrong in a row that begins on line `first`, and where its last quote opened."""
     text = "".join(lines)
     if any(words in str(error) for words in ("expected after", "unexpected end of data", "field larger")):
-        line = first + text.count("\n", 0, last_opening(text))
+        line = first + text.count("\n", 0, find_unclosed_quote(text))
         end = (
             "never closes"
             if "expected after" not in str(error)
@@ -276,7 +276,7 @@ def broken_csv(error: csv.Error, lines: list[str], first: int, name: str, column
     return UserError(f"{columns.option} {name} cannot be read as .csv, line {first + len(lines) - 1}: {reason}")
 
 
-def last_opening(text: str) -> int:
+def find_unclosed_quote(text: str) -> int:
     """Return where the quote opens that spoils this row: the last one at the start of a value, up to which all is well."""
     opening, position, in_quotes, at_start = 0, 0, False, True
     while position < len(text):
@@ -299,46 +299,51 @@ def last_opening(text: str) -> int:
 # --- JSON -----------------------------------------------------------------------------------------------
 
 
-class Whole(str):
+class IntLiteral(str):
     """A whole number as it is written."""
 
 
-class Decimal(str):
+class FloatLiteral(str):
     """A number with a point or an exponent as it is written."""
 
 
-KINDS = {str: "text", Whole: "a whole number", Decimal: "a number with a point or an exponent", bool: "true or false"}
+AUTHOR_TYPES = {
+    str: "text",
+    IntLiteral: "a whole number",
+    FloatLiteral: "a number with a point or an exponent",
+    bool: "true or false",
+}
 MESSAGE = ("role", "content")  # names within a column of messages
 JSON_NAMES = {True: "true", False: "false"}
 
 
-def read_json(lines: Iterator[str], name: str, columns: Columns) -> Iterator[Row]:
+def read_json(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[Row]:
     """Yield the objects of a file: one a line, or those of one array. An author that is a number is the text of the number."""
     seen: set[str] = set()
     first: list[str] = []
     for number, (line, value) in enumerate(json_values(lines, name, columns), 1):
         if type(value) is not dict:
             place = Row(None, None, "", line, number).place
-            raise unreadable(name, columns, f"{place} is no object with columns, like {{...}}")
+            raise unreadable_error(name, columns, f"{place} is no object with columns, like {{...}}")
         if len(seen) <= len(columns.parts):  # columns that no row has had so far
             first = first or list(value)
             seen |= value.keys() & {columns.author, *columns.parts}
             if columns.author not in seen:
                 check_columns(columns, list(value), name)
         author, text = value.get(columns.author), value.get(columns.text)
-        row = Row(author, text, KINDS.get(type(author), ""), line, number)
+        row = Row(author, text, AUTHOR_TYPES.get(type(author), ""), line, number)
         if author is not None and not row.kind:
-            raise no_author(name, row.place, author, columns)
+            raise missing_value_error(name, row.place, author, columns)
         if columns.as_text is not None:
-            row = row._replace(text=made_text(name, row.place, [value.get(part) for part in columns.parts], columns))
+            row = row._replace(text=format_text(name, row.place, [value.get(part) for part in columns.parts], columns))
         elif text is not None and type(text) is not str:
-            raise no_text(name, row.place, text, columns)
+            raise missing_text_error(name, row.place, text, columns)
         yield row if type(author) is not bool else row._replace(author=JSON_NAMES[author])
     if first:
         check_columns(columns, [*first, *(seen - set(first))], name)
 
 
-def json_values(lines: Iterator[str], name: str, columns: Columns) -> Iterator[tuple[int, Any]]:
+def json_values(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[tuple[int, Any]]:
     """Yield each value, and the line on which it begins (0 in an array, where rows are counted)."""
 
     def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -349,7 +354,9 @@ def json_values(lines: Iterator[str], name: str, columns: Columns) -> Iterator[t
                 raise ValueError("a column stands twice in one object")
         return found
 
-    decoder = json.JSONDecoder(object_pairs_hook=as_object, parse_int=Whole, parse_float=Decimal, parse_constant=lambda _: None)
+    decoder = json.JSONDecoder(
+        object_pairs_hook=as_object, parse_int=IntLiteral, parse_float=FloatLiteral, parse_constant=lambda _: None
+    )
     number, is_first = 0, True
     try:
         for number, line in enumerate(lines, 1):
@@ -365,7 +372,7 @@ def json_values(lines: Iterator[str], name: str, columns: Columns) -> Iterator[t
         raise
     except (ValueError, RecursionError) as error:
         place, reason = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", str(error))
-        raise unreadable(name, columns, f"line {place}: {reason}; mend the line") from error
+        raise unreadable_error(name, columns, f"line {place}: {reason}; mend the line") from error
 
 
 def array_values(text: str, decoder: json.JSONDecoder) -> Iterator[Any]:
@@ -392,7 +399,7 @@ def skip_space(text: str, position: int) -> int:
 # --- Parquet --------------------------------------------------------------------------------------------
 
 
-def read_parquet(name: str, compression: Optional[str], columns: Columns, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
+def read_parquet(name: str, compression: Optional[str], columns: ColumnSpec, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
     """Yield both columns as text. Of a compressed file a copy is made, in the system's temporary folder."""
     with tempfile.TemporaryFile() as copy:
         if compression:
@@ -401,32 +408,32 @@ def read_parquet(name: str, compression: Optional[str], columns: Columns, kinds:
         yield from read_open_parquet(pa.PythonFile(copy) if compression else name, name, columns, kinds)
 
 
-def read_open_parquet(source: Any, name: str, columns: Columns, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
+def read_open_parquet(source: Any, name: str, columns: ColumnSpec, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
     """The same for a path, or a file object that is open."""
     file = pq.ParquetFile(source, page_checksum_verification=True)
-    check_one_file(source, file.metadata, name, columns)
+    check_not_concatenated(source, file.metadata, name, columns)
     names = file.schema_arrow.names
     check_columns(columns, names, name)
     author, *parts = (file.schema_arrow.field(column).type for column in (columns.author, *columns.parts))
-    if (kind := kind_of(author)) is None:
-        raise no_author(name, "column", author, columns)
-    if columns.as_text is None and not (pa.types.is_null(parts[0]) or kind_of(parts[0]) == "text"):
-        raise no_text(name, "column", parts[0], columns)
+    if (kind := author_type(author)) is None:
+        raise missing_value_error(name, "column", author, columns)
+    if columns.as_text is None and not (pa.types.is_null(parts[0]) or author_type(parts[0]) == "text"):
+        raise missing_text_error(name, "column", parts[0], columns)
     wanted = None if any("." in column for column in (columns.author, *columns.parts)) else [columns.author, *columns.parts]
     start = 0
     for batch in file.iter_batches(BATCH_ROWS // 16, columns=wanted):  # a dot would name a field inside a column
         authors = as_text(batch.column(columns.author), columns.author, name, start, columns)
-        texts = texts_of(batch, name, start, columns)
+        texts = column_as_text(batch, name, start, columns)
         blank = pc.or_kleene(pc.is_null(authors), pc.equal(pc.utf8_trim_whitespace(pc.fill_null(authors, "")), ""))
         if (row := pc.index(blank, True).as_py()) >= 0:
-            raise missing_author(name, f"row {start + row + 1}", columns)
+            raise missing_author_error(name, f"row {start + row + 1}", columns)
         if kind not in kinds and len(batch):
-            note_kind(kind, f"{name}, row {start + 1}", kinds, columns)
+            check_author_type(kind, f"{name}, row {start + 1}", kinds, columns)
         start += len(batch)
         yield pa.record_batch([authors, pc.fill_null(texts, "")], names=[columns.author, columns.text])
 
 
-def texts_of(batch: pa.RecordBatch, name: str, start: int, columns: Columns) -> pa.Array:
+def column_as_text(batch: pa.RecordBatch, name: str, start: int, columns: ColumnSpec) -> pa.Array:
     """Return the texts of a batch whose first row is `start`, counted from 0; nulls stay."""
     if columns.as_text is None:
         return as_text(batch.column(columns.text), columns.text, name, start, columns)
@@ -434,11 +441,11 @@ def texts_of(batch: pa.RecordBatch, name: str, start: int, columns: Columns) -> 
         rows = list(zip(*(batch.column(part).to_pylist() for part in columns.parts)))
     except UnicodeDecodeError as error:
         raise UserError(f"{columns.option} {name}: column {columns.text!r} is not UTF-8: save the file as UTF-8") from error
-    made = [made_text(name, f"row {number}", list(row), columns) for number, row in enumerate(rows, start + 1)]
+    made = [format_text(name, f"row {number}", list(row), columns) for number, row in enumerate(rows, start + 1)]
     return pa.array(made, pa.large_string())
 
 
-def check_one_file(source: Any, metadata: pq.FileMetaData, name: str, columns: Columns) -> None:
+def check_not_concatenated(source: Any, metadata: pq.FileMetaData, name: str, columns: ColumnSpec) -> None:
     """Raise UserError for several Parquet files in one: the last one's footer would be read with the first one's rows."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     chunks = [group.column(j) for group in groups for j in range(group.num_columns)]
@@ -447,13 +454,13 @@ def check_one_file(source: Any, metadata: pq.FileMetaData, name: str, columns: C
     with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
         file.seek(end)
         if b"PAR1PAR1" in file.read():  # the end of one, the start of the next; beyond the rows there are indexes alone
-            raise unreadable(name, columns, "it is several Parquet files in one; give them apart")
+            raise unreadable_error(name, columns, "it is several Parquet files in one; give them apart")
 
 
-def kind_of(type_: pa.DataType) -> Optional[str]:
+def author_type(type_: pa.DataType) -> Optional[str]:
     """Return the kind of author that values of a column's type are; None where their text would not be exact."""
     if pa.types.is_dictionary(type_):
-        return kind_of(type_.value_type)
+        return author_type(type_.value_type)
     if pa.types.is_null(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
         return "text"
     if pa.types.is_integer(type_):
@@ -465,7 +472,7 @@ def kind_of(type_: pa.DataType) -> Optional[str]:
     return None
 
 
-def as_text(values: pa.Array, column: str, name: str, start: int, columns: Columns) -> pa.Array:
+def as_text(values: pa.Array, column: str, name: str, start: int, columns: ColumnSpec) -> pa.Array:
     """Return a column of a batch as large_string, each value as Arrow writes it; nulls stay."""
     if isinstance(values, pa.DictionaryArray):
         values = values.dictionary_decode()

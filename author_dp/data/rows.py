@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from author_dp.data.readers import FORMATS, Columns, json_values, lines_of, split_suffix
+from author_dp.data.readers import FORMATS, ColumnSpec, iterate_lines, json_values, split_suffix
 from author_dp.errors import UserError
 
 
@@ -19,7 +19,7 @@ def read_rows(name: str, option: str = "--prompts") -> Iterator[dict[str, Any]]:
         UserError: with the file and the remedy.
     """
     suffix, compression = split_suffix(name)
-    columns = Columns(option, "", "")
+    columns = ColumnSpec(option, "", "")
     if suffix not in FORMATS:
         raise UserError(f"{option} {name}: it must be a {', '.join(FORMATS)} file (or these with .gz or .zst)")
     if not Path(name).is_file():
@@ -29,9 +29,9 @@ def read_rows(name: str, option: str = "--prompts") -> Iterator[dict[str, Any]]:
             for batch in pq.ParquetFile(name).iter_batches():
                 yield from batch.to_pylist()
         elif suffix == ".csv":
-            yield from csv.DictReader(lines_of(name, compression, columns), strict=True)
+            yield from csv.DictReader(iterate_lines(name, compression, columns), strict=True)
         else:
-            for _, value in json_values(lines_of(name, compression, columns), name, columns):
+            for _, value in json_values(iterate_lines(name, compression, columns), name, columns):
                 if type(value) is not dict:
                     raise UserError(f"{option} {name}: {str(value)[:40]!r} is no object with columns, like {{...}}")
                 yield value

@@ -13,14 +13,14 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from author_dp.data.chat import start_token, tokenize_examples
+from author_dp.data.chat import resolve_bos_token, tokenize_examples
 from author_dp.errors import UserError
-from author_dp.types import IGNORED
+from author_dp.types import IGNORE_INDEX
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
-def cut(row: list[int], room: int) -> list[list[int]]:
+def chunk_tokens(row: list[int], room: int) -> list[list[int]]:
     """Cut a row into pieces of `room` tokens; a last one of a single token, which predicts nothing, takes one from before."""
     bounds = [*range(0, max(1, len(row)), room), len(row)]
     if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and room > 2:
@@ -28,7 +28,7 @@ def cut(row: list[int], room: int) -> list[list[int]]:
     return [row[a:b] for a, b in zip(bounds, bounds[1:])]
 
 
-class Cutting(NamedTuple):
+class TokenizeSpec(NamedTuple):
     """How texts become samples."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -69,15 +69,15 @@ def tokenize(
     features.pop(text_column)
     results = ["input_ids", *["labels"] * has_targets]
     features.update(dict.fromkeys(results, List(Value("int32"))))
-    begin, end = start_token(tokenizer, prepend_bos), [tokenizer.eos_token_id] * append_eos
+    begin, end = resolve_bos_token(tokenizer, prepend_bos), [tokenizer.eos_token_id] * append_eos
     start = [] if begin is None else [begin]
     if prepend_bos and not start:
         raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token; leave it out")
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError("--append_eos: the model's tokenizer has no end-of-text token; leave it out")
-    how = Cutting(tokenizer, text_column, start, end, sequence_len - len(start), long_samples == "split")
+    how = TokenizeSpec(tokenizer, text_column, start, end, sequence_len - len(start), long_samples == "split")
     tokens = samples.map(
-        functools.partial(rows_of_examples if has_targets else rows_of_texts, how=how),
+        functools.partial(tokenize_masked if has_targets else tokenize_texts, how=how),
         batched=True,
         num_proc=num_proc,
         remove_columns=[text_column],
@@ -89,7 +89,7 @@ def tokenize(
         tokenizer.backend_tokenizer.no_truncation()  # or the saved tokenizer would cut every text at sequence_len
         tokenizer.backend_tokenizer.encode_special_tokens = False
     lengths = pc.list_value_length(tokens.data.column("input_ids")).to_numpy()
-    kept = np.flatnonzero(predicts(tokens) if has_targets else lengths >= 2)
+    kept = np.flatnonzero(rows_with_targets(tokens) if has_targets else lengths >= 2)
     wanted = f"a target within {sequence_len} tokens" if has_targets else "two tokens or more"
     if len(kept) == 0:
         remedy = "raise --sequence_len, or " if has_targets else ""
@@ -101,7 +101,7 @@ def tokenize(
     return tokens
 
 
-def rows_of_texts(batch: dict[str, list], how: Cutting) -> dict[str, list]:
+def tokenize_texts(batch: dict[str, list], how: TokenizeSpec) -> dict[str, list]:
     """Return a batch with its texts' tokens instead, cut as `how` says."""
     options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
     texts = [text or "" for text in batch[how.column]]
@@ -109,33 +109,33 @@ def rows_of_texts(batch: dict[str, list], how: Cutting) -> dict[str, list]:
         rows = how.tokenizer(texts, **options, truncation=True, max_length=how.room)["input_ids"]
         return {"input_ids": [how.start + row + how.end * (len(row) < how.room) for row in rows]}
     rows = how.tokenizer(texts, **options, verbose=False)["input_ids"]
-    pieces = [[how.start + piece for piece in cut(row + how.end, how.room)] for row in rows]
-    return {**repeated(batch, how.column, pieces), "input_ids": [piece for row in pieces for piece in row]}
+    pieces = [[how.start + piece for piece in chunk_tokens(row + how.end, how.room)] for row in rows]
+    return {**repeat_columns(batch, how.column, pieces), "input_ids": [piece for row in pieces for piece in row]}
 
 
-def rows_of_examples(batch: dict[str, list], how: Cutting) -> dict[str, list]:
+def tokenize_masked(batch: dict[str, list], how: TokenizeSpec) -> dict[str, list]:
     """As `rows_of_texts`, of packed examples, with their labels."""
     ids, labels = tokenize_examples(batch[how.column], how.tokenizer, how.start, how.end)
     first = len(how.start)  # of each piece
     if not how.split:
         return {"input_ids": [row[: first + how.room] for row in ids], "labels": [row[: first + how.room] for row in labels]}
-    pieces = [[[row[:first] + piece for piece in cut(row[first:], how.room)] for row in rows] for rows in (ids, labels)]
+    pieces = [[[row[:first] + piece for piece in chunk_tokens(row[first:], how.room)] for row in rows] for rows in (ids, labels)]
     tokens = {name: [piece for row in rows for piece in row] for name, rows in zip(("input_ids", "labels"), pieces)}
-    return {**repeated(batch, how.column, pieces[0]), **tokens}
+    return {**repeat_columns(batch, how.column, pieces[0]), **tokens}
 
 
-def repeated(batch: dict[str, list], column: str, pieces: list[list]) -> dict[str, list]:
+def repeat_columns(batch: dict[str, list], column: str, pieces: list[list]) -> dict[str, list]:
     """Return the other columns, each value as often as its text has pieces: the author stays with all of them."""
     return {name: [value for value, row in zip(batch[name], pieces) for _ in row] for name in batch if name != column}
 
 
-def predicts(tokens: Dataset) -> np.ndarray:
+def rows_with_targets(tokens: Dataset) -> np.ndarray:
     """Return which samples have a target beyond their first token, bool (samples,)."""
     found = [np.zeros(0, bool)]
     for batch in tokens.select_columns(["labels"]).with_format("arrow").iter(2**14):
         column = batch["labels"].combine_chunks()
         lengths = pc.list_value_length(column).to_numpy()
-        targets = np.asarray(column.flatten()) != IGNORED
+        targets = np.asarray(column.flatten()) != IGNORE_INDEX
         targets[(np.cumsum(lengths) - lengths)[lengths > 0]] = False  # nothing predicts the first
         found.append(np.bincount(np.repeat(np.arange(len(lengths)), lengths), targets, len(lengths)) > 0)
     return np.concatenate(found)

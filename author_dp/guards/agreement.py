@@ -34,7 +34,7 @@ OPTIONS = {  # of the script, by what is compared
     "clip_norm": "per_sample_max_grad_norm", "delta": "target_delta", "steps": "max_steps", "trained parameters": "model_name",
     "expected_batch_size": "per_device_train_batch_size",
 }  # fmt: skip
-EXAMPLES = 1_024  # samples whose tokens stand for all, as reading all of a large data set takes time
+SHOWN_NAMES = 1_024  # samples whose tokens stand for all, as reading all of a large data set takes time
 
 # --- before training --------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ def check_same_start(plan: PrivacyPlan, dataset: Any, model: nn.Module, bf16: bo
 
 def describe_data(dataset: Any) -> str:
     """Return a hash of which samples are whose, and of the tokens of some of them."""
-    places = np.linspace(0, len(dataset.indices) - 1, min(EXAMPLES, len(dataset.indices))).astype(np.int64)
+    places = np.linspace(0, len(dataset.indices) - 1, min(SHOWN_NAMES, len(dataset.indices))).astype(np.int64)
     fetched = dataset.__getitems__([dataset.indices[place : place + 1] for place in places])
     tokens = [{name: np.asarray(value).tolist() for name, value in sample.items()} for (sample,) in fetched]
     known = hashlib.sha256(repr(tokens).encode())
@@ -75,7 +75,7 @@ def describe_data(dataset: Any) -> str:
 # --- while training ---------------------------------------------------------------------------------------
 
 
-class Drawn(NamedTuple):
+class SampledBatch(NamedTuple):
     """A batch as it was sampled."""
 
     digest: bytes  # of the places of all its authors
@@ -95,7 +95,7 @@ class RankRecord(NamedTuple):
     clipped: int  # authors, by this process
 
 
-class RankCheck:
+class RankMonitor:
     """Follow the batches of one process.
 
     Args:
@@ -106,7 +106,7 @@ class RankCheck:
         counts = np.diff(sampler.offsets)
         self._owner = np.zeros(int(sampler.indices.max(initial=0)) + 1, np.int32)  # author of each sample
         self._owner[sampler.indices] = np.repeat(np.arange(len(counts)), counts)
-        self._drawn: dict[int, Drawn] = {}  # by number; the loader is ahead of the steps
+        self._drawn: dict[int, SampledBatch] = {}  # by number; the loader is ahead of the steps
         self._groups = b"" if sampler.groups is None else hashlib.sha256(sampler.groups.tobytes()).digest()
         self._batches, self._steps, self._authors, self._whole, self._share = b"", 0, 0, 0, 0
         sampler.on_share = self.drawn
@@ -118,7 +118,7 @@ class RankCheck:
         mixed = owners[owners != np.repeat(owners[starts], [len(samples) for samples in share])]  # several authors as one
         digest = hashlib.sha256(authors.tobytes()).digest()
         mine = set_hash(owners[starts], number) + set_hash(mixed, number)
-        self._drawn[number] = Drawn(digest, set_hash(authors, number), mine)
+        self._drawn[number] = SampledBatch(digest, set_hash(authors, number), mine)
 
     def step(self, number: int, batch_size: int) -> None:
         """Take the number of a step's batch, and of its authors without canaries."""
@@ -138,7 +138,7 @@ class RankCheck:
         )
 
 
-def compare(records: list[RankRecord]) -> list[str]:
+def find_mismatches(records: list[RankRecord]) -> list[str]:
     """Return what is wrong with the processes' records, in words that tell nothing private; empty if nothing is."""
     first, found = records[0], []
     for name, words in {"steps": "number of steps", "groups": "groups of authors", "batches": "sampled authors"}.items():

@@ -34,7 +34,14 @@ OF_TRANSFORMERS = {  # its other callbacks may only watch
     "NotebookProgressCallback": STEPS,
 }
 EVENTS = {name for name in vars(TrainerCallback) if name.startswith("on_")}
-OF_MODULES = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks", "forward", "scaling")  # the last is LoRA's
+FOLLOWS_BY_MODULE = (
+    "_parameters",
+    "_buffers",
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "forward",
+    "scaling",
+)  # the last is LoRA's
 SCALARS = {bool, int, float, str, type(None)}
 
 
@@ -48,12 +55,12 @@ def follows(callback: TrainerCallback) -> Optional[str]:
     return vars(kind).get("follows")
 
 
-def by_callback(callbacks: Iterable[TrainerCallback]) -> Optional[str]:
+def metric_driven_callback(callbacks: Iterable[TrainerCallback]) -> Optional[str]:
     """Return the name of a callback by which evaluation metrics steer the training; None where there is none."""
     return next((f"callback {type(callback).__name__}" for callback in callbacks if follows(callback) == EVALUATION), None)
 
 
-def by_scheduler(trainer: Any) -> Optional[str]:
+def metric_driven_scheduler(trainer: Any) -> Optional[str]:
     """Return the name of a given scheduler by which evaluation metrics steer the training; None where there is none.
 
     Raises:
@@ -72,28 +79,28 @@ def by_scheduler(trainer: Any) -> Optional[str]:
     return None if kind == STEPS else f"optimizers: {name}"
 
 
-def contents(thing: Any) -> list[Any]:
+def scalar_contents(thing: Any) -> list[Any]:
     """Return what an object holds: numbers and words by value, tensors by how often they were written, all else by identity."""
-    return [(name, compared(value)) for name, value in vars(thing).items()]
+    return [(name, to_comparable(value)) for name, value in vars(thing).items()]
 
 
-def writes(tensor: torch.Tensor) -> int:
+def written_attributes(tensor: torch.Tensor) -> int:
     """Return how often a tensor was written, which torch does not count for those of inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def compared(value: Any) -> Any:
+def to_comparable(value: Any) -> Any:
     """Return what equals its like while a value stays the same; it keeps the value, or another could get its id."""
     if type(value) in SCALARS:
         return value
     if isinstance(value, torch.Tensor):
-        return id(value), writes(value), (value,)
+        return id(value), written_attributes(value), (value,)
     if isinstance(value, (list, tuple)):
-        return [compared(item) for item in value]
+        return [to_comparable(item) for item in value]
     if isinstance(value, dict):
-        return [(id(key), compared(item)) for key, item in value.items()]
+        return [(id(key), to_comparable(item)) for key, item in value.items()]
     if isinstance(value, Optimizer):
-        return id(value), contents(value)
+        return id(value), scalar_contents(value)
     return id(value), repr(value) if isinstance(value, partial) else "", (value,)
 
 
@@ -144,16 +151,16 @@ class WatchedCallbacks(CallbackHandler):
         found |= {f"state.{name}": getattr(trainer.state, name) for name in decided}
         found["args"] = repr([item for item in vars(trainer.args).items() if item[0] != "run_name"])  # which loggers set
         found["the callbacks"] = [id(trainer.callback_handler), *((id(other), follows(other)) for other in self.callbacks)]
-        found["a function of the trainer"] = [compared(value) for value in vars(trainer).values() if is_function(value)]
-        found["the model's weights, hooks or settings"] = [of_module(module) for module in trainer.model.modules()]
+        found["a function of the trainer"] = [to_comparable(value) for value in vars(trainer).values() if is_function(value)]
+        found["the model's weights, hooks or settings"] = [follows_of_module(module) for module in trainer.model.modules()]
         found["the optimizer: its learning rate, another option, its state or its hooks"] = [
-            compared(trainer.optimizer),
-            compared(torch_optimizer._global_optimizer_pre_hooks),
-            compared(torch_optimizer._global_optimizer_post_hooks),
+            to_comparable(trainer.optimizer),
+            to_comparable(torch_optimizer._global_optimizer_pre_hooks),
+            to_comparable(torch_optimizer._global_optimizer_post_hooks),
         ]
         if (scheduler := trainer.lr_scheduler) is not None:
             held = [value for value in vars(scheduler).values() if not isinstance(value, Optimizer)]
-            found["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), compared(held)
+            found["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), to_comparable(held)
         return found
 
 
@@ -161,13 +168,13 @@ def is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, torch.nn.Module)
 
 
-def of_module(module: torch.nn.Module) -> list[Any]:
+def follows_of_module(module: torch.nn.Module) -> list[Any]:
     """Return what decides a module's output; not whether it is in training mode, which each step sets anew."""
     held = vars(module)
     return [
         id(module),
         [(name, value) for name, value in held.items() if type(value) in SCALARS and name != "training"],
-        *[(name, compared(held[name])) for name in OF_MODULES if held.get(name)],
+        *[(name, to_comparable(held[name])) for name in FOLLOWS_BY_MODULE if held.get(name)],
     ]
 
 

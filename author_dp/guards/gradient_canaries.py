@@ -32,19 +32,19 @@ import torch
 from scipy.special import expit, ndtr, ndtri
 from torch import nn
 
-from author_dp.accounting.accountant import PrivacyLoss, gaussian_epsilon
+from author_dp.accounting.accountant import EpsilonAccountant, gaussian_epsilon
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.errors import UserError
 from author_dp.guards.noise_inversion import MatchedFilter
-from author_dp.guards.noise_monitor import NoiseCheck
-from author_dp.guards.text_canaries import CONFIDENCE, SHARES, AuditedTrainer, guesses, lower_bound
-from author_dp.mechanism.sampling import with_canaries
-from author_dp.types import IGNORED, Batch
+from author_dp.guards.noise_monitor import NoiseMonitor
+from author_dp.guards.text_canaries import CONFIDENCE, GUESS_SHARES, AuditedTrainer, guess_counts, lower_bound
+from author_dp.mechanism.sampling import append_canary_hashes
+from author_dp.types import IGNORE_INDEX, Batch
 
 SAMPLES, TOKENS = 2, 2  # of a canary, at least two samples, so that a clip for each would show
 PUSH = 1e3  # a canary's gradient over the clip norm, before clipping
-CAP = 8.0  # of a score, so that every moment of it exists
+MAX_RATIO = 8.0  # of a score, so that every moment of it exists
 TILTS = np.geomspace(1e-3, 4.0, 40)  # at which Chernoff's bound is tried
 
 
@@ -64,17 +64,17 @@ class GradientCanaries:
         self.included = generator.random(number) < 0.5
         self.table = nn.Embedding(number, 1)
         nn.init.zeros_(self.table.weight)
-        self.law: Optional[CanaryCheck] = None
+        self.law: Optional[CanaryMonitor] = None
 
-    def join(self, dataset: Any) -> "WithCanaries":
+    def join(self, dataset: Any) -> "CanaryDataset":
         """Return the data set (`data_utils.AuthorDataset`) with the included canaries as its last authors."""
-        return WithCanaries(dataset, np.flatnonzero(self.included))
+        return CanaryDataset(dataset, np.flatnonzero(self.included))
 
     def beside(self, model: nn.Module) -> nn.Module:
         """Return a model for a clipping engine that calls `model`, and holds the canaries' table."""
-        return Beside(model, self.table.to(next(model.parameters()).device))
+        return ModelWithCanaries(model, self.table.to(next(model.parameters()).device))
 
-    def start(self, plan: PrivacyPlan) -> "CanaryCheck":
+    def start(self, plan: PrivacyPlan) -> "CanaryMonitor":
         """Begin to check a run under `plan`, and return the check.
 
         Raises:
@@ -83,7 +83,7 @@ class GradientCanaries:
         if plan.disable_dp or plan.noise_multiplier == 0:
             raise UserError("--audit_kind gradient checks the noise: it needs one; leave out --audit_canaries")
         self.clip_norm, self.expected_batch_size = plan.clip_norm, plan.expected_batch_size
-        self.law = CanaryCheck(plan.noise_multiplier, plan.spending(0).sample_rate, self.included)
+        self.law = CanaryMonitor(plan.noise_multiplier, plan.spending(0).sample_rate, self.included)
         return self.law
 
     def align(self, coefficients: np.ndarray, groups: np.ndarray) -> None:
@@ -113,7 +113,7 @@ class GradientCanaries:
         Of a finished run that is run again there is nothing to see, and what it saw itself stays; None where that is not known.
         """
         assert self.law is not None
-        self.law.take_in()
+        self.law.flush()
         if not self.law.steps:
             path = Path(str(trainer.args.output_dir)) / REPORT_NAME
             earlier = json.loads(path.read_text()).get("audit") if path.exists() else None
@@ -137,14 +137,14 @@ class GradientCanaries:
         bounds = []
         for factor in reversed(factors):  # more noise, less epsilon
             spendings = [s._replace(noise_multiplier=s.noise_multiplier * factor) for s in ledger.spendings]
-            bounds.append(PrivacyLoss(spendings, delta).epsilon)
+            bounds.append(EpsilonAccountant(spendings, delta).epsilon)
         return {
             "noise_multiplier_between": [factor * trainer.plan.noise_multiplier for factor in factors],
             "epsilon_between": [bound if np.isfinite(bound) else None for bound in bounds],
         }
 
 
-class Beside(nn.Module):
+class ModelWithCanaries(nn.Module):
     """A model as it is, and beside it the table of the canaries, for a clipping engine to find."""
 
     def __init__(self, model: nn.Module, table: nn.Embedding):
@@ -155,7 +155,7 @@ class Beside(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class WithCanaries(torch.utils.data.Dataset):
+class CanaryDataset(torch.utils.data.Dataset):
     """A data set whose last authors are canaries, of SAMPLES samples each.
 
     Args:
@@ -168,7 +168,7 @@ class WithCanaries(torch.utils.data.Dataset):
         self.rows = len(dataset.indices)
         ends = np.arange(1, len(canaries) + 1) * SAMPLES
         self.offsets = np.concatenate([dataset.offsets, self.rows + ends])
-        self.hashes = with_canaries(getattr(dataset, "hashes", None), len(canaries))
+        self.hashes = append_canary_hashes(getattr(dataset, "hashes", None), len(canaries))
         # The rows of a data set may be more than those of its authors: canaries' rows come behind all of them.
         self.first = int(max(dataset.indices.max(initial=-1) + 1, len(dataset.samples)))
         self.indices = np.concatenate([dataset.indices, self.first + np.arange(len(canaries) * SAMPLES)])
@@ -200,14 +200,14 @@ class CollateWithCanaries:
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         canary = torch.tensor([sample.get("canary", -1) for sample in samples])
         batch = self.collate([{name: value for name, value in sample.items() if name != "canary"} for sample in samples])
-        batch["labels"][canary >= 0] = IGNORED
+        batch["labels"][canary >= 0] = IGNORE_INDEX
         return {**batch, "canary": canary}
 
 
 # --- the law ----------------------------------------------------------------------------------------------
 
 
-class CanaryCheck(NoiseCheck):
+class CanaryMonitor(NoiseMonitor):
     """Test x = [drawn] + sigma z of the canaries that are in, sigma z of the others, over all steps.
 
     Args:
@@ -221,7 +221,7 @@ class CanaryCheck(NoiseCheck):
         self.sigma, self.rate, self.included = sigma, rate, included
         self._evidence = np.zeros(len(included))  # log likelihood ratio of being in, for each canary
         self._score = np.zeros((2, int(included.sum())))  # of rate and clip norm, for each canary that is in
-        self._law = ScoreLaw(sigma, rate)
+        self._law = ScoreDistribution(sigma, rate)
         self.filter: Optional[MatchedFilter] = None
 
     def add(self, pad: torch.Tensor) -> None:
@@ -230,18 +230,18 @@ class CanaryCheck(NoiseCheck):
         if value is not None:
             super().add(value)
 
-    def _take_in_one(self, pad: np.ndarray) -> None:
+    def _flush_one(self, pad: np.ndarray) -> None:
         """Take the released values of one step over C / B, (canaries,)."""
         log_ratio = (pad - 0.5) / self.sigma**2  # of densities, drawn over not drawn
         self._evidence += log_ratio if self.rate == 1 else np.logaddexp(np.log1p(-self.rate), np.log(self.rate) + log_ratio)
         self._score += score(pad[self.included], self.sigma, self.rate) - self._law.mean[:, None]
         normal = pad / self.sigma
         normal[self.included] = to_normal(pad[self.included], self.sigma, self.rate)
-        super()._take_in_one(normal)
+        super()._flush_one(normal)
 
     def scores(self) -> np.ndarray:
         """Return how much more likely each canary's values are if it is in, (canaries,)."""
-        self.take_in()
+        self.flush()
         return self._evidence
 
     def p_values(self) -> dict[str, float]:
@@ -257,7 +257,7 @@ class CanaryCheck(NoiseCheck):
         found["the draws of one canary"] = min(1.0, max(1, number) * rarest)  # none of no canary is odd
         return found
 
-    def finding(self, failed: str) -> str:
+    def failure_message(self, failed: str) -> str:
         return f"what is released for canaries is not the law of draw, clip and noise, in {failed} (seen in {self.steps} steps)"
 
 
@@ -278,10 +278,10 @@ def score(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
     log_odds = (x - 0.5) / sigma**2 + (np.log(rate) - np.log1p(-rate) if rate < 1 else np.inf)
     drawn = expit(log_odds)
     of_rate = drawn - (expit(-log_odds) * rate / (1 - rate) if rate < 1 else 1.0)
-    return np.clip(np.stack([of_rate, drawn * (x - 1) / sigma]), -CAP, CAP)
+    return np.clip(np.stack([of_rate, drawn * (x - 1) / sigma]), -MAX_RATIO, MAX_RATIO)
 
 
-class ScoreLaw:
+class ScoreDistribution:
     """The law of both scores under the law of x, by quadrature.
 
     Attributes:
@@ -314,17 +314,17 @@ class ScoreLaw:
 
 def gaussian_mu_lower_bound(scores: np.ndarray, included: np.ndarray) -> float:
     """Return the largest mu for which the guesses rule out that the run is mu-GDP, with CONFIDENCE; 0 if none."""
-    allowed, best = (1 - CONFIDENCE) / len(SHARES), 0.0
-    for number, correct in guesses(scores, included):
+    allowed, best = (1 - CONFIDENCE) / len(GUESS_SHARES), 0.0
+    for number, correct in guess_counts(scores, included):
         low, high = 0.0, 40.0
         while high - low > 1e-4:
             middle = (low + high) / 2
-            low, high = (middle, high) if is_ruled_out(middle, len(scores), number, correct, allowed) else (low, middle)
+            low, high = (middle, high) if rejects_mu(middle, len(scores), number, correct, allowed) else (low, middle)
         best = max(best, low)
     return best
 
 
-def is_ruled_out(mu: float, canaries: int, number: int, correct: int, probability: float) -> bool:
+def rejects_mu(mu: float, canaries: int, number: int, correct: int, probability: float) -> bool:
     """Whether `correct` of `number` guesses have less than this probability where the run is mu-GDP. Algorithm 3 of [3].
 
     With p_j the probability of j right guesses, r_i = sum_{j >= i} j p_j / m is that of a random canary being guessed rightly

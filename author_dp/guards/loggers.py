@@ -22,16 +22,16 @@ from author_dp.errors import UserError
 logger = logging.get_logger(f"transformers.{__name__}")
 
 LOGS_NAME = "_logs"
-OFF = "false"
+DISABLED = "false"
 # Environment variables for each logger. {}: the logger's folder. OFF: would upload checkpoints or the whole output folder.
 VARIABLES = {
-    "clearml": {"CLEARML_CACHE_DIR": "{}", "CLEARML_LOG_MODEL": OFF},
+    "clearml": {"CLEARML_CACHE_DIR": "{}", "CLEARML_LOG_MODEL": DISABLED},
     "codecarbon": {},  # emissions.csv in the output folder: durations, no losses
-    "comet_ml": {"COMET_OFFLINE_DIRECTORY": "{}", "COMET_LOG_ASSETS": OFF},
-    "mlflow": {"MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db", "HF_MLFLOW_LOG_ARTIFACTS": OFF},
+    "comet_ml": {"COMET_OFFLINE_DIRECTORY": "{}", "COMET_LOG_ASSETS": DISABLED},
+    "mlflow": {"MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db", "HF_MLFLOW_LOG_ARTIFACTS": DISABLED},
     "tensorboard": {"TENSORBOARD_LOGGING_DIR": "{}"},
     "trackio": {"TRACKIO_DIR": "{}"},
-    "wandb": {"WANDB_DIR": "{}", "WANDB_CACHE_DIR": "{}", "WANDB_DATA_DIR": "{}", "WANDB_LOG_MODEL": OFF},
+    "wandb": {"WANDB_DIR": "{}", "WANDB_CACHE_DIR": "{}", "WANDB_DATA_DIR": "{}", "WANDB_LOG_MODEL": DISABLED},
 }
 _assigned: dict[str, str] = {}  # by an earlier run of this process, as opposed to the user
 
@@ -56,10 +56,10 @@ def check_loggers(args: TrainingArguments) -> None:
 
 def check_variable(variable: str, value: str) -> None:
     """Raise UserError where the user set `variable` to a folder that others can read, or to upload private files."""
-    chosen = users_choice(variable)
+    chosen = chosen_by_user(variable)
     if chosen is None:
         return
-    if value == OFF:
+    if value == DISABLED:
         if chosen.lower() not in ("", "0", "false", "no", "off", "n", "f"):
             raise UserError(
                 f"{variable}={chosen}: private files of --output_dir would be uploaded. Unset it, and upload what "
@@ -76,7 +76,7 @@ def check_variable(variable: str, value: str) -> None:
         )
 
 
-def users_choice(variable: str) -> str | None:
+def chosen_by_user(variable: str) -> str | None:
     """Return what the user set `variable` to, None where it is unset or was set by `redirect_loggers`."""
     value = os.environ.get(variable)
     return None if value == _assigned.get(variable) else value
@@ -89,9 +89,9 @@ def redirect_loggers(args: TrainingArguments) -> None:
         logs.parent.mkdir(parents=True, exist_ok=True)
     for name in {*used, "comet_ml"} if used else ():  # where comet_ml is installed, it follows other loggers
         for variable, value in VARIABLES[name].items():
-            if (chosen := users_choice(variable)) is None:
+            if (chosen := chosen_by_user(variable)) is None:
                 os.environ[variable] = _assigned[variable] = value.format(logs / name)
-            if name in used and args.process_index == 0 and value != OFF and "://" not in str(chosen):
+            if name in used and args.process_index == 0 and value != DISABLED and "://" not in str(chosen):
                 make_private_folder(logs / name if chosen is None else Path(chosen).expanduser())
     if used:
         logger.info(f"--report_to {' '.join(used)}: losses go to {logs}, and to online services if any. They are private.")

@@ -24,17 +24,25 @@ from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.guards.precision import float32_products
-from author_dp.guards.random_ops import BATCH, Call, check_random_ops, training_mode
-from author_dp.mechanism.fsdp import LEAVE_OUT, in_shares, make_engine, norm_of, ordinary_gradients, own, take_in_turn
-from author_dp.mechanism.losses import takes_positions
-from author_dp.models.quantization import computes_in_float32, in_float32
-from author_dp.types import IGNORED, Batch
+from author_dp.guards.random_ops import BATCH, ModelCall, check_random_ops, training_mode
+from author_dp.mechanism.fsdp import (
+    FSDP_REMEDY,
+    autograd_gradients,
+    backward_on_one_rank,
+    global_norm,
+    is_sharded,
+    local_shard,
+    make_engine,
+)
+from author_dp.mechanism.losses import needs_position_ids
+from author_dp.models.quantization import computes_in_float32, float32_compute
+from author_dp.types import IGNORE_INDEX, Batch
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 TOLERANCE = 5e-4  # of an author's norm, and of a parameter's share of the clipped sum: what rounding may do to a deep model
-SAME = 1e-4  # of logits that are to be the same: what another order of summation may do
-SAME_BITS = 1e-7  # of logits of one text, computed twice: kernels on a GPU may not be deterministic
+SAME_TOLERANCE = 1e-4  # of logits that are to be the same: what another order of summation may do
+SAME_QUANTIZED_TOLERANCE = 1e-7  # of logits of one text, computed twice: kernels on a GPU may not be deterministic
 NEGLIGIBLE = 1e-5  # of the whole clipped sum: a parameter's share below it may be nothing but rounding (biases of keys)
 COUNTS = (1, 2, 4)  # samples of the proof's authors: seven, so that neither heads nor experts are as many
 LENGTHS = (9, 7)  # longest sample, in tokens: once another number than the samples, and once the same
@@ -42,10 +50,10 @@ MANY = 64  # samples beside a short one, for what begins to mix in larger batche
 TOKENS = 7  # of the samples whose random operations are looked at
 LONGEST = 512  # tokens of a further text, if samples are as long: mixers and local attention cut long texts into chunks
 
-OF_TRANSFORMERS = {"every_n_layers", "offload"}  # of --activation_checkpointing_kwargs; the others are torch's
+TRANSFORMERS_MODULE = {"every_n_layers", "offload"}  # of --activation_checkpointing_kwargs; the others are torch's
 
 
-class Proof(NamedTuple):
+class ModelCheck(NamedTuple):
     """What was found; public, as it depends on the model only."""
 
     error: float  # largest relative difference between the engine and a plain loop
@@ -57,7 +65,7 @@ class Proof(NamedTuple):
         if isinstance(engine, GhostClipping):
             engine.settle(self.apart)
 
-    def authors_at_once(self, most: int) -> int:
+    def max_authors(self, most: int) -> int:
         """Return how many authors a microbatch is to have: taken apart, one costs one backward, of several each costs one."""
         return 1 if self.apart else most
 
@@ -72,13 +80,13 @@ class Proof(NamedTuple):
         return words
 
 
-def prove(
+def verify_model(
     model: Any,
     clipping: str,
     sequence_len: Optional[int] = None,
     checkpointing: Optional[dict[str, Any]] = None,
     bf16: bool = False,
-) -> Proof:
+) -> ModelCheck:
     """Prove that the model keeps samples apart and that the engine clips it rightly; freeze what the loss does not use.
 
     Args:
@@ -91,28 +99,30 @@ def prove(
         UserError: naming the property that does not hold, or the parameters that differ.
     """
     longest = longest_sample(model, sequence_len)
-    check_apart(model, longest, bf16)
-    with still(model), nothing_at_zero(model):
-        with naming(f"--clipping {clipping} cannot follow this model: {instead_of(clipping, model.parameters())}"):
+    check_sample_independence(model, longest, bf16)
+    with deterministic_train_mode(model), perturb_zero_params(model):
+        with as_user_error(f"--clipping {clipping} cannot follow this model: {alternative(clipping, model.parameters())}"):
             batches = [random_authors(model, length) for length in LENGTHS]
             batches.append(random_authors(model, max(4, min(longest, LONGEST)), (1, 1)))
             unused = freeze_unused(model, batches[0])
-            error, apart = compare(model, clipping, batches, checkpointing)
-    return Proof(error, apart, unused)
+            error, apart = check_engine(model, clipping, batches, checkpointing)
+    return ModelCheck(error, apart, unused)
 
 
-def check_apart(model: Any, sequence_len: Optional[int] = None, bf16: bool = False) -> None:
+def check_sample_independence(model: Any, sequence_len: Optional[int] = None, bf16: bool = False) -> None:
     """Raise UserError where the model mixes samples, shares random numbers among them, sees the future or saves texts."""
     longest = longest_sample(model, sequence_len)
     what = (
         f"--model_name: this model cannot be called with {longest} token ids alone: lower --sequence_len, or choose another one"
     )
-    with nothing_at_zero(model), naming(what):
+    with perturb_zero_params(model), as_user_error(what):
         ids = random_tokens(model, BATCH * min(longest, TOKENS), 5).view(BATCH, -1)
-        with exact(model):
+        with exact_reference(model):
             coarser = 100.0 if bf16 else rounding(model)
-            check_random_ops(Call(model, takes_positions(model), bf16), ids, min(longest, LONGEST), SAME * coarser)
-        with still(model):
+            check_random_ops(
+                ModelCall(model, needs_position_ids(model), bf16), ids, min(longest, LONGEST), SAME_TOLERANCE * coarser
+            )
+        with deterministic_train_mode(model):
             check_buffers(model, longest)
             check_samples_apart(model, longest)
             check_memory(model, longest)
@@ -123,7 +133,7 @@ def longest_sample(model: Any, sequence_len: Optional[int]) -> int:
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Say what an error of the model's own code is about; the user can mend it by other options."""
     try:
         yield
@@ -137,19 +147,19 @@ def naming(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def exact(model: nn.Module) -> Iterator[None]:
+def exact_reference(model: nn.Module) -> Iterator[None]:
     """In training mode, as batch norm shows itself only there, without autocast, TF32 or products in bfloat16."""
     autocast = torch.autocast(next(model.parameters()).device.type, enabled=False)
-    with training_mode(model), autocast, in_float32(model), float32_products():
+    with training_mode(model), autocast, float32_compute(model), float32_products():
         yield
 
 
 @contextmanager
-def still(model: nn.Module) -> Iterator[None]:
+def deterministic_train_mode(model: nn.Module) -> Iterator[None]:
     """As `exact`, and without dropout."""
     owners: dict[int, Any] = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if o is not None}
-    rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_rate(o, name, v)]
-    with exact(model):
+    rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_dropout_rate(o, name, v)]
+    with exact_reference(model):
         try:
             for owner, name, value in rates:
                 setattr(owner, name, type(value)(0))
@@ -159,16 +169,18 @@ def still(model: nn.Module) -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-def is_rate(owner: Any, name: str, value: Any) -> bool:
+def is_dropout_rate(owner: Any, name: str, value: Any) -> bool:
     """Whether an attribute says how much is dropped, or shaken, at random in training."""
     is_dropout = isinstance(owner, nn.modules.dropout._DropoutNd) and name == "p"
     return isinstance(value, float) and value > 0 and (is_dropout or "drop" in name or "jitter" in name or name == "pdrop")
 
 
 @contextmanager
-def nothing_at_zero(model: nn.Module) -> Iterator[None]:
+def perturb_zero_params(model: nn.Module) -> Iterator[None]:
     """With small random numbers in what is all zero: LoRA's second factor would hide every gradient of the first."""
-    zeros = [own(parameter) for parameter in model.parameters() if parameter.requires_grad and not own(parameter).any()]
+    zeros = [
+        local_shard(parameter) for parameter in model.parameters() if parameter.requires_grad and not local_shard(parameter).any()
+    ]
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
@@ -216,7 +228,7 @@ def check_memory(model: Any, longest: int) -> None:
         with torch.no_grad():
             model(input_ids=ids[:, :2])  # whatever was seen before is forgotten, if it ever is
             first, _, again = (model(input_ids=part).logits for part in (ids[:, :length], ids, ids[:, :length]))
-        if not torch.equal(first, again) and not (first - again).norm() < SAME_BITS * first.norm():
+        if not torch.equal(first, again) and not (first - again).norm() < SAME_QUANTIZED_TOLERANCE * first.norm():
             raise UserError(
                 f"--model_name: after a text of {longest} tokens this model computes others otherwise (dynamic rope?): lower "
                 "--sequence_len, or choose another model"
@@ -245,7 +257,7 @@ def check_samples_apart(model: Any, longest: int) -> None:
         (mixes.format("other samples"), alone[: len(few)], crowd),
     ):
         difference = float((other - one).norm() / one.norm())
-        if not difference < SAME * rounding(model):
+        if not difference < SAME_TOLERANCE * rounding(model):
             raise UserError(f"--model_name: this model {what}, or choose another one (difference {difference:.1e})")
 
 
@@ -259,19 +271,19 @@ def random_authors(model: Any, longest: int, counts: tuple[int, ...] = COUNTS) -
     ids = random_tokens(model, samples * longest, 10 + longest).view(samples, longest)
     there = torch.arange(longest, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
     author = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(ids.device)
-    batch = {"input_ids": ids.where(there, 0), "labels": ids.where(there, IGNORED), "author": author}
+    batch = {"input_ids": ids.where(there, 0), "labels": ids.where(there, IGNORE_INDEX), "author": author}
     return {**batch, "num_authors": len(counts)}
 
 
-def plain_gradient(model: Any, batch: Batch, author: int, parameters: list[Any]) -> tuple[torch.Tensor | None, ...]:
+def reference_gradient(model: Any, batch: Batch, author: int, parameters: list[Any]) -> tuple[torch.Tensor | None, ...]:
     """Return one author's gradient by ordinary autograd, each sample alone and unpadded; None where nothing is used."""
-    rows = [batch["input_ids"][i][batch["labels"][i] != IGNORED] for i in (batch["author"] == author).nonzero()[:, 0]]
+    rows = [batch["input_ids"][i][batch["labels"][i] != IGNORE_INDEX] for i in (batch["author"] == author).nonzero()[:, 0]]
     targets = sum(len(row) - 1 for row in rows)
     total: list[Any] = [None] * len(parameters)
     for row in rows:
         log_probabilities = model(input_ids=row[None]).logits[0, :-1].float().log_softmax(-1)
         loss = -log_probabilities.gather(1, row[1:, None]).sum() / targets
-        for i, gradient in enumerate(ordinary_gradients(loss, parameters)):
+        for i, gradient in enumerate(autograd_gradients(loss, parameters)):
             total[i] = gradient if total[i] is None else total[i] if gradient is None else total[i] + gradient
     return tuple(total)
 
@@ -282,23 +294,23 @@ def freeze_unused(model: Any, batch: Batch) -> list[str]:
     Of experts, which see some tokens only, one may be without by chance: a parameter that has used siblings stays.
     """
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = plain_gradient(model, batch, batch["num_authors"] - 1, list(names))
+    found = reference_gradient(model, batch, batch["num_authors"] - 1, list(names))
     used = {name for name, gradient in zip(names.values(), found) if gradient is not None}
-    of_siblings = {sibling(name) for name in used}
-    unused = [p for p, name in names.items() if name not in used and sibling(name) not in of_siblings]
+    of_siblings = {strip_expert_index(name) for name in used}
+    unused = [p for p, name in names.items() if name not in used and strip_expert_index(name) not in of_siblings]
     for parameter in unused:
         parameter.requires_grad_(False)
     return [names[parameter] for parameter in unused]
 
 
-def sibling(name: str) -> str:
+def strip_expert_index(name: str) -> str:
     """Return the name with its last number left out, the same for all experts of a layer."""
     parts = name.split(".")
     place = next((i for i in reversed(range(len(parts))) if parts[i].isdigit()), len(parts))
     return ".".join([*parts[:place], *parts[place + 1 :]])
 
 
-def compare(
+def check_engine(
     model: Any, clipping: str, batches: list[Batch], checkpointing: Optional[dict[str, Any]] = None
 ) -> tuple[float, set[Any]]:
     """Return the largest relative difference between the engine and a plain loop, and what the engine takes apart."""
@@ -307,49 +319,51 @@ def compare(
     for parameter in parameters:
         parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
     try:
-        norms, apart = clip(model, clipping, 1.0, [batches[0], batches[-1]], None, checkpointing)
-        kinds = {sibling(parameters[parameter]) for parameter in apart}  # other texts may reach other experts
-        apart |= {parameter for parameter, name in parameters.items() if sibling(name) in kinds}
+        norms, apart = run_engine(model, clipping, 1.0, [batches[0], batches[-1]], None, checkpointing)
+        kinds = {strip_expert_index(parameters[parameter]) for parameter in apart}  # other texts may reach other experts
+        apart |= {parameter for parameter, name in parameters.items() if strip_expert_index(name) in kinds}
         clip_norm = float(norms[: len(COUNTS)].sort().values[-2:].mean())  # one author at least is clipped, and one is not
         worst = 0.0
         for batch in batches:
             for parameter in parameters:
                 parameter.summed_grad.zero_()
             # As in training: what is taken apart comes in microbatches of one author.
-            parts = one_by_one(batch) if apart else [batch]
-            norms, _ = clip(model, clipping, clip_norm, parts, apart, checkpointing)
-            expected = (plain_gradient(model, batch, author, list(parameters)) for author in range(len(norms)))
-            worst = max(worst, judge(clipping, clip_norm, norms, expected, parameters, TOLERANCE * rounding(model)))
+            parts = single_authors(batch) if apart else [batch]
+            norms, _ = run_engine(model, clipping, clip_norm, parts, apart, checkpointing)
+            expected = (reference_gradient(model, batch, author, list(parameters)) for author in range(len(norms)))
+            worst = max(
+                worst, compare_to_reference(clipping, clip_norm, norms, expected, parameters, TOLERANCE * rounding(model))
+            )
     finally:
         for parameter in parameters:
             parameter.grad, parameter.summed_grad = None, before[parameter]
     return worst, apart
 
 
-def clip(
+def run_engine(
     model: Any, clipping: str, clip_norm: float, batches: list[Batch], apart: set | None, checkpointing: dict[str, Any] | None
 ) -> tuple[torch.Tensor, set[Any]]:
     """Run a new engine, and take it off: the plain loop is to see a plain model. Returns norms, and what it took apart."""
-    with checkpointed(model, checkpointing):
+    with activation_checkpointing(model, checkpointing):
         engine = make_engine(model, clipping, clip_norm, checkpointing is not None)
         try:
             if isinstance(engine, GhostClipping) and apart is not None:
                 engine.settle(apart)
-            norms = [take_in_turn(engine, batch, turn) for turn, batch in enumerate(batches)]
+            norms = [backward_on_one_rank(engine, batch, turn) for turn, batch in enumerate(batches)]
         finally:
             engine.close()
     return torch.cat(norms), set(getattr(engine, "apart", ()))
 
 
 @contextmanager
-def checkpointed(model: Any, options: dict[str, Any] | None) -> Iterator[None]:
+def activation_checkpointing(model: Any, options: dict[str, Any] | None) -> Iterator[None]:
     """With the model's layers checkpointed as the Trainer does it; None: as the model is."""
     if options is None or model.is_activation_checkpointing:
         yield
         return
-    of_transformers = {name: value for name, value in options.items() if name in OF_TRANSFORMERS}
-    of_torch = {name: value for name, value in options.items() if name not in OF_TRANSFORMERS}
-    with naming("--activation_checkpointing does not work with this model: leave it out"):
+    of_transformers = {name: value for name, value in options.items() if name in TRANSFORMERS_MODULE}
+    of_torch = {name: value for name, value in options.items() if name not in TRANSFORMERS_MODULE}
+    with as_user_error("--activation_checkpointing does not work with this model: leave it out"):
         model.activation_checkpointing_enable(of_torch or None, **of_transformers)
     try:
         yield
@@ -357,7 +371,7 @@ def checkpointed(model: Any, options: dict[str, Any] | None) -> Iterator[None]:
         model.activation_checkpointing_disable()
 
 
-def one_by_one(batch: Batch) -> list[Batch]:
+def single_authors(batch: Batch) -> list[Batch]:
     parts = []
     for author in range(batch["num_authors"]):
         chosen = batch["author"] == author
@@ -366,7 +380,7 @@ def one_by_one(batch: Batch) -> list[Batch]:
     return parts
 
 
-def judge(
+def compare_to_reference(
     clipping: str,
     clip_norm: float,
     norms: torch.Tensor,
@@ -385,16 +399,16 @@ def judge(
         parameters: {parameter: name}.
         tolerance: of relative differences.
     """
-    sums = {name: norm_of(parameter.summed_grad) for parameter, name in parameters.items()}
+    sums = {name: global_norm(parameter.summed_grad) for parameter, name in parameters.items()}
     whole = math.hypot(*sums.values())
     differences = {}
     for author, (norm, found) in enumerate(zip(norms.tolist(), expected)):
         gradients = [(parameter, gradient) for parameter, gradient in zip(parameters, found) if gradient is not None]
-        size = math.hypot(*(norm_of(gradient) for _, gradient in gradients))
+        size = math.hypot(*(global_norm(gradient) for _, gradient in gradients))
         differences[f"the norm of author {author + 1}"] = abs(norm - size) / size
         for parameter, gradient in gradients:
             parameter.summed_grad.sub_(gradient, alpha=min(1.0, clip_norm / size))
-    left = {name: norm_of(parameter.summed_grad) for parameter, name in parameters.items()}
+    left = {name: global_norm(parameter.summed_grad) for parameter, name in parameters.items()}
     differences["the clipped sum"] = math.hypot(*left.values()) / whole
     wrong = [name for name in left if not left[name] <= tolerance * sums[name] + NEGLIGIBLE * whole]
     worst = max(differences.values())
@@ -403,13 +417,13 @@ def judge(
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
             f"--clipping {clipping} does not clip this model rightly: {named}{more} differ from a plain loop over authors (the "
-            f"whole by {worst:.1e}); {instead_of(clipping, parameters)}"
+            f"whole by {worst:.1e}); {alternative(clipping, parameters)}"
         )
     return worst
 
 
-def instead_of(clipping: str, parameters: Iterable[Any]) -> str:
+def alternative(clipping: str, parameters: Iterable[Any]) -> str:
     """Return what the user can do where an engine cannot clip these parameters."""
-    if in_shares(parameters):
-        return LEAVE_OUT
+    if is_sharded(parameters):
+        return FSDP_REMEDY
     return f"use --clipping {next(name for name in ENGINES if name != clipping)}, or --enable_lora"

@@ -22,20 +22,25 @@ from author_dp.accounting.plan import PrivacyPlan
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import gather
 from author_dp.errors import MechanismError
-from author_dp.guards.agreement import RankCheck, compare
+from author_dp.guards.agreement import RankMonitor, find_mismatches
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.noise_inversion import Undo
-from author_dp.guards.noise_monitor import NoiseCheck, check_unseeded, noise_check
-from author_dp.guards.precision import PrecisionCheck
-from author_dp.guards.sampling_monitor import CyclicDrawCheck, DrawCheck, check_unseeded_draws, check_unseeded_groups
-from author_dp.mechanism.fsdp import own
-from author_dp.mechanism.optimizer import PAD
+from author_dp.guards.noise_inversion import NoiseDecorrelator
+from author_dp.guards.noise_monitor import NoiseMonitor, check_unseeded, make_noise_monitor
+from author_dp.guards.precision import PrecisionMonitor
+from author_dp.guards.sampling_monitor import (
+    CyclicSamplingMonitor,
+    SamplingMonitor,
+    check_unseeded_groups,
+    check_unseeded_sampling,
+)
+from author_dp.mechanism.fsdp import local_shard
+from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.mechanism.sampling import PoissonAuthorSampler
-from author_dp.mechanism.secret_generators import sample_each
-from author_dp.models.quantization import scales
+from author_dp.mechanism.secret_generators import sample_generators
+from author_dp.models.quantization import quant_scales
 
 
-class RunChecks:
+class RunMonitors:
     """The checks of one training after the other.
 
     Args:
@@ -50,14 +55,14 @@ class RunChecks:
     def __init__(self, plan: PrivacyPlan, canaries: Optional[GradientCanaries], norms: NormStatistics):
         self.plan, self.canaries, self.norms = plan, canaries, norms
         self.number = 0 if canaries is None else int(canaries.included.sum())
-        self.draws: Optional[DrawCheck | CyclicDrawCheck] = None
-        self.noise: Optional[NoiseCheck] = None
-        self._ranks: Optional[RankCheck] = None
-        self._updates: Optional[UpdateCheck] = None
-        self._fixed: Optional[FixedWeights] = None
-        self._precision: Optional[PrecisionCheck] = None
+        self.draws: Optional[SamplingMonitor | CyclicSamplingMonitor] = None
+        self.noise: Optional[NoiseMonitor] = None
+        self._ranks: Optional[RankMonitor] = None
+        self._updates: Optional[UpdateMonitor] = None
+        self._fixed: Optional[FrozenWeightsMonitor] = None
+        self._precision: Optional[PrecisionMonitor] = None
         self._asked: list[Any] = []  # each with `test`
-        self._undo = Undo(np.ones(1))
+        self._undo = NoiseDecorrelator(np.ones(1))
         if canaries is not None:
             canaries.start(plan)
 
@@ -77,14 +82,14 @@ class RunChecks:
         if self.plan.disable_dp:
             return
         bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
-        check_unseeded_draws(lambda: from_all(sampler()), self.plan.num_authors, rate)
+        check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, rate)
         if bands > 1:
-            check_unseeded_groups(lambda: dealt(sampler()), bands)
-        check_unseeded(lambda: sample_each([device], PAD), "random numbers inside the model follow")
-        self.noise = noise_check(self.plan, budget.ledger.path.parent, device, secure_noise)
-        self._undo = Undo(self.plan.coefficients())
+            check_unseeded_groups(lambda: groups_of(sampler()), bands)
+        check_unseeded(lambda: sample_generators([device], PROBE_SIZE), "random numbers inside the model follow")
+        self.noise = make_noise_monitor(self.plan, budget.ledger.path.parent, device, secure_noise)
+        self._undo = NoiseDecorrelator(self.plan.coefficients())
         law = None if self.canaries is None else self.canaries.start(self.plan)
-        self._updates, self._precision = UpdateCheck(budget), PrecisionCheck(device)
+        self._updates, self._precision = UpdateMonitor(budget), PrecisionMonitor(device)
         self._asked = [check for check in (self._precision, self._updates, self.noise, law) if check is not None]
 
     def watch(self, sampler: PoissonAuthorSampler) -> None:
@@ -93,19 +98,19 @@ class RunChecks:
             return
         rate = self.plan.spending(0).sample_rate
         if self.plan.noise_bands == 1:
-            self.draws = DrawCheck(self.plan.num_authors, self.number, rate)
+            self.draws = SamplingMonitor(self.plan.num_authors, self.number, rate)
         else:
-            self.draws = CyclicDrawCheck(dealt(sampler), self.plan.noise_bands, self.number, rate)
+            self.draws = CyclicSamplingMonitor(groups_of(sampler), self.plan.noise_bands, self.number, rate)
             if self.canaries is not None:
-                self.canaries.align(self.plan.coefficients(), dealt(sampler))
+                self.canaries.align(self.plan.coefficients(), groups_of(sampler))
         sampler.on_draw = self.draws.drawn
-        self._ranks, self.norms.authors = RankCheck(sampler), 0
+        self._ranks, self.norms.authors = RankMonitor(sampler), 0
         self._asked.append(self.draws)
 
     def hold(self, model: nn.Module) -> None:
         """Remember the weights that are not trained."""
         if not self.plan.disable_dp:
-            self._fixed = FixedWeights(model)
+            self._fixed = FrozenWeightsMonitor(model)
 
     def taken(self, batch_size: int, number: int) -> None:
         """Take how many real authors are in the draw of a step, and the draw's number."""
@@ -118,9 +123,9 @@ class RunChecks:
         """Take what a step released where there is no parameter, flat."""
         row = self._undo(pad)
         if self.noise is not None:
-            self.noise.add(row[:PAD])
+            self.noise.add(row[:PROBE_SIZE])
         if self.canaries is not None:
-            self.canaries.add(row[PAD:])
+            self.canaries.add(row[PROBE_SIZE:])
 
     def count_updates(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the updates that an optimizer makes from here on; a step within a step is part of it."""
@@ -149,10 +154,10 @@ class RunChecks:
             return
         asked = [check.test for check in self._asked]
         if whole:
-            asked += [check.test_whole for check in (self._updates, self._fixed) if check is not None]
-        found = [str(error) for test in asked if (error := error_of(test)) is not None]
+            asked += [check.test_full for check in (self._updates, self._fixed) if check is not None]
+        found = [str(error) for test in asked if (error := catch_error(test)) is not None]
         every = gather((found, None if self._ranks is None else self._ranks.record(self.norms.authors)))
-        differ = [] if self._ranks is None else compare([record for _, record in every])
+        differ = [] if self._ranks is None else find_mismatches([record for _, record in every])
         if found := [*differ, *(words for one, _ in every for words in one)]:
             raise MechanismError(found[0])
 
@@ -161,7 +166,7 @@ class RunChecks:
         self._asked, self._ranks, self._updates, self._precision, self._fixed = [], None, None, None, None
 
 
-class UpdateCheck:
+class UpdateMonitor:
     """Compare the updates of the weights with the steps in the ledger.
 
     Attributes:
@@ -176,13 +181,13 @@ class UpdateCheck:
         if self.updates != self.budget.steps:
             raise MechanismError(f"the weights were updated {self.updates} times in {self.budget.steps} steps of the ledger")
 
-    def test_whole(self) -> None:
+    def test_full(self) -> None:
         """Raise MechanismError where the ledger on the disk lacks steps; on the first process only."""
         if (lacking := self.budget.lacking()) != 0:
             raise MechanismError(f"{self.budget.ledger.path} lacks {lacking} steps that were taken")
 
 
-class FixedWeights:
+class FrozenWeightsMonitor:
     """The weights that are not trained, and what else a checkpoint holds: noise or gradients must not reach them."""
 
     def __init__(self, model: nn.Module):
@@ -192,11 +197,11 @@ class FixedWeights:
     def _sums(self) -> dict[str, list[int]]:
         """Return a sum of the bits of each tensor; of one in shares, of this process' share."""
         saved = self.model.state_dict(keep_vars=True).keys()
-        tensors = {name: [p, *scales(p)] for name, p in self.model.named_parameters() if not p.requires_grad}
+        tensors = {name: [p, *quant_scales(p)] for name, p in self.model.named_parameters() if not p.requires_grad}
         tensors |= {name: [buffer] for name, buffer in self.model.named_buffers() if name in saved}
-        return {name: [sum_of_bits(own(tensor)) for tensor in found] for name, found in tensors.items()}
+        return {name: [sum_of_bits(local_shard(tensor)) for tensor in found] for name, found in tensors.items()}
 
-    def test_whole(self) -> None:
+    def test_full(self) -> None:
         """Raise MechanismError where one has changed."""
         now = self._sums()
         if changed := [name for name, sums in self.sums.items() if now.get(name, sums) != sums]:
@@ -211,7 +216,7 @@ def sum_of_bits(tensor: torch.Tensor) -> int:
     return int(flat.view(kinds[8 if fits else flat.element_size()]).sum(dtype=torch.int64))
 
 
-def error_of(test: Callable[[], None]) -> Optional[MechanismError]:
+def catch_error(test: Callable[[], None]) -> Optional[MechanismError]:
     try:
         test()
     except MechanismError as error:
@@ -219,13 +224,13 @@ def error_of(test: Callable[[], None]) -> Optional[MechanismError]:
     return None
 
 
-def from_all(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
+def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
     """Return what draws authors as one group: groups of their own would hide that two samplers draw alike."""
     sampler.members = None
     return sampler.draw_authors
 
 
-def dealt(sampler: PoissonAuthorSampler) -> np.ndarray:
+def groups_of(sampler: PoissonAuthorSampler) -> np.ndarray:
     """Return the group of each author, where there are several groups."""
     assert sampler.groups is not None
     return sampler.groups

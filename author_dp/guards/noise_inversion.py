@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-class Undo:
+class NoiseDecorrelator:
     """Turn what is released, step by step, x_t + w_t, into rows of C x + z, where the noise is independent over steps."""
 
     def __init__(self, coefficients: np.ndarray):

@@ -37,23 +37,23 @@ from scipy import stats
 from scipy.special import ndtri
 
 from author_dp.accounting.plan import PrivacyPlan
-from author_dp.distributed import is_first_process, wait_for_all
+from author_dp.distributed import barrier, is_main_process
 from author_dp.errors import MechanismError
-from author_dp.mechanism.noise import NoiseSource
-from author_dp.mechanism.optimizer import PAD
+from author_dp.mechanism.noise import GaussianNoise
+from author_dp.mechanism.optimizer import PROBE_SIZE
 
 FALSE_ALARM = 1e-9  # of a run
 CHECKS = 3  # among which it is shared: of noise (here), of draws (drawcheck.py), of canaries (gradient_audit.py)
-PADS_NAME = "_noise_check.npy"  # in the output folder; the leading _ keeps it out of uploads to the hub
-RUNS = 8  # of a folder, whose first pads are kept
+PROBES_NAME = "_noise_check.npy"  # in the output folder; the leading _ keeps it out of uploads to the hub
+KEPT_RUNS = 8  # of a folder, whose first pads are kept
 LAGS = 8  # steps back to which each step is compared, and the first one
-EDGES = ndtri(np.arange(1, 32) / 32)  # of bins of equal probability
+BIN_EDGES = ndtri(np.arange(1, 32) / 32)  # of bins of equal probability
 LARGEST_KEPT = 40.0  # of a kept pad, in standard deviations: what is beyond is no noise
-WAITING = 64  # steps that may wait on the device, so that not every one has to wait for its copy
+BUFFERED_STEPS = 64  # steps that may wait on the device, so that not every one has to wait for its copy
 EQUAL_DRAWS = 200  # float32 numbers of one pad that were seen in it before; by chance it is about one
 
 
-class Walk:
+class ZStatistic:
     """A sum of what is, without a bug, standard normal at every step whatever came before."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ def two_sided(z: float) -> float:
     return 2 * float(stats.norm.sf(abs(z)))
 
 
-class Check:
+class SequentialTest:
     """What a run tests again and again; a run that is right fails with probability below FALSE_ALARM / CHECKS, over all tests.
 
     Attributes:
@@ -86,11 +86,11 @@ class Check:
         """Return for each question the probability of an answer as odd as this one, or a bound on it."""
         raise NotImplementedError
 
-    def finding(self, failed: str) -> str:
+    def failure_message(self, failed: str) -> str:
         """Return in words what is wrong."""
         raise NotImplementedError
 
-    def take_in(self) -> None:
+    def flush(self) -> None:
         """Count what still waits."""
 
     def test(self) -> None:
@@ -99,7 +99,7 @@ class Check:
         Raises:
             MechanismError: where they are not what they must be.
         """
-        self.take_in()
+        self.flush()
         if not self.steps:
             return
         self.tests += 1
@@ -108,10 +108,10 @@ class Check:
         allowed = FALSE_ALARM / CHECKS / (self.tests * (self.tests + 1)) / len(p_values)
         failed = [name for name, p_value in p_values.items() if not p_value >= allowed]
         if failed:
-            raise MechanismError(self.finding(", ".join(failed)))
+            raise MechanismError(self.failure_message(", ".join(failed)))
 
 
-class NoiseCheck(Check):
+class NoiseMonitor(SequentialTest):
     """Accumulate and test what is released in the pad.
 
     Args:
@@ -122,28 +122,28 @@ class NoiseCheck(Check):
     def __init__(self, std: float, file: Optional[Path] = None):
         super().__init__()
         self.std, self.file = std, file
-        self._known = known_pads(file) if file is not None else []
+        self._known = load_probe_history(file) if file is not None else []
         self.equal = 0  # the most draws of one pad that were seen before
         self._waiting: list[torch.Tensor] = []
         self._earlier: deque[np.ndarray] = deque(maxlen=LAGS)
         self._first: np.ndarray = np.zeros(0)
         self._moments = np.zeros(3)  # count, sum, sum of squares
         self._largest = 0.0
-        self._bins = np.zeros(len(EDGES) + 1, dtype=np.int64)
-        self._walks: dict[str, Walk] = {}
+        self._bins = np.zeros(len(BIN_EDGES) + 1, dtype=np.int64)
+        self._walks: dict[str, ZStatistic] = {}
 
     def add(self, pad: torch.Tensor) -> None:
         """Take what one step released in the pad, flat."""
         self._waiting.append(pad.detach().clone())
-        if len(self._waiting) >= WAITING:
-            self.take_in()
+        if len(self._waiting) >= BUFFERED_STEPS:
+            self.flush()
 
     def test(self) -> None:
         """Test, and keep the first pad of a run whose noise is right."""
         super().test()
         self._keep_first()
 
-    def finding(self, failed: str) -> str:
+    def failure_message(self, failed: str) -> str:
         return (
             f"noise is released that is not as promised in {failed} (seen in {self.steps} steps where nobody contributes; its "
             f"standard deviation is {(self._moments[2] / self._moments[0]) ** 0.5:.4g} times what it must be)"
@@ -151,7 +151,7 @@ class NoiseCheck(Check):
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """Return between which multiples of `std` the noise's standard deviation is, if it is Gaussian."""
-        self.take_in()
+        self.flush()
         count, _, squares = self._moments
         return tuple(float((squares / stats.chi2.isf(p, count)) ** 0.5) for p in ((1 - confidence) / 2, (1 + confidence) / 2))  # type: ignore[return-value]
 
@@ -169,17 +169,17 @@ class NoiseCheck(Check):
             **{f"correlation {name}": walk.p_value() for name, walk in self._walks.items()},
         }
 
-    def take_in(self) -> None:
+    def flush(self) -> None:
         waiting, self._waiting = self._waiting, []
         if waiting:
             for pad in torch.stack(waiting).cpu().double().numpy():
-                self._take_in_one(pad / self.std)
+                self._flush_one(pad / self.std)
 
-    def _take_in_one(self, pad: np.ndarray) -> None:
+    def _flush_one(self, pad: np.ndarray) -> None:
         self.steps += 1
         self._moments += len(pad), pad.sum(), pad @ pad
         self._largest = max(self._largest, np.abs(pad).max())
-        self._bins += np.bincount(np.searchsorted(EDGES, pad), minlength=len(self._bins))
+        self._bins += np.bincount(np.searchsorted(BIN_EDGES, pad), minlength=len(self._bins))
         self.equal = max(self.equal, len(pad) - len(np.unique(pad)))
         half = len(pad) // 2
         self._compare("between coordinates", pad[:half], pad[half:])
@@ -196,12 +196,12 @@ class NoiseCheck(Check):
 
     def _keep_first(self) -> None:
         """Write the first pad of this run into `file`, after those of earlier runs; the first process does."""
-        if self.file is None or not len(self._first) or not is_first_process():
+        if self.file is None or not len(self._first) or not is_main_process():
             return
         temporary = self.file.with_name(f"{self.file.name}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.save(file, np.stack([*self._known, self._first])[-RUNS:].astype(np.float32))
+                np.save(file, np.stack([*self._known, self._first])[-KEPT_RUNS:].astype(np.float32))
             os.replace(temporary, self.file)
             self.file = None
         except OSError:  # no space for it: the ledger and the checkpoints say so, and this is tried again at the next test
@@ -211,10 +211,10 @@ class NoiseCheck(Check):
         """Given `earlier`, its product with independent standard normals is N(0, |earlier|^2)."""
         norm = float(np.linalg.norm(earlier))
         if norm > 0 and len(earlier) == len(later):
-            self._walks.setdefault(name, Walk()).add(float(earlier @ later) / norm)
+            self._walks.setdefault(name, ZStatistic()).add(float(earlier @ later) / norm)
 
 
-def noise_check(plan: PrivacyPlan, folder: Path, device: torch.device, secure: bool) -> Optional[NoiseCheck]:
+def make_noise_monitor(plan: PrivacyPlan, folder: Path, device: torch.device, secure: bool) -> Optional[NoiseMonitor]:
     """Return what checks the noise of a run under `plan` in `folder`; None where there is none. Collective.
 
     Args:
@@ -224,9 +224,9 @@ def noise_check(plan: PrivacyPlan, folder: Path, device: torch.device, secure: b
     """
     if plan.disable_dp or plan.noise_multiplier == 0:
         return None
-    check_unseeded(lambda: NoiseSource(device, secure).add_(torch.zeros(PAD, device=device), 1.0))
-    check = NoiseCheck(plan.noise_multiplier * plan.clip_norm / plan.expected_batch_size, folder / PADS_NAME)
-    wait_for_all()  # before one of the processes writes that file
+    check_unseeded(lambda: GaussianNoise(device, secure).add_(torch.zeros(PROBE_SIZE, device=device), 1.0))
+    check = NoiseMonitor(plan.noise_multiplier * plan.clip_norm / plan.expected_batch_size, folder / PROBES_NAME)
+    barrier()  # before one of the processes writes that file
     return check
 
 
@@ -239,12 +239,12 @@ def check_unseeded(draw: Callable[[], torch.Tensor], subject: str = "the noise f
         draw: makes a new source, and returns its first numbers, flat.
         subject: of the error's sentence.
     """
-    draws = torch.stack([draw.cpu().double() for draw in twice_from_one_state(draw)])
+    draws = torch.stack([draw.cpu().double() for draw in replay_global_rng(draw)])
     if not abs(float(torch.corrcoef(draws)[0, 1])) < 10 / draws.shape[1] ** 0.5:
         raise MechanismError(f"{subject} the seed of torch, numpy or random: whoever knows --seed can predict them")
 
 
-def twice_from_one_state(draw: Callable[[], Any]) -> list[Any]:
+def replay_global_rng(draw: Callable[[], Any]) -> list[Any]:
     """Return what `draw` returns from one state of every global generator, twice; the generators are as before, afterwards."""
     python, old = random.getstate(), np.random.get_state()
     draws = []
@@ -259,7 +259,7 @@ def twice_from_one_state(draw: Callable[[], Any]) -> list[Any]:
     return draws
 
 
-def known_pads(file: Path) -> list[np.ndarray]:
+def load_probe_history(file: Path) -> list[np.ndarray]:
     """Return the pads in `file`, over their standard deviation, but for damaged ones."""
     try:
         pads = np.load(file, allow_pickle=False).astype(np.float64)

@@ -19,11 +19,11 @@ from transformers.training_args import OptimizerNames
 
 from author_dp.errors import UserError
 from author_dp.guards.loggers import check_loggers
-from author_dp.guards.model_check import OF_TRANSFORMERS, check_apart
-from author_dp.guards.precision import raise_rounded, settings
-from author_dp.mechanism.adam_bc import CORRECTED
+from author_dp.guards.model_check import TRANSFORMERS_MODULE, check_sample_independence
+from author_dp.guards.precision import raise_rounded, rounding_settings
+from author_dp.mechanism.adam_bc import SUPPORTED
 from author_dp.mechanism.fsdp import is_finite
-from author_dp.models.quantization import check_trained
+from author_dp.models.quantization import check_quantized_frozen
 
 # Options that would change the mechanism behind the accountant's back: refused by name, with the remedy.
 REFUSED_OPTIONS = {
@@ -92,14 +92,14 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
             "ACCELERATE_DYNAMO_BACKEND (accelerate launch --dynamo_backend) does not work here: like --torch_compile it hides "
             "the layers from the clipping hooks, and it switches TF32 on; unset it"
         )
-    if not privacy.disable_dp and (args.tf32 or settings(args.device.type)):
-        raise_rounded(["--tf32"] if args.tf32 else settings(args.device.type))
+    if not privacy.disable_dp and (args.tf32 or rounding_settings(args.device.type)):
+        raise_rounded(["--tf32"] if args.tf32 else rounding_settings(args.device.type))
     if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
         raise UserError("--train_sampling_strategy does not work here: authors are sampled by the mechanism; leave it out")
     if any(word in str(args.optim).lower() for word in ("lomo", "layerwise")):
         name = OptimizerNames(args.optim).value
         raise UserError(f"--optim {name} updates weights during the backward pass, before clipping; use adamw_torch")
-    corrects_adam(args, privacy, 1)
+    use_adam_bc(args, privacy, 1)
     for name, (lowest, highest) in RANGES.items():
         value = getattr(args, name, None)
         if value is not None and not lowest <= value <= highest:  # nan is neither
@@ -111,7 +111,7 @@ def check_options(args: TrainingArguments, privacy: Any) -> None:
         raise UserError(f"--num_train_epochs {args.num_train_epochs} must be above 0 where --max_steps is not given")
 
 
-def corrects_adam(args: TrainingArguments, privacy: Any, bands: int) -> bool:
+def use_adam_bc(args: TrainingArguments, privacy: Any, bands: int) -> bool:
     """Return whether Adam's second moment is to be corrected for the noise: if asked, or with so many noise bands.
 
     Raises:
@@ -119,9 +119,9 @@ def corrects_adam(args: TrainingArguments, privacy: Any, bands: int) -> bool:
     """
     name = OptimizerNames(args.optim).value
     if not privacy.adam_noise_correction:
-        return privacy.adam_noise_correction is None and bands > 1 and name in CORRECTED
-    if name not in CORRECTED:
-        raise UserError(f"--adam_noise_correction is for AdamW, not for --optim {name}: use {CORRECTED[0]}, or leave it out")
+        return privacy.adam_noise_correction is None and bands > 1 and name in SUPPORTED
+    if name not in SUPPORTED:
+        raise UserError(f"--adam_noise_correction is for AdamW, not for --optim {name}: use {SUPPORTED[0]}, or leave it out")
     return True
 
 
@@ -137,7 +137,7 @@ STEP_ONLY = {
 }  # fmt: skip
 
 
-def by_metrics(args: TrainingArguments) -> Optional[str]:
+def metric_driven_option(args: TrainingArguments) -> Optional[str]:
     """Return the option by which evaluation metrics choose what is saved or trained; None where they only inform."""
     if args.load_best_model_at_end:
         return "--load_best_model_at_end"
@@ -166,7 +166,7 @@ def check_shared_authors(allowed: bool, option: Optional[str], privacy: Any) -> 
         )
 
 
-def shares_authors(train: Any, evaluation: Any) -> bool:
+def have_shared_authors(train: Any, evaluation: Any) -> bool:
     """Return whether evaluation authors are seen to be training authors.
 
     Args:
@@ -202,7 +202,7 @@ def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
     if privacy.clipping != "ghost":
         raise UserError(f"--{name} runs layers twice, which --clipping {privacy.clipping} would count: use --clipping ghost")
     options = getattr(args, f"{name}_kwargs", None) or {}
-    if options.get("use_reentrant", bool(options.keys() - OF_TRANSFORMERS)):  # beside other options, torch's default is true
+    if options.get("use_reentrant", bool(options.keys() - TRANSFORMERS_MODULE)):  # beside other options, torch's default is true
         raise UserError(f"--{name}_kwargs: use_reentrant hides the layers from the clipping hooks; set it to false")
     if not options.get("preserve_rng_state", True):
         raise UserError(
@@ -212,10 +212,10 @@ def check_checkpointing(args: TrainingArguments, privacy: Any) -> None:
 
 
 # Optimizers that treat each number by itself, so that a share is updated as it would be in the whole.
-SHARED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
-def check_shares(args: TrainingArguments, privacy: Any, model: Any = None) -> None:
+def check_fsdp(args: TrainingArguments, privacy: Any, model: Any = None) -> None:
     """Raise UserError for what does not work, or was not proven, with a model in shares (--fsdp full_shard).
 
     Args:
@@ -226,8 +226,8 @@ def check_shares(args: TrainingArguments, privacy: Any, model: Any = None) -> No
     if privacy.disable_dp or privacy.clipping != "ghost":
         name = "disable_dp" if privacy.disable_dp else f"clipping {privacy.clipping}"
         raise UserError(f"--{name} does not work with --fsdp: leave out one of the two")
-    if OptimizerNames(args.optim).value not in SHARED_OPTIMIZERS:
-        raise UserError(f"--optim {OptimizerNames(args.optim).value} may mix shares of --fsdp: use {SHARED_OPTIMIZERS[0]}")
+    if OptimizerNames(args.optim).value not in ELEMENTWISE_OPTIMIZERS:
+        raise UserError(f"--optim {OptimizerNames(args.optim).value} may mix shares of --fsdp: use {ELEMENTWISE_OPTIMIZERS[0]}")
     if args.load_best_model_at_end:
         raise UserError("--load_best_model_at_end does not work with --fsdp: leave it out, and choose a checkpoint yourself")
     kinds = {parameter.dtype for parameter in model.parameters()} if model is not None else {torch.float32}
@@ -262,14 +262,14 @@ def check_model(model: nn.Module, proven: bool = True) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(f"--model_name: {name} is a batch norm, which mixes the authors of a batch; choose another model")
-    check_trained(model)
+    check_quantized_frozen(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise UserError(
                 f"--model_name: {name} is {parameter.dtype}, which would round the noise; load it in float32, use --bf16"
             )
     if proven:
-        check_apart(model)
+        check_sample_independence(model)
 
 
 def check_trained_weights(model: nn.Module, step: int) -> None:

@@ -27,8 +27,8 @@ from author_dp.clipping.grad_factors import matmul
 from author_dp.errors import MechanismError, UserError
 
 TOKENS = 64  # of the products in the model's shapes
-LARGEST = 1024  # rows and columns of these products: larger ones use the same kernels, and would take memory and time
-SQUARE = (256, 256, 256)  # for which tensor cores are used wherever they are allowed
+MAX_SIDE = 1024  # rows and columns of these products: larger ones use the same kernels, and would take memory and time
+SQUARE_SHAPE = (256, 256, 256)  # for which tensor cores are used wherever they are allowed
 HALF_BITS, TF32_BITS, FLOAT32_BITS = 8, 12, 23  # significant bits of the factors: bfloat16's, one more than TF32's, nearly all
 
 Shape = tuple[int, int, int]  # rows, inner, columns
@@ -41,9 +41,9 @@ def check_float32(model: nn.Module, bf16: bool) -> None:
         model: its devices and the shapes of its weights are used.
         bf16: whether products of bfloat16 factors must be summed in float32, too.
     """
-    shapes = {SQUARE, *shapes_of(model)}
+    shapes = {SQUARE_SHAPE, *shapes_of(model)}
     for device in {parameter.device for parameter in model.parameters()}:
-        found, names = find_rounding(device, shapes, bf16), settings(device.type)
+        found, names = find_rounding(device, shapes, bf16), rounding_settings(device.type)
         if found or names:
             raise_rounded(names, found)
 
@@ -57,7 +57,7 @@ def raise_rounded(names: list[str], found: Optional[str] = None) -> NoReturn:
     )
 
 
-class PrecisionCheck:
+class PrecisionMonitor:
     """Check the precision while training: torch's settings in each step, and a product when asked.
 
     Args:
@@ -67,11 +67,11 @@ class PrecisionCheck:
     def __init__(self, device: torch.device):
         self.device = device
         self._seen: set[str] = set()
-        self._factors = {bits: exact_factors(*SQUARE, bits, device) for bits in (TF32_BITS, FLOAT32_BITS)}
+        self._factors = {bits: exact_factors(*SQUARE_SHAPE, bits, device) for bits in (TF32_BITS, FLOAT32_BITS)}
 
     def look(self) -> None:
         """Note the settings that are in force in a step."""
-        self._seen.update(settings(self.device.type))
+        self._seen.update(rounding_settings(self.device.type))
 
     def test(self) -> None:
         """Raise MechanismError if float32 products are rounded, or may have been."""
@@ -88,7 +88,7 @@ def shapes_of(model: nn.Module) -> set[Shape]:
     shapes = set()
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() == 2:
-            rows, columns = (min(size, LARGEST) for size in parameter.shape)
+            rows, columns = (min(size, MAX_SIDE) for size in parameter.shape)
             shapes |= {(rows, TOKENS, columns), (TOKENS, rows, TOKENS), (TOKENS, columns, TOKENS)}
     return shapes
 
@@ -152,7 +152,7 @@ def find_rounding(device: torch.device, shapes: set[Shape], bf16: bool = False) 
 # --- what allows rounding ---------------------------------------------------------------------------------
 
 
-def settings(device: str) -> list[str]:
+def rounding_settings(device: str) -> list[str]:
     """Return the settings that allow torch to round float32 products on a type of device."""
     found = []
     if torch.get_default_dtype() != torch.float32:

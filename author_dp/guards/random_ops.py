@@ -37,7 +37,7 @@ BELOW_ONE = 1 - 2.0**-24  # the highest outcome of a uniform number
 SEED = 2**59  # the first of those that are set here: no model sets it by chance
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
-SHARES = "shares random numbers among all samples of a batch, as LayerDrop does"
+SHARED_OPS = "shares random numbers among all samples of a batch, as LayerDrop does"
 REMEDY = "set the dropout or LayerDrop rate to 0 in config.json (or --lora_dropout 0), or choose another --model_name"
 
 
@@ -51,7 +51,7 @@ class RandomOp(NamedTuple):
     is_seeded: bool  # whether something had put another state into the generators
 
 
-class RandomOps(TorchDispatchMode):
+class RandomOpMode(TorchDispatchMode):
     """Record the random operations of a forward, and control what they draw.
 
     Args:
@@ -97,7 +97,7 @@ class RandomOps(TorchDispatchMode):
         if dim is None or not self.others:
             return drawn
         if main.shape[dim] % BATCH:  # experts, who see some of the tokens only
-            raise refusal(self.ops[-1], "draws numbers in no proportion to the number of samples")
+            raise refusal_error(self.ops[-1], "draws numbers in no proportion to the number of samples")
         kept = main.unflatten(dim, (BATCH, -1)).index_select(dim, torch.tensor(KEPT, device=main.device))
         self._set_seed(2 * (index + 10_000 * self.others) + 1)
         again = func(*args, **kwargs)
@@ -106,14 +106,14 @@ class RandomOps(TorchDispatchMode):
         return again
 
 
-class Call(NamedTuple):
+class ModelCall(NamedTuple):
     """How the run calls its model."""
 
     model: Any
     needs_positions: bool  # as `mechanism.takes_positions`
     bf16: bool  # under autocast
 
-    def __call__(self, ids: torch.Tensor, mode: RandomOps, backward: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, ids: torch.Tensor, mode: RandomOpMode, backward: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits, and gradients at the output of the input embeddings, float32 (samples, ...) each, under `mode`."""
         inputs, embedded = {"input_ids": ids}, []
         if self.needs_positions:
@@ -134,7 +134,7 @@ class Call(NamedTuple):
         return logits.detach(), torch.zeros_like(logits) if found[0] is None else found[0].float()
 
 
-def check_random_ops(call: Call, ids: torch.Tensor, longest: int, tolerance: float) -> None:
+def check_random_ops(call: ModelCall, ids: torch.Tensor, longest: int, tolerance: float) -> None:
     """Raise UserError where a random operation is not independent between samples.
 
     Args:
@@ -146,8 +146,8 @@ def check_random_ops(call: Call, ids: torch.Tensor, longest: int, tolerance: flo
     check_own_generators(call.model)
     with training_mode(call.model):
         copies = ids[:1, torch.arange(longest, device=ids.device) % ids.shape[1]]  # (1, longest)
-        long = [record(call, copies.expand(count, -1), backward=False) for count in (FEW, MANY)]
-        few, many = (record(call, ids[:1].expand(count, -1)) for count in (FEW, MANY))
+        long = [record_random_ops(call, copies.expand(count, -1), backward=False) for count in (FEW, MANY)]
+        few, many = (record_random_ops(call, ids[:1].expand(count, -1)) for count in (FEW, MANY))
         dims = sample_dims(few, many)
         if None in sample_dims(*long) + dims:
             check_shared_ops(call, ids, few, dims, tolerance)
@@ -165,42 +165,46 @@ def check_own_generators(model: Any) -> None:
             )
 
 
-def check_shared_ops(call: Call, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float) -> None:
+def check_shared_ops(
+    call: ModelCall, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float
+) -> None:
     """Raise UserError where the outcome of an operation that all samples share changes logits or gradients."""
     shared = [op for op, dim in zip(few, dims) if dim is None]
     if not shared or not all(any(word in op.name for word in FILLABLE) for op in shared):
-        raise refusal(
+        raise refusal_error(
             (shared or few)[0] if few else None, "shares random numbers among all samples of a batch, as LayerDrop does"
         )
-    low, high = (call(ids[:FEW], RandomOps(dims, fill=fill)) for fill in (0, 1))
-    if not all(close(*pair, tolerance) for pair in zip(low, high)):
-        raise refusal(shared[0], SHARES)
+    low, high = (call(ids[:FEW], RandomOpMode(dims, fill=fill)) for fill in (0, 1))
+    if not all(is_close(*pair, tolerance) for pair in zip(low, high)):
+        raise refusal_error(shared[0], SHARED_OPS)
 
 
-def check_independence(call: Call, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float) -> None:
+def check_independence(
+    call: ModelCall, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float
+) -> None:
     """Raise UserError where random numbers or texts of other samples change the logits or gradients of those that are KEPT."""
     kept = []
     for round_ in range(1, ROUNDS + 1):
         changed = ids.roll(round_, 0)
         changed[list(KEPT)] = ids[list(KEPT)]
-        mode = RandomOps(dims, others=round_)
+        mode = RandomOpMode(dims, others=round_)
         kept.append([values[list(KEPT)] for values in call(changed, mode)])
         check_same_ops(few, mode.ops)
-    if not all(close(*pair, tolerance) for other in kept[1:] for pair in zip(kept[0], other)):
-        raise refusal(few[0], "lets random numbers or texts of other samples change a sample's logits")
+    if not all(is_close(*pair, tolerance) for other in kept[1:] for pair in zip(kept[0], other)):
+        raise refusal_error(few[0], "lets random numbers or texts of other samples change a sample's logits")
 
 
-def record(call: Call, ids: torch.Tensor, backward: bool = True) -> list[RandomOp]:
+def record_random_ops(call: ModelCall, ids: torch.Tensor, backward: bool = True) -> list[RandomOp]:
     """Return the random operations of a call; refuse numbers that come from elsewhere than torch's global generators."""
-    before, mode = other_states(), RandomOps()
+    before, mode = other_states(), RandomOpMode()
     call(ids, mode, backward)
     if other_states() != before:
         words = "in training this model draws from Python's random or NumPy, for all samples at once, as LayerDrop does"
         raise UserError(f"--model_name: {words}: {REMEDY}")
     if own := next((op for op in mode.ops if op.has_generator), None):
-        raise refusal(own, "draws from a generator of the model's own, which is not secret")
+        raise refusal_error(own, "draws from a generator of the model's own, which is not secret")
     if seeded := next((op for op in mode.ops if op.is_seeded), None):
-        raise refusal(seeded, "seeds torch's random generators, so that its random numbers are not secret")
+        raise refusal_error(seeded, "seeds torch's random generators, so that its random numbers are not secret")
     return mode.ops
 
 
@@ -213,9 +217,9 @@ def check_same_ops(few: list[RandomOp], other: list[RandomOp]) -> None:
     """Refuse operations of two calls that differ in more than sizes."""
     for one, two in zip(few, other):
         if one.name != two.name or one.scalars != two.scalars or len(one.shape) != len(two.shape):
-            raise refusal(one, "draws otherwise for other samples, as a permutation or a choice across samples does")
+            raise refusal_error(one, "draws otherwise for other samples, as a permutation or a choice across samples does")
     if len(few) != len(other):
-        raise refusal((few or other)[-1], "draws more or less often after other random numbers, as LayerDrop does")
+        raise refusal_error((few or other)[-1], "draws more or less often after other random numbers, as LayerDrop does")
 
 
 def sample_dims(few: list[RandomOp], many: list[RandomOp]) -> list[Optional[int]]:
@@ -225,16 +229,16 @@ def sample_dims(few: list[RandomOp], many: list[RandomOp]) -> list[Optional[int]
     for one, two in zip(few, many):
         changed = [dim for dim, sizes in enumerate(zip(one.shape, two.shape)) if sizes[0] != sizes[1]]
         if len(changed) > 1 or (changed and one.shape[changed[0]] * MANY != two.shape[changed[0]] * FEW):
-            raise refusal(one, "draws numbers in no proportion to the number of samples")
+            raise refusal_error(one, "draws numbers in no proportion to the number of samples")
         found.append(changed[0] if changed else None)
     return found
 
 
-def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+def is_close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return bool((one - other).norm() <= tolerance * one.norm())
 
 
-def refusal(op: Optional[RandomOp], problem: str) -> UserError:
+def refusal_error(op: Optional[RandomOp], problem: str) -> UserError:
     name = "" if op is None else f" ({op.name})"
     return UserError(f"--model_name: in training this model {problem}{name}: {REMEDY}")
 

@@ -25,13 +25,13 @@ import numpy as np
 from scipy import stats
 
 from author_dp.errors import MechanismError
-from author_dp.guards.noise_monitor import Check, twice_from_one_state
+from author_dp.guards.noise_monitor import SequentialTest, replay_global_rng
 
-WATCHED = 2**20  # authors, the first ones, whose draws are counted one by one
+WATCHED_AUTHORS = 2**20  # authors, the first ones, whose draws are counted one by one
 UNLIKELY, MOST_DRAWS = 1e-12, 2**14
 
 
-class DrawCheck(Check):
+class SamplingMonitor(SequentialTest):
     """Count draws and test them.
 
     Args:
@@ -44,7 +44,7 @@ class DrawCheck(Check):
         super().__init__()
         self.authors, self.real, self.rate = authors, authors - canaries, sample_rate
         self.draws = self.total = 0
-        self.times = np.zeros(min(authors, WATCHED), np.int32)  # that each of the first authors was drawn
+        self.times = np.zeros(min(authors, WATCHED_AUTHORS), np.int32)  # that each of the first authors was drawn
         self.taken_in_all = self.empty = 0
         self.before, self.both = 0, 0  # authors of the first draw of each pair, and who of them is in the second too
         self._first = np.zeros(0, np.int64)
@@ -69,19 +69,21 @@ class DrawCheck(Check):
         of_one = stats.binom(self.draws, q)
         rarest, most = of_one.cdf(self.times.min()), of_one.sf(self.times.max() - 1)
         return {
-            "how many authors are drawn": odds(self.total, self.authors * self.draws, q),
-            "how many authors a step takes": odds(self.taken_in_all, self.real * self.steps, q),
-            "how many draws are empty": odds(self.empty, self.steps, math.exp(self.real * math.log1p(-q)) if q < 1 else 0.0),
-            "how many authors were never drawn": odds(int((self.times == 0).sum()), watched, (1 - q) ** self.draws),
+            "how many authors are drawn": binomial_p_value(self.total, self.authors * self.draws, q),
+            "how many authors a step takes": binomial_p_value(self.taken_in_all, self.real * self.steps, q),
+            "how many draws are empty": binomial_p_value(
+                self.empty, self.steps, math.exp(self.real * math.log1p(-q)) if q < 1 else 0.0
+            ),
+            "how many authors were never drawn": binomial_p_value(int((self.times == 0).sum()), watched, (1 - q) ** self.draws),
             "how often one author is drawn": min(1.0, 2 * watched * float(min(rarest, most))),
-            "how many authors are in two draws in a row": odds(self.both, self.before, q),
+            "how many authors are in two draws in a row": binomial_p_value(self.both, self.before, q),
         }
 
-    def finding(self, failed: str) -> str:
+    def failure_message(self, failed: str) -> str:
         return f"authors are not drawn as promised: {failed} (seen in {self.steps} steps)"
 
 
-class CyclicDrawCheck(Check):
+class CyclicSamplingMonitor(SequentialTest):
     """The same where groups take turns (bands.py): each group's draws are checked by themselves, and whose turn it is.
 
     Args:
@@ -98,7 +100,7 @@ class CyclicDrawCheck(Check):
         for group in range(bands):
             members = np.flatnonzero(groups == group)
             self.places[members] = np.arange(len(members))
-            self.parts.append(DrawCheck(len(members), int((members >= len(groups) - canaries).sum()), sample_rate))
+            self.parts.append(SamplingMonitor(len(members), int((members >= len(groups) - canaries).sum()), sample_rate))
         self.draws, self.strangers = 0, 0
 
     def drawn(self, authors: np.ndarray) -> None:
@@ -116,24 +118,24 @@ class CyclicDrawCheck(Check):
 
     def p_values(self) -> dict[str, float]:
         number, authors = len(self.parts), len(self.groups)
-        sizes = min(odds(part.authors, authors, 1 / number) for part in self.parts)
+        sizes = min(binomial_p_value(part.authors, authors, 1 / number) for part in self.parts)
         found = {"authors of another group than the step's": 0.0 if self.strangers else 1.0, "sizes of groups": number * sizes}
         for part in self.parts:
             for name, p_value in part.p_values().items() if part.authors else ():
                 found[name] = min(found.get(name, 1.0), number * p_value)
         return found
 
-    def finding(self, failed: str) -> str:
+    def failure_message(self, failed: str) -> str:
         return f"authors are not drawn as promised, by groups in turn: {failed} (seen in {self.steps} steps)"
 
 
-def odds(found: int, trials: int, probability: float) -> float:
+def binomial_p_value(found: int, trials: int, probability: float) -> float:
     """Return the two-sided probability of `found` or a number as odd of so many independent trials."""
     law = stats.binom(trials, probability)
     return min(1.0, 2 * float(min(law.cdf(found), law.sf(found - 1))))
 
 
-def check_unseeded_draws(make_draw: Callable[[], Callable[[], np.ndarray]], authors: int, sample_rate: float) -> None:
+def check_unseeded_sampling(make_draw: Callable[[], Callable[[], np.ndarray]], authors: int, sample_rate: float) -> None:
     """Raise MechanismError where two samplers, made from one state of every global generator, draw the same authors.
 
     Args:
@@ -150,7 +152,7 @@ def check_unseeded_draws(make_draw: Callable[[], Callable[[], np.ndarray]], auth
         one = make_draw()
         return [one().tolist() for _ in range(draws)]
 
-    first, second = twice_from_one_state(draw)
+    first, second = replay_global_rng(draw)
     if first == second:
         raise MechanismError(
             "the draws follow the seed of torch, numpy or random: whoever knows --seed knows who is in which step"
@@ -159,6 +161,6 @@ def check_unseeded_draws(make_draw: Callable[[], Callable[[], np.ndarray]], auth
 
 def check_unseeded_groups(make_groups: Callable[[], np.ndarray], bands: int) -> None:
     """Raise MechanismError where authors are dealt alike from one state of all global generators, if enough are there to tell."""
-    first, second = twice_from_one_state(make_groups)
+    first, second = replay_global_rng(make_groups)
     if -len(first) * math.log(bands) < math.log(UNLIKELY) and (first == second).all():
         raise MechanismError("the groups of authors follow the seed of torch, numpy or random, or are always the same")

@@ -37,14 +37,19 @@ from transformers.utils import logging
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.files import write_secret
+from author_dp.files import write_private_json
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import cut_into_microbatches
+from author_dp.mechanism.microbatches import make_microbatches
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 CONFIDENCE = 0.95
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the canaries that are guessed; each share is a test of its own, so confidence is divided
+GUESS_SHARES = (
+    1 / 8,
+    1 / 4,
+    1 / 2,
+    1,
+)  # of the canaries that are guessed; each share is a test of its own, so confidence is divided
 KEY_NAME = "_audit_key.json"  # in the output folder; the leading _ keeps it out of uploads to the hub
 
 
@@ -87,7 +92,7 @@ class AuditedTrainer(Protocol):
     def is_world_process_zero(self) -> bool: ...
 
 
-class Audit:
+class TextCanaries:
     """Canaries of one run.
 
     Args:
@@ -142,13 +147,13 @@ class Audit:
         trainer.model.eval()
         losses = []
         with torch.no_grad():
-            for batch in cut_into_microbatches(authors, trainer.args.per_device_eval_batch_size, trainer.data_collator):
+            for batch in make_microbatches(authors, trainer.args.per_device_eval_batch_size, trainer.data_collator):
                 batch = send_to_device(batch, trainer.args.device)
                 losses.append(author_losses(trainer.model, batch, trainer.needs_positions).cpu())
         return torch.cat(losses).double().numpy()
 
 
-def in_words(audit: dict[str, Any]) -> str:
+def format_audit(audit: dict[str, Any]) -> str:
     """Return what the run's last line says of epsilon."""
     found = f"at least {audit['epsilon_lower_bound']:.2f}"
     if None not in (between := audit.get("epsilon_between", [None])):
@@ -164,17 +169,17 @@ def lower_bound(gain: np.ndarray, included: np.ndarray, delta: float) -> dict[st
         included: bool (canaries,), the coins.
     """
     best = {"epsilon_lower_bound": 0.0, "guesses": 0, "correct": 0}
-    for number, correct in guesses(gain, included):
-        bound = epsilon_lower_bound(len(gain), number, correct, delta, 1 - (1 - CONFIDENCE) / len(SHARES))
+    for number, correct in guess_counts(gain, included):
+        bound = epsilon_lower_bound(len(gain), number, correct, delta, 1 - (1 - CONFIDENCE) / len(GUESS_SHARES))
         if bound >= best["epsilon_lower_bound"]:
             best = {"epsilon_lower_bound": bound, "guesses": number, "correct": correct}
     return {"method": "one run (Steinke, Nasr and Jagielski 2023)", "confidence": CONFIDENCE, "canaries": len(gain), **best}
 
 
-def guesses(gain: np.ndarray, included: np.ndarray) -> list[tuple[int, int]]:
+def guess_counts(gain: np.ndarray, included: np.ndarray) -> list[tuple[int, int]]:
     """Return for each of SHARES how many canaries are guessed, half of them in and half out, and how many of these rightly."""
     order, found = np.argsort(gain, kind="stable"), []
-    for share in SHARES:
+    for share in GUESS_SHARES:
         half = int(len(gain) * share / 2)
         found.append((2 * half, int(included[order[len(order) - half :]].sum() + (~included[order[:half]]).sum())))
     return found
@@ -204,7 +209,7 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
     return round(low, 4)
 
 
-def secret_key(folder: str, go_on: bool) -> int:
+def load_or_create_key(folder: str, go_on: bool) -> int:
     """Return 128 secret bits for the canaries, the same on all processes.
 
     They lie in the output folder, readable for its owner only: a run that goes on needs the same canaries, and the audit can be
@@ -218,5 +223,5 @@ def secret_key(folder: str, go_on: bool) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         if go_on and path.exists():
             key = json.loads(path.read_text())["key"]
-        write_secret(path, {"key": key})
+        write_private_json(path, {"key": key})
     return broadcast(key)

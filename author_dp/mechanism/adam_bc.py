@@ -17,10 +17,10 @@ from typing import Any, Optional
 import torch
 
 FLOOR = 0.1  # of the noise's variance: below it, what is left of a second moment is mostly chance
-CORRECTED = ("adamw_torch", "adamw_torch_fused")  # names of --optim whose second moment can be corrected
+SUPPORTED = ("adamw_torch", "adamw_torch_fused")  # names of --optim whose second moment can be corrected
 
 
-class NoiseCorrectedAdamW(torch.optim.AdamW):
+class AdamBC(torch.optim.AdamW):
     """AdamW that divides by sqrt(max(v - Phi, FLOOR Phi)), v and Phi the means, by beta2, of squares and of noise variances.
 
     Its state is AdamW's, with `noise_variance`, the mean of Phi that is not yet divided by 1 - beta2^t, so that the noise may be

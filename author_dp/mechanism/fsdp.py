@@ -34,17 +34,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from author_dp.clipping import ClippingEngine, engine_of
-from author_dp.clipping.author_groups import Authors
+from author_dp.clipping import ClippingEngine, engine_class
+from author_dp.clipping.author_groups import AuthorIndex
 from author_dp.clipping.ghost import GhostClipping, add_clipped
-from author_dp.clipping.grad_factors import Contribution
+from author_dp.clipping.grad_factors import GradFactors
 from author_dp.errors import UserError
-from author_dp.mechanism.losses import author_losses, takes_positions
-from author_dp.mechanism.optimizer import PAD, AuthorDPOptimizer
+from author_dp.mechanism.losses import author_losses, needs_position_ids
+from author_dp.mechanism.optimizer import PROBE_SIZE, AuthorDPOptimizer
 from author_dp.types import Batch
 
-BUCKET = 2**22  # elements of small parameters that are reduced together: 16 MB
-LEAVE_OUT = "leave out --fsdp"
+BUCKET_ELEMENTS = 2**22  # elements of small parameters that are reduced together: 16 MB
+FSDP_REMEDY = "leave out --fsdp"
 
 # Names of torch 2.13, and before.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -62,7 +62,7 @@ def shard(model: Any, device: torch.device) -> None:
     Raises:
         UserError: for a model whose blocks cannot be told apart.
     """
-    takes_positions(model)  # found by calls of the plain model, and remembered
+    needs_position_ids(model)  # found by calls of the plain model, and remembered
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in [*blocks(root), *untied_embeddings(root), root]:
@@ -77,7 +77,7 @@ def blocks(root: Any) -> list[nn.Module]:
     found = {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
     seen = [parameter for block in found.values() for parameter in block.parameters()]
     if not found or len(set(seen)) < len(seen):
-        raise UserError(f"--fsdp: the blocks of this model cannot be told apart, or share weights; {LEAVE_OUT}")
+        raise UserError(f"--fsdp: the blocks of this model cannot be told apart, or share weights; {FSDP_REMEDY}")
     return list(found.values())
 
 
@@ -88,19 +88,19 @@ def untied_embeddings(root: Any) -> list[nn.Module]:
     return [words] if uses == 1 else []
 
 
-def in_shares(parameters: Iterable[Any]) -> bool:
+def is_sharded(parameters: Iterable[Any]) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
-def own(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process' share of a tensor, in its own memory; the tensor itself where it is in no shares."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def norm_of(tensor: torch.Tensor) -> float:
+def global_norm(tensor: torch.Tensor) -> float:
     """Return the L2 norm of the whole tensor. Collective for one in shares."""
-    square = own(tensor).square().sum(dtype=torch.float64)
+    square = local_shard(tensor).square().sum(dtype=torch.float64)
     if isinstance(tensor, DTensor):
         dist.all_reduce(square)
     return float(square) ** 0.5
@@ -108,16 +108,16 @@ def norm_of(tensor: torch.Tensor) -> float:
 
 def is_finite(parameter: Any) -> bool:
     """Whether every number of a parameter is finite; the same on all processes, of one in shares. Collective then."""
-    share = own(parameter)
+    share = local_shard(parameter)
     finite = torch.stack(torch.aminmax(share)).isfinite().all() if share.numel() else torch.ones((), dtype=torch.bool)
     if isinstance(parameter, DTensor):
         dist.all_reduce(finite := finite.to(parameter.device, torch.int32), op=dist.ReduceOp.MIN)
     return bool(finite)
 
 
-def ordinary_gradients(loss: torch.Tensor, parameters: list[Any]) -> list[Optional[torch.Tensor]]:
+def autograd_gradients(loss: torch.Tensor, parameters: list[Any]) -> list[Optional[torch.Tensor]]:
     """Return the gradients of a loss by ordinary autograd: in shares by FSDP2's own, of a loss that all processes have alike."""
-    if not in_shares(parameters):
+    if not is_sharded(parameters):
         return list(torch.autograd.grad(loss, parameters, allow_unused=True))
     loss.backward()  # their mean over the processes
     found = [parameter.grad for parameter in parameters]
@@ -129,27 +129,27 @@ def ordinary_gradients(loss: torch.Tensor, parameters: list[Any]) -> list[Option
 # --- as many forwards and backwards on every process ------------------------------------------------------
 
 
-def rounds_behind(model: nn.Module, rounds: int) -> int:
+def missing_rounds(model: nn.Module, rounds: int) -> int:
     """Return by how many rounds this process has fewer than the one that has most; 0 for a model in no shares. Collective."""
-    if not in_shares(model.parameters()):
+    if not is_sharded(model.parameters()):
         return 0
     most = torch.tensor(rounds, device=next(model.parameters()).device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most) - rounds
 
 
-def idle_batch(model: nn.Module) -> Batch:
+def dummy_batch(model: nn.Module) -> Batch:
     """Return an author of two tokens, who is nobody."""
     device = next(model.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     return {"input_ids": ids, "labels": ids, "author": ids[:, 0], "num_authors": 1}
 
 
-def idle_forwards(model: nn.Module, rounds: int) -> None:
+def dummy_forwards(model: nn.Module, rounds: int) -> None:
     """Take part in the gathers of so many forwards of the others."""
     with torch.no_grad():
         for _ in range(rounds):
-            author_losses(model, idle_batch(model), False)
+            author_losses(model, dummy_batch(model), False)
 
 
 # --- clipping ---------------------------------------------------------------------------------------------
@@ -175,25 +175,25 @@ class ShardedClipping(GhostClipping):
         """Take part in what the others do for a microbatch; nothing of it counts."""
         self._counts = False
         try:
-            batch = idle_batch(self.module)
+            batch = dummy_batch(self.module)
             super().backward(author_losses(self.module, batch, False), batch["author"])
         finally:
             self._counts = True
 
-    def _leave(self, layer: nn.Module, output: Any = None) -> Any:
+    def _fall_back(self, layer: nn.Module, output: Any = None) -> Any:
         self._refuse(self._trained[layer])
 
     def _refuse(self, parameters: set[Any]) -> None:
         names = [self.parameters[parameter] for parameter in parameters]
         if names:
-            raise UserError(f"--fsdp: no rule of the clipping follows {names[0]}, which would have to be whole: {LEAVE_OUT}")
+            raise UserError(f"--fsdp: no rule of the clipping follows {names[0]}, which would have to be whole: {FSDP_REMEDY}")
 
     def _add_up(
         self,
-        contributions: dict[Any, list[Contribution]],
+        contributions: dict[Any, list[GradFactors]],
         factors: torch.Tensor,
-        left_out: Optional[torch.Tensor],
-        authors: Authors,
+        non_finite: Optional[torch.Tensor],
+        authors: AuthorIndex,
     ) -> None:
         if not self._counts:
             contributions = {}
@@ -204,23 +204,23 @@ class ShardedClipping(GhostClipping):
                 rows = -(-len(parameter) // world_size) * world_size
                 total = torch.zeros(rows, *parameter.shape[1:], device=factors.device)
                 for part in contributions.pop(parameter, []):
-                    add_clipped(part, total[: len(parameter)], factors, left_out, authors)
+                    add_clipped(part, total[: len(parameter)], factors, non_finite, authors)
                 totals.append(total.view(world_size, -1))
             sizes = [total.shape[1] for total in totals]
             whole = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
             share = whole.new_empty(sum(sizes))
             reduce_scatter(share, whole.view(-1), group=bucket[0].device_mesh.get_group())
             for parameter, summed in zip(bucket, share.split(sizes)):
-                mine = own(parameter.summed_grad)
+                mine = local_shard(parameter.summed_grad)
                 mine.add_(summed[: mine.numel()].view_as(mine))
-        super()._add_up(contributions, factors, left_out, authors)  # what is in no shares: the canaries
+        super()._add_up(contributions, factors, non_finite, authors)  # what is in no shares: the canaries
 
 
 def buckets(parameters: list[Any]) -> Iterator[list[Any]]:
     """Yield the parameters, small ones together."""
     bucket: list[Any] = []
     for parameter in parameters:
-        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_ELEMENTS:
             yield bucket
             bucket = []
         bucket.append(parameter)
@@ -230,10 +230,10 @@ def buckets(parameters: list[Any]) -> Iterator[list[Any]]:
 
 def make_engine(model: nn.Module, clipping: str, clip_norm: float, checkpointed: bool) -> ClippingEngine:
     """Return the engine of this name, for a model whose layers are checkpointed or not, or that for a model in shares."""
-    return (ShardedClipping if in_shares(model.parameters()) else engine_of(clipping, checkpointed))(model, clip_norm)
+    return (ShardedClipping if is_sharded(model.parameters()) else engine_class(clipping, checkpointed))(model, clip_norm)
 
 
-def take_in_turn(engine: ClippingEngine, batch: Batch, turn: int) -> torch.Tensor:
+def backward_on_one_rank(engine: ClippingEngine, batch: Batch, turn: int) -> torch.Tensor:
     """Return the norms of a batch, (authors,), that every process has: of a model in shares, one takes it, the others idle."""
     if not isinstance(engine, ShardedClipping):
         return engine.backward(author_losses(engine.module, batch), batch["author"])
@@ -261,26 +261,26 @@ class ShardedOptimizer(AuthorDPOptimizer):
     4) `after_release` is given what was released in the whole pad, and the wrapped optimizer updates this process' shares
     """
 
-    def lay_out(self, canaries: Any) -> None:
+    def allocate_buffer(self, canaries: Any) -> None:
         device, world_size, rank = self.params[0].device, self.world_size, dist.get_rank()
         tables = [] if canaries is None else [canaries.table.weight]
-        each = -(-(PAD + sum(table.numel() for table in tables)) // world_size)
-        shares = [own(parameter) for parameter in self.params]
+        each = -(-(PROBE_SIZE + sum(table.numel() for table in tables)) // world_size)
+        shares = [local_shard(parameter) for parameter in self.params]
         sizes = [*(share.numel() for share in shares), each]
-        self.sums = torch.zeros(sum(sizes), device=device)
-        *views, self._own_pad = self.sums.split(sizes)
+        self.grad_buffer = torch.zeros(sum(sizes), device=device)
+        *views, self._own_pad = self.grad_buffer.split(sizes)
         for parameter, share, view in zip(self.params, shares, views):
-            parameter.summed_grad = in_shares_like(parameter, view.view_as(share))
+            parameter.summed_grad = as_dtensor(parameter, view.view_as(share))
         self._behind = torch.zeros(each * world_size, device=device)  # the clipped sums of pad and canaries, of this process
         self._place = slice(each * rank, each * (rank + 1))
         self.pad = torch.zeros_like(self._behind)
         for table in tables:
-            table.summed_grad = self._behind[PAD : PAD + table.numel()].view_as(table)
-        self._released = PAD + sum(table.numel() for table in tables)
+            table.summed_grad = self._behind[PROBE_SIZE : PROBE_SIZE + table.numel()].view_as(table)
+        self._released = PROBE_SIZE + sum(table.numel() for table in tables)
 
-    def own_slice(self) -> torch.Tensor:
+    def noise_slice(self) -> torch.Tensor:
         """All that this process holds is its own."""
-        return self.sums
+        return self.grad_buffer
 
     def pre_step(self, closure: Optional[Callable] = None) -> bool:
         self.check_sums()
@@ -292,21 +292,21 @@ class ShardedOptimizer(AuthorDPOptimizer):
         if self.bands is not None:
             self.bands.add_(self._slice, self.noise, std)
             std = 0.0
-        for part in self.sums.split(self.noise.elements):
+        for part in self.grad_buffer.split(self.noise.elements):
             if std > 0:
                 self.noise.add_(part, std)
             part.div_(self.expected_batch_size)
         all_gather(self.pad, self._own_pad.contiguous())
         if self.after_release is not None:
             self.after_release(self.pad[: self._released])
-        self.hand_over()
+        self.set_gradients()
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._behind.zero_()
 
-    def whole_state(self) -> dict[str, Any]:
+    def full_optim_state(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state as that of a run without shares; on the first process only. Collective."""
         state, first = self.original_optimizer.state_dict(), dist.get_rank() == 0
         whole: dict[int, dict[str, Any]] = {}
@@ -320,19 +320,19 @@ class ShardedOptimizer(AuthorDPOptimizer):
         """Take this process' shares of a whole state, whatever the number of processes that saved it."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         shares = {
-            number: {name: take_share(parameters[number], v) for name, v in values.items()}
+            number: {name: shard_like(parameters[number], v) for name, v in values.items()}
             for number, values in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": shares})
 
 
-def in_shares_like(parameter: Any, share: torch.Tensor) -> DTensor:
+def as_dtensor(parameter: Any, share: torch.Tensor) -> DTensor:
     """Return the tensor of the parameter's layout of which `share` is this process', in the same memory."""
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(share, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
-def take_share(parameter: Any, value: Any) -> Any:
+def shard_like(parameter: Any, value: Any) -> Any:
     """Return a value of the parameter's shape in its layout, anything else as it is; each process has the whole of it."""
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not isinstance(parameter, DTensor):
         return value
@@ -342,7 +342,7 @@ def take_share(parameter: Any, value: Any) -> Any:
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights as `save_pretrained` takes them, on the first process and its CPU; empty elsewhere. Collective."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel))
     return get_model_state_dict(model, options=options)  # type: ignore[return-value]
@@ -358,8 +358,10 @@ def load_weights(model: Any, folder: Path) -> None:
                 for name in file.keys():
                     if name not in places:
                         raise UserError(f"--resume_from_checkpoint {folder}: it holds {name}, which this model lacks")
-                    places[name].copy_(take_share(places[name], file.get_tensor(name)))
-                    found.add(own(places[name]).data_ptr())
-    missing = [name for name, place in places.items() if own(place).numel() and own(place).data_ptr() not in found]
+                    places[name].copy_(shard_like(places[name], file.get_tensor(name)))
+                    found.add(local_shard(places[name]).data_ptr())
+    missing = [
+        name for name, place in places.items() if local_shard(place).numel() and local_shard(place).data_ptr() not in found
+    ]
     if missing:
         raise UserError(f"--resume_from_checkpoint {folder}: it lacks {missing[0]}; give an earlier checkpoint")

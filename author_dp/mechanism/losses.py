@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from author_dp.types import IGNORED, Batch
+from author_dp.types import IGNORE_INDEX, Batch
 
 
 class TokenLosses(torch.autograd.Function):
@@ -21,18 +21,18 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = TokenLosses.rows_at_once(logits)
+        rows = TokenLosses.chunk_rows(logits)
         normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(rows)])
         ctx.save_for_backward(logits, targets, normalizers)
         picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
-        return torch.where(targets == IGNORED, 0.0, normalizers - picked)
+        return torch.where(targets == IGNORE_INDEX, 0.0, normalizers - picked)
 
     @staticmethod
     def backward(ctx, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
         """weight x (softmax - one-hot), in the logits' type."""
         logits, targets, normalizers = ctx.saved_tensors
-        rows = TokenLosses.rows_at_once(logits)
-        weights = torch.where(targets == IGNORED, 0.0, weights)[:, None]
+        rows = TokenLosses.chunk_rows(logits)
+        weights = torch.where(targets == IGNORE_INDEX, 0.0, weights)[:, None]
         gradient = torch.empty_like(logits)
         parts = (tensor.split(rows) for tensor in (logits, targets[:, None], normalizers[:, None], weights, gradient))
         for logit, target, normalizer, weight, result in zip(*parts):
@@ -41,7 +41,7 @@ class TokenLosses(torch.autograd.Function):
         return gradient, None
 
     @staticmethod
-    def rows_at_once(logits: torch.Tensor) -> int:
+    def chunk_rows(logits: torch.Tensor) -> int:
         """What stays in a CPU's cache; on a GPU 256 MB, to launch few kernels."""
         return max(1, (2**20 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
 
@@ -50,12 +50,12 @@ def token_losses(model: nn.Module, batch: Batch, needs_positions: Optional[bool]
     """Return each next token's cross-entropy, float32 (samples, tokens), 0 without a target; and bool, where there is one."""
     input_ids = batch["input_ids"]
     inputs = {"input_ids": input_ids}
-    if takes_positions(model) if needs_positions is None else needs_positions:
+    if needs_position_ids(model) if needs_positions is None else needs_positions:
         inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     logits = model(**inputs).logits  # (samples, tokens, vocabulary)
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (samples, tokens): what comes next
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (samples, tokens): what comes next
     losses = TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
-    return losses, targets != IGNORED
+    return losses, targets != IGNORE_INDEX
 
 
 def author_losses(model: nn.Module, batch: Batch, needs_positions: Optional[bool] = None) -> torch.Tensor:
@@ -78,7 +78,7 @@ def author_losses(model: nn.Module, batch: Batch, needs_positions: Optional[bool
     return totals / counts.clamp(min=1)
 
 
-def takes_positions(model: nn.Module) -> bool:
+def needs_position_ids(model: nn.Module) -> bool:
     """Whether `author_losses` is to give the model position_ids: 0, 1, 2, ... for each sample.
 
     Only where that changes nothing but their shape: GPT-2's own have batch size 1, in which no per-sample gradient can be told
@@ -87,14 +87,14 @@ def takes_positions(model: nn.Module) -> bool:
     while hasattr(model, "_module") or hasattr(model, "get_base_model"):
         model = model._module if hasattr(model, "_module") else model.get_base_model()  # type: ignore[assignment, operator]
     if model not in _takes_positions:
-        _takes_positions[model] = _shares_positions(model)
+        _takes_positions[model] = _positions_are_shared(model)
     return _takes_positions[model]
 
 
 _takes_positions: MutableMapping[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def _shares_positions(model: Any) -> bool:
+def _positions_are_shared(model: Any) -> bool:
     words = getattr(model, "get_input_embeddings", lambda: None)()
     tables = [layer for layer in model.modules() if isinstance(layer, nn.Embedding) and layer.weight.requires_grad]
     tables = [table for table in tables if table is not words]
@@ -104,7 +104,7 @@ def _shares_positions(model: Any) -> bool:
     shared: list[bool] = []
     hooks = [t.register_forward_hook(lambda _, args, __: shared.append(args[0].shape != ids.shape)) for t in tables]
     try:
-        with at_rest(model), torch.no_grad():
+        with deterministic_eval(model), torch.no_grad():
             own = model(input_ids=ids).logits
             if not any(shared):
                 return False
@@ -116,7 +116,7 @@ def _shares_positions(model: Any) -> bool:
 
 
 @contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
+def deterministic_eval(model: nn.Module) -> Iterator[None]:
     """Without dropout; the modes of the model and the random generators are as before, afterwards."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}

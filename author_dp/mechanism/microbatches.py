@@ -24,13 +24,16 @@ import torch
 import torch.nn.functional as F
 
 from author_dp.errors import UserError
-from author_dp.mechanism.sampling import AuthorDraw
-from author_dp.types import IGNORED, Batch
+from author_dp.mechanism.sampling import AuthorBatch
+from author_dp.types import IGNORE_INDEX, Batch
 
 EIGHTHS = (1, 1.5, 2, 3, 4, 6, 8)  # of sequence_len: the lengths of microbatches
-SHARE = 16  # a microbatch has 1 / SHARE of the expected authors, as the last one of each length is partly empty,
+MIN_MICROBATCHES = 16  # a microbatch has 1 / SHARE of the expected authors, as the last one of each length is partly empty,
 FEWEST, MOST = 8, 256  # but not fewer, if so many are allowed: small ones keep a device waiting; and not more: no gain
-NOBODY = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORED)}  # a sample without targets: its gradient is zero
+DUMMY_SAMPLE = {
+    "input_ids": np.zeros(1, np.int32),
+    "labels": np.full(1, IGNORE_INDEX),
+}  # a sample without targets: its gradient is zero
 
 
 class MicrobatchShape(NamedTuple):
@@ -41,7 +44,7 @@ class MicrobatchShape(NamedTuple):
     lengths: tuple[int, ...]  # tokens, ascending: an author is in a microbatch of the shortest one that holds all own samples
 
 
-def constant_shape(per_device: int, accumulation: int, samples_per_author: int, sequence_len: int) -> MicrobatchShape:
+def make_microbatch_shape(per_device: int, accumulation: int, samples_per_author: int, sequence_len: int) -> MicrobatchShape:
     """Return the shape of a run's microbatches, from options alone.
 
     The number of authors is 1 / SHARE of those expected, from FEWEST to MOST, and at most `per_device`.
@@ -51,7 +54,7 @@ def constant_shape(per_device: int, accumulation: int, samples_per_author: int, 
         samples_per_author: k.
         sequence_len: tokens of the longest sample.
     """
-    authors = min(per_device, MOST, max(FEWEST, per_device * accumulation // SHARE))
+    authors = min(per_device, MOST, max(FEWEST, per_device * accumulation // MIN_MICROBATCHES))
     lengths = sorted({math.ceil(sequence_len * eighths / 8) for eighths in EIGHTHS})
     return MicrobatchShape(authors, samples_per_author, tuple(lengths))
 
@@ -64,7 +67,7 @@ class LogicalBatch(NamedTuple):
     number: int
 
 
-class DrawnDataset(torch.utils.data.Dataset):
+class LogicalBatchDataset(torch.utils.data.Dataset):
     """Adapter for DataLoader: one AuthorDraw in, one LogicalBatch out, so that both happen in its workers."""
 
     def __init__(self, dataset, max_authors: int, collate: Callable, shape: Optional[MicrobatchShape] = None):
@@ -73,13 +76,13 @@ class DrawnDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, draw: AuthorDraw) -> LogicalBatch:
+    def __getitems__(self, draw: AuthorBatch) -> LogicalBatch:
         authors = self.dataset.__getitems__(draw.samples)
-        microbatches = cut_into_microbatches(authors, self.max_authors, self.collate, self.shape)
+        microbatches = make_microbatches(authors, self.max_authors, self.collate, self.shape)
         return LogicalBatch(microbatches, draw.batch_size, draw.number)
 
 
-def cut_into_microbatches(
+def make_microbatches(
     authors: list[list[dict[str, Any]]],
     max_authors: int,
     collate: Callable[[list], dict[str, torch.Tensor]],
@@ -103,7 +106,7 @@ def cut_into_microbatches(
     if shape is not None:
         return [
             make_microbatch(chosen[start : start + shape.authors], collate, shape, length)
-            for length, chosen in by_length(authors, shape.lengths).items()
+            for length, chosen in group_by_length(authors, shape.lengths).items()
             for start in range(0, len(chosen), shape.authors)
         ]
     ordered = sorted(authors, key=num_tokens)
@@ -116,7 +119,7 @@ def num_tokens(samples: list[dict[str, Any]]) -> int:
     return max(len(sample["input_ids"]) for sample in samples)
 
 
-def by_length(authors: list[list[dict[str, Any]]], lengths: tuple[int, ...]) -> dict[int, list[list[dict[str, Any]]]]:
+def group_by_length(authors: list[list[dict[str, Any]]], lengths: tuple[int, ...]) -> dict[int, list[list[dict[str, Any]]]]:
     """Return the authors of each length: the shortest of `lengths` that holds all of an author's own samples."""
     found: dict[int, list[list[dict[str, Any]]]] = {length: [] for length in lengths}
     for samples in authors:
@@ -133,11 +136,11 @@ def make_microbatch(
     """Collate the samples of some authors; with `shape`, fill up to its authors and samples and to `length` tokens."""
     dummies = 0 if shape is None else shape.authors - len(authors)
     if shape is not None:
-        authors = [samples + [NOBODY] * (shape.samples - len(samples)) for samples in [*authors, *[[]] * dummies]]
+        authors = [samples + [DUMMY_SAMPLE] * (shape.samples - len(samples)) for samples in [*authors, *[[]] * dummies]]
     batch = collate([sample for samples in authors for sample in samples])
     if shape is not None:
         missing = (0, length - batch["input_ids"].shape[1])
-        padding = {"input_ids": 0, "labels": IGNORED}
+        padding = {"input_ids": 0, "labels": IGNORE_INDEX}
         batch |= {name: F.pad(batch[name], missing, value=value) for name, value in padding.items()}
     owners = np.repeat(np.arange(len(authors)), [len(samples) for samples in authors])
     return {**batch, "author": torch.from_numpy(owners), "num_authors": len(authors), "num_dummies": dummies}

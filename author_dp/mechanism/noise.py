@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from author_dp.accounting.banded_mf import step_scale
+from author_dp.accounting.banded_mf import step_noise_std
 
-PAIRS = 2**17  # normals are made two at a time, so many pairs at once: what stays in the cache
+SECURE_PAIRS = 2**17  # normals are made two at a time, so many pairs at once: what stays in the cache
 
 
-class NoiseSource:
+class GaussianNoise:
     """Standard normal noise for one process.
 
     On the CPU: AES-128 in counter mode [2], whose bits the Box-Muller transform [1] makes normal; 63 bits of radius reach
@@ -48,19 +48,19 @@ class NoiseSource:
     def __init__(self, device: torch.device, secure: bool = False):
         self.draws = 4 if secure else 1
         on_cpu = secure or device.type == "cpu"
-        self.elements = 2 * PAIRS if on_cpu else 2**26  # that `add_` takes at once
+        self.elements = 2 * SECURE_PAIRS if on_cpu else 2**26  # that `add_` takes at once
         self._generators = [] if on_cpu else [torch.Generator(device) for _ in range(4)]
         for generator in self._generators:
             generator.manual_seed(secrets.randbits(64))
         if on_cpu:
             cipher = Cipher(algorithms.AES128(secrets.token_bytes(16)), modes.CTR(bytes(16)))
             self._stream = cipher.encryptor()  # what it makes of zeros are its secret bits
-            self._zeros = bytes(12 * PAIRS)
+            self._zeros = bytes(12 * SECURE_PAIRS)
             bits = bytearray(len(self._zeros) + 15)  # the cipher wants room for a block
             self._bits = memoryview(bits)
-            self._for_radius = torch.frombuffer(bits, dtype=torch.int64, count=PAIRS)
-            self._for_angle = torch.frombuffer(bits, dtype=torch.int32, count=PAIRS, offset=8 * PAIRS)
-            self._radius, self._cosine, self._sine = torch.empty(3, PAIRS)
+            self._for_radius = torch.frombuffer(bits, dtype=torch.int64, count=SECURE_PAIRS)
+            self._for_angle = torch.frombuffer(bits, dtype=torch.int32, count=SECURE_PAIRS, offset=8 * SECURE_PAIRS)
+            self._radius, self._cosine, self._sine = torch.empty(3, SECURE_PAIRS)
 
     def add_(self, total: torch.Tensor, std: float) -> torch.Tensor:
         """Add independent N(0, std^2) draws to each of the flat float32 `total`, (at most `elements`,), in place."""
@@ -83,13 +83,13 @@ class NoiseSource:
         angle = self._sine.copy_(self._for_angle).mul_(math.pi * 2.0**-31)
         torch.cos(angle, out=self._cosine)
         angle.sin_()
-        first, second = total[:PAIRS], total[PAIRS:]
+        first, second = total[:SECURE_PAIRS], total[SECURE_PAIRS:]
         first.addcmul_(radius[: len(first)], self._cosine[: len(first)])
         second.addcmul_(radius[: len(second)], self._sine[: len(second)])
         return total
 
 
-class BandedNoise:
+class BandMFNoise:
     """The noise of one training in one process' slice of the sums; it holds the last b - 1 of it, secret, in memory only.
 
     Args:
@@ -104,7 +104,7 @@ class BandedNoise:
         self.past = torch.zeros(len(self.rest), size, device=device)
         self.steps = 0
 
-    def add_(self, total: torch.Tensor, source: NoiseSource, std: float) -> torch.Tensor:
+    def add_(self, total: torch.Tensor, source: GaussianNoise, std: float) -> torch.Tensor:
         """Add the noise of the next step to `total`, float32 (size,), in place; std is sigma C."""
         places = [(self.steps - lag) % len(self.past) for lag in range(1, len(self.past) + 1)]  # of w_{t-1}, w_{t-2}, ...
         for total_part, past in zip(total.split(source.elements), self.past.split(source.elements, dim=1)):
@@ -120,4 +120,4 @@ class BandedNoise:
     @property
     def variance(self) -> float:
         """Variance of the last step's noise, in units of (sigma C)^2."""
-        return step_scale(self.coefficients, self.steps) ** 2
+        return step_noise_std(self.coefficients, self.steps) ** 2

@@ -30,10 +30,10 @@ import torch
 import torch.distributed as dist
 from opacus.optimizers import DPOptimizer
 
-from author_dp.mechanism.adam_bc import NoiseCorrectedAdamW
-from author_dp.mechanism.noise import BandedNoise, NoiseSource
+from author_dp.mechanism.adam_bc import AdamBC
+from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
 
-PAD = 4_096  # coordinates behind the parameters to which nobody contributes: what is released there is noise alone
+PROBE_SIZE = 4_096  # coordinates behind the parameters to which nobody contributes: what is released there is noise alone
 
 
 # --- step 1: which authors, which samples ---------------------------------------------------------------
@@ -97,22 +97,22 @@ class AuthorDPOptimizer(DPOptimizer):
         )
         self.before_release, self.after_release = before_release, after_release
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.noise = NoiseSource(self.params[0].device, secure_noise)
-        self.bands: Optional[BandedNoise] = None
+        self.noise = GaussianNoise(self.params[0].device, secure_noise)
+        self.bands: Optional[BandMFNoise] = None
         self.draw: Optional[int] = None  # whose clipped gradients are in the sums, where that matters: AuthorDraw.number
         self._used = False
-        self.lay_out(canaries)
+        self.allocate_buffer(canaries)
 
-    def lay_out(self, canaries: Any) -> None:
+    def allocate_buffer(self, canaries: Any) -> None:
         """Give every parameter its place in the sums."""
         behind = [] if canaries is None else [canaries.table.weight]
-        sizes = [*(parameter.numel() for parameter in self.params), PAD + sum(c.numel() for c in behind)]
-        self.sums = torch.zeros(sum(sizes), device=self.params[0].device)
-        *views, self.pad = self.sums.split(sizes)
+        sizes = [*(parameter.numel() for parameter in self.params), PROBE_SIZE + sum(c.numel() for c in behind)]
+        self.grad_buffer = torch.zeros(sum(sizes), device=self.params[0].device)
+        *views, self.pad = self.grad_buffer.split(sizes)
         for parameter, view in zip(self.params, views):
             parameter.summed_grad = view.view_as(parameter)
         for parameter in behind:
-            parameter.summed_grad = self.pad[PAD:].view_as(parameter)
+            parameter.summed_grad = self.pad[PROBE_SIZE:].view_as(parameter)
 
     def begin(self, coefficients: np.ndarray) -> None:
         """Begin a training: the noise of what follows is by these band coefficients, (bands,), with nothing before it.
@@ -122,13 +122,13 @@ class AuthorDPOptimizer(DPOptimizer):
         """
         if not np.linalg.norm(coefficients) <= 1:
             raise ValueError(f"band coefficients {coefficients} must have norm 1")
-        self._slice = self.own_slice()
+        self._slice = self.noise_slice()
         several = len(coefficients) > 1 and self.noise_multiplier > 0
-        self.bands = BandedNoise(coefficients, len(self._slice), self.sums.device) if several else None
+        self.bands = BandMFNoise(coefficients, len(self._slice), self.grad_buffer.device) if several else None
 
-    def own_slice(self) -> torch.Tensor:
+    def noise_slice(self) -> torch.Tensor:
         """Return the part of the sums to which this process adds the whole of the noise where noise has bands."""
-        return self.sums.tensor_split(self.world_size)[dist.get_rank() if dist.is_initialized() else 0]
+        return self.grad_buffer.tensor_split(self.world_size)[dist.get_rank() if dist.is_initialized() else 0]
 
     def check_sums(self) -> None:
         """Raise RuntimeError where the sums are not those of the draw whose turn it is."""
@@ -149,25 +149,25 @@ class AuthorDPOptimizer(DPOptimizer):
         if self.bands is not None:
             self.bands.add_(self._slice, self.noise, std * math.sqrt(self.world_size))
             std = 0.0
-        for part in self.sums.split(self.noise.elements):  # while it is in the cache
+        for part in self.grad_buffer.split(self.noise.elements):  # while it is in the cache
             if std > 0:
                 self.noise.add_(part, std)
             part.div_(self.expected_batch_size)
         if self.world_size > 1:
-            dist.all_reduce(self.sums)
+            dist.all_reduce(self.grad_buffer)
         if self.after_release is not None:
             self.after_release(self.pad)
-        self.hand_over()
+        self.set_gradients()
         return True
 
-    def hand_over(self) -> None:
+    def set_gradients(self) -> None:
         """Give the wrapped optimizer what was released, and where it wants to know, how noisy that is."""
-        if isinstance(self.original_optimizer, NoiseCorrectedAdamW):
-            self.original_optimizer.noise_variance = self.released_variance()
+        if isinstance(self.original_optimizer, AdamBC):
+            self.original_optimizer.noise_variance = self.noise_variance()
         for parameter in self.params:
             parameter.grad = parameter.summed_grad
 
-    def released_variance(self) -> float:
+    def noise_variance(self) -> float:
         """Return the variance of the noise in each coordinate of what the last step released."""
         scale = 1.0 if self.bands is None else self.bands.variance
         return scale * (self.noise_multiplier * self.max_grad_norm / self.expected_batch_size) ** 2
@@ -175,5 +175,5 @@ class AuthorDPOptimizer(DPOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the last step's gradients. Overrides Opacus', which would take the sums' places away."""
         self.original_optimizer.zero_grad(set_to_none)
-        self.sums.zero_()
+        self.grad_buffer.zero_()
         self._used, self.draw = False, None

@@ -8,10 +8,10 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import cyclic_rate
+from author_dp.accounting.accountant import cyclic_sample_rate
 
 
-class AuthorDraw(NamedTuple):
+class AuthorBatch(NamedTuple):
     """One step's batch, as one process sees it."""
 
     samples: list[np.ndarray]  # of each author in this process' share: the indices of the drawn samples
@@ -66,7 +66,7 @@ class PoissonAuthorSampler:
         self.real = len(offsets) - 1 - canaries
         self.on_draw: Optional[Callable[[np.ndarray], None]] = None
         self.on_share: Optional[Callable[[np.ndarray, list[np.ndarray], int], None]] = None
-        self.rate = cyclic_rate(sample_rate, bands)  # of the authors of one group
+        self.rate = cyclic_sample_rate(sample_rate, bands)  # of the authors of one group
         self.groups = groups
         self.members = None if groups is None else [np.flatnonzero(groups == group) for group in range(bands)]
         self.draws = 0
@@ -79,11 +79,11 @@ class PoissonAuthorSampler:
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[AuthorDraw]:
+    def __iter__(self) -> Iterator[AuthorBatch]:
         for _ in range(self.steps):
             yield self.draw()
 
-    def draw(self) -> AuthorDraw:
+    def draw(self) -> AuthorBatch:
         """Return the share of this process in a new draw."""
         authors = self.draw_authors()
         if self.on_draw is not None:
@@ -92,16 +92,16 @@ class PoissonAuthorSampler:
         if self.on_share is not None:
             self.on_share(authors, share, self.draws)
         self.draws += 1
-        return AuthorDraw(share, int((authors < self.real).sum()), self.draws - 1)
+        return AuthorBatch(share, int((authors < self.real).sum()), self.draws - 1)
 
     def draw_authors(self) -> np.ndarray:
         """Return the authors of a new global draw, the same on every process."""
         if self.members is None:
-            return self.draw_places(len(self.offsets) - 1)
+            return self.sample_indices(len(self.offsets) - 1)
         members = self.members[self.draws % len(self.members)]
-        return members[self.draw_places(len(members))]
+        return members[self.sample_indices(len(members))]
 
-    def draw_places(self, number: int) -> np.ndarray:
+    def sample_indices(self, number: int) -> np.ndarray:
         """Return which of so many are in, each with probability `rate`, ascending."""
         drawn = []
         last = -1  # the last one drawn
@@ -129,7 +129,7 @@ class PoissonAuthorSampler:
         return np.split(samples, np.cumsum(taken)[:-1]) if len(authors) else []
 
 
-def deal(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
+def assign_groups(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
     """Return the group of each author, int64 (authors,), each of `bands` as likely; it follows from the author and the key alone.
 
     Args:
@@ -142,6 +142,6 @@ def deal(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
     return (np.frombuffer(b"".join(digests), dtype=">u8") % np.uint64(bands)).astype(np.int64)
 
 
-def with_canaries(hashes: Optional[np.ndarray], canaries: int) -> Optional[np.ndarray]:
+def append_canary_hashes(hashes: Optional[np.ndarray], canaries: int) -> Optional[np.ndarray]:
     """Return the hashes with those of so many further authors, who have no value: their places from the end."""
     return None if hashes is None else np.concatenate([hashes, np.arange(canaries, dtype=np.uint64)])

@@ -69,7 +69,7 @@ class SecretGenerators:
             )
 
 
-def sample_each(devices: Iterable[torch.device], count: int) -> torch.Tensor:
+def sample_generators(devices: Iterable[torch.device], count: int) -> torch.Tensor:
     """Return `count` uniform numbers of each generator inside a new context, float64 (generators x count,)."""
     with SecretGenerators(devices) as secret:
         draws = [

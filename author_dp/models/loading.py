@@ -22,7 +22,7 @@ FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 POINTER = b"version https://git-lfs"
 
 
-def base_of_adapter(name: str) -> Optional[str]:
+def adapter_base_model(name: str) -> Optional[str]:
     """Return the base model of the LoRA adapter in a local folder, None where it holds none.
 
     A base named by a relative path is looked for from here, then from the adapter's folder.
@@ -45,13 +45,13 @@ def base_of_adapter(name: str) -> Optional[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model_name {name}: {ADAPTER_CONFIG} does not name its base model: copy the adapter anew") from error
     beside = Path(name) / base
-    found = str(beside.resolve()) if not os.path.isdir(base) and beside.is_dir() else absolute(base)
+    found = str(beside.resolve()) if not os.path.isdir(base) and beside.is_dir() else to_absolute(base)
     if (Path(found) / ADAPTER_CONFIG).exists():
         raise UserError(f"--model_name {name}: its base {found} holds an adapter itself. Merge that one into its own base first")
     return found
 
 
-def absolute(name: str) -> str:
+def to_absolute(name: str) -> str:
     """Return the absolute path of a local folder, so that what names it loads from everywhere; a hub name as it is."""
     return os.path.abspath(name) if os.path.isdir(name) else name
 
@@ -66,7 +66,7 @@ def check_folder(name: str) -> None:
     folder = Path(name)
     if not folder.is_dir():
         return
-    check_pointers(folder)
+    check_lfs_pointers(folder)
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"--model_name {name} holds no config.json: give a folder that save_pretrained wrote, or a hub name")
@@ -78,7 +78,7 @@ def check_folder(name: str) -> None:
         raise UserError(f"--model_name {name} holds no weights (model.safetensors): copy them there, or give another folder")
 
 
-def check_pointers(folder: Path) -> None:
+def check_lfs_pointers(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < 1_000 and path.read_bytes().startswith(POINTER):
             raise UserError(
@@ -93,7 +93,7 @@ def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
         UserError: for an adapter of another kind, without its weights, or that does not fit the base.
     """
     folder = Path(name)
-    check_pointers(folder)
+    check_lfs_pointers(folder)
     kind = json.loads((folder / ADAPTER_CONFIG).read_text()).get("peft_type")
     if kind != "LORA":
         raise UserError(f"--model_name {name} holds an adapter of type {kind}: only LoRA adapters can be gone on with")
@@ -112,7 +112,7 @@ def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return adapted
 
 
-def load_trained(model: PreTrainedModel, name: str) -> None:
+def reload_adapter_weights(model: PreTrainedModel, name: str) -> None:
     """Load an adapter's weights once more: what it trains in full has a place of the base's type at first, which rounds it."""
     set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))
 
@@ -161,7 +161,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> 
             f"--model_name {name}: its weights lack {len(missing)} of those that config.json asks for, first {missing[0]}: copy "
             "both from one place"
         )
-    if surplus := [key for key in sorted(report["unexpected_keys"]) if is_of_a_lost_layer(key, model)]:
+    if surplus := [key for key in sorted(report["unexpected_keys"]) if is_extra_layer_weight(key, model)]:
         raise UserError(
             f"--model_name {name}: its weights hold layers that config.json does not ask for, first {surplus[0]}: copy both from "
             "one place"
@@ -169,7 +169,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> 
     return model
 
 
-def is_of_a_lost_layer(key: str, model: torch.nn.Module) -> bool:
+def is_extra_layer_weight(key: str, model: torch.nn.Module) -> bool:
     """Whether a weight without a place belongs to a list of layers that the model has, beyond its end."""
     place = re.match(r"(.+?)\.(\d+)\.", key)
     if place is None:

@@ -46,12 +46,12 @@ def add_lora(model: PreTrainedModel, targets: Optional[list[str]] = None, **opti
             pass
     if targets in (None, [ALL_LINEAR]):
         return get_peft_model(
-            model, LoraConfig(target_modules=ALL_LINEAR, exclude_modules=unfit_layers(model) or None, **options)
+            model, LoraConfig(target_modules=ALL_LINEAR, exclude_modules=excluded_layers(model) or None, **options)
         )
     return get_peft_model(model, LoraConfig(target_modules=targets, **options))
 
 
-def unfit_layers(model: Any) -> list[str]:
+def excluded_layers(model: Any) -> list[str]:
     """Return linear layers that all-linear is to leave out: those that return more than their product, like Llama 4's router."""
     names = []
     fused = model.config.model_type in KINDS_OF_MAMBA

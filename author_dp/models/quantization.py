@@ -33,7 +33,7 @@ from author_dp.errors import UserError
 # --- layers whose matrix is in bfloat16 -------------------------------------------------------------------
 
 
-class Widened(torch.autograd.Function):
+class UpcastMatmul(torch.autograd.Function):
     """x W^T for a frozen W that is made of x's type here and again in the backward pass; in between it is kept as it is."""
 
     @staticmethod
@@ -47,26 +47,26 @@ class Widened(torch.autograd.Function):
         return gradient @ weight.to(gradient.dtype), None
 
 
-def widened(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    product: torch.Tensor = Widened.apply(x, weight)
+def upcast_linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    product: torch.Tensor = UpcastMatmul.apply(x, weight)
     return product if bias is None else product + bias
 
 
-class Linear16(nn.Linear):
+class BF16Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        return widened(x, self.weight, self.bias)
+        return upcast_linear(x, self.weight, self.bias)
 
 
-class Conv1D16(Conv1D):
+class BF16Conv1D(Conv1D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        return widened(x, self.weight.T, self.bias)
+        return upcast_linear(x, self.weight.T, self.bias)
 
 
-class Embedding16(nn.Embedding):
+class BF16Embedding(nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return super().forward(ids).float()
 
@@ -76,16 +76,16 @@ def is_plain_linear(layer: nn.Module) -> bool:
     return type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear"
 
 
-def in_16_bits(layer: nn.Module) -> Optional[type]:
+def bf16_class_for(layer: nn.Module) -> Optional[type]:
     """Return the class of a layer whose matrix may be in bfloat16; None where the layer may compute anything else."""
     if is_plain_linear(layer):
-        return Linear16
+        return BF16Linear
     if type(layer) is Conv1D:
-        return Conv1D16
-    return Embedding16 if type(layer) is nn.Embedding else None
+        return BF16Conv1D
+    return BF16Embedding if type(layer) is nn.Embedding else None
 
 
-def settle(model: Any, compute: Optional[torch.dtype] = None) -> Any:
+def cast_parameters(model: Any, compute: Optional[torch.dtype] = None) -> Any:
     """Give each parameter of a model that was loaded in bfloat16 its type, and return the model.
 
     What is trained becomes float32, as noise would be rounded in less; frozen matrices stay as they are where all layers that use
@@ -99,7 +99,7 @@ def settle(model: Any, compute: Optional[torch.dtype] = None) -> Any:
         for name, parameter in layer.named_parameters(recurse=False):
             uses[parameter].append((name, layer))
     for parameter, places in uses.items():
-        kinds = [in_16_bits(layer) if name == "weight" else None for name, layer in places]
+        kinds = [bf16_class_for(layer) if name == "weight" else None for name, layer in places]
         if not parameter.is_floating_point():  # in 4 bits
             continue
         if parameter.requires_grad or None in kinds:
@@ -111,15 +111,15 @@ def settle(model: Any, compute: Optional[torch.dtype] = None) -> Any:
         for name, buffer in layer._buffers.items():
             if buffer is not None and buffer.is_floating_point() and not is_quantized(layer):
                 layer._buffers[name] = buffer.float()
-    for layer in quantized(model):
-        compute_in([layer], compute or layer.compute_dtype)
+    for layer in quantized_layers(model):
+        set_compute_dtype([layer], compute or layer.compute_dtype)
     return model
 
 
 # --- 4 bits -----------------------------------------------------------------------------------------------
 
 
-def four_bits(compute: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(compute: torch.dtype) -> BitsAndBytesConfig:
     """Return transformers' configuration of NF4; `compute` is the type of products of matrices.
 
     Raises:
@@ -141,11 +141,11 @@ def is_quantized(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and hasattr(layer.weight, "quant_state")
 
 
-def quantized(model: nn.Module) -> list[Any]:
+def quantized_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if is_quantized(layer)]
 
 
-def compute_in(layers: Iterable[Any], dtype: torch.dtype) -> None:
+def set_compute_dtype(layers: Iterable[Any], dtype: torch.dtype) -> None:
     """Let layers in 4 bits multiply in `dtype`, forward and backward alike."""
     for layer in layers:
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
@@ -156,19 +156,19 @@ def compute_in(layers: Iterable[Any], dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
+def float32_compute(model: nn.Module) -> Iterator[None]:
     """With layers in 4 bits that multiply in float32."""
-    before = [(layer, layer.compute_dtype) for layer in quantized(model)]
-    compute_in((layer for layer, _ in before), torch.float32)
+    before = [(layer, layer.compute_dtype) for layer in quantized_layers(model)]
+    set_compute_dtype((layer for layer, _ in before), torch.float32)
     try:
         yield
     finally:
         for layer, dtype in before:
             if dtype is not None:
-                compute_in([layer], dtype)
+                set_compute_dtype([layer], dtype)
 
 
-def check_trained(model: nn.Module, names: Optional[list[str]] = None) -> None:
+def check_quantized_frozen(model: nn.Module, names: Optional[list[str]] = None) -> None:
     """Raise UserError where what is in 4 bits would be trained.
 
     Args:
@@ -198,13 +198,13 @@ def check_trained(model: nn.Module, names: Optional[list[str]] = None) -> None:
 def computes_in_float32(model: nn.Module) -> bool:
     """Whether the model is as exact as float32, however its frozen weights are stored (in 4 bits: within `in_float32`)."""
     return all(
-        parameter.dtype == torch.float32 or isinstance(layer, Linear16 | Conv1D16 | Embedding16) or is_quantized(layer)
+        parameter.dtype == torch.float32 or isinstance(layer, BF16Linear | BF16Conv1D | BF16Embedding) or is_quantized(layer)
         for layer in model.modules()
         for parameter in layer.parameters(recurse=False)
     )
 
 
-def count(parameter: Any) -> int:
+def num_elements(parameter: Any) -> int:
     """Return how many numbers a parameter stands for: in 4 bits two lie in each of its bytes."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
@@ -212,16 +212,16 @@ def count(parameter: Any) -> int:
 
 def model_sizes(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of trained and of all parameters."""
-    sizes = [(count(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(num_elements(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def bytes_of(model: nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Return the memory of all weights, scales included."""
-    return sum(t.numel() * t.element_size() for p in model.parameters() for t in (p, *scales(p)))
+    return sum(t.numel() * t.element_size() for p in model.parameters() for t in (p, *quant_scales(p)))
 
 
-def scales(parameter: Any) -> list[torch.Tensor]:
+def quant_scales(parameter: Any) -> list[torch.Tensor]:
     """Return what a parameter in 4 bits is scaled by; empty for another one."""
     state = getattr(parameter, "quant_state", None)
     if state is None:

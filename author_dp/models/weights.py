@@ -23,18 +23,18 @@ from typing import Any, Optional
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, write_json
-from author_dp.models.loading import base_of_adapter, public_name
+from author_dp.models.loading import adapter_base_model, public_name
 
 # Whatever a library may load as weights, and what says how: a shard index, the configuration, an adapter's.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 CONFIGS = ("config.json", "adapter_config.json")
-OF_THE_TRAINER = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth")
+TRAINER_FILES = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth")
 # What a run saves, by its kind.
 MODEL_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json")
 ADAPTER_FILES = re.compile(r"adapter_model\.safetensors|adapter_config\.json")
-SEAL_NAME = "complete.json"  # of a checkpoint: written last, when all else is on disk
-ANEW = "Train again in a new folder"
-DELETE = f"or delete {REPORT_NAME} to use the model without a guarantee"
+COMPLETE_MARKER = "complete.json"  # of a checkpoint: written last, when all else is on disk
+RETRAIN_REMEDY = "Train again in a new folder"
+DELETE_REMEDY = f"or delete {REPORT_NAME} to use the model without a guarantee"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Checkpoints in `folder` are models of their own, but there are none in a checkpoint.
     """
-    in_checkpoint = is_checkpoint(folder) or (folder / SEAL_NAME).exists()
+    in_checkpoint = is_checkpoint(folder) or (folder / COMPLETE_MARKER).exists()
     nested = [path for path in folder.glob("*/adapter_*") if in_checkpoint or not is_checkpoint(path.parent)]
     return sorted(path for path in [*folder.glob("*"), *nested] if path.is_file() and is_weight_file(path.name))
 
@@ -53,10 +53,10 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def is_weight_file(name: str) -> bool:
-    return name in CONFIGS or (name.lower().endswith(SUFFIXES) and not OF_THE_TRAINER.fullmatch(name))
+    return name in CONFIGS or (name.lower().endswith(SUFFIXES) and not TRAINER_FILES.fullmatch(name))
 
 
-def saved_by(adapter: bool) -> re.Pattern[str]:
+def weight_name_pattern(adapter: bool) -> re.Pattern[str]:
     """Return the names of the weight files that a run saves.
 
     Args:
@@ -94,7 +94,9 @@ def describe_base(name: Optional[str], revision: Optional[str] = None) -> dict[s
 
 
 @contextmanager
-def certified(folder: Path, adapter: bool, make_report: Callable[[], dict[str, Any]], disable_dp: bool = False) -> Iterator[None]:
+def write_certified(
+    folder: Path, adapter: bool, make_report: Callable[[], dict[str, Any]], disable_dp: bool = False
+) -> Iterator[None]:
     """Within, the caller writes weights to `folder`: remove its privacy.json and older weights before, write a new one after.
 
     Args:
@@ -105,7 +107,7 @@ def certified(folder: Path, adapter: bool, make_report: Callable[[], dict[str, A
     Raises:
         UserError: where weights of another kind lie there, so that it is not clear which ones are loaded.
     """
-    own = saved_by(adapter)
+    own = weight_name_pattern(adapter)
     if disable_dp:
         write_json(folder / REPORT_NAME, make_report())
     else:
@@ -123,7 +125,7 @@ def certified(folder: Path, adapter: bool, make_report: Callable[[], dict[str, A
     write_json(folder / REPORT_NAME, {**make_report(), "weights": hashes})
 
 
-def certifies_nothing(folder: Path) -> bool:
+def has_no_guarantee(folder: Path) -> bool:
     """Return whether the privacy.json of `folder` says that its weights were trained without privacy."""
     path = folder / REPORT_NAME
     return path.exists() and json.loads(path.read_text()).get("disable_dp") is True
@@ -144,10 +146,13 @@ def check_weights(folder: Path, report: dict[str, Any], base: bool = True) -> No
     """
     where, named = folder / REPORT_NAME, report.get("weights")
     if not isinstance(named, dict) or not named:
-        raise UserError(f"{where}: it names no weights, as an older version wrote it, so it certifies nothing. {ANEW}, {DELETE}")
+        raise UserError(
+            f"{where}: it names no weights, as an older version wrote it, so it certifies nothing. {RETRAIN_REMEDY}, "
+            f"{DELETE_REMEDY}"
+        )
     found = {path.relative_to(folder).as_posix() for path in weight_files(folder)}
     if missing := sorted(named.keys() - found):
-        raise UserError(f"{folder}: {missing[0]} is missing, which {REPORT_NAME} names. Restore it, {DELETE}")
+        raise UserError(f"{folder}: {missing[0]} is missing, which {REPORT_NAME} names. Restore it, {DELETE_REMEDY}")
     if extra := sorted(found - named.keys()):
         raise UserError(
             f"{folder}: {REPORT_NAME} does not certify {', '.join(extra)}, which lies beside the weights. Move it away"
@@ -156,7 +161,7 @@ def check_weights(folder: Path, report: dict[str, Any], base: bool = True) -> No
         if sha256_of(folder / name) != named[name]:
             raise UserError(
                 f"{folder / name}: its SHA-256 is not the one in {REPORT_NAME}: other weights, or another configuration. Restore "
-                f"the file, {DELETE}"
+                f"the file, {DELETE_REMEDY}"
             )
     if base and any(Path(name).name in ("adapter_config.json", "adapter_model.safetensors") for name in named):
         check_base(folder, report)
@@ -166,10 +171,13 @@ def check_base(folder: Path, report: dict[str, Any]) -> None:
     """Raise UserError unless the base of the adapter in `folder` is the one that `report` names."""
     known = report.get("adapter_base")
     if not isinstance(known, dict):
-        raise UserError(f"{folder / REPORT_NAME}: it does not name the adapter's base, so it certifies nothing. {ANEW}, {DELETE}")
+        raise UserError(
+            f"{folder / REPORT_NAME}: it does not name the adapter's base, so it certifies nothing. {RETRAIN_REMEDY}, "
+            f"{DELETE_REMEDY}"
+        )
     if known["name"] is None:  # made in memory: there is nothing to load it from
         return
-    base, files = base_of_adapter(str(folder)), known.get("files")
+    base, files = adapter_base_model(str(folder)), known.get("files")
     if base is None or not os.path.isdir(base):
         if files is not None:
             raise UserError(f"{folder}: the adapter's base {base} is not there. Restore it: {REPORT_NAME} names its weights")
@@ -181,7 +189,8 @@ def check_base(folder: Path, report: dict[str, Any]) -> None:
     present = hash_weights(Path(base))
     if other := sorted(name for name in files.keys() | present.keys() if files.get(name) != present.get(name)):
         raise UserError(
-            f"{folder}: {Path(base) / other[0]} is not what {REPORT_NAME} names as the adapter's base. Restore the base, {DELETE}"
+            f"{folder}: {Path(base) / other[0]} is not what {REPORT_NAME} names as the adapter's base. "
+            f"Restore the base, {DELETE_REMEDY}"
         )
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import Spending, epsilon_of
-from author_dp.accounting.ledger import PrivacyLedger, spending_under
-from author_dp.files import keep_private
+from author_dp.accounting.accountant import MechanismEvent, epsilon_of
+from author_dp.accounting.ledger import PrivacyLedger, event_of_run
+from author_dp.files import make_private
 from author_dp.outputs.page import AUTHOR_LOSS, BLUE, GREY, RED
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def draw_losses(axes: "Axes", training: list, evaluated: list) -> None:
 def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Optional[float]) -> None:
     """Epsilon after each number of steps, across runs."""
     steps = np.unique(np.linspace(0, ledger.steps, 11).round().astype(int)).tolist()
-    epsilons = [epsilon_of(first(ledger, count), delta) for count in steps]
+    epsilons = [epsilon_of(first_steps(ledger, count), delta) for count in steps]
     axes.plot(steps, epsilons, color=BLUE, label="spent")
     for end in np.cumsum(ledger.taken)[:-1]:
         axes.axvline(end, color=GREY, linewidth=1, linestyle="--")
@@ -68,11 +68,11 @@ def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Opti
     axes.legend()
 
 
-def first(ledger: PrivacyLedger, steps: int) -> list[Spending]:
+def first_steps(ledger: PrivacyLedger, steps: int) -> list[MechanismEvent]:
     """Return what the first `steps` steps have spent."""
     ends = np.cumsum(ledger.taken)
     counts = np.clip(steps - (ends - ledger.taken), 0, ledger.taken)
-    return [spending_under(header, int(count)) for header, count in zip(ledger.runs, counts)]
+    return [event_of_run(header, int(count)) for header, count in zip(ledger.runs, counts)]
 
 
 def draw_samples(axes: "Axes", samples: list[int], authors: list[int], bound: int) -> None:
@@ -104,7 +104,7 @@ def draw_times(axes: "Axes", seconds: list[float]) -> None:
     axes.legend()
 
 
-def draw_all(pictures: Path, report: dict, ledger: PrivacyLedger, statistics: dict) -> dict[str, tuple[Path, bool]]:
+def draw_figures(pictures: Path, report: dict, ledger: PrivacyLedger, statistics: dict) -> dict[str, tuple[Path, bool]]:
     """Write the figures that there are data for; return for each name its file in `pictures`, and whether it is private."""
     drawings: dict[str, tuple] = {}
     if any(points := loss_points(statistics.get("log", []), statistics.get("evaluation", {}))):
@@ -132,7 +132,7 @@ def draw_all(pictures: Path, report: dict, ledger: PrivacyLedger, statistics: di
             draw(axes, *data)
             files[name] = (pictures / f"{name}.png", is_private)
             if is_private:
-                keep_private(files[name][0])
+                make_private(files[name][0])
             figure.savefig(files[name][0])
             pyplot.close(figure)
     return files

@@ -27,17 +27,17 @@ from transformers.utils import logging
 
 from author_dp.errors import UserError
 from author_dp.hub_access import hub_error, hub_is_reachable
-from author_dp.models.loading import base_of_adapter, first_line, load_adapter, load_base, load_tokenizer
+from author_dp.models.loading import adapter_base_model, first_line, load_adapter, load_base, load_tokenizer
 from author_dp.outputs import privacy_statement as sidecar
 from author_dp.outputs import synthetic_report
-from author_dp.outputs.partial_file import Draft
-from author_dp.outputs.prompts import Prompt, Source, fields_of, make_prompts
+from author_dp.outputs.partial_file import PartialFile
+from author_dp.outputs.prompts import Prompt, Source, make_prompts, template_fields
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 TOKENS = 128  # of a text at most, where the model does not say with how many it was trained
 # Options of transformers that would make another number of texts than one a prompt, or have an option here.
-OWN = (
+RESERVED_OPTIONS = (
     "num_return_sequences", "return_dict_in_generate", "do_sample", "max_length", "eos_token_id", "pad_token_id", "bos_token_id",
     "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens",
 )  # fmt: skip
@@ -117,11 +117,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--prompt_template and --messages_column exclude each other: give one of them")
     if args.with_prompt and (args.chat or args.messages_column):
         raise UserError("--with_prompt has no effect on conversations, which are written whole: leave it out")
-    if args.text_column in ("prompt", "messages", *args.keep_columns, *fields_of(args.prompt_template or "")):
+    if args.text_column in ("prompt", "messages", *args.keep_columns, *template_fields(args.prompt_template or "")):
         raise UserError(f"--text_column {args.text_column!r} is the name of another column of the output: choose another")
 
 
-def origin(args: argparse.Namespace) -> str:
+def prompt_source(args: argparse.Namespace) -> str:
     """Return where prompts come from, by the user's word."""
     if args.private_prompts:
         return sidecar.PRIVATE
@@ -139,8 +139,8 @@ def sampling(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
     more: dict[str, Any] = {}
     for option in args.generation_options:
         name, sign, value = option.partition("=")
-        if not sign or name in OWN or not hasattr(GenerationConfig(), name):
-            own = f"; {name} is not to be set here" if name in OWN else ""
+        if not sign or name in RESERVED_OPTIONS or not hasattr(GenerationConfig(), name):
+            own = f"; {name} is not to be set here" if name in RESERVED_OPTIONS else ""
             raise UserError(f"--generation_options {option}: it must be NAME=VALUE, of an option of GenerationConfig{own}")
         try:
             more[name] = json.loads(value)
@@ -166,7 +166,7 @@ def load(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTo
     local_only, base = False, None
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        base = base_of_adapter(folder)
+        base = adapter_base_model(folder)
         local_only = base is not None and not os.path.isdir(base) and not hub_is_reachable()
         model: Any = load_base(base or folder, local_files_only=local_only, **options)
         if base is not None:
@@ -184,7 +184,7 @@ def load(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTo
 
 def fingerprint(folder: str) -> str:
     """Return one SHA-256 of all that makes the model write as it does: weights, configuration, tokenizer, an adapter's base."""
-    whole, base = hashlib.sha256(), base_of_adapter(folder)
+    whole, base = hashlib.sha256(), adapter_base_model(folder)
     if base is not None and os.path.isdir(base):
         whole.update(fingerprint(base).encode())
     for path in sorted(Path(folder).iterdir()):
@@ -196,14 +196,16 @@ def fingerprint(folder: str) -> str:
     return whole.hexdigest()
 
 
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a text: the tokenizer's, and those of the model's own generation_config.json."""
     given: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
     tokens = [tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
     return sorted({int(token) for token in tokens if token is not None})
 
 
-def room(model: PreTrainedModel, prompts: list[Prompt], wanted: Optional[int], trained: Optional[int], has_file: bool) -> int:
+def token_budget(
+    model: PreTrainedModel, prompts: list[Prompt], wanted: Optional[int], trained: Optional[int], has_file: bool
+) -> int:
     """Return how many tokens a text may have; what is not asked for is cut at the model's positions."""
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     number, longest = max(enumerate((len(prompt.ids) for prompt in prompts), 1), key=lambda pair: pair[1])
@@ -218,7 +220,7 @@ def room(model: PreTrainedModel, prompts: list[Prompt], wanted: Optional[int], t
 # --- writing ----------------------------------------------------------------------------------------------
 
 
-def seed_of_batch(seed: int, number: int) -> int:
+def batch_seed(seed: int, number: int) -> int:
     """Return the seed of a batch: of its number alone, not of what was drawn before."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest(), "big") >> 1
 
@@ -239,7 +241,7 @@ def write_batch(model: Any, ids: Sequence[list[int]], options: GenerationConfig,
     return texts, ended
 
 
-def as_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[str, Any]:
+def to_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[str, Any]:
     """Return a row of the file: TRL's columns, as training reads them."""
     if "messages" in prompt.row:
         return {**prompt.row, "messages": [*prompt.row["messages"], {"role": "assistant", "content": text.strip()}]}
@@ -251,8 +253,8 @@ def as_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[st
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """Write the file and its sidecar; return the sidecar."""
     check(args)
-    guarantee, kind = sidecar.read_guarantee(Path(args.folder)), origin(args)
-    said = sidecar.claim(guarantee, kind)
+    guarantee, kind = sidecar.read_guarantee(Path(args.folder)), prompt_source(args)
+    said = sidecar.make_statement(guarantee, kind)
     notes = (guarantee or {}).get("data") or {}
     model, tokenizer = load(args.folder, (guarantee or {}).get("adapter_base", {}).get("revision"))
     prompts = make_prompts(
@@ -261,7 +263,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         Source(args.prompts, args.prompt_column, args.messages_column, args.prompt_template, tuple(args.keep_columns), args.chat),
     )
     number = args.number or (len(prompts) if args.prompts else 1_000)
-    options = sampling(args, room(model, prompts, args.max_new_tokens, notes.get("sequence_len"), bool(args.prompts)))
+    options = sampling(args, token_budget(model, prompts, args.max_new_tokens, notes.get("sequence_len"), bool(args.prompts)))
     settings = {
         "model": fingerprint(args.folder), "number": number, "seed": args.seed, "batch_size": args.batch_size,
         "sampling": options, "text_column": args.text_column, "with_prompt": args.with_prompt, "bf16": args.bf16,
@@ -271,7 +273,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not args.use_cpu else None
     settings["device"] = (device or torch.device("cpu")).type
     exact = hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest()
-    draft = Draft(args.out, {**settings, "texts of prompts": exact}, 0o666 if said["covered"] else 0o600)
+    draft = PartialFile(args.out, {**settings, "texts of prompts": exact}, 0o666 if said["covered"] else 0o600)
     for warning in warnings(said, notes, args, tokenizer):
         logger.warning(warning)
     model.to(device or "cpu", dtype=torch.bfloat16 if args.bf16 else torch.float32)
@@ -286,13 +288,13 @@ def write_all(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
-    draft: Draft,
+    draft: PartialFile,
     number: int,
     args: argparse.Namespace,
     options: dict[str, Any],
 ) -> None:
     """Write what is left of `number` texts, a batch at a time."""
-    ends = ends_of(model, tokenizer)
+    ends = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     config = GenerationConfig(**options, eos_token_id=ends or [-1], pad_token_id=pad)
     needless: Any = lambda record: "attention_mask" not in record.getMessage()  # noqa: E731
@@ -301,13 +303,13 @@ def write_all(
     with tqdm(total=number, initial=draft.rows, unit=" texts", desc="Generate") as bar:
         while draft.rows < number:
             chosen = [prompts[i % len(prompts)] for i in range(draft.rows, min(draft.rows + args.batch_size, number))]
-            seed = seed_of_batch(args.seed, draft.rows // args.batch_size)
+            seed = batch_seed(args.seed, draft.rows // args.batch_size)
             try:
                 tokens, ended = write_batch(model, [prompt.ids for prompt in chosen], config, seed)
             except (ValueError, TypeError) as error:  # what transformers says of its options
                 raise UserError(f"--generation_options, --temperature and the like: {first_line(error)}") from error
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            draft.add([as_row(p, text, args.text_column, args.with_prompt) for p, text in zip(chosen, texts)], sum(ended))
+            draft.add([to_row(p, text, args.text_column, args.with_prompt) for p, text in zip(chosen, texts)], sum(ended))
             bar.update(len(chosen))
 
 
@@ -327,4 +329,4 @@ def main(arguments: list[str]) -> None:
     ended = f"{content['rows_that_end']:,} of {content['rows']:,} texts come to their end"
     print(f"{content['file']}: {ended}. {content['statement']}")
     if args.report:
-        print(synthetic_report.in_words(synthetic_report.make_report(args.out, args.report, args)))
+        print(synthetic_report.format_report(synthetic_report.make_report(args.out, args.report, args)))

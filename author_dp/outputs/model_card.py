@@ -6,10 +6,10 @@ from typing import Any, Optional
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
-from author_dp.outputs.page import guarantee, has_guarantee, in_plain_words, number
+from author_dp.outputs.page import fmt, guarantee_rows, has_guarantee, plain_summary
 
 OPTIONS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "bf16")
-IMPORTS = {
+MODULE_PREFIXES = {
     "peft": "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
     "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer",
 }
@@ -102,19 +102,19 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
     return CARD.format(
         metadata=metadata.to_yaml(),
         title="Fine-tuned with author-level differential privacy" if covered else "Fine-tuned without a privacy guarantee",
-        words=in_plain_words(report),
-        imports=IMPORTS[library],
+        words=plain_summary(report),
+        imports=MODULE_PREFIXES[library],
         model_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         name=name,
         base=base,
         counts=("The sample rate" if report["num_authors"] is None else "The number of authors, the sample rate") + COUNTED,
-        guarantee=table(dict(guarantee(report))),
-        settings=table({option: in_a_cell(value) for option, value in options.items() if value is not None}),
+        guarantee=table(dict(guarantee_rows(report))),
+        settings=table({option: escape_cell(value) for option, value in options.items() if value is not None}),
     )
 
 
-def in_a_cell(value: Any) -> str:
-    return number(value) if isinstance(value, float) else str(value)
+def escape_cell(value: Any) -> str:
+    return fmt(value) if isinstance(value, float) else str(value)
 
 
 def table(rows: dict[str, str]) -> str:

@@ -61,7 +61,7 @@ def words_of(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
-def shared_passages(training: Iterable[str], authors: Sequence, texts: Iterable[str]) -> Passages:
+def longest_overlaps(training: Iterable[str], authors: Sequence, texts: Iterable[str]) -> Passages:
     """Return what `texts` share with training texts.
 
     Args:
@@ -87,13 +87,13 @@ def shared_passages(training: Iterable[str], authors: Sequence, texts: Iterable[
     for near, step in ((above, -1), (below, 1)):
         place = near[asked]
         author = np.where((place >= 0) & (place < len(order)), author_of[order[place.clip(0, len(order) - 1)]], -1)
-        matches.append((common(tokens, order, asked, place), author, other_author(author_of[order], place, step)))
+        matches.append((common_prefix_length(tokens, order, asked, place), author, other_author(author_of[order], place, step)))
     (up, author_up, other_up), (down, author_down, other_down) = matches
     best = np.maximum(up, down)
     # One author's alone: whoever else is nearest, above and below, shares less.
     alone = (best > 0) & ~((up == down) & (author_up != author_down))
     for mine, other in ((up, other_up), (down, other_down)):
-        far = common(tokens, order, asked, other)
+        far = common_prefix_length(tokens, order, asked, other)
         alone &= ~((mine == best) & (far == best))
     asked_lengths = lengths[len(lengths) - len(theirs) :]
     return Passages(*longest_of(best, alone, asked_lengths), best, alone, theirs, asked_lengths)
@@ -154,7 +154,7 @@ def other_author(authors: np.ndarray, places: np.ndarray, step: int) -> np.ndarr
     return np.where((places < 0) | (places >= len(authors)), nothing, other)
 
 
-def common(tokens: np.ndarray, order: np.ndarray, asked: np.ndarray, others: np.ndarray) -> np.ndarray:
+def common_prefix_length(tokens: np.ndarray, order: np.ndarray, asked: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return how many tokens the suffixes at two places of the order have in common, (asked,); 0 where there is no other."""
     lengths = np.zeros(len(asked), np.int64)
     active = np.flatnonzero((others >= 0) & (others < len(order)))

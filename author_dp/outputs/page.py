@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 from typing import Optional
 
-from author_dp.accounting.accountant import epsilon_in_words, guarantee_in_words, rounded_up
-from author_dp.training.public_loss import in_words
+from author_dp.accounting.accountant import format_epsilon, format_guarantee, round_up
+from author_dp.training.public_loss import format_release
 
 INTERRUPTED = "nothing yet, as the run has not saved its model; epsilon is what the steps in its ledger have spent"
 STATISTICS_NAME = "_private_statistics.json"
@@ -20,20 +20,20 @@ PAGE_NAME = "report.html"
 BLUE, RED, GREY = "#1b6ca8", "#c8553d", "#8a8f98"
 
 
-def number(value: Optional[float]) -> str:
+def fmt(value: Optional[float]) -> str:
     return "none" if value is None else f"{value:,.6g}"
 
 
-def guarantee(report: dict) -> list[tuple[str, str]]:
+def guarantee_rows(report: dict) -> list[tuple[str, str]]:
     """Return the reporting list of Ponomareva et al. 2023, section 5.3.3; public values only."""
     if report["disable_dp"]:
         return [("Guarantee", "none: trained with --disable_dp")]
     if report.get("alarm"):
         return [("Guarantee", f"none: the run found that its mechanism is not what its ledger says ({report['alarm']})")]
     rows = [
-        ("Guarantee", guarantee_in_words(report["epsilon"], report["delta"])),
+        ("Guarantee", format_guarantee(report["epsilon"], report["delta"])),
         *([("Certified", INTERRUPTED)] if report.get("interrupted") else []),
-        *([("Starting model", model_in_words(report["base_model"]))] if "base_model" in report else []),
+        *([("Starting model", format_model(report["base_model"]))] if "base_model" in report else []),
         ("Setting", "central: the trainer sees the data, the public sees the model"),
         ("Definition", "approximate DP, (epsilon, delta)"),
         ("Privacy unit", "one author with all samples"),
@@ -41,37 +41,37 @@ def guarantee(report: dict) -> list[tuple[str, str]]:
         ("What is covered", "the released weights and every checkpoint; training data only, not the base model's own"),
         ("Mechanism", "DP-SGD on authors: Poisson sampling, per-author clipping, Gaussian noise"),
         ("Accountant", f"{report['accountant'].upper()} (upper bound), all steps ever taken in this folder, lost ones included"),
-        ("Epsilon", "none" if report["epsilon"] is None else epsilon_in_words(report["epsilon"])),
-        ("Target epsilon", number(report["target_epsilon"])),
-        ("Delta", number(report["delta"])),
-        *attacker(report),
-        ("Noise multiplier", number(report["noise_multiplier"])),
-        ("Clip norm", f"{number(report['clip_norm'])} for each author's gradient"),
-        ("Authors", "not told" if report["num_authors"] is None else number(report["num_authors"])),
-        ("Sample rate", number(report["sample_rate"])),
-        *noise_bands(report),
-        ("Expected batch", f"{number(report['expected_batch_size'])} authors"),
+        ("Epsilon", "none" if report["epsilon"] is None else format_epsilon(report["epsilon"])),
+        ("Target epsilon", fmt(report["target_epsilon"])),
+        ("Delta", fmt(report["delta"])),
+        *attack_rows(report),
+        ("Noise multiplier", fmt(report["noise_multiplier"])),
+        ("Clip norm", f"{fmt(report['clip_norm'])} for each author's gradient"),
+        ("Authors", "not told" if report["num_authors"] is None else fmt(report["num_authors"])),
+        ("Sample rate", fmt(report["sample_rate"])),
+        *noise_band_rows(report),
+        ("Expected batch", f"{fmt(report['expected_batch_size'])} authors"),
         ("Samples of an author per step", f"at most {report['samples_per_author']}"),
-        ("Steps", number(report["steps"])),
-        *rows_taken(report),
+        ("Steps", fmt(report["steps"])),
+        *row_limit_row(report),
         ("Tuning", "not included: each further run on the same authors adds its own epsilon"),
     ]
     if release := report.get("evaluation_release"):
-        rows.append(("Evaluation, public", in_words(release)))
+        rows.append(("Evaluation, public", format_release(release)))
     if "epsilon_with_evaluation" in report:
         together = report["epsilon_with_evaluation"]
-        rows.append(("Epsilon with it", "none" if together is None else epsilon_in_words(together)))
+        rows.append(("Epsilon with it", "none" if together is None else format_epsilon(together)))
     if audit := report.get("audit"):
         found = f"epsilon at least {audit['epsilon_lower_bound']:.2f} with {audit['confidence']:.0%} confidence"
         rows.append(("Audit", f"{found}: {audit['correct']} of {audit['guesses']} guesses on {audit['canaries']} canaries right"))
         if audit.get("kind") == "gradient":
-            between = " and ".join(number(bound) for bound in audit["epsilon_between"])
+            between = " and ".join(fmt(bound) for bound in audit["epsilon_between"])
             law = f"draws, clip and noise were as promised in {audit['steps_checked']:,} steps"
             rows.append(("Audit of gradients", f"{law}; from the noise seen, epsilon is between {between}, if it is Gaussian"))
     return rows
 
 
-def model_in_words(model: dict) -> str:
+def format_model(model: dict) -> str:
     """Return what a model that training started from promises to its own authors.
 
     Args:
@@ -79,8 +79,8 @@ def model_in_words(model: dict) -> str:
     """
     if not model["covered"]:
         return f"{model['name']} has no guarantee ({model['reason']})"
-    words = f"{model['name']} has {guarantee_in_words(model['epsilon'], model['delta'])}, on top for authors of both trainings"
-    return f"{words}; it started from {model_in_words(model['base_model'])}" if "base_model" in model else words
+    words = f"{model['name']} has {format_guarantee(model['epsilon'], model['delta'])}, on top for authors of both trainings"
+    return f"{words}; it started from {format_model(model['base_model'])}" if "base_model" in model else words
 
 
 def has_guarantee(report: dict) -> bool:
@@ -90,15 +90,15 @@ def has_guarantee(report: dict) -> bool:
     )
 
 
-def noise_bands(report: dict) -> list[tuple[str, str]]:
+def noise_band_rows(report: dict) -> list[tuple[str, str]]:
     """Return a row where noise is correlated over steps; reports of older versions do not know of it."""
     if report.get("noise_bands", 1) == 1:
         return []
-    accounted = f"{report['accounted_steps']:,} steps at sample rate {number(report['accounted_sample_rate'])}"
+    accounted = f"{report['accounted_steps']:,} steps at sample rate {fmt(report['accounted_sample_rate'])}"
     return [("Noise bands", f"{report['noise_bands']}: noise correlated over steps, groups in turn; accounted as {accounted}")]
 
 
-def rows_taken(report: dict) -> list[tuple[str, str]]:
+def row_limit_row(report: dict) -> list[tuple[str, str]]:
     """Return a row where rows were taken as given, whoever wrote them."""
     limit = (report.get("data") or {}).get("row_limit")
     return (
@@ -106,7 +106,7 @@ def rows_taken(report: dict) -> list[tuple[str, str]]:
     )
 
 
-def attacker(report: dict) -> list[tuple[str, str]]:
+def attack_rows(report: dict) -> list[tuple[str, str]]:
     """Return what the best attacker can do, who is to tell whether an author was in the data."""
     rows = []
     if report.get("mu_gdp") is not None:
@@ -119,7 +119,7 @@ def attacker(report: dict) -> list[tuple[str, str]]:
     return rows
 
 
-def in_plain_words(report: dict) -> str:
+def plain_summary(report: dict) -> str:
     if report["disable_dp"] or report["epsilon"] is None:
         return "This model was trained without a privacy guarantee. It may repeat what its authors wrote."
     if report.get("interrupted"):
@@ -127,7 +127,7 @@ def in_plain_words(report: dict) -> str:
     if not has_guarantee(report):
         return (
             "This training has the guarantee above for its own authors, but it started from a model that has none: "
-            f"{model_in_words(report['base_model'])}. The model may repeat what the authors of that one wrote."
+            f"{format_model(report['base_model'])}. The model may repeat what the authors of that one wrote."
         )
     rates = report.get("tpr_at_fpr") or {}
     found = ""
@@ -136,7 +136,7 @@ def in_plain_words(report: dict) -> str:
             " Even an attacker who knows everything else, and who wrongly accuses 1 % of the authors who were not in the data, "
             f"finds at most {math.ceil(rates['0.01'] * 1e3) / 10:.1f} % of those who were."
         )
-    factor = f"{rounded_up(math.exp(min(report['epsilon'], 700))):,g}"
+    factor = f"{round_up(math.exp(min(report['epsilon'], 700))):,g}"
     return (
         f"Whatever anyone concludes from this model becomes at most {factor} times (e^epsilon) as likely by the presence or "
         "absence of any one author, with all of that author's texts, in the training data, but for a chance of "
@@ -212,16 +212,16 @@ def loss_table(log: list[dict], evaluation: dict[str, dict[str, float]]) -> str:
         rows.insert(1 if rows else 0, ("Training authors: mean over authors, last line of the log", None, trained[-1]))
     if not rows:
         return ""
-    cells = "".join(f"<tr><th>{name}</th><td>{loss(early)}</td><td>{loss(late)}</td></tr>" for name, early, late in rows)
+    cells = "".join(f"<tr><th>{name}</th><td>{fmt_loss(early)}</td><td>{fmt_loss(late)}</td></tr>" for name, early, late in rows)
     head = f"<tr><th>Loss, {PRIVATE}</th><td>before</td><td>after</td></tr>"
     return f"<table>{head}{cells}</table><p>{SCALES}</p>"
 
 
-def loss(value: Optional[float]) -> str:
+def fmt_loss(value: Optional[float]) -> str:
     return "" if value is None else f"{value:,.3f}"
 
 
-def specimens_in_html(specimens: dict[str, dict[str, list[str]]], covered: bool) -> str:
+def samples_html(specimens: dict[str, dict[str, list[str]]], covered: bool) -> str:
     """Return what the model wrote, behind folds; "" where it wrote nothing.
 
     Args:
@@ -241,17 +241,17 @@ def specimens_in_html(specimens: dict[str, dict[str, list[str]]], covered: bool)
             f"Each begins with nothing. {words} The text before training is the base model's own, which this "
             "run says nothing of: it is public only if that model is."
         )
-        folds += fold(f"Texts that begin with nothing: {COVERED if covered else PRIVATE}", begins, free)
+        folds += details_table(f"Texts that begin with nothing: {COVERED if covered else PRIVATE}", begins, free)
     if continued.get("after"):
         words = (
             "Beginnings (grey) are word for word what held-out authors wrote. No guarantee covers these authors, and none covers "
             "text that is made of what they wrote."
         )
-        folds += fold(f"Held-out texts, continued: {PRIVATE}", words, continued)
+        folds += details_table(f"Held-out texts, continued: {PRIVATE}", words, continued)
     return f"<h2>What the model writes</h2>{folds}" if folds else ""
 
 
-def fold(title: str, words: str, texts: dict[str, list[str]]) -> str:
+def details_table(title: str, words: str, texts: dict[str, list[str]]) -> str:
     """Return a fold with a table, what was written before training beside what was written after it."""
     after = texts["after"]
     before, begun = texts.get("before", [""] * len(after)), texts.get("prompts", [""] * len(after))
@@ -270,7 +270,9 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
         figures: of each name its file, and whether it is private.
         statistics: what `report.Statistics` has noted; may be empty.
     """
-    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in guarantee(report))
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in guarantee_rows(report)
+    )
     pictures = ""
     for name, (path, is_private) in figures.items():
         picture = base64.b64encode(path.read_bytes()).decode()
@@ -278,8 +280,8 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
         pictures += f'<figure><img alt="{name}" src="data:image/png;base64,{picture}"><figcaption>{mark}</figcaption></figure>'
     return PAGE.format(
         title=html.escape(title), rows=rows, figures=pictures, cite=html.escape(CITE), not_covered=NOT_COVERED, red=RED,
-        headline=html.escape(guarantee(report)[0][1]), words=html.escape(in_plain_words(report)),
+        headline=html.escape(guarantee_rows(report)[0][1]), words=html.escape(plain_summary(report)),
         colour=BLUE if has_guarantee(report) else RED,
         losses=loss_table(statistics.get("log", []), statistics.get("evaluation", {})),
-        specimens=specimens_in_html(statistics.get("specimens", {}), has_guarantee(report)),
+        specimens=samples_html(statistics.get("specimens", {}), has_guarantee(report)),
     )  # fmt: skip

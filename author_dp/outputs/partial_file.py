@@ -17,7 +17,7 @@ from author_dp.outputs import privacy_statement as sidecar
 STATE_SUFFIX = ".json"  # of what an unfinished file was begun with
 
 
-class Draft:
+class PartialFile:
     """A file that is being written, a batch at a time, and may be gone on with.
 
     Args:
@@ -38,12 +38,12 @@ class Draft:
         self._path, self._hash = self.part.with_name(self.part.name + STATE_SUFFIX), hashlib.sha256()
         try:
             if self._path.exists() and self.part.exists():
-                self._go_on()
+                self._resume()
             else:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 self.part.unlink(missing_ok=True)
                 os.close(os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
-                self._note()
+                self._save_state()
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -51,7 +51,7 @@ class Draft:
     def rows(self) -> int:
         return int(self.state["rows"])
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         """Take up the state of an unfinished file, and cut off what was written after it."""
         known = sidecar.read_json(self._path)
         asked = self.state["settings"]
@@ -81,11 +81,11 @@ class Draft:
             self._hash.update(content)
             for name, value in (("rows", len(rows)), ("ended", ended), ("bytes", len(content))):
                 self.state[name] += value
-            self._note()
+            self._save_state()
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _note(self) -> None:
+    def _save_state(self) -> None:
         write_json(self._path, {**self.state, "sha256": self._hash.hexdigest()}, private=self.mode == 0o600)
 
     def finish(self, content: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Draft:
         if sidecar.sha256_of(self.part) != self._hash.hexdigest():
             raise UserError(f"{self.part} was changed by another program while it was written: delete it, and begin anew")
         try:
-            write_json(sidecar.sidecar_of(self.out), {**content, "sha256": self._hash.hexdigest()})
+            write_json(sidecar.statement_path(self.out), {**content, "sha256": self._hash.hexdigest()})
             os.replace(self.part, self.out)
             fsync_folder(self.out.parent)
             self._path.unlink(missing_ok=True)

@@ -17,14 +17,14 @@ from typing import Any, Optional
 
 from transformers.utils import logging
 
-from author_dp.accounting.accountant import guarantee_in_words
+from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
-from author_dp.accounting.ledger_report import report_anew
-from author_dp.data.hub import local_copy
+from author_dp.accounting.ledger_report import recompute_report
+from author_dp.data.hub import cached_copy
 from author_dp.errors import UserError
-from author_dp.models.loading import base_of_adapter, public_name
+from author_dp.models.loading import adapter_base_model, public_name
 from author_dp.models.weights import check_weights, sha256_of
-from author_dp.outputs.page import model_in_words
+from author_dp.outputs.page import format_model
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -66,7 +66,7 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
         return None
     ledger = PrivacyLedger(ledger_path(folder))
     if ledger.runs:
-        report = report_anew(path, ledger)
+        report = recompute_report(path, ledger)
         report["alarm"] = ledger.alarm
     else:
         report = read_json(path)
@@ -90,7 +90,7 @@ def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
     Args:
         name: hub name or local folder.
     """
-    if not name or (folder := local_copy(name, REPORT_NAME)) is None:
+    if not name or (folder := cached_copy(name, REPORT_NAME)) is None:
         return None
     reason: Optional[str]
     try:
@@ -100,22 +100,22 @@ def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
         reason = "its privacy.json does not certify its weights"
     else:
         if guarantee is not None:
-            reason = why_not_covered(guarantee)
+            reason = not_covered_reason(guarantee)
         elif ledger_path(folder).exists():
             reason = "it has a privacy ledger, but no privacy.json: its run did not finish"
         else:
-            base = base_of_adapter(name)
+            base = adapter_base_model(name)
             return None if base is None else starting_model(base)
     described: dict[str, Any] = {"name": public_name(name), "covered": reason is None, "epsilon": None, "delta": None}
     if reason is None and guarantee is not None:
         described |= {key: guarantee[key] for key in ("epsilon", "delta", "base_model") if key in guarantee}
     else:
         described["reason"] = reason
-    logger.warning(f"--model_name {name} was trained by this program: {model_in_words(described)}")
+    logger.warning(f"--model_name {name} was trained by this program: {format_model(described)}")
     return described
 
 
-def why_not_covered(guarantee: dict[str, Any]) -> Optional[str]:
+def not_covered_reason(guarantee: dict[str, Any]) -> Optional[str]:
     """Return why a model has no guarantee; None where it has one.
 
     Args:
@@ -128,11 +128,11 @@ def why_not_covered(guarantee: dict[str, Any]) -> Optional[str]:
     if guarantee["epsilon"] is None:
         return "the epsilon of its model is infinite"
     if not guarantee.get("base_model", {"covered": True})["covered"]:
-        return f"the training of its model started from another one: {model_in_words(guarantee['base_model'])}"
+        return f"the training of its model started from another one: {format_model(guarantee['base_model'])}"
     return None
 
 
-def claim(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
+def make_statement(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
     """Return what a sidecar says of the protection of a text.
 
     Args:
@@ -143,18 +143,18 @@ def claim(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
     if guarantee is None:
         reason = f"its model has no {REPORT_NAME}: nothing is known of how its training data are protected"
     else:
-        reason = why_not_covered(guarantee)
+        reason = not_covered_reason(guarantee)
         if reason is None and prompts == PRIVATE:
             reason = "its prompts or fields are taken from private data"
     if reason is not None or guarantee is None:
         words = f"NO PRIVACY GUARANTEE: {reason}. The text may repeat what people wrote: do not publish it."
     else:
         words = (
-            f"{guarantee_in_words(guarantee['epsilon'], guarantee['delta'])}: the text is post-processing of a model with that "
+            f"{format_guarantee(guarantee['epsilon'], guarantee['delta'])}: the text is post-processing of a model with that "
             "guarantee for each author of its training data, and costs nothing more, however much of it there is."
         )
         if "base_model" in guarantee:
-            words += f" The training started from another model: {model_in_words(guarantee['base_model'])}."
+            words += f" The training started from another model: {format_model(guarantee['base_model'])}."
     covered = reason is None and guarantee is not None
     excluded = [PRIVATE_PROMPTS] if prompts == PRIVATE else [] if prompts == NO_PROMPTS else [PUBLIC_PROMPTS]
     return {
@@ -168,17 +168,17 @@ def claim(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
     }
 
 
-def sidecar_of(text: Path) -> Path:
+def statement_path(text: Path) -> Path:
     return text.with_name(text.name + SUFFIX)
 
 
-def check_sidecar(text: Path) -> dict[str, Any]:
+def check_statement(text: Path) -> dict[str, Any]:
     """Return the sidecar of a file of text.
 
     Raises:
         UserError: where there is none, or the text is not the one that it was written for.
     """
-    path = sidecar_of(text)
+    path = statement_path(text)
     if not path.exists():
         raise UserError(f"{text} has no {path.name} beside it: nothing says what it is; copy both, or generate it anew")
     sidecar = read_json(path)

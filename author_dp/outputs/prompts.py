@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Optional
 
 from transformers import PreTrainedTokenizerBase
 
-from author_dp.data.chat import Example, Format, as_messages, start_token, tokenize_examples
+from author_dp.data.chat import ChatFormatter, Example, resolve_bos_token, to_messages, tokenize_examples
 from author_dp.data.rows import read_rows
 from author_dp.errors import UserError
 
@@ -47,10 +47,10 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, begin: Optional[str], sourc
     Raises:
         UserError: for a file, row, column or template that makes no prompt.
     """
-    named = fields_of(source.template) if source.template is not None else []
+    named = template_fields(source.template) if source.template is not None else []
     if named and source.file is None:
         raise UserError(f"--prompt_template names the column {named[0]!r}, and there is no --prompts FILE that has it: give one")
-    form = Format(tokenizer, "assistant")
+    form = ChatFormatter(tokenizer, "assistant")
     if (source.chat or source.messages) and form.template is None:
         raise UserError("--chat, or --messages_column: the tokenizer in FOLDER has no chat template; leave it out")
     if source.file is None:
@@ -59,21 +59,23 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, begin: Optional[str], sourc
         rows = ((f"--prompts {source.file}, row {number}", row) for number, row in enumerate(read_rows(source.file), 1))
     examples, beside = [], []
     for place, row in rows:
-        example, columns = begin_text(row, source, named, form, place)
-        examples.append(example.packed())
+        example, columns = render_prompt(row, source, named, form, place)
+        examples.append(example.to_json())
         beside.append(columns)
     if not examples:
         raise UserError(f"--prompts {source.file} holds no rows: give a file with one prompt a row")
     start = start_ids(tokenizer, begin)
     ids, _ = tokenize_examples(examples, tokenizer, start, [])
-    if empty := [number for number, prompt in enumerate(ids, 1) if not (prompt or start or fallback(tokenizer))]:
+    if empty := [number for number, prompt in enumerate(ids, 1) if not (prompt or start or default_start_ids(tokenizer))]:
         raise UserError(
             f"--prompts, row {empty[0]}: it is empty, and the tokenizer has no token that begins a text: give a prompt"
         )
-    return [Prompt(prompt or start or fallback(tokenizer), columns) for prompt, columns in zip(ids, beside)]
+    return [Prompt(prompt or start or default_start_ids(tokenizer), columns) for prompt, columns in zip(ids, beside)]
 
 
-def begin_text(row: dict[str, Any], source: Source, named: list[str], form: Format, place: str) -> tuple[Example, dict[str, Any]]:
+def render_prompt(
+    row: dict[str, Any], source: Source, named: list[str], form: ChatFormatter, place: str
+) -> tuple[Example, dict[str, Any]]:
     """Return what a text of this row begins with, and its columns in the output."""
     kept = {name: value_of(row, name, place) for name in dict.fromkeys([*source.keep, *named])}
     if source.messages is not None:
@@ -92,7 +94,7 @@ def begin_text(row: dict[str, Any], source: Source, named: list[str], form: Form
             return Example(given, [], False), {**kept, "prompt": given}
         given = [{"role": "user", "content": given}]
     try:
-        messages = as_messages(given)
+        messages = to_messages(given)
         if messages[-1]["role"] == "assistant":  # whose words are to be written
             messages = messages[:-1]
         text = form.render(messages, opens_answer=True)
@@ -101,7 +103,7 @@ def begin_text(row: dict[str, Any], source: Source, named: list[str], form: Form
     return Example(text, [], True), {**kept, "messages": messages}
 
 
-def fields_of(template: str) -> list[str]:
+def template_fields(template: str) -> list[str]:
     """Return the columns that a template names, like {topic}; {{ and }} are braces."""
     try:
         parts = list(string.Formatter().parse(template))
@@ -128,13 +130,13 @@ def text_of(row: dict[str, Any], name: str, place: str) -> str:
 
 def start_ids(tokenizer: PreTrainedTokenizerBase, begin: Optional[str]) -> list[int]:
     """Return the token with which training texts began, as a list of one, or of none."""
-    token: Any = start_token(tokenizer)
+    token: Any = resolve_bos_token(tokenizer)
     if token is None and begin is not None:
         token = tokenizer.convert_tokens_to_ids(begin)
     return [] if token is None else [int(token)]
 
 
-def fallback(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def default_start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what to begin with where nothing does: a model must read one token to write the next."""
     tokens = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     return [int(token) for token in tokens[:1]]

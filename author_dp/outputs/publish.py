@@ -18,14 +18,14 @@ from typing import Any, Optional
 
 from huggingface_hub import HfApi
 
-from author_dp.accounting.accountant import guarantee_in_words
+from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.errors import UserError
 from author_dp.files import write_json
-from author_dp.models.loading import base_of_adapter
-from author_dp.models.weights import hash_weights, saved_by
+from author_dp.models.loading import adapter_base_model
+from author_dp.models.weights import hash_weights, weight_name_pattern
 from author_dp.outputs.model_card import model_card
-from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, read_guarantee, why_not_covered
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, not_covered_reason, read_guarantee
 
 # Beside the weight files that privacy.json names, what transformers reads to load and use a model. All of it is the base model's.
 COPIED = (
@@ -34,7 +34,7 @@ COPIED = (
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
 CARD_NAME = "README.md"
-TIME = 946_684_800  # 2000-01-01, of all files: true times would tell how long steps took, so how many authors were in them
+MTIME = 946_684_800  # 2000-01-01, of all files: true times would tell how long steps took, so how many authors were in them
 
 
 def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
@@ -74,8 +74,8 @@ def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
     except OSError as error:
         raise UserError(f"OUT {out} cannot be written ({error.strerror}): choose a folder with free space") from error
     published = {path.relative_to(folder).parts[0] for path in copied} | {REPORT_NAME, CARD_NAME}
-    left_out = {path.name for path in folder.iterdir()} - published
-    return sorted(os.fsencode(name).decode(errors="replace") for name in left_out)
+    non_finite = {path.name for path in folder.iterdir()} - published
+    return sorted(os.fsencode(name).decode(errors="replace") for name in non_finite)
 
 
 def publishable_report(folder: Path) -> dict[str, Any]:
@@ -91,9 +91,9 @@ def publishable_report(folder: Path) -> dict[str, Any]:
         )
     guarantee = read_guarantee(folder)
     assert guarantee is not None
-    if reason := why_not_covered(guarantee):
+    if reason := not_covered_reason(guarantee):
         raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. Train it with privacy, in a new folder")
-    names = saved_by(adapter="adapter_base" in guarantee)
+    names = weight_name_pattern(adapter="adapter_base" in guarantee)
     if other := [name for name in guarantee["weights"] if not names.fullmatch(name)]:
         raise UserError(f"FOLDER {folder}: {REPORT_NAME} names {other[0]}, which is not a file that a run saves. Train again")
     return {key: guarantee[key] for key in PUBLIC_KEYS if key in guarantee and key != "alarm"}
@@ -103,7 +103,7 @@ def make_public(folder: Path) -> None:
     """Let everybody read `folder`, and give everything in it the same time."""
     for path in [*folder.rglob("*"), folder]:
         path.chmod(0o755 if path.is_dir() else 0o644)
-        os.utime(path, (TIME, TIME))
+        os.utime(path, (MTIME, MTIME))
 
 
 def upload(folder: Path, repo: str, message: str, token: Optional[str], revision: Optional[str], in_background: bool) -> Any:
@@ -133,10 +133,10 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
         raise UserError("usage: python -m author_dp.publish FOLDER OUT")
     folder, out = map(Path, arguments)
-    left_out = publish(folder, out)
+    non_finite = publish(folder, out)
     report = publishable_report(out)
-    print(f"{out}: {guarantee_in_words(report['epsilon'], report['delta'])}")
-    print(f"left out: {', '.join(left_out) or 'nothing'}")
-    base = base_of_adapter(str(out))
+    print(f"{out}: {format_guarantee(report['epsilon'], report['delta'])}")
+    print(f"left out: {', '.join(non_finite) or 'nothing'}")
+    base = adapter_base_model(str(out))
     if base is not None and os.path.isdir(base):
         print(f"note: adapter_config.json names the base model by its path here, {base}: others read it, and cannot load it")

@@ -17,18 +17,18 @@ import numpy as np
 from transformers import TrainerCallback
 
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, reports_in
-from author_dp.accounting.ledger_report import report_anew
+from author_dp.accounting.ledger_report import recompute_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError
-from author_dp.files import keep_private, write_json
+from author_dp.files import make_private, write_json
 from author_dp.models.weights import check_weights
-from author_dp.outputs.figures import draw_all
+from author_dp.outputs.figures import draw_figures
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
 
 # --- what is noted during the run -------------------------------------------------------------------------
 
 
-class Statistics(TrainerCallback):
+class RunStatistics(TrainerCallback):
     """Note what the report shows and no other file holds. All of it is private.
 
     Args:
@@ -48,7 +48,7 @@ class Statistics(TrainerCallback):
         """Add to what the file holds, also from before this run was resumed."""
         path = Path(folder) / STATISTICS_NAME
         finite = json.loads(json.dumps(more), parse_constant=lambda _: None)
-        write_json(path, merged(json.loads(path.read_text()) if path.exists() else {}, finite), private=True)
+        write_json(path, deep_merge(json.loads(path.read_text()) if path.exists() else {}, finite), private=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.before:
@@ -75,9 +75,9 @@ class Statistics(TrainerCallback):
         self.add(args.output_dir, **statistics)
 
 
-def merged(old: dict, new: dict) -> dict:
+def deep_merge(old: dict, new: dict) -> dict:
     """Return `old` with what `new` has, dictionaries within merged alike."""
-    both = {name: merged(old[name], value) for name, value in new.items() if isinstance(value, dict) and name in old}
+    both = {name: deep_merge(old[name], value) for name, value in new.items() if isinstance(value, dict) and name in old}
     return {**old, **new, **both}
 
 
@@ -93,12 +93,12 @@ def write_report(folder: Path) -> None:
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     if not (folder / REPORT_NAME).exists() and not ledger.runs:
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
-    report = report_anew(folder / REPORT_NAME, ledger)
+    report = recompute_report(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text()) if path.exists() else {}
-    figures = draw_all(folder / "report", report, ledger, statistics)
+    figures = draw_figures(folder / "report", report, ledger, statistics)
     path = folder / PAGE_NAME
-    keep_private(path)
+    make_private(path)
     path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")
 
 

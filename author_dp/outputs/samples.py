@@ -25,17 +25,17 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from author_dp.mechanism.losses import at_rest
-from author_dp.types import IGNORED
+from author_dp.mechanism.losses import deterministic_eval
+from author_dp.types import IGNORE_INDEX
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 TEXTS, TOKENS = 4, 40  # of each kind, and tokens of each at most
-BEGUN = 6  # tokens that a held-out author has begun with, at most a half of the text
+HELDOUT_PROMPTS = 6  # tokens that a held-out author has begun with, at most a half of the text
 SEED = 1  # what is drawn protects nobody
 
 
-class Specimens:
+class TextSamples:
     """Texts of one run.
 
     Args:
@@ -55,7 +55,7 @@ class Specimens:
         nothing = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
         free = start or ([nothing] if nothing is not None else [])
         self.begun: dict[str, list[list[int]]] = {"free": [free] * TEXTS if free and not answers else []}
-        self.begun["continued"] = [] if held_out is None else beginnings(held_out, sequence_len)
+        self.begun["continued"] = [] if held_out is None else heldout_prompts(held_out, sequence_len)
         self.found: dict[str, dict[str, list[str]]] = {kind: {} for kind, begun in self.begun.items() if begun}
         if "continued" in self.found:
             self.found["continued"]["prompts"] = self.decode(self.begun["continued"])
@@ -69,13 +69,13 @@ class Specimens:
             rows = self.begun[kind]
             tokens = min(TOKENS, self.sequence_len - max(map(len, rows)))
             try:
-                texts[when] = self.decode(continue_rows(model, rows, tokens, self.tokenizer.eos_token_id))
+                texts[when] = self.decode(generate_rows(model, rows, tokens, self.tokenizer.eos_token_id))
             except Exception as error:  # whatever a model's own code raises: a run is not to fail for its report
                 logger.warning(f"The report shows no texts: the model does not write any ({type(error).__name__}: {error}).")
                 return
 
 
-def continue_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[int]) -> list[list[int]]:
+def generate_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[int]) -> list[list[int]]:
     """Return what follows each row as the model has it (temperature 1), at most `tokens` up to `end`, as token ids.
 
     Rows of one length are written together, so that none is padded.
@@ -89,7 +89,7 @@ def continue_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[
     own, base.generation_config = base.generation_config, GenerationConfig()  # whatever else it says, beams and all
     written: list[list[int]] = [[] for _ in rows]
     try:
-        with at_rest(model), torch.no_grad():  # no inference mode: layers may keep tensors for training
+        with deterministic_eval(model), torch.no_grad():  # no inference mode: layers may keep tensors for training
             for length in sorted(set(map(len, rows))):
                 places = [place for place, row in enumerate(rows) if len(row) == length]
                 begun = torch.tensor([rows[place] for place in places], device=model.device)  # (texts, length)
@@ -102,14 +102,14 @@ def continue_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[
     return written
 
 
-def beginnings(held_out: Any, sequence_len: int) -> list[list[int]]:
+def heldout_prompts(held_out: Any, sequence_len: int) -> list[list[int]]:
     """Return what texts of the first held-out authors begin with: what is not learned, or else their first tokens."""
     draws = [held_out.indices[start : start + 1] for start in held_out.offsets[:-1][: 4 * TEXTS]]
     found: list[list[int]] = []
     for (sample,) in held_out.__getitems__(draws):
         ids, labels = sample["input_ids"].tolist(), sample.get("labels")
         learned = first_learned(labels)
-        end = min(BEGUN, len(ids) // 2) if learned is None or learned < 2 else learned
+        end = min(HELDOUT_PROMPTS, len(ids) // 2) if learned is None or learned < 2 else learned
         if 0 < end < sequence_len:
             found.append(ids[:end])
     return found[:TEXTS]
@@ -117,4 +117,4 @@ def beginnings(held_out: Any, sequence_len: int) -> list[list[int]]:
 
 def first_learned(labels: Optional[Any]) -> Optional[int]:
     """Return the place of the first token that is a target; None where all are."""
-    return None if labels is None else int((labels != IGNORED).argmax())
+    return None if labels is None else int((labels != IGNORE_INDEX).argmax())

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, NoReturn, Optional
 
 import numpy as np
 
-from author_dp.data.authors import held_out_draws, split_name
-from author_dp.data.readers import Columns, read_files
+from author_dp.data.authors import holdout_scores, split_id
+from author_dp.data.readers import ColumnSpec, read_files
 from author_dp.data.rows import read_rows
 from author_dp.errors import UserError
 from author_dp.files import write_json
-from author_dp.outputs.overlap import Passages, shared_passages
-from author_dp.outputs.privacy_statement import check_sidecar
+from author_dp.outputs.overlap import Passages, longest_overlaps
+from author_dp.outputs.privacy_statement import check_statement
 from author_dp.outputs.utility import compare_classifiers, compare_language_models
 
 SUFFIX = ".report.json"
@@ -58,7 +58,7 @@ def add_options(parser: Any) -> None:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-def answers(messages: Any) -> str:
+def assistant_text(messages: Any) -> str:
     """Return what the assistant says in a conversation."""
     turns = messages if isinstance(messages, list) else []
     return "\n".join(str(turn["content"]) for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant")
@@ -86,13 +86,13 @@ def read_real(option: str, files: list[str], args: argparse.Namespace) -> list[T
             raise UserError(f"{option} {name}: there is no such file")
     is_chat = args.messages_column is not None
 
-    def packed(*values: Any) -> str:
-        text = answers(values[-1]) if is_chat else values[-1]
+    def to_json(*values: Any) -> str:
+        text = assistant_text(values[-1]) if is_chat else values[-1]
         return json.dumps([text or "", str(values[0]) if args.label_column else None])
 
     text_column = args.messages_column if is_chat else args.text_column
     names = {"text_option": "--messages_column" if is_chat else "--text_column", "prompt_option": "--label_column"}
-    columns = Columns(option, text_column, args.author_column, args.label_column, packed, **names)
+    columns = ColumnSpec(option, text_column, args.author_column, args.label_column, to_json, **names)
     if not is_chat and args.label_column is None:
         columns = columns._replace(as_text=None)
     texts = []
@@ -112,7 +112,7 @@ def split(real: list[Text], model: dict[str, Any], args: argparse.Namespace) -> 
     if "split" in model and by_file != (rule is None):
         known = "by a file: give it, by --validation_file" if rule is None else "by the split: leave out --validation_file"
         raise UserError(f"--validation_file: the run of this model held authors out {known}")
-    if rule is not None and rule != split_name(args.split_seed, args.eval_fraction, args.author_column):
+    if rule is not None and rule != split_id(args.split_seed, args.eval_fraction, args.author_column):
         raise UserError(
             f"--split_seed {args.split_seed}, --eval_fraction {args.eval_fraction} and --author_column {args.author_column} are "
             "not those of the run of this model, which held out others: give its --seed, --eval_fraction and --author_column"
@@ -120,7 +120,7 @@ def split(real: list[Text], model: dict[str, Any], args: argparse.Namespace) -> 
     fraction = 0.0 if by_file else args.eval_fraction
     notes = model.get("data") or {}
     authors = sorted({row.author for row in real})
-    draw = dict(zip(authors, held_out_draws(authors, args.split_seed)))
+    draw = dict(zip(authors, holdout_scores(authors, args.split_seed)))
     limit = fraction + (notes.get("train_fraction") or 1.0) * (1 - fraction)
     training = [row for row in real if fraction <= draw[row.author] < limit][: notes.get("row_limit")]
     if by_file:
@@ -131,7 +131,7 @@ def split(real: list[Text], model: dict[str, Any], args: argparse.Namespace) -> 
 # --- what is found ----------------------------------------------------------------------------------------
 
 
-def part(found: Passages, first: int, last: int) -> dict[str, Any]:
+def overlap_stats(found: Passages, first: int, last: int) -> dict[str, Any]:
     """Return what the texts from `first` to `last` share with training texts."""
     start, end = int(found.words_of[:first].sum()), int(found.words_of[:last].sum())
     places, of_one = found.places[start:end], found.of_one[start:end]
@@ -156,11 +156,11 @@ def part(found: Passages, first: int, last: int) -> dict[str, Any]:
     }
 
 
-def safety(synthetic: list[str], training: list[Text], held_out: list[str]) -> dict[str, Any]:
+def overlap_report(synthetic: list[str], training: list[Text], held_out: list[str]) -> dict[str, Any]:
     """Return what synthetic and held-out texts share with training texts."""
-    found = shared_passages([row.text for row in training], [row.author for row in training], [*synthetic, *held_out])
+    found = longest_overlaps([row.text for row in training], [row.author for row in training], [*synthetic, *held_out])
     number = len(synthetic)
-    ours, theirs = part(found, 0, number), part(found, number, len(found.longest))
+    ours, theirs = overlap_stats(found, 0, number), overlap_stats(found, number, len(found.longest))
     bound = theirs["longest_passage_of_one_author"]["0.99"]
     beyond = int((found.longest_of_one[:number] > bound).sum())
     return {
@@ -181,7 +181,7 @@ def make_report(path: Path, files: list[str], args: argparse.Namespace) -> dict[
     Args:
         files: the real text.
     """
-    said = check_sidecar(path)
+    said = check_statement(path)
     synthetic = read_synthetic(path, args)
     training, held_out = split(read_real("FILE", files, args), said.get("model") or {}, args)
     for name, rows in (("trained on", training), ("held out", held_out)):
@@ -196,7 +196,7 @@ def make_report(path: Path, files: list[str], args: argparse.Namespace) -> dict[
         "sha256": said["sha256"],
         "statement": said["statement"],
         "language_model": learned,
-        "passages": safety(texts, training, [row.text for row in held_out]),
+        "passages": overlap_report(texts, training, [row.text for row in held_out]),
     }
     if args.label_column:
         labelled = [[(row.text, str(row.label)) for row in rows] for rows in (training, held_out)]
@@ -205,7 +205,7 @@ def make_report(path: Path, files: list[str], args: argparse.Namespace) -> dict[
     return report
 
 
-def in_words(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """Return the report for people."""
     models, shared = report["language_model"], report["passages"]
     lines = [
@@ -247,4 +247,4 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--messages_column", help="column of conversations in the real text, instead of --text_column")
     add_options(parser)
     args = parser.parse_args(arguments)
-    print(in_words(make_report(args.synthetic, args.files, args)))
+    print(format_report(make_report(args.synthetic, args.files, args)))

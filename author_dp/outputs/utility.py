@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from author_dp.outputs.overlap import words_of
-from author_dp.types import IGNORED
+from author_dp.types import IGNORE_INDEX
 
 VOCABULARY, TOKENS, BATCH = 2_000, 64, 64  # byte pairs; of a text at most; texts of a step
 END = "<|end|>"
@@ -46,7 +46,7 @@ def padded(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return input_ids and labels, (texts, tokens), padded on the right."""
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    labels = torch.tensor([row + [IGNORED] * (longest - len(row)) for row in rows])
+    labels = torch.tensor([row + [IGNORE_INDEX] * (longest - len(row)) for row in rows])
     return ids, labels
 
 
@@ -79,7 +79,7 @@ def language_model(rows: Sequence[list[int]], vocabulary: int, steps: int, seed:
 
 def next_losses(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return for each token that is predicted its loss, and whether the likeliest guess was right; both flat."""
-    counts = labels[:, 1:] != IGNORED
+    counts = labels[:, 1:] != IGNORE_INDEX
     logits, targets = model(input_ids=ids).logits[:, :-1][counts], labels[:, 1:][counts]
     return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
@@ -105,15 +105,15 @@ def compare_language_models(
     tokenizer = make_tokenizer(real)
     number = min(len(synthetic), len(real))
     steps = min(steps, math.ceil(PASSES * number / BATCH))
-    test = encode(some(held_out, EVALUATED), tokenizer)
+    test = encode(subsample(held_out, EVALUATED), tokenizer)
     rows: dict[str, tuple[Sequence[str], int]] = {
-        "untrained": ([], 0), "synthetic": (some(synthetic, number), steps), "real": (some(real, number), steps),
+        "untrained": ([], 0), "synthetic": (subsample(synthetic, number), steps), "real": (subsample(real, number), steps),
     }  # fmt: skip
     size = tokenizer.get_vocab_size()
     return {name: evaluate(language_model(encode(texts, tokenizer), size, n), test) for name, (texts, n) in rows.items()}
 
 
-def some(texts: Sequence[Any], number: int) -> list[Any]:
+def subsample(texts: Sequence[Any], number: int) -> list[Any]:
     """Return at most `number` of the texts, chosen by chance, the same ones each time."""
     chosen = np.random.default_rng(0).permutation(len(texts))[:number]
     return [texts[i] for i in chosen]
@@ -170,7 +170,7 @@ def compare_classifiers(
     tested, truth = [features(text) for text, _ in held_out], torch.tensor([names[label] for _, label in held_out])
     commonest = np.bincount([names[label] for _, label in real]).argmax()
     found = {"commonest label": (truth == int(commonest)).double().mean().item()}
-    for name, rows in (("synthetic", some(synthetic, number)), ("real", some(real, number))):
+    for name, rows in (("synthetic", subsample(synthetic, number)), ("real", subsample(real, number))):
         model = classifier([text for text, _ in rows], [names[label] for _, label in rows], len(names))
         with torch.inference_mode():
             found[name] = (model(tested).argmax(-1) == truth).double().mean().item()

@@ -26,19 +26,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, reports_in
-from author_dp.distributed import wait_for_all
+from author_dp.distributed import barrier
 from author_dp.errors import UserError
-from author_dp.files import fsync_folder, keep_private, write_json
-from author_dp.guards.options import by_metrics
+from author_dp.files import fsync_folder, make_private, write_json
+from author_dp.guards.options import metric_driven_option
 from author_dp.models.weights import (
-    SEAL_NAME,
-    certifies_nothing,
+    COMPLETE_MARKER,
     check_weights,
+    has_no_guarantee,
     is_checkpoint,
     remove_report,
-    saved_by,
     sha256_of,
     weight_files,
+    weight_name_pattern,
 )
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -47,7 +47,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 # --- whole checkpoints ------------------------------------------------------------------------------------
 
 
-def seal(checkpoint: Path) -> None:
+def mark_complete(checkpoint: Path) -> None:
     """Put every file of `checkpoint` on disk, then say so in a file of its own, with their sizes.
 
     All but the report are for their owner only: the Trainer's state tells losses, how much was computed, and when. The
@@ -55,26 +55,26 @@ def seal(checkpoint: Path) -> None:
     """
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.name != REPORT_NAME:
-            keep_private(path)
+            make_private(path)
     sizes = {}
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL_NAME):
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE_MARKER):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
     hashes = {name: sha256_of(checkpoint / name) for name in sizes if name == OPTIMIZER_NAME}
     fsync_folder(checkpoint)
-    write_json(checkpoint / SEAL_NAME, {"files": sizes, "sha256": hashes}, private=True)
+    write_json(checkpoint / COMPLETE_MARKER, {"files": sizes, "sha256": hashes}, private=True)
     fsync_folder(checkpoint.parent)
 
 
-def find_damage(checkpoint: Path) -> Optional[str]:
+def find_corruption(checkpoint: Path) -> Optional[str]:
     """Return what is missing in `checkpoint`, or None where it is whole."""
     try:
-        sizes = json.loads((checkpoint / SEAL_NAME).read_text())["files"]
+        sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text())["files"]
     except FileNotFoundError:
-        return f"it was not written to its end ({SEAL_NAME} is missing)"
+        return f"it was not written to its end ({COMPLETE_MARKER} is missing)"
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{SEAL_NAME} cannot be read"
+        return f"{COMPLETE_MARKER} cannot be read"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
@@ -82,27 +82,27 @@ def find_damage(checkpoint: Path) -> Optional[str]:
     return None
 
 
-def newest_whole(output_dir: Path) -> Optional[Path]:
+def latest_complete(output_dir: Path) -> Optional[Path]:
     """Return the checkpoint of the highest step that is whole; pass over the others with a warning."""
-    for checkpoint in reversed(by_step(output_dir)):
-        damage = find_damage(checkpoint)
+    for checkpoint in reversed(checkpoints_by_step(output_dir)):
+        damage = find_corruption(checkpoint)
         if damage is None:
             return checkpoint
         logger.warning_once(f"Passed over {checkpoint}: {damage}.")
     return None
 
 
-def by_step(output_dir: Path) -> list[Path]:
+def checkpoints_by_step(output_dir: Path) -> list[Path]:
     """Return the checkpoints in the order of their steps, not of their times: a clock may go backwards."""
     found = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in output_dir.glob("*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def rotate(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
+def prune_checkpoints(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
     """Delete whole checkpoints beside `newest` but for `limit` of them; never `newest` itself, nor `best`."""
     if limit is None or limit <= 0:
         return
-    others = [path for path in by_step(newest.parent) if path != newest and find_damage(path) is None]
+    others = [path for path in checkpoints_by_step(newest.parent) if path != newest and find_corruption(path) is None]
     for path in others[: max(0, len(others) + 1 - limit)]:
         if best is None or path.resolve() != Path(best).resolve():
             remove_checkpoint(path)
@@ -114,7 +114,7 @@ def remove_checkpoint(path: Path) -> None:
     Weights go before a privacy.json that certifies nothing: without it they would pass for those of a base model.
     """
     (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    if not certifies_nothing(path):
+    if not has_no_guarantee(path):
         remove_report(path)
     for weights in weight_files(path):
         weights.unlink()
@@ -122,24 +122,24 @@ def remove_checkpoint(path: Path) -> None:
 
 
 @contextmanager
-def written_whole(output_dir: Path, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+def atomic_checkpoint(output_dir: Path, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
     """Within, the Trainer writes the checkpoint of its step; it is sealed at the end, and only then are older ones deleted."""
     checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if args.should_save and checkpoint.exists():  # of a lost step of the same number
         remove_checkpoint(checkpoint)
-    wait_for_all()  # or another process could write its files before
+    barrier()  # or another process could write its files before
     keep, args.save_total_limit = args.save_total_limit, None
     try:
         yield
     finally:
         args.save_total_limit = keep
-    wait_for_all()  # every process has its files in there
+    barrier()  # every process has its files in there
     if args.should_save:
-        seal(checkpoint)
-        rotate(checkpoint, keep, state.best_model_checkpoint)
+        mark_complete(checkpoint)
+        prune_checkpoints(checkpoint, keep, state.best_model_checkpoint)
 
 
-def state_of(checkpoint: Path) -> TrainerState:
+def load_trainer_state(checkpoint: Path) -> TrainerState:
     """Return the Trainer's state in `checkpoint`."""
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
@@ -165,7 +165,7 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
         with ledger.locked():  # or say at once that another run is in there
             pass
     ledger.check_alarm()
-    check_not_released(ledger, by_metrics(args))
+    check_not_released(ledger, metric_driven_option(args))
     if ledger.steps and privacy.disable_dp:
         raise UserError(f"--output_dir {folder} holds a private run: choose another --output_dir for one with --disable_dp")
     if not resume:
@@ -177,9 +177,9 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
         check_empty(folder)
         return None
     check_own_results(folder, ledger, privacy.disable_dp, adapter, is_first_process=args.process_index == 0)
-    checkpoint = newest_whole(folder) if resume is True else Path(resume)
+    checkpoint = latest_complete(folder) if resume is True else Path(resume)
     if checkpoint is None:
-        if ledger.steps or (privacy.disable_dp and by_step(folder)):
+        if ledger.steps or (privacy.disable_dp and checkpoints_by_step(folder)):
             logger.warning_once(
                 f"No checkpoint in {folder} is whole: starting anew, with the {ledger.steps} steps of its ledger counted."
             )
@@ -189,7 +189,7 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: there is no such folder; give a checkpoint folder, or True for the newest"
         )
-    if damage := find_damage(checkpoint):
+    if damage := find_corruption(checkpoint):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: {damage}; give an earlier checkpoint, or True for the newest whole one"
         )
@@ -199,15 +199,15 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
             "optimizer would begin anew; resume from a checkpoint that was saved without --save_only_model"
         )
     if not privacy.disable_dp:
-        check_history(checkpoint, ledger, is_first_process=args.process_index == 0)
+        check_ledger_covers(checkpoint, ledger, is_first_process=args.process_index == 0)
     return checkpoint
 
 
 def check_empty(folder: Path) -> None:
     """Raise UserError where `folder` holds a model, a checkpoint or a privacy.json: they could pass for results of this run."""
-    if results := [*weight_files(folder), *reports_in(folder), *by_step(folder)]:
+    if results := [*weight_files(folder), *reports_in(folder), *checkpoints_by_step(folder)]:
         raise UserError(
-            f"--output_dir {folder}: it holds results of another run or other weights ({names_of(results, folder)}). Choose "
+            f"--output_dir {folder}: it holds results of another run or other weights ({list_names(results, folder)}). Choose "
             "another --output_dir, or continue that run with --resume_from_checkpoint True"
         )
 
@@ -219,23 +219,23 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
         disable_dp, adapter: the run's kind: whether it is without privacy, and whether it trains an adapter.
         is_first_process: which alone hashes weights.
     """
-    checkpoints, foreign = by_step(folder), []
+    checkpoints, foreign = checkpoints_by_step(folder), []
     for place in (folder, *checkpoints):
-        foreign += [path for path in weight_files(place) if not saved_by(adapter).fullmatch(path.name)]
+        foreign += [path for path in weight_files(place) if not weight_name_pattern(adapter).fullmatch(path.name)]
     foreign += [path for path in reports_in(folder) if ledger.check_report(path)["disable_dp"] != disable_dp]
     # Of our own, privacy.json is written before the Trainer's state, and removed after it.
     foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
     if foreign:
         kind = f"{'an adapter' if adapter else 'a full model'} {'without' if disable_dp else 'with'} privacy"
         raise UserError(
-            f"--output_dir {folder}: it holds results of another kind of run ({names_of(foreign, folder)}) than the one that is "
-            f"resumed ({kind}). Move them away, or choose another --output_dir"
+            f"--output_dir {folder}: it holds results of another kind of run ({list_names(foreign, folder)}) than the one that "
+            f"is resumed ({kind}). Move them away, or choose another --output_dir"
         )
     if is_first_process and not disable_dp and (folder / REPORT_NAME).exists():
         check_weights(folder, ledger.check_report(folder / REPORT_NAME), base=False)
 
 
-def names_of(paths: list[Path], folder: Path) -> str:
+def list_names(paths: list[Path], folder: Path) -> str:
     """Return the first few names, for an error."""
     names = sorted(str(path.relative_to(folder)) for path in paths)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -250,7 +250,7 @@ def check_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
         )
 
 
-def check_history(checkpoint: Path, ledger: PrivacyLedger, is_first_process: bool = True) -> None:
+def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_first_process: bool = True) -> None:
     """Raise UserError unless the steps behind `checkpoint` are in `ledger`, and its weights are those that were saved.
 
     Args:
@@ -266,13 +266,13 @@ def check_history(checkpoint: Path, ledger: PrivacyLedger, is_first_process: boo
         raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
     if is_first_process:
         check_weights(checkpoint, report, base=False)  # the run compares its own base, wherever that lies now
-        known = json.loads((checkpoint / SEAL_NAME).read_text()).get("sha256") or {}
+        known = json.loads((checkpoint / COMPLETE_MARKER).read_text()).get("sha256") or {}
         for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
             if sha256_of(checkpoint / name) != known.get(name):
-                raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {SEAL_NAME}. Restore the file")
+                raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {COMPLETE_MARKER}. Restore the file")
 
 
-def check_same_authors(runs: list[dict[str, Any]], kept: Optional[int], num_authors: int, hidden: bool, allowed: bool) -> None:
+def check_author_count(runs: list[dict[str, Any]], kept: Optional[int], num_authors: int, hidden: bool, allowed: bool) -> None:
     """Raise UserError for another number of authors than in the run before, unless the user says that it is meant.
 
     Args:
@@ -298,7 +298,7 @@ def check_same_authors(runs: list[dict[str, Any]], kept: Optional[int], num_auth
         )
 
 
-def check_untold(folder: Path, ledger: PrivacyLedger, hidden: bool) -> None:
+def check_counts_hidden(folder: Path, ledger: PrivacyLedger, hidden: bool) -> None:
     """Raise UserError where a public file of `folder` tells the number of authors, and --hide_counts (`hidden`) is to keep it."""
     if not hidden:
         return

@@ -22,14 +22,14 @@ from transformers.utils import logging
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.mechanism.microbatches import DrawnDataset, MicrobatchShape
-from author_dp.mechanism.sampling import PoissonAuthorSampler, deal
-from author_dp.models.quantization import scales
+from author_dp.mechanism.microbatches import LogicalBatchDataset, MicrobatchShape
+from author_dp.mechanism.sampling import PoissonAuthorSampler, assign_groups
+from author_dp.models.quantization import quant_scales
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
-def for_logical_batches(args: TrainingArguments) -> TrainingArguments:
+def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:
     """Return a copy of `args` for a Trainer's loop that sees one logical batch a step, on one device a process."""
     args = copy.copy(args)
     if args.n_gpu > 1:
@@ -57,7 +57,7 @@ def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, canar
         rank=args.process_index,
         world_size=args.world_size,
         canaries=canaries,
-        groups=deal(dataset.hashes, bands, broadcast(secrets.token_bytes(32))) if bands > 1 else None,
+        groups=assign_groups(dataset.hashes, bands, broadcast(secrets.token_bytes(32))) if bands > 1 else None,
         bands=bands,
     )
 
@@ -67,14 +67,14 @@ def load_logical_batches(
     sampler: PoissonAuthorSampler,
     args: TrainingArguments,
     collate: Callable,
-    authors_at_once: int,
+    max_authors: int,
     shape: Optional[MicrobatchShape],
 ) -> DataLoader:
     """Return the logical batches of an epoch, as the sampler draws them, padded in the workers."""
     return DataLoader(
-        DrawnDataset(dataset, authors_at_once, collate, shape),
+        LogicalBatchDataset(dataset, max_authors, collate, shape),
         batch_sampler=sampler,  # type: ignore[arg-type]  # of draws, which DrawnDataset takes whole
-        collate_fn=as_is,
+        collate_fn=identity_collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
@@ -83,7 +83,7 @@ def load_logical_batches(
     )
 
 
-def affordable_bands(model: nn.Module, args: TrainingArguments) -> int:
+def max_bands_in_memory(model: nn.Module, args: TrainingArguments) -> int:
     """Return for how many noise bands half of the free memory suffices, on the first process; each but one takes what the
     trained parameters take, over all processes."""
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * 4 / args.world_size
@@ -94,12 +94,12 @@ def affordable_bands(model: nn.Module, args: TrainingArguments) -> int:
     return broadcast(1 + int(free / 2 / size))
 
 
-def move(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
+def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
     """Move the model to where the Trainer will, unless it is spread over devices."""
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
 
 
-class Wrapper(nn.Module):
+class NoDDPWrapper(nn.Module):
     """Call the model, nothing else: accelerate adds DistributedDataParallel to a bare model only."""
 
     def __init__(self, model: nn.Module):
@@ -110,13 +110,13 @@ class Wrapper(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def as_is(batch: Any) -> Any:
+def identity_collate(batch: Any) -> Any:
     """Collate nothing: the data set returns whole batches. A function by name, so that workers can be spawned."""
     return batch
 
 
 @contextmanager
-def naming(option: str) -> Iterator[None]:
+def as_user_error(option: str) -> Iterator[None]:
     """Name the option that the Trainer's complaint is about."""
     try:
         yield
@@ -128,5 +128,5 @@ def broadcast_parameters(model: nn.Module) -> None:
     """Give every process the first one's weights, frozen ones included."""
     if dist.is_initialized():
         for parameter in model.parameters():
-            for tensor in (parameter.data, *scales(parameter)):
+            for tensor in (parameter.data, *quant_scales(parameter)):
                 dist.broadcast(tensor, src=0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from author_dp.accounting.accountant import guarantee_in_words
+from author_dp.accounting.accountant import format_guarantee
 
 STEPS = 2  # the first one warms up, the second is timed
 
@@ -37,7 +37,7 @@ class DryRun(TrainerCallback):
         if not self.steps:
             return "Dry run: no step was left to take."
         if not plan.disable_dp and trainer.is_world_process_zero():
-            spent = f", which spent {guarantee_in_words(trainer.epsilon(), plan.delta)}"
+            spent = f", which spent {format_guarantee(trainer.epsilon(), plan.delta)}"
         total = timedelta(seconds=round(self.seconds * plan.steps))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if torch.cuda.is_available():

@@ -18,14 +18,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import EvalLoopOutput
 
-from author_dp.data.authors import column_of
-from author_dp.distributed import sum_over_processes
-from author_dp.mechanism.fsdp import idle_forwards, rounds_behind
+from author_dp.data.authors import get_column
+from author_dp.distributed import all_reduce_sum
+from author_dp.mechanism.fsdp import dummy_forwards, missing_rounds
 from author_dp.mechanism.losses import token_losses
 from author_dp.types import Batch
 
 
-class TextBatches(Dataset):
+class EvalBatches(Dataset):
     """One process' share of the texts of a data set, in batches of texts similar in length: padding is not work.
 
     Args:
@@ -38,7 +38,7 @@ class TextBatches(Dataset):
         self.dataset, self.collate = dataset, collate
         self.authors = np.empty(len(dataset.indices), np.int64)  # of each text
         self.authors[dataset.indices] = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
-        by_length = np.argsort(pc.list_value_length(column_of(dataset.samples, "input_ids")).to_numpy(), kind="stable")
+        by_length = np.argsort(pc.list_value_length(get_column(dataset.samples, "input_ids")).to_numpy(), kind="stable")
         self.batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)][rank::world_size]
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ def evaluate(
     device = next(model.parameters()).device
     texts: Any = loader.dataset
     sums = torch.zeros(2, len(texts.dataset), dtype=torch.float64)  # losses, tokens
-    idle = rounds_behind(model, len(loader))
+    idle = missing_rounds(model, len(loader))
     with torch.no_grad():
         for batch in loader:
             batch = send_to_device(batch, device)
@@ -72,8 +72,8 @@ def evaluate(
             for row, values in zip(sums, (losses, counted)):
                 row.index_add_(0, batch["author"].cpu(), values.sum(1, dtype=torch.float64).cpu())
             on_batch()
-    idle_forwards(model, idle)
-    losses, tokens = sum_over_processes(sums.to(device)).cpu()
+    dummy_forwards(model, idle)
+    losses, tokens = all_reduce_sum(sums.to(device)).cpu()
     loss = (losses.sum() / tokens.sum()).item()
     author_loss = (losses / tokens)[tokens > 0].mean().item()
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "author_loss": author_loss}

@@ -37,10 +37,10 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
-from author_dp.distributed import broadcast, sum_over_processes
+from author_dp.distributed import all_reduce_sum, broadcast
 from author_dp.errors import UserError
-from author_dp.guards.options import by_metrics
-from author_dp.mechanism.fsdp import idle_forwards, rounds_behind
+from author_dp.guards.options import metric_driven_option
+from author_dp.mechanism.fsdp import dummy_forwards, missing_rounds
 from author_dp.mechanism.losses import token_losses
 
 GRID = 2**20  # steps between a loss of 0 and one of R
@@ -91,7 +91,7 @@ def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_
         raise UserError(f"{name} and --disable_dp exclude each other: a run without privacy publishes nothing; leave one out")
     if not has_evaluation:
         raise UserError(f"{name} needs held-out authors: give --validation_file, or an --eval_fraction above 0")
-    if (option := by_metrics(args)) is not None:
+    if (option := metric_driven_option(args)) is not None:
         raise UserError(
             f"{option} lets held-out authors choose what is saved or trained, for which {name} does not pay: leave it out"
         )
@@ -107,7 +107,9 @@ def check_not_chosen(option: Optional[str]) -> None:
         )
 
 
-def release_loss(trainer: EvaluatedTrainer, epsilon: float, upper: Optional[float], limited: bool) -> Optional[dict[str, Any]]:
+def release_eval_loss(
+    trainer: EvaluatedTrainer, epsilon: float, upper: Optional[float], limited: bool
+) -> Optional[dict[str, Any]]:
     """Release the evaluation loss of the model as it is, once for the steps that it has taken. Collective.
 
     Args:
@@ -125,24 +127,24 @@ def release_loss(trainer: EvaluatedTrainer, epsilon: float, upper: Optional[floa
     asked = {**about, "split": trainer.budget.split, "range": [0.0, upper]}
     if known is not None and known["split"] is not None and {name: known.get(name) for name in asked} == asked:
         return known  # the loss of this very model on these authors: to publish it again costs nothing
-    shares = sum_over_processes(author_shares(trainer, upper)).tolist()
+    shares = all_reduce_sum(local_loss_sums(trainer, upper)).tolist()
     if not trainer.budget.is_first_process:
         return None
     sensitivity = GRID * (2 if limited else 1)
     noisy = [share + discrete_laplace(Fraction(sensitivity) / Fraction(epsilon)) for share in shares]
-    record = {**about, "unit": "held-out author", **mean_loss(noisy, upper, sensitivity / epsilon)}
+    record = {**about, "unit": "held-out author", **noisy_mean(noisy, upper, sensitivity / epsilon)}
     trainer.budget.record_release(record)
     return record
 
 
-def author_shares(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
+def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
     """Return the sums of (g, GRID - g) over this process' share of the held-out authors, int64 (2,)."""
     dataset, size, device = trainer.eval_dataset, trainer.args.per_device_eval_batch_size, trainer.args.device
     totals = torch.zeros(2, dtype=torch.int64)
     trainer.model.eval()
     mine = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
     counts = np.diff(dataset.offsets)[mine.start :: mine.step]  # of texts
-    idle = rounds_behind(trainer.model, int((-(-counts // size)).clip(min=1).sum()))
+    idle = missing_rounds(trainer.model, int((-(-counts // size)).clip(min=1).sum()))
     for author in mine:
         texts = dataset.indices[dataset.offsets[author] : dataset.offsets[author + 1]]
         loss, tokens = 0.0, 0
@@ -153,12 +155,12 @@ def author_shares(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
                 losses, counted = token_losses(trainer.model, batch, trainer.needs_positions)
             loss, tokens = loss + losses.double().sum().item(), tokens + int(counted.sum())
         if tokens:
-            totals += torch.tensor(on_grid(loss / tokens, upper))
-    idle_forwards(trainer.model, idle)
+            totals += torch.tensor(quantize_loss(loss / tokens, upper))
+    dummy_forwards(trainer.model, idle)
     return totals.to(device)
 
 
-def in_words(release: Optional[dict[str, Any]]) -> str:
+def format_release(release: Optional[dict[str, Any]]) -> str:
     """Return the released loss for people: it is public."""
     if release is None or release["loss"] is None:
         return "no evaluation loss, as there are too few held-out authors for its noise"
@@ -170,14 +172,14 @@ def in_words(release: Optional[dict[str, Any]]) -> str:
     )
 
 
-def on_grid(loss: float, upper: float) -> tuple[int, int]:
+def quantize_loss(loss: float, upper: float) -> tuple[int, int]:
     """Return (g, GRID - g) for an author's mean loss, clipped to [0, upper]; one that is not a number counts as the highest."""
     clipped = min(max(loss, 0.0), upper) if math.isfinite(loss) else upper
     share = min(GRID, round(clipped / upper * GRID))
     return share, GRID - share
 
 
-def mean_loss(noisy: list[int], upper: float, scale: float) -> dict[str, Any]:
+def noisy_mean(noisy: list[int], upper: float, scale: float) -> dict[str, Any]:
     """Return loss, its standard error by the noise alone, and the number of authors, all from the two noisy sums.
 
     Args:
