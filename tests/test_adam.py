@@ -147,7 +147,7 @@ def corrects(path, **options) -> bool:
         **{"optim": "adamw_torch", "max_steps": 4, **options},
     )
     trainer.create_optimizer()
-    return isinstance(trainer._noisy.original_optimizer, AdamBC)
+    return isinstance(trainer.dp_optimizer.original_optimizer, AdamBC)
 
 
 def test_it_is_taken_with_noise_bands_or_if_asked_for(tmp_path):

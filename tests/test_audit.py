@@ -138,10 +138,13 @@ def audited_run(folder, **privacy) -> tuple[dict, float]:
     )  # fmt: skip
     audit.start(trainer)
     trainer.train()
-    trainer.audit = audit.finish(trainer)
+    trainer.run_report.audit = audit.finish(trainer)
     report = trainer.privacy_report()
-    assert report["audit"] == trainer.audit and report["num_authors"] == 200 + audit.included.sum() == trainer.plan.num_authors
-    return trainer.audit, report["epsilon"]
+    assert (
+        report["audit"] == trainer.run_report.audit
+        and report["num_authors"] == 200 + audit.included.sum() == trainer.plan.num_authors
+    )
+    return trainer.run_report.audit, report["epsilon"]
 
 
 @pytest.mark.slow

@@ -344,20 +344,20 @@ def test_released_noise_of_a_run_is_correlated_as_promised(tmp_path):
 def test_a_second_training_begins_a_new_mechanism(tmp_path):
     trainer = banded(tmp_path, steps=4)
     trainer.train()
-    past = trainer._noisy.bands
+    past = trainer.dp_optimizer.bands
     assert past.steps == 4
     try:
         trainer.train()
     except RuntimeError as error:  # draws are numbered anew, noises would not be
         pytest.fail(str(error))
-    assert trainer._noisy.bands is not past and trainer._noisy.bands.steps == 4
+    assert trainer.dp_optimizer.bands is not past and trainer.dp_optimizer.bands.steps == 4
     assert [spending.steps for spending in trainer.budget.ledger.spendings] == [2, 2]
 
 
 def test_the_last_noises_are_on_no_disk(tmp_path):
     trainer = banded(tmp_path, steps=4, save_strategy="steps", save_steps=4, optim="adamw_torch")
     trainer.train()
-    past = trainer._noisy.bands.past[:, :50].numpy()
+    past = trainer.dp_optimizer.bands.past[:, :50].numpy()
     secrets = [row[i : i + 2].tobytes() for row in past for i in range(0, 50, 2)]  # two numbers are in no file by chance
     optimizer = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
     names = {name for state in optimizer["state"].values() for name in state}
@@ -372,21 +372,21 @@ def test_one_seed_deals_no_groups(tmp_path):
     groups = []
     for run in range(2):
         trainer = banded(tmp_path / str(run), steps=3, seed=5)
-        watch = trainer.checks.watch
-        trainer.checks.watch = lambda sampler, watch=watch: (groups.append(sampler.groups), watch(sampler))
+        watch = trainer.monitors.watch
+        trainer.monitors.watch = lambda sampler, watch=watch: (groups.append(sampler.groups), watch(sampler))
         trainer.train()
     assert within((groups[0] == groups[1]).mean(), 1 / 3, math.sqrt(2 / 9 / 60))
 
 
 def test_draws_thrown_away_end_the_run(tmp_path):
     trainer = banded(tmp_path, steps=6)
-    watch = trainer.checks.watch
+    watch = trainer.monitors.watch
 
     def watch_and_skip(sampler):
         watch(sampler)
         sampler.draw()
 
-    trainer.checks.watch = watch_and_skip
+    trainer.monitors.watch = watch_and_skip
     with pytest.raises(RuntimeError, match="thrown away"):
         trainer.train()
     assert trainer.budget.ledger.steps == 0

@@ -87,7 +87,7 @@ def test_empty_draws_are_steps_of_noise_alone(tmp_path):
     trainer = make_trainer(
         tmp_path, dataset=make_dataset([1] * 1_000), privacy={"noise_multiplier": 1.0}, max_steps=3, logging_steps=3
     )
-    trainer.plan = trainer.checks.plan = type(trainer.plan)(**{**vars(trainer.plan), "sample_rate": 1e-9})
+    trainer.plan = trainer.monitors.plan = type(trainer.plan)(**{**vars(trainer.plan), "sample_rate": 1e-9})
     trainer.args.max_steps = 3
     batches, recorder = train(trainer)
     assert [batch.batch_size for batch in batches] == [0, 0, 0] and trainer.budget.ledger.steps == 3

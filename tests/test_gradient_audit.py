@@ -323,12 +323,12 @@ def test_a_finished_run_keeps_its_audit_when_it_is_run_again(tmp_path):
     options = {"steps": 3, "save_strategy": "steps", "save_steps": 3}
     trainer = audited(tmp_path, **options)
     trainer.train()
-    trainer.audit = trainer.canaries.finish(trainer)
+    trainer.run_report.audit = trainer.canaries.finish(trainer)
     trainer.save_model()
     again = audited(tmp_path, **options, resume_from_checkpoint=True)
     again.train()
-    again.audit = again.canaries.finish(again)
-    assert again.audit == trainer.audit and again.audit["steps_checked"] == 3
+    again.run_report.audit = again.canaries.finish(again)
+    assert again.run_report.audit == trainer.run_report.audit and again.run_report.audit["steps_checked"] == 3
     assert dict(guarantee_rows(again.privacy_report()))["Audit of gradients"]
 
 

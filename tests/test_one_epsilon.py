@@ -245,9 +245,12 @@ def finished(folder, **options):
     trainer = make_trainer(
         folder, dataset=make_dataset([1] * 60), max_steps=2, save_strategy="steps", save_steps=2, learning_rate=0.1, **options
     )
-    trainer.data, trainer.base_model = {"dataset": "mine"}, {"name": "base", "covered": True, "epsilon": 1.0, "delta": 1e-5}
+    trainer.run_report.data, trainer.run_report.base_model = (
+        {"dataset": "mine"},
+        {"name": "base", "covered": True, "epsilon": 1.0, "delta": 1e-5},
+    )
     trainer.train()
-    trainer.audit = lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
+    trainer.run_report.audit = lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
     trainer.save_model()
     trainer.create_model_card()
     return trainer
@@ -293,7 +296,7 @@ def test_a_finished_run_reports_its_own_options_when_it_is_called_again(tmp_path
             other.train()
         other.save_model()
         other.create_model_card()
-        assert [(tmp_path / name).read_bytes() for name in names] == kept and other.audit == first.audit
+        assert [(tmp_path / name).read_bytes() for name in names] == kept and other.run_report.audit == first.run_report.audit
         assert plain or other.epsilon() == first.epsilon()
 
 

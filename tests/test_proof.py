@@ -190,7 +190,7 @@ def test_the_log_says_it_and_names_what_is_frozen(tmp_path, caplog, monkeypatch)
     assert "clipping checked against a plain loop: " in caplog.text
     assert "encoder_attn" in caplog.text and "frozen" in caplog.text
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == set(trainer.proof.unused) and all("encoder_attn" in name for name in frozen)
+    assert frozen == set(trainer.model_check.unused) and all("encoder_attn" in name for name in frozen)
     trainer.train()
 
 
@@ -236,8 +236,8 @@ def test_a_run_takes_authors_one_at_a_time_where_a_parameter_has_no_rule(tmp_pat
         trained = model()
         before = flat(trained.parameters()).clone()
         trainer = make_trainer(tmp_path / str(knows), trained, dataset, privacy=privacy, per_device_train_batch_size=3)
-        assert [name for name, p in trained.named_parameters() if p in trainer.proof.apart] == ["transformer.ln_f.scale"]
-        trainer.proof = trainer.proof if knows else None
+        assert [name for name, p in trained.named_parameters() if p in trainer.model_check.apart] == ["transformer.ln_f.scale"]
+        trainer.model_check = trainer.model_check if knows else None
         microbatches = next(iter(trainer.get_train_dataloader())).microbatches
         assert all(batch["num_authors"] == (1 if knows else 3) for batch in microbatches)
         trainer.train()
@@ -257,7 +257,7 @@ def test_what_is_taken_apart_survives_checkpointing_and_bfloat16(tmp_path, optio
         trainer = make_trainer(
             tmp_path / name, model, make_dataset([1, 2, 3]), privacy=privacy, per_device_train_batch_size=3, **extra
         )
-        assert len(trainer.proof.apart) == 1
+        assert len(trainer.model_check.apart) == 1
         trainer.train()
         updates.append(before - flat(model.parameters()))
     assert (updates[0] - updates[1]).norm() < (0.05 if "bf16" in options else 1e-5) * updates[0].norm()

@@ -100,7 +100,7 @@ def test_what_was_found_before_training_outlives_an_interruption(tmp_path):
 
 def test_the_card_holds_public_values_only(tmp_path):
     trainer = run(tmp_path)
-    trainer.audit = {"epsilon_lower_bound": 0.5, "confidence": 0.95, "correct": 60, "guesses": 100, "canaries": 200}
+    trainer.run_report.audit = {"epsilon_lower_bound": 0.5, "confidence": 0.95, "correct": 60, "guesses": 100, "canaries": 200}
     text = model_card(trainer.privacy_report())
     assert "differential-privacy" in yaml.safe_load(text.split("---")[1])["tags"]
     assert "760" not in re.sub(r"\d\.\d+", "", text)  # the number of samples

@@ -184,7 +184,7 @@ def test_the_program_ends_with_status_3(tmp_path, checkpoint, comments, processe
 def test_right_noise_raises_no_alarm_in_a_real_run(tmp_path, secure):
     trainer = small(tmp_path, privacy={"secure_noise": secure})
     trainer.train()
-    assert trainer.budget.steps == 12 and trainer.checks.noise.steps == 12 and trainer.budget.ledger.alarm is None
+    assert trainer.budget.steps == 12 and trainer.monitors.noise.steps == 12 and trainer.budget.ledger.alarm is None
 
 
 def test_without_noise_nothing_is_checked(tmp_path):

@@ -133,8 +133,8 @@ def one_step(folder: Path) -> dict:
         "weights": flat(trainer.model.parameters()),
         "update": sum(recorder.gradients),
         "wrapped_in": recorder.wrapped_in,
-        "proven": trainer.proof.error,
-        "checked": (trainer.checks.noise.steps, canaries.law.steps),
+        "proven": trainer.model_check.error,
+        "checked": (trainer.monitors.noise.steps, canaries.law.steps),
         "loss": loss,
     }
 

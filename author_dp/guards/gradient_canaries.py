@@ -130,7 +130,7 @@ class GradientCanaries:
 
     def interval(self, trainer: Any) -> dict[str, Any]:
         """Return the noise multiplier and epsilon that the noise shows, with CONFIDENCE; on the first process only."""
-        check, ledger = trainer.checks.noise, trainer.budget.ledger
+        check, ledger = trainer.monitors.noise, trainer.budget.ledger
         if not trainer.is_world_process_zero() or check is None or not check.steps:
             return {}
         factors, delta = check.interval(CONFIDENCE), trainer.plan.delta

@@ -99,6 +99,26 @@ def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedMode
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
 
 
+class PlainEngine:
+    """Training without privacy, called as the clipping engines are: one path for both.
+
+    Args:
+        model: called as it is.
+        expected_batch_size: by which the sum of losses is divided.
+    """
+
+    def __init__(self, model: nn.Module, expected_batch_size: int):
+        self.module, self.expected_batch_size = model, expected_batch_size
+
+    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of the authors' losses, (authors,), to `grad`; return zeros for norms, which nobody reads."""
+        (losses.sum() / self.expected_batch_size).backward()
+        return torch.zeros_like(losses.detach())
+
+    def close(self) -> None:
+        """Do nothing: there are no hooks."""
+
+
 class NoDDPWrapper(nn.Module):
     """Call the model, nothing else: accelerate adds DistributedDataParallel to a bare model only."""
 
