@@ -71,6 +71,13 @@ class CertifiedTrainer(LogicalBatchTrainer):
         steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
         return self.budget.summary(model_sizes(self.model), self.train_dataset.offsets, max(0, self.plan.steps - steps_before))
 
+    def log_summary(self) -> None:
+        """Log what the run will do and cost, and warn of what may be a mistake."""
+        logger.info("\n".join([self.summary(), *format_data_summary(self.run_report.data or {})]))
+        for warning in (self.budget.plan.delta_warning(), self.budget.plan.tuning_hint()):
+            if warning and not self.plan.disable_dp and self.is_world_process_zero():
+                logger.warning(warning)
+
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
         return self.budget.epsilon(more_steps)
