@@ -436,11 +436,11 @@ class DPTrainer(Trainer):
             accumulation = self.plan.expected_batch_size // (at_once * self.args.world_size)
             shape = make_microbatch_shape(at_once, accumulation, self.privacy.samples_per_author, self.sequence_len)
         sampler = self._sampler()
-        self.checks.watch(sampler)
+        self.checks.watch_sampler(sampler)
         return load_logical_batches(self.train_dataset, sampler, self.args, self.data_collator, at_once, shape)
 
     def _sampler(self) -> PoissonAuthorSampler:
-        return make_sampler(self.train_dataset, self.plan, self.args, self.checks.number)
+        return make_sampler(self.train_dataset, self.plan, self.args, self.checks.num_canaries)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Wrap the Trainer's optimizer in the one that adds the noise."""
@@ -460,7 +460,7 @@ class DPTrainer(Trainer):
                 clip_norm=self.plan.clip_norm,
                 expected_batch_size=self.plan.expected_batch_size,
                 before_release=self._record_step,
-                after_release=self.checks.released,
+                after_release=self.checks.on_release,
                 canaries=self.canaries,
                 secure_noise=self.privacy.secure_noise,
             )
@@ -486,10 +486,10 @@ class DPTrainer(Trainer):
             return model
         if not self.full_shard:
             broadcast_parameters(self.model)
-        self.checks.hold(self.model)
+        self.checks.watch_frozen_weights(self.model)
         if self.privacy.disable_dp:
             return NoDDPWrapper(self.model)
-        clipped = self.model if self.canaries is None else self.canaries.beside(self.model)
+        clipped = self.model if self.canaries is None else self.canaries.wrap_model(self.model)
         self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm, bool(self.args.activation_checkpointing))
         if self.proof is not None:
             self.proof.settle(self.engine)
@@ -514,7 +514,7 @@ class DPTrainer(Trainer):
             if self.engine is None:
                 (losses.sum() / self.plan.expected_batch_size).backward()
             else:
-                losses = losses if self.canaries is None else self.canaries.push(losses, microbatch)
+                losses = losses if self.canaries is None else self.canaries.add_canary_losses(losses, microbatch)
                 norms = self.engine.backward(losses, microbatch["author"])
                 self.norms.add(norms, real)
             total += losses.detach().nan_to_num(posinf=0.0).sum()
@@ -527,7 +527,7 @@ class DPTrainer(Trainer):
         if self.engine is not None:
             self._noisy.draw = inputs.number
         self.norms.end_step()
-        self.checks.taken(inputs.batch_size, inputs.number)
+        self.checks.on_step(inputs.batch_size, inputs.number)
         if self.engine is None:
             all_reduce_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one

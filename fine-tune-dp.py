@@ -64,10 +64,11 @@ from author_dp.data.authors import get_column
 from author_dp.data.chat import resolve_bos_token
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
+from author_dp.guards.canaries import AuditArguments, load_or_create_key
+from author_dp.guards.canaries import format_audit as audit_in_words
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.options import check_fsdp, check_options, check_shared_authors, metric_driven_option
-from author_dp.guards.text_canaries import AuditArguments, TextCanaries, load_or_create_key
-from author_dp.guards.text_canaries import format_audit as audit_in_words
+from author_dp.guards.text_canaries import TextCanaries
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.models.loading import (
@@ -413,7 +414,7 @@ def make_audit(
     """
     if not args.audit_canaries:
         return None
-    key = load_or_create_key(folder, go_on=go_on)
+    key = load_or_create_key(folder, go_on)
     if args.audit_kind == "gradient":
         return GradientCanaries(args.audit_canaries, key)
     return TextCanaries(args.audit_canaries, most_samples, most_tokens, vocabulary, key)

@@ -11,7 +11,7 @@ from planting import find, with_edit
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.agreement import describe_data, set_hash
+from author_dp.guards.agreement import hash_data, set_hash
 from author_dp.guards.gradient_canaries import GradientCanaries
 
 LOADER = "author_dp.training.dataloading.make_sampler"
@@ -111,9 +111,9 @@ def test_processes_that_were_given_other_data_or_options_do_not_start(tmp_path, 
 
 
 def test_the_description_of_data_follows_their_content():
-    described = [describe_data(make_dataset([2, 1, 3] * 10, seed)) for seed in (0, 0, 1)]
+    described = [hash_data(make_dataset([2, 1, 3] * 10, seed)) for seed in (0, 0, 1)]
     assert described[0] == described[1] != described[2]
-    assert describe_data(make_dataset([2, 1, 3] * 9 + [2, 3, 1])) != described[0]
+    assert hash_data(make_dataset([2, 1, 3] * 9 + [2, 3, 1])) != described[0]
 
 
 def test_hashes_of_sets_add_up():

@@ -13,14 +13,9 @@ from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from author_dp.errors import UserError
-from author_dp.guards.text_canaries import (
-    AuditArguments,
-    TextCanaries,
-    epsilon_lower_bound,
-    load_or_create_key,
-    lower_bound,
-    p_value,
-)
+from author_dp.guards.canaries import AuditArguments, load_or_create_key
+from author_dp.guards.one_run_audit import epsilon_lower_bound, lower_bound, p_value
+from author_dp.guards.text_canaries import TextCanaries
 from data_utils import AuthorDataset
 
 KEY = 2**100 + 7
@@ -63,7 +58,7 @@ def test_chance_and_wrong_guesses_prove_nothing():
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])
 def test_the_bound_covers_the_true_epsilon_of_randomized_response(epsilon, monkeypatch):
     """Randomized response of one bit a canary is exactly epsilon-DP, and the audit's worst case: at least 95 % of bounds hold."""
-    monkeypatch.setattr("author_dp.guards.text_canaries.epsilon_lower_bound", functools.cache(epsilon_lower_bound))
+    monkeypatch.setattr("author_dp.guards.one_run_audit.epsilon_lower_bound", functools.cache(epsilon_lower_bound))
     generator, runs = np.random.default_rng(3), 2_000
     exceeded = 0
     for _ in range(runs):
@@ -108,11 +103,11 @@ def test_coins_are_fair_and_canaries_differ_between_keys():
 
 
 def test_the_key_is_secret_new_for_a_new_run_and_kept_for_one_that_goes_on(tmp_path):
-    first = load_or_create_key(str(tmp_path / "out"), go_on=False)
+    first = load_or_create_key(str(tmp_path / "out"), resume=False)
     path = tmp_path / "out" / "_audit_key.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and json.loads(path.read_text())["key"] == first
     assert (
-        load_or_create_key(str(tmp_path / "out"), go_on=True) == first != load_or_create_key(str(tmp_path / "out"), go_on=False)
+        load_or_create_key(str(tmp_path / "out"), resume=True) == first != load_or_create_key(str(tmp_path / "out"), resume=False)
     )
     assert first.bit_length() > 90
 
@@ -163,6 +158,8 @@ def test_noise_that_is_promised_but_not_added_is_found(tmp_path, monkeypatch):
     complaints = []
     monkeypatch.setattr("author_dp.guards.text_canaries.logger.error", complaints.append)
     monkeypatch.setattr("author_dp.mechanism.noise.GaussianNoise.add_", lambda self, total, std: total)
-    monkeypatch.setattr("author_dp.guards.monitors.noise_check", lambda *_: None)  # which would find it before the first step
+    monkeypatch.setattr(
+        "author_dp.guards.monitors.make_noise_monitor", lambda *_: None
+    )  # or it would find it before the first step
     found, epsilon = audited_run(tmp_path, noise_multiplier=None, target_epsilon=2.0)
     assert found["epsilon_lower_bound"] > epsilon and "contradicts the guarantee" in complaints[0]

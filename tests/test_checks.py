@@ -43,7 +43,7 @@ def run(folder, model=None, act=None, **options) -> None:
 
 
 def test_an_update_that_no_ledger_holds_ends_the_run(tmp_path):
-    with pytest.raises(MechanismError, match="updated 3 times in 2 steps"):
+    with pytest.raises(MechanismError, match="updated 3 times, but the ledger has 2 steps"):
         run(tmp_path, act=lambda model, optimizer: optimizer.optimizer.original_optimizer.step())
     assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").alarm
 
@@ -63,7 +63,7 @@ def test_a_step_without_an_update_ends_the_run(tmp_path, monkeypatch):
     step = find("author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step")
     twice = with_edit(step, "self.before_release()", "self.before_release(); self.before_release()")
     monkeypatch.setattr(step, "__code__", twice)
-    with pytest.raises(MechanismError, match="updated 2 times in 4 steps"):
+    with pytest.raises(MechanismError, match="updated 2 times, but the ledger has 4 steps"):
         run(tmp_path)
 
 
@@ -83,7 +83,7 @@ def add_noise(model, optimizer) -> None:
 @pytest.mark.parametrize("make", [half_frozen, functools.partial(tiny_gpt2, **MODELS["lora"])], ids=["frozen", "lora"])
 def test_weights_that_are_not_trained_stay_as_they_are(tmp_path, make):
     run(tmp_path / "honest", make(), optim="adamw_torch", weight_decay=0.1)
-    with pytest.raises(MechanismError, match="has changed, which is not trained"):
+    with pytest.raises(MechanismError, match="is not trained, but has changed"):
         run(tmp_path / "noise", make(), add_noise)
     assert not (tmp_path / "noise" / "checkpoint-3").exists()
 
@@ -93,7 +93,7 @@ def test_a_buffer_that_is_saved_stays_as_it_is(tmp_path):
     model.register_buffer("memory", torch.zeros(3))
     model.register_buffer("scratch", torch.zeros(3), persistent=False)
     run(tmp_path / "scratch", model, lambda model, _: model.scratch.add_(1))
-    with pytest.raises(MechanismError, match="memory has changed"):
+    with pytest.raises(MechanismError, match="memory is not trained"):
         run(tmp_path / "memory", model, lambda model, _: model.memory.add_(1))
 
 
@@ -136,7 +136,7 @@ def test_bits_of_every_type_are_read(dtype):
         fixed = FrozenWeightsMonitor(model)
         fixed.test_full()
         model.numbers.view(-1)[-1:].zero_() if model.numbers.is_contiguous() else model.numbers[-1].zero_()
-        with pytest.raises(MechanismError, match="numbers has changed"):
+        with pytest.raises(MechanismError, match="numbers is not trained"):
             fixed.test_full()
 
 

@@ -16,17 +16,12 @@ from transformers import TrainingArguments
 from author_dp.accounting.accountant import gaussian_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.gradient_canaries import (
-    CanaryMonitor,
-    GradientCanaries,
-    ScoreDistribution,
-    gaussian_mu_lower_bound,
-    rejects_mu,
-    score,
-    to_normal,
-)
+from author_dp.guards.canary_monitor import CanaryMonitor, ScoreDistribution, score, to_normal
+from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.monitors import without_groups
-from author_dp.guards.sampling_monitor import SamplingMonitor, check_unseeded_sampling
+from author_dp.guards.one_run_audit import gaussian_mu_lower_bound, lower_bound, rejects_mu
+from author_dp.guards.sampling_monitor import SamplingMonitor
+from author_dp.guards.seed_checks import check_unseeded_sampling
 from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.mechanism.sampling import PoissonAuthorSampler, assign_groups
 from author_dp.outputs.page import guarantee_rows
@@ -56,67 +51,67 @@ def audited(folder, canaries: int = 200, steps: int = 16, per_device: int = 16, 
 
 # What a careless colleague would write, and what finds it, tested at each step.
 BUGS: dict[str, tuple] = {
-    "no noise": (STEP, "if std > 0:", "if False:", "its scale"),
-    "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "its scale"),
+    "no noise": (STEP, "if std > 0:", "if False:", "scale"),
+    "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "scale"),
     "noise for the parameters alone": (
         STEP, "self.grad_buffer.split(self.noise.elements)", "self.grad_buffer[:-len(self.pad)].split(self.noise.elements)",
-        "its scale"),
+        "scale"),
     "noise that spares the canaries": (
         STEP, "self.grad_buffer.split(self.noise.elements)",
-        "self.grad_buffer[:-len(self.pad) + 4096].split(self.noise.elements)", "what is released"),
-    "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "what is released for canaries",
+        "self.grad_buffer[:-len(self.pad) + 4096].split(self.noise.elements)", "canaries fail"),
+    "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "canaries fail",
         {"steps": 120}),
-    "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "what is released for canaries"),
+    "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "canaries fail"),
     "an author counted twice": (
         GHOST, "(self.clip_norm / norms).clamp(max=1.0)",
-        "(self.clip_norm / norms).clamp(max=1.0) * torch.bincount(author, minlength=len(losses))", "what is released",
+        "(self.clip_norm / norms).clamp(max=1.0) * torch.bincount(author, minlength=len(losses))", "canaries fail",
         {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']));"
         "real = torch.arange(len(microbatch['author'])) < real.sum()",
-        "what is released", {"steps": 120}),
-    "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "what is released for",
+        "canaries fail", {"steps": 120}),
+    "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "canaries fail",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
     "q doubled": (
         "author_dp.training.dataloading.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate",
-        "how many authors"),
+        "number of sampled authors|batch size"),
     "shuffled batches": (
         f"{DRAW}.sample_indices", "drawn = []",
         "drawn = []\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
         ".random.default_rng().permutation(number)\n    size = round(number * self.rate); taken, self.deck = self.deck"
-        "[:size], self.deck[size:]\n    return np.sort(taken)", "how many authors were never drawn"),
+        "[:size], self.deck[size:]\n    return np.sort(taken)", "number of authors never sampled"),
     "an author who is always in": (
         f"{DRAW}.sample_indices", "return places[places < number]", "return np.unique([3, *places[places < number]])",
-        "how often one author is drawn"),
+        "frequency of one author"),
     "an author who is never in": (
         f"{DRAW}.sample_indices", "return places[places < number]", "return places[(places < number) & (places != 3)]",
-        "how often one author is drawn", {"steps": 260, "per_device": 50, "canaries": 0}),
+        "frequency of one author", {"steps": 260, "per_device": 50, "canaries": 0}),
     "every draw used twice": (
         f"{DRAW}.sample_indices", "return places[places < number]",
         "last = getattr(self, 'last', None); self.last = places[places < number] if last is None else None\n"
-        "    return self.last if last is None else last", "in two draws in a row"),
+        "    return self.last if last is None else last", "overlap of consecutive batches"),
     "empty draws skipped": (
         f"{DRAW}.draw", "authors = self.draw_authors()",
         "authors = self.draw_authors()\n    while not len(authors): authors = self.draw_authors()",
-        "how many", {"steps": 120, "per_device": 1, "canaries": 0, "logging_steps": 20}),
+        "number of|batch size", {"steps": 120, "per_device": 1, "canaries": 0, "logging_steps": 20}),
     "canaries drawn, real authors rarely": (
         f"{DRAW}.draw", "authors = self.draw_authors()", "authors = self.draw_authors()\n    authors = authors[(authors >= "
-        "self.real) | (authors % 2 == 0)]", "how many authors", {"steps": 40}),
+        "self.real) | (authors % 2 == 0)]", "number of sampled authors|batch size", {"steps": 40}),
     "division by the real batch size": (
         "dp_utils.DPTrainer.training_step", "model.train()",
-        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "its scale"),
+        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "scale"),
     "noise of every microbatch": (
         "dp_utils.DPTrainer.training_step", "total += losses.detach()",
         "self.optimizer.optimizer.grad_buffer.add_(torch.randn_like("
         "self.optimizer.optimizer.grad_buffer) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
-        "its scale"),
+        "scale"),
     "clipped again after the noise": (
         STEP, "if self.after_release is not None:", "self.grad_buffer.mul_(min(1.0, 0.5 / float(self.grad_buffer.norm())))\n"
-        "    if self.after_release is not None:", "its scale"),
+        "    if self.after_release is not None:", "scale"),
     "draws from --seed": (
         "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
-        "the draws follow the seed"),
+        "sampling follows the seed"),
 }  # fmt: skip
 
 
@@ -161,11 +156,11 @@ def test_canaries_leave_the_model_and_its_losses_alone(tmp_path):
 
 
 @pytest.mark.parametrize("clipping", ["ghost", "grad_sample"])
-def test_a_canary_adds_exactly_the_clip_norm_in_its_own_coordinate(tmp_path, clipping):
+def test_a_canary_adds_exactly_the_clip_norm_in_its_own_coordinate(tmp_path, monkeypatch, clipping):
     privacy = {"noise_multiplier": 1e-6, "sample_rate": 1.0, "target_delta": 1e-5, "clipping": clipping}
     trainer = audited(tmp_path, 30, steps=1, per_device=16, authors=5, privacy=privacy)
     seen = []
-    trainer.canaries.add = lambda released: seen.append(released.clone())
+    monkeypatch.setattr(CanaryMonitor, "add", lambda self, released: seen.append(released.clone()))
     trainer.train()
     expected = torch.from_numpy(trainer.canaries.included).float() * 0.5 / 16
     assert torch.allclose(seen[0], expected, atol=1e-5)
@@ -219,9 +214,9 @@ def test_two_hundred_honest_runs_raise_no_alarm():
         law, draws = CanaryMonitor(sigma, rate, included), SamplingMonitor(300, 40, rate)
         sampler = PoissonAuthorSampler(np.arange(301), np.arange(300), sample_rate=rate, samples_per_author=1, steps=1,
                                        key=int(generator.integers(2**60)), canaries=40)  # fmt: skip
-        sampler.on_draw = draws.drawn
+        sampler.on_draw = draws.on_sample
         for step in range(1, 31):
-            draws.taken(sampler.draw().batch_size)
+            draws.on_step(sampler.draw().batch_size)
             drawn = included & (generator.random(300) < rate)
             law.add(torch.from_numpy(drawn + sigma * generator.standard_normal(300)))
             if step % 5 == 0:
@@ -241,7 +236,7 @@ def test_draws_that_follow_a_seed_are_found_and_others_are_not():
 
     check_unseeded_sampling(maker(lambda: secrets.randbits(128)), 30, 0.2)
     for seeded in (torch.initial_seed, lambda: int(torch.randint(2**60, ())), lambda: int(np.random.randint(2**60)), lambda: 3):
-        with pytest.raises(MechanismError, match="follow the seed"):
+        with pytest.raises(MechanismError, match="follows the seed"):
             check_unseeded_sampling(maker(seeded), 30, 0.2)
     check_unseeded_sampling(lambda: lambda: np.arange(30), 30, 1.0)  # everybody, always: nothing to tell
 
@@ -261,7 +256,7 @@ def test_draws_of_groups_that_follow_a_seed_are_found_and_groups_of_nobody_are_n
 
     for _ in range(100):
         check_unseeded_sampling(maker(lambda: secrets.randbits(128)), 6, bands * 0.02)
-    with pytest.raises(MechanismError, match="follow the seed"):
+    with pytest.raises(MechanismError, match="follows the seed"):
         check_unseeded_sampling(maker(torch.initial_seed), 6, bands * 0.02)
 
 
@@ -269,8 +264,6 @@ def test_draws_of_groups_that_follow_a_seed_are_found_and_groups_of_nobody_are_n
 
 
 def test_gaussian_bound_holds_for_gaussian_mechanisms_and_is_tighter():
-    from author_dp.guards.text_canaries import lower_bound
-
     generator = np.random.default_rng(0)
     for mu in (0.5, 2.0):
         found, other = [], []

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import format_ledger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.noise_monitor import NoiseMonitor, check_unseeded
+from author_dp.guards.noise_monitor import NoiseMonitor
+from author_dp.guards.seed_checks import check_unseeded
 from author_dp.mechanism.noise import GaussianNoise
 from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.outputs.report import write_report
@@ -23,46 +24,46 @@ ADD = "self.noise.add_(part, std)"
 
 # What a careless colleague would write, and what finds it: in a run of 12 steps, tested at each.
 BUGS = {
-    "no noise": (STEP, "if std > 0:", "if False:", "its scale"),
+    "no noise": (STEP, "if std > 0:", "if False:", "scale"),
     "noise for the parameters alone": (
-        STEP, "self.grad_buffer.split(self.noise.elements)", "self.grad_buffer[:-4096].split(9**6)", "its scale"),
-    "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "its scale"),
-    "half of the variance": (f"{NOISE}._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)", "its scale"),
-    "noise twice": (STEP, ADD, f"{ADD}; {ADD}", "its scale"),
+        STEP, "self.grad_buffer.split(self.noise.elements)", "self.grad_buffer[:-4096].split(9**6)", "scale"),
+    "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "scale"),
+    "half of the variance": (f"{NOISE}._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)", "scale"),
+    "noise twice": (STEP, ADD, f"{ADD}; {ADD}", "scale"),
     "noise that does not scale with the clip norm": (
-        STEP, "self.noise_multiplier * self.max_grad_norm", "self.noise_multiplier", "its scale"),
-    "noise divided twice": (STEP, "part.div_(self.expected_batch_size)", "part.div_(self.expected_batch_size**2)", "its scale"),
+        STEP, "self.noise_multiplier * self.max_grad_norm", "self.noise_multiplier", "scale"),
+    "noise divided twice": (STEP, "part.div_(self.expected_batch_size)", "part.div_(self.expected_batch_size**2)", "scale"),
     "noise of every microbatch": (
         "dp_utils.DPTrainer.training_step", "total += losses.detach()",
         "self.optimizer.optimizer.grad_buffer.add_(torch.randn_like("
         "self.optimizer.optimizer.grad_buffer) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
-        "its scale"),
+        "scale"),
     "scaled by the number of microbatches": (
         "dp_utils.DPTrainer.training_step", "model.train()",
-        "model.train(); self.optimizer.optimizer.expected_batch_size = 4 * max(1, len(inputs.microbatches))", "its scale"),
+        "model.train(); self.optimizer.optimizer.expected_batch_size = 4 * max(1, len(inputs.microbatches))", "scale"),
     "division by the real batch size": (
         "dp_utils.DPTrainer.training_step", "model.train()",
-        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "its scale"),
+        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "scale"),
     "noise reused in each step": (
         STEP, ADD, "self.noise = type(self.noise)(part.device); self.noise._stream = __import__('cryptography.hazmat.primitives."
         "ciphers', fromlist=['x']).Cipher(__import__('cryptography.hazmat.primitives.ciphers.algorithms', fromlist=['x'])"
         ".AES128(bytes(16)), __import__('cryptography.hazmat.primitives.ciphers.modes', fromlist=['x']).CTR(bytes(16)))"
-        ".encryptor(); self.noise.add_(part, std)", "correlation between steps, 1 apart"),
+        ".encryptor(); self.noise.add_(part, std)", "correlation between steps, lag 1"),
     "noise from --seed in each step": (
         STEP, ADD, "part.add_(torch.randn(len(part), generator=torch.Generator().manual_seed(7)), alpha=std)",
-        "correlation between steps, 1 apart"),
+        "correlation between steps, lag 1"),
     "noise that remembers the step before": (
         STEP, ADD, "last = getattr(self, 'last', self.noise.add_(torch.zeros_like(part), std)); self.last = self.noise.add_("
         "torch.zeros_like(part), std).mul_(0.6).add_(last, alpha=0.8); part.add_(self.last)",
-        "correlation between steps, 1 apart"),
+        "correlation between steps, lag 1"),
     "the same noise for two halves": (
         STEP, ADD, "new = self.noise.add_(torch.zeros_like(part), std); new[-2048:] = new[-4096:-2048]; part.add_(new)",
         "correlation between coordinates"),
     "Laplacian noise": (
-        STEP, ADD, "part.add_(torch.distributions.Laplace(0.0, std / 2**0.5).sample(part.shape))", "its shape"),
-    "uniform noise": (STEP, ADD, "part.add_(torch.rand_like(part) - 0.5, alpha=std * 12**0.5)", "its shape"),
+        STEP, ADD, "part.add_(torch.distributions.Laplace(0.0, std / 2**0.5).sample(part.shape))", "shape"),
+    "uniform noise": (STEP, ADD, "part.add_(torch.rand_like(part) - 0.5, alpha=std * 12**0.5)", "shape"),
     "noise on a coarse grid": (
-        STEP, ADD, "part.add_((torch.randn_like(part) * 16).round() / 16, alpha=std)", "draws that are equal"),
+        STEP, ADD, "part.add_((torch.randn_like(part) * 16).round() / 16, alpha=std)", "repeated values"),
 }  # fmt: skip
 
 
@@ -93,18 +94,18 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
     trainer = small(tmp_path, **options)
     (tmp_path / "README.md").write_text("epsilon 1")
     trainer.add_callback(Plant())
-    with pytest.raises(MechanismError, match=r"its scale.* \(seen in 6 steps"):
+    with pytest.raises(MechanismError, match=r"scale.* \(after 6 steps"):
         trainer.train()
     patch.undo()
     assert not (tmp_path / "checkpoint-6").exists()
     for path in (tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
         report = read_report(path)
-        assert report["epsilon"] is None and "its scale" in report["alarm"] and report["steps"] in (2, 4)
+        assert report["epsilon"] is None and "scale" in report["alarm"] and report["steps"] in (2, 4)
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     assert (
         ledger.steps == 6
         and ledger.alarm
-        and "its scale" in ledger.alarm
+        and "scale" in ledger.alarm
         and "ALARM" in format_ledger(ledger)
         and "no privacy" in format_ledger(ledger)
     )
@@ -138,7 +139,7 @@ def test_noise_from_a_seed_is_found_before_the_first_step(tmp_path, monkeypatch,
 def test_looking_for_seeds_leaves_every_generator_as_it_was(tmp_path):
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    check_unseeded(lambda: GaussianNoise(torch.device("cpu")).add_(torch.zeros(PROBE_SIZE), 1.0))
+    check_unseeded(lambda: GaussianNoise(torch.device("cpu")).add_(torch.zeros(PROBE_SIZE), 1.0), "noise")
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
     assert before[2] == random.getstate()
 
@@ -146,9 +147,9 @@ def test_looking_for_seeds_leaves_every_generator_as_it_was(tmp_path):
 def test_noise_of_an_earlier_run_is_found(tmp_path, monkeypatch):
     code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", "bytes(16)")
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
-    monkeypatch.setattr("author_dp.guards.noise_monitor.check_unseeded", lambda draw: None)  # which would find it first
+    monkeypatch.setattr("author_dp.guards.noise_monitor.check_unseeded", lambda *_: None)  # or it would find it first
     small(tmp_path, save_strategy="steps", save_steps=6).train()
-    with pytest.raises(MechanismError, match="correlation with run 1 of the folder"):
+    with pytest.raises(MechanismError, match="correlation between this and earlier run 1"):
         small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=str(tmp_path / "checkpoint-6")).train()
 
 
@@ -163,8 +164,8 @@ def test_honest_runs_of_a_folder_do_not_resemble_each_other(tmp_path):
 @pytest.mark.parametrize("processes", [0, 2])
 def test_the_program_ends_with_status_3(tmp_path, checkpoint, comments, processes, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
-        "import author_dp.mechanism.noise as noise\nadd = noise.NoiseSource.add_\n"
-        "noise.NoiseSource.add_ = lambda self, total, std: add(self, total, std / 2)\n"
+        "import author_dp.mechanism.noise as noise\nadd = noise.GaussianNoise.add_\n"
+        "noise.GaussianNoise.add_ = lambda self, total, std: add(self, total, std / 2)\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     done = run_script(
@@ -246,5 +247,5 @@ def test_kept_noise_that_was_damaged_stops_nobody(tmp_path, value):
         check.test()
     check = NoiseMonitor(1.0, tmp_path / "pads.npy")
     check.add(torch.from_numpy(pads[1]).float())  # the other one is still compared
-    with pytest.raises(MechanismError, match="of the folder"):
+    with pytest.raises(MechanismError, match="earlier run"):
         check.test()
