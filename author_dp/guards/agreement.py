@@ -148,7 +148,7 @@ def find_mismatches(records: list[RankRecord]) -> list[str]:
     if not found and sum(record.share for record in records) % 2**64 != main.whole:
         found.append("the processes' shares do not have each author of the batch once")
     if not found and sum(record.clipped for record in records) != main.sampled:
-        found.append("the numbers of clipped and of sampled authors differ")
+        found.append("the processes clipped more or fewer authors than were sampled")
     return [f"{words} (after {main.steps} steps)" for words in found]
 
 

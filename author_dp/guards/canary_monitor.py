@@ -1,7 +1,8 @@
 """Check while a run trains that what it releases for gradient canaries has the distribution of the mechanism.
 
-Guarantees: a run is stopped if the releases for its canaries have probability below `FAMILY_WISE_ERROR / NUM_MONITORS` under a
-correct mechanism: C [sampled] / B + N(0, (sigma C / B)^2) in each step for included canaries, the noise alone for the others.
+Guarantees: a correct mechanism releases C [sampled] / B + N(0, (sigma C / B)^2) for each included canary in each step, exactly,
+and the noise alone for the others. A run with another distribution is stopped with `MechanismError`; a correct run with
+probability below `FAMILY_WISE_ERROR / NUM_MONITORS`.
 
 How: each value, divided by C / B, goes through its distribution function and becomes a standard normal, which is tested like the
 noise (noise_monitor.py). In addition the scores of sampling rate and clip norm are tested over all values, and that of the rate

@@ -31,7 +31,7 @@ from author_dp.guards.one_run_audit import CONFIDENCE, gaussian_mu_lower_bound, 
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.types import IGNORE_INDEX, Batch
 
-SAMPLES, TOKENS = 2, 2  # of a canary; at least two samples, so that clipping each sample would show
+SAMPLES, TOKENS = 2, 2  # of a canary; with two samples or more, clipping each of them separately would show
 GRAD_NORM_RATIO = 1e3  # norm of a canary's gradient before clipping, over the clip norm
 
 
@@ -185,7 +185,7 @@ def confidence_intervals(trainer: Any) -> dict[str, Any]:
         return {}
     low, high = monitor.confidence_interval(CONFIDENCE)
     epsilons = []
-    for factor in (high, low):  # more noise, less epsilon
+    for factor in (high, low):  # more noise gives less epsilon
         events = [e._replace(noise_multiplier=e.noise_multiplier * factor) for e in trainer.budget.ledger.spendings]
         epsilons.append(EpsilonAccountant(events, trainer.plan.delta).epsilon)
     return {
