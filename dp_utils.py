@@ -315,11 +315,11 @@ class DPTrainer(UploadingTrainer):
             accumulation = self.plan.expected_batch_size // (max_authors * self.args.world_size)
             shape = make_microbatch_shape(max_authors, accumulation, self.privacy.samples_per_author, self.sequence_len)
         sampler = self._sampler()
-        self.monitors.watch(sampler)
+        self.monitors.watch_sampler(sampler)
         return load_logical_batches(self.train_dataset, sampler, self.args, self.data_collator, max_authors, shape)
 
     def _sampler(self) -> PoissonAuthorSampler:
-        return make_sampler(self.train_dataset, self.plan, self.args, self.monitors.number)
+        return make_sampler(self.train_dataset, self.plan, self.args, self.monitors.num_canaries)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Wrap the Trainer's optimizer in the one that adds the noise."""
@@ -350,9 +350,9 @@ class DPTrainer(UploadingTrainer):
             return model
         if not self.full_shard:
             broadcast_parameters(self.model)
-        self.monitors.hold(self.model)
+        self.monitors.watch_frozen_weights(self.model)
         if not self.privacy.disable_dp:
-            clipped = self.model if self.gradient_canaries is None else self.gradient_canaries.beside(self.model)
+            clipped = self.model if self.gradient_canaries is None else self.gradient_canaries.wrap_model(self.model)
             self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm, bool(self.args.activation_checkpointing))
             self.model_check.settle(self.engine)  # type: ignore[union-attr]
         return NoDDPWrapper(self.engine.module)
@@ -373,7 +373,7 @@ class DPTrainer(UploadingTrainer):
             with self.accelerator.autocast():
                 losses = author_losses(model, microbatch, self.needs_positions)
             if self.gradient_canaries is not None:
-                losses = self.gradient_canaries.push(losses, microbatch)
+                losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
             norms = self.engine.backward(losses, microbatch["author"])
             self.norms.add(norms, real)
             total += losses.detach().nan_to_num(posinf=0.0).sum()
@@ -387,7 +387,7 @@ class DPTrainer(UploadingTrainer):
             self.generators.check()  # type: ignore[union-attr]
             self.dp_optimizer.draw = inputs.number
         self.norms.end_step()
-        self.monitors.taken(inputs.batch_size, inputs.number)
+        self.monitors.on_step(inputs.batch_size, inputs.number)
         if inputs.batch_size:  # the loss of an empty batch does not exist: repeat the last one
             self._step_loss = total * self.args.world_size / inputs.batch_size
         return self._step_loss.clone()

@@ -22,7 +22,7 @@ LoRA: the same with
 
 Options may come from a YAML file; others override it: fine-tune-dp.py --config configs/reddit-lora.yaml --seed 7
 
-`data_utils.py` turns a data set into samples of authors, `dp_utils.py` holds the Trainer, `author_dp/` is the library behind both.
+`data_utils.py` turns a data set into samples of authors, `dp_utils.py` holds the Trainer, `author_dp/` the library behind both.
 """
 
 from author_dp import startup  # noqa: F401  first: imports are a fifth faster, and Ctrl-C ends them
@@ -30,7 +30,7 @@ from author_dp import startup  # noqa: F401  first: imports are a fifth faster, 
 # ruff: isort: split
 import os
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
 import torch
@@ -45,9 +45,9 @@ from author_dp.data.authors import get_column
 from author_dp.data.chat import resolve_bos_token
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import UserError
-from author_dp.guards.canaries import Canaries, make_canaries
+from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
 from author_dp.guards.options import check_fsdp, check_options, check_shared_authors, metric_driven_option
-from author_dp.guards.text_canaries import AuditArguments, TextCanaries
+from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.models.activations import fuse_activations
 from author_dp.models.loading import check_sequence_len, load_model
@@ -181,7 +181,7 @@ def make_text_samples(
 
 
 def main() -> None:
-    model_args, lora_args, data_args, privacy_args, canary_args, release_args, training_args = parse_arguments()
+    model_args, lora_args, data_args, privacy_args, audit_args, release_args, training_args = parse_arguments()
     cli.configure_logging(training_args)
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise, sampling or dropout
     resumes, released = bool(training_args.resume_from_checkpoint), release_args.release_eval_epsilon is not None
@@ -195,12 +195,13 @@ def main() -> None:
 
     train, evaluation = load_author_datasets(data_args, training_args, tokenizer, released)
     canaries = make_canaries(
-        canary_args, privacy_args.samples_per_author, data_args.sequence_len, len(model.get_input_embeddings().weight),
-        training_args.output_dir, resumes,
+        audit_args.audit_canaries, audit_args.audit_kind, samples=privacy_args.samples_per_author, tokens=data_args.sequence_len,
+        vocab_size=len(model.get_input_embeddings().weight), output_dir=training_args.output_dir, resume=resumes,
     )  # fmt: skip
     needs_hashes = resumes or privacy_args.noise_bands is not None
     train_dataset, held_out = group_datasets(train, evaluation, canaries, data_args, needs_hashes)
 
+    summary = data_summary(data_args, tokenizer)
     trainer = DPTrainer(
         model,
         training_args,
@@ -212,7 +213,7 @@ def main() -> None:
         canaries=canaries,
         full_shard=training_args.full_shard,
         model_name=model_args.model_name,
-        data_summary=data_summary(data_args, tokenizer),
+        data_summary=summary,
         split_id=data_args.split_id(training_args.seed),
         shared_authors=data_args.allow_shared_authors,
         processing_class=tokenizer,
@@ -222,7 +223,7 @@ def main() -> None:
     trainer.add_callback(statistics := RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts))
     if model_args.dry_run:
         trainer.add_callback(DryRun(trainer))
-    trainer.log_summary()
+    trainer.log_summary(format_data_summary(summary))
 
     if not resumes:
         evaluate_and_sample(trainer, statistics, "before")

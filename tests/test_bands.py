@@ -33,7 +33,7 @@ from author_dp.accounting.banded_mf import (
 )
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.gradient_canaries import CanaryMonitor
+from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.noise_inversion import MatchedFilter, NoiseDecorrelator
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor
 from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
@@ -372,21 +372,21 @@ def test_one_seed_deals_no_groups(tmp_path):
     groups = []
     for run in range(2):
         trainer = banded(tmp_path / str(run), steps=3, seed=5)
-        watch = trainer.monitors.watch
-        trainer.monitors.watch = lambda sampler, watch=watch: (groups.append(sampler.groups), watch(sampler))
+        watch = trainer.monitors.watch_sampler
+        trainer.monitors.watch_sampler = lambda sampler, watch=watch: (groups.append(sampler.groups), watch(sampler))
         trainer.train()
     assert within((groups[0] == groups[1]).mean(), 1 / 3, math.sqrt(2 / 9 / 60))
 
 
 def test_draws_thrown_away_end_the_run(tmp_path):
     trainer = banded(tmp_path, steps=6)
-    watch = trainer.monitors.watch
+    watch = trainer.monitors.watch_sampler
 
     def watch_and_skip(sampler):
         watch(sampler)
         sampler.draw()
 
-    trainer.monitors.watch = watch_and_skip
+    trainer.monitors.watch_sampler = watch_and_skip
     with pytest.raises(RuntimeError, match="thrown away"):
         trainer.train()
     assert trainer.budget.ledger.steps == 0
@@ -442,16 +442,16 @@ def test_honest_draws_of_groups_raise_no_alarm_and_wrong_ones_do():
     hashes = np.random.default_rng(3).integers(2**63, size=600).astype(np.uint64)
     wrong = {
         "another group": lambda sampler: setattr(sampler, "members", sampler.members[::-1]),
-        "how many authors": lambda sampler: setattr(sampler, "rate", 0.4),
-        "never drawn": lambda sampler: setattr(sampler, "sample_indices", lambda number: np.arange(number // 10)),
+        "number of sampled authors|batch size": lambda sampler: setattr(sampler, "rate", 0.4),
+        "never sampled": lambda sampler: setattr(sampler, "sample_indices", lambda number: np.arange(number // 10)),
     }
     for name, spoil in {"": lambda sampler: None, **wrong}.items():
         groups = assign_groups(hashes, 4, KEY)
         sampler, check = make_sampler([1] * 600, 0.025, 4, groups), CyclicSamplingMonitor(groups, 4, 0, 0.1)
-        sampler.on_draw = check.drawn
+        sampler.on_draw = check.on_sample
         spoil(sampler)
         for _ in range(400):
-            check.taken(sampler.draw().batch_size)
+            check.on_step(sampler.draw().batch_size)
         if name:
             with pytest.raises(MechanismError, match=name):
                 check.test()
@@ -459,8 +459,8 @@ def test_honest_draws_of_groups_raise_no_alarm_and_wrong_ones_do():
             check.test()
             assert min(check.p_values().values()) > 1e-6
     lopsided = CyclicSamplingMonitor(np.zeros(600, np.int64), 4, 0, 0.1)
-    lopsided.taken(0)
-    with pytest.raises(MechanismError, match="sizes of groups"):
+    lopsided.on_step(0)
+    with pytest.raises(MechanismError, match="group sizes"):
         lopsided.test()
 
 
@@ -492,20 +492,20 @@ BUGS = {
     "a band dropped": ("author_dp.mechanism.noise.BandMFNoise.add_", "zip(places, self.rest)", "zip(places[1:], self.rest[1:])",
         "between steps"),
     "independent noise": ("author_dp.mechanism.noise.BandMFNoise.add_", "noise.sub_(past[place], alpha=coefficient)", "pass",
-        "its scale"),
+        "scale"),
     "half the noise": (STEP, "self._slice, self.noise, std *", "self._slice, self.noise, 0.5 * std *",
-        "its scale"),
+        "scale"),
     "a group in every step": (
         "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_authors", "self.draws % len(self.members)", "0", "another group"),
     "b q drawn twice": (
         "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_indices", "drawn = []", "drawn, self.rate = [], 0.45",
-        "how many authors"),
+        "number of sampled authors|batch size"),
     "groups from --seed": (
         "author_dp.training.dataloading.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')",
-        "the groups"),
+        "group assignment"),
     "draws from --seed behind secret groups": (
         "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
-        "the draws follow the seed"),
+        "sampling follows the seed"),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import make_ledger_report, recompute_report
 from author_dp.accounting.tradeoff import attack_bounds
-from author_dp.guards.text_canaries import lower_bound
+from author_dp.guards.one_run_audit import lower_bound
 from author_dp.outputs import generate
 from author_dp.outputs.privacy_statement import check_statement, read_guarantee
 from author_dp.outputs.report import write_report

@@ -115,11 +115,11 @@ def update(k: int = 1, per_device: int = 4, clipping: str = "ghost", kind: str =
 def disagree(bug: str, bands: str = "1") -> Callable:
     """Two processes train, with a bug of test_agreement.py if it is named, and say nothing."""
     work = functools.partial(test_agreement.run_with_bug, bug=bug, bands=bands, canaries=0, full_shard=False, workers=0)
-    return lambda path, _: test_agreement.in_processes(path, 2, functools.partial(test_agreement.says_nothing, work, path))
+    return lambda path, _: test_agreement.in_processes(path, 2, functools.partial(test_agreement.check_passes, work, path))
 
 
 def noticed_by_all(bug: str) -> Callable:
-    return lambda path, _: test_agreement.test_every_process_raises_what_one_of_them_does_otherwise(path, bug)
+    return lambda path, _: test_agreement.test_mismatch_between_processes_ends_all_of_them(path, bug)
 
 
 BUGS = [
@@ -444,13 +444,13 @@ BUGS = [
         lambda path, _: test_ledger.test_no_step_is_counted_twice(path)),
     # The check of the run's own noise.
     Bug("a check that is never asked", "author_dp.training.saving.CertifiedTrainer.check_run", "self.monitors.test(full)", "pass",
-        lambda path, patch: test_selfcheck.test_wrong_noise_ends_a_real_run(path, patch, "half the noise")),
+        lambda path, patch: test_selfcheck.test_wrong_noise_ends_the_run(path, patch, "half the noise")),
     Bug("an alarm that is not written down", "author_dp.accounting.budget.Budget.void_guarantee",
         "self.ledger.record_failure(found)",
         "pass",
-        lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
+        lambda path, _: test_selfcheck.test_failed_run_saves_resumes_and_claims_nothing(path)),
     Bug("a run with an alarm that is resumed", "author_dp.training.checkpointing.find_checkpoint", "ledger.check_alarm()", "pass",
-        lambda path, _: test_selfcheck.test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(path)),
+        lambda path, _: test_selfcheck.test_failed_run_saves_resumes_and_claims_nothing(path)),
     # Processes that differ, and what the run counts.
     Bug("another sampler key on each process", LOADER, "broadcast(secrets.randbits(128))", "secrets.randbits(128)",
         disagree("")),
@@ -463,33 +463,33 @@ BUGS = [
     Bug("groups that nobody compares", "author_dp.guards.agreement.RankMonitor.__init__", 'b"" if sampler.groups is None',
         'b"" if True',
         noticed_by_all("another group key on each")),
-    Bug("shares that nobody adds up", "author_dp.guards.agreement.find_mismatches", "!= first.whole", "is None",
+    Bug("shares that nobody adds up", "author_dp.guards.agreement.find_mismatches", "!= main.whole", "is None",
         noticed_by_all("the same half on each")),
-    Bug("authors clipped that nobody counts", "author_dp.guards.agreement.find_mismatches", "!= first.drawn", "is None",
-        lambda path, patch: test_agreement.test_one_process_notices_too(path, patch, "microbatches taken twice")),
-    Bug("data that nobody compares", "author_dp.guards.agreement.check_same_start", 'one["data"] != every[0]["data"]', "False",
-        lambda path, _: test_agreement.test_processes_that_were_given_other_data_or_options_do_not_start(
+    Bug("authors clipped that nobody counts", "author_dp.guards.agreement.find_mismatches", "!= main.sampled", "is None",
+        lambda path, patch: test_agreement.test_mismatch_within_one_process_ends_it(path, patch, "microbatches taken twice")),
+    Bug("data that nobody compares", "author_dp.guards.agreement.check_same_start", 'start["data"] != starts[0]["data"]', "False",
+        lambda path, _: test_agreement.test_processes_with_different_data_or_options_do_not_start(
             path, "texts", "training data")),
     Bug("an alarm that one process keeps to itself", "author_dp.guards.monitors.RunMonitors.test", "gather(",
         "(lambda one: [one])(",
         noticed_by_all("another sampler key on each")),
     Bug("updates that nobody counts", "author_dp.guards.monitors.UpdateMonitor.test", "self.updates != self.budget.steps",
         "False",
-        lambda path, _: test_checks.test_an_update_that_no_ledger_holds_ends_the_run(path)),
+        lambda path, _: test_checks.test_unrecorded_update_ends_the_run(path)),
     Bug("a ledger that is not read again", "author_dp.accounting.budget.Budget.lacking", "PrivacyLedger(self.ledger.path).steps",
-        "self.ledger.steps", lambda path, patch: test_checks.test_a_step_that_is_not_on_the_disk_ends_the_run(path, patch)),
+        "self.ledger.steps", lambda path, patch: test_checks.test_step_missing_in_the_ledger_file_ends_the_run(path, patch)),
     Bug("noise on frozen weights", TRAINING_STEP, "self.norms.end_step()",
         "self.norms.end_step(); [p.data.add_(torch.randn_like(p), alpha=1e-3) for p in self.model.parameters()]",
         lambda path, _: test_checks.run(path, test_checks.half_frozen())),
-    Bug("frozen weights that nobody looks at", "author_dp.guards.monitors.FrozenWeightsMonitor._sums", "if not p.requires_grad",
-        "if False",
-        lambda path, _: test_checks.test_weights_that_are_not_trained_stay_as_they_are(path, test_checks.half_frozen)),
+    Bug("frozen weights that nobody looks at", "author_dp.guards.monitors.FrozenWeightsMonitor._checksums",
+        "if not p.requires_grad", "if False",
+        lambda path, _: test_checks.test_changed_frozen_weights_end_the_run(path, test_checks.half_frozen)),
     # The precision.
     Bug("no look at the precision when training starts", "dp_utils.DPTrainer._record_step", "if not self.budget.steps:",
         "if False:", lambda path, _: test_precision.test_a_run_with_rounded_products_does_not_start(path, "TF32")),
     Bug("no look at the precision at log lines", "author_dp.guards.monitors.RunMonitors.start", "(self._precision, ", "(",
         lambda path, _: test_precision.test_products_that_become_rounded_end_the_run(path, "no")),
-    Bug("no look at the settings of each step", "author_dp.guards.monitors.RunMonitors.taken", "self._precision.look()", "pass",
+    Bug("no look at the settings of each step", "author_dp.guards.monitors.RunMonitors.on_step", "self._precision.look()", "pass",
         lambda path, _: test_precision.test_a_setting_of_one_step_is_noticed(path, None)),
     Bug("products whose factors bfloat16 holds exactly", "author_dp.guards.precision.find_rounding",
         "(TF32_BITS, FLOAT32_BITS, *([HALF_BITS] if bf16 else []))", "(HALF_BITS,)",
@@ -597,11 +597,11 @@ BUGS = [
     Bug("groups that move when an author leaves", "author_dp.mechanism.sampling.assign_groups", "for one in hashes",
         "for one in range(len(hashes))",
         lambda *_: test_bands.test_a_group_follows_from_the_author_and_the_key_alone()),
-    Bug("an audit that forgets delta", "author_dp.guards.text_canaries.p_value", "+ 2 * canaries * delta * alpha", "",
-        lambda *_: test_audit.test_delta_costs_what_the_theorem_says()),
-    Bug("an audit that picks its best guess for free", "author_dp.guards.text_canaries.lower_bound",
+    Bug("an audit that forgets delta", "author_dp.guards.one_run_audit.p_value", "+ 2 * canaries * delta * alpha", "",
+        lambda *_: test_audit.test_p_value_follows_the_theorem_in_delta()),
+    Bug("an audit that picks its best guess for free", "author_dp.guards.one_run_audit.lower_bound",
         "1 - (1 - CONFIDENCE) / len(GUESS_SHARES)", "0.8",
-        lambda path, patch: test_audit.test_the_bound_covers_the_true_epsilon_of_randomized_response(0.5, patch)),
+        lambda path, patch: test_audit.test_lower_bound_covers_epsilon_of_randomized_response(0.5, patch)),
     Bug("the noise of a public loss from --seed", "author_dp.training.public_loss.discrete_laplace",
         "t, s = scale.numerator, scale.denominator",
         "t, s = scale.numerator, scale.denominator\n    return round(np.random.laplace(scale=t / s))",

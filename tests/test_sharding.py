@@ -134,7 +134,7 @@ def one_step(folder: Path) -> dict:
         "update": sum(recorder.gradients),
         "wrapped_in": recorder.wrapped_in,
         "proven": trainer.model_check.error,
-        "checked": (trainer.monitors.noise.steps, canaries.law.steps),
+        "checked": (trainer.monitors.noise.steps, canaries.monitor.steps),
         "loss": loss,
     }
 

@@ -22,7 +22,7 @@ from author_dp.accounting.ledger_report import recompute_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError
 from author_dp.files import make_private, write_json
-from author_dp.guards.text_canaries import format_audit
+from author_dp.guards.canaries import format_audit
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page

@@ -22,7 +22,7 @@ STEPS = 2  # the first one warms up, the second is timed
 def shorten_for_dry_run(args: TrainingArguments, has_evaluation: bool) -> None:
     """Log and evaluate at each step, so that two steps show what these take."""
     args.logging_steps = args.eval_steps = 1
-    args.logging_strategy, args.eval_strategy = "steps", "steps" if has_evaluation else "no"  # type: ignore[assignment]
+    args.logging_strategy, args.eval_strategy = "steps", "steps" if has_evaluation else "no"
 
 
 class DryRun(TrainerCallback):

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
 from author_dp.clipping.norm_stats import NormStatistics
@@ -24,6 +25,8 @@ from author_dp.permissions import owner_only
 from author_dp.training.base_trainer import LogicalBatchTrainer
 from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state
 from author_dp.training.run_report import RunReport
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class CertifiedTrainer(LogicalBatchTrainer):
@@ -71,9 +74,9 @@ class CertifiedTrainer(LogicalBatchTrainer):
         steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
         return self.budget.summary(model_sizes(self.model), self.train_dataset.offsets, max(0, self.plan.steps - steps_before))
 
-    def log_summary(self) -> None:
+    def log_summary(self, lines: list[str]) -> None:
         """Log what the run will do and cost, and warn of what may be a mistake."""
-        logger.info("\n".join([self.summary(), *format_data_summary(self.run_report.data or {})]))
+        logger.info("\n".join([self.summary(), *lines]))
         for warning in (self.budget.plan.delta_warning(), self.budget.plan.tuning_hint()):
             if warning and not self.plan.disable_dp and self.is_world_process_zero():
                 logger.warning(warning)

@@ -160,7 +160,7 @@ def make_dp_optimizer(
         clip_norm=plan.clip_norm,
         expected_batch_size=plan.expected_batch_size,
         before_release=before_release,
-        after_release=monitors.released,
+        after_release=monitors.on_release,
         canaries=canaries,
         secure_noise=secure_noise,
     )
