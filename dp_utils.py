@@ -47,20 +47,18 @@ from author_dp.guards.agreement import check_same_start
 from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial, metric_driven_callback, metric_driven_scheduler
 from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.model_check import ModelCheck, longest_sample, verify_model
+from author_dp.guards.model_check import ModelCheck, check_fsdp_model, check_model, check_trained_weights, verify_model
 from author_dp.guards.monitors import RunMonitors
 from author_dp.guards.options import (
-    check_fsdp,
     check_launch,
-    check_model,
-    check_options,
     check_shared_authors,
-    check_trained_weights,
     have_shared_authors,
     metric_driven_option,
     use_adam_bc,
+    validate_options,
 )
 from author_dp.guards.precision import check_float32, full_precision_sums
+from author_dp.guards.probing import resolve_sequence_len
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import ShardedOptimizer, full_state_dict, load_weights, make_engine, missing_rounds, shard
 from author_dp.mechanism.losses import author_losses, needs_position_ids
@@ -257,21 +255,21 @@ class DPTrainer(Trainer):
         model_name: Optional[str] = None,
         **kwargs,
     ):
-        check_options(args, privacy)
-        check_model(model, proven=False)
+        validate_options(args, privacy, full_shard=full_shard)
+        check_model(model, call_model=False)
         fuse_activations(model)
         self.full_shard = full_shard
         if full_shard:
-            check_fsdp(args, privacy, model)
+            check_fsdp_model(model)
             shard(model, args.device)
         self.proof: Optional[ModelCheck] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
             checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
             check_float32(to_device(model, args), args.bf16)
             self.proof = verify_model(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
-            logger.info(self.proof.in_words())
+            logger.info(self.proof.summary())
         self.privacy = privacy
-        self.sequence_len = longest_sample(model, sequence_len)
+        self.sequence_len = resolve_sequence_len(model, sequence_len)
         if sequence_len is None and (longest := getattr(train_dataset, "longest", 0)) > self.sequence_len:
             raise UserError(f"DPTrainer needs sequence_len={longest}: a sample is longer than {self.sequence_len} tokens")
         self.adapter = isinstance(model, PeftModel)
@@ -492,7 +490,7 @@ class DPTrainer(Trainer):
         clipped = self.model if self.canaries is None else self.canaries.beside(self.model)
         self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm, bool(self.args.activation_checkpointing))
         if self.proof is not None:
-            self.proof.settle(self.engine)
+            self.proof.freeze_fallback(self.engine)
         return NoDDPWrapper(self.engine.module)
 
     def training_step(self, model: nn.Module, inputs: LogicalBatch, *_) -> torch.Tensor:  # type: ignore[override]

@@ -65,7 +65,7 @@ from author_dp.data.chat import resolve_bos_token
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.options import check_fsdp, check_options, check_shared_authors, metric_driven_option
+from author_dp.guards.options import validate_options
 from author_dp.guards.text_canaries import AuditArguments, TextCanaries, load_or_create_key
 from author_dp.guards.text_canaries import format_audit as audit_in_words
 from author_dp.hub_access import hub_error, hub_is_reachable
@@ -265,12 +265,13 @@ def parse_arguments() -> tuple:
         release_args.release_eval_epsilon = None  # of a model that nobody wants
         training_args.logging_steps = training_args.eval_steps = 1
         training_args.logging_strategy, training_args.eval_strategy = "steps", "steps" if has_evaluation else "no"
-    check_options(training_args, privacy_args)
-    check_shared_authors(data_args.allow_shared_authors, metric_driven_option(training_args), privacy_args)
-    if training_args.full_shard:
-        if lora_args.fewer_bits():
-            raise UserError(f"--fsdp shares weights in float32 only: leave out {lora_args.fewer_bits()}, or --fsdp")
-        check_fsdp(training_args, privacy_args)
+    validate_options(
+        training_args,
+        privacy_args,
+        full_shard=training_args.full_shard,
+        base_precision_flag=lora_args.fewer_bits(),
+        shared_authors=data_args.allow_shared_authors,
+    )
     check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
     # A folder that cannot be used is refused before the data are read.
     find_checkpoint(training_args, privacy_args, lora_args.enable_lora)

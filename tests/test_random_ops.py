@@ -12,7 +12,7 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.guards.options import check_model
+from author_dp.guards.model_check import check_model
 from author_dp.guards.random_ops import BATCH, ModelCall, check_random_ops
 
 IDS = torch.arange(BATCH * 7).view(BATCH, 7) % VOCABULARY

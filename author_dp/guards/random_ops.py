@@ -18,8 +18,6 @@ larger batches than here, and generators that a module hides (in a closure or a 
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -27,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from author_dp.errors import UserError
+from author_dp.guards.probing import training_mode
 from author_dp.mechanism.secret_generators import default_generators
 
 FEW, MANY, BATCH = 2, 3, 7  # numbers of samples
@@ -241,25 +240,3 @@ def is_close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
 def refusal_error(op: Optional[RandomOp], problem: str) -> UserError:
     name = "" if op is None else f" ({op.name})"
     return UserError(f"--model_name: in training this model {problem}{name}: {REMEDY}")
-
-
-@contextmanager
-def training_mode(model: Any) -> Iterator[None]:
-    """Put the model in training mode; at the end modes, buffers and the states of all global generators are as before."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(module, name, b, b.clone()) for module in modes for name, b in module._buffers.items() if b is not None]
-    python, numpy = random.getstate(), np.random.get_state()
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            model.train()
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer
