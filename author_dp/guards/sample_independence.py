@@ -26,7 +26,7 @@ from author_dp.guards.probing import (
     resolve_sequence_len,
     tolerance_factor,
 )
-from author_dp.guards.random_ops import BATCH, ModelCall, check_random_ops
+from author_dp.guards.random_ops import BATCH_SIZE, ModelCall, check_random_ops
 from author_dp.mechanism.losses import needs_position_ids
 
 LOGIT_TOLERANCE = 1e-4  # relative difference of logits that another order of summation may cause
@@ -47,7 +47,7 @@ def check_sample_independence(model: Any, sequence_len: Optional[int] = None, bf
     max_len = resolve_sequence_len(model, sequence_len)
     cannot_run = f"--model_name: this model fails on {max_len} plain token ids. Lower --sequence_len, or choose another model"
     with perturb_zero_params(model), as_user_error(cannot_run):
-        ids = random_tokens(model, BATCH * min(max_len, RANDOM_OPS_LEN), 5).view(BATCH, -1)
+        ids = random_tokens(model, BATCH_SIZE * min(max_len, RANDOM_OPS_LEN), 5).view(BATCH_SIZE, -1)
         with float32_train_mode(model):
             tolerance = LOGIT_TOLERANCE * (100.0 if bf16 else tolerance_factor(model))
             check_random_ops(ModelCall(model, needs_position_ids(model), bf16), ids, min(max_len, MAX_LEN), tolerance)
