@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
-from author_dp.guards.precision import raise_rounded, rounding_settings
+from author_dp.guards.precision import rounding_error, rounding_settings
 from author_dp.mechanism.adam_bc import SUPPORTED
 
 # Options that would change the mechanism without the accountant's knowledge: the problem, and the remedy.
@@ -150,8 +150,9 @@ def check_gradients(args: TrainingArguments, privacy: PrivacyOptions) -> None:
             f"--max_grad_norm {args.max_grad_norm}: it would clip the noisy sum once more. Set it to 0; "
             "--per_sample_max_grad_norm already clips each author's gradient"
         )
-    if not privacy.disable_dp and (args.tf32 or rounding_settings(args.device.type)):
-        raise_rounded(["--tf32"] if args.tf32 else rounding_settings(args.device.type))
+    settings = ["--tf32"] if args.tf32 else rounding_settings(args.device.type)
+    if settings and not privacy.disable_dp:
+        raise rounding_error(settings)
     if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
         raise UserError("--train_sampling_strategy: the mechanism samples the authors. Leave it out")
     if any(word in str(args.optim).lower() for word in ("lomo", "layerwise")):
