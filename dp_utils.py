@@ -41,10 +41,7 @@ from author_dp.errors import SignalError, UserError
 from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.options import (
-    check_launch,
-    use_adam_bc,
-)
+from author_dp.guards.options import check_launch, use_adam_bc
 from author_dp.guards.precision import check_float32, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.fsdp import make_engine, missing_rounds
@@ -234,7 +231,16 @@ class DPTrainer(UploadingTrainer):
         self.canaries = canaries
         self.gradient_canaries = canaries if isinstance(canaries, GradientCanaries) else None
         setup = set_up_run(
-            model, args, privacy, train_dataset, data_collator, sequence_len, self.gradient_canaries, full_shard, split_id
+            model,
+            args,
+            privacy,
+            train_dataset,
+            data_collator,
+            sequence_len,
+            self.gradient_canaries,
+            full_shard,
+            split_id,
+            shared_authors,
         )
         self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
@@ -354,7 +360,7 @@ class DPTrainer(UploadingTrainer):
         if not self.privacy.disable_dp:
             clipped = self.model if self.gradient_canaries is None else self.gradient_canaries.wrap_model(self.model)
             self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm, bool(self.args.activation_checkpointing))
-            self.model_check.settle(self.engine)  # type: ignore[union-attr]
+            self.model_check.freeze_fallback(self.engine)  # type: ignore[union-attr]
         return NoDDPWrapper(self.engine.module)
 
     def training_step(self, model: nn.Module, inputs: LogicalBatch, *_) -> torch.Tensor:  # type: ignore[override]

@@ -46,7 +46,7 @@ from author_dp.data.chat import resolve_bos_token
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
-from author_dp.guards.options import check_fsdp, check_options, check_shared_authors, metric_driven_option
+from author_dp.guards.options import validate_options
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.models.activations import fuse_activations
@@ -140,12 +140,10 @@ def parse_arguments() -> tuple:
         shorten_for_dry_run(training_args, has_evaluation)
     if training_args.eval_strategy != "no" and not has_evaluation:
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
-    check_options(training_args, privacy_args)
-    check_shared_authors(data_args.allow_shared_authors, metric_driven_option(training_args), privacy_args)
-    if training_args.full_shard:
-        if lora_args.base_precision_flag():
-            raise UserError(f"--fsdp shards float32 weights only: leave out {lora_args.base_precision_flag()}, or --fsdp")
-        check_fsdp(training_args, privacy_args)
+    validate_options(
+        training_args, privacy_args, full_shard=training_args.full_shard, shared_authors=data_args.allow_shared_authors,
+        base_precision_flag=lora_args.base_precision_flag(),
+    )  # fmt: skip
     check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
     find_checkpoint(training_args, privacy_args, lora_args.enable_lora)  # refuses a folder that cannot be used
     return groups

@@ -11,7 +11,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 from models import difference, try_out
 from tiny import build, classes
 
-from author_dp.guards.model_check import deterministic_train_mode, verify_model
+from author_dp.guards.model_check import verify_model
+from author_dp.guards.probing import deterministic_train_mode
 from author_dp.mechanism.losses import needs_position_ids
 
 FAMILIES = "bloom cohere2 falcon gemma2 gemma3_text glm4 granite mamba olmo2 phi3 qwen3_moe smollm3".split()

@@ -35,7 +35,7 @@ from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.model_check import verify_model
+from author_dp.guards.model_check import check_fsdp_model, verify_model
 from author_dp.guards.options import check_fsdp
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import (
@@ -337,10 +337,12 @@ def test_what_was_not_proven_in_shares_is_refused(change, words):
         "disable_dp": False,
     }
     options = SimpleNamespace(**given)
-    check_fsdp(options, options, tiny_gpt2())
+    check_fsdp(options, options)
+    check_fsdp_model(tiny_gpt2())
     vars(options).update(change)
     with pytest.raises(UserError, match=words):
-        check_fsdp(options, options, tiny_gpt2().to(change.get("dtype", torch.float32)))
+        check_fsdp(options, options)
+        check_fsdp_model(tiny_gpt2().to(change.get("dtype", torch.float32)))
 
 
 # --- what is saved ----------------------------------------------------------------------------------------

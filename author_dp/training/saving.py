@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
 from author_dp.clipping.norm_stats import NormStatistics
+from author_dp.guards.model_check import check_trained_weights
 from author_dp.guards.monitors import RunMonitors
-from author_dp.guards.options import check_trained_weights
 from author_dp.mechanism.fsdp import full_state_dict, load_weights
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.quantization import model_sizes

@@ -23,17 +23,16 @@ from author_dp.errors import UserError
 from author_dp.guards.agreement import check_same_start
 from author_dp.guards.callbacks import metric_driven_callback, metric_driven_scheduler
 from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCanaries
-from author_dp.guards.model_check import ModelCheck, longest_sample, verify_model
+from author_dp.guards.model_check import ModelCheck, check_fsdp_model, check_model, verify_model
 from author_dp.guards.monitors import RunMonitors
 from author_dp.guards.options import (
-    check_fsdp,
-    check_model,
-    check_options,
     check_shared_authors,
     have_shared_authors,
     metric_driven_option,
+    validate_options,
 )
 from author_dp.guards.precision import check_float32
+from author_dp.guards.probing import resolve_sequence_len
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import ShardedOptimizer, shard
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
@@ -76,6 +75,7 @@ def set_up_run(
     canaries: Optional[GradientCanaries],
     full_shard: bool,
     split_id: Optional[str],
+    shared_authors: bool,
 ) -> RunSetup:
     """Check and plan a run. Collective; the model moves to its device, sharded where `full_shard`.
 
@@ -85,9 +85,9 @@ def set_up_run(
     Raises:
         UserError: for options, a model, data or an output directory under which the guarantee would not hold.
     """
-    check_options(args, privacy)
+    validate_options(args, privacy, full_shard=full_shard, shared_authors=shared_authors)
     model_check = check_and_place_model(model, args, privacy, sequence_len, full_shard)
-    longest = longest_sample(model, sequence_len)
+    longest = resolve_sequence_len(model, sequence_len)
     if sequence_len is None and (found := getattr(train_dataset, "longest", 0)) > longest:
         raise UserError(f"DPTrainer needs sequence_len={found}: a sample is longer than {longest} tokens")
     checkpoint = find_checkpoint(args, privacy, isinstance(model, PeftModel))
@@ -119,16 +119,16 @@ def check_and_place_model(
     Raises:
         UserError: naming the property that does not hold.
     """
-    check_model(model, proven=False)
+    check_model(model, call_model=False)
     if full_shard:
-        check_fsdp(args, privacy, model)
+        check_fsdp_model(model)
         shard(model, args.device)
     if privacy.disable_dp:
         return None
     checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
     check_float32(to_device(model, args), args.bf16)
     model_check = verify_model(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
-    logger.info(model_check.in_words())
+    logger.info(model_check.summary())
     return model_check
 
 
