@@ -464,7 +464,7 @@ class DPTrainer(Trainer):
                 canaries=self.canaries,
                 secure_noise=self.privacy.secure_noise,
             )
-        noisy.begin(self.plan.coefficients())
+        noisy.start_training(self.plan.coefficients())
         self._noisy = noisy
         return self.optimizer
 
@@ -525,9 +525,9 @@ class DPTrainer(Trainer):
         if self.generators is not None:
             self.generators.check()
         if self.engine is not None:
-            self._noisy.draw = inputs.number
+            self._noisy.batch_index = inputs.batch_index
         self.norms.end_step()
-        self.checks.taken(inputs.batch_size, inputs.number)
+        self.checks.taken(inputs.batch_size, inputs.batch_index)
         if self.engine is None:
             all_reduce_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one

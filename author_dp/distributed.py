@@ -45,8 +45,14 @@ def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
         parameter.grad = part.view_as(parameter)
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process' rank, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Whether this process has rank 0."""
+    return rank_and_world_size()[0] == 0
 
 
 def barrier() -> None:

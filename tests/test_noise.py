@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def draws(size: int, std: float = 1.0, source: GaussianNoise | None = None) -> torch.Tensor:
     source = source or GaussianNoise(CPU)
     total = torch.zeros(size)
-    for part in total.split(source.elements):
+    for part in total.split(source.chunk_size):
         source.add_(part, std)
     return total
 

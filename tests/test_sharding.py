@@ -223,16 +223,16 @@ def banded_noise(coefficients: np.ndarray, steps: int) -> list[torch.Tensor]:
     shard_plainly(model)
     plain = AdamBC(torch.optim.AdamW(model.parameters(), lr=0.0))
     optimizer = ShardedOptimizer(plain, noise_multiplier=1.5, clip_norm=0.2, expected_batch_size=10, before_release=lambda: None)
-    optimizer.begin(coefficients)
+    optimizer.start_training(coefficients)
     released = []
     for number in range(steps):
         optimizer.zero_grad()
-        with pytest.raises(RuntimeError, match="takes the draw of that number"):
+        with pytest.raises(RuntimeError, match="needs the batch of that index"):
             optimizer.step()
-        optimizer.draw = number
+        optimizer.batch_index = number
         optimizer.step()
         released.append(flat(p.grad for p in optimizer.params) / 0.03)
-        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.bands.variance)
+        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.band_noise.variance)
     return released
 
 

@@ -99,7 +99,7 @@ class RankMonitor:
     """Follow the batches of one process.
 
     Args:
-        sampler: of the training, whose `on_share` is set.
+        sampler: of the training, whose `on_local_batch` is set.
     """
 
     def __init__(self, sampler: PoissonAuthorSampler):
@@ -109,7 +109,7 @@ class RankMonitor:
         self._drawn: dict[int, SampledBatch] = {}  # by number; the loader is ahead of the steps
         self._groups = b"" if sampler.groups is None else hashlib.sha256(sampler.groups.tobytes()).digest()
         self._batches, self._steps, self._authors, self._whole, self._share = b"", 0, 0, 0, 0
-        sampler.on_share = self.drawn
+        sampler.on_local_batch = self.drawn
 
     def drawn(self, authors: np.ndarray, share: list[np.ndarray], number: int) -> None:
         """Take the authors of a batch, and the samples of those whom this process takes."""

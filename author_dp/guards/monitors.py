@@ -103,7 +103,7 @@ class RunMonitors:
             self.draws = CyclicSamplingMonitor(groups_of(sampler), self.plan.noise_bands, self.number, rate)
             if self.canaries is not None:
                 self.canaries.align(self.plan.coefficients(), groups_of(sampler))
-        sampler.on_draw = self.draws.drawn
+        sampler.on_batch = self.draws.drawn
         self._ranks, self.norms.authors = RankMonitor(sampler), 0
         self._asked.append(self.draws)
 
@@ -226,8 +226,7 @@ def catch_error(test: Callable[[], None]) -> Optional[MechanismError]:
 
 def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
     """Return what draws authors as one group: groups of their own would hide that two samplers draw alike."""
-    sampler.members = None
-    return sampler.draw_authors
+    return lambda: sampler.sample_indices(len(sampler.offsets) - 1)
 
 
 def groups_of(sampler: PoissonAuthorSampler) -> np.ndarray:

@@ -17,7 +17,7 @@ means than a seed, and a bug that spares the pad.
 Example:
 
     >>> check = NoiseCheck(std=0.9 * 1.0 / 256)
-    >>> check.add(optimizer.pad)  # after each step
+    >>> check.add(optimizer.grad_buffer.probe)  # after each step
     >>> check.test()  # at log lines and at the end
 
 References:

@@ -13,7 +13,7 @@ Not found: an author beyond the first `WATCHED` who is always in, and samples th
 Example:
 
     >>> check = DrawCheck(authors=20_000, canaries=0, sample_rate=0.01)
-    >>> sampler = PoissonAuthorSampler(..., on_draw=check.drawn)
+    >>> sampler.on_batch = check.drawn  # a PoissonAuthorSampler
     >>> check.taken(batch_size)  # in each step
     >>> check.test()  # at log lines and at the end
 """

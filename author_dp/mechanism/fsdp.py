@@ -20,7 +20,7 @@ References:
     [2] Zhao et al. 2023, PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, arXiv 2304.11277
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -38,9 +38,10 @@ from author_dp.clipping import ClippingEngine, engine_class
 from author_dp.clipping.author_groups import AuthorIndex
 from author_dp.clipping.ghost import GhostClipping, add_clipped
 from author_dp.clipping.grad_factors import GradFactors
+from author_dp.distributed import rank_and_world_size
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses, needs_position_ids
-from author_dp.mechanism.optimizer import PROBE_SIZE, AuthorDPOptimizer
+from author_dp.mechanism.optimizer import PROBE_SIZE, AuthorDPOptimizer, GradBuffer
 from author_dp.types import Batch
 
 BUCKET_ELEMENTS = 2**22  # elements of small parameters that are reduced together: 16 MB
@@ -249,62 +250,54 @@ def backward_on_one_rank(engine: ClippingEngine, batch: Batch, turn: int) -> tor
 # --- noise and update -------------------------------------------------------------------------------------
 
 
-class ShardedOptimizer(AuthorDPOptimizer):
-    """AuthorDPOptimizer for parameters in shares.
+class ShardedGradBuffer(GradBuffer):
+    """Hold this process' shards of the clipped sums, and of the probe and canaries behind them.
 
-    Guarantee: as AuthorDPOptimizer's. `sums` holds this process' shares of the clipped sums, which are those of the whole draw
-    already, and behind them its share of the pad and the canaries, so that the run's check of itself sees the noise of every
-    process. A step is:
-    1) `before_release` is called, which records the step in the ledger (on the first process)
-    2) the canaries' sums of all processes are added up: none can go on before all have done 1)
-    3) noise of the full variance is added to this process' shares, and they are divided by the constant B
-    4) `after_release` is given what was released in the whole pad, and the wrapped optimizer updates this process' shares
+    Every coordinate is on one process, which adds all of its noise. The clipping engine has already summed the shards over the
+    authors of all processes. Sums of canaries are still those of this process' authors, so `reduce_sums` adds them up; the probe
+    is gathered after noise is added, so that each process checks the noise of all.
     """
 
-    def allocate_buffer(self, canaries: Any) -> None:
-        device, world_size, rank = self.params[0].device, self.world_size, dist.get_rank()
+    def __init__(self, parameters: list[Any], canaries: Any = None):
+        rank, world_size = rank_and_world_size()
         tables = [] if canaries is None else [canaries.table.weight]
-        each = -(-(PROBE_SIZE + sum(table.numel() for table in tables)) // world_size)
-        shares = [local_shard(parameter) for parameter in self.params]
-        sizes = [*(share.numel() for share in shares), each]
-        self.grad_buffer = torch.zeros(sum(sizes), device=device)
-        *views, self._own_pad = self.grad_buffer.split(sizes)
-        for parameter, share, view in zip(self.params, shares, views):
-            parameter.summed_grad = as_dtensor(parameter, view.view_as(share))
-        self._behind = torch.zeros(each * world_size, device=device)  # the clipped sums of pad and canaries, of this process
-        self._place = slice(each * rank, each * (rank + 1))
-        self.pad = torch.zeros_like(self._behind)
+        probe_size = PROBE_SIZE + sum(table.numel() for table in tables)
+        chunk_size = -(-probe_size // world_size)  # of the probe, on each process
+        shards = [local_shard(parameter) for parameter in parameters]
+        sizes = [*(shard.numel() for shard in shards), chunk_size]
+        self.sums = torch.zeros(sum(sizes), device=parameters[0].device)
+        *views, self._probe_chunk = self.sums.split(sizes)
+        for parameter, shard, view in zip(parameters, shards, views):
+            parameter.summed_grad = as_dtensor(parameter, view.view_as(shard))
+        self._probe_sums = torch.zeros(chunk_size * world_size, device=self.sums.device)  # clipped sums of this process' authors
         for table in tables:
-            table.summed_grad = self._behind[PROBE_SIZE : PROBE_SIZE + table.numel()].view_as(table)
-        self._released = PROBE_SIZE + sum(table.numel() for table in tables)
+            table.summed_grad = self._probe_sums[PROBE_SIZE:probe_size].view_as(table)
+        self._chunk_slice = slice(chunk_size * rank, chunk_size * (rank + 1))
+        self._released = torch.zeros_like(self._probe_sums)
+        self.probe = self._released[:probe_size]
+        self.noise_shares, self.noise_slice = 1, self.sums
 
-    def noise_slice(self) -> torch.Tensor:
-        """All that this process holds is its own."""
-        return self.grad_buffer
+    def reduce_sums(self) -> None:
+        """Sum the canaries' clipped gradients over the processes. Collective: none can proceed before all are at this step."""
+        dist.all_reduce(self._probe_sums)
+        self._probe_chunk.add_(self._probe_sums[self._chunk_slice])
 
-    def pre_step(self, closure: Optional[Callable] = None) -> bool:
-        self.check_sums()
-        self.before_release()
-        self._used = True
-        dist.all_reduce(self._behind)
-        self._own_pad.add_(self._behind[self._place])
-        std = self.noise_multiplier * self.max_grad_norm
-        if self.bands is not None:
-            self.bands.add_(self._slice, self.noise, std)
-            std = 0.0
-        for part in self.grad_buffer.split(self.noise.elements):
-            if std > 0:
-                self.noise.add_(part, std)
-            part.div_(self.expected_batch_size)
-        all_gather(self.pad, self._own_pad.contiguous())
-        if self.after_release is not None:
-            self.after_release(self.pad[: self._released])
-        self.set_gradients()
-        return True
+    def reduce_released(self) -> None:
+        """Gather the released probe from all processes. Collective."""
+        all_gather(self._released, self._probe_chunk.contiguous())
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        self._behind.zero_()
+    def zero_(self) -> None:
+        super().zero_()
+        self._probe_sums.zero_()
+
+
+class ShardedOptimizer(AuthorDPOptimizer):
+    """AuthorDPOptimizer for sharded parameters; the wrapped optimizer updates this process' shards.
+
+    Guarantee: as AuthorDPOptimizer's.
+    """
+
+    buffer_class = ShardedGradBuffer
 
     def full_optim_state(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state as that of a run without shares; on the first process only. Collective."""

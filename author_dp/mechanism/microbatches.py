@@ -63,8 +63,8 @@ class LogicalBatch(NamedTuple):
     """One step's batch on one process, cut into what fits in memory at once."""
 
     microbatches: list[Batch]
-    batch_size: int  # as in AuthorDraw
-    number: int
+    batch_size: int  # as in AuthorBatch
+    batch_index: int
 
 
 class LogicalBatchDataset(torch.utils.data.Dataset):
@@ -79,7 +79,7 @@ class LogicalBatchDataset(torch.utils.data.Dataset):
     def __getitems__(self, draw: AuthorBatch) -> LogicalBatch:
         authors = self.dataset.__getitems__(draw.samples)
         microbatches = make_microbatches(authors, self.max_authors, self.collate, self.shape)
-        return LogicalBatch(microbatches, draw.batch_size, draw.number)
+        return LogicalBatch(microbatches, draw.batch_size, draw.batch_index)
 
 
 def make_microbatches(

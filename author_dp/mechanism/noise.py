@@ -48,7 +48,7 @@ class GaussianNoise:
     def __init__(self, device: torch.device, secure: bool = False):
         self.draws = 4 if secure else 1
         on_cpu = secure or device.type == "cpu"
-        self.elements = 2 * SECURE_PAIRS if on_cpu else 2**26  # that `add_` takes at once
+        self.chunk_size = 2 * SECURE_PAIRS if on_cpu else 2**26  # that `add_` takes at once
         self._generators = [] if on_cpu else [torch.Generator(device) for _ in range(4)]
         for generator in self._generators:
             generator.manual_seed(secrets.randbits(64))
@@ -63,7 +63,7 @@ class GaussianNoise:
             self._radius, self._cosine, self._sine = torch.empty(3, SECURE_PAIRS)
 
     def add_(self, total: torch.Tensor, std: float) -> torch.Tensor:
-        """Add independent N(0, std^2) draws to each of the flat float32 `total`, (at most `elements`,), in place."""
+        """Add independent N(0, std^2) draws to each of the flat float32 `total`, (at most `chunk_size`,), in place."""
         if self.draws > 1:  # summed before they meet what they hide, or that would be rounded between them
             noise = torch.zeros(len(total))
             for _ in range(self.draws):
@@ -107,7 +107,7 @@ class BandMFNoise:
     def add_(self, total: torch.Tensor, source: GaussianNoise, std: float) -> torch.Tensor:
         """Add the noise of the next step to `total`, float32 (size,), in place; std is sigma C."""
         places = [(self.steps - lag) % len(self.past) for lag in range(1, len(self.past) + 1)]  # of w_{t-1}, w_{t-2}, ...
-        for total_part, past in zip(total.split(source.elements), self.past.split(source.elements, dim=1)):
+        for total_part, past in zip(total.split(source.chunk_size), self.past.split(source.chunk_size, dim=1)):
             noise = source.add_(torch.zeros_like(total_part), std)
             for place, coefficient in zip(places, self.rest):
                 noise.sub_(past[place], alpha=coefficient)
