@@ -63,7 +63,7 @@ from author_dp.guards.options import (
 from author_dp.guards.precision import check_float32, full_precision_sums
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import ShardedOptimizer, full_state_dict, load_weights, make_engine, missing_rounds, shard
-from author_dp.mechanism.losses import author_losses, needs_position_ids
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
@@ -314,7 +314,6 @@ class DPTrainer(Trainer):
         if not privacy.disable_dp:
             self.callback_handler = WatchedCallbacks(self)
         self.add_callback(StopAtTargetEpsilon(self.budget))
-        self.needs_positions = needs_position_ids(model)
 
     # What the Trainer asks for, in the order in which it asks.
 
@@ -510,7 +509,7 @@ class DPTrainer(Trainer):
             real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
-                losses = author_losses(model, microbatch, self.needs_positions)
+                losses = author_losses(model, microbatch)
             if self.engine is None:
                 (losses.sum() / self.plan.expected_batch_size).backward()
             else:
@@ -560,7 +559,7 @@ class DPTrainer(Trainer):
 
         self.callback_handler.eval_dataloader = dataloader  # the progress bar asks for its length
         with self.accelerator.autocast():
-            return evaluate(self.model, dataloader, self.needs_positions, on_batch, metric_key_prefix)
+            return evaluate(self.model, dataloader, on_batch, metric_key_prefix)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add epsilon spent so far to every line, and to the training ones statistics that are not private."""

@@ -489,9 +489,10 @@ def test_a_canary_gives_one_number_for_each_time_its_group_is_drawn():
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer"
 BUGS = {
     "no bug": (f"{STEP}.pre_step", "self._used = True", "self._used = True", None),
-    "a band dropped": ("author_dp.mechanism.noise.BandMFNoise.add_", "zip(places, self.rest)", "zip(places[1:], self.rest[1:])",
+    "a band dropped": ("author_dp.mechanism.noise.BandMFNoise.add_", "zip(rows, lag_coefficients)",
+        "zip(rows[1:], lag_coefficients[1:])",
         "between steps"),
-    "independent noise": ("author_dp.mechanism.noise.BandMFNoise.add_", "noise.sub_(past[place], alpha=coefficient)", "pass",
+    "independent noise": ("author_dp.mechanism.noise.BandMFNoise.add_", "noise.sub_(past[row], alpha=coefficient)", "pass",
         "its scale"),
     "half the noise": (f"{STEP}.add_noise_and_divide", "noise_slice, self.noise, std", "noise_slice, self.noise, 0.5 * std",
         "its scale"),

@@ -34,7 +34,6 @@ from author_dp.mechanism.fsdp import (
     local_shard,
     make_engine,
 )
-from author_dp.mechanism.losses import needs_position_ids
 from author_dp.models.quantization import computes_in_float32, float32_compute
 from author_dp.types import IGNORE_INDEX, Batch
 
@@ -119,9 +118,7 @@ def check_sample_independence(model: Any, sequence_len: Optional[int] = None, bf
         ids = random_tokens(model, BATCH * min(longest, TOKENS), 5).view(BATCH, -1)
         with exact_reference(model):
             coarser = 100.0 if bf16 else rounding(model)
-            check_random_ops(
-                ModelCall(model, needs_position_ids(model), bf16), ids, min(longest, LONGEST), SAME_TOLERANCE * coarser
-            )
+            check_random_ops(ModelCall(model, bf16), ids, min(longest, LONGEST), SAME_TOLERANCE * coarser)
         with deterministic_train_mode(model):
             check_buffers(model, longest)
             check_samples_apart(model, longest)

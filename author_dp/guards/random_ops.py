@@ -110,14 +110,11 @@ class ModelCall(NamedTuple):
     """How the run calls its model."""
 
     model: Any
-    needs_positions: bool  # as `mechanism.takes_positions`
     bf16: bool  # under autocast
 
     def __call__(self, ids: torch.Tensor, mode: RandomOpMode, backward: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits, and gradients at the output of the input embeddings, float32 (samples, ...) each, under `mode`."""
-        inputs, embedded = {"input_ids": ids}, []
-        if self.needs_positions:
-            inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        embedded: list[torch.Tensor] = []
 
         def require_grad(layer: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
             embedded.append(output if output.requires_grad else output.detach().requires_grad_())
@@ -127,7 +124,7 @@ class ModelCall(NamedTuple):
         autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)
         try:
             with mode, torch.enable_grad(), autocast:
-                logits = self.model(**inputs).logits.float()
+                logits = self.model(input_ids=ids).logits.float()
                 found = torch.autograd.grad(logits.square().sum(), embedded[:1], allow_unused=True) if backward else (None,)
         finally:
             hook.remove()

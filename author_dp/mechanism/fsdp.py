@@ -40,7 +40,7 @@ from author_dp.clipping.ghost import GhostClipping, add_clipped
 from author_dp.clipping.grad_factors import GradFactors
 from author_dp.distributed import rank_and_world_size
 from author_dp.errors import UserError
-from author_dp.mechanism.losses import author_losses, needs_position_ids
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.optimizer import PROBE_SIZE, AuthorDPOptimizer, GradBuffer
 from author_dp.types import Batch
 
@@ -63,7 +63,6 @@ def shard(model: Any, device: torch.device) -> None:
     Raises:
         UserError: for a model whose blocks cannot be told apart.
     """
-    needs_position_ids(model)  # found by calls of the plain model, and remembered
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in [*blocks(root), *untied_embeddings(root), root]:
@@ -150,7 +149,7 @@ def dummy_forwards(model: nn.Module, rounds: int) -> None:
     """Take part in the gathers of so many forwards of the others."""
     with torch.no_grad():
         for _ in range(rounds):
-            author_losses(model, dummy_batch(model), False)
+            author_losses(model, dummy_batch(model))
 
 
 # --- clipping ---------------------------------------------------------------------------------------------
@@ -177,7 +176,7 @@ class ShardedClipping(GhostClipping):
         self._counts = False
         try:
             batch = dummy_batch(self.module)
-            super().backward(author_losses(self.module, batch, False), batch["author"])
+            super().backward(author_losses(self.module, batch), batch["author"])
         finally:
             self._counts = True
 
