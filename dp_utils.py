@@ -62,7 +62,7 @@ from author_dp.guards.options import (
 )
 from author_dp.guards.precision import check_float32, full_precision_sums
 from author_dp.mechanism.adam_bc import AdamBC
-from author_dp.mechanism.fsdp import ShardedOptimizer, full_state_dict, load_weights, make_engine, missing_rounds, shard
+from author_dp.mechanism.fsdp import ShardedOptimizer, full_state_dict, load_weights, make_engine, missing_rounds, shard_model
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
@@ -263,7 +263,7 @@ class DPTrainer(Trainer):
         self.full_shard = full_shard
         if full_shard:
             check_fsdp(args, privacy, model)
-            shard(model, args.device)
+            shard_model(model, args.device)
         self.proof: Optional[ModelCheck] = None
         if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
             checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None

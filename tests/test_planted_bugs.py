@@ -838,7 +838,7 @@ BUGS = [
         "alone &= ~((mine == best) & (far == best))", "pass",
         lambda *_: test_synthetic_report.test_passages_are_those_of_a_plain_search()),
     Bug("shares: a part of the noise for each process", ADD_NOISE, "self.noise_multiplier * self.max_grad_norm",
-        "self.noise_multiplier * self.max_grad_norm / self.world_size**0.5",
+        "self.noise_multiplier * self.max_grad_norm / torch.distributed.get_world_size() ** 0.5",
         lambda path, _: test_sharding.test_noise_is_of_the_promised_scale_once_and_independent_between_shares(path)),
     Bug("shares: noise on the first process alone", ADD_NOISE, "if std > 0:", "if std > 0 and torch.distributed.get_rank() == 0:",
         lambda path, _: test_sharding.test_noise_is_of_the_promised_scale_once_and_independent_between_shares(path)),
