@@ -45,7 +45,7 @@ from author_dp.guards.options import check_launch, use_adam_bc
 from author_dp.guards.precision import check_float32, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.fsdp import make_engine, missing_rounds
-from author_dp.mechanism.losses import author_losses, needs_position_ids
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
@@ -262,7 +262,6 @@ class DPTrainer(UploadingTrainer):
         if not privacy.disable_dp:
             self.callback_handler = WatchedCallbacks(self)
         self.add_callback(StopAtTargetEpsilon(self.budget))
-        self.needs_positions = needs_position_ids(model)
 
     # Training, in the order in which the Trainer calls.
 
@@ -340,7 +339,7 @@ class DPTrainer(UploadingTrainer):
                 optimizer, self.plan, self.monitors, self.gradient_canaries, self._record_step,
                 corrected=corrected, secure_noise=self.privacy.secure_noise, sharded=self.full_shard,
             )  # fmt: skip
-        noisy.begin(self.plan.coefficients())
+        noisy.start_training(self.plan.coefficients())
         self.dp_optimizer = noisy
         return self.optimizer
 
@@ -377,7 +376,7 @@ class DPTrainer(UploadingTrainer):
             real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
-                losses = author_losses(model, microbatch, self.needs_positions)
+                losses = author_losses(model, microbatch)
             if self.gradient_canaries is not None:
                 losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
             norms = self.engine.backward(losses, microbatch["author"])
@@ -391,9 +390,9 @@ class DPTrainer(UploadingTrainer):
             all_reduce_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         else:
             self.generators.check()  # type: ignore[union-attr]
-            self.dp_optimizer.draw = inputs.number
+            self.dp_optimizer.batch_index = inputs.batch_index
         self.norms.end_step()
-        self.monitors.on_step(inputs.batch_size, inputs.number)
+        self.monitors.on_step(inputs.batch_size, inputs.batch_index)
         if inputs.batch_size:  # the loss of an empty batch does not exist: repeat the last one
             self._step_loss = total * self.args.world_size / inputs.batch_size
         return self._step_loss.clone()

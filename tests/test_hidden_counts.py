@@ -84,7 +84,7 @@ def test_authors_are_drawn_at_the_rate_and_divided_by_a_constant(tmp_path):
     for authors in (40, 400):
         trainer = hidden_trainer(tmp_path / str(authors), authors)
         sampler = trainer.get_train_dataloader().batch_sampler
-        drawn = [len(sampler.draw_authors()) for _ in range(500)]
+        drawn = [len(sampler.sample_authors()) for _ in range(500)]
         assert within(np.mean(drawn), 0.05 * authors, (0.05 * 0.95 * authors / 500) ** 0.5)
         assert trainer.create_optimizer().expected_batch_size == 4 == trainer.plan.expected_batch_size
         assert len(sampler) == 20  # 1 / q draws are an epoch

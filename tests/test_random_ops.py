@@ -104,7 +104,7 @@ class InTraining(nn.Module):
 def test_check_random_ops_refuses_what_samples_share(what):
     happens, words = SHARED[what]
     with pytest.raises(UserError, match=words):
-        check_random_ops(ModelCall(InTraining(happens).eval(), True, "autocast" in what), IDS, LONGEST, 1e-4)
+        check_random_ops(ModelCall(InTraining(happens).eval(), "autocast" in what), IDS, LONGEST, 1e-4)
 
 
 @pytest.mark.parametrize("generator", [OWN, np.random.default_rng(0), np.random.RandomState(0), random.Random(0)])
@@ -112,14 +112,14 @@ def test_check_random_ops_refuses_a_module_that_holds_a_generator(generator):
     model = tiny_gpt2(dropout=0.1)
     model.transformer.h[1].generator = generator
     with pytest.raises(UserError, match=r"transformer\.h\.1 holds a random generator"):
-        check_random_ops(ModelCall(model, True, False), IDS, LONGEST, 1e-4)
+        check_random_ops(ModelCall(model, False), IDS, LONGEST, 1e-4)
 
 
 @pytest.mark.parametrize("what", INDEPENDENT)
 def test_check_random_ops_accepts_independent_samples(what):
     model = InTraining(INDEPENDENT[what]).eval()
     state, python = torch.get_rng_state(), random.getstate()
-    check_random_ops(ModelCall(model, True, False), IDS, LONGEST, 1e-4)
+    check_random_ops(ModelCall(model, False), IDS, LONGEST, 1e-4)
     assert torch.equal(state, torch.get_rng_state()) and random.getstate() == python and not model.inner.training
 
 

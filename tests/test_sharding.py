@@ -41,12 +41,12 @@ from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import (
     ShardedClipping,
     ShardedOptimizer,
-    blocks,
     buckets,
+    find_blocks,
     local_shard,
     make_engine,
     missing_rounds,
-    shard,
+    shard_model,
 )
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.optimizer import PROBE_SIZE
@@ -61,7 +61,7 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
     model = tiny_gpt2(**MODELS[kind])
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(model.train(), CPU)
+    shard_model(model.train(), CPU)
     parameters = trainable(model).values()
     optimizer = ShardedOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
@@ -223,16 +223,16 @@ def banded_noise(coefficients: np.ndarray, steps: int) -> list[torch.Tensor]:
     shard_plainly(model)
     plain = AdamBC(torch.optim.AdamW(model.parameters(), lr=0.0))
     optimizer = ShardedOptimizer(plain, noise_multiplier=1.5, clip_norm=0.2, expected_batch_size=10, before_release=lambda: None)
-    optimizer.begin(coefficients)
+    optimizer.start_training(coefficients)
     released = []
     for number in range(steps):
         optimizer.zero_grad()
-        with pytest.raises(RuntimeError, match="takes the draw of that number"):
+        with pytest.raises(RuntimeError, match="needs the batch of that index"):
             optimizer.step()
-        optimizer.draw = number
+        optimizer.batch_index = number
         optimizer.step()
         released.append(flat(p.grad for p in optimizer.params) / 0.03)
-        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.bands.variance)
+        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.band_noise.variance)
     return released
 
 
@@ -280,7 +280,7 @@ def test_nothing_is_updated_when_the_step_cannot_be_recorded(tmp_path):
 def memory_of_sums() -> list[bool]:
     """Nothing of the engine's is whole after a microbatch, and no weight has an ordinary gradient."""
     model = tiny_gpt2()
-    shard(model, CPU)
+    shard_model(model, CPU)
     engine = ShardedClipping(model, 0.5)
     parameters = list(model.parameters())
     for parameter in parameters:
@@ -303,13 +303,13 @@ def test_small_parameters_are_reduced_together(monkeypatch):
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(UserError, match="leave out --fsdp"):
-        blocks(nn.Linear(2, 2))
-    assert len(blocks(tiny_gpt2())) == 2
+        find_blocks(nn.Linear(2, 2))
+    assert len(find_blocks(tiny_gpt2())) == 2
 
 
 def proven(family: str, kind: str) -> float:
     model = make_model(family, kind)
-    shard(model, CPU)
+    shard_model(model, CPU)
     return verify_model(model, "ghost", 14).error
 
 

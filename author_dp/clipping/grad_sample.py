@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.grad_factors import squared_norms
+from author_dp.clipping.positions import separate_positions
 from author_dp.errors import UserError
 
 
@@ -58,6 +59,7 @@ class GradSampleClipping:
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Embedding) and layer.weight.requires_grad and takes_more_than_ids(layer):
                 raise UserError(f"--clipping grad_sample cannot follow the trainable {name}: use --clipping ghost")
+        self._hooks = separate_positions(model)
         try:
             self.module = GradSampleModule(model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
@@ -106,6 +108,8 @@ class GradSampleClipping:
     def close(self) -> None:
         """Take the hooks off the model."""
         self.module.to_standard_module()
+        for hook in self._hooks:
+            hook.remove()
 
 
 def takes_more_than_ids(layer: nn.Embedding) -> bool:

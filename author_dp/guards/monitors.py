@@ -108,7 +108,7 @@ class RunMonitors:
             self.sampling = CyclicSamplingMonitor(groups_of(sampler), bands, self.num_canaries, rate)
             if self._canary_monitor is not None:
                 self._canary_monitor.set_groups(self.plan.coefficients(), groups_of(sampler))
-        sampler.on_draw = self.sampling.on_sample
+        sampler.on_batch = self.sampling.on_sample
         self._ranks, self.norms.authors = RankMonitor(sampler), 0
         self._monitors.append(self.sampling)
 
@@ -231,8 +231,7 @@ def catch_error(test: Callable[[], None]) -> Optional[MechanismError]:
 
 def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
     """Return the function that samples authors as one group; secret groups would hide that two samplers are seeded alike."""
-    sampler.members = None
-    return sampler.draw_authors
+    return lambda: sampler.sample_indices(len(sampler.offsets) - 1)
 
 
 def groups_of(sampler: PoissonAuthorSampler) -> np.ndarray:

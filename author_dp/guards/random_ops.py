@@ -130,7 +130,6 @@ class ModelCall(NamedTuple):
     """How the run calls its model."""
 
     model: Any
-    needs_positions: bool  # as `losses.needs_position_ids`
     bf16: bool  # under autocast
 
     def __call__(self, ids: torch.Tensor, mode: RandomOpMode, backward: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,9 +138,7 @@ class ModelCall(NamedTuple):
         Returns:
             logits, and gradients at the output of the input embeddings (zeros without `backward`), float32 (samples, ...) each.
         """
-        inputs, embedded = {"input_ids": ids}, []
-        if self.needs_positions:
-            inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        embedded: list[torch.Tensor] = []
 
         def require_grad(layer: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
             embedded.append(output if output.requires_grad else output.detach().requires_grad_())
@@ -152,7 +149,7 @@ class ModelCall(NamedTuple):
         gradient = None
         try:
             with mode, torch.enable_grad(), autocast:
-                logits = self.model(**inputs).logits.float()
+                logits = self.model(input_ids=ids).logits.float()
                 if backward:
                     (gradient,) = torch.autograd.grad(logits.square().sum(), embedded[:1], allow_unused=True)
         finally:

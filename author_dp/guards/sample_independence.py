@@ -27,7 +27,6 @@ from author_dp.guards.probing import (
     tolerance_factor,
 )
 from author_dp.guards.random_ops import BATCH_SIZE, ModelCall, check_random_ops
-from author_dp.mechanism.losses import needs_position_ids
 
 LOGIT_TOLERANCE = 1e-4  # relative difference of logits that another order of summation may cause
 REPEAT_TOLERANCE = 1e-7  # the same for two computations on one text: kernels on a GPU may not be deterministic
@@ -50,7 +49,7 @@ def check_sample_independence(model: Any, sequence_len: Optional[int] = None, bf
         ids = random_tokens(model, BATCH_SIZE * min(max_len, RANDOM_OPS_LEN), 5).view(BATCH_SIZE, -1)
         with float32_train_mode(model):
             tolerance = LOGIT_TOLERANCE * (100.0 if bf16 else tolerance_factor(model))
-            check_random_ops(ModelCall(model, needs_position_ids(model), bf16), ids, min(max_len, MAX_LEN), tolerance)
+            check_random_ops(ModelCall(model, bf16), ids, min(max_len, MAX_LEN), tolerance)
         with deterministic_train_mode(model):
             check_saved_buffers(model, max_len)
             check_logits(model, max_len)

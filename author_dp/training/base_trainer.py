@@ -23,13 +23,11 @@ class LogicalBatchTrainer(Trainer):
 
     Attributes:
         plan: the public parameters of the run.
-        needs_positions: whether the model is called with position ids (`mechanism.losses.needs_position_ids`).
     """
 
     model: Any
     optimizer: Any
     plan: PrivacyPlan
-    needs_positions: bool
 
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """Name the option where the Trainer's scheduler does not take its arguments."""
@@ -67,4 +65,4 @@ class LogicalBatchTrainer(Trainer):
 
         self.callback_handler.eval_dataloader = dataloader  # the progress bar asks for its length
         with self.accelerator.autocast():
-            return evaluate(self.model, dataloader, self.needs_positions, on_batch, metric_key_prefix)
+            return evaluate(self.model, dataloader, on_batch, metric_key_prefix)

@@ -34,7 +34,7 @@ from author_dp.guards.options import (
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
 from author_dp.mechanism.adam_bc import AdamBC
-from author_dp.mechanism.fsdp import ShardedOptimizer, shard
+from author_dp.mechanism.fsdp import ShardedOptimizer, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.training.checkpointing import check_author_count, check_counts_hidden, check_not_released, find_checkpoint
@@ -122,7 +122,7 @@ def check_and_place_model(
     check_model(model, call_model=False)
     if full_shard:
         check_fsdp_model(model)
-        shard(model, args.device)
+        shard_model(model, args.device)
     if privacy.disable_dp:
         return None
     checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
