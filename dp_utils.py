@@ -38,7 +38,10 @@ from transformers.utils import PushInProgress, logging
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.budget import Budget, StopAtTargetEpsilon
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, read_private_count
+from author_dp.accounting.output_dir import failures_recorded, lock_output_dir
 from author_dp.accounting.plan import make_plan, plan_of
+from author_dp.accounting.plan_text import format_plan
+from author_dp.accounting.privacy_report import make_report
 from author_dp.clipping import ENGINES, ClippingEngine
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import all_reduce_gradients, broadcast
@@ -294,7 +297,7 @@ class DPTrainer(Trainer):
         kept = broadcast(read_private_count(self.folder))
         check_author_count(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
         check_counts_hidden(self.folder, ledger, privacy.hide_counts)
-        self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
+        self.budget = Budget(self.plan, ledger, is_main_process=args.process_index == 0)
         self.budget.by_metrics = metric_driven_option(args)
         self.shared_authors = False  # whether evaluation authors may be training authors
         self.engine: Optional[ClippingEngine] = None  # while training
@@ -342,8 +345,8 @@ class DPTrainer(Trainer):
         little = self.full_shard or self.args.activation_checkpointing  # memory counts for more than time
         try:
             with (
-                self.budget.lock_output_dir(),
-                self.budget.alarm(self.create_model_card),
+                lock_output_dir(self.budget),
+                failures_recorded(self.budget, self.create_model_card),
                 memory_kept(self.args.device.type == "cpu" and not little),
                 self._secret_generators() as self.generators,
                 full_precision_sums(),
@@ -612,7 +615,7 @@ class DPTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""
-        if self.budget.is_first_process and not self.privacy.disable_dp:
+        if self.budget.is_main_process and not self.privacy.disable_dp:
             check_ledger_covers(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
         super()._load_best_model()
 
@@ -668,7 +671,9 @@ class DPTrainer(Trainer):
     def summary(self) -> str:
         """Return what will happen, for the log before training."""
         taken = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
-        return self.budget.summary(model_sizes(self.model), self.train_dataset.offsets, max(0, self.plan.steps - taken))
+        steps, epsilon = self.budget.forecast(max(0, self.plan.steps - taken))
+        offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
+        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps)
 
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
@@ -676,7 +681,7 @@ class DPTrainer(Trainer):
 
     def privacy_report(self) -> dict[str, Any]:
         """Return what privacy.json holds; on the first process only."""
-        report = self.budget.report(self.state.global_step)
+        report = make_report(self.budget.plan, self.budget.ledger, self.state.global_step)
         if self.ended is not None and self.ended["disable_dp"] == self.plan.disable_dp:
             kept = {name: value for name, value in self.ended.items() if name != "weights"}
             return report | kept if self.plan.disable_dp else kept | report

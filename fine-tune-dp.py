@@ -60,6 +60,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from author_dp.accounting.accountant import format_guarantee
+from author_dp.accounting.plan_text import delta_warning, tuning_hint
 from author_dp.data.authors import get_column
 from author_dp.data.chat import resolve_bos_token
 from author_dp.data.storage import cleanup_temp_dirs
@@ -490,7 +491,7 @@ def main() -> None:
     if model_args.dry_run:
         trainer.add_callback(dry_run := DryRun())
     logger.info("\n".join([trainer.summary(), *format_data_summary(trainer.data)]))
-    for warning in (trainer.budget.plan.delta_warning(), trainer.budget.plan.tuning_hint()):
+    for warning in (delta_warning(trainer.budget.plan), tuning_hint(trainer.budget.plan)):
         if warning and not privacy_args.disable_dp and trainer.is_world_process_zero():
             logger.warning(warning)
     start = resolve_bos_token(tokenizer, data_args.prepend_bos)

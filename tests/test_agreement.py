@@ -71,7 +71,7 @@ def test_every_process_raises_what_one_of_them_does_otherwise(tmp_path, bug):
     said = in_processes(tmp_path, 2, functools.partial(run_with_bug, tmp_path, bug, bands, 0, False, 0))
     assert said[0] == said[1] and said[0].startswith("MechanismError") and BUGS[bug][3] in said[0], said
     ledger = PrivacyLedger(tmp_path / "run" / "privacy_ledger.jsonl")
-    assert ledger.steps == 3 and ledger.alarm
+    assert ledger.steps == 3 and ledger.failure
 
 
 @pytest.mark.parametrize(

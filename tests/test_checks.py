@@ -45,7 +45,7 @@ def run(folder, model=None, act=None, **options) -> None:
 def test_an_update_that_no_ledger_holds_ends_the_run(tmp_path):
     with pytest.raises(MechanismError, match="updated 3 times in 2 steps"):
         run(tmp_path, act=lambda model, optimizer: optimizer.optimizer.original_optimizer.step())
-    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").alarm
+    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").failure
 
 
 def test_an_optimizer_whose_step_calls_that_of_its_base_makes_one_update(tmp_path):
@@ -69,7 +69,7 @@ def test_a_step_without_an_update_ends_the_run(tmp_path, monkeypatch):
 
 def test_a_step_that_is_not_on_the_disk_ends_the_run(tmp_path, monkeypatch):
     append = find("author_dp.accounting.ledger.PrivacyLedger._append")
-    code = with_edit(append, "self._write(record)", "None if self.steps == 3 else self._write(record)")
+    code = with_edit(append, "self._chain.append(record)", "None if self.steps == 3 else self._chain.append(record)")
     monkeypatch.setattr(append, "__code__", code)
     with pytest.raises(MechanismError, match="lacks 1 steps"):
         run(tmp_path)

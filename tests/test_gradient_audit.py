@@ -129,7 +129,7 @@ def test_a_wrong_mechanism_ends_a_real_run(tmp_path, monkeypatch, bug):
     monkeypatch.setattr(function, "__code__", with_edit(function, old, new))  # now: the proof at the start finds wrong clips
     with pytest.raises(MechanismError, match=found):
         trainer.train()
-    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").alarm
+    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").failure
 
 
 @pytest.mark.slow

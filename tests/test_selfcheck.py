@@ -103,16 +103,16 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     assert (
         ledger.steps == 6
-        and ledger.alarm
-        and "its scale" in ledger.alarm
-        and "ALARM" in format_ledger(ledger)
+        and ledger.failure
+        and "its scale" in ledger.failure
+        and "FAILURE" in format_ledger(ledger)
         and "no privacy" in format_ledger(ledger)
     )
     assert "without a privacy guarantee" in (tmp_path / "README.md").read_text()
     write_report(tmp_path)
     assert "none: the run found" in (tmp_path / "report.html").read_text()
     for resume in (True, str(tmp_path / "checkpoint-2"), None):
-        with pytest.raises(UserError, match=r"its mechanism is not what its ledger says.*choose another --output_dir"):
+        with pytest.raises(UserError, match=r"was not as recorded in its ledger.*choose another --output_dir"):
             small(tmp_path, resume_from_checkpoint=resume, **options)
     with pytest.raises(UserError, match="its mechanism"):
         trainer.train()
@@ -132,7 +132,7 @@ def test_noise_from_a_seed_is_found_before_the_first_step(tmp_path, monkeypatch,
     with pytest.raises(MechanismError, match="follows the seed"):
         small(tmp_path).train()
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert ledger.steps == 0 and ledger.alarm
+    assert ledger.steps == 0 and ledger.failure
 
 
 def test_looking_for_seeds_leaves_every_generator_as_it_was(tmp_path):
@@ -176,7 +176,7 @@ def test_the_program_ends_with_status_3(tmp_path, checkpoint, comments, processe
     assert done.stderr.count(said) == 1 and "MechanismError" not in done.stderr
     assert done.returncode == (3 if not processes else 1)
     assert (
-        PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").alarm and not (tmp_path / "out" / "model.safetensors").exists()
+        PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").failure and not (tmp_path / "out" / "model.safetensors").exists()
     )
 
 
@@ -184,7 +184,7 @@ def test_the_program_ends_with_status_3(tmp_path, checkpoint, comments, processe
 def test_right_noise_raises_no_alarm_in_a_real_run(tmp_path, secure):
     trainer = small(tmp_path, privacy={"secure_noise": secure})
     trainer.train()
-    assert trainer.budget.steps == 12 and trainer.checks.noise.steps == 12 and trainer.budget.ledger.alarm is None
+    assert trainer.budget.steps == 12 and trainer.checks.noise.steps == 12 and trainer.budget.ledger.failure is None
 
 
 def test_without_noise_nothing_is_checked(tmp_path):

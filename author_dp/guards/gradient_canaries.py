@@ -83,7 +83,7 @@ class GradientCanaries:
         if plan.disable_dp or plan.noise_multiplier == 0:
             raise UserError("--audit_kind gradient checks the noise: it needs one; leave out --audit_canaries")
         self.clip_norm, self.expected_batch_size = plan.clip_norm, plan.expected_batch_size
-        self.law = CanaryMonitor(plan.noise_multiplier, plan.spending(0).sample_rate, self.included)
+        self.law = CanaryMonitor(plan.noise_multiplier, plan.event(0).sample_rate, self.included)
         return self.law
 
     def align(self, coefficients: np.ndarray, groups: np.ndarray) -> None:
@@ -136,8 +136,8 @@ class GradientCanaries:
         factors, delta = check.interval(CONFIDENCE), trainer.plan.delta
         bounds = []
         for factor in reversed(factors):  # more noise, less epsilon
-            spendings = [s._replace(noise_multiplier=s.noise_multiplier * factor) for s in ledger.spendings]
-            bounds.append(EpsilonAccountant(spendings, delta).epsilon)
+            events = [e._replace(noise_multiplier=e.noise_multiplier * factor) for e in ledger.events]
+            bounds.append(EpsilonAccountant(events, delta).epsilon)
         return {
             "noise_multiplier_between": [factor * trainer.plan.noise_multiplier for factor in factors],
             "epsilon_between": [bound if np.isfinite(bound) else None for bound in bounds],

@@ -81,7 +81,7 @@ class RunMonitors:
         self.stop()
         if self.plan.disable_dp:
             return
-        bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
+        bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
         check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, rate)
         if bands > 1:
             check_unseeded_groups(lambda: groups_of(sampler()), bands)
@@ -96,7 +96,7 @@ class RunMonitors:
         """Check the draws that `sampler` makes from here on, those of the training."""
         if self.plan.disable_dp:
             return
-        rate = self.plan.spending(0).sample_rate
+        rate = self.plan.event(0).sample_rate
         if self.plan.noise_bands == 1:
             self.draws = SamplingMonitor(self.plan.num_authors, self.number, rate)
         else:
@@ -183,8 +183,8 @@ class UpdateMonitor:
 
     def test_full(self) -> None:
         """Raise MechanismError where the ledger on the disk lacks steps; on the first process only."""
-        if (lacking := self.budget.lacking()) != 0:
-            raise MechanismError(f"{self.budget.ledger.path} lacks {lacking} steps that were taken")
+        if (missing := self.budget.missing_steps()) != 0:
+            raise MechanismError(f"{self.budget.ledger.path} lacks {missing} steps that were taken")
 
 
 class FrozenWeightsMonitor:

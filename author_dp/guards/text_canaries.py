@@ -37,7 +37,7 @@ from transformers.utils import logging
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.files import write_private_json
+from author_dp.files import write_json
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import make_microbatches
 
@@ -223,5 +223,5 @@ def load_or_create_key(folder: str, go_on: bool) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         if go_on and path.exists():
             key = json.loads(path.read_text())["key"]
-        write_private_json(path, {"key": key})
+        write_json(path, {"key": key}, private=True)
     return broadcast(key)
