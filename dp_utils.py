@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.budget import StopAtTargetEpsilon
+from author_dp.accounting.output_dir import failures_recorded, lock_output_dir
 from author_dp.clipping import ENGINES
 from author_dp.distributed import all_reduce_gradients
 from author_dp.errors import SignalError, UserError
@@ -289,7 +290,7 @@ class DPTrainer(UploadingTrainer):
             self.canaries.start(self)
         self.add_callback(signals := StopOnSignal())
         try:
-            with self.budget.lock_output_dir(), self.budget.alarm(self.create_model_card):
+            with lock_output_dir(self.budget), failures_recorded(self.budget, self.create_model_card):
                 with (
                     make_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
                     full_precision_sums(),

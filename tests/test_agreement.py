@@ -71,7 +71,7 @@ def test_mismatch_between_processes_ends_all_of_them(tmp_path, bug):
     errors = in_processes(tmp_path, 2, functools.partial(run_with_bug, tmp_path, bug, bands, 0, False, 0))
     assert errors[0] == errors[1] and errors[0].startswith("MechanismError") and BUGS[bug][3] in errors[0], errors
     ledger = PrivacyLedger(tmp_path / "run" / "privacy_ledger.jsonl")
-    assert ledger.steps == 3 and ledger.alarm
+    assert ledger.steps == 3 and ledger.failure
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from author_dp.accounting.banded_mf import (
     toeplitz_coefficients,
 )
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.plan_text import format_plan
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.noise_inversion import MatchedFilter, NoiseDecorrelator
@@ -302,16 +303,16 @@ def test_report_and_ledger_tell_the_bands_and_what_is_accounted(tmp_path):
     assert told == {"sampling": "cyclic-poisson", "noise_bands": 3, "sample_rate": 4 / 60, "steps": 7, "accounted_steps": 3}
     assert report["accounted_sample_rate"] == pytest.approx(0.2)
     assert report["epsilon"] == pytest.approx(compute_epsilon(1.0, 0.2, 3, 1 / 60), rel=2e-3)
-    assert ledger.runs[0]["noise_bands"] == 3 and ledger.spendings == [MechanismEvent(1.0, pytest.approx(0.2), 3)]
+    assert ledger.runs[0]["noise_bands"] == 3 and ledger.events == [MechanismEvent(1.0, pytest.approx(0.2), 3)]
     # Resumed for two more steps, a new mechanism begins: ceil(7 / 3) + ceil(2 / 3) accounted steps.
     again = banded(tmp_path, bands=None, steps=9, resume_from_checkpoint=True)
-    assert again.plan.noise_bands == 3 and "a new mechanism begins" in again.summary()
-    assert "a new mechanism begins" not in trainer.plan.summary(np.ones(60), 1, 1, 1.0, earlier_steps=0)
+    assert again.plan.noise_bands == 3 and "starts a new banded segment" in again.summary()
+    assert "starts a new banded segment" not in format_plan(trainer.plan, np.arange(61), 1, 1, 1.0, earlier_steps=0)
     again.train()
     again.save_model()
     assert read_report(tmp_path)["accounted_steps"] == 4 and read_report(tmp_path)["steps"] == 9
     spent = [MechanismEvent(1.0, pytest.approx(0.2), 3), MechanismEvent(1.0, pytest.approx(0.2), 1)]
-    assert again.budget.ledger.spendings == spent
+    assert again.budget.ledger.events == spent
     with pytest.raises(UserError, match=r"--noise_bands 2: .* has 3"):
         banded(tmp_path, bands="2", resume_from_checkpoint=True)
 
@@ -351,7 +352,7 @@ def test_a_second_training_begins_a_new_mechanism(tmp_path):
     except RuntimeError as error:  # draws are numbered anew, noises would not be
         pytest.fail(str(error))
     assert trainer.dp_optimizer.band_noise is not past and trainer.dp_optimizer.band_noise.steps == 4
-    assert [spending.steps for spending in trainer.budget.ledger.spendings] == [2, 2]
+    assert [spending.steps for spending in trainer.budget.ledger.events] == [2, 2]
 
 
 def test_the_last_noises_are_on_no_disk(tmp_path):
@@ -535,11 +536,11 @@ def test_the_ledger_reads_bands_and_refuses_none(tmp_path):
     ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "noise_bands": 4})
     for _ in range(5):
         ledger.record_step()
-    assert PrivacyLedger(path).spendings == [MechanismEvent(1.0, 0.4, 2)] and PrivacyLedger(path).accounted_steps == 2
+    assert PrivacyLedger(path).events == [MechanismEvent(1.0, 0.4, 2)] and PrivacyLedger(path).accounted_steps == 2
     for bands in (0, -1, 2.5, 11):
         with pytest.raises((ValueError, TypeError)):
             header = {"record": "run", "noise_multiplier": 1.0, "sample_rate": 0.1, "noise_bands": bands}
-            PrivacyLedger(tmp_path / "other.jsonl")._count(header, "")
+            PrivacyLedger(tmp_path / "other.jsonl")._apply(header)
 
 
 def test_weights_learn_with_bands_as_without_noise(tmp_path):

@@ -386,7 +386,7 @@ def test_where_nothing_pays_no_metrics_choose(tmp_path, kind, reason):
         trainer.eval_dataset.hashes = trainer.train_dataset.hashes[-1:]
     else:
         ledger = trainer.budget.ledger
-        ledger.start_run({**trainer.plan.public(), "split": "s"})
+        ledger.start_run({**trainer.plan.to_public_dict(), "split": "s"})
         ledger.record_release({"epsilon": 1.0, "split": "s"})
     with pytest.raises(UserError, match="was released" if reason == "an earlier release" else "--allow_shared_authors"):
         trainer.train()

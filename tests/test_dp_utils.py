@@ -163,7 +163,7 @@ def test_the_trainer_samples_as_the_ledger_says(tmp_path):
     sampler = trainer.get_train_dataloader().batch_sampler
     sizes = np.array([sampler.sample_batch().batch_size for _ in range(2_000)])
     q = trainer.plan.sample_rate
-    assert q == 0.1 == trainer.plan.spending(1).sample_rate and len(sampler) == 10
+    assert q == 0.1 == trainer.plan.event(1).sample_rate and len(sampler) == 10
     assert within(sizes.mean(), 200 * q, math.sqrt(200 * q * (1 - q) / len(sizes)))
     assert {len(samples) for _ in range(5) for samples in sampler.sample_batch().samples} <= {1, 2}
 

@@ -128,7 +128,7 @@ def test_wrong_mechanism_ends_the_run(tmp_path, monkeypatch, bug):
     monkeypatch.setattr(function, "__code__", code)  # only now: the model check at the start finds wrong clipping
     with pytest.raises(MechanismError, match=message):
         trainer.train()
-    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").alarm
+    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").failure
 
 
 @pytest.mark.slow

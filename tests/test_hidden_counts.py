@@ -95,7 +95,9 @@ def test_words_of_programs_and_reports_hold_without_counts(tmp_path):
     assert "private" in trainer.summary() and "divided by the constant 4" in trainer.summary()
     trainer.train()
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert "an untold number of authors" in format_ledger(ledger) and "an untold number of authors" in format_joint([ledger])
+    assert "an undisclosed number of authors" in format_ledger(ledger) and "an undisclosed number of authors" in format_joint(
+        [ledger]
+    )
     assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not told"
 
 
@@ -125,7 +127,7 @@ def test_steps_follow_from_options_alone():
     )
     privacy = PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0, **HIDDEN)
     plans = [make_plan(privacy, args, np.arange(authors + 1)) for authors in (20, 5_000)]
-    assert [plan.public() for plan in plans] == [plans[0].public()] * 2
+    assert [plan.to_public_dict() for plan in plans] == [plans[0].to_public_dict()] * 2
     assert plans[0].steps == 60 and plans[0].sample_rate == 0.05 and plans[0].expected_batch_size == 16
 
 

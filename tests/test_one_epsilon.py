@@ -22,7 +22,7 @@ from author_dp.accounting.accountant import (
 )
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.ledger_report import make_ledger_report, recompute_report
+from author_dp.accounting.privacy_report import make_interrupted_report, recompute_report
 from author_dp.accounting.tradeoff import attack_bounds
 from author_dp.guards.one_run_audit import lower_bound
 from author_dp.outputs import generate
@@ -179,8 +179,8 @@ def test_a_target_just_below_what_steps_spend_does_not_allow_the_last_of_them(tm
     trainer = make_trainer(tmp_path, max_steps=9, privacy={"sample_rate": 0.05, "target_delta": 1e-3})
     plan = trainer.plan
     for steps in (2, 5, 9):
-        object.__setattr__(plan, "target_epsilon", epsilon_of([plan.spending(steps)], plan.delta) * (1 - 1e-6))
-        assert trainer.budget.affordable(9) == steps - 1
+        object.__setattr__(plan, "target_epsilon", epsilon_of([plan.event(steps)], plan.delta) * (1 - 1e-6))
+        assert trainer.budget.affordable_steps(9) == steps - 1
 
 
 # --- a run that is resumed -----------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_after_more_steps_with_another_delta_there_is_one_delta(tmp_path):
                          resume_from_checkpoint=True)  # fmt: skip
     begun.budget.start()  # and no step
     assert (
-        make_ledger_report(begun.budget.ledger)["delta"]
+        make_interrupted_report(begun.budget.ledger)["delta"]
         == recompute_report(tmp_path / "privacy.json", begun.budget.ledger)["delta"]
     )
 
@@ -329,6 +329,6 @@ def test_the_steps_that_are_allowed_are_the_most_that_the_target_allows(tmp_path
     plan = trainer.plan
     for target in (0.99, 1.05, 1.3):
         object.__setattr__(plan, "target_epsilon", target)
-        steps = trainer.budget.affordable(40)
+        steps = trainer.budget.affordable_steps(40)
         assert 0 < steps < 40
-        assert epsilon_of([plan.spending(steps)], plan.delta) <= target < epsilon_of([plan.spending(steps + 1)], plan.delta)
+        assert epsilon_of([plan.event(steps)], plan.delta) <= target < epsilon_of([plan.event(steps + 1)], plan.delta)

@@ -131,7 +131,7 @@ def test_products_that_become_rounded_end_the_run(tmp_path, save):
     finally:
         mode.__exit__(None, None, None)
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert ledger.steps == 3 and ledger.alarm and not (tmp_path / "checkpoint-3").exists()
+    assert ledger.steps == 3 and ledger.failure and not (tmp_path / "checkpoint-3").exists()
 
 
 SETTINGS = {

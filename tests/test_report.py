@@ -208,7 +208,7 @@ def test_first_steps_of_several_runs(tmp_path):
     assert first_steps(ledger, 8) == [MechanismEvent(1.0, 0.1, 5), MechanismEvent(2.0, 0.2, 2)]
     assert (
         first_steps(ledger, 3) == [MechanismEvent(1.0, 0.1, 3), MechanismEvent(2.0, 0.2, 0)]
-        and first_steps(ledger, 10) == ledger.spendings
+        and first_steps(ledger, 10) == ledger.events
     )
 
 

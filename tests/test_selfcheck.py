@@ -104,8 +104,8 @@ def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     assert (
         ledger.steps == 6
-        and ledger.alarm
-        and "scale" in ledger.alarm
+        and ledger.failure
+        and "scale" in ledger.failure
         and "ALARM" in format_ledger(ledger)
         and "no privacy" in format_ledger(ledger)
     )
@@ -133,7 +133,7 @@ def test_seeded_noise_ends_the_run_before_its_first_step(tmp_path, monkeypatch, 
     with pytest.raises(MechanismError, match="follows the seed"):
         make_run(tmp_path).train()
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert ledger.steps == 0 and ledger.alarm
+    assert ledger.steps == 0 and ledger.failure
 
 
 def test_check_unseeded_restores_every_generator(tmp_path):
@@ -177,7 +177,7 @@ def test_script_exits_with_status_3(tmp_path, checkpoint, comments, processes, m
     assert done.stderr.count(message) == 1 and "MechanismError" not in done.stderr
     assert done.returncode == (3 if not processes else 1)
     assert (
-        PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").alarm and not (tmp_path / "out" / "model.safetensors").exists()
+        PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").failure and not (tmp_path / "out" / "model.safetensors").exists()
     )
 
 
@@ -185,7 +185,7 @@ def test_script_exits_with_status_3(tmp_path, checkpoint, comments, processes, m
 def test_correct_noise_passes(tmp_path, secure):
     trainer = make_run(tmp_path, privacy={"secure_noise": secure})
     trainer.train()
-    assert trainer.budget.steps == 12 and trainer.monitors.noise.steps == 12 and trainer.budget.ledger.alarm is None
+    assert trainer.budget.steps == 12 and trainer.monitors.noise.steps == 12 and trainer.budget.ledger.failure is None
 
 
 def test_run_without_noise_is_not_tested(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.files import write_private_json
+from author_dp.files import write_json
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.text_canaries import TextCanaries
 
@@ -86,7 +86,7 @@ def load_or_create_key(output_dir: str, resume: bool) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         if resume and path.exists():
             key = json.loads(path.read_text())["key"]
-        write_private_json(path, {"key": key})
+        write_json(path, {"key": key}, private=True)
     return broadcast(key)
 
 

@@ -49,7 +49,7 @@ class CanaryMonitor(NoiseMonitor):
     @classmethod
     def of_plan(cls, plan: PrivacyPlan, included: np.ndarray) -> "CanaryMonitor":
         """Return the monitor of a run under `plan`."""
-        rate = plan.spending(0).sample_rate
+        rate = plan.event(0).sample_rate
         return cls(plan.noise_multiplier, rate, included, plan.clip_norm / plan.expected_batch_size)
 
     def set_groups(self, coefficients: np.ndarray, groups: np.ndarray) -> None:

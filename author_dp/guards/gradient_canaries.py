@@ -186,7 +186,7 @@ def confidence_intervals(trainer: Any) -> dict[str, Any]:
     low, high = monitor.confidence_interval(CONFIDENCE)
     epsilons = []
     for factor in (high, low):  # more noise gives less epsilon
-        events = [e._replace(noise_multiplier=e.noise_multiplier * factor) for e in trainer.budget.ledger.spendings]
+        events = [e._replace(noise_multiplier=e.noise_multiplier * factor) for e in trainer.budget.ledger.events]
         epsilons.append(EpsilonAccountant(events, trainer.plan.delta).epsilon)
     return {
         "noise_multiplier_between": [factor * trainer.plan.noise_multiplier for factor in (low, high)],

@@ -81,7 +81,7 @@ class RunMonitors:
         self.stop()
         if self.plan.disable_dp:
             return
-        bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
+        bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
         check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, rate)
         if bands > 1:
             check_unseeded_groups(lambda: groups_of(sampler()), bands)
@@ -101,7 +101,7 @@ class RunMonitors:
         """Monitor the batches of `sampler` from here on: the training's."""
         if self.plan.disable_dp:
             return
-        bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
+        bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
         if bands == 1:
             self.sampling = SamplingMonitor(self.plan.num_authors, self.num_canaries, rate)
         else:
@@ -184,7 +184,7 @@ class UpdateMonitor:
 
     def test_full(self) -> None:
         """Raise MechanismError if the ledger's file lacks steps; on the main process only."""
-        if (missing := self.budget.lacking()) != 0:
+        if (missing := self.budget.missing_steps()) != 0:
             raise MechanismError(f"{self.budget.ledger.path} lacks {missing} steps of this run")
 
 

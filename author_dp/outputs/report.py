@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from author_dp.accounting.accountant import format_guarantee
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, reports_in
-from author_dp.accounting.ledger_report import recompute_report
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
+from author_dp.accounting.privacy_report import recompute_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError
 from author_dp.files import make_private, write_json
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("usage: python -m author_dp.report OUTPUT_DIR")
     folder = Path(arguments[0])
     ledger = PrivacyLedger(folder / LEDGER_NAME)
-    for path in reports_in(folder):
+    for path in find_reports(folder):
         report = ledger.check_report(path)
         if path.parent == folder and not report["disable_dp"]:
             check_weights(folder, report)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import plan_of
+from author_dp.accounting.privacy_report import make_report
 from author_dp.models.weights import check_same_base, describe_base
 from author_dp.training.checkpointing import load_trainer_state
 
@@ -74,7 +75,7 @@ class RunReport:
 
     def to_dict(self, step: int) -> dict[str, Any]:
         """Return what privacy.json holds at a step of the training; on the first process only."""
-        report = self.budget.report(step)
+        report = make_report(self.budget.plan, self.budget.ledger, step)
         if self.finished is not None and self.finished["disable_dp"] == self.plan.disable_dp:
             kept = {name: value for name, value in self.finished.items() if name != "weights"}
             return report | kept if self.plan.disable_dp else kept | report

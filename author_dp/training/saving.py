@@ -14,6 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
+from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.guards.model_check import check_trained_weights
 from author_dp.guards.monitors import RunMonitors
@@ -72,12 +73,14 @@ class CertifiedTrainer(LogicalBatchTrainer):
     def summary(self) -> str:
         """Return what will happen, for the log before training."""
         steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
-        return self.budget.summary(model_sizes(self.model), self.train_dataset.offsets, max(0, self.plan.steps - steps_before))
+        steps, epsilon = self.budget.forecast(max(0, self.plan.steps - steps_before))
+        offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
+        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps)
 
     def log_summary(self, lines: list[str]) -> None:
         """Log what the run will do and cost, and warn of what may be a mistake."""
         logger.info("\n".join([self.summary(), *lines]))
-        for warning in (self.budget.plan.delta_warning(), self.budget.plan.tuning_hint()):
+        for warning in (delta_warning(self.budget.plan), tuning_hint(self.budget.plan)):
             if warning and not self.plan.disable_dp and self.is_world_process_zero():
                 logger.warning(warning)
 
@@ -134,7 +137,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""
-        if self.budget.is_first_process and not self.plan.disable_dp:
+        if self.budget.is_main_process and not self.plan.disable_dp:
             check_ledger_covers(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
         super()._load_best_model()
 

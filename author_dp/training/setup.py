@@ -104,7 +104,7 @@ def set_up_run(
     hidden_count = broadcast(read_private_count(folder))
     check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
     check_counts_hidden(folder, ledger, privacy.hide_counts)
-    budget = Budget(plan, ledger, is_first_process=args.process_index == 0)
+    budget = Budget(plan, ledger, is_main_process=args.process_index == 0)
     budget.by_metrics, budget.split = metric_driven_option(args), split_id
     norms = NormStatistics(plan.clip_norm, args.device)
     monitors = RunMonitors(plan, canaries, norms)
