@@ -206,7 +206,7 @@ class EpsilonAccountant:
     def _pld_epsilon(self, spendings: list[MechanismEvent]) -> float:
         self.accountant = "pld"
         try:
-            return LossDistribution(spendings, self.delta).epsilon(spendings, self.delta)
+            return LossDistribution(spendings, self.delta).epsilon()
         except (ArithmeticError, ValueError, MemoryError) as error:
             self.accountant = "rdp"
             logger.warning(f"No privacy loss distribution could be made ({error}); epsilon is the RDP bound.")

@@ -24,7 +24,7 @@ import numpy as np
 from scipy.special import erfcx, ndtr, ndtri
 
 from author_dp.accounting.accountant import MechanismEvent, gaussian_mu, merge_events
-from author_dp.accounting.pld import ComposedPLD, LossDistribution
+from author_dp.accounting.pld import LossDistribution
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)  # false-positive rates that are reported
 TIGHT_AT = 0.01  # of the true-positive rate: mu is not told where it would promise that much less than is known
@@ -46,9 +46,7 @@ class PrivacyProfile:
         grids = LossDistribution(self.spendings, delta)
         self.curves: list[tuple[np.ndarray, np.ndarray]] = []
         for added in (False, True):
-            views = [
-                ComposedPLD(grids, self.spendings, at, added) for at in (0.5, 0.1, 1e-2, 1e-4, delta)
-            ]  # each is exact near its own
+            views = [grids.compose(exact_at, added) for exact_at in (0.5, 0.1, 1e-2, 1e-4, delta)]
             epsilons = np.unique(np.concatenate([np.linspace(view.losses[0], view.losses[-1], POINTS) for view in views]))
             deltas = np.min([view.deltas(epsilons) for view in views], axis=0)
             self.curves.append((epsilons, deltas))
