@@ -85,7 +85,7 @@ def test_the_error_of_a_coarse_grid_is_added_not_hidden(monkeypatch):
     spending = [MechanismEvent(0.8, 0.02, 500)]
     loss = EpsilonAccountant(spending, 1e-5)
     monkeypatch.setattr(EpsilonAccountant, "MAX_CELLS", 2**11)
-    epsilon = loss._on_grid(spending, 0.02)
+    epsilon = loss._compose_on_grid(spending, 0.02)
     exact = exact_epsilon(spending, 1e-5, 1e-4)
     assert loss.epsilon_error > 0.02 * exact
     assert exact + 0.5 * loss.epsilon_error <= epsilon <= exact + 3 * loss.epsilon_error
