@@ -262,7 +262,7 @@ def test_bands_are_accounted_as_fewer_steps_at_a_higher_rate():
     assert cyclic_event(0.9, 0.01, 96, 8).steps == 12 and cyclic_event(0.9, 0.01, 97, 8).steps == 13
     assert cyclic_event(0.9, 0.01, 0, 8).steps == 0 and cyclic_event(0.9, 0.01, 5, 1) == MechanismEvent(0.9, 0.01, 5)
     assert cyclic_sample_rate(1 / 49, 49) == 1.0 and cyclic_sample_rate(1 / 3, 3) == 1.0
-    with pytest.raises(UserError, match=r"--noise_bands 8: .* lower it to at most 7$"):
+    with pytest.raises(UserError, match=r"--noise_bands 8: .* Lower the bands to at most 7$"):
         cyclic_sample_rate(0.13, 8)
 
 
