@@ -521,7 +521,7 @@ class DPTrainer(Trainer):
             del losses  # and what of its graph is not freed yet
         for _round in range(idle):
             with self.accelerator.autocast():
-                self.engine.idle()  # type: ignore[union-attr]
+                self.engine.dummy_backward()  # type: ignore[union-attr]
         if self.generators is not None:
             self.generators.check()
         if self.engine is not None:

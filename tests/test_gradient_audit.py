@@ -34,7 +34,7 @@ from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
-GHOST = "author_dp.clipping.ghost.GhostClipping._clip"
+CLIP = "author_dp.clipping.author_groups.ClipFactors.__init__"
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler"
 ADD = "self.noise.add_(part, std)"
 
@@ -64,19 +64,19 @@ BUGS: dict[str, tuple] = {
     "noise that spares the canaries": (
         STEP, "self.grad_buffer.split(self.noise.elements)",
         "self.grad_buffer[:-len(self.pad) + 4096].split(self.noise.elements)", "what is released"),
-    "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "what is released for canaries",
+    "twice the clip norm": (CLIP, "(clip_norm / norms)", "(2 * clip_norm / norms)", "what is released for canaries",
         {"steps": 120}),
-    "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "what is released for canaries"),
+    "no clip": (CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "what is released for canaries"),
     "an author counted twice": (
-        GHOST, "(self.clip_norm / norms).clamp(max=1.0)",
-        "(self.clip_norm / norms).clamp(max=1.0) * torch.bincount(author, minlength=len(losses))", "what is released",
+        CLIP, "(clip_norm / norms).clamp(max=1.0)",
+        "(clip_norm / norms).clamp(max=1.0) * torch.bincount(authors.author, minlength=authors.count)", "what is released",
         {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']));"
         "real = torch.arange(len(microbatch['author'])) < real.sum()",
         "what is released", {"steps": 120}),
-    "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "what is released for",
+    "half the clip norm": (CLIP, "(clip_norm / norms)", "(0.5 * clip_norm / norms)", "what is released for",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
     "q doubled": (
         "author_dp.training.dataloading.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate",

@@ -63,7 +63,7 @@ class ModelCheck(NamedTuple):
     def settle(self, engine: ClippingEngine) -> None:
         """Tell an engine what was found, so that it need not find it again."""
         if isinstance(engine, GhostClipping):
-            engine.settle(self.apart)
+            engine.freeze_fallback(self.apart)
 
     def max_authors(self, most: int) -> int:
         """Return how many authors a microbatch is to have: taken apart, one costs one backward, of several each costs one."""
@@ -348,11 +348,11 @@ def run_engine(
         engine = make_engine(model, clipping, clip_norm, checkpointing is not None)
         try:
             if isinstance(engine, GhostClipping) and apart is not None:
-                engine.settle(apart)
+                engine.freeze_fallback(apart)
             norms = [backward_on_one_rank(engine, batch, turn) for turn, batch in enumerate(batches)]
         finally:
             engine.close()
-    return torch.cat(norms), set(getattr(engine, "apart", ()))
+    return torch.cat(norms), set(getattr(engine, "fallback_params", ()))
 
 
 @contextmanager
