@@ -386,7 +386,7 @@ class DPTrainer(UploadingTrainer):
             del losses  # and what of its graph is not freed yet
         for _round in range(missing):
             with self.accelerator.autocast():
-                self.engine.idle()
+                self.engine.dummy_backward()
         if self.privacy.disable_dp:
             all_reduce_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         else:

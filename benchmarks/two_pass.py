@@ -71,7 +71,7 @@ def measure(row: str, shape: str, kind: str, batch: str, options: argparse.Names
             optimizer, noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=authors, before_release=lambda: None
         )
         engine = ROWS[row](model, 1.0)
-        engine.settle(set())  # as the proof at the start of a run finds
+        engine.freeze_fallback(set())  # as the proof at the start of a run finds
     seconds = []
     for _ in range(options.steps + 1):
         start = now()

@@ -30,7 +30,7 @@ from dp_utils import DPTrainer, PrivacyArguments
 
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
 ADD_NOISE = "author_dp.mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide"
-GHOST = "author_dp.clipping.ghost.GhostClipping._clip"
+CLIP = "author_dp.clipping.author_groups.ClipFactors.__init__"
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler"
 ADD = "self.noise.add_(chunk, std)"
 
@@ -60,19 +60,19 @@ BUGS: dict[str, tuple] = {
     "noise that spares the canaries": (
         ADD_NOISE, "self.grad_buffer.sums.split(self.noise.chunk_size)",
         "self.grad_buffer.sums[:-len(self.grad_buffer.probe) + 4096].split(self.noise.chunk_size)", "canaries fail"),
-    "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "canaries fail",
+    "twice the clip norm": (CLIP, "(clip_norm / norms)", "(2 * clip_norm / norms)", "canaries fail",
         {"steps": 120}),
-    "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "canaries fail"),
+    "no clip": (CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "canaries fail"),
     "an author counted twice": (
-        GHOST, "(self.clip_norm / norms).clamp(max=1.0)",
-        "(self.clip_norm / norms).clamp(max=1.0) * torch.bincount(author, minlength=len(losses))", "canaries fail",
+        CLIP, "(clip_norm / norms).clamp(max=1.0)",
+        "(clip_norm / norms).clamp(max=1.0) * torch.bincount(authors.author, minlength=authors.count)", "canaries fail",
         {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']));"
         "real = torch.arange(len(microbatch['author'])) < real.sum()",
         "canaries fail", {"steps": 120}),
-    "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "canaries fail",
+    "half the clip norm": (CLIP, "(clip_norm / norms)", "(0.5 * clip_norm / norms)", "canaries fail",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
     "q doubled": (
         "author_dp.training.dataloading.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate",

@@ -163,11 +163,11 @@ def run_engine(
         engine = make_engine(model, clipping, clip_norm, checkpointing is not None)
         try:
             if isinstance(engine, GhostClipping) and fallback is not None:
-                engine.settle(fallback)
+                engine.freeze_fallback(fallback)
             norms = [backward_on_one_rank(engine, batch, rank) for rank, batch in enumerate(batches)]
         finally:
             engine.close()
-    return torch.cat(norms), set(engine.apart) if isinstance(engine, GhostClipping) else set()
+    return torch.cat(norms), set(engine.fallback_params) if isinstance(engine, GhostClipping) else set()
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class ModelCheck(NamedTuple):
     def freeze_fallback(self, engine: ClippingEngine) -> None:
         """Pass the fallback parameters to an engine, which then does not look for them again."""
         if isinstance(engine, GhostClipping):
-            engine.settle(self.fallback_params)
+            engine.freeze_fallback(self.fallback_params)
 
     def max_authors(self, limit: int) -> int:
         """Return how many authors a microbatch should have, at most `limit`.

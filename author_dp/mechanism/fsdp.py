@@ -22,7 +22,7 @@ References:
     [2] Zhao et al. 2023, PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, arXiv 2304.11277
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -37,9 +37,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from author_dp.clipping import ClippingEngine, engine_class
-from author_dp.clipping.author_groups import AuthorIndex
-from author_dp.clipping.ghost import GhostClipping, add_clipped
-from author_dp.clipping.grad_factors import GradFactors
+from author_dp.clipping.author_groups import ClipFactors
+from author_dp.clipping.factor_store import FactorStore
+from author_dp.clipping.fallback import PerAuthorFallback
+from author_dp.clipping.ghost import GhostClipping
+from author_dp.clipping.grad_factors import add_clipped
 from author_dp.distributed import is_main_process, rank_and_world_size
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
@@ -161,65 +163,77 @@ def dummy_forwards(model: nn.Module, rounds: int) -> None:
 # --- clipping ---------------------------------------------------------------------------------------------
 
 
-class ShardedClipping(GhostClipping):
-    """Ghost clipping of a model in shares.
+class NoFallback(PerAuthorFallback):
+    """Refuse parameters that no rule follows: their ordinary gradients would not be sharded."""
 
-    Guarantee: as GhostClipping's; the sum over the authors of all processes is in the shares of `summed_grad`, a DTensor of the
-    parameter's layout. Collective: all processes call `backward` or `idle` equally often.
+    def __init__(self, names: dict[Any, str], params: set[Any]):
+        super().__init__(names, set())
+        self.is_frozen = True
+        if params:
+            self.add(None, params)
 
-    Raises:
-        UserError: for a parameter that no rule follows: its ordinary gradients would be whole on every process.
+    def add(self, layer: Any, params: Collection[Any]) -> None:
+        name = next(name for parameter, name in self._names.items() if parameter in params)
+        remedy = FSDP_REMEDY.capitalize()
+        raise UserError(f"--fsdp: no clipping rule follows {name}, whose gradient would not be sharded. {remedy}.")
+
+
+class ShardedStore(FactorStore):
+    """Keep all factors, and reduce-scatter the clipped sums of a few parameters at a time.
+
+    Attributes:
+        is_dummy: whether the microbatch is a dummy, whose gradients are left out.
     """
 
-    def __init__(self, model: nn.Module, clip_norm: float):
-        super().__init__(model, clip_norm)
-        self._counts, self._settled = True, True
-        self._refuse(self.apart)
-        self._buckets = list(buckets([p for p in self.parameters if isinstance(p, DTensor)]))
+    def __init__(self, model: nn.Module, tied: set[Any]):
+        super().__init__(model, tied)
+        self.is_dummy = False
+        self._buckets = list(buckets([p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor)]))
 
-    def idle(self) -> None:
-        """Take part in what the others do for a microbatch; nothing of it counts."""
-        self._counts = False
-        try:
-            batch = dummy_batch(self.module)
-            super().backward(author_losses(self.module, batch), batch["author"])
-        finally:
-            self._counts = True
-
-    def _fall_back(self, layer: nn.Module, output: Any = None) -> Any:
-        self._refuse(self._trained[layer])
-
-    def _refuse(self, parameters: set[Any]) -> None:
-        names = [self.parameters[parameter] for parameter in parameters]
-        if names:
-            raise UserError(f"--fsdp: no rule of the clipping follows {names[0]}, which would have to be whole: {FSDP_REMEDY}")
-
-    def _add_up(
-        self,
-        contributions: dict[Any, list[GradFactors]],
-        factors: torch.Tensor,
-        non_finite: Optional[torch.Tensor],
-        authors: AuthorIndex,
-    ) -> None:
-        if not self._counts:
-            contributions = {}
+    def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
+        if self.is_dummy:
+            self.factors.clear()
         for bucket in self._buckets:
             world_size = bucket[0].device_mesh.size()
-            totals = []  # of the whole parameters, (world_size, elements of a share), the last ones filled up with zeros
+            totals = []  # of complete parameters, (world_size, elements of a shard), zeros at the end
             for parameter in bucket:
                 rows = -(-len(parameter) // world_size) * world_size
-                total = torch.zeros(rows, *parameter.shape[1:], device=factors.device)
-                for part in contributions.pop(parameter, []):
-                    add_clipped(part, total[: len(parameter)], factors, non_finite, authors)
+                total = torch.zeros(rows, *parameter.shape[1:], device=clip.factors.device)
+                for part in self.factors.pop(parameter, []):
+                    add_clipped(part, total[: len(parameter)], clip)
                 totals.append(total.view(world_size, -1))
             sizes = [total.shape[1] for total in totals]
-            whole = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
-            share = whole.new_empty(sum(sizes))
-            reduce_scatter(share, whole.view(-1), group=bucket[0].device_mesh.get_group())
-            for parameter, summed in zip(bucket, share.split(sizes)):
-                mine = local_shard(parameter.summed_grad)
-                mine.add_(summed[: mine.numel()].view_as(mine))
-        super()._add_up(contributions, factors, non_finite, authors)  # what is in no shares: the canaries
+            flat = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
+            shards = flat.new_empty(sum(sizes))
+            reduce_scatter(shards, flat.view(-1), group=bucket[0].device_mesh.get_group())
+            for parameter, summed in zip(bucket, shards.split(sizes)):
+                local = local_shard(parameter.summed_grad)
+                local.add_(summed[: local.numel()].view_as(local))
+        super().sum_pass(run_backward, clip)  # of parameters that are not sharded: the canaries
+
+
+class ShardedClipping(GhostClipping):
+    """Ghost clipping of a model sharded by FSDP2.
+
+    Guarantees: as `GhostClipping`; the sum over the authors of all processes is in the shards of `summed_grad`, a DTensor of the
+    parameter's layout. Collective: all processes call `backward` or `dummy_backward` equally often.
+
+    Raises:
+        UserError: for a parameter that no rule follows.
+    """
+
+    store_class = ShardedStore
+    fallback_class = NoFallback
+    store: ShardedStore
+
+    def dummy_backward(self) -> None:
+        """Take part in the collectives of a microbatch of other processes; add nothing."""
+        self.store.is_dummy = True
+        try:
+            batch = dummy_batch(self.module)
+            self.backward(author_losses(self.module, batch), batch["author"])
+        finally:
+            self.store.is_dummy = False
 
 
 def buckets(parameters: list[Any]) -> Iterator[list[Any]]:
@@ -235,7 +249,11 @@ def buckets(parameters: list[Any]) -> Iterator[list[Any]]:
 
 
 def make_engine(model: nn.Module, clipping: str, clip_norm: float, checkpointed: bool) -> ClippingEngine:
-    """Return the engine of this name, for a model whose layers are checkpointed or not, or that for a model in shares."""
+    """Return the engine `--clipping clipping` of a model, or the one for sharded models.
+
+    Args:
+        checkpointed: whether the model's layers are checkpointed.
+    """
     return (ShardedClipping if is_sharded(model.parameters()) else engine_class(clipping, checkpointed))(model, clip_norm)
 
 
@@ -247,7 +265,7 @@ def backward_on_one_rank(engine: ClippingEngine, batch: Batch, turn: int) -> tor
     if dist.get_rank() == who:
         norms = engine.backward(author_losses(engine.module, batch), batch["author"])
     else:
-        engine.idle()
+        engine.dummy_backward()
     dist.broadcast(norms, src=who)
     return norms
 
