@@ -24,7 +24,7 @@ from author_dp.guards.sampling_monitor import SamplingMonitor
 from author_dp.guards.seed_checks import check_unseeded_sampling
 from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
-from author_dp.outputs.page import guarantee_rows
+from author_dp.outputs.guarantee import guarantee_rows
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 

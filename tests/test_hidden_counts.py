@@ -17,7 +17,7 @@ from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import format_joint, format_ledger
 from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
-from author_dp.outputs.page import guarantee_rows
+from author_dp.outputs.guarantee import guarantee_rows
 from author_dp.outputs.report import RunStatistics, write_report
 from dp_utils import PrivacyArguments
 
@@ -98,7 +98,7 @@ def test_words_of_programs_and_reports_hold_without_counts(tmp_path):
     assert "an undisclosed number of authors" in format_ledger(ledger) and "an undisclosed number of authors" in format_joint(
         [ledger]
     )
-    assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not told"
+    assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not disclosed"
 
 
 def test_resuming_checks_the_number_that_it_keeps_to_itself(tmp_path):

@@ -14,8 +14,8 @@ from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, for
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.outputs.figures import first_steps, loss_points
+from author_dp.outputs.guarantee import guarantee_rows
 from author_dp.outputs.model_card import model_card
-from author_dp.outputs.page import guarantee_rows
 from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report, write_report
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.public_loss import format_release
@@ -166,6 +166,11 @@ def test_the_card_holds_public_values_only(tmp_path):
     assert "differential-privacy" in yaml.safe_load(text.split("---")[1])["tags"]
     assert "760" not in re.sub(r"\d\.\d+", "", text)  # the number of samples
     assert "loss" not in text.lower() and "60 of 100" in text and f"{trainer.plan.noise_multiplier:.6g}" in text
+
+
+def test_values_stay_in_their_cell_of_the_card():
+    report = {"disable_dp": True, "epsilon": None, "num_authors": 3, "data": {"dataset": "{{ 7 * 7 }} | a\n# b"}}
+    assert "| dataset | {{ 7 * 7 }} \\| a # b |" in model_card(report)
 
 
 def test_the_trainer_writes_this_card_and_not_its_own(tmp_path):
