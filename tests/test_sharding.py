@@ -302,7 +302,7 @@ def test_small_parameters_are_reduced_together(monkeypatch):
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(UserError, match="leave out --fsdp"):
+    with pytest.raises(UserError, match="Leave out --fsdp"):
         find_blocks(nn.Linear(2, 2))
     assert len(find_blocks(tiny_gpt2())) == 2
 
