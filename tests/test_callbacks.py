@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.guards.callbacks import OF_TRANSFORMERS, follows
+from author_dp.guards.callbacks import TRANSFORMERS_CALLBACKS, get_declaration
 from author_dp.guards.options import STEP_ONLY, metric_driven_option
 from author_dp.training.public_loss import release_eval_loss
 
@@ -239,7 +239,7 @@ def test_early_stopping_is_written_in_the_header(tmp_path):
     trainer.train()
     assert trainer.budget.ledger.steps < 6
     assert header(tmp_path)["by_metrics"] in ("callback EarlyStoppingCallback", "--metric_for_best_model loss")
-    assert follows(early_stopping()) == "evaluation"
+    assert get_declaration(early_stopping()) == "evaluation"
 
 
 def test_one_that_comes_after_the_header_changes_nothing(tmp_path):
@@ -462,11 +462,11 @@ def test_a_hyperparameter_search_is_refused(tmp_path):
 
 
 def test_callbacks_of_transformers_that_are_known_exist_and_others_are_watched(tmp_path):
-    assert follows(DefaultFlowCallback()) == "steps" and follows(TrainerCallback()) is None
+    assert get_declaration(DefaultFlowCallback()) == "steps" and get_declaration(TrainerCallback()) is None
     trainer = trainer_with(tmp_path, report_to=["tensorboard"])
-    kinds = {type(callback).__name__: follows(callback) for callback in trainer.callback_handler.callbacks}
+    kinds = {type(callback).__name__: get_declaration(callback) for callback in trainer.callback_handler.callbacks}
     assert kinds.pop("TensorBoardCallback") is None and set(kinds.values()) == {"steps"}, kinds
-    assert kinds.keys() - {"StopAtTargetEpsilon"} <= OF_TRANSFORMERS.keys()
+    assert kinds.keys() - {"StopAtTargetEpsilon"} <= TRANSFORMERS_CALLBACKS.keys()
 
 
 def test_without_privacy_callbacks_are_free(tmp_path):
