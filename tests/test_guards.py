@@ -25,7 +25,7 @@ from dp_utils import PrivacyArguments
         ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["c_attn"]}, "--optim"),
     ],
 )
-def test_options_that_would_change_the_mechanism_are_refused_by_name(tmp_path, options, words):
+def test_validate_options_names_what_would_change_the_mechanism(tmp_path, options, words):
     with pytest.raises(UserError, match=words):
         make_trainer(tmp_path, **options)
 
@@ -39,27 +39,27 @@ def test_options_that_would_change_the_mechanism_are_refused_by_name(tmp_path, o
         ("ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}, "preserve_rng_state"),
     ],
 )
-def test_checkpointing_is_refused_where_layers_cannot_be_told_apart(tmp_path, clipping_of_run, options, words):
+def test_check_checkpointing_refuses_what_hides_reruns(tmp_path, clipping_of_run, options, words):
     with pytest.raises(UserError, match=words):
         make_trainer(tmp_path, privacy={"clipping": clipping_of_run}, gradient_checkpointing=True, **options)
 
 
 @pytest.mark.parametrize("name", ["fp16", "deepspeed", "fsdp", "tf32"])
-def test_options_that_need_a_gpu_are_refused_by_name(tmp_path, name):
+def test_validate_options_names_options_of_a_gpu(tmp_path, name):
     args = make_trainer(tmp_path).args
     setattr(args, name, True)
     with pytest.raises(UserError, match=f"--{name}"):
         validate_options(args, PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0))
 
 
-def test_a_model_that_sees_the_future_is_refused_by_itself():
+def test_check_model_refuses_a_model_that_sees_later_tokens():
     config = BertConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(UserError, match="sees later tokens"):
         check_model(BertLMHeadModel(config))
     check_model(tiny_gpt2())
 
 
-def test_models_that_mix_authors_or_round_noise_are_refused(tmp_path):
+def test_check_model_refuses_what_mixes_authors_or_rounds_noise(tmp_path):
     batch_norm, encoder_decoder, half = tiny_gpt2(), tiny_gpt2(), tiny_gpt2().bfloat16()
     batch_norm.transformer.h[0].norm = nn.BatchNorm1d(4)
     encoder_decoder.config.is_encoder_decoder = True
@@ -68,7 +68,7 @@ def test_models_that_mix_authors_or_round_noise_are_refused(tmp_path):
             make_trainer(tmp_path, model)
 
 
-def test_one_author_in_common_is_enough_to_share_authors():
+def test_have_shared_authors_finds_one_author_in_common():
     train, held_out, nobody = make_dataset([1, 1, 1]), make_dataset([1, 1], seed=1), make_dataset([1], seed=2)
     foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)
     held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
