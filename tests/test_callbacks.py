@@ -1,4 +1,4 @@
-"""What chooses a model: options, schedulers and callbacks that may follow losses without noise count, or are refused."""
+"""callbacks.py and metric_driven_option: what may follow losses without noise is recorded, or refused."""
 
 import inspect
 import time
@@ -37,7 +37,7 @@ def options(folder, **more) -> TrainingArguments:
 
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
 def test_metric_driven_option_knows_each_scheduler_type(tmp_path, kind):
-    """Whatever members a version has: what is on the list steps without metrics, and only by its count of steps."""
+    """In each version of transformers, listed schedulers step without metrics, by the number of steps alone."""
     args = options(tmp_path, lr_scheduler_type=kind, eval_strategy="steps", eval_steps=1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = get_scheduler(kind, optimizer, 2, 10, SCHEDULER_KWARGS.get(kind))
@@ -124,7 +124,7 @@ def header(folder) -> dict:
 
 
 class Changes(TrainerCallback):
-    """Change something once a training loss was logged."""
+    """Change something after a training loss was logged."""
 
     def __init__(self, what: str, event: str):
         self.what, self.seen, self.changed = what, False, False
@@ -254,7 +254,7 @@ def test_watched_callback_may_not_add_another(tmp_path):
 
 
 def patched(kind, event="on_log") -> TrainerCallback:
-    """A callback whose method is set on the object, which the class knows nothing of."""
+    """Return a callback with a method that is set on the object, not in its class."""
 
     def stop(args, state, control, **kwargs):
         control.should_training_stop = True
@@ -408,7 +408,7 @@ def test_after_metrics_have_chosen_nothing_is_released(tmp_path, kind):
 
 
 def with_scheduler(folder, **more):
-    """A trainer whose scheduler is given, and reads the losses that were logged."""
+    """Return a trainer with a given scheduler that reads the logged losses."""
     trainer = trainer_with(folder, **more)
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(

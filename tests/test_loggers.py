@@ -1,4 +1,4 @@
-"""loggers.py and permissions.py: private numbers lie in the output folder, and their owner alone can read them."""
+"""loggers.py and permissions.py: private numbers stay in the output directory, readable by their owner alone."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def run_with(folder: Path, monkeypatch, *loggers: str):
-    """A run that evaluates before it trains, from a current folder and a home of its own."""
+    """Evaluate, train and evaluate, with a separate current directory and home."""
     for name in ("cwd", "home"):
         (folder / name).mkdir(parents=True)
     monkeypatch.chdir(folder / "cwd")
@@ -86,7 +86,7 @@ def test_metrics_that_a_program_saves_are_its_owners(tmp_path):
 
 
 def test_a_sealed_checkpoint_is_its_owners(tmp_path):
-    """Also where files of a lost step, which an older version wrote, were overwritten."""
+    """The same holds for readable files that an older version wrote."""
     for name in ("privacy.json", "trainer_state.json", "optimizer.pt", "whatever_comes_next.bin"):
         (tmp_path / name).write_text("{}")
         (tmp_path / name).chmod(0o644)

@@ -47,7 +47,7 @@ class RoundedProducts(TorchDispatchMode):
 
 
 class Open(TrainerCallback):
-    """Call a function before the step of that number; None: where training begins."""
+    """Call a function before a step; without a step number, when training begins."""
 
     def __init__(self, door, step: int | None = None):
         self.door, self.step = door, step
@@ -169,7 +169,7 @@ def test_a_setting_of_one_step_is_noticed(tmp_path, as_before):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_trainer_refuses_another_default_dtype(tmp_path, as_before, dtype):
-    """They would be in torch's default type otherwise."""
+    """Sums and noise would have torch's default dtype."""
     model = tiny_gpt2()
     torch.set_default_dtype(dtype)
     with pytest.raises(UserError, match="set_default_dtype"):
@@ -250,7 +250,7 @@ def test_trainer_refuses_settings_of_accelerate(tmp_path, monkeypatch, backend):
 
 
 def test_trainer_refuses_bfloat16_of_accelerate_without_bf16(tmp_path, monkeypatch):
-    """Autocast would be on, where nothing else of the run knows of it."""
+    """Autocast would be on, without the rest of the run knowing."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION"):
         make_trainer(tmp_path)

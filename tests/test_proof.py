@@ -1,4 +1,4 @@
-"""proof.py: what is refused at the start of a run, on the user's own model, and that the proof leaves no trace."""
+"""model_check.py: what is refused at the start of a run, on the user's model, which is restored afterwards."""
 
 import logging
 
@@ -21,11 +21,11 @@ from transformers import (
 
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import strip_expert_index
-from author_dp.guards.model_check import verify_model
+from author_dp.guards.model_check import ModelCheck, verify_model
 from author_dp.guards.probing import deterministic_train_mode
 from author_dp.guards.sample_independence import check_sample_independence
 
-# --- samples are apart, and causal ----------------------------------------------------------------------
+# --- samples are independent, and causal ----------------------------------------------------------------
 
 
 class Sees(LlamaForCausalLM):
@@ -109,7 +109,7 @@ class Rows(nn.Module):
         return self.layer(x.flatten(0, 1)).view_as(x)
 
 
-# --- clipping against a plain loop ----------------------------------------------------------------------
+# --- clipping matches the reference ---------------------------------------------------------------------
 
 GHOST = "author_dp.clipping.ghost.GhostClipping"
 PLANTED = {
@@ -197,6 +197,15 @@ def test_model_check_logs_its_result_and_what_is_frozen(tmp_path, caplog, monkey
     trainer.train()
 
 
+def test_model_check_summarizes_what_costs_time_or_is_frozen():
+    check = ModelCheck(1.4e-07, set(), [])
+    assert check.summary().endswith("clipping matches the reference (max. relative error 1.4e-07).")
+    assert check.max_authors(8) == 8
+    check = ModelCheck(1.4e-07, {"scale"}, list("abcde"))
+    assert "1 parameters have no clipping rule" in check.summary() and "frozen: a, b, c and 2 more." in check.summary()
+    assert check.max_authors(8) == 1
+
+
 def test_strip_expert_index_groups_the_experts_of_a_layer():
     assert strip_expert_index("layers.0.mlp.experts.3.up.weight") == strip_expert_index("layers.0.mlp.experts.5.up.weight")
     assert strip_expert_index("layers.0.encoder_attn.weight") != strip_expert_index("layers.0.self_attn.weight")
@@ -214,7 +223,7 @@ def test_trainer_checks_no_model_without_privacy(tmp_path):
     assert make_trainer(tmp_path, Sees("the future"), privacy={"disable_dp": True}).proof is None
 
 
-# --- what is taken author by author ---------------------------------------------------------------------
+# --- parameters that are clipped one author at a time ---------------------------------------------------
 
 
 class OwnScale(nn.Module):
