@@ -28,7 +28,7 @@ from author_dp.errors import UserError  # noqa: E402
 from author_dp.guards.model_check import deterministic_train_mode, verify_model  # noqa: E402
 from author_dp.guards.options import check_model  # noqa: E402
 from author_dp.mechanism.losses import author_losses  # noqa: E402
-from author_dp.models.lora import add_lora  # noqa: E402
+from author_dp.models.lora import add_lora_adapters  # noqa: E402
 
 TOLERANCE = 2e-4
 KINDS = (("full", "ghost"), ("full", "grad_sample"), ("lora", "ghost"))
@@ -74,7 +74,7 @@ class Verdict(NamedTuple):
 
 def with_lora(model: Any) -> nn.Module:
     """LoRA in all linear layers but the head, its factors at random: the second one starts at zero."""
-    model = add_lora(model, ["all-linear"], r=2)
+    model = add_lora_adapters(model, ["all-linear"], r=2)
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
