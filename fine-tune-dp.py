@@ -62,6 +62,7 @@ from transformers.utils import logging
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.data.authors import get_column
 from author_dp.data.chat import resolve_bos_token
+from author_dp.data.splits import author_hashes, format_data_summary
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
 from author_dp.guards.gradient_canaries import GradientCanaries
@@ -90,10 +91,7 @@ from author_dp.training.public_loss import format_release as released_in_words
 from data_utils import (
     AuthorDataset,
     DataArguments,
-    author_hashes,
     collate,
-    data_summary,
-    format_data_summary,
     group_by_author,
     load_author_datasets,
 )
@@ -484,7 +482,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.shared_authors = data_args.allow_shared_authors
-    trainer.data = data_summary(data_args, tokenizer)
+    trainer.data = data_args.summary(tokenizer)
     trainer.budget.split = data_args.split_id(training_args.seed)
     trainer.add_callback(statistics := RunStatistics(trainer.norms, np.diff(grouped[1])))
     if model_args.dry_run:
@@ -495,7 +493,7 @@ def main() -> None:
             logger.warning(warning)
     start = resolve_bos_token(tokenizer, data_args.prepend_bos)
     specimens = TextSamples(
-        tokenizer, held_out, [] if start is None else [start], data_args.sequence_len, answers=data_args.has_targets
+        tokenizer, held_out, [] if start is None else [start], data_args.sequence_len, answers=data_args.has_loss_mask
     )
     writes = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
     if not training_args.resume_from_checkpoint:

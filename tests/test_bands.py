@@ -32,13 +32,14 @@ from author_dp.accounting.banded_mf import (
     toeplitz_coefficients,
 )
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.data.splits import author_hashes
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.gradient_canaries import CanaryMonitor
 from author_dp.guards.noise_inversion import MatchedFilter, NoiseDecorrelator
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor
 from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
 from author_dp.mechanism.sampling import PoissonAuthorSampler, assign_groups
-from data_utils import author_hashes, group_by_author
+from data_utils import group_by_author
 from dp_utils import PrivacyArguments
 
 KEY = bytes(32)
