@@ -11,10 +11,11 @@ from author_dp.clipping import ENGINES
 from author_dp.clipping.factor_store import total_norms
 from author_dp.clipping.grad_factors import squared_norms
 from author_dp.clipping.two_pass import TwoPassClipping
+from author_dp.data.splits import author_hashes
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import MicrobatchShape, is_real, make_microbatch_shape, make_microbatches
-from data_utils import AuthorDataset, author_hashes, collate, group_by_author
+from data_utils import AuthorDataset, collate, group_by_author
 
 SHAPE = MicrobatchShape(authors=4, samples=1, lengths=(4, 8, 16))
 NOT_FINITE = VOCABULARY - 1  # the token whose embedding is nan
