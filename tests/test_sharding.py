@@ -99,9 +99,8 @@ def check_update(folder: Path, kind: str, counts: list, tolerance: float = 1e-5,
     for process in found:
         assert (process["update"] - expected).norm() <= tolerance * expected.norm()
         assert torch.equal(process["update"], found[0]["update"])
-    assert (
-        np.sum([process["local_sizes"] for process in found], 0).tolist() == found[0]["sizes"]
-    )  # each coordinate is on one process
+    local_sizes = np.sum([process["local_sizes"] for process in found], 0).tolist()
+    assert local_sizes == found[0]["sizes"]  # each coordinate is on one process
 
 
 # One process has more microbatches than another, one of them none at all.
