@@ -21,8 +21,8 @@ import test_callbacks
 import test_checkpoints
 import test_checks
 import test_clipping
-import test_clipping_contributions
 import test_clipping_ghost
+import test_clipping_grad_factors
 import test_clipping_two_pass
 import test_conversations
 import test_data_utils
@@ -71,7 +71,7 @@ LOSSES = "author_dp.mechanism.losses.author_losses"
 LEDGER, CHAIN = "author_dp.accounting.ledger.PrivacyLedger", "author_dp.accounting.hash_chain.HashChain"
 CERTIFIED = "author_dp.models.weights.write_certified"
 CHECK = "author_dp.models.weights.check_weights"
-CONTRIBUTIONS = "author_dp.clipping.grad_factors"
+GRAD_FACTORS = "author_dp.clipping.grad_factors"
 NOISE = "author_dp.mechanism.noise.GaussianNoise"
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler"
 BANDS = "author_dp.accounting.banded_mf"
@@ -92,6 +92,10 @@ class Bug(NamedTuple):
     new: str
     check: Callable  # called with the fixtures tmp_path and monkeypatch
     spawned: bool = False  # whether it is planted in the processes that the check starts
+
+
+def equals_reference(engine: str, kind: str, batch: str = "ragged") -> Callable:
+    return lambda *_: test_clipping.test_engine_equals_reference(engine, "gpt2", kind, batch)
 
 
 def cancelling(case: str, engine_class: type, bf16: bool) -> Callable:
@@ -239,50 +243,50 @@ BUGS = [
             path, "ghost", True)),
     # The clipping.
     Bug("half the clip: a bound of twice C", CLIP, "(clip_norm / norms)", "(2 * clip_norm / norms)",
-        lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
+        equals_reference("ghost", "tied")),
     Bug("no clip", CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)",
         lambda *_: test_clipping.test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most("ghost")),
     Bug("scaled up to C, not only down", CLIP, "(clip_norm / norms).clamp(max=1.0)", "clip_norm / norms",
-        lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
+        equals_reference("ghost", "tied")),
     Bug("no clip by the other engine", PLAIN,
         "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", update(clipping="grad_sample")),
     Bug("a clip for each sample", TRAINING_STEP, "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']));"
         "real = torch.arange(len(microbatch['author'])) < real.sum()",
         update(k=3, per_device=64)),
-    Bug("tied weights counted as two", f"{CONTRIBUTIONS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
-        lambda *_: test_clipping_ghost.test_clipped_sum_equals_the_naive_one_and_that_of_grad_sample("gpt2", "tied", "short")),
-    Bug("tied weights counted as two where they are formed", f"{CONTRIBUTIONS}.add", "part.gradients.float()",
-        "0 * part.gradients", lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
-    Bug("a pair of tokens counted once for two", f"{CONTRIBUTIONS}.ghost_squared_norms", "+ 2 * products", "+ products",
-        lambda _, monkeypatch: test_clipping_contributions.test_norm_of_a_product_in_blocks(11, torch.float32, monkeypatch)),
-    Bug("what cancels not rounded up", f"{CONTRIBUTIONS}.SquaredNorm.with_margin",
+    Bug("tied weights counted as two", f"{GRAD_FACTORS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
+        equals_reference("ghost", "tied", "short")),
+    Bug("tied weights counted as two where they are formed", f"{GRAD_FACTORS}.add", "part.gradients.float()",
+        "0 * part.gradients", equals_reference("ghost", "tied")),
+    Bug("a pair of tokens counted once for two", f"{GRAD_FACTORS}.ghost_squared_norms", "+ 2 * products", "+ products",
+        lambda _, monkeypatch: test_clipping_grad_factors.test_norm_of_a_product_in_blocks(11, torch.float32, monkeypatch)),
+    Bug("what cancels not rounded up", f"{GRAD_FACTORS}.SquaredNorm.with_margin",
         "self.value + ROUNDING_MARGIN * bound", "self.value",
-        lambda *_: test_clipping_contributions.test_a_norm_where_tokens_cancel(1024, 0, "two kinds")),
-    Bug("as if rounding errors were independent", f"{CONTRIBUTIONS}.ghost_squared_norms",
+        lambda *_: test_clipping_grad_factors.test_a_norm_where_tokens_cancel(1024, 0, "two kinds")),
+    Bug("as if rounding errors were independent", f"{GRAD_FACTORS}.ghost_squared_norms",
         "bound + products.diagonal(dim1=1, dim2=2).sqrt().sum(1)",
         "(bound**2 + products.diagonal(dim1=1, dim2=2).sum(1)).sqrt()",
-        lambda *_: test_clipping_contributions.test_a_norm_where_tokens_cancel(1024, 0, "two kinds")),
-    Bug("what cancels of a lookup not rounded up", f"{CONTRIBUTIONS}.lookup_squared_norms", "sqrt().sum(1)", "sqrt().sum(1) * 0",
-        lambda *_: test_clipping_contributions.test_a_norm_of_a_lookup_where_tokens_cancel(512, "two kinds")),
-    Bug("what cancels of tied weights not rounded up", f"{CONTRIBUTIONS}.tied_squared_norm", "square.bound + head.bound",
+        lambda *_: test_clipping_grad_factors.test_a_norm_where_tokens_cancel(1024, 0, "two kinds")),
+    Bug("what cancels of a lookup not rounded up", f"{GRAD_FACTORS}.lookup_squared_norms", "sqrt().sum(1)", "sqrt().sum(1) * 0",
+        lambda *_: test_clipping_grad_factors.test_a_norm_of_a_lookup_where_tokens_cancel(512, "two kinds")),
+    Bug("what cancels of tied weights not rounded up", f"{GRAD_FACTORS}.tied_squared_norm", "square.bound + head.bound",
         "cross * 0",
-        lambda *_: test_clipping_contributions.test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(50, 64)),
+        lambda *_: test_clipping_grad_factors.test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(50, 64)),
     Bug("a square below zero takes from the others", "author_dp.clipping.factor_store.total_norms", "every.clamp(min=0)", "every",
-        lambda *_: test_clipping_contributions.test_no_parameter_takes_norm_away_from_others()),
+        lambda *_: test_clipping_grad_factors.test_no_parameter_takes_norm_away_from_others()),
     Bug("authors in any order taken", "author_dp.clipping.author_groups.AuthorIndex.__init__", "if not (len(author)",
         "if False and not (len(author)",
-        lambda *_: test_clipping_contributions.test_authors_in_another_order_are_refused([0, 1, 0, 1])),
+        lambda *_: test_clipping_grad_factors.test_authors_in_another_order_are_refused([0, 1, 0, 1])),
     Bug("each layer clipped by itself", PLAIN, "1).norm(dim=1)", "1).amax(dim=1)",
         update(clipping="grad_sample", per_device=64)),
     Bug("a gradient that is not finite is let in", PLAIN,
         "if not finite.all():", "if False:",
-        lambda *_: test_clipping.test_an_author_whose_gradient_is_not_finite_contributes_zero("grad_sample", float("nan"))),
-    Bug("no room for what bfloat16 rounds", f"{CONTRIBUTIONS}.OuterProduct.squared", "BFLOAT16_ROUNDING * squared.bound", "None",
+        lambda *_: test_clipping.test_an_author_whose_loss_is_not_finite_contributes_zero("grad_sample", float("nan"))),
+    Bug("no room for what bfloat16 rounds", f"{GRAD_FACTORS}.OuterProduct.squared", "BFLOAT16_ROUNDING * squared.bound", "None",
         cancelling("formed norm", GhostClipping, True)),
-    Bug("no room for what bfloat16 rounds, of tied weights", f"{CONTRIBUTIONS}.tied_squared_norm", "head.slack", "None",
-        lambda *_: test_clipping_contributions.test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16()),
-    Bug("what cancels not rounded up where it is formed", f"{CONTRIBUTIONS}.product_squared_norms",
+    Bug("no room for what bfloat16 rounds, of tied weights", f"{GRAD_FACTORS}.tied_squared_norm", "head.slack", "None",
+        lambda *_: test_clipping_grad_factors.test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16()),
+    Bug("what cancels not rounded up where it is formed", f"{GRAD_FACTORS}.product_squared_norms",
         "(left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1)", "torch.zeros_like(value)",
         cancelling("formed norm, almost nothing", TwoPassClipping, False)),
     Bug("norms of what is formed, sums of what is scaled", f"{TWO_PASS}.max_materialized",
@@ -299,14 +303,14 @@ BUGS = [
             path, "ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}, "preserve")),
     Bug("a second pass of other losses", "author_dp.clipping.ghost.GhostClipping._backward",
         "backward(losses, ", "backward(losses * (1 if retain_graph else 2), ",
-        lambda *_: test_clipping_two_pass.test_with_dropout_both_passes_drop_the_same("gpt2", "tied")),
+        lambda *_: test_clipping.test_engines_drop_what_the_forward_pass_dropped("gpt2", "tied")),
     Bug("no clip in two passes", CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)",
-        lambda *_: test_clipping_two_pass.test_clipped_sum_equals_the_naive_one("gpt2", "tied")),
+        equals_reference("two_pass", "tied")),
     Bug("no factor in the second pass", f"{TWO_PASS}.add", "summed_grad, self._clip)",
         "summed_grad, ClipFactors(torch.inf, self._clip.factors, self._authors))",
-        lambda *_: test_clipping_two_pass.test_clipped_sum_equals_the_naive_one("gpt2", "untied")),
-    Bug("tied weights counted as two in two passes", f"{CONTRIBUTIONS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
-        lambda *_: test_clipping_two_pass.test_clipped_sum_equals_the_naive_one("gpt2", "tied")),
+        equals_reference("two_pass", "untied")),
+    Bug("tied weights counted as two in two passes", f"{GRAD_FACTORS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
+        equals_reference("two_pass", "tied")),
     Bug("the rows of other ids", f"{TWO_PASS}._handle_tied", "or not torch.equal(head[0], part.ids)", "",
         lambda *_: test_clipping_two_pass.test_what_is_used_twice_in_another_way_is_kept_whole(test_clipping_two_pass.shifted)),
     Bug("the first of two calls alone", f"{TWO_PASS}._handle_tied", "self.kept_params.add(parameter)", "pass",
@@ -314,15 +318,15 @@ BUGS = [
             test_clipping_two_pass.shared_block)),
     Bug("a norm without what is kept", "author_dp.clipping.factor_store.FactorStore.squared_norms",
         "*self.squares.values()", "*(square for p, square in self.squares.items() if p not in merged)",
-        lambda *_: test_clipping_two_pass.test_clipped_sum_equals_the_naive_one("gpt2", "untied")),
+        equals_reference("two_pass", "untied")),
     Bug("zero times infinity in two passes", CLIP, "None if norms.isfinite().all() else ~norms.isfinite()",
         "None",
-        lambda *_: test_clipping_two_pass.test_an_author_whose_activations_are_not_finite_contributes_zero()),
+        lambda *_: test_clipping.test_an_author_whose_activations_are_not_finite_contributes_zero("two_pass")),
     # The loss and the sum.
     Bug("a mean over the tokens of the batch", LOSSES, "counts.clamp(min=1)", "counts.sum().clamp(min=1)",
         lambda *_: test_mechanism.test_author_losses_are_means_over_the_authors_tokens()),
     Bug("one author's gradient depends on the others", LOSSES, "counts.clamp(min=1)",
-        "counts.mean().clamp(min=1)", lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
+        "counts.mean().clamp(min=1)", equals_reference("ghost", "tied")),
     Bug("division by the real batch size", TRAINING_STEP, "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", update(per_device=64)),
     Bug("a gradient used twice", "author_dp.mechanism.optimizer.AuthorDPOptimizer.zero_grad", "self.grad_buffer.zero_()", "pass",
