@@ -767,7 +767,7 @@ BUGS = [
         lambda path, _: test_one_epsilon.test_affordable_excludes_a_step_just_above_the_target(path)),
     Bug("hashes of another folder", CERTIFIED, "hash_weights(folder)", "hash_weights(folder.parent)",
         lambda path, _: test_weights.test_a_run_certifies_its_own_weights_and_those_of_its_checkpoints(path, False)),
-    Bug("weights of another run write_certified with ours", CERTIFIED, "if not own.fullmatch(Path(name).name)]", "if False]",
+    Bug("weights of another run write_certified with ours", CERTIFIED, "if not pattern.fullmatch(Path(name).name)]", "if False]",
         lambda path, _: test_weights.test_what_somebody_puts_there_during_the_run_is_not_certified(path)),
     Bug("shards of before write_certified with the weights", CERTIFIED, "path.unlink()", "pass",
         lambda path, _: test_weights.test_sharded_weights_are_certified_and_replaced_by_others(path)),
