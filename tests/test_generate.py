@@ -1,4 +1,4 @@
-"""generate.py, drafts.py, prompts.py and sidecar.py: the text, where it goes on, and what is claimed for it."""
+"""generate.py, partial_file.py, prompts.py and privacy_statement.py: the text, where it goes on, and what is claimed for it."""
 
 import hashlib
 import json
@@ -246,7 +246,7 @@ def test_an_unfinished_file_of_other_options_is_not_gone_on_with(trained, tmp_pa
 
 def test_a_file_that_is_there_is_not_written_over(trained, tmp_path):
     (tmp_path / "s.jsonl").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists"):
         run(trained, tmp_path / "s.jsonl", "--number", "1")
     assert (tmp_path / "s.jsonl").read_text() == "mine"
 

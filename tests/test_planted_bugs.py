@@ -805,7 +805,7 @@ BUGS = [
         lambda path, patch: test_generate.test_an_interrupted_run_goes_on_to_the_same_rows(
             test_generate.made(path), path, patch)),
     Bug("free texts as long as private prompts allow", "author_dp.outputs.samples.TextSamples.write", "max(map(len, rows))",
-        "max(len(row) for rows in self.begun.values() for row in rows)",
+        "max(len(row) for rows in self.prompts.values() for row in rows)",
         lambda *_: test_specimens.test_free_texts_hang_on_nothing_private()),
     Bug("texts for the report move the run's random numbers", "author_dp.outputs.samples.generate_rows",
         "with deterministic_eval(model), torch.no_grad():", "with torch.no_grad():",
@@ -813,7 +813,7 @@ BUGS = [
     Bug("what held-out authors wrote called covered", "author_dp.outputs.page.text_sections",
         '"kind": PRIVATE', '"kind": COVERED if covered else PRIVATE',
         lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(True)),
-    Bug("text of a model without a guarantee_rows called covered", "author_dp.outputs.page.text_sections",
+    Bug("text of a model without a guarantee called covered", "author_dp.outputs.page.text_sections",
         "COVERED if covered else PRIVATE", "COVERED",
         lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(False)),
     Bug("evaluation on another scale than training", "author_dp.outputs.figures.loss_points", "row[AUTHOR_LOSS]",
