@@ -684,7 +684,7 @@ BUGS = [
     Bug("text of private prompts is covered", "author_dp.outputs.privacy_statement.make_statement", "prompts == PRIVATE:",
         "False:",
         lambda *_: test_generate.test_the_word_on_prompts_decides()),
-    Bug("nobody is asked where prompts come from", "author_dp.outputs.generate.check",
+    Bug("nobody is asked where prompts come from", "author_dp.outputs.generate.check_arguments",
         "if args.prompts and not (args.public_prompts or args.private_prompts):", "if False:",
         lambda path, _: test_generate.test_prompts_need_a_word_on_where_they_come_from(path, path)),
     Bug("text of a model with infinite epsilon is covered", "author_dp.outputs.privacy_statement.not_covered_reason",
@@ -801,7 +801,7 @@ BUGS = [
         'known["sha256"] = hashlib.sha256(self.part.read_bytes()).hexdigest()',
         lambda path, patch: test_generate.test_an_interrupted_run_goes_on_to_the_same_rows(
             test_generate.made(path), path, patch)),
-    Bug("other rows after an interruption", "author_dp.outputs.generate.write_batch", "torch.manual_seed(seed)", "pass",
+    Bug("other rows after an interruption", "author_dp.outputs.generate.generate_batch", "torch.manual_seed(seed)", "pass",
         lambda path, patch: test_generate.test_an_interrupted_run_goes_on_to_the_same_rows(
             test_generate.made(path), path, patch)),
     Bug("free texts as long as private prompts allow", "author_dp.outputs.samples.TextSamples.write", "max(map(len, rows))",
