@@ -205,7 +205,7 @@ def test_an_adapter_and_a_full_model_in_one_folder_are_ambiguous_without_a_certi
     make_model(tmp_path, lora=True).save_pretrained(tmp_path / "out")
     make_model(tmp_path).save_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match=r"FOLDER .* both an adapter .* and a full model \(model\.safetensors\)"):
-        generate.load(str(tmp_path / "out"))
+        generate.load_model(str(tmp_path / "out"))
 
 
 def test_without_a_privacy_json_a_model_writes_uncertified(tmp_path):
