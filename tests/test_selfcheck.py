@@ -114,7 +114,7 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
     for resume in (True, str(tmp_path / "checkpoint-2"), None):
         with pytest.raises(UserError, match=r"was not as recorded in its ledger.*choose another --output_dir"):
             small(tmp_path, resume_from_checkpoint=resume, **options)
-    with pytest.raises(UserError, match="its mechanism"):
+    with pytest.raises(UserError, match="the mechanism of a run"):
         trainer.train()
     lines = (tmp_path / "privacy_ledger.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "privacy_ledger.jsonl").write_text("".join(lines[:-1]))
