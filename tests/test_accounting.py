@@ -85,7 +85,7 @@ def test_the_error_of_a_coarse_grid_is_added_not_hidden(monkeypatch):
     spending = [MechanismEvent(0.8, 0.02, 500)]
     loss = EpsilonAccountant(spending, 1e-5)
     monkeypatch.setattr(EpsilonAccountant, "MAX_CELLS", 2**11)
-    epsilon = loss._on_grid(spending, 0.02)
+    epsilon = loss._compose_on_grid(spending, 0.02)
     exact = exact_epsilon(spending, 1e-5, 1e-4)
     assert loss.epsilon_error > 0.02 * exact
     assert exact + 0.5 * loss.epsilon_error <= epsilon <= exact + 3 * loss.epsilon_error
@@ -141,7 +141,7 @@ def check_below_rate_one(sigma, rate, steps, delta):
     """dp-accounting's estimates round the losses down and, with connected dots, up; below 1e-12 its own rounding shows."""
     spending = [MechanismEvent(sigma, rate, steps)]
     loss = EpsilonAccountant(spending, delta)
-    epsilon, bound = loss.epsilon, LossDistribution(spending, delta).epsilon(spending, delta)
+    epsilon, bound = loss.epsilon, LossDistribution(spending, delta).epsilon()
     assert bound <= epsilon * (1 + 1e-9)
     if delta < 1e-12:
         assert loss.accountant == "pld"  # judged by closed forms in test_pld.py

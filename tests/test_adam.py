@@ -147,7 +147,7 @@ def corrects(path, **options) -> bool:
         **{"optim": "adamw_torch", "max_steps": 4, **options},
     )
     trainer.create_optimizer()
-    return isinstance(trainer._noisy.original_optimizer, AdamBC)
+    return isinstance(trainer.dp_optimizer.original_optimizer, AdamBC)
 
 
 def test_it_is_taken_with_noise_bands_or_if_asked_for(tmp_path):
@@ -155,7 +155,7 @@ def test_it_is_taken_with_noise_bands_or_if_asked_for(tmp_path):
     assert corrects(tmp_path, privacy=bands) and corrects(tmp_path, privacy=bands, optim="adamw_torch_fused")
     assert not corrects(tmp_path) and not corrects(tmp_path, privacy={**bands, "adam_noise_correction": False})
     assert corrects(tmp_path, privacy={"adam_noise_correction": True}) and not corrects(tmp_path, privacy=bands, optim="sgd")
-    with pytest.raises(UserError, match=r"--adam_noise_correction is for AdamW, not for --optim sgd: use adamw_torch"):
+    with pytest.raises(UserError, match=r"--adam_noise_correction: it needs AdamW, not --optim sgd\. Use --optim adamw_torch"):
         corrects(tmp_path, privacy={"adam_noise_correction": True}, optim="sgd")
 
 

@@ -8,8 +8,8 @@ from scipy.special import ndtr, ndtri
 
 from author_dp.accounting.accountant import MechanismEvent
 from author_dp.accounting.tradeoff import FALSE_POSITIVE_RATES, PrivacyProfile, attack_bounds, gdp_mu_at
+from author_dp.outputs.guarantee import attack_rows, plain_summary
 from author_dp.outputs.model_card import model_card
-from author_dp.outputs.page import attack_rows, plain_summary
 from author_dp.outputs.report import write_report
 
 SETTINGS = [(0.65, 256 / 19_589, 154, 5e-5), (1.0, 0.01, 1_000, 1e-5), (2.0, 0.1, 500, 1e-6), (5.0, 0.9, 100, 1e-5)]

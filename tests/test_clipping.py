@@ -9,6 +9,7 @@ from conftest import COUNTS, MODELS, as_arrays, clipped_sum, flat, make_batch, m
 from torch import nn
 
 from author_dp.clipping import ENGINES
+from author_dp.clipping.positions import separate_positions
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import make_microbatches
@@ -94,15 +95,18 @@ def test_what_the_loss_does_not_use_contributes_nothing(clipping):
     assert torch.equal(norms, expected_norms) and torch.equal(ours[ours != 0], expected[expected != 0])
 
 
-def test_positions_that_all_samples_share(clipping):
-    """GPT-2's own: the fast engine takes them apart, the other one refuses."""
+def test_positions_that_all_samples_share(clipping, monkeypatch):
+    """GPT-2's: ghost clipping expands them; grad_sample needs separate ones, and refuses without them."""
     model, batch = tiny_gpt2(), make_batch()
     expected, _ = clipped_sum(model, batch, 0.1, clipping)
     if clipping == "grad_sample":
+        monkeypatch.setattr("author_dp.clipping.grad_sample.separate_positions", lambda model: [])
         with pytest.raises(UserError, match="wpe"):
-            clipped_sum(model, batch, 0.1, clipping, needs_positions=False)
+            clipped_sum(model, batch, 0.1, clipping)
     else:
-        ours, _ = clipped_sum(model, batch, 0.1, clipping, needs_positions=False)
+        (hook,) = separate_positions(model)
+        ours, _ = clipped_sum(model, batch, 0.1, clipping)
+        hook.remove()
         assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from author_dp.clipping import grad_factors as contributions
-from author_dp.clipping.author_groups import AuthorIndex
-from author_dp.clipping.ghost import total_norms
+from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
+from author_dp.clipping.factor_store import total_norms
 from author_dp.clipping.grad_factors import OuterProduct, lookup_squared_norms, product_squared_norms
 
 
@@ -18,9 +18,9 @@ def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(3, 20, 30), (40, 5, 7), (8, 16, 16), (1, 1, 1)])
 def test_norm_of_a_product_both_ways(tokens, rows, columns, monkeypatch):
     left, right = torch.randn(4, tokens, rows), torch.randn(4, tokens, columns)
-    assert torch.allclose(product_squared_norms(left, right).found, explicit(left, right), rtol=1e-4)
+    assert torch.allclose(product_squared_norms(left, right).value, explicit(left, right), rtol=1e-4)
     monkeypatch.setattr(contributions, "MATERIALIZE_ELEMENTS", 1)
-    assert torch.allclose(product_squared_norms(left, right).found, explicit(left, right), rtol=1e-4)
+    assert torch.allclose(product_squared_norms(left, right).value, explicit(left, right), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,8 +30,8 @@ def test_norm_of_a_product_in_blocks(tokens, dtype, monkeypatch):
     left, right = (torch.randn(3, tokens, features).to(dtype) for features in (20, 30))
     found = contributions.ghost_squared_norms(left, right, 4)
     most = (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1)
-    assert torch.allclose(found.found, explicit(left.float(), right.float()), rtol=1e-4) and found.found.dtype == torch.float32
-    assert torch.allclose(found.most, most, rtol=1e-4)
+    assert torch.allclose(found.value, explicit(left.float(), right.float()), rtol=1e-4) and found.value.dtype == torch.float32
+    assert torch.allclose(found.bound, most, rtol=1e-4)
     assert all(map(torch.equal, product_squared_norms(left, right)[:2], found[:2]))  # (12 + 4) / 2 x 50 < 20 x 30
 
 
@@ -49,8 +49,8 @@ def test_norm_of_a_lookup_counts_equal_ids_together():
     ids, gradients = torch.tensor([[3, 1, 3, 3], [0, 1, 2, 3]]), torch.randn(2, 4, 5)
     expected = [torch.zeros(4, 5).index_add_(0, i, g).square().sum() for i, g in zip(ids, gradients)]
     found = lookup_squared_norms(ids, gradients)
-    assert torch.allclose(found.found, torch.stack(expected), rtol=1e-5)
-    assert torch.allclose(found.most, gradients.norm(dim=2).sum(1), rtol=1e-5)
+    assert torch.allclose(found.value, torch.stack(expected), rtol=1e-5)
+    assert torch.allclose(found.bound, gradients.norm(dim=2).sum(1), rtol=1e-5)
 
 
 def cancelling(tokens: int, features: int, kind: str) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
     for share in torch.linspace(0.05, 0.85, 17):
         total = torch.zeros(20, 30)
         for part in parts:
-            part.add_clipped(total, share.view(1), authors)
+            part.add_clipped(total, ClipFactors(1.0, 1 / share.view(1), authors))
         assert total.norm() <= share * norm
 
 
@@ -148,10 +148,11 @@ def test_authors_line_up_and_add_up_their_samples():
 
 
 def test_product_scales_the_narrower_side():
-    authors, factors = AuthorIndex(torch.arange(2), 2), torch.tensor([0.5, 2.0])
+    factors = torch.tensor([0.5, 0.25])
+    clip = ClipFactors(1.0, 1 / factors, AuthorIndex(torch.arange(2), 2))
     for rows, columns in ((3, 9), (9, 3)):
         left, right = torch.randn(2, 4, rows), torch.randn(2, 4, columns)
         total = torch.ones(rows, columns)
-        OuterProduct(left, right).add_clipped(total, factors, authors)
+        OuterProduct(left, right).add_clipped(total, clip)
         expected = 1 + sum(f * a.T @ b for f, a, b in zip(factors, left, right))
-        assert torch.allclose(total, expected, atol=1e-5) and math.isclose(authors._scratch[torch.float32].numel(), 2 * 4 * 3)
+        assert torch.allclose(total, expected, atol=1e-5) and math.isclose(clip._scratch[torch.float32].numel(), 2 * 4 * 3)

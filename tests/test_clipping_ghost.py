@@ -9,7 +9,7 @@ from conftest import as_arrays, clipped_sum, flat, make_batch, make_trainer, tin
 from families import FAMILIES, KINDS, close, make_model
 from torch import nn
 
-from author_dp.clipping import ghost
+from author_dp.clipping import factor_store
 from author_dp.clipping import grad_factors as contributions
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.grad_factors import MaterializedGrad
@@ -60,8 +60,8 @@ def test_ragged_authors_and_long_samples(kind, counts):
 def test_a_matrix_that_is_embedding_and_head_takes_the_smaller_form(monkeypatch):
     """(61, 16) for each of three authors, or 61 + 16 numbers for each token of five samples."""
     forms = []
-    norms = ghost.total_squared_norms
-    monkeypatch.setattr(ghost, "total_squared_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors))
+    norms = factor_store.total_squared_norms
+    monkeypatch.setattr(factor_store, "total_squared_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors))
     monkeypatch.setattr(contributions, "MATERIALIZE_ELEMENTS", 1)  # so large that it is formed author by author
     for tokens, kinds in ((7, {"EmbeddingGrad", "OuterProduct"}), (8, {"MaterializedGrad"})):
         model = tiny_gpt2()
@@ -167,8 +167,8 @@ def size_of_the_sum(
     """
     model, author = Matrix(*shape), torch.arange(len(samples)).repeat_interleave(torch.tensor(samples))
     engine = engine_class(model, clip_norm)
-    engine.settle(set())
-    engine.may_keep = 0
+    engine.freeze_fallback(set())
+    engine.store.max_kept = 0
     model.layer.weight.summed_grad = torch.zeros(shape)
     gradients = torch.zeros(len(author), len(tokens) // samples[0])
     gradients[: samples[0]] = tokens.view(samples[0], -1)
@@ -217,7 +217,7 @@ def test_a_layer_without_a_rule_is_run_again_after_a_forward_in_bfloat16():
     sums = []
     for bf16 in (True, False):
         engine = GhostClipping(model, 1e-3)
-        engine.settle(set())
+        engine.freeze_fallback(set())
         for parameter in model.parameters():
             parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -246,8 +246,8 @@ def test_the_trainer_checkpoints_and_rounds_as_asked(tmp_path):
 
 def test_no_per_author_gradient_of_a_large_layer_is_formed(monkeypatch):
     kept = []
-    norms = ghost.total_squared_norms
-    monkeypatch.setattr(ghost, "total_squared_norms", lambda parts, authors: kept.extend(parts) or norms(parts, authors))
+    norms = factor_store.total_squared_norms
+    monkeypatch.setattr(factor_store, "total_squared_norms", lambda parts, authors: kept.extend(parts) or norms(parts, authors))
     model = make_model("gpt2", "tied")
     clipped_sum(model, make_batch([2] * 4, longest=4), 0.1, "ghost")
     sizes = [part.gradients[0].numel() for part in kept if isinstance(part, MaterializedGrad)]
@@ -303,7 +303,7 @@ def test_a_changed_input_is_an_error_rather_than_a_wrong_norm():
 def test_an_overflow_never_passes_for_a_small_norm(monkeypatch, value):
     bad = torch.tensor([0, value, 0, 0, 0, 0])
     of_lookups = contributions.lookup_squared_norms
-    overflowing = lambda *tensors: of_lookups(*tensors)._replace(found=of_lookups(*tensors).found + bad)  # noqa: E731
+    overflowing = lambda *tensors: of_lookups(*tensors)._replace(value=of_lookups(*tensors).value + bad)  # noqa: E731
     monkeypatch.setattr(contributions, "lookup_squared_norms", overflowing)
     model, batch = tiny_gpt2(), make_batch()
     ours, norms = clipped_sum(model, batch, 0.1, "ghost")

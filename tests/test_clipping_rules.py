@@ -122,7 +122,7 @@ def test_a_layer_without_a_rule_is_followed_whatever_it_computes(name):
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     engine = check(layer if isinstance(layer, Uses) else Calls(layer), [torch.randn(shape)])
-    assert apart is None or bool(engine.apart) == apart
+    assert apart is None or bool(engine.fallback_params) == apart
 
 
 class Shift(nn.Module):
@@ -147,7 +147,7 @@ class ShiftTwice(nn.Module):
 
 def test_adding_up_the_calls_of_a_layer_changes_no_gradient_of_another():
     torch.manual_seed(1)
-    assert not check(ShiftTwice(), [torch.randn(3, 2, 6)]).apart  # so few tokens that the matrix is not formed
+    assert not check(ShiftTwice(), [torch.randn(3, 2, 6)]).fallback_params  # so few tokens that the matrix is not formed
 
 
 def test_two_matrices_that_share_a_weight_count_once():

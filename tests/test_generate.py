@@ -42,7 +42,13 @@ def made(path: Path) -> Path:
     folder, tokenizer = path / "trained", AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
     privacy = {"noise_multiplier": None, "target_epsilon": 8.0}
     trainer = make_trainer(folder, tiny(len(tokenizer)), make_dataset([1] * 40), max_steps=2, privacy=privacy)
-    trainer.data = {"row_limit": None, "train_fraction": 1.0, "sequence_len": 16, "start_token": None, "end_token": None}
+    trainer.run_report.data = {
+        "row_limit": None,
+        "train_fraction": 1.0,
+        "sequence_len": 16,
+        "start_token": None,
+        "end_token": None,
+    }
     trainer.train()
     trainer.save_model()
     tokenizer.save_pretrained(folder)

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
 from author_dp.errors import UserError
-from author_dp.guards import options as guards
+from author_dp.guards import check_model
+from author_dp.guards.options import have_shared_authors, validate_options
 from dp_utils import PrivacyArguments
 
 
@@ -48,14 +49,14 @@ def test_options_that_need_a_gpu_are_refused_by_name(tmp_path, name):
     args = make_trainer(tmp_path).args
     setattr(args, name, True)
     with pytest.raises(UserError, match=f"--{name}"):
-        guards.check_options(args, PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0))
+        validate_options(args, PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0))
 
 
 def test_a_model_that_sees_the_future_is_refused_by_itself():
     config = BertConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(UserError, match="sees later tokens"):
-        guards.check_model(BertLMHeadModel(config))
-    guards.check_model(tiny_gpt2())
+        check_model(BertLMHeadModel(config))
+    check_model(tiny_gpt2())
 
 
 def test_models_that_mix_authors_or_round_noise_are_refused(tmp_path):
@@ -71,5 +72,5 @@ def test_one_author_in_common_is_enough_to_share_authors():
     train, held_out, nobody = make_dataset([1, 1, 1]), make_dataset([1, 1], seed=1), make_dataset([1], seed=2)
     foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)
     held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
-    assert guards.have_shared_authors(train, held_out) and guards.have_shared_authors(train, {"a": nobody, "b": held_out})
-    assert not guards.have_shared_authors(train, nobody) and not guards.have_shared_authors(train, None)
+    assert have_shared_authors(train, held_out) and have_shared_authors(train, {"a": nobody, "b": held_out})
+    assert not have_shared_authors(train, nobody) and not have_shared_authors(train, None)

@@ -17,7 +17,7 @@ from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import format_joint, format_ledger
 from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
-from author_dp.outputs.page import guarantee_rows
+from author_dp.outputs.guarantee import guarantee_rows
 from author_dp.outputs.report import RunStatistics, write_report
 from dp_utils import PrivacyArguments
 
@@ -84,7 +84,7 @@ def test_authors_are_drawn_at_the_rate_and_divided_by_a_constant(tmp_path):
     for authors in (40, 400):
         trainer = hidden_trainer(tmp_path / str(authors), authors)
         sampler = trainer.get_train_dataloader().batch_sampler
-        sizes = [len(sampler.draw_authors()) for _ in range(500)]
+        sizes = [len(sampler.sample_authors()) for _ in range(500)]
         assert within(np.mean(sizes), 0.05 * authors, (0.05 * 0.95 * authors / 500) ** 0.5)
         assert trainer.create_optimizer().expected_batch_size == 4 == trainer.plan.expected_batch_size
         assert len(sampler) == 20  # an epoch is 1 / q batches
@@ -98,7 +98,7 @@ def test_summary_and_reports_work_without_counts(tmp_path):
     assert "an undisclosed number of authors" in format_ledger(ledger) and "an undisclosed number of authors" in format_joint(
         [ledger]
     )
-    assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not told"
+    assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not disclosed"
 
 
 def test_resume_checks_hidden_author_count(tmp_path):

@@ -118,9 +118,9 @@ def test_programs_name_what_they_want(program, tmp_path):
 
 def test_nothing_in_the_project_seeds_protected_randomness():
     for path in [ROOT / "dp_utils.py", *LIBRARY.values()]:
-        # noise_monitor seeds every generator to see that noise does not follow, and restores their states; the others come after
-        # training, where nothing is left to protect: they write and judge text.
-        if path.stem in ("noise_monitor", "generate", "utility"):
+        # seed_checks seeds every generator to see that noise does not follow, and restores their states; generate comes after
+        # training, where nothing is left to protect.
+        if path.stem in ("seed_checks", "generate"):
             continue
         assert not re.search(r"args\.seed|data_seed|default_rng\(|torch\.randn|np\.random\.seed", path.read_text()), path
 

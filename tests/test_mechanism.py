@@ -39,7 +39,7 @@ def draws_of(sampler, steps) -> np.ndarray:
     """(steps, authors), 1 where an author is in the draw."""
     present = np.zeros((steps, len(sampler.offsets) - 1))
     for row in present:
-        row[sampler.draw_authors()] = 1
+        row[sampler.sample_authors()] = 1
     return present
 
 
@@ -78,20 +78,20 @@ def test_a_draw_goes_on_to_the_last_author():
             return np.ones(min(size, 7), np.int64)
 
     sampler._authors_generator = Short()
-    assert sampler.draw_authors().tolist() == list(range(200))
+    assert sampler.sample_authors().tolist() == list(range(200))
 
 
 def test_a_draw_of_many_authors_costs_what_it_draws():
     sampler = make_sampler(authors=1, sample_rate=1e-5)
     sampler.offsets = np.broadcast_to(np.int64(0), 10**9 + 1)  # 8 GB, if it were looked at
-    sizes = [len(sampler.draw_authors()) for _ in range(200)]
+    sizes = [len(sampler.sample_authors()) for _ in range(200)]
     assert within(np.mean(sizes), 1e4, math.sqrt(1e4 / 200))
-    places = np.concatenate([sampler.draw_authors() for _ in range(20)])
+    places = np.concatenate([sampler.sample_authors() for _ in range(20)])
     assert places.min() >= 0 and places.max() < 10**9 and stats.kstest(places / 1e9, "uniform").pvalue > 1e-9
 
 
 def test_everybody_is_drawn_at_rate_one_and_empty_draws_stay():
-    assert len(make_sampler(sample_rate=1.0).draw().samples) == 1_000
+    assert len(make_sampler(sample_rate=1.0).sample_batch().samples) == 1_000
     draws = list(make_sampler(authors=3, sample_rate=0.01, steps=500))
     assert len(draws) == 500 and sum(draw.batch_size == 0 for draw in draws) > 400
     assert all(draw.samples == [] for draw in draws if draw.batch_size == 0)
@@ -102,8 +102,8 @@ def test_shares_are_disjoint_even_and_together_the_draw(world_size):
     whole = make_sampler(key=99)
     shares = [make_sampler(key=99, rank=rank, world_size=world_size) for rank in range(world_size)]
     for _ in range(50):
-        expected = whole.draw_authors().tolist()
-        parts = [share.draw() for share in shares]
+        expected = whole.sample_authors().tolist()
+        parts = [share.sample_batch() for share in shares]
         authors = [int(samples[0]) for part in parts for samples in part.samples]
         assert sorted(authors) == expected
         assert {part.batch_size for part in parts} == {len(expected)}
@@ -117,7 +117,7 @@ def test_up_to_k_samples_of_each_author_without_replacement_uniformly(k):
     drawn = np.zeros(counts.sum())
     steps = 4_000
     for _ in range(steps):
-        samples = sampler.draw().samples
+        samples = sampler.sample_batch().samples
         assert [len(part) for part in samples] == np.minimum(counts, k).tolist()
         for author, part in enumerate(samples):
             assert len(set(part.tolist())) == len(part)
@@ -226,7 +226,7 @@ def test_the_sum_is_divided_by_the_constant_and_used_once():
 
 def test_each_parameter_has_its_place_in_the_sums_whatever_is_noised_at_once():
     optimizer, parameters = make_optimizer(size=100, sigma=0.0)
-    optimizer.noise.elements = 7
+    optimizer.noise.chunk_size = 7
     for parameter in parameters:
         parameter.summed_grad.copy_(torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter))
     optimizer.step()

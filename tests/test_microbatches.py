@@ -8,7 +8,7 @@ from conftest import VOCABULARY, as_arrays, make_dataset, make_trainer, sample, 
 from families import make_model
 
 from author_dp.clipping import ENGINES
-from author_dp.clipping.ghost import total_norms
+from author_dp.clipping.factor_store import total_norms
 from author_dp.clipping.grad_factors import squared_norms
 from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.errors import UserError

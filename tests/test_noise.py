@@ -9,7 +9,7 @@ from conftest import make_trainer, within
 from scipy import stats
 
 from author_dp.mechanism import noise
-from author_dp.mechanism.noise import SECURE_PAIRS, GaussianNoise
+from author_dp.mechanism.noise import CHUNK_PAIRS, GaussianNoise
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def draws(size: int, std: float = 1.0, source: GaussianNoise | None = None) -> torch.Tensor:
     source = source or GaussianNoise(CPU)
     total = torch.zeros(size)
-    for part in total.split(source.elements):
+    for part in total.split(source.chunk_size):
         source.add_(part, std)
     return total
 
@@ -35,16 +35,16 @@ def test_draws_are_normal_in_the_middle_and_in_the_tails():
 
 def test_draws_are_independent_of_each_other():
     source = GaussianNoise(CPU)
-    first, second = draws(4 * SECURE_PAIRS, source=source).numpy(), draws(4 * SECURE_PAIRS, source=source).numpy()
-    half = 2 * SECURE_PAIRS
+    first, second = draws(4 * CHUNK_PAIRS, source=source).numpy(), draws(4 * CHUNK_PAIRS, source=source).numpy()
+    half = 2 * CHUNK_PAIRS
     pairs = [(first, second), (first[:half], first[half:]), (first[:-1], first[1:])]
-    pairs += [(first[:SECURE_PAIRS], first[SECURE_PAIRS:half])]  # the cosine and the sine of the same angles
+    pairs += [(first[:CHUNK_PAIRS], first[CHUNK_PAIRS:half])]  # the cosine and the sine of the same angles
     for a, b in [*pairs, *((a**2, b**2) for a, b in pairs)]:
         assert within(np.corrcoef(a, b)[0, 1], 0, 1 / math.sqrt(len(a)))
     assert len(np.unique(first)) > 0.9 * len(first)
 
 
-@pytest.mark.parametrize("size", [1, 2, SECURE_PAIRS - 1, SECURE_PAIRS, SECURE_PAIRS + 1, 2 * SECURE_PAIRS])
+@pytest.mark.parametrize("size", [1, 2, CHUNK_PAIRS - 1, CHUNK_PAIRS, CHUNK_PAIRS + 1, 2 * CHUNK_PAIRS])
 def test_every_element_gets_a_draw_of_the_asked_scale_on_top_of_what_it_held(size):
     total = torch.full((size,), 1_000.0)
     GaussianNoise(CPU).add_(total, 10.0)
@@ -56,10 +56,10 @@ def test_every_element_gets_a_draw_of_the_asked_scale_on_top_of_what_it_held(siz
 def test_the_radius_reaches_beyond_what_32_bits_would_give():
     source = GaussianNoise(CPU)
     source._stream = type("Stream", (), {"update_into": lambda self, zeros, bits: None})()  # the bits stay as set here
-    source._for_radius.fill_(1)
-    source._for_angle.fill_(0)
+    source._radius_bits.fill_(1)
+    source._angle_bits.fill_(0)
     assert source.add_(torch.zeros(1), 1.0).item() == pytest.approx(math.sqrt(2 * 63 * math.log(2)))
-    source._for_radius.fill_(0)
+    source._radius_bits.fill_(0)
     assert math.isfinite(source.add_(torch.zeros(1), 1.0).item())
 
 
@@ -136,4 +136,4 @@ def test_secure_noise_comes_from_the_cipher_on_any_device(monkeypatch):
 def test_the_option_hardens_the_noise_of_a_run(tmp_path):
     trainer = make_trainer(tmp_path, privacy={"secure_noise": True})
     trainer.train()
-    assert trainer.optimizer.optimizer.noise.draws == 4 and trainer.privacy_report()["secure_noise"] is True
+    assert trainer.optimizer.optimizer.noise.num_draws == 4 and trainer.privacy_report()["secure_noise"] is True

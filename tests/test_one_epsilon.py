@@ -24,7 +24,7 @@ from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.privacy_report import make_interrupted_report, recompute_report
 from author_dp.accounting.tradeoff import attack_bounds
-from author_dp.guards.text_canaries import lower_bound
+from author_dp.guards.one_run_audit import lower_bound
 from author_dp.outputs import generate
 from author_dp.outputs.privacy_statement import check_statement, read_guarantee
 from author_dp.outputs.report import write_report
@@ -243,9 +243,12 @@ def finished(folder, **options):
     trainer = make_trainer(
         folder, dataset=make_dataset([1] * 60), max_steps=2, save_strategy="steps", save_steps=2, learning_rate=0.1, **options
     )
-    trainer.data, trainer.base_model = {"dataset": "mine"}, {"name": "base", "covered": True, "epsilon": 1.0, "delta": 1e-5}
+    trainer.run_report.data, trainer.run_report.base_model = (
+        {"dataset": "mine"},
+        {"name": "base", "covered": True, "epsilon": 1.0, "delta": 1e-5},
+    )
     trainer.train()
-    trainer.audit = lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
+    trainer.run_report.audit = lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
     trainer.save_model()
     trainer.create_model_card()
     return trainer
@@ -291,7 +294,7 @@ def test_finished_run_keeps_its_report_when_called_again(tmp_path, how):
             other.train()
         other.save_model()
         other.create_model_card()
-        assert [(tmp_path / name).read_bytes() for name in names] == kept and other.audit == first.audit
+        assert [(tmp_path / name).read_bytes() for name in names] == kept and other.run_report.audit == first.run_report.audit
         assert plain or other.epsilon() == first.epsilon()
 
 

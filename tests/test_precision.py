@@ -233,7 +233,7 @@ def test_bfloat16_sums_are_not_reduced_in_bfloat16_while_training(tmp_path, befo
 
 def test_the_shapes_are_the_models_own():
     shapes = precision.shapes_of(tiny_gpt2(tied=False))
-    assert (61, precision.TOKENS, 16) in shapes and (precision.TOKENS, 16, precision.TOKENS) in shapes
+    assert (61, precision.NUM_TOKENS, 16) in shapes and (precision.NUM_TOKENS, 16, precision.NUM_TOKENS) in shapes
     check_float32(tiny_gpt2(), bf16=True)
 
 

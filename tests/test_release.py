@@ -15,8 +15,8 @@ from test_ledger import make_ledger
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.guards.noise_monitor import replay_global_rng
-from author_dp.outputs.page import guarantee_rows
+from author_dp.guards.seed_checks import replay_global_rng
+from author_dp.outputs.guarantee import guarantee_rows
 from author_dp.training import public_loss as release
 from author_dp.training.public_loss import (
     GRID,

@@ -35,18 +35,18 @@ from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.model_check import verify_model
+from author_dp.guards.model_check import check_fsdp_model, verify_model
 from author_dp.guards.options import check_fsdp
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import (
     ShardedClipping,
     ShardedOptimizer,
-    blocks,
     buckets,
+    find_blocks,
     local_shard,
     make_engine,
     missing_rounds,
-    shard,
+    shard_model,
 )
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.optimizer import PROBE_SIZE
@@ -61,7 +61,7 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
     model = tiny_gpt2(**MODELS[kind])
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(model.train(), CPU)
+    shard_model(model.train(), CPU)
     parameters = trainable(model).values()
     optimizer = ShardedOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
@@ -82,7 +82,7 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
             losses = author_losses(engine.module, batch)
         engine.backward(losses, batch["author"])
     for _ in range(idle):
-        engine.idle()
+        engine.dummy_backward()
     optimizer.step()
     return {
         "authors": authors,
@@ -133,8 +133,8 @@ def one_step(folder: Path) -> dict:
         "weights": flat(trainer.model.parameters()),
         "update": sum(recorder.gradients),
         "wrapped_in": recorder.wrapped_in,
-        "proven": trainer.proof.error,
-        "checked": (trainer.checks.noise.steps, canaries.law.steps),
+        "proven": trainer.model_check.error,
+        "checked": (trainer.monitors.noise.steps, canaries.monitor.steps),
         "loss": loss,
     }
 
@@ -223,16 +223,16 @@ def banded_noise(coefficients: np.ndarray, steps: int) -> list[torch.Tensor]:
     shard_plainly(model)
     plain = AdamBC(torch.optim.AdamW(model.parameters(), lr=0.0))
     optimizer = ShardedOptimizer(plain, noise_multiplier=1.5, clip_norm=0.2, expected_batch_size=10, before_release=lambda: None)
-    optimizer.begin(coefficients)
+    optimizer.start_training(coefficients)
     released = []
     for number in range(steps):
         optimizer.zero_grad()
-        with pytest.raises(RuntimeError, match="takes the draw of that number"):
+        with pytest.raises(RuntimeError, match="needs the batch of that index"):
             optimizer.step()
-        optimizer.draw = number
+        optimizer.batch_index = number
         optimizer.step()
         released.append(flat(p.grad for p in optimizer.params) / 0.03)
-        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.bands.variance)
+        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.band_noise.variance)
     return released
 
 
@@ -280,7 +280,7 @@ def test_nothing_is_updated_when_the_step_cannot_be_recorded(tmp_path):
 def memory_of_sums() -> list[bool]:
     """Nothing of the engine's is whole after a microbatch, and no weight has an ordinary gradient."""
     model = tiny_gpt2()
-    shard(model, CPU)
+    shard_model(model, CPU)
     engine = ShardedClipping(model, 0.5)
     parameters = list(model.parameters())
     for parameter in parameters:
@@ -288,7 +288,7 @@ def memory_of_sums() -> list[bool]:
     batch = make_batch(COUNTS)
     engine.backward(author_losses(model, batch), batch["author"])
     held = [p for module in model.modules() for p in module.parameters(recurse=False)]
-    return [all(isinstance(p, DTensor) and p.grad is None for p in held), not engine._contributions]
+    return [all(isinstance(p, DTensor) and p.grad is None for p in held), not engine.store.factors]
 
 
 def test_weights_are_in_shares_again_after_a_microbatch_and_have_no_ordinary_gradient(tmp_path):
@@ -303,13 +303,13 @@ def test_small_parameters_are_reduced_together(monkeypatch):
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(UserError, match="leave out --fsdp"):
-        blocks(nn.Linear(2, 2))
-    assert len(blocks(tiny_gpt2())) == 2
+        find_blocks(nn.Linear(2, 2))
+    assert len(find_blocks(tiny_gpt2())) == 2
 
 
 def proven(family: str, kind: str) -> float:
     model = make_model(family, kind)
-    shard(model, CPU)
+    shard_model(model, CPU)
     return verify_model(model, "ghost", 14).error
 
 
@@ -337,10 +337,12 @@ def test_what_was_not_proven_in_shares_is_refused(change, words):
         "disable_dp": False,
     }
     options = SimpleNamespace(**given)
-    check_fsdp(options, options, tiny_gpt2())
+    check_fsdp(options, options)
+    check_fsdp_model(tiny_gpt2())
     vars(options).update(change)
     with pytest.raises(UserError, match=words):
-        check_fsdp(options, options, tiny_gpt2().to(change.get("dtype", torch.float32)))
+        check_fsdp(options, options)
+        check_fsdp_model(tiny_gpt2().to(change.get("dtype", torch.float32)))
 
 
 # --- what is saved ----------------------------------------------------------------------------------------

@@ -14,12 +14,110 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from author_dp.errors import UserError
+from author_dp.errors import UserError, first_line
+from author_dp.hub_access import hub_error, hub_is_reachable
+from author_dp.models.lora import add_lora_adapters
+from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers, weight_bytes
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 POINTER = b"version https://git-lfs"
+
+
+def load_model(
+    name: str,
+    lora: Optional[dict[str, Any]] = None,
+    base_precision: str = "float32",
+    device: torch.device | str = "cpu",
+    bf16: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, with LoRA adapters if asked for.
+
+    Trainable parameters are float32: noise would be rounded in less. A folder that holds a LoRA adapter resumes that adapter.
+
+    Args:
+        name: hub name or local folder.
+        lora: arguments of `add_lora_adapters`; None: train all weights.
+        base_precision: of the frozen base under LoRA: float32, bfloat16 or nf4 (4 bits).
+        device: where 4-bit weights are loaded.
+        bf16: whether 4-bit layers multiply in bfloat16.
+    Raises:
+        UserError: where model or tokenizer cannot be loaded, or they do not fit each other or the options.
+    """
+    name = to_absolute(name)  # an adapter then finds its base from everywhere
+    adapter_base = adapter_base_model(name)
+    if adapter_base is not None and lora is None:
+        raise UserError(
+            f"--model_name {name}: it holds a LoRA adapter. Add --enable_lora to resume it, or merge it into its base"
+        )
+    base = adapter_base or name
+    compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    options: dict[str, Any] = {} if base_precision == "float32" else {"dtype": torch.bfloat16}
+    if base_precision == "nf4":
+        options |= {"quantization_config": nf4_config(compute_dtype), "device_map": {"": device}}
+    model, tokenizer = load_pretrained(name, base, options)
+    check_vocabulary(model, tokenizer, name)
+    if lora is not None and adapter_base is None:
+        model = add_lora_adapters(model, **lora)
+    if base_precision == "nf4" and not quantized_layers(model):
+        raise UserError(f"--load_in_4bit: {base} has no plain linear layer. Use --base_dtype bfloat16")
+    if base_precision != "float32":
+        size = weight_bytes(model) / 2**20
+        logger.warning(f"The base is in {base_precision}: all weights, adapters included, take {size:,.1f} MiB.")
+    if base_precision != "float32" or quantized_layers(model):  # a folder may hold 4-bit layers and a compute dtype of its own
+        model = cast_parameters(model, compute_dtype)
+        if adapter_base is not None:
+            reload_adapter_weights(model, name)
+    return model, tokenizer
+
+
+def load_pretrained(name: str, base: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model of `base`, the tokenizer of `name`, and the adapter of `name` where they differ.
+
+    Raises:
+        UserError: for any failure to load.
+    """
+    local_only = not os.path.isdir(base) and not hub_is_reachable()
+    try:
+        model = load_base(base, local_files_only=local_only, **options)
+        tokenizer = load_tokenizer(name, local_files_only=local_only)
+        if base != name:
+            logger.info(f"Resuming the LoRA adapter in {name} as it was made: --lora_dim and the like have no effect.")
+            model = load_adapter(model, name)
+        return model, tokenizer
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors, peft and each quantization library raise their own
+        if local_only:
+            raise hub_error("--model_name", base) from error
+        if "Unrecognized configuration class" in str(error):  # T5, or a vision model
+            raise UserError(
+                f"--model_name {base}: it is no causal language model. Choose a decoder, like GPT-2 or Llama"
+            ) from error
+        raise UserError(
+            f"--model_name {base}: it cannot be loaded ({first_line(error)}). Fix that, or choose another model"
+        ) from error
+
+
+def check_sequence_len(model: PreTrainedModel, sequence_len: int) -> None:
+    """Raise UserError where samples may be longer than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sequence_len
+    if sequence_len > positions:
+        raise UserError(f"--sequence_len {sequence_len}: it is more than the model's {positions} positions. Lower it")
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise UserError where the tokenizer has more tokens than the model has embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        raise UserError(
+            f"--model_name {name}: its tokenizer has {len(tokenizer)} tokens, its model {embeddings.num_embeddings} embeddings. "
+            "Resize the embeddings, or give the tokenizer that belongs to the model"
+        )
 
 
 def adapter_base_model(name: str) -> Optional[str]:
@@ -177,7 +275,3 @@ def is_extra_layer_weight(key: str, model: torch.nn.Module) -> bool:
     modules = dict(model.named_modules())
     layers = [place[1], f"{getattr(model, 'base_model_prefix', '')}.{place[1]}"]
     return any(name in modules and f"{name}.{place[2]}" not in modules for name in layers)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,7 +24,7 @@ from author_dp.data.hub import cached_copy
 from author_dp.errors import UserError
 from author_dp.models.loading import adapter_base_model, public_name
 from author_dp.models.weights import check_weights, sha256_of
-from author_dp.outputs.page import format_model
+from author_dp.outputs.guarantee import format_model
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -79,7 +79,6 @@ class EvaluatedTrainer(Protocol):
     budget: Budget
     eval_dataset: Any
     data_collator: Callable
-    needs_positions: bool
 
 
 def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_dp: bool, has_evaluation: bool) -> None:
@@ -152,7 +151,7 @@ def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
             (samples,) = dataset.__getitems__([part])
             batch = send_to_device(trainer.data_collator(samples), device)
             with torch.no_grad(), trainer.accelerator.autocast():
-                losses, counted = token_losses(trainer.model, batch, trainer.needs_positions)
+                losses, counted = token_losses(trainer.model, batch)
             loss, tokens = loss + losses.double().sum().item(), tokens + int(counted.sum())
         if tokens:
             totals += torch.tensor(quantize_loss(loss / tokens, upper))
