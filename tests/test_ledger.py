@@ -7,7 +7,7 @@ import os
 import pytest
 
 from author_dp.accounting.accountant import MechanismEvent
-from author_dp.accounting.hash_chain import record_hash
+from author_dp.accounting.hash_chain import HashChain, record_hash
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.files import write_json
@@ -162,6 +162,19 @@ def test_ledger_counts_truncated_failure_as_failure(tmp_path):
     truncated = PrivacyLedger(ledger.path)
     with pytest.raises(UserError, match="its models have no guarantee"):
         truncated.check_no_failure()
+
+
+@pytest.mark.parametrize(("replacement", "expected"), [({"n": 3}, [1, 3, 4]), (None, [1, 4])])
+def test_hash_chain_replaces_truncated_record(tmp_path, replacement, expected):
+    chain = HashChain(tmp_path / "records.jsonl")
+    for n in (1, 2):
+        chain.append({"n": n})
+    chain.path.write_bytes(chain.path.read_bytes()[:-5])
+    again = HashChain(chain.path)
+    assert list(again.read()) == [{"n": 1}] and again.truncated.startswith(b'{"n": 2')
+    again.repair_tail(replacement)
+    again.append({"n": 4})
+    assert [record["n"] for record in HashChain(chain.path).read()] == expected
 
 
 def test_record_hash_depends_on_previous_hash_and_record():
