@@ -106,7 +106,7 @@ def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
         ledger.steps == 6
         and ledger.failure
         and "scale" in ledger.failure
-        and "ALARM" in format_ledger(ledger)
+        and "FAILURE" in format_ledger(ledger)
         and "no privacy" in format_ledger(ledger)
     )
     assert "without a privacy guarantee" in (tmp_path / "README.md").read_text()
