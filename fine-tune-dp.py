@@ -43,6 +43,7 @@ from transformers.utils import logging
 from author_dp import cli
 from author_dp.data.authors import get_column
 from author_dp.data.chat import resolve_bos_token
+from author_dp.data.splits import author_hashes
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
@@ -60,10 +61,7 @@ from author_dp.training.public_loss import ReleaseArguments, check_release, rele
 from data_utils import (
     AuthorDataset,
     DataArguments,
-    author_hashes,
     collate,
-    data_summary,
-    format_data_summary,
     group_by_author,
     load_author_datasets,
 )
@@ -175,7 +173,7 @@ def make_text_samples(
     """Return the writer of a few texts for the report, before and after training."""
     start = resolve_bos_token(tokenizer, data_args.prepend_bos)
     prompt = [] if start is None else [start]
-    return TextSamples(tokenizer, held_out, prompt, data_args.sequence_len, answers=data_args.has_targets)
+    return TextSamples(tokenizer, held_out, prompt, data_args.sequence_len, answers=data_args.has_loss_mask)
 
 
 def main() -> None:
@@ -199,7 +197,6 @@ def main() -> None:
     needs_hashes = resumes or privacy_args.noise_bands is not None
     train_dataset, held_out = group_datasets(train, evaluation, canaries, data_args, needs_hashes)
 
-    summary = data_summary(data_args, tokenizer)
     trainer = DPTrainer(
         model,
         training_args,
@@ -211,7 +208,7 @@ def main() -> None:
         canaries=canaries,
         full_shard=training_args.full_shard,
         model_name=model_args.model_name,
-        data_summary=summary,
+        data_summary=data_args.summary(tokenizer),
         split_id=data_args.split_id(training_args.seed),
         shared_authors=data_args.allow_shared_authors,
         processing_class=tokenizer,
@@ -221,7 +218,7 @@ def main() -> None:
     trainer.add_callback(statistics := RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts))
     if model_args.dry_run:
         trainer.add_callback(DryRun(trainer))
-    trainer.log_summary(format_data_summary(summary))
+    trainer.log_summary()
 
     if not resumes:
         evaluate_and_sample(trainer, statistics, "before")

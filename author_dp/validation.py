@@ -1,9 +1,12 @@
-"""Validate option values, for all classes of arguments.
+"""Declare options in argument classes, and validate their values.
 
 Errors read `--option value: problem. Fix.`
 
 Example:
 
+    >>> @dataclass
+    ... class Arguments:
+    ...     eval_fraction: float = option(0.02, "Fraction of the authors to hold out.")
     >>> check_range("--eval_fraction", 1.5, "[0, 1)")
     Traceback (most recent call last):
     author_dp.errors.UserError: --eval_fraction 1.5: out of range. Give a value at least 0 and below 1
@@ -11,11 +14,17 @@ Example:
 
 import re
 from collections.abc import Collection
+from dataclasses import field
 from typing import Any, Optional
 
 from author_dp.errors import UserError
 
 INTERVAL = re.compile(r"([\[(])(.+), (.+)([\])])")
+
+
+def option(default: Any, help_text: str, choices: Optional[Collection[str]] = None) -> Any:
+    """Return a dataclass field that HfArgumentParser turns into a command-line option."""
+    return field(default=default, metadata={"help": help_text, **({"choices": list(choices)} if choices else {})})
 
 
 def check_range(option: str, value: Optional[float], interval: str) -> None:

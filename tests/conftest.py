@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 
 from author_dp.clipping import ENGINES
+from author_dp.data.splits import author_hashes
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, make_microbatches
-from data_utils import AuthorDataset, author_hashes, collate, group_by_author
+from data_utils import AuthorDataset, collate, group_by_author
 from dp_utils import DPTrainer, PrivacyArguments
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,8 @@ from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from author_dp.errors import UserError
-from author_dp.guards.canaries import AuditArguments, load_or_create_key
+from author_dp.guards.canaries import AuditArguments, load_or_create_key, make_canaries
+from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.one_run_audit import epsilon_lower_bound, lower_bound, p_value
 from author_dp.guards.text_canaries import TextCanaries
 from data_utils import AuthorDataset
@@ -110,6 +111,16 @@ def test_key_is_private_and_kept_for_resumed_runs_only(tmp_path):
         load_or_create_key(str(tmp_path / "out"), resume=True) == first != load_or_create_key(str(tmp_path / "out"), resume=False)
     )
     assert first.bit_length() > 90
+
+
+def test_make_canaries_returns_the_kind_and_the_same_ones_for_a_resumed_run(tmp_path):
+    options = {"samples": 2, "tokens": 5, "vocab_size": VOCABULARY, "output_dir": str(tmp_path)}
+    assert make_canaries(0, "text", **options, resume=False) is None and not list(tmp_path.iterdir())
+    texts, again, new = (make_canaries(40, "text", **options, resume=resume) for resume in (False, True, False))
+    assert isinstance(texts, TextCanaries) and texts.tokens.shape == (40, 2, 5)
+    assert np.array_equal(texts.tokens, again.tokens) and not np.array_equal(texts.tokens, new.tokens)
+    gradients = make_canaries(40, "gradient", **options, resume=True)
+    assert isinstance(gradients, GradientCanaries) and np.array_equal(gradients.included, new.included)
 
 
 @pytest.mark.parametrize("number", [-1, 5])

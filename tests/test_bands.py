@@ -33,13 +33,14 @@ from author_dp.accounting.banded_mf import (
 )
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.plan_text import format_plan
+from author_dp.data.splits import author_hashes
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.noise_inversion import MatchedFilter, NoiseDecorrelator
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor
 from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
 from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
-from data_utils import author_hashes, group_by_author
+from data_utils import group_by_author
 from dp_utils import PrivacyArguments
 
 KEY = bytes(32)

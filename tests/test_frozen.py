@@ -1,4 +1,4 @@
-"""frozen.py: a base in fewer bits computes what a float32 one of rounded weights does, and LoRA on it is clipped exactly."""
+"""models/quantization.py: a base in fewer bits computes what a float32 one of rounded weights does; LoRA on it is clipped."""
 
 import builtins
 import functools
@@ -19,7 +19,7 @@ from author_dp.errors import UserError
 from author_dp.guards.model_check import verify_model
 from author_dp.guards.probing import tolerance_factor
 from author_dp.mechanism.losses import author_losses
-from author_dp.models import quantization as frozen
+from author_dp.models import quantization
 from author_dp.models.loading import load_adapter, load_base, reload_adapter_weights
 from author_dp.models.lora import add_lora_adapters
 
@@ -47,13 +47,13 @@ def make_folders(path: Path) -> dict[str, str]:
 def base(folder: str, bits: str, compute: torch.dtype = torch.float32):
     options = {"dtype": torch.bfloat16}
     if bits == "4 bits":
-        options |= {"quantization_config": frozen.nf4_config(compute), "device_map": {"": torch.device("cpu")}}
+        options |= {"quantization_config": quantization.nf4_config(compute), "device_map": {"": torch.device("cpu")}}
     return load_base(folder, **options)
 
 
 def make(folder: str, bits: str, compute: torch.dtype = torch.float32, **lora):
     """LoRA on a base in fewer bits, with random factors."""
-    model = frozen.cast_parameters(
+    model = quantization.cast_parameters(
         add_lora_adapters(base(folder, bits, compute), lora.pop("targets", ["all-linear"]), r=2, **lora)
     )
     torch.manual_seed(1)
@@ -114,7 +114,7 @@ def test_an_evaluation_leaves_the_gradients_as_they_are(folders, bits):
     """On some CPUs bitsandbytes packs weights for inference, through which no gradient goes back any more."""
     model, batch = make(folders["llama"], bits), make_batch()
     expected, _ = clipped_sum(model, batch, 0.1, "ghost")
-    assert all(not layer.support_avx512bf16_for_cpu for layer in frozen.quantized_layers(model))
+    assert all(not layer.support_avx512bf16_for_cpu for layer in quantization.quantized_layers(model))
     with torch.no_grad():
         model.eval()(input_ids=batch["input_ids"])
     assert torch.equal(clipped_sum(model, batch, 0.1, "ghost")[0], expected)
@@ -124,10 +124,10 @@ def test_an_evaluation_leaves_the_gradients_as_they_are(folders, bits):
 def test_bf16_agrees_to_its_rounding_and_the_proof_is_in_float32(folders, bits):
     model, batch = make(folders["llama"], bits, torch.bfloat16), make_batch()
     assert verify_model(model, "ghost").error < 1e-5
-    assert all(layer.compute_dtype == torch.bfloat16 for layer in frozen.quantized_layers(model))
+    assert all(layer.compute_dtype == torch.bfloat16 for layer in quantization.quantized_layers(model))
     with torch.autocast("cpu", torch.bfloat16):
         ours, norms = clipped_sum(model, batch, 0.1, "ghost")
-    frozen.set_compute_dtype(frozen.quantized_layers(model), torch.float32)
+    quantization.set_compute_dtype(quantization.quantized_layers(model), torch.float32)
     assert ours.dtype == norms.dtype == torch.float32 and close(ours, naive.clipped_sum(model, as_arrays(batch), 0.1), 0.05)
 
 
@@ -154,7 +154,7 @@ def test_no_float32_copy_of_a_frozen_matrix_waits_for_the_backward_pass(folders)
     for bits in BITS:
         model = make(folders["llama"], bits)
         kept: list = []
-        frozen_sizes = {frozen.num_elements(p) for p in model.parameters() if not p.requires_grad and p.dim() > 1}
+        frozen_sizes = {quantization.num_elements(p) for p in model.parameters() if not p.requires_grad and p.dim() > 1}
         with torch.autograd.graph.saved_tensors_hooks(functools.partial(keep, kept), lambda t: t):
             model.train()(input_ids=make_batch()["input_ids"][:1, :3])
         lora = {p.data_ptr() for p in trainable(model).values()}
@@ -197,7 +197,7 @@ def test_what_an_adapter_trains_in_full_is_loaded_exactly(folders, tmp_path):
     """peft makes its places in the base's type, bfloat16."""
     model = make(folders["llama"], "bfloat16", modules_to_save=["lm_head"])
     model.save_pretrained(tmp_path)
-    again = frozen.cast_parameters(load_adapter(base(folders["llama"], "bfloat16"), str(tmp_path)))
+    again = quantization.cast_parameters(load_adapter(base(folders["llama"], "bfloat16"), str(tmp_path)))
     reload_adapter_weights(again, str(tmp_path))
     ours, theirs = trainable(model), trainable(again)
     assert ours.keys() == theirs.keys() and any("lm_head" in name for name in ours)
@@ -205,10 +205,10 @@ def test_what_an_adapter_trains_in_full_is_loaded_exactly(folders, tmp_path):
 
 
 def test_a_folder_in_4_bits_does_not_say_what_is_multiplied_in(folders):
-    model = frozen.cast_parameters(
+    model = quantization.cast_parameters(
         add_lora_adapters(base(folders["llama"], "4 bits", torch.float16), ["all-linear"], r=2), torch.float32
     )
-    layers = frozen.quantized_layers(model)
+    layers = quantization.quantized_layers(model)
     assert layers and all(layer.compute_dtype == layer.weight.quant_state.dtype == torch.float32 for layer in layers)
 
 
@@ -217,11 +217,11 @@ def test_a_folder_in_4_bits_does_not_say_what_is_multiplied_in(folders):
 
 def test_what_is_in_4_bits_is_not_trained(folders, tmp_path):
     with pytest.raises(UserError, match=r"--lora_modules_to_save q_proj.*--base_dtype bfloat16"):
-        frozen.check_quantized_frozen(base(folders["llama"], "4 bits"), ["q_proj"])
+        quantization.check_quantized_frozen(base(folders["llama"], "4 bits"), ["q_proj"])
     for held in ("mlp", "proj", "model.layers.0.self_attn"):  # names' ends, as peft matches them, and what holds such layers
-        with pytest.raises(UserError, match=rf"--lora_modules_to_save {held} would train"):
-            frozen.check_quantized_frozen(base(folders["llama"], "4 bits"), [held])
-    frozen.check_quantized_frozen(base(folders["llama"], "4 bits"), ["lm_head"])
+        with pytest.raises(UserError, match=rf"--lora_modules_to_save {held}: it would train"):
+            quantization.check_quantized_frozen(base(folders["llama"], "4 bits"), [held])
+    quantization.check_quantized_frozen(base(folders["llama"], "4 bits"), ["lm_head"])
     with pytest.raises(UserError, match="--lora_bias"):
         make_trainer(tmp_path, make(folders["gpt2"], "4 bits", bias="all"))
 
@@ -234,5 +234,5 @@ def test_bitsandbytes_is_asked_for_by_name_where_it_is_missing(monkeypatch):
 
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", no_import)
-    with pytest.raises(UserError, match=r"--load_in_4bit needs bitsandbytes.*pip install.*--base_dtype bfloat16"):
-        frozen.nf4_config(torch.float32)
+    with pytest.raises(UserError, match=r"--load_in_4bit: bitsandbytes is missing.*pip install.*--base_dtype bfloat16"):
+        quantization.nf4_config(torch.float32)

@@ -1,4 +1,4 @@
-"""random_ops.py: random operations that samples share, or that mix them, are found without knowing their names."""
+"""random_ops.py: random operations that mix samples, or that samples share, are found without a list of names."""
 
 import random
 
@@ -21,7 +21,7 @@ LONGEST = 12  # tokens of the run's samples
 
 
 class Backward(torch.autograd.Function):
-    """The identity, whose gradient is sometimes doubled for all samples."""
+    """Identity whose gradient is sometimes doubled for all samples."""
 
     @staticmethod
     def forward(ctx, x):
@@ -48,7 +48,7 @@ def top_k(count: int) -> torch.Tensor:
     return chosen[:, None, None]
 
 
-# What a model might do to its logits (samples, tokens, vocabulary) in training; the words with which it is refused.
+# Functions of logits (samples, tokens, vocabulary) in training, and the words with which they are refused.
 SHARED = {
     "a permutation of samples": (lambda x: x + x[torch.randperm(len(x))], "permutation or choice"),
     "a permutation by sorting": (lambda x: x + x[torch.rand(len(x)).argsort()], "of other samples change"),
@@ -83,11 +83,11 @@ INDEPENDENT = {
 
 
 class InTraining(nn.Module):
-    """A GPT-2 with dropout whose logits something random happens to in training."""
+    """GPT-2 with dropout, and a random function on its logits in training."""
 
-    def __init__(self, happens):
+    def __init__(self, function):
         super().__init__()
-        self.inner, self.happens = tiny_gpt2(dropout=0.1), happens
+        self.inner, self.function = tiny_gpt2(dropout=0.1), function
         self.config = self.inner.config
 
     def get_input_embeddings(self):
@@ -96,15 +96,15 @@ class InTraining(nn.Module):
     def forward(self, input_ids, position_ids=None):
         output = self.inner(input_ids=input_ids, position_ids=position_ids)
         if self.training:
-            output.logits = self.happens(output.logits)
+            output.logits = self.function(output.logits)
         return output
 
 
 @pytest.mark.parametrize("what", SHARED)
 def test_check_random_ops_refuses_what_samples_share(what):
-    happens, words = SHARED[what]
+    function, words = SHARED[what]
     with pytest.raises(UserError, match=words):
-        check_random_ops(ModelCall(InTraining(happens).eval(), "autocast" in what), IDS, LONGEST, 1e-4)
+        check_random_ops(ModelCall(InTraining(function).eval(), "autocast" in what), IDS, LONGEST, 1e-4)
 
 
 @pytest.mark.parametrize("generator", [OWN, np.random.default_rng(0), np.random.RandomState(0), random.Random(0)])
@@ -125,7 +125,7 @@ def test_check_random_ops_accepts_independent_samples(what):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_check_model_accepts_checkpointed_layers(dropout):
-    """Their states of the generators are restored in the backward pass."""
+    """The backward pass restores the generators' states, and reruns their layers."""
     model = tiny_gpt2(dropout=dropout)
     model.activation_checkpointing_enable({"use_reentrant": False})
     check_model(model)

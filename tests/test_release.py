@@ -14,6 +14,9 @@ from test_ledger import make_ledger
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.data.columns import ColumnSpec
+from author_dp.data.loading import load_files
+from author_dp.data.splits import subsample_authors
 from author_dp.errors import UserError
 from author_dp.guards.seed_checks import replay_global_rng
 from author_dp.outputs.guarantee import guarantee_rows
@@ -29,7 +32,7 @@ from author_dp.training.public_loss import (
     quantize_loss,
     release_eval_loss,
 )
-from data_utils import AuthorDataset, DataArguments, load_train_and_eval, split_by_author, subsample_authors
+from data_utils import AuthorDataset, DataArguments, load_train_and_eval, split_by_author
 
 COUNTS = [1, 3, 2, 1, 7]
 
@@ -164,9 +167,7 @@ def test_one_author_less_lets_at_most_one_other_in(tmp_path, comments):
 
 
 def load_samples_of(path):
-    from data_utils import load_files
-
-    return load_files("--train_file", [str(path)], text_column="content", author_column="author")
+    return load_files([str(path)], ColumnSpec("--train_file", "content", "author"))
 
 
 def test_nobody_is_held_out_by_force_for_a_number_that_is_published(tmp_path):
@@ -174,8 +175,8 @@ def test_nobody_is_held_out_by_force_for_a_number_that_is_published(tmp_path):
     path.write_text("".join(json.dumps({"author": f"a{i}", "content": "some text"}) + "\n" for i in range(5)))
     samples = load_samples_of(path)
     assert len(split_by_author(samples, "author", 1e-6, seed=1)[1]) == 1
-    with pytest.raises(UserError, match="--eval_fraction 1e-06 holds out none"):
-        split_by_author(samples, "author", 1e-6, seed=1, by_force=False)
+    with pytest.raises(UserError, match="--eval_fraction 1e-06: it holds out none"):
+        split_by_author(samples, "author", 1e-6, seed=1, hold_out_at_least_one=False)
 
 
 # --- what it costs ------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def test_max_eval_samples_takes_authors(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = DataArguments(train_file=[str(path)], eval_fraction=0.5, max_eval_samples=7)
     _, rows_taken = load_train_and_eval(arguments, seed=1)
-    _, authors_taken = load_train_and_eval(arguments, seed=1, released=True)
+    _, authors_taken = load_train_and_eval(arguments, seed=1, eval_is_public=True)
     assert len(rows_taken) == 7 and len(authors_taken) == 70 and len(set(authors_taken["author"])) == 7
 
 

@@ -236,6 +236,14 @@ def test_non_finite_noise_is_found():
         monitor.test()
 
 
+def test_probe_history_of_another_size_is_ignored(tmp_path):
+    np.save(tmp_path / "probes.npy", np.random.default_rng(0).standard_normal((2, 100)))
+    monitor = NoiseMonitor(1.0, tmp_path / "probes.npy")
+    monitor.add(torch.randn(PROBE_SIZE))
+    monitor.test()
+    assert np.load(tmp_path / "probes.npy").shape == (1, PROBE_SIZE)
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e300])
 def test_damaged_probe_history_is_ignored(tmp_path, value):
     probes = np.random.default_rng(0).standard_normal((2, PROBE_SIZE))

@@ -1,7 +1,7 @@
 """Compare a clipping engine with a reference loop over authors, on the user's own model.
 
 Guarantees: on a model that passes, the engine's norms and clipped sum equal those of the reference, to rounding. The reference
-calls ordinary autograd on each sample alone, unpadded, and shares no code with the engines.
+calls ordinary autograd on each sample alone, unpadded.
 
 The texts are random tokens: a few authors with several ragged samples each. At least one author is clipped, and one is not.
 """

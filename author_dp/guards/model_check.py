@@ -1,10 +1,10 @@
 """Check the user's own model before anything is trained or written.
 
 Guarantees: a model that passes computes an author's loss from that author's samples only (`sample_independence`), and the
-clipping engine's norms and clipped sum on it equal those of a reference loop over authors, to rounding (`clipping_check`). All
-that is trained is in float32.
+clipping engine's norms and clipped sum on it equal those of a reference loop over authors, to rounding (`clipping_check`).
 
-The checks use random tokens, never the user's texts. They restore the model's modes and buffers and the random generators.
+The checks use random tokens, never the user's texts. They restore the model's modes and buffers and the random generators;
+`verify_model` freezes parameters that the loss does not use.
 
 Example:
 
@@ -23,15 +23,12 @@ from author_dp.clipping import ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import check_engine, clipping_remedy, freeze_unused, make_random_microbatch, shorten
-from author_dp.guards.probing import as_user_error, deterministic_train_mode, perturb_zero_params, resolve_sequence_len
+from author_dp.guards.probing import MIN_LEN, as_user_error, deterministic_train_mode, perturb_zero_params, resolve_sequence_len
 from author_dp.guards.sample_independence import MAX_LEN, check_sample_independence
 from author_dp.mechanism.fsdp import is_finite
 from author_dp.models.quantization import check_quantized_frozen
 
-MICROBATCH_LENS = (
-    9,
-    7,
-)  # longest sample of the compared microbatches: seven samples, so once more tokens than samples, once as many
+MICROBATCH_LENS = (9, 7)  # tokens of the longest of seven samples: once more than samples, and once as many
 
 
 class ModelCheck(NamedTuple):
@@ -89,7 +86,7 @@ def verify_model(
     cannot_run = f"--clipping {clipping}: the engine fails on this model. {clipping_remedy(clipping, model.parameters())}"
     with deterministic_train_mode(model), perturb_zero_params(model), as_user_error(cannot_run):
         batches = [make_random_microbatch(model, length) for length in MICROBATCH_LENS]
-        batches.append(make_random_microbatch(model, max(4, min(max_len, MAX_LEN)), samples_per_author=(1, 1)))
+        batches.append(make_random_microbatch(model, max(MIN_LEN, min(max_len, MAX_LEN)), samples_per_author=(1, 1)))
         unused = freeze_unused(model, batches[0])
         error, fallback_params = check_engine(model, clipping, batches, checkpointing)
     return ModelCheck(error, fallback_params, unused)
@@ -99,7 +96,7 @@ def verify_model(
 
 
 def check_model(model: nn.Module, call_model: bool = True) -> None:
-    """Raise UserError for a model without per-author gradients, with weights that round the noise, or a broken one.
+    """Raise UserError for a model without per-author gradients, or one that would round the noise.
 
     Args:
         call_model: whether to check that samples are independent, too. DPTrainer does so in `verify_model`.

@@ -118,7 +118,7 @@ class RunMonitors:
             self._frozen = FrozenWeightsMonitor(model)
 
     def count_updates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the updates of an optimizer from here on; a step within a step is part of it."""
+        """Count the updates of an optimizer from here on; a nested step is part of the outer one."""
         depth = 0
 
         def before_step(*_) -> None:

@@ -122,12 +122,12 @@ def make_noise_monitor(plan: PrivacyPlan, folder: Path, device: torch.device, se
 
 
 def load_probe_history(file: Path) -> list[np.ndarray]:
-    """Return the saved probes, in standard deviations, without damaged ones."""
+    """Return the saved probes, in standard deviations, without damaged ones; none if they have another size."""
     try:
         probes = np.load(file, allow_pickle=False).astype(np.float64)
     except (OSError, ValueError):
         return []
-    if probes.ndim != 2:
+    if probes.ndim != 2 or probes.shape[1] != PROBE_SIZE:
         return []
     return [probe for probe in probes if np.abs(probe).max(initial=0.0) < MAX_SAVED_VALUE]  # False for nan
 

@@ -125,7 +125,7 @@ def check_ranges(args: TrainingArguments) -> None:
         value = getattr(args, name, None)
         if value is not None and not lowest <= value <= highest:  # also for nan
             raise UserError(f"--{name} {value}: out of range. Give a number from {lowest:g} to {highest:g}")
-    for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
+    for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if not isinstance(getattr(args, name, None) or {}, dict):
             raise UserError(f"--{name} {getattr(args, name)}: not a JSON object. Give one, like '{{\"name\": 1}}'")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:

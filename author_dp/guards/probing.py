@@ -19,7 +19,7 @@ from author_dp.mechanism.fsdp import local_shard
 from author_dp.models.quantization import computes_in_float32, float32_compute
 
 MODEL_CODE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
-NO_CONTEXT_LEN = 128  # tokens of the longest sample where nothing says how long samples are
+DEFAULT_LEN = 128  # tokens of the longest sample where nothing says how long samples are
 MIN_LEN = 4  # tokens of the longest sample: a check cuts shorter samples from it
 
 
@@ -27,7 +27,7 @@ def resolve_sequence_len(model: Any, sequence_len: Optional[int]) -> int:
     """Return the length of the longest sample in tokens; by default 128, or fewer where the model has fewer positions."""
     if sequence_len:
         return max(MIN_LEN, sequence_len)
-    return min(getattr(model.config, "max_position_embeddings", None) or NO_CONTEXT_LEN, NO_CONTEXT_LEN)
+    return min(getattr(model.config, "max_position_embeddings", None) or DEFAULT_LEN, DEFAULT_LEN)
 
 
 def random_tokens(model: Any, num_tokens: int, seed: int) -> torch.Tensor:

@@ -49,6 +49,8 @@ class GradBuffer:
     Here every process has all coordinates, with the clipped sums of its authors and a share of the noise, until both are summed
     over the processes. ShardedGradBuffer (fsdp.py) has each coordinate on one process.
 
+    Not protected: before noise is added, `sums` is private; so is what one process holds before `reduce_released`.
+
     Args:
         parameters: the trainable ones.
         canaries: with `table.weight`, which is clipped and noised behind the probe, and never updated
@@ -90,8 +92,9 @@ class AuthorDPOptimizer(DPOptimizer):
     """Opacus' DPOptimizer for gradients that a clipping engine has already clipped and summed over authors.
 
     Guarantee: what reaches the wrapped optimizer is (sum of clipped gradients + N(0, sigma^2 C^2 I)) / B, the sum taken over the
-    batch of all processes and the noise drawn once per step, whatever the number of processes and microbatches. A sum is used
-    once. The step of an empty batch is noise. After `start_training`, noise is correlated over steps (accounting/banded_mf.py).
+    batch of all processes and the noise drawn once per step, whatever the number of processes and microbatches. Adding or
+    removing one author moves that sum by at most C before noise. A sum is used once. The step of an empty batch is noise. After
+    `start_training`, noise is correlated over steps (accounting/banded_mf.py).
 
     Args:
         optimizer: the wrapped torch optimizer.
@@ -182,8 +185,9 @@ class AuthorDPOptimizer(DPOptimizer):
     def add_noise_and_divide(self) -> None:
         """Add this process' noise to the buffer and divide by B, chunk by chunk, each while it is in the cache.
 
-        Guarantee: once the processes are summed, the noise of each coordinate has variance (sigma C / B)^2 without bands: the sum
-        of `noise_shares` independent shares. With bands, one process adds all of a coordinate's noise, and it alone.
+        Guarantee: without bands, once the processes are summed, the noise of each coordinate has variance (sigma C / B)^2: each
+        of `noise_shares` processes adds an independent share of variance (sigma C)^2 / noise_shares. With bands, one process adds
+        all of a coordinate's noise, and the others none.
         """
         std = self.noise_multiplier * self.max_grad_norm
         if self.band_noise is not None:

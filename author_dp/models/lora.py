@@ -10,7 +10,7 @@ References:
     [1] Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Optional
 
 from peft import LoraConfig, TaskType, get_peft_model
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from author_dp.errors import UserError, first_line
 from author_dp.models.quantization import check_quantized_frozen, is_plain_linear, is_quantized
-from author_dp.validation import check_range
+from author_dp.validation import check_range, option
 
 ALL_LINEAR = "all-linear"
 MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -33,38 +33,28 @@ MAMBA_FUSED_LAYERS = ("out_proj", "conv1d")  # Mamba's kernels read these weight
 class LoraArguments:
     """Train low-rank adapters instead of all weights (Hu et al. 2021, arXiv 2106.09685)."""
 
-    enable_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters; the base model stays frozen."})
-    lora_dim: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=8, metadata={"help": "Scale the adapters' output by lora_alpha / lora_dim."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
-    lora_target_modules: Optional[list[str]] = field(
-        default=None,
-        metadata={
-            "help": "Names of the layers to adapt, or all-linear for all linear layers except the head. Default: peft's choice "
-            "for the model, or all-linear where peft has none."
-        },
+    enable_lora: bool = option(False, "Train LoRA adapters; the base model stays frozen.")
+    lora_dim: int = option(8, "Rank of the adapters.")
+    lora_alpha: int = option(8, "Scale the adapters' output by lora_alpha / lora_dim.")
+    lora_dropout: float = option(0.0, "Dropout before the adapters.")
+    lora_target_modules: Optional[list[str]] = option(
+        None,
+        "Names of the layers to adapt, or all-linear for all linear layers except the head. Default: peft's choice "
+        "for the model, or all-linear where peft has none.",
     )
-    lora_use_dora: bool = field(default=False, metadata={"help": "Train magnitudes separately from directions (DoRA)."})
-    lora_use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_dim) instead: rank-stabilized LoRA."}
+    lora_use_dora: bool = option(False, "Train magnitudes separately from directions (DoRA).")
+    lora_use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_dim) instead: rank-stabilized LoRA.")
+    lora_bias: str = option("none", "Train biases too: all, or those of adapted layers.", ["none", "all", "lora_only"])
+    lora_modules_to_save: Optional[list[str]] = option(
+        None, "Names of layers to train in full alongside the adapters, such as lm_head."
     )
-    lora_bias: str = field(
-        default="none",
-        metadata={"help": "Train biases too: all, or those of adapted layers.", "choices": ["none", "all", "lora_only"]},
+    base_dtype: Optional[str] = option(
+        None,
+        "Data type of the frozen base under LoRA: float32 (the default), or bfloat16 for half the memory.",
+        ["float32", "bfloat16"],
     )
-    lora_modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Names of layers to train in full alongside the adapters, such as lm_head."}
-    )
-    base_dtype: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "Data type of the frozen base under LoRA: float32 (the default), or bfloat16 for half the memory.",
-            "choices": ["float32", "bfloat16"],
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Keep the linear layers of the frozen base under LoRA in 4 bits (NF4); needs bitsandbytes."},
+    load_in_4bit: bool = option(
+        False, "Keep the linear layers of the frozen base under LoRA in 4 bits (NF4); needs bitsandbytes."
     )
 
     def __post_init__(self):

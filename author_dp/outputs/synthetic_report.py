@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from author_dp.data.authors import holdout_scores, split_id
-from author_dp.data.readers import ColumnSpec, read_files
-from author_dp.data.rows import read_rows
+from author_dp.data.columns import ColumnSpec
+from author_dp.data.readers import read_files, read_rows
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.outputs.overlap import Hashes, Overlap, find_overlap, hash_ngrams, hash_words, words_of

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
 from author_dp.clipping.norm_stats import NormStatistics
+from author_dp.data.splits import format_data_summary
 from author_dp.guards.model_check import check_trained_weights
 from author_dp.guards.monitors import RunMonitors
 from author_dp.mechanism.fsdp import full_state_dict, load_weights
@@ -77,9 +78,10 @@ class CertifiedTrainer(LogicalBatchTrainer):
         offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
         return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps)
 
-    def log_summary(self, lines: list[str]) -> None:
+    def log_summary(self) -> None:
         """Log what the run will do and cost, and warn of what may be a mistake."""
-        logger.info("\n".join([self.summary(), *lines]))
+        data = self.run_report.data
+        logger.info("\n".join([self.summary(), *(format_data_summary(data) if data else [])]))
         for warning in (delta_warning(self.budget.plan), tuning_hint(self.budget.plan)):
             if warning and not self.plan.disable_dp and self.is_world_process_zero():
                 logger.warning(warning)
