@@ -111,7 +111,7 @@ def test_names_that_outsiders_rely_on(names):
 @pytest.mark.parametrize("program", sample(["ledger", "report"]))
 def test_programs_name_what_they_want(program, tmp_path):
     command = [sys.executable, "-m", f"author_dp.{program}"]
-    for arguments, words in (([], "usage"), ([str(tmp_path)], "Give the --output_dir of a run")):
+    for arguments, words in (([], "usage"), ([str(tmp_path)], "the --output_dir of a run")):
         done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 

@@ -30,7 +30,7 @@ from author_dp.outputs.privacy_statement import check_statement, read_guarantee
 from author_dp.outputs.report import write_report
 
 NUMBER = r"([\d.,]*\d)"
-SETTINGS = {  # by accountant, or feature
+SETTINGS = {  # by the accountant, or by the option
     "prv": [],
     "gaussian": ["--per_device_train_batch_size", "60", "--max_train_samples", "60"],
     "pld": ["--target_epsilon", "0.02"],
@@ -52,8 +52,8 @@ def run(monkeypatch, capfd, caplog, *arguments: str) -> tuple[int, str, str]:
     return status, stdout, stderr + caplog.text
 
 
-def figures(folder, stdout: str, stderr: str, capfd) -> dict[str, float]:
-    """Collect epsilon of a finished run from every place that shows it."""
+def shown_epsilons(folder, stdout: str, stderr: str, capfd) -> dict[str, float]:
+    """Return epsilon of a finished run from all places that show it."""
 
     def all_pages(when: str) -> dict[str, str]:
         page, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
@@ -86,7 +86,7 @@ def figures(folder, stdout: str, stderr: str, capfd) -> dict[str, float]:
 
 
 def stop_after(monkeypatch, steps: int) -> None:
-    """Interrupt the next run once that many of its steps are in the ledger; the last one is not applied."""
+    """Interrupt the next run after `steps` of its steps are in the ledger, the last of them not applied."""
     record = Budget.record_step
 
     def record_step(self):
@@ -99,11 +99,9 @@ def stop_after(monkeypatch, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("lost", [0, 1], ids=["complete", "with a lost step"])
-def test_epsilon_is_the_same_everywhere_however_the_run_ended(
-    checkpoint, comments, tmp_path, monkeypatch, capfd, caplog, setting, lost
-):
-    """Run to the end, or interrupt one step after a checkpoint and resume; then call twice more."""
+@pytest.mark.parametrize("lost", [0, 1], ids=["to the end", "with a lost step"])
+def test_all_outputs_show_one_epsilon(checkpoint, comments, tmp_path, monkeypatch, capfd, caplog, setting, lost):
+    """A run to its end, or interrupted one step after a checkpoint and resumed; then called twice more."""
     folder = tmp_path / "out"
     typed = small(checkpoint, comments, folder, *PRIVACY, "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2")
     typed += ["--logging_steps", "1", *SETTINGS[setting]]
@@ -115,7 +113,7 @@ def test_epsilon_is_the_same_everywhere_however_the_run_ended(
         typed += ["--resume_from_checkpoint", "True"]
     status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed)
     assert status == 0, stderr
-    first = figures(folder, stdout, stderr, capfd)
+    first = shown_epsilons(folder, stdout, stderr, capfd)
     assert len(set(first.values())) == 1, first
     assert 0.8 * target < first["privacy.json"] <= target
     report, state = (folder / "privacy.json").read_bytes(), read_report(folder)
@@ -123,15 +121,15 @@ def test_epsilon_is_the_same_everywhere_however_the_run_ended(
     assert state["steps"] == spent.steps and state["accountant"] == {"bands": "prv"}.get(setting, setting)
     for _ in range(2):
         status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed, "--resume_from_checkpoint", "True")
-        if lost:  # a step short of the plan, and none more is allowed
+        if lost:  # one step short of the plan, and no further step is allowed
             assert status == 2 and "used up" in stderr, stderr
         else:
             assert status == 0, stderr
-            assert figures(folder, stdout, stderr, capfd) == first
+            assert shown_epsilons(folder, stdout, stderr, capfd) == first
         assert (folder / "privacy.json").read_bytes() == report
 
 
-# --- the number follows from the mechanisms, their steps and delta alone -------------------------------------
+# --- epsilon follows from the mechanisms, their steps and delta alone -------------------------------------
 
 
 CASES = [
@@ -150,7 +148,7 @@ def test_epsilon_of_ignores_order_and_splits_of_runs(events, delta):
 
 
 @pytest.mark.parametrize(("events", "delta"), CASES)
-def test_epsilon_of_is_rounded_up_to_the_displayed_digits(events, delta):
+def test_epsilon_of_rounds_up_to_shown_digits(events, delta):
     epsilon, bound = epsilon_of(events, delta), EpsilonAccountant(events, delta).epsilon
     assert bound <= epsilon <= bound * 1.001 and float(f"{epsilon:.4g}") == epsilon == float(format_epsilon(epsilon))
 
@@ -164,7 +162,7 @@ def test_round_up_rounds_once(exact, rounded, words):
     assert round_up(exact) == rounded and round_up(rounded) == rounded and format_epsilon(exact) == words
 
 
-def test_round_up_rounds_sums_as_displayed():
+def test_round_up_rounds_sums():
     assert round_up(7.996, 2.0) == 9.996 and round_up(0.1, 0.2) == 0.3 and round_up(9.123, 2.0) == 11.13
 
 
@@ -175,7 +173,7 @@ def test_find_noise_multiplier_meets_target_by_the_displayed_epsilon(rate, steps
     assert compute_epsilon(sigma, rate, steps, 1e-5) == epsilon_of([MechanismEvent(sigma, rate, steps)], 1e-5)
 
 
-def test_affordable_excludes_a_step_just_above_the_target(tmp_path):
+def test_affordable_steps_excludes_step_past_target(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=9, privacy={"sample_rate": 0.05, "target_delta": 1e-3})
     plan = trainer.plan
     for steps in (2, 5, 9):
@@ -198,20 +196,20 @@ class Stop(TrainerCallback):
 
 @pytest.mark.parametrize("stop", [2, 3, 4, 5])
 @pytest.mark.parametrize(("steps", "target"), [(6, 3.0), (16, 3.0), (6, 30.0)])
-def test_summary_of_resumed_run_states_its_final_epsilon(tmp_path, stop, steps, target):
-    """It used to add all planned steps to the steps taken: 9.53 where the run ended at 8.00."""
+def test_summary_of_resumed_run_states_its_end(tmp_path, stop, steps, target):
+    """Regression: the summary added all planned steps to those taken, 9.53 for a run that ended at 8.00."""
     first = resumable(tmp_path)
     first.add_callback(Stop(stop))
     first.train()
     again = resumable(tmp_path, max_steps=steps, target=target, resume_from_checkpoint=True)
-    said = again.summary()
+    summary = again.summary()
     again.train()
     spent = again.epsilon()
-    assert spent <= target and f"guarantee at the end    epsilon {format_epsilon(spent)} at" in said
-    assert f"{stop} taken by earlier runs, {again.budget.ledger.steps - stop} left" in said
+    assert spent <= target and f"guarantee at the end    epsilon {format_epsilon(spent)} at" in summary
+    assert f"{stop} taken by earlier runs, {again.budget.ledger.steps - stop} left" in summary
 
 
-def test_report_page_and_statement_match_the_run(tmp_path):
+def test_recomputed_report_and_guarantee_match_privacy_json(tmp_path):
     trainer = resumable(tmp_path)
     trainer.add_callback(Stop(4))
     trainer.train()
@@ -241,7 +239,7 @@ OTHER = {"noise_multiplier": 9.0, "target_epsilon": None, "target_delta": 0.9, "
 
 
 def finished(folder, **options):
-    """A trainer of two steps, its model, audit and card saved."""
+    """Return a trainer after two steps, with its model, audit and card saved."""
     trainer = make_trainer(
         folder, dataset=make_dataset([1] * 60), max_steps=2, save_strategy="steps", save_steps=2, learning_rate=0.1, **options
     )
@@ -263,7 +261,7 @@ NEVER = (
 
 
 @pytest.mark.slow
-def test_script_certifies_no_run_that_never_happened(checkpoint, comments, tmp_path, monkeypatch, capfd, caplog):
+def test_script_certifies_no_run_without_steps(checkpoint, comments, tmp_path, monkeypatch, capfd, caplog):
     folder = tmp_path / "out"
     typed = small(checkpoint, comments, folder, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2")
     status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed, *PRIVACY)
@@ -277,8 +275,8 @@ def test_script_certifies_no_run_that_never_happened(checkpoint, comments, tmp_p
 
 
 @pytest.mark.parametrize("how", ["options", "argument", "hidden counts", "without privacy"])
-def test_finished_run_called_again_reports_its_own_options(tmp_path, how):
-    """It takes no step: privacy.json, card, summary and epsilon stay those of the run that took the steps."""
+def test_finished_run_keeps_its_report_when_called_again(tmp_path, how):
+    """It takes no step, so privacy.json, card, summary and epsilon are those of the run that took the steps."""
     plain = {"disable_dp": True, "noise_multiplier": None} if how == "without privacy" else {}
     hidden = {"hide_counts": True, "sample_rate": 0.1, "target_delta": 0.017} if how == "hidden counts" else {}
     options = {"privacy": {**hidden, **OTHER, **plain}, "learning_rate": 7.0, "per_device_train_batch_size": 3}
@@ -300,7 +298,7 @@ def test_finished_run_called_again_reports_its_own_options(tmp_path, how):
         assert plain or other.epsilon() == first.epsilon()
 
 
-def test_report_after_steps_with_another_delta_has_one_delta(tmp_path):
+def test_more_steps_with_another_delta_report_that_delta(tmp_path):
     finished(tmp_path)
     privacy = {"noise_multiplier": 2.0, "target_delta": 1e-4, "sample_rate": 0.2}
     again = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy=privacy, max_steps=3, resume_from_checkpoint=True)
@@ -308,7 +306,7 @@ def test_report_after_steps_with_another_delta_has_one_delta(tmp_path):
     again.save_model()
     report, events = read_report(tmp_path), [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(2.0, 0.2, 1)]
     assert report["delta"] == 1e-4 and report["epsilon"] == again.epsilon() == epsilon_of(events, 1e-4)
-    assert report["steps"] == 3 and "audit" not in report  # which was of the earlier steps
+    assert report["steps"] == 3 and "audit" not in report  # the audit was of the earlier steps
     words = f"epsilon {format_epsilon(report['epsilon'])} at delta 0.0001"
     assert f"spent: {words}" in ledger_report.format_ledger(again.budget.ledger)
     again.create_model_card()
@@ -323,8 +321,8 @@ def test_report_after_steps_with_another_delta_has_one_delta(tmp_path):
 
 
 @pytest.mark.parametrize("bands", [None, "2"])
-def test_affordable_is_the_most_steps_within_the_target(tmp_path, bands):
-    """The steps that a budget allows are those that its report shows afterwards."""
+def test_affordable_steps_is_the_most_under_the_target(tmp_path, bands):
+    """The allowed steps agree with the epsilon reported afterwards, to the step."""
     trainer = make_trainer(tmp_path, max_steps=40, privacy={"noise_bands": bands, "sample_rate": 0.05, "target_delta": 1e-3})
     plan = trainer.plan
     for target in (0.99, 1.05, 1.3):

@@ -1,4 +1,4 @@
-"""plan.py: sample rate, steps, delta and advice from options."""
+"""plan.py and plan_text.py: sample rate, steps and delta from options, and the words about them."""
 
 import math
 
@@ -11,7 +11,7 @@ from author_dp.errors import UserError
 from dp_utils import PrivacyArguments
 
 
-def test_advice_for_small_batches_and_few_steps_alone():
+def test_tuning_hint_names_small_batches_and_few_steps_only():
     class Args:
         per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 8, 1, 1, -1, 3
 
@@ -19,11 +19,11 @@ def test_advice_for_small_batches_and_few_steps_alone():
     assert "--gradient_accumulation_steps" in tuning_hint(make_plan(privacy, Args, np.arange(1_001)))
     Args.gradient_accumulation_steps = 32
     assert tuning_hint(make_plan(privacy, Args, np.arange(10_001))) is None
-    advice = tuning_hint(make_plan(privacy, Args, np.arange(201)))  # all of 200 authors in each of three steps
-    assert advice.startswith("3 steps") and "--num_train_epochs, to about 60" in advice
+    hint = tuning_hint(make_plan(privacy, Args, np.arange(201)))  # all 200 authors are in each of three steps
+    assert hint.startswith("3 steps") and "--num_train_epochs, to about 60" in hint
 
 
-def test_default_delta_steps_and_rate():
+def test_make_plan_sets_default_delta_steps_and_rate():
     class Args:
         per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 32, 2, 16, -1, 3
 
@@ -37,7 +37,7 @@ def test_default_delta_steps_and_rate():
         make_plan(privacy, Args, np.array([0, 5]))
 
 
-def test_a_delta_that_promises_little_is_explained_and_warned_of():
+def test_large_delta_is_explained_and_warned_of():
     class Args:
         per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 4, 1, 1, 10, 3
 

@@ -106,16 +106,16 @@ def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
         ledger.steps == 6
         and ledger.failure
         and "scale" in ledger.failure
-        and "ALARM" in format_ledger(ledger)
+        and "FAILURE" in format_ledger(ledger)
         and "no privacy" in format_ledger(ledger)
     )
     assert "without a privacy guarantee" in (tmp_path / "README.md").read_text()
     write_report(tmp_path)
     assert "none: the run found" in (tmp_path / "report.html").read_text()
     for resume in (True, str(tmp_path / "checkpoint-2"), None):
-        with pytest.raises(UserError, match=r"its mechanism is not what its ledger says.*choose another --output_dir"):
+        with pytest.raises(UserError, match=r"was not as recorded in its ledger.*choose another --output_dir"):
             make_run(tmp_path, resume_from_checkpoint=resume, **options)
-    with pytest.raises(UserError, match="its mechanism"):
+    with pytest.raises(UserError, match="the mechanism of a run"):
         trainer.train()
     lines = (tmp_path / "privacy_ledger.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "privacy_ledger.jsonl").write_text("".join(lines[:-1]))

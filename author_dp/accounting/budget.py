@@ -72,7 +72,7 @@ class Budget:
         if self.allowed_steps < 1:
             raise UserError(
                 f"--target_epsilon {self.plan.target_epsilon}: used up by the steps in {self.ledger.path}. Raise it, or use the "
-                "model of the newest checkpoint."
+                "model of the newest checkpoint"
             )
 
     def _write_header(self) -> None:

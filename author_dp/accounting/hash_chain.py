@@ -57,7 +57,7 @@ class HashChain:
             content = self.path.read_bytes() if self.path.exists() else b""
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be read ({error.strerror}). The privacy ledger must be a readable file."
+                f"{self.path}: cannot be read ({error.strerror}). The privacy ledger must be a readable file"
             ) from error
         *lines, self.truncated = content.split(b"\n")
         self.record_hashes, self._size = [FIRST_HASH], len(content)
@@ -127,7 +127,7 @@ class HashChain:
             self._lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.2)
         except Timeout as error:
             raise UserError(
-                f"--output_dir {self.path.parent}: in use by another run. Wait until it ends, or choose another --output_dir."
+                f"--output_dir {self.path.parent}: in use by another run. Wait until it ends, or choose another --output_dir"
             ) from error
         except OSError as error:
             raise self._unwritable(error) from error
@@ -139,7 +139,7 @@ class HashChain:
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
             f"{self.path}: cannot be written ({error.strerror}), so the run stopped before the next update. Make --output_dir "
-            "writable, with free space, then resume with --resume_from_checkpoint True."
+            "writable, with free space, then resume with --resume_from_checkpoint True"
         )
 
 

@@ -79,7 +79,7 @@ class PrivacyLedger:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             line = len(self._chain.record_hashes)
             raise UserError(
-                f"{self.path}: line {line} was changed after it was written. Restore the file, or use a new --output_dir."
+                f"{self.path}: line {line} was changed after it was written. Restore the file, or use a new --output_dir"
             ) from error
 
     def _apply(self, record: dict[str, Any]) -> None:
@@ -169,9 +169,9 @@ class PrivacyLedger:
             report = json.loads(path.read_text())
             known = report["disable_dp"] or report["ledger_link"] in self.record_hashes
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a report of this program. Restore it, or choose another directory.") from error
+            raise UserError(f"{path}: not a report of this program. Restore it, or choose another directory") from error
         if not known:
-            raise UserError(f"{self.path}: lacks records that {path} knows of. Restore the file, or use a new --output_dir.")
+            raise UserError(f"{self.path}: lacks records that {path} knows of. Restore the file, or use a new --output_dir")
         return report
 
     def check_no_failure(self) -> None:

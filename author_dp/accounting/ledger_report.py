@@ -79,7 +79,7 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
     check_no_shared_records(ledgers)
     deltas = sorted({ledger.last_run["delta"] for ledger in ledgers})
     if delta is None and len(deltas) > 1:
-        raise UserError(f"DELTA: the runs have different deltas ({', '.join(map(str, deltas))}). Add one DELTA as last argument.")
+        raise UserError(f"DELTA: the runs have different deltas ({', '.join(map(str, deltas))}). Add one DELTA as last argument")
     delta = deltas[0] if delta is None else delta
     epsilons = [ledger.epsilon(delta) for ledger in ledgers]
     events = [event for ledger in ledgers for event in ledger.events]
@@ -103,7 +103,7 @@ def check_no_shared_records(ledgers: list[PrivacyLedger]) -> None:
             if (other := owners.setdefault(one_hash, ledger.path)) is not ledger.path:
                 raise UserError(
                     f"OUTPUT_DIR {ledger.path.parent} and {other.parent}: they share records of one run, which would be counted "
-                    "twice. Give each directory once; of a run and its resumed copy, give only the one with all steps."
+                    "twice. Give each directory once; of a run and its resumed copy, give only the one with all steps"
                 )
 
 
@@ -119,12 +119,12 @@ def main(arguments: list[str]) -> None:
     if not folders or any(folder.startswith("-") for folder in folders):
         raise UserError("usage: python -m author_dp.ledger OUTPUT_DIR... [DELTA]")
     if delta is not None and not 0 < delta < 1:
-        raise UserError(f"DELTA {arguments[-1]}: out of range. Give a number above 0 and below 1.")
+        raise UserError(f"DELTA {arguments[-1]}: out of range. Give a number above 0 and below 1")
     ledgers = []
     for folder in map(Path, folders):
         ledger = PrivacyLedger(folder / LEDGER_NAME)
         if not ledger.runs:
-            raise UserError(f"OUTPUT_DIR {folder}: holds no {LEDGER_NAME} with a run in it. Give the --output_dir of a run.")
+            raise UserError(f"OUTPUT_DIR {folder}: holds no {LEDGER_NAME} with a run in it. Give the --output_dir of a run")
         for path in find_reports(folder):
             ledger.check_report(path)
         ledgers.append(ledger)

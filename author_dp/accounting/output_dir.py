@@ -27,7 +27,7 @@ def lock_output_dir(budget: Budget) -> Iterator[None]:
     with ledger.locked():
         if ledger.steps != known_steps:
             raise UserError(
-                f"--output_dir {ledger.path.parent}: another run wrote to it just now. Check what it wrote, then resume."
+                f"--output_dir {ledger.path.parent}: another run wrote to it just now. Check what it wrote, then resume"
             )
         yield
 

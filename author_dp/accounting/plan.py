@@ -82,7 +82,7 @@ def make_plan(
     """
     num_authors = len(offsets) - 1
     if num_authors < 2:
-        raise UserError("--author_column: the data have one author only, and no noise can hide one. Give data of many authors.")
+        raise UserError("--author_column: the data have one author only, and no noise can hide one. Give data of many authors")
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     sample_rate = privacy.sample_rate or min(1.0, batch_size / num_authors)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
@@ -135,12 +135,12 @@ def resolve_num_bands(
     if earlier is not None:
         before = earlier.get("noise_bands", 1)
         if asked not in (None, "auto", str(before)):
-            raise UserError(f"--noise_bands {asked}: the resumed run has {before}. Give that number, or leave the option out.")
+            raise UserError(f"--noise_bands {asked}: the resumed run has {before}. Give that number, or leave the option out")
         asked = str(before)
     if asked == "auto":
         return choose_bands(sample_rate, steps, privacy.target_epsilon, delta, max_bands)
     bands = int(asked or 1)
     cyclic_sample_rate(sample_rate, bands)  # raises if there are too many
     if bands > steps:
-        raise UserError(f"--noise_bands {bands}: more than the {steps} steps of the run. Lower it.")
+        raise UserError(f"--noise_bands {bands}: more than the {steps} steps of the run. Lower it")
     return bands
