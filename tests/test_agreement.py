@@ -15,7 +15,7 @@ from author_dp.guards.agreement import hash_data, set_hash
 from author_dp.guards.gradient_canaries import GradientCanaries
 
 LOADER = "author_dp.training.dataloading.make_sampler"
-DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler.draw"
+DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_batch"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
 
 # A plausible mistake, and words of the error.
@@ -26,8 +26,8 @@ BUGS = {
     "the same half on each": (DRAW, "self.rank ::", "0 ::", "shares"),
     "an author on none": (DRAW, "self.rank :: self.world_size]", "self.rank :: self.world_size][1:]", "shares"),
     "samples of another author": (
-        "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_samples", "self.offsets[authors][owners] + order",
-        "self.offsets[authors][owners] - 1 + order", "shares"),
+        "author_dp.mechanism.sampling.choose_samples", "offsets[authors][owners] + order",
+        "offsets[authors][owners] - 1 + order", "shares"),
     "microbatches left out": (
         TRAINING_STEP, "for microbatch in inputs.microbatches:",
         "for microbatch in inputs.microbatches[: 0 if self.args.process_index else None]:", "clipped"),
@@ -71,7 +71,7 @@ def test_mismatch_between_processes_ends_all_of_them(tmp_path, bug):
     errors = in_processes(tmp_path, 2, functools.partial(run_with_bug, tmp_path, bug, bands, 0, False, 0))
     assert errors[0] == errors[1] and errors[0].startswith("MechanismError") and BUGS[bug][3] in errors[0], errors
     ledger = PrivacyLedger(tmp_path / "run" / "privacy_ledger.jsonl")
-    assert ledger.steps == 3 and ledger.alarm
+    assert ledger.steps == 3 and ledger.failure
 
 
 @pytest.mark.parametrize(

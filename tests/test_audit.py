@@ -144,10 +144,13 @@ def audited_run(folder, **privacy) -> tuple[dict, float]:
     )  # fmt: skip
     canaries.start(trainer)
     trainer.train()
-    trainer.audit = canaries.finish(trainer)
+    trainer.run_report.audit = canaries.finish(trainer)
     report = trainer.privacy_report()
-    assert report["audit"] == trainer.audit and report["num_authors"] == 200 + canaries.included.sum() == trainer.plan.num_authors
-    return trainer.audit, report["epsilon"]
+    assert (
+        report["audit"] == trainer.run_report.audit
+        and report["num_authors"] == 200 + canaries.included.sum() == trainer.plan.num_authors
+    )
+    return trainer.run_report.audit, report["epsilon"]
 
 
 @pytest.mark.slow

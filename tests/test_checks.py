@@ -69,7 +69,7 @@ def test_step_without_update_ends_the_run(tmp_path, monkeypatch):
 
 def test_step_missing_in_the_ledger_file_ends_the_run(tmp_path, monkeypatch):
     append = find("author_dp.accounting.ledger.PrivacyLedger._append")
-    code = with_edit(append, "self._write(record)", "None if self.steps == 3 else self._write(record)")
+    code = with_edit(append, "self._chain.append(record)", "None if self.steps == 3 else self._chain.append(record)")
     monkeypatch.setattr(append, "__code__", code)
     with pytest.raises(MechanismError, match="lacks 1 steps"):
         run(tmp_path)

@@ -23,15 +23,16 @@ from author_dp.guards.one_run_audit import gaussian_mu_lower_bound, lower_bound,
 from author_dp.guards.sampling_monitor import SamplingMonitor
 from author_dp.guards.seed_checks import check_unseeded_sampling
 from author_dp.mechanism.optimizer import PROBE_SIZE
-from author_dp.mechanism.sampling import PoissonAuthorSampler, assign_groups
-from author_dp.outputs.page import guarantee_rows
+from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
+from author_dp.outputs.guarantee import guarantee_rows
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
-GHOST = "author_dp.clipping.ghost.GhostClipping._clip"
+ADD_NOISE = "author_dp.mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide"
+CLIP = "author_dp.clipping.author_groups.ClipFactors.__init__"
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler"
-ADD = "self.noise.add_(part, std)"
+ADD = "self.noise.add_(chunk, std)"
 
 
 def audited(folder, canaries: int = 200, steps: int = 16, per_device: int = 16, authors: int = 150, **more) -> DPTrainer:
@@ -51,63 +52,65 @@ def audited(folder, canaries: int = 200, steps: int = 16, per_device: int = 16, 
 
 # A plausible mistake, and the test that fails; tested at each step.
 BUGS: dict[str, tuple] = {
-    "no noise": (STEP, "if std > 0:", "if False:", "scale"),
-    "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "scale"),
+    "no noise": (ADD_NOISE, "if std > 0:", "if False:", "scale"),
+    "half the noise": (ADD_NOISE, ADD, "self.noise.add_(chunk, std / 2)", "scale"),
     "noise for the parameters alone": (
-        STEP, "self.grad_buffer.split(self.noise.elements)", "self.grad_buffer[:-len(self.pad)].split(self.noise.elements)",
-        "scale"),
+        ADD_NOISE, "self.grad_buffer.sums.split(self.noise.chunk_size)",
+        "self.grad_buffer.sums[:-len(self.grad_buffer.probe)].split(self.noise.chunk_size)", "scale"),
     "noise that spares the canaries": (
-        STEP, "self.grad_buffer.split(self.noise.elements)",
-        "self.grad_buffer[:-len(self.pad) + 4096].split(self.noise.elements)", "canaries fail"),
-    "twice the clip norm": (GHOST, "(self.clip_norm / norms)", "(2 * self.clip_norm / norms)", "canaries fail",
+        ADD_NOISE, "self.grad_buffer.sums.split(self.noise.chunk_size)",
+        "self.grad_buffer.sums[:-len(self.grad_buffer.probe) + 4096].split(self.noise.chunk_size)", "canaries fail"),
+    "twice the clip norm": (CLIP, "(clip_norm / norms)", "(2 * clip_norm / norms)", "canaries fail",
         {"steps": 120}),
-    "no clip": (GHOST, "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "canaries fail"),
+    "no clip": (CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "canaries fail"),
     "an author counted twice": (
-        GHOST, "(self.clip_norm / norms).clamp(max=1.0)",
-        "(self.clip_norm / norms).clamp(max=1.0) * torch.bincount(author, minlength=len(losses))", "canaries fail",
+        CLIP, "(clip_norm / norms).clamp(max=1.0)",
+        "(clip_norm / norms).clamp(max=1.0) * torch.bincount(authors.author, minlength=authors.count)", "canaries fail",
         {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']));"
         "real = torch.arange(len(microbatch['author'])) < real.sum()",
         "canaries fail", {"steps": 120}),
-    "half the clip norm": (GHOST, "(self.clip_norm / norms)", "(0.5 * self.clip_norm / norms)", "canaries fail",
+    "half the clip norm": (CLIP, "(clip_norm / norms)", "(0.5 * clip_norm / norms)", "canaries fail",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
     "q doubled": (
         "author_dp.training.dataloading.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate",
         "number of sampled authors|batch size"),
     "shuffled batches": (
-        f"{DRAW}.sample_indices", "drawn = []",
-        "drawn = []\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
-        ".random.default_rng().permutation(number)\n    size = round(number * self.rate); taken, self.deck = self.deck"
+        f"{DRAW}.sample_indices", "chunks, last = [], -1",
+        "chunks, last = [], -1\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
+        ".random.default_rng().permutation(size)\n    size = round(size * self.sample_rate); taken, self.deck = self.deck"
         "[:size], self.deck[size:]\n    return np.sort(taken)", "number of authors never sampled"),
     "an author who is always in": (
-        f"{DRAW}.sample_indices", "return places[places < number]", "return np.unique([3, *places[places < number]])",
+        f"{DRAW}.sample_indices", "return sampled[sampled < size]", "return np.unique([3, *sampled[sampled < size]])",
         "frequency of one author"),
     "an author who is never in": (
-        f"{DRAW}.sample_indices", "return places[places < number]", "return places[(places < number) & (places != 3)]",
+        f"{DRAW}.sample_indices", "return sampled[sampled < size]", "return sampled[(sampled < size) & (sampled != 3)]",
         "frequency of one author", {"steps": 260, "per_device": 50, "canaries": 0}),
     "every draw used twice": (
-        f"{DRAW}.sample_indices", "return places[places < number]",
-        "last = getattr(self, 'last', None); self.last = places[places < number] if last is None else None\n"
+        f"{DRAW}.sample_indices", "return sampled[sampled < size]",
+        "last = getattr(self, 'last', None); self.last = sampled[sampled < size] if last is None else None\n"
         "    return self.last if last is None else last", "overlap of consecutive batches"),
     "empty draws skipped": (
-        f"{DRAW}.draw", "authors = self.draw_authors()",
-        "authors = self.draw_authors()\n    while not len(authors): authors = self.draw_authors()",
+        f"{DRAW}.sample_batch", "authors = self.sample_authors()",
+        "authors = self.sample_authors()\n    while not len(authors): authors = self.sample_authors()",
         "number of|batch size", {"steps": 120, "per_device": 1, "canaries": 0, "logging_steps": 20}),
     "canaries drawn, real authors rarely": (
-        f"{DRAW}.draw", "authors = self.draw_authors()", "authors = self.draw_authors()\n    authors = authors[(authors >= "
-        "self.real) | (authors % 2 == 0)]", "number of sampled authors|batch size", {"steps": 40}),
+        f"{DRAW}.sample_batch", "authors = self.sample_authors()",
+        "authors = self.sample_authors()\n    authors = authors[(authors >= self.num_real) | (authors % 2 == 0)]",
+        "number of sampled authors|batch size", {"steps": 40}),
     "division by the real batch size": (
         "dp_utils.DPTrainer.training_step", "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "scale"),
     "noise of every microbatch": (
         "dp_utils.DPTrainer.training_step", "total += losses.detach()",
-        "self.optimizer.optimizer.grad_buffer.add_(torch.randn_like("
-        "self.optimizer.optimizer.grad_buffer) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
+        "self.optimizer.optimizer.grad_buffer.sums.add_(torch.randn_like(self.optimizer.optimizer"
+        ".grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
         "scale"),
     "clipped again after the noise": (
-        STEP, "if self.after_release is not None:", "self.grad_buffer.mul_(min(1.0, 0.5 / float(self.grad_buffer.norm())))\n"
+        STEP, "if self.after_release is not None:",
+        "self.grad_buffer.sums.mul_(min(1.0, 0.5 / float(self.grad_buffer.sums.norm())))\n"
         "    if self.after_release is not None:", "scale"),
     "draws from --seed": (
         "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
@@ -125,7 +128,7 @@ def test_wrong_mechanism_ends_the_run(tmp_path, monkeypatch, bug):
     monkeypatch.setattr(function, "__code__", code)  # only now: the model check at the start finds wrong clipping
     with pytest.raises(MechanismError, match=message):
         trainer.train()
-    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").alarm
+    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").failure
 
 
 @pytest.mark.slow
@@ -165,7 +168,7 @@ def test_gradient_canary_adds_the_clip_norm_in_its_coordinate(tmp_path, monkeypa
     trainer.train()
     expected = torch.from_numpy(trainer.canaries.included).float() * 0.5 / 16
     assert torch.allclose(seen[0], expected, atol=1e-5)
-    assert len(trainer.optimizer.optimizer.pad) == PROBE_SIZE + 30 and not trainer.canaries.table.weight.any()
+    assert len(trainer.optimizer.optimizer.grad_buffer.probe) == PROBE_SIZE + 30 and not trainer.canaries.table.weight.any()
 
 
 # --- the distribution of releases ---------------------------------------------------------------------------
@@ -214,10 +217,10 @@ def test_monitors_pass_in_200_correct_runs():
         included = generator.random(300) < 0.5
         canary_monitor, sampling = CanaryMonitor(sigma, rate, included), SamplingMonitor(300, 40, rate)
         sampler = PoissonAuthorSampler(np.arange(301), np.arange(300), sample_rate=rate, samples_per_author=1, steps=1,
-                                       key=int(generator.integers(2**60)), canaries=40)  # fmt: skip
-        sampler.on_draw = sampling.on_sample
+                                       key=int(generator.integers(2**60)), num_canaries=40)  # fmt: skip
+        sampler.on_batch = sampling.on_sample
         for step in range(1, 31):
-            sampling.on_step(sampler.draw().batch_size)
+            sampling.on_step(sampler.sample_batch().batch_size)
             drawn = included & (generator.random(300) < rate)
             canary_monitor.add(torch.from_numpy(drawn + sigma * generator.standard_normal(300)))
             if step % 5 == 0:
@@ -234,7 +237,7 @@ def test_monitors_pass_in_200_correct_runs():
 def test_check_unseeded_sampling_finds_seeds():
     def sampler_maker(key):
         return lambda: PoissonAuthorSampler(np.arange(31), np.arange(30), sample_rate=0.2, samples_per_author=1, steps=1,
-                                            key=key()).draw_authors  # fmt: skip
+                                            key=key()).sample_authors  # fmt: skip
 
     check_unseeded_sampling(sampler_maker(lambda: secrets.randbits(128)), 30, 0.2)
     for seeded in (torch.initial_seed, lambda: int(torch.randint(2**60, ())), lambda: int(np.random.randint(2**60)), lambda: 3):
@@ -250,8 +253,8 @@ def test_check_unseeded_sampling_finds_seeds_behind_groups(bands):
     def sampler_maker(key):
         def make():
             groups = assign_groups(np.arange(6, dtype=np.uint64), bands, secrets.token_bytes(16))
-            sampler = PoissonAuthorSampler(np.arange(7), np.arange(6), sample_rate=0.02, samples_per_author=1, steps=1, key=key(),
-                                           groups=groups, bands=bands)  # fmt: skip
+            sampler = CyclicAuthorSampler(np.arange(7), np.arange(6), sample_rate=0.02, samples_per_author=1, steps=1, key=key(),
+                                          groups=groups, bands=bands)  # fmt: skip
             return without_groups(sampler)
 
         return make
@@ -318,12 +321,12 @@ def test_finished_run_keeps_its_audit(tmp_path):
     options = {"steps": 3, "save_strategy": "steps", "save_steps": 3}
     trainer = audited(tmp_path, **options)
     trainer.train()
-    trainer.audit = trainer.canaries.finish(trainer)
+    trainer.run_report.audit = trainer.canaries.finish(trainer)
     trainer.save_model()
     again = audited(tmp_path, **options, resume_from_checkpoint=True)
     again.train()
-    again.audit = again.canaries.finish(again)
-    assert again.audit == trainer.audit and again.audit["steps_checked"] == 3
+    again.run_report.audit = again.canaries.finish(again)
+    assert again.run_report.audit == trainer.run_report.audit and again.run_report.audit["steps_checked"] == 3
     assert dict(guarantee_rows(again.privacy_report()))["Audit of gradients"]
 
 

@@ -18,25 +18,25 @@ from author_dp.mechanism.noise import GaussianNoise
 from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.outputs.report import write_report
 
-STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
+STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide"
 NOISE = "author_dp.mechanism.noise.GaussianNoise"
-ADD = "self.noise.add_(part, std)"
+ADD = "self.noise.add_(chunk, std)"
 
 # A plausible mistake, and the test that fails: in a run of 12 steps, tested at each step.
 BUGS = {
     "no noise": (STEP, "if std > 0:", "if False:", "scale"),
     "noise for the parameters alone": (
-        STEP, "self.grad_buffer.split(self.noise.elements)", "self.grad_buffer[:-4096].split(9**6)", "scale"),
-    "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "scale"),
+        STEP, "self.grad_buffer.sums.split(self.noise.chunk_size)", "self.grad_buffer.sums[:-4096].split(9**6)", "scale"),
+    "half the noise": (STEP, ADD, "self.noise.add_(chunk, std / 2)", "scale"),
     "half of the variance": (f"{NOISE}._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)", "scale"),
     "noise twice": (STEP, ADD, f"{ADD}; {ADD}", "scale"),
     "noise that does not scale with the clip norm": (
         STEP, "self.noise_multiplier * self.max_grad_norm", "self.noise_multiplier", "scale"),
-    "noise divided twice": (STEP, "part.div_(self.expected_batch_size)", "part.div_(self.expected_batch_size**2)", "scale"),
+    "noise divided twice": (STEP, "chunk.div_(self.expected_batch_size)", "chunk.div_(self.expected_batch_size**2)", "scale"),
     "noise of every microbatch": (
         "dp_utils.DPTrainer.training_step", "total += losses.detach()",
-        "self.optimizer.optimizer.grad_buffer.add_(torch.randn_like("
-        "self.optimizer.optimizer.grad_buffer) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
+        "self.optimizer.optimizer.grad_buffer.sums.add_(torch.randn_like(self.optimizer.optimizer"
+        ".grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
         "scale"),
     "scaled by the number of microbatches": (
         "dp_utils.DPTrainer.training_step", "model.train()",
@@ -45,25 +45,25 @@ BUGS = {
         "dp_utils.DPTrainer.training_step", "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "scale"),
     "noise reused in each step": (
-        STEP, ADD, "self.noise = type(self.noise)(part.device); self.noise._stream = __import__('cryptography.hazmat.primitives."
+        STEP, ADD, "self.noise = type(self.noise)(chunk.device); self.noise._stream = __import__('cryptography.hazmat.primitives."
         "ciphers', fromlist=['x']).Cipher(__import__('cryptography.hazmat.primitives.ciphers.algorithms', fromlist=['x'])"
         ".AES128(bytes(16)), __import__('cryptography.hazmat.primitives.ciphers.modes', fromlist=['x']).CTR(bytes(16)))"
-        ".encryptor(); self.noise.add_(part, std)", "correlation between steps, lag 1"),
+        ".encryptor(); self.noise.add_(chunk, std)", "correlation between steps, lag 1"),
     "noise from --seed in each step": (
-        STEP, ADD, "part.add_(torch.randn(len(part), generator=torch.Generator().manual_seed(7)), alpha=std)",
+        STEP, ADD, "chunk.add_(torch.randn(len(chunk), generator=torch.Generator().manual_seed(7)), alpha=std)",
         "correlation between steps, lag 1"),
     "noise that remembers the step before": (
-        STEP, ADD, "last = getattr(self, 'last', self.noise.add_(torch.zeros_like(part), std)); self.last = self.noise.add_("
-        "torch.zeros_like(part), std).mul_(0.6).add_(last, alpha=0.8); part.add_(self.last)",
+        STEP, ADD, "last = getattr(self, 'last', self.noise.add_(torch.zeros_like(chunk), std)); self.last = self.noise.add_("
+        "torch.zeros_like(chunk), std).mul_(0.6).add_(last, alpha=0.8); chunk.add_(self.last)",
         "correlation between steps, lag 1"),
     "the same noise for two halves": (
-        STEP, ADD, "new = self.noise.add_(torch.zeros_like(part), std); new[-2048:] = new[-4096:-2048]; part.add_(new)",
+        STEP, ADD, "new = self.noise.add_(torch.zeros_like(chunk), std); new[-2048:] = new[-4096:-2048]; chunk.add_(new)",
         "correlation between coordinates"),
     "Laplacian noise": (
-        STEP, ADD, "part.add_(torch.distributions.Laplace(0.0, std / 2**0.5).sample(part.shape))", "shape"),
-    "uniform noise": (STEP, ADD, "part.add_(torch.rand_like(part) - 0.5, alpha=std * 12**0.5)", "shape"),
+        STEP, ADD, "chunk.add_(torch.distributions.Laplace(0.0, std / 2**0.5).sample(chunk.shape))", "shape"),
+    "uniform noise": (STEP, ADD, "chunk.add_(torch.rand_like(chunk) - 0.5, alpha=std * 12**0.5)", "shape"),
     "noise on a coarse grid": (
-        STEP, ADD, "part.add_((torch.randn_like(part) * 16).round() / 16, alpha=std)", "repeated values"),
+        STEP, ADD, "chunk.add_((torch.randn_like(chunk) * 16).round() / 16, alpha=std)", "repeated values"),
 }  # fmt: skip
 
 
@@ -104,8 +104,8 @@ def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     assert (
         ledger.steps == 6
-        and ledger.alarm
-        and "scale" in ledger.alarm
+        and ledger.failure
+        and "scale" in ledger.failure
         and "ALARM" in format_ledger(ledger)
         and "no privacy" in format_ledger(ledger)
     )
@@ -133,7 +133,7 @@ def test_seeded_noise_ends_the_run_before_its_first_step(tmp_path, monkeypatch, 
     with pytest.raises(MechanismError, match="follows the seed"):
         make_run(tmp_path).train()
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert ledger.steps == 0 and ledger.alarm
+    assert ledger.steps == 0 and ledger.failure
 
 
 def test_check_unseeded_restores_every_generator(tmp_path):
@@ -177,7 +177,7 @@ def test_script_exits_with_status_3(tmp_path, checkpoint, comments, processes, m
     assert done.stderr.count(message) == 1 and "MechanismError" not in done.stderr
     assert done.returncode == (3 if not processes else 1)
     assert (
-        PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").alarm and not (tmp_path / "out" / "model.safetensors").exists()
+        PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").failure and not (tmp_path / "out" / "model.safetensors").exists()
     )
 
 
@@ -185,7 +185,7 @@ def test_script_exits_with_status_3(tmp_path, checkpoint, comments, processes, m
 def test_correct_noise_passes(tmp_path, secure):
     trainer = make_run(tmp_path, privacy={"secure_noise": secure})
     trainer.train()
-    assert trainer.budget.steps == 12 and trainer.checks.noise.steps == 12 and trainer.budget.ledger.alarm is None
+    assert trainer.budget.steps == 12 and trainer.monitors.noise.steps == 12 and trainer.budget.ledger.failure is None
 
 
 def test_run_without_noise_is_not_tested(tmp_path):
@@ -196,11 +196,11 @@ def test_probe_belongs_to_no_parameter(tmp_path):
     trainer = make_run(tmp_path)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
-    assert len(optimizer.pad) == PROBE_SIZE and len(optimizer.grad_buffer) == PROBE_SIZE + sum(
+    assert len(optimizer.grad_buffer.probe) == PROBE_SIZE and len(optimizer.grad_buffer.sums) == PROBE_SIZE + sum(
         p.numel() for p in optimizer.params
     )
     addresses = [p.summed_grad.data_ptr() for p in optimizer.params]
-    assert optimizer.pad.data_ptr() > max(addresses) and all(p.grad is None for p in [optimizer.pad])
+    assert optimizer.grad_buffer.probe.data_ptr() > max(addresses) and all(p.grad is None for p in [optimizer.grad_buffer.probe])
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ class RankMonitor:
     """Record the batches of one process.
 
     Args:
-        sampler: of the training, whose `on_share` is set.
+        sampler: of the training, whose `on_local_batch` is set.
     """
 
     def __init__(self, sampler: PoissonAuthorSampler):
@@ -107,9 +107,9 @@ class RankMonitor:
         self._author_of[sampler.indices] = np.repeat(np.arange(len(counts)), counts)
         self._sampled: dict[int, SampledBatch] = {}  # by the batch's index: the data loader is ahead of the steps
         self._record = RankRecord(b"" if sampler.groups is None else hashlib.sha256(sampler.groups.tobytes()).digest())
-        sampler.on_share = self.on_share
+        sampler.on_local_batch = self.on_local_batch
 
-    def on_share(self, authors: np.ndarray, share: list[np.ndarray], index: int) -> None:
+    def on_local_batch(self, authors: np.ndarray, share: list[np.ndarray], index: int) -> None:
         """Add the authors of a batch, and the samples of each author of this process."""
         sample_authors = self._author_of[np.concatenate([np.zeros(0, np.int64), *share])]
         starts = np.cumsum([0, *map(len, share)])[:-1]

@@ -15,9 +15,11 @@ from typing import Any
 
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.files import write_private_json
+from author_dp.files import write_json
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.text_canaries import TextCanaries
+
+Canaries = TextCanaries | GradientCanaries | None
 
 MIN_CANARIES = 10
 KEY_NAME = "_audit_key.json"  # in the output directory; the leading _ keeps it out of uploads to the hub
@@ -53,7 +55,7 @@ class AuditArguments:
 
 def make_canaries(
     number: int, kind: str, *, samples: int, tokens: int, vocab_size: int, output_dir: str, resume: bool
-) -> TextCanaries | GradientCanaries | None:
+) -> Canaries:
     """Return the canaries of a run; None if `number` is 0. Collective.
 
     Args:
@@ -84,7 +86,7 @@ def load_or_create_key(output_dir: str, resume: bool) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         if resume and path.exists():
             key = json.loads(path.read_text())["key"]
-        write_private_json(path, {"key": key})
+        write_json(path, {"key": key}, private=True)
     return broadcast(key)
 
 

@@ -71,7 +71,7 @@ class GradientCanaries:
         if plan.disable_dp or plan.noise_multiplier == 0:
             raise UserError("--audit_kind gradient: it tests the noise, and this run has none. Leave out --audit_canaries")
         self.clip_norm = plan.clip_norm
-        scale, sample_rate = plan.clip_norm / plan.expected_batch_size, plan.spending(0).sample_rate
+        scale, sample_rate = plan.clip_norm / plan.expected_batch_size, plan.event(0).sample_rate
         self.monitor = CanaryMonitor(plan.noise_multiplier, sample_rate, self.included, scale)
         return self.monitor
 
@@ -181,13 +181,13 @@ def audit_result(monitor: CanaryMonitor, trainer: Any) -> dict[str, Any]:
 
 def confidence_intervals(trainer: Any) -> dict[str, Any]:
     """Return intervals for noise multiplier and epsilon at `CONFIDENCE`, from the probe; on the main process only."""
-    monitor = trainer.checks.noise
+    monitor = trainer.monitors.noise
     if not trainer.is_world_process_zero() or monitor is None or not monitor.steps:
         return {}
     low, high = monitor.confidence_interval(CONFIDENCE)
     epsilons = []
     for factor in (high, low):  # more noise gives less epsilon
-        events = [e._replace(noise_multiplier=e.noise_multiplier * factor) for e in trainer.budget.ledger.spendings]
+        events = [e._replace(noise_multiplier=e.noise_multiplier * factor) for e in trainer.budget.ledger.events]
         epsilons.append(EpsilonAccountant(events, trainer.plan.delta).epsilon)
     return {
         "noise_multiplier_between": [factor * trainer.plan.noise_multiplier for factor in (low, high)],

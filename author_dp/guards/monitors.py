@@ -81,7 +81,7 @@ class RunMonitors:
         self.stop()
         if self.plan.disable_dp:
             return
-        bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
+        bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
         check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, rate)
         if bands > 1:
             check_unseeded_groups(lambda: groups_of(sampler()), bands)
@@ -101,14 +101,14 @@ class RunMonitors:
         """Monitor the batches of `sampler` from here on: the training's."""
         if self.plan.disable_dp:
             return
-        bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
+        bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
         if bands == 1:
             self.sampling = SamplingMonitor(self.plan.num_authors, self.num_canaries, rate)
         else:
             self.sampling = CyclicSamplingMonitor(groups_of(sampler), bands, self.num_canaries, rate)
             if self._canary_monitor is not None:
                 self._canary_monitor.set_groups(self.plan.coefficients(), groups_of(sampler))
-        sampler.on_draw = self.sampling.on_sample
+        sampler.on_batch = self.sampling.on_sample
         self._ranks, self.norms.authors = RankMonitor(sampler), 0
         self._monitors.append(self.sampling)
 
@@ -184,7 +184,7 @@ class UpdateMonitor:
 
     def test_full(self) -> None:
         """Raise MechanismError if the ledger's file lacks steps; on the main process only."""
-        if (missing := self.budget.lacking()) != 0:
+        if (missing := self.budget.missing_steps()) != 0:
             raise MechanismError(f"{self.budget.ledger.path} lacks {missing} steps of this run")
 
 
@@ -231,8 +231,7 @@ def catch_error(test: Callable[[], None]) -> Optional[MechanismError]:
 
 def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
     """Return the function that samples authors as one group; secret groups would hide that two samplers are seeded alike."""
-    sampler.members = None
-    return sampler.draw_authors
+    return lambda: sampler.sample_indices(len(sampler.offsets) - 1)
 
 
 def groups_of(sampler: PoissonAuthorSampler) -> np.ndarray:

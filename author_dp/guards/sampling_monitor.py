@@ -12,7 +12,7 @@ Not found: an author beyond the first `MAX_WATCHED_AUTHORS` who is always sample
 Example:
 
     >>> monitor = SamplingMonitor(num_authors=20_000, num_canaries=0, sample_rate=0.01)
-    >>> sampler.on_draw = monitor.on_sample
+    >>> sampler.on_batch = monitor.on_sample
     >>> monitor.on_step(batch_size)  # in each step
     >>> monitor.test()  # at log lines and at the end
 """

@@ -37,7 +37,6 @@ class AuditedTrainer(Protocol):
     args: TrainingArguments
     plan: PrivacyPlan
     data_collator: Callable
-    needs_positions: bool
 
     def epsilon(self) -> float: ...
 
@@ -100,5 +99,5 @@ class TextCanaries:
         with torch.no_grad():
             for batch in make_microbatches(authors, trainer.args.per_device_eval_batch_size, trainer.data_collator):
                 batch = send_to_device(batch, trainer.args.device)
-                losses.append(author_losses(trainer.model, batch, trainer.needs_positions).cpu())
+                losses.append(author_losses(trainer.model, batch).cpu())
         return torch.cat(losses).double().numpy()
