@@ -1,4 +1,4 @@
-"""What the runs of a folder, or of several, have spent: the program of author_dp/accounting/ledger_report.py."""
+"""Report what the runs of one output directory, or of several, have spent: see author_dp/accounting/ledger_report.py."""
 
 from author_dp.accounting.ledger_report import main
 from author_dp.cli import run_program

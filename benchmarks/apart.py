@@ -23,7 +23,7 @@ AUTHORS, TOKENS, VOCABULARY, REPEATS = 8, 64, 4_000, 5
 def seconds(model: Any, apart: Iterable[Any], max_authors: int) -> float:
     """Return the least time of some repeats."""
     engine = GhostClipping(model, 1.0)
-    engine.settle(set(apart))
+    engine.freeze_fallback(set(apart))
     for parameter in model.parameters():
         parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
     ids = torch.randint(VOCABULARY, (AUTHORS, TOKENS))

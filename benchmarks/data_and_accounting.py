@@ -85,7 +85,7 @@ def large(samples: int = 10_000_000, authors: int = 5_000_000) -> None:
         rows.append((f"group by {len(offsets) - 1:,} authors", seconds, ""))
     for number, its_offsets in ((len(offsets) - 1, offsets), (10**8, np.broadcast_to(np.int64(0), 10**8 + 1))):
         sampler = PoissonAuthorSampler(its_offsets, indices, sample_rate=BATCH / number, samples_per_author=1, steps=1, key=1)
-        rows.append((f"one Poisson draw over {number:,} authors", timed(sampler.draw_authors, 200)[0], ""))
+        rows.append((f"one Poisson draw over {number:,} authors", timed(sampler.sample_authors, 200)[0], ""))
     report(rows, before)
 
 
@@ -118,8 +118,8 @@ def main() -> None:
         rows.append((f"group by {len(offsets) - 1:,} authors", group_seconds, ""))
         options = {"sample_rate": BATCH / AUTHORS, "samples_per_author": 1, "steps": 1, "key": 1}
         sampler = PoissonAuthorSampler(offsets, indices, **options)
-        rows.append(("one Poisson draw over all authors", timed(sampler.draw_authors, 20)[0], ""))
-        draw_seconds, draw = timed(sampler.draw, 20)
+        rows.append(("one Poisson draw over all authors", timed(sampler.sample_authors, 20)[0], ""))
+        draw_seconds, draw = timed(sampler.sample_batch, 20)
         rows.append(("the draw with its samples", draw_seconds, f"{draw.batch_size:,} authors"))
         dataset = LogicalBatchDataset(AuthorDataset(tokens, offsets, indices), 64, collate)
         rows.append(

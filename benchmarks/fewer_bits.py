@@ -45,17 +45,17 @@ class Peak:
     """The highest resident memory of this process while it is looked at, in bytes."""
 
     def __enter__(self) -> "Peak":
-        self.process, self.highest, self.ended = psutil.Process(), 0, threading.Event()
+        self.process, self.highest, self.run_report.finished = psutil.Process(), 0, threading.Event()
         self.thread = threading.Thread(target=self.look)
         self.thread.start()
         return self
 
     def look(self) -> None:
-        while not self.ended.wait(SMOOTH):
+        while not self.run_report.finished.wait(SMOOTH):
             self.highest = max(self.highest, self.process.memory_info().rss)
 
     def __exit__(self, *_) -> None:
-        self.ended.set()
+        self.run_report.finished.set()
         self.thread.join()
 
 

@@ -1,4 +1,4 @@
-"""budget.py: no step past the target, every step on record before its update, across runs."""
+"""budget.py: no step exceeds the target, and each is recorded before its update, across runs."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_the_ledger_is_ahead_of_every_update(tmp_path):
     assert seen == [1, 2, 3]
 
 
-def test_a_ledger_that_fails_stops_the_run_before_the_update(tmp_path, monkeypatch):
+def test_failing_ledger_stops_before_the_update(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     before = flat(trainer.model.parameters()).clone()
 
@@ -40,29 +40,29 @@ def test_a_ledger_that_fails_stops_the_run_before_the_update(tmp_path, monkeypat
     assert torch.equal(before, flat(trainer.model.parameters()))
 
 
-def test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(tmp_path):
+def test_resumed_run_counts_lost_steps_and_samples_again(tmp_path):
     first = resumable(tmp_path)
 
     class Stop(TrainerCallback):
         follows = "steps"
 
         def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 3  # one step after the checkpoint: it will be lost
+            control.should_training_stop = state.global_step == 3  # one step after the checkpoint, so it is lost
 
     first.add_callback(Stop())
     _, before = train(first)
     second = resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert second.plan.noise_multiplier == first.plan.noise_multiplier
     _, after = train(second)
-    assert second.budget.ledger.steps == 6 and second.state.global_step == 5  # the budget was for six steps, one was lost
+    assert second.budget.ledger.steps == 6 and second.state.global_step == 5  # the budget allows six steps, and one was lost
     assert second.epsilon() <= 3.0
     assert abs(np.corrcoef(before.gradients[2], after.gradients[0])[0, 1]) < 0.3
-    with pytest.raises(UserError, match=r"--target_epsilon 3\.0 is used up"):
+    with pytest.raises(UserError, match=r"--target_epsilon 3\.0: used up"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
 
 
-def test_a_run_that_took_no_step_binds_nobody(tmp_path):
-    """Its header may be there; a new run is calibrated and counted for itself."""
+def test_run_without_steps_does_not_bind_later_runs(tmp_path):
+    """Its header may exist; a new run is calibrated and accounted by itself."""
     idle = resumable(tmp_path, max_steps=60, target=1.0)
     idle.budget.start()
     assert idle.budget.ledger.steps == 0 and len(idle.budget.ledger.runs) == 1
@@ -74,7 +74,7 @@ def test_a_run_that_took_no_step_binds_nobody(tmp_path):
 
 
 @pytest.mark.slow
-def test_other_noise_batch_clip_norm_and_samples_compose_exactly_as_they_ran(tmp_path):
+def test_runs_with_other_options_compose_as_they_ran(tmp_path):
     def run(steps, sigma, batch, **privacy):
         trainer = make_trainer(
             tmp_path, dataset=make_dataset([2] * 60), max_steps=steps, save_strategy="steps", save_steps=1,
@@ -94,7 +94,7 @@ def test_other_noise_batch_clip_norm_and_samples_compose_exactly_as_they_ran(tmp
 
 
 @pytest.mark.slow
-def test_more_epochs_on_resume_spend_only_what_is_left(tmp_path):
+def test_resumed_run_spends_only_the_rest(tmp_path):
     resumable(tmp_path, max_steps=6).train()
     with pytest.raises(UserError, match="used up"):
         resumable(tmp_path, max_steps=60, resume_from_checkpoint=True).train()
@@ -103,7 +103,7 @@ def test_more_epochs_on_resume_spend_only_what_is_left(tmp_path):
     assert 6 < more.budget.ledger.steps < 60 and more.epsilon() <= 4.0 < more.epsilon(1)
 
 
-def test_no_step_beyond_the_budget_even_if_nobody_stops_the_loop(tmp_path):
+def test_record_step_refuses_steps_beyond_the_budget(tmp_path):
     trainer = resumable(tmp_path)
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, StopAtTargetEpsilon)]
     trainer.budget.start()

@@ -13,7 +13,7 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, resumable, s
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from author_dp.accounting import ledger_report
+from author_dp.accounting import privacy_report
 from author_dp.accounting.ledger_report import main
 from author_dp.data import hub
 from author_dp.errors import UserError
@@ -205,7 +205,7 @@ def test_an_adapter_and_a_full_model_in_one_folder_are_ambiguous_without_a_certi
     make_model(tmp_path, lora=True).save_pretrained(tmp_path / "out")
     make_model(tmp_path).save_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match=r"FOLDER .* both an adapter .* and a full model \(model\.safetensors\)"):
-        generate.load(str(tmp_path / "out"))
+        generate.load_model(str(tmp_path / "out"))
 
 
 def test_without_a_privacy_json_a_model_writes_uncertified(tmp_path):
@@ -530,7 +530,7 @@ def test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(tmp_pa
 def test_a_report_of_the_ledger_tells_what_it_spent(tmp_path):
     trainer = resumable(tmp_path, max_steps=4)
     trainer.train()
-    found = ledger_report.recompute_report(tmp_path / "privacy.json", trainer.budget.ledger)
+    found = privacy_report.recompute_report(tmp_path / "privacy.json", trainer.budget.ledger)
     assert found["epsilon"] == pytest.approx(trainer.epsilon(), rel=3e-3) and found["interrupted"] and found["steps"] == 4
     assert found["num_authors"] == 60 and "weights" not in found
 

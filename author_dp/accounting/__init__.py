@@ -1,1 +1,1 @@
-"""What a run may spend, and what it has spent: accountants, noise calibration, the ledger."""
+"""Account for privacy loss: accountants, noise calibration, and the plan, ledger and budget of a run."""

@@ -1,11 +1,12 @@
-"""Per-author clipping: the engines by name, and what one must do.
+"""Per-author clipping engines, by name, and their interface.
 
-Promise: whichever engine is chosen, each author's gradient enters the sum with norm at most C over all trainable parameters
-together, and nothing is trained unclipped.
+Guarantees: with every engine, each author's gradient enters the sum with norm at most C over all trainable parameters together,
+and nothing is trained unclipped.
 
-`ghost.py` is the fast engine, `rules.py` its rule for each type of layer, `contributions.py` the norms and clipped sums that the
-rules are made of; `two_pass.py` takes its place where layers are checkpointed, with less memory. `grad_sample.py` is the plain
-engine, by Opacus, and the reference. `statistics.py` counts norms.
+`ghost.py` is the fast engine. Its parts are `capture.py` (hooks on layers), `layer_rules.py` (a rule for each type of layer),
+`grad_factors.py` (norms and clipped sums), `factor_store.py` (what is kept until norms are known) and `fallback.py` (parameters
+without a rule). `two_pass.py` replaces it where layers are checkpointed, and needs less memory. `grad_sample.py` is the reference
+engine, by Opacus. `norm_stats.py` counts norms.
 
 Example:
 
@@ -24,9 +25,9 @@ from author_dp.clipping.two_pass import TwoPassClipping
 
 
 class ClippingEngine(Protocol):
-    """What is asked of a clipping engine. A further one is a class in a module of its own, and a name in ENGINES."""
+    """Interface of a clipping engine. To add one, write its class in a module of its own and name it in ENGINES."""
 
-    module: nn.Module  # to be called instead of the model
+    module: nn.Module  # call it instead of the model
 
     def __init__(self, model: nn.Module, clip_norm: float): ...
 
@@ -35,12 +36,16 @@ class ClippingEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
 
 
 ENGINES: dict[str, type[ClippingEngine]] = {"ghost": GhostClipping, "grad_sample": GradSampleClipping}
 
 
 def engine_class(name: str, checkpointed: bool) -> type[ClippingEngine]:
-    """Return the engine of --clipping `name`, for a model whose layers are checkpointed or not."""
+    """Return the class of the engine `--clipping name`.
+
+    Args:
+        checkpointed: whether the model's layers are checkpointed.
+    """
     return TwoPassClipping if checkpointed and name == "ghost" else ENGINES[name]

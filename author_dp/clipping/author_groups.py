@@ -1,53 +1,72 @@
-"""The authors of a microbatch, and sums over their samples."""
+"""The authors of a microbatch: sums over their samples, and their clipping factors."""
 
 import torch
 
 
 class AuthorIndex:
-    """The authors of a microbatch.
+    """Which sample of a microbatch belongs to which author.
 
     Args:
         author: int64 (samples,), ascending: 0 to count - 1, each at least once.
         count: number of authors.
     Raises:
-        ValueError: for any other order, which would clip samples of one author as those of several; on a GPU seen only where
-            an author has several samples, as looking would cost a wait.
+        ValueError: for any other order, which would clip samples of one author as those of several. On a GPU this is checked
+            only where an author has several samples, as the check waits for the device.
     """
 
     def __init__(self, author: torch.Tensor, count: int):
         self.author, self.count = author, count
-        if author.device.type == "cpu" or count < len(author):
+        self.is_ragged = count < len(author)  # whether an author has several samples
+        if author.device.type == "cpu" or self.is_ragged:
             jumps = torch.cat([author[:1] + 1, author.diff(), count - author[-1:]])  # 0 to the same author, 1 to the next
             if not (len(author) and (jumps[[0, -1]] == 1).all() and ((jumps == 0) | (jumps == 1)).all()):
                 raise ValueError(f"authors must be ascending, 0 to {count - 1}, each at least once: {author.tolist()}")
-        self._scratch: dict[torch.dtype, torch.Tensor] = {}
-        self.several = count < len(author)
-        if self.several:
+        if self.is_ragged:
             counts = torch.bincount(author, minlength=count)
-            self.place = torch.arange(len(author), device=author.device) - (counts.cumsum(0) - counts)[author]
-            self.most = int(counts.max())
+            self._position = torch.arange(len(author), device=author.device) - (counts.cumsum(0) - counts)[author]
+            self._max_samples = int(counts.max())
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Line up each author's samples: (samples, tokens, ...) to (authors, tokens of all, ...), zeros at the end."""
-        if not self.several:
+        if not self.is_ragged:
             return tensor
-        if self.count * self.most == len(tensor):  # all have as many: nothing to move
-            return tensor.unflatten(0, (self.count, self.most)).flatten(1, 2)
-        rows = tensor.new_zeros(self.count, self.most, *tensor.shape[1:])
-        rows[self.author, self.place] = tensor
+        if self.count * self._max_samples == len(tensor):  # all authors have equally many: a view
+            return tensor.unflatten(0, (self.count, self._max_samples)).flatten(1, 2)
+        rows = tensor.new_zeros(self.count, self._max_samples, *tensor.shape[1:])
+        rows[self.author, self._position] = tensor
         return rows.flatten(1, 2)
-
-    def scale(self, tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """Return (samples, tokens, ...) times the factor of each sample's author, until the next call overwrites it.
-
-        New memory for each would cost as much time as the matrix product that follows. What is not float32 is rounded once more.
-        """
-        scratch = self._scratch.get(tensor.dtype)
-        if scratch is None or len(scratch) < tensor.numel():
-            scratch = self._scratch[tensor.dtype] = torch.empty_like(tensor).flatten()
-        return torch.mul(tensor, factors[self.author].view(-1, 1, 1), out=scratch[: tensor.numel()].view_as(tensor))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over each author's samples: (samples, ...) to float32 (authors, ...)."""
         tensor = tensor.float()
-        return tensor.new_zeros(self.count, *tensor.shape[1:]).index_add_(0, self.author, tensor) if self.several else tensor
+        return tensor.new_zeros(self.count, *tensor.shape[1:]).index_add_(0, self.author, tensor) if self.is_ragged else tensor
+
+
+class ClipFactors:
+    """The clipping factor of each author of a microbatch.
+
+    Args:
+        clip_norm: C.
+        norms: (authors,), over all parameters.
+    Attributes:
+        factors: min(1, C / norm), (authors,).
+        non_finite: bool (authors,), whose norms are not finite; None where all are.
+    """
+
+    def __init__(self, clip_norm: float, norms: torch.Tensor, authors: AuthorIndex):
+        self.authors = authors
+        self.factors = (clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||)
+        self.non_finite = None if norms.isfinite().all() else ~norms.isfinite()
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+
+    def scale(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return (samples, tokens, ...) times the factor of each sample's author; the next call overwrites it.
+
+        Newly allocated memory would cost as much time as the matrix product that follows. A dtype other than float32 is rounded
+        once more.
+        """
+        scratch = self._scratch.get(tensor.dtype)
+        if scratch is None or len(scratch) < tensor.numel():
+            scratch = self._scratch[tensor.dtype] = torch.empty_like(tensor).flatten()
+        factors = self.factors[self.authors.author].view(-1, 1, 1)
+        return torch.mul(tensor, factors, out=scratch[: tensor.numel()].view_as(tensor))

@@ -1,6 +1,6 @@
-"""What the per-author gradients of a run were like: how many were clipped, how many not finite, and how large they were.
+"""Statistics of the norms of per-author gradients: how many were clipped or not finite, and a histogram.
 
-Promise: nothing here enters an update. All of it is computed on private data without noise: not for publication.
+Guarantees: nothing here enters an update. All statistics are computed on private data without noise and are not for publication.
 """
 
 import torch
@@ -16,10 +16,10 @@ class NormStatistics:
 
     Args:
         clip_norm: C; norms are counted as multiples of it.
-        device: where the norms are.
+        device: of the norms.
     Attributes:
-        edges: (81,), a tenth of a decade apart, of the bins of norm / C.
-        authors: clipped by this process; to be set to 0 where a training begins.
+        edges: of the bins of norm / C, (81,), a tenth of a decade from each other.
+        authors: how many this process clipped; the caller sets it to 0 when training begins.
     """
 
     def __init__(self, clip_norm: float, device: torch.device):
@@ -35,26 +35,26 @@ class NormStatistics:
 
         Args:
             norms: (authors,), before clipping; inf or nan for a gradient that is not finite.
-            is_real: bool (authors,) on the CPU, False for an author who is not to be counted.
+            is_real: bool (authors,) on the CPU, False for dummy authors and canaries, which are not counted.
         """
         self.authors += int(is_real.sum())
         is_real = is_real.to(norms.device, non_blocking=True)
-        kinds = torch.stack([is_real, norms > self.clip_norm, ~norms.isfinite()]) & is_real
-        self._counts += kinds.sum(1)
+        self._counts += (torch.stack([is_real, norms > self.clip_norm, ~norms.isfinite()]) & is_real).sum(1)
         self._bins.scatter_add_(0, torch.bucketize(norms / self.clip_norm, self.edges), is_real.to(norms.dtype))
 
     def end_step(self) -> None:
+        """Count a step of the log interval."""
         self._steps += 1
 
     def pop(self) -> dict[str, float]:
-        """Return clip_fraction and authors_per_step of all processes since the last call; warn of gradients not finite."""
-        authors, clipped, not_finite = all_reduce_sum(self._counts).tolist()
+        """Return clip_fraction and authors_per_step of all processes since the last call; warn of non-finite gradients."""
+        authors, clipped, non_finite = all_reduce_sum(self._counts).tolist()
         steps, self._steps = self._steps, 0
         self._counts.zero_()
-        if not_finite:
-            logger.warning(f"The gradients of {not_finite:.0f} authors were not finite; they contributed zero.")
+        if non_finite:
+            logger.warning(f"The gradients of {non_finite:.0f} authors were not finite; they contributed zero.")
         return {"clip_fraction": clipped / max(1, authors), "authors_per_step": authors / max(1, steps)}
 
     def histogram(self) -> list[float]:
-        """Return how many norms of all processes lie below, between and above `edges`, since the start; (82,)."""
+        """Return the numbers of norms below, between and above `edges`, of all processes since the start, (82,)."""
         return all_reduce_sum(self._bins.clone()).tolist()

@@ -1,23 +1,24 @@
-"""Ghost clipping in two passes, for layers that are run again anyway: the memory of a checkpointed ordinary step.
+"""Ghost clipping in two backward passes, with the memory of an ordinary step that checkpoints its layers.
 
-Promise: the same norms and clipped sums as ghost.py, to rounding, without keeping what each layer adds until the norms are known.
-One forward is gone back through twice. The first pass takes of each layer the squared norm of each author's gradient and lets go
-of the tensors at once; the second goes the same way and adds each layer's clipped sum, for the factors are known by then:
+Guarantees: norms and clipped sums equal those of `ghost.py`, to rounding; factors are not kept until the norms are known.
+
+One forward pass is followed by two backward passes. The first one computes each layer's squared norms per author and frees the
+layer's tensors at once. The second one repeats it and adds each layer's clipped sum, as the factors c_a are known by then:
 
     sum_a c_a G_a = sum_a c_a sum_t g_t a_t^T,    c_a = min(1, C / ||g_a||)
 
-which is the gradient of sum_a c_a L_a. It is not asked of autograd by that loss: under autocast the sum over authors would be
-rounded to bfloat16, and a g_t into which c_a was multiplied before would be rounded otherwise than the one whose norm was taken:
-nothing could be told of what one author changes. And an author's infinite activations would reach the others' sum, as zero times
+This is the gradient of sum_a c_a L_a, but autograd is not asked for that one. Under autocast the sum over authors would be
+rounded to bfloat16, and a g_t multiplied by c_a earlier would be rounded otherwise than the g_t whose norm was computed: nothing
+would bound what one author changes. An author's infinite activations would also reach the sum of the others, as zero times
 infinity. Here both passes see the same g_t.
 
-Both passes must be of the same function: dropout is replayed, as torch's non-reentrant checkpointing does it. What is not (a mask
-from a generator of the model's own) would make the norms those of other gradients: the second pass looks at some numbers of each
-layer's tensors again, and a run ends where they differ.
+Both passes must compute the same function. Dropout is replayed by torch's non-reentrant checkpointing. A mask from a generator of
+the model's own is not: the norms would belong to other gradients. Therefore the second pass compares fingerprints of each layer's
+tensors with the first one's, and a run ends where they differ.
 
-What is small, biases and LoRA's factors, is kept as in ghost.py; where that is all, there is no second pass. Of a matrix that is
-embedding and head at once, the first pass keeps the rows of the head's gradient that were looked up, (tokens, features), for the
-product of the two. Whatever else is used more than once is kept whole, as ghost.py does.
+Small per-author gradients, of biases and LoRA's factors, are kept as in `ghost.py`; where that is all, there is no second pass.
+Of a matrix that is both embedding and head, the first pass keeps the rows of the head's gradient that the ids look up, (tokens,
+features), for the inner product of the two uses. A parameter that is used more than once in another way keeps all its factors.
 
 Example:
 
@@ -30,14 +31,15 @@ References:
     [2] Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174 (checkpointing)
 """
 
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from author_dp.clipping.author_groups import AuthorIndex
-from author_dp.clipping.ghost import GhostClipping, add_clipped, total_norms
+from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
+from author_dp.clipping.factor_store import FactorStore
+from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.grad_factors import (
     MATERIALIZE_ELEMENTS,
     EmbeddingGrad,
@@ -45,188 +47,153 @@ from author_dp.clipping.grad_factors import (
     MaterializedGrad,
     OuterProduct,
     SquaredNorm,
+    add_clipped,
     looked_up_rows,
-    merge_factors,
     tied_squared_norm,
-    total_squared_norms,
 )
 from author_dp.errors import UserError
 
-KEPT_ELEMENTS = 1 / 20  # of the weights' memory may be taken by small contributions that spare a second pass
-MISMATCH_TOLERANCE = (
-    0.02  # relative difference of what a layer saw in both passes: beyond rounding, far below that of other dropout masks
-)
+MAX_KEPT_FRACTION = 1 / 20  # of the weights' memory, for small per-author gradients that spare a second pass
+# Relative difference between the passes' tensors: beyond rounding, far below that of another dropout mask.
+MISMATCH_TOLERANCE = 0.02
 
 
-class TwoPassClipping(GhostClipping):
-    """Clip per-author gradients without storing them, nor what they are made of.
+class TwoPassStore(FactorStore):
+    """Keep squared norms and small per-author gradients; add the other clipped sums in a second backward pass.
 
-    Guarantee: that of `GhostClipping`. The model must compute the same in each backward pass as in its forward: non-reentrant
-    checkpointing that restores the random generators.
-
-    Args:
-        model: as of `GhostClipping`; its layers checkpointed, or two passes take time and save little.
-        clip_norm: C.
+    Attributes:
+        max_kept: bytes of small per-author gradients that may be kept.
+        kept_params: parameters used more than once in a way that needs all their factors; found by the first microbatch.
     """
 
-    def __init__(self, model: nn.Module, clip_norm: float):
-        super().__init__(model, clip_norm)
-        self.may_keep = int(KEPT_ELEMENTS * sum(p.numel() * p.element_size() for p in model.parameters()))  # bytes
-        self._whole: set[Any] = set()  # parameters whose contributions can only be judged together
-        self._squares: dict[Any, torch.Tensor] = {}  # the squared norms of each other parameter's gradients, (authors,)
-        self._rows: dict[
-            Any, tuple[EmbeddingGrad, SquaredNorm]
-        ] = {}  # of a head's gradient, those that are looked up, and its square
-        self._kept = 0  # bytes of contributions
-        self._adding: SumPass | None = None  # in the second pass
-        self._seen: list[tuple[Any, list[torch.Tensor]]] = []  # some numbers of each layer's tensors, as the first pass met them
-        self._same: list[torch.Tensor] = []  # whether the second pass met the same, each ()
+    def __init__(self, model: nn.Module, tied: set[Any]):
+        super().__init__(model, tied)
+        self.max_kept = int(MAX_KEPT_FRACTION * sum(p.numel() * p.element_size() for p in model.parameters()))
+        self.kept_params: set[Any] = set()
+        self._tied = tied
+        self._head_rows: dict[Any, tuple[torch.Tensor, torch.Tensor, SquaredNorm]] = {}  # ids, rows, square of the whole head
+        self._kept = 0  # bytes
+        self._replay = ReplayCheck()
+        self._clip: ClipFactors | None = None  # in the second pass
+        self._to_sum: set[Any] = set()  # parameters of the second pass
 
-    def _clip(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
-        """As in ghost.py, going back twice where that is needed.
+    def norm_pass(self, run_backward: Callable[[bool], None], authors: AuthorIndex, retain_graph: bool) -> None:
+        """Run the first pass, and once more where a parameter turned out to need all its factors."""
+        known: set[Any] | None = None
+        while known != self.kept_params:
+            known = set(self.kept_params)
+            self.squares, self._kept, self._replay = {}, 0, ReplayCheck()
+            self._head_rows.clear()
+            super().norm_pass(run_backward, authors, retain_graph=True)
+        self._head_rows.clear()
+
+    def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
+        """Run the second pass if a parameter needs it, and free the graph; then add what was kept.
 
         Raises:
-            UserError: where the second pass went through other numbers than the first.
+            UserError: if the layers computed something else than in the first pass.
         """
-        authors = AuthorIndex(author, len(losses))
-        known = self._single_author_params(authors)
-        self._norm_pass(losses, authors, known)
-        apart = self._find_fallback(losses, self._squares.keys() | self._contributions.keys())
-        of_taps = [p for p in self.parameters if known or p not in apart]
-        kept = {p: merge_factors(self._contributions[p], authors) for p in of_taps if p in self._contributions}
-        squares = {p: self._squares[p] for p in of_taps if p in self._squares}
-        together = [total_squared_norms(parts, authors) for p, parts in kept.items() if p not in squares]
-        norms = total_norms([*squares.values(), *together], losses)
-        if apart and not known:
-            norms = self._clip_fallback(losses, norms, [p for p in self.parameters if p in apart])
-        factors = (self.clip_norm / norms).clamp(max=1.0)  # min(1, C / ||g_a||), (authors,)
-        non_finite = None if norms.isfinite().all() else ~norms.isfinite()
-        self._contributions.clear()
-        self._add(losses, authors, known, SumPass(squares.keys() - kept.keys(), factors, non_finite))
-        for parameter in list(kept):
-            for part in kept.pop(parameter):
-                add_clipped(part, parameter.summed_grad, factors, non_finite, authors)
-        return norms
+        self._to_sum = self.squares.keys() - self.factors.keys()
+        if self._to_sum:
+            self._clip = clip
+            try:
+                run_backward(False)
+            finally:
+                self._clip = None
+            if not self._replay.is_same():
+                raise UserError(
+                    "--activation_checkpointing: the layers computed something else when they ran again (random numbers that are "
+                    "not replayed?), so the norms do not belong to the summed gradients. Leave it out."
+                )
+        super().sum_pass(run_backward, clip)
 
-    def _norm_pass(self, losses: torch.Tensor, authors: AuthorIndex, known: list[Any]) -> None:
-        """Go through the first pass, and once more where a parameter turned out to be used in another way than it was taken."""
-        whole: set[Any] | None = None
-        while whole != self._whole:
-            whole = set(self._whole)
-            self._contributions.clear()
-            self._squares, self._rows, self._seen, self._kept = {}, {}, [], 0
-            self._backward(losses, authors, known, retain_graph=True)
-        self._rows.clear()
+    def accepts(self, source: Any, params: Collection[Any], tensors: Iterable[torch.Tensor]) -> bool:
+        """Compare the tensors of both passes; the second one needs the parameters whose sums are missing."""
+        if isinstance(source, nn.Module) or source.dim() > 1:  # a vector's gradient may be mere rounding (biases of keys)
+            self._replay.add(source, tensors, is_second=self._clip is not None)
+        return self._clip is None or not self._to_sum.isdisjoint(params)
 
-    def _add(self, losses: torch.Tensor, authors: AuthorIndex, known: list[Any], adding: "SumPass") -> None:
-        """Go through the second pass, if anything is to be added by it, and free the graph."""
-        if not adding.to:
-            return
-        self._adding, self._same = adding, []
-        try:
-            self._backward(losses, authors, known, retain_graph=False)
-        finally:
-            self._adding = None
-        if len(self._same) < len(self._seen) or not torch.stack(self._same).all():
-            raise UserError(
-                "--activation_checkpointing: the layers computed something else when they ran again (random numbers that are not "
-                "replayed?), so that norms are not those of what is summed; leave it out"
-            )
-
-    def _backward(self, losses: torch.Tensor, authors: AuthorIndex, known: list[Any], retain_graph: bool) -> list[Any]:
-        """As in ghost.py, but take the gradients of `known` as they come, and let go of them."""
-        hooks = [parameter.register_hook(functools.partial(self._store_ordinary, parameter)) for parameter in known]
-        try:
-            return super()._backward(losses, authors, known, retain_graph)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _store_ordinary(self, parameter: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Take the ordinary gradient of a parameter, which is the one author's; return a stand-in that takes no memory."""
-        if gradient.dim() > 1:  # a vector's may be nothing but rounding (biases of keys)
-            self._check_replay(parameter, (gradient,))
-        self._store(parameter, MaterializedGrad(gradient.float()[None]), self._given)
-        return gradient.new_zeros(()).expand_as(gradient)
-
-    def _collect(
-        self, layer: Any, given: torch.Tensor, inputs: tuple, gradient: torch.Tensor, behind: tuple | None = None
-    ) -> None:
-        if self._authors is None:
-            return
-        self._check_replay(layer, (*inputs, gradient))
-        if self._adding is None or self._trained[layer] & self._adding.to:
-            super()._collect(layer, given, inputs, gradient, behind)
-
-    def _check_replay(self, what: Any, tensors: tuple) -> None:
-        """Note one feature of each token at a layer; in the second pass, whether it is what the first one saw."""
-        place = len(self._seen if self._adding is None else self._same)
-        numbers = [fingerprint(tensor, 31 * place) for tensor in tensors]
-        if self._adding is None:
-            self._seen.append((what, numbers))
-            return
-        before, expected = self._seen[place] if place < len(self._seen) else (None, [])
-        same = before is what and [fingerprints_match(*pair) for pair in zip(expected, numbers)]
-        self._same.append(torch.stack(same).all() if same else torch.zeros((), dtype=torch.bool, device=numbers[0].device))
-
-    def _most_explicit(self, weight: Any) -> int:
-        """What is formed is kept: the second pass scales tokens, whose rounding a norm of what was formed knows nothing of."""
-        if self._adding is not None or weight in self.tied:
+    def max_materialized(self, parameter: Any) -> int:
+        """Form what can be kept, at most: the second pass scales tokens, and a norm of what was formed ignores their rounding."""
+        if self._clip is not None or parameter in self._tied:
             return 0
-        return min(MATERIALIZE_ELEMENTS, (self.may_keep - self._kept) // 4)  # of 4 bytes
+        return min(MATERIALIZE_ELEMENTS, (self.max_kept - self._kept) // 4)  # of 4 bytes
 
-    def _store(self, parameter: Any, part: GradFactors, given: torch.Tensor) -> None:
-        """Use what a layer adds to a parameter's gradient, and keep it only where it is small or cannot be judged alone."""
-        assert self._authors is not None
-        if self._adding is not None:
-            if parameter in self._adding.to:
-                add_clipped(part, parameter.summed_grad, self._adding.factors, self._adding.non_finite, self._authors)
-        elif parameter in self._whole:
-            self._contributions[parameter].append(part)
-        elif parameter in self._squares:
+    def add(self, parameter: Any, part: GradFactors, input_ids: torch.Tensor) -> None:
+        """First pass: add to the squared norms, and keep what is small. Second pass: add the clipped sum."""
+        if self._clip is not None:
+            if parameter in self._to_sum:
+                add_clipped(part, parameter.summed_grad, self._clip)
+        elif parameter in self.kept_params:
+            super().add(parameter, part, input_ids)
+        elif parameter in self.squares:
             self._handle_tied(parameter, part)
         else:
-            if isinstance(part, OuterProduct) and parameter in self.tied and given.shape == part.left.shape[:2]:
-                squared = part.squared(self._authors)
-                ids = given.clamp(0, part.left.shape[-1] - 1)
-                gathered = (self._authors.gather(tensor) for tensor in (ids, *part))
-                self._rows[parameter] = EmbeddingGrad(given, looked_up_rows(*gathered)), squared
-            else:
-                squared = part.squared(self._authors)
-            self._squares[parameter] = squared.with_margin()
+            squared = part.squared(self._authors)
+            if isinstance(part, OuterProduct) and parameter in self._tied and input_ids.shape == part.left.shape[:2]:
+                ids = input_ids.clamp(0, part.left.shape[-1] - 1)
+                self._head_rows[parameter] = input_ids, looked_up_rows(ids, part, self._authors), squared
+            self.squares[parameter] = squared.with_margin()
             if isinstance(part, MaterializedGrad):
                 size = part.gradients.numel() * part.gradients.element_size()
-                if self._kept + size <= self.may_keep:
-                    self._contributions[parameter].append(part)
+                if self._kept + size <= self.max_kept:
+                    super().add(parameter, part, input_ids)
                     self._kept += size
 
     def _handle_tied(self, parameter: Any, part: GradFactors) -> None:
-        """Add a parameter's further contribution to the squared norms, or find that all of them must be kept."""
-        of_head = self._rows.pop(parameter, None)
-        if of_head is None or not isinstance(part, EmbeddingGrad) or not torch.equal(of_head[0].ids, part.ids):
-            self._whole.add(parameter)
+        """Second use of a parameter: add the cross term of embedding and head, or fall back to keeping all factors."""
+        head = self._head_rows.pop(parameter, None)
+        if head is None or not isinstance(part, EmbeddingGrad) or not torch.equal(head[0], part.ids):
+            self.kept_params.add(parameter)
             return
-        assert self._authors is not None
-        rows, squared = of_head
-        both = rows.gradients.mul_(self._authors.gather(part.gradients)).sum((1, 2))  # <G_embedding, G_head>
-        self._squares[parameter] = tied_squared_norm(part.squared(self._authors), squared, 2 * both)
+        self.squares[parameter] = tied_squared_norm(part, *head[1:], self._authors)
 
 
-class SumPass(NamedTuple):
-    """What the second pass is to do."""
+class ReplayCheck:
+    """Compare what the layers compute in two backward passes."""
 
-    to: set[Any]  # parameters
-    factors: torch.Tensor  # (authors,)
-    non_finite: torch.Tensor | None  # bool (authors,), whose gradients are not finite; None where there is none
+    def __init__(self) -> None:
+        self._first: list[tuple[Any, list[torch.Tensor]]] = []  # layer or parameter, and fingerprints of its tensors
+        self._matches: list[torch.Tensor] = []  # of the second pass, each bool ()
+
+    def add(self, source: Any, tensors: Iterable[torch.Tensor], is_second: bool) -> None:
+        """Take the tensors of one call: of the first pass a fingerprint, of the second whether it is the same."""
+        index = len(self._matches if is_second else self._first)
+        prints = [fingerprint(tensor, 31 * index) for tensor in tensors]
+        if not is_second:
+            self._first.append((source, prints))
+            return
+        expected_source, expected = self._first[index] if index < len(self._first) else (None, [])
+        matches = expected_source is source and [fingerprints_match(*pair) for pair in zip(expected, prints)]
+        failed = torch.zeros((), dtype=torch.bool, device=prints[0].device)
+        self._matches.append(torch.stack(matches).all() if matches else failed)
+
+    def is_same(self) -> bool:
+        """Return whether the second pass saw the same calls with the same tensors."""
+        return len(self._matches) >= len(self._first) and (not self._matches or bool(torch.stack(self._matches).all()))
 
 
-def fingerprint(tensor: torch.Tensor, at: int) -> torch.Tensor:
-    """Return a copy of one feature, the one at `at` if there are as many, of each token."""
-    return tensor.detach().select(-1, at % tensor.shape[-1]).to(torch.float32, copy=True).flatten()
+def fingerprint(tensor: torch.Tensor, index: int) -> torch.Tensor:
+    """Return a copy of one feature of each token: the one at `index`, modulo the number of features."""
+    return tensor.detach().select(-1, index % tensor.shape[-1]).to(torch.float32, copy=True).flatten()
 
 
 def fingerprints_match(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Whether two passes saw the same, as a bool () that nobody has to wait for; what is not finite is left out anyway."""
+    """Return whether two fingerprints agree, as a bool () on the device; values that are not finite are not compared."""
     finite = first.isfinite()
     difference = torch.where(finite, second - first, 0.0).norm()
     return difference <= MISMATCH_TOLERANCE * first.where(finite, 0.0).norm()
+
+
+class TwoPassClipping(GhostClipping):
+    """Clip per-author gradients without storing them, nor their factors.
+
+    Guarantees: those of `GhostClipping`. Each backward pass must compute the same as the forward pass: non-reentrant
+    checkpointing that restores the random generators.
+
+    Args:
+        model: as for `GhostClipping`. Without checkpointed layers, two passes take time and save little.
+        clip_norm: C.
+    """
+
+    store_class = TwoPassStore

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.models.lora import add_lora_adapters
-from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers
+from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers, weight_bytes
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -65,6 +65,9 @@ def load_model(
         model = add_lora_adapters(model, **lora)
     if base_precision == "nf4" and not quantized_layers(model):
         raise UserError(f"--load_in_4bit: {base} has no plain linear layer. Use --base_dtype bfloat16")
+    if base_precision != "float32":
+        size = weight_bytes(model) / 2**20
+        logger.warning(f"The base is in {base_precision}: all weights, adapters included, take {size:,.1f} MiB.")
     if base_precision != "float32" or quantized_layers(model):  # a folder may hold 4-bit layers and a compute dtype of its own
         model = cast_parameters(model, compute_dtype)
         if adapter_base is not None:
@@ -98,6 +101,13 @@ def load_pretrained(name: str, base: str, options: dict[str, Any]) -> tuple[PreT
         raise UserError(
             f"--model_name {base}: it cannot be loaded ({first_line(error)}). Fix that, or choose another model"
         ) from error
+
+
+def check_sequence_len(model: PreTrainedModel, sequence_len: int) -> None:
+    """Raise UserError where samples may be longer than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sequence_len
+    if sequence_len > positions:
+        raise UserError(f"--sequence_len {sequence_len}: it is more than the model's {positions} positions. Lower it")
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -1,13 +1,13 @@
-"""clipping/contributions.py: norms and clipped sums against their naive twins."""
+"""clipping/grad_factors.py and author_groups.py: norms and clipped sums against plain ones."""
 
 import math
 
 import pytest
 import torch
 
-from author_dp.clipping import grad_factors as contributions
-from author_dp.clipping.author_groups import AuthorIndex
-from author_dp.clipping.ghost import total_norms
+from author_dp.clipping import grad_factors
+from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
+from author_dp.clipping.factor_store import total_norms
 from author_dp.clipping.grad_factors import OuterProduct, lookup_squared_norms, product_squared_norms
 
 
@@ -18,27 +18,27 @@ def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(3, 20, 30), (40, 5, 7), (8, 16, 16), (1, 1, 1)])
 def test_norm_of_a_product_both_ways(tokens, rows, columns, monkeypatch):
     left, right = torch.randn(4, tokens, rows), torch.randn(4, tokens, columns)
-    assert torch.allclose(product_squared_norms(left, right).found, explicit(left, right), rtol=1e-4)
-    monkeypatch.setattr(contributions, "MATERIALIZE_ELEMENTS", 1)
-    assert torch.allclose(product_squared_norms(left, right).found, explicit(left, right), rtol=1e-4)
+    assert torch.allclose(product_squared_norms(left, right).value, explicit(left, right), rtol=1e-4)
+    monkeypatch.setattr(grad_factors, "MATERIALIZE_ELEMENTS", 1)
+    assert torch.allclose(product_squared_norms(left, right).value, explicit(left, right), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [4, 11, 12])
 def test_norm_of_a_product_in_blocks(tokens, dtype, monkeypatch):
-    monkeypatch.setattr(contributions, "GHOST_BLOCK", 4)
+    monkeypatch.setattr(grad_factors, "GHOST_BLOCK", 4)
     left, right = (torch.randn(3, tokens, features).to(dtype) for features in (20, 30))
-    found = contributions.ghost_squared_norms(left, right, 4)
+    found = grad_factors.ghost_squared_norms(left, right, 4)
     most = (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1)
-    assert torch.allclose(found.found, explicit(left.float(), right.float()), rtol=1e-4) and found.found.dtype == torch.float32
-    assert torch.allclose(found.most, most, rtol=1e-4)
+    assert torch.allclose(found.value, explicit(left.float(), right.float()), rtol=1e-4) and found.value.dtype == torch.float32
+    assert torch.allclose(found.bound, most, rtol=1e-4)
     assert all(map(torch.equal, product_squared_norms(left, right)[:2], found[:2]))  # (12 + 4) / 2 x 50 < 20 x 30
 
 
 def test_the_cheaper_way_is_taken(monkeypatch):
     shapes = []
-    matmul = contributions.matmul
-    monkeypatch.setattr(contributions, "matmul", lambda a, b: shapes.append((a.shape[-2], b.shape[-1])) or matmul(a, b))
+    matmul = grad_factors.matmul
+    monkeypatch.setattr(grad_factors, "matmul", lambda a, b: shapes.append((a.shape[-2], b.shape[-1])) or matmul(a, b))
     product_squared_norms(torch.randn(2, 10, 100), torch.randn(2, 10, 50))  # 10 x 150 < 100 x 50
     assert shapes == [(10, 10)] * 2
     product_squared_norms(torch.randn(2, 100, 8), torch.randn(2, 100, 4))  # 100 x 12 > 8 x 4
@@ -49,8 +49,8 @@ def test_norm_of_a_lookup_counts_equal_ids_together():
     ids, gradients = torch.tensor([[3, 1, 3, 3], [0, 1, 2, 3]]), torch.randn(2, 4, 5)
     expected = [torch.zeros(4, 5).index_add_(0, i, g).square().sum() for i, g in zip(ids, gradients)]
     found = lookup_squared_norms(ids, gradients)
-    assert torch.allclose(found.found, torch.stack(expected), rtol=1e-5)
-    assert torch.allclose(found.most, gradients.norm(dim=2).sum(1), rtol=1e-5)
+    assert torch.allclose(found.value, torch.stack(expected), rtol=1e-5)
+    assert torch.allclose(found.bound, gradients.norm(dim=2).sum(1), rtol=1e-5)
 
 
 def cancelling(tokens: int, features: int, kind: str) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_a_norm_where_tokens_cancel(tokens, common, kind):
     right = torch.randn(8, tokens if common else 1, 512, generator=torch.Generator().manual_seed(1)).expand(8, tokens, 512)
     right = right / 512**0.5 + common * torch.nn.functional.one_hot(torch.tensor(3), 512)
     truth = (left.double().mT @ right.double()).square().sum((1, 2))
-    found = contributions.ghost_squared_norms(left, right, 128).with_margin()
+    found = grad_factors.ghost_squared_norms(left, right, 128).with_margin()
     assert is_above(found, truth, (left.norm(dim=2) * right.norm(dim=2)).sum(1))
 
 
@@ -98,8 +98,8 @@ def test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(vocabulary, features):
     gradients, ids = hidden * (1 + 1e-4), torch.full((8, 100), 7)
     logits = -torch.nn.functional.one_hot(ids, vocabulary).float()
     truth = (gradients.double() - hidden.double()).sum(1).square().sum(1)
-    parts = [contributions.EmbeddingGrad(ids, gradients), OuterProduct(logits, hidden)]
-    found = contributions.total_squared_norms(parts, AuthorIndex(torch.arange(8), 8))
+    parts = [grad_factors.EmbeddingGrad(ids, gradients), OuterProduct(logits, hidden)]
+    found = grad_factors.total_squared_norms(parts, AuthorIndex(torch.arange(8), 8))
     assert is_above(found, truth, gradients.norm(dim=2).sum(1) + hidden.norm(dim=2).sum(1))
 
 
@@ -107,23 +107,23 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
     tokens = torch.tensor([*[1.0, 1.015625, -2.015625] * 5, 2.0**-8])  # times most factors, rounded, they sum to something else
     logits, hidden = tokens.view(1, -1, 1).expand(1, -1, 20).bfloat16(), torch.ones(1, len(tokens), 30, dtype=torch.bfloat16)
     parts = [
-        contributions.EmbeddingGrad(torch.zeros(1, len(tokens), dtype=torch.int64), torch.zeros_like(hidden)),
+        grad_factors.EmbeddingGrad(torch.zeros(1, len(tokens), dtype=torch.int64), torch.zeros_like(hidden)),
         OuterProduct(logits, hidden),
     ]
     authors = AuthorIndex(torch.tensor([0]), 1)
-    norm = contributions.total_squared_norms(parts, authors).sqrt()
+    norm = grad_factors.total_squared_norms(parts, authors).sqrt()
     for share in torch.linspace(0.05, 0.85, 17):
         total = torch.zeros(20, 30)
         for part in parts:
-            part.add_clipped(total, share.view(1), authors)
+            part.add_clipped(total, ClipFactors(1.0, 1 / share.view(1), authors))
         assert total.norm() <= share * norm
 
 
 def test_squared_norms_of_many_numbers_lose_nothing():
     """A sum of 16 million squares in one go is too small, in float32 on a CPU: authors would be clipped too little."""
     many = torch.randn(1, 2**24, generator=torch.Generator().manual_seed(0))
-    assert contributions.squared_norms(many).item() == pytest.approx(many.double().square().sum().item(), rel=1e-6)
-    assert contributions.squared_norms(torch.tensor([3.0, -2.0])).tolist() == [9.0, 4.0]  # a parameter without dimensions
+    assert grad_factors.squared_norms(many).item() == pytest.approx(many.double().square().sum().item(), rel=1e-6)
+    assert grad_factors.squared_norms(torch.tensor([3.0, -2.0])).tolist() == [9.0, 4.0]  # a parameter without dimensions
 
 
 def test_no_parameter_takes_norm_away_from_others():
@@ -148,10 +148,11 @@ def test_authors_line_up_and_add_up_their_samples():
 
 
 def test_product_scales_the_narrower_side():
-    authors, factors = AuthorIndex(torch.arange(2), 2), torch.tensor([0.5, 2.0])
+    factors = torch.tensor([0.5, 0.25])
+    clip = ClipFactors(1.0, 1 / factors, AuthorIndex(torch.arange(2), 2))
     for rows, columns in ((3, 9), (9, 3)):
         left, right = torch.randn(2, 4, rows), torch.randn(2, 4, columns)
         total = torch.ones(rows, columns)
-        OuterProduct(left, right).add_clipped(total, factors, authors)
+        OuterProduct(left, right).add_clipped(total, clip)
         expected = 1 + sum(f * a.T @ b for f, a, b in zip(factors, left, right))
-        assert torch.allclose(total, expected, atol=1e-5) and math.isclose(authors._scratch[torch.float32].numel(), 2 * 4 * 3)
+        assert torch.allclose(total, expected, atol=1e-5) and math.isclose(clip._scratch[torch.float32].numel(), 2 * 4 * 3)

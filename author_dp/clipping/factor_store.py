@@ -1,0 +1,86 @@
+"""Keep gradient factors from the backward pass until the norms are known, then add the clipped sums."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
+from author_dp.clipping.grad_factors import GradFactors, add_clipped, merge_factors, total_squared_norms
+
+
+class FactorStore:
+    """Keep the factors of all parameters until the norms are known: one backward pass.
+
+    An engine calls, for each microbatch, `norm_pass`, `squared_norms` and `sum_pass`, in this order.
+
+    Args:
+        model: the engine's.
+        tied: the parameters that several layers use.
+    Attributes:
+        factors: {parameter: factors} of the microbatch.
+        squares: {parameter: squared norms, (authors,)} of those whose norms are known before the backward pass ends.
+    """
+
+    def __init__(self, model: nn.Module, tied: set[Any]):
+        self.factors: dict[Any, list[GradFactors]] = defaultdict(list)
+        self.squares: dict[Any, torch.Tensor] = {}
+
+    def norm_pass(self, run_backward: Callable[[bool], None], authors: AuthorIndex, retain_graph: bool) -> None:
+        """Start a microbatch: run the backward pass, which calls `accepts` and `add`.
+
+        Args:
+            run_backward: takes whether to retain the graph.
+        """
+        self._authors = authors
+        self.factors.clear()
+        run_backward(retain_graph)
+
+    def accepts(self, source: Any, params: Collection[Any], tensors: Iterable[torch.Tensor]) -> bool:
+        """Return whether this pass needs the factors of a layer or a parameter.
+
+        Args:
+            source: the layer, or the parameter of an ordinary gradient.
+            params: its trained parameters.
+            tensors: the captured inputs and gradients.
+        """
+        return True
+
+    def max_materialized(self, parameter: Any) -> int:
+        """Return up to how many elements the per-author gradients of a matrix may be formed, if that is cheaper."""
+        return sys.maxsize
+
+    def add(self, parameter: Any, part: GradFactors, input_ids: torch.Tensor) -> None:
+        """Take the factors of one use of a parameter, in a forward pass of `input_ids`, (samples, tokens)."""
+        self.factors[parameter].append(part)
+
+    def squared_norms(self, params: list[Any]) -> list[torch.Tensor]:
+        """Drop the other parameters, and return the squared norms of these, each (authors,)."""
+        self.squares = {p: self.squares[p] for p in params if p in self.squares}
+        merged = {p: merge_factors(self.factors[p], self._authors) for p in params if p in self.factors}
+        self.factors.clear()
+        self.factors.update(merged)
+        unknown = [parts for p, parts in merged.items() if p not in self.squares]
+        return [*self.squares.values(), *(total_squared_norms(parts, self._authors) for parts in unknown)]
+
+    def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
+        """Add the clipped sums to each `summed_grad`."""
+        for parameter in list(self.factors):  # free each tensor once it is used
+            for part in self.factors.pop(parameter):
+                add_clipped(part, parameter.summed_grad, clip)
+
+
+def total_norms(squares: list[torch.Tensor], losses: torch.Tensor) -> torch.Tensor:
+    """Return the norms over all parameters, (authors,); inf where a norm is not a number.
+
+    Args:
+        squares: squared norms of each parameter, each (authors,).
+        losses: (authors,).
+    """
+    every = torch.stack([losses.new_zeros(len(losses), dtype=torch.float32), *squares], 1)  # (authors, parameters)
+    # Rounding may leave a small square below zero, which must not reduce the others; overflow must not pass for a small norm.
+    # The sum runs along rows: in a sum of columns, the vectorized order depends on the author's index.
+    return every.clamp(min=0).where(every.isfinite(), torch.inf).sum(1).sqrt()
