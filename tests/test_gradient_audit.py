@@ -69,7 +69,7 @@ BUGS: dict[str, tuple] = {
     "no clip": (CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "what is released for canaries"),
     "an author counted twice": (
         CLIP, "(clip_norm / norms).clamp(max=1.0)",
-        "(clip_norm / norms).clamp(max=1.0) * torch.bincount(authors.author, minlength=authors.count)", "what is released",
+        "(clip_norm / norms).clamp(max=1.0) * torch.bincount(authors.author, minlength=authors.num_authors)", "what is released",
         {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
