@@ -1,26 +1,26 @@
-"""Author-level DP for Hugging Face's Trainer: what is promised, and the Trainer that keeps the promise.
+"""Author-level differential privacy for Hugging Face's Trainer: the options, and the Trainer.
 
-Promise: every model that a run saves is (epsilon, delta)-differentially private under add-or-remove-one-author
-adjacency: all samples of one author together. The number of authors N, the sample rate q, the number of steps
-and all options are public. Losses, evaluation metrics and gradient statistics are not covered: they are
-computed on private data without noise.
+Guarantees: every model that a run saves is (epsilon, delta)-differentially private under add-or-remove-one-author adjacency: two
+data sets are neighbors if they differ by all samples of one author. The number of authors N, the sample rate q, the number of
+steps and all options are public. Losses, evaluation metrics and gradient statistics are not covered: they are computed on private
+data without noise.
 
-The rooms behind it are in `author_dp/`: a step in `mechanism.py` and `clipping/`, what a run may spend in `budget.py` with
-`accounting.py` and `ledger.py`, resuming in `checkpoints.py`, refusals in `guards.py`. `DPTrainer` connects them, in the order in
-which the Trainer asks.
+The parts are in `author_dp/`: a step in `mechanism/` and `clipping/`, what a run may spend in `accounting/`, checks in `guards/`,
+checkpoints and evaluation in `training/`. `DPTrainer` connects them, in the order in which the Trainer calls it.
 
 Example:
 
     >>> privacy = PrivacyArguments(target_epsilon=8.0, per_sample_max_grad_norm=1.0)
     >>> trainer = DPTrainer(model, args, privacy, train_dataset=AuthorDataset(...), data_collator=collate)
     >>> trainer.train()
+
+References: Abadi et al. 2016, Deep Learning with Differential Privacy (DP-SGD); McMahan et al. 2018, Learning Differentially
+Private Recurrent Language Models (user-level DP).
 """
 
-import json
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -29,74 +29,44 @@ from accelerate.utils import AutocastKwargs, send_to_device
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SchedulerType
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
-from transformers.utils import PushInProgress, logging
+from transformers.utils import logging
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
-from author_dp.accounting.budget import Budget, StopAtTargetEpsilon
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, read_private_count
-from author_dp.accounting.plan import make_plan, plan_of
-from author_dp.clipping import ENGINES, ClippingEngine
-from author_dp.clipping.norm_stats import NormStatistics
-from author_dp.distributed import all_reduce_gradients, broadcast
+from author_dp.accounting.budget import StopAtTargetEpsilon
+from author_dp.accounting.output_dir import failures_recorded, lock_output_dir
+from author_dp.clipping import ENGINES
+from author_dp.distributed import all_reduce_gradients
 from author_dp.errors import SignalError, UserError
-from author_dp.guards.agreement import check_same_start
-from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial, metric_driven_callback, metric_driven_scheduler
-from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCanaries
+from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
+from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.model_check import ModelCheck, longest_sample, verify_model
-from author_dp.guards.monitors import RunMonitors
-from author_dp.guards.options import (
-    check_fsdp,
-    check_launch,
-    check_model,
-    check_options,
-    check_shared_authors,
-    check_trained_weights,
-    have_shared_authors,
-    metric_driven_option,
-    use_adam_bc,
-)
+from author_dp.guards.options import check_launch, use_adam_bc
 from author_dp.guards.precision import check_float32, full_precision_sums
-from author_dp.mechanism.adam_bc import AdamBC
-from author_dp.mechanism.fsdp import ShardedOptimizer, full_state_dict, load_weights, make_engine, missing_rounds, shard
-from author_dp.mechanism.losses import author_losses, needs_position_ids
+from author_dp.guards.text_canaries import TextCanaries
+from author_dp.mechanism.fsdp import make_engine, missing_rounds
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
-from author_dp.mechanism.secret_generators import SecretGenerators
-from author_dp.models.activations import fuse_activations
-from author_dp.models.quantization import model_sizes
-from author_dp.models.weights import check_same_base, describe_base, write_certified
-from author_dp.outputs.model_card import model_card, public_settings
+from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
-from author_dp.outputs.publish import upload
+from author_dp.outputs.uploads import UploadingTrainer
 from author_dp.permissions import owner_only
-from author_dp.training.checkpointing import (
-    atomic_checkpoint,
-    check_author_count,
-    check_counts_hidden,
-    check_ledger_covers,
-    check_not_released,
-    find_checkpoint,
-    load_trainer_state,
-)
+from author_dp.training.checkpointing import find_checkpoint, load_trainer_state
 from author_dp.training.dataloading import (
     NoDDPWrapper,
+    PlainEngine,
     adapt_trainer_args,
     as_user_error,
     broadcast_parameters,
     load_logical_batches,
     make_sampler,
-    max_bands_in_memory,
-    to_device,
 )
-from author_dp.training.evaluation import EvalBatches, evaluate
 from author_dp.training.interruption import StopOnSignal
-from author_dp.training.malloc import memory_kept
+from author_dp.training.run_report import RunReport
+from author_dp.training.setup import check_model_choice, make_dp_optimizer, make_secret_generators, set_up_run
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -213,35 +183,33 @@ class PrivacyArguments:
 # --- the Trainer ----------------------------------------------------------------------------------------
 
 
-class DPTrainer(Trainer):
-    """Trainer whose training is the mechanism of author_dp/mechanism/optimizer.py; everything else is the Trainer's.
+class DPTrainer(UploadingTrainer):
+    """Trainer whose training is the mechanism of author_dp/mechanism; everything else is the Trainer's.
 
-    The batch size that is accounted for, B, is per_device_train_batch_size x gradient_accumulation_steps x
-    world_size authors; a draw is cut into microbatches of at most per_device_train_batch_size authors, and the
-    Trainer's own loop sees one logical batch per step.
+    The batch size that is accounted for, B, is per_device_train_batch_size x gradient_accumulation_steps x world_size authors. A
+    sampled batch is cut into microbatches of at most per_device_train_batch_size authors, and the Trainer's own loop sees one
+    logical batch per step.
 
     Args:
-        model: in float32; its trainable parameters are trained, all others are left as they are. An activation that is
-            written out in Python becomes one operation (author_dp/models/activations.py).
+        model: in float32; its trainable parameters are trained, all others are left as they are.
         args: Hugging Face's, with max_grad_norm 0.
-        privacy: what is promised.
+        privacy: the guarantee, and how it is kept.
         train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
         data_collator: pads a list of samples to input_ids and labels of shape (samples, tokens).
         sequence_len: tokens of the longest sample, from which the shapes of microbatches follow; default: 128, or the model's
             positions.
-        canaries: authors by whom the run audits itself, not yet in the data set.
-        full_shard: share weights, sums, noise and optimizer state among the processes (author_dp/mechanism/fsdp.py).
+        canaries: by which the run audits itself: GradientCanaries, not yet in the data set, or TextCanaries, which are.
+        full_shard: shard weights, gradients, noise and optimizer state over the processes (author_dp/mechanism/fsdp.py).
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
+        data_summary: how texts became samples, for privacy.json; public.
+        split_id: of the rule that held authors out, from `DataArguments.split_id`.
+        shared_authors: whether evaluation authors may be training authors.
         kwargs: the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
     """
 
-    model: PreTrainedModel
-    train_dataset: Any
-    optimizer: Any
-    audit: Optional[dict[str, Any]] = None  # its result, for the report
-    adapter_base: Optional[dict[str, Any]] = None  # the model under an adapter, for the report
+    engine: Any  # ClippingEngine while training with privacy, PlainEngine otherwise
 
     def __init__(
         self,
@@ -252,61 +220,42 @@ class DPTrainer(Trainer):
         train_dataset: Any,
         data_collator: Callable,
         sequence_len: Optional[int] = None,
-        canaries: Optional[GradientCanaries] = None,
+        canaries: GradientCanaries | TextCanaries | None = None,
         full_shard: bool = False,
         model_name: Optional[str] = None,
+        data_summary: Optional[dict[str, Any]] = None,
+        split_id: Optional[str] = None,
+        shared_authors: bool = False,
         **kwargs,
     ):
-        check_options(args, privacy)
-        check_model(model, proven=False)
-        fuse_activations(model)
-        self.full_shard = full_shard
-        if full_shard:
-            check_fsdp(args, privacy, model)
-            shard(model, args.device)
-        self.proof: Optional[ModelCheck] = None
-        if not privacy.disable_dp:  # a model that cannot be clipped is refused before anything is written
-            checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
-            check_float32(to_device(model, args), args.bf16)
-            self.proof = verify_model(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
-            logger.info(self.proof.in_words())
-        self.privacy = privacy
-        self.sequence_len = longest_sample(model, sequence_len)
-        if sequence_len is None and (longest := getattr(train_dataset, "longest", 0)) > self.sequence_len:
-            raise UserError(f"DPTrainer needs sequence_len={longest}: a sample is longer than {self.sequence_len} tokens")
-        self.adapter = isinstance(model, PeftModel)
-        self.checkpoint = find_checkpoint(args, privacy, self.adapter)
-        self.base_model = starting_model(model_name or model.name_or_path) if args.process_index == 0 else None
+        self.privacy, self.full_shard, self.shared_authors = privacy, full_shard, shared_authors
         self.canaries = canaries
-        if canaries is not None:
-            train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
-        self.folder = Path(str(args.output_dir))
-        ledger = PrivacyLedger(self.folder / LEDGER_NAME)
-        earlier = broadcast(ledger.runs if ledger.steps else [])  # a run that took no step binds nobody
-        self.plan = make_plan(
-            privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands_in_memory(model, args)
+        self.gradient_canaries = canaries if isinstance(canaries, GradientCanaries) else None
+        setup = set_up_run(
+            model,
+            args,
+            privacy,
+            train_dataset,
+            data_collator,
+            sequence_len,
+            self.gradient_canaries,
+            full_shard,
+            split_id,
+            shared_authors,
         )
-        if self.plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
-            raise ValueError("noise bands need the hashes of all authors: AuthorDataset(..., hashes=author_hashes(authors))")
-        check_same_start(self.plan, train_dataset, model, args.bf16)
-        self.norms = NormStatistics(self.plan.clip_norm, args.device)
-        self.checks = RunMonitors(self.plan, canaries, self.norms)
-        kept = broadcast(read_private_count(self.folder))
-        check_author_count(earlier, kept, self.plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
-        check_counts_hidden(self.folder, ledger, privacy.hide_counts)
-        self.budget = Budget(self.plan, ledger, is_first_process=args.process_index == 0)
-        self.budget.by_metrics = metric_driven_option(args)
-        self.shared_authors = False  # whether evaluation authors may be training authors
-        self.engine: Optional[ClippingEngine] = None  # while training
-        self.data: Optional[dict[str, Any]] = None  # how texts became samples, for the report
-        self.generators: Optional[SecretGenerators] = None  # while training with privacy
-        self.settings = public_settings(args, model, model_name or model.name_or_path)
-        self.ended: Optional[dict[str, Any]] = None  # the privacy.json of a training that is at its end
-        self._look_for_end()
+        self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
+        self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
+        self.folder, self.engine = Path(str(args.output_dir)), PlainEngine(model, self.plan.expected_batch_size)
+        name = model_name or model.name_or_path
+        base_model = starting_model(name) if args.process_index == 0 else None
+        settings = public_settings(args, model, name)
+        self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
+        self.run_report.find_finished(self.checkpoint)
         self._step_loss = torch.zeros((), device=args.device)
         redirect_loggers(args)
         args = adapt_trainer_args(args)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        kwargs |= {"train_dataset": setup.train_dataset, "data_collator": setup.data_collator}
+        super().__init__(model=model, args=args, **kwargs)
         args.max_steps = self.plan.steps  # not before: it would be said to override --num_train_epochs, of which it is made
         check_launch(self.accelerator, args.bf16)
         if full_shard:  # or copies of all gathered weights in bfloat16 would wait for the end of a forward
@@ -314,133 +263,69 @@ class DPTrainer(Trainer):
         if not privacy.disable_dp:
             self.callback_handler = WatchedCallbacks(self)
         self.add_callback(StopAtTargetEpsilon(self.budget))
-        self.needs_positions = needs_position_ids(model)
 
-    # What the Trainer asks for, in the order in which it asks.
+    # Training, in the order in which the Trainer calls.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
-        """Train under the plan, continuing at `resume_from_checkpoint` if given (args.resume_from_checkpoint otherwise).
+        """Train under the plan, resuming from `resume_from_checkpoint` if given (args.resume_from_checkpoint otherwise).
 
         Raises:
-            UserError: where the budget is used up, or the folder in use or not to be written.
+            UserError: where the budget is used up, or the output directory is in use or cannot be written.
             SignalError: after a signal, when the checkpoint is saved.
-            MechanismError: where the noise is not what the ledger says; that is then noted in the folder, and nothing saved.
+            MechanismError: where the noise is not what the ledger says; the output directory then says so, and nothing is saved.
         """
         check_no_trial(args[0] if args else kwargs.get("trial"))
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
-            self.checkpoint = find_checkpoint(self.args, self.privacy, self.adapter)
+            self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel))
         if self.args.process_index == 0:
-            self._identify_base()
-        self._look_for_end()
-        if self.checkpoint and self.ended is not None:
-            logger.info(f"{self.checkpoint} is the end of the training: nothing is left to do, or spent.")
+            self.run_report.identify_base(self.model, self.checkpoint)
+        self.run_report.find_finished(self.checkpoint)
+        if self.checkpoint and self.run_report.finished is not None:
+            logger.info(f"{self.checkpoint}: training already finished at this checkpoint; no privacy budget spent.")
             self.state = load_trainer_state(self.checkpoint)
             return self._load_from_checkpoint(str(self.checkpoint))
-        self._check_choices()
+        check_model_choice(self, self.shared_authors)
+        if isinstance(self.canaries, TextCanaries):
+            self.canaries.start(self)
         self.add_callback(signals := StopOnSignal())
-        little = self.full_shard or self.args.activation_checkpointing  # memory counts for more than time
         try:
-            with (
-                self.budget.lock_output_dir(),
-                self.budget.alarm(self.create_model_card),
-                memory_kept(self.args.device.type == "cpu" and not little),
-                self._secret_generators() as self.generators,
-                full_precision_sums(),
-            ):
-                self.budget.start()
-                self.checks.start(self._sampler, self.budget, self.args.device, self.privacy.secure_noise)
-                with owner_only():
-                    result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
-                self._check(whole=True)
+            with lock_output_dir(self.budget), failures_recorded(self.budget, self.create_model_card):
+                with (
+                    make_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
+                    full_precision_sums(),
+                ):
+                    self.budget.start()
+                    self.monitors.start(self._sampler, self.budget, self.args.device, self.privacy.secure_noise)
+                    with owner_only():
+                        result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
+                    self.check_run(full=True)
         finally:
             self.checkpoint = self.generators = None
-            self.checks.stop()
+            self.monitors.stop()
             self.remove_callback(signals)
             signals.restore()
-            if self.engine is not None:
-                self.engine.close()
-                self.engine, self.model_wrapped = None, self.model
+            self.engine.close()
+            self.model_wrapped = self.model
         if signals.agreed:
             raise SignalError(signals.agreed)
+        if self.canaries is not None:
+            self.run_report.audit = self.canaries.finish(self)
         return result
-
-    def _look_for_end(self) -> None:
-        """Where the checkpoint is the end of the training, report the run that took its steps, whatever the options are now."""
-        self.ended, self.audit, self.budget.plan = None, None, self.plan
-        if not self.checkpoint or load_trainer_state(self.checkpoint).global_step < self.plan.steps:
-            return
-        self.ended, final = json.loads((self.checkpoint / REPORT_NAME).read_text()), self.folder / REPORT_NAME
-        if final.exists() and (known := json.loads(final.read_text())).get("weights") == self.ended.get("weights"):
-            self.ended = known  # with an audit, if there was one
-        self.audit = self.ended.get("audit")
-        if not self.plan.disable_dp:
-            self.budget.ledger.read()  # another run may have written it since
-            plan = plan_of(self.budget.ledger.last_run)
-            if plan.hide_counts:  # then the header does not tell them, and nor will the report
-                plan = replace(plan, num_authors=self.plan.num_authors, num_samples=self.plan.num_samples)
-            self.budget.plan = plan
-
-    def _secret_generators(self) -> AbstractContextManager[Optional[SecretGenerators]]:
-        """Return the context that makes random numbers inside the model secret; without privacy, one that does nothing."""
-        if self.privacy.disable_dp:
-            return nullcontext()
-        return SecretGenerators({self.args.device, *(parameter.device for parameter in self.model.parameters())})
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save the generators' states without privacy only: otherwise they are secrets."""
-        if self.generators is None:
-            super()._save_rng_state(output_dir)
-
-    def _load_rng_state(self, checkpoint: Optional[str]) -> None:
-        """Restore the generators' states without privacy only: otherwise each training has new ones."""
-        if self.generators is None:
-            super()._load_rng_state(checkpoint)
-
-    def _identify_base(self) -> None:
-        """Hash an adapter's base, once; a checkpoint must have the same one, and knows the model that training started from.
-
-        Raises:
-            UserError: for another base.
-        """
-        if self.adapter:
-            base: Any = self.model
-            name = base.peft_config[base.active_adapter].base_model_name_or_path
-            self.adapter_base = describe_base(name, getattr(base.get_base_model().config, "_commit_hash", None))
-        if self.checkpoint:
-            report = json.loads((self.checkpoint / REPORT_NAME).read_text())
-            if not self.privacy.disable_dp:
-                check_same_base(self.adapter_base, report.get("adapter_base"))
-            self.base_model = report.get("base_model")
-
-    def _check_choices(self) -> None:
-        """Note what lets metrics choose the model, for the ledger; raise UserError where nothing would pay for that."""
-        scheduler = metric_driven_scheduler(self)
-        option = metric_driven_option(self.args) or scheduler or metric_driven_callback(self.callback_handler.callbacks)
-        shared = self.shared_authors or have_shared_authors(self.train_dataset, self.eval_dataset)
-        check_shared_authors(shared, option, self.privacy)
-        if not self.privacy.disable_dp:
-            check_not_released(self.budget.ledger, option)
-        self.budget.by_metrics = option
-
-    def hyperparameter_search(self, *args, **kwargs) -> Any:
-        """Refuse: each trial would spend, and the best one be chosen by losses."""
-        check_no_trial("all")
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the logical batches of an epoch."""
-        at_once = self.args.per_device_train_batch_size
-        at_once = at_once if self.proof is None else self.proof.max_authors(at_once)
-        shape = None
-        if not self.privacy.disable_dp:
-            accumulation = self.plan.expected_batch_size // (at_once * self.args.world_size)
-            shape = make_microbatch_shape(at_once, accumulation, self.privacy.samples_per_author, self.sequence_len)
+        max_authors, shape = self.args.per_device_train_batch_size, None
+        if self.model_check is not None:
+            max_authors = self.model_check.max_authors(max_authors)
+            accumulation = self.plan.expected_batch_size // (max_authors * self.args.world_size)
+            shape = make_microbatch_shape(max_authors, accumulation, self.privacy.samples_per_author, self.sequence_len)
         sampler = self._sampler()
-        self.checks.watch(sampler)
-        return load_logical_batches(self.train_dataset, sampler, self.args, self.data_collator, at_once, shape)
+        self.monitors.watch_sampler(sampler)
+        return load_logical_batches(self.train_dataset, sampler, self.args, self.data_collator, max_authors, shape)
 
     def _sampler(self) -> PoissonAuthorSampler:
-        return make_sampler(self.train_dataset, self.plan, self.args, self.checks.number)
+        return make_sampler(self.train_dataset, self.plan, self.args, self.monitors.num_canaries)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Wrap the Trainer's optimizer in the one that adds the noise."""
@@ -450,22 +335,13 @@ class DPTrainer(Trainer):
             return optimizer
         noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
-            if use_adam_bc(self.args, self.privacy, self.plan.noise_bands):
-                logger.info("Adam's second moment is rid of the noise's variance (--adam_noise_correction).")
-                optimizer = AdamBC(optimizer)
-            self.checks.count_updates(optimizer)
-            self.optimizer = noisy = (ShardedOptimizer if self.full_shard else AuthorDPOptimizer)(
-                optimizer,
-                noise_multiplier=self.plan.noise_multiplier,
-                clip_norm=self.plan.clip_norm,
-                expected_batch_size=self.plan.expected_batch_size,
-                before_release=self._record_step,
-                after_release=self.checks.released,
-                canaries=self.canaries,
-                secure_noise=self.privacy.secure_noise,
-            )
-        noisy.begin(self.plan.coefficients())
-        self._noisy = noisy
+            corrected = use_adam_bc(self.args, self.privacy, self.plan.noise_bands)
+            self.optimizer = noisy = make_dp_optimizer(
+                optimizer, self.plan, self.monitors, self.gradient_canaries, self._record_step,
+                corrected=corrected, secure_noise=self.privacy.secure_noise, sharded=self.full_shard,
+            )  # fmt: skip
+        noisy.start_training(self.plan.coefficients())
+        self.dp_optimizer = noisy
         return self.optimizer
 
     def _record_step(self) -> None:
@@ -474,219 +350,50 @@ class DPTrainer(Trainer):
             check_float32(self.model, self.args.bf16)
         self.budget.record_step()
 
-    def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
-        """Name the option where the Trainer's scheduler does not take its arguments."""
-        kind, options = SchedulerType(self.args.lr_scheduler_type).value, self.args.lr_scheduler_kwargs
-        with as_user_error(f"--lr_scheduler_type {kind}, with --lr_scheduler_kwargs {options}"):
-            return super().create_scheduler(*args, **kwargs)
-
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Optional[DataLoader] = None) -> nn.Module:
         """Return the clipping engine's module, for training only; wrapped, so that accelerate adds no DistributedDataParallel."""
         if not training:
             return model
         if not self.full_shard:
             broadcast_parameters(self.model)
-        self.checks.hold(self.model)
-        if self.privacy.disable_dp:
-            return NoDDPWrapper(self.model)
-        clipped = self.model if self.canaries is None else self.canaries.beside(self.model)
-        self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm, bool(self.args.activation_checkpointing))
-        if self.proof is not None:
-            self.proof.settle(self.engine)
+        self.monitors.watch_frozen_weights(self.model)
+        if not self.privacy.disable_dp:
+            clipped = self.model if self.gradient_canaries is None else self.gradient_canaries.wrap_model(self.model)
+            self.engine = make_engine(clipped, self.plan.clipping, self.plan.clip_norm, bool(self.args.activation_checkpointing))
+            self.model_check.freeze_fallback(self.engine)  # type: ignore[union-attr]
         return NoDDPWrapper(self.engine.module)
 
     def training_step(self, model: nn.Module, inputs: LogicalBatch, *_) -> torch.Tensor:  # type: ignore[override]
         """Accumulate the clipped gradients of one logical batch; an empty one costs nothing.
 
         Returns:
-            the mean loss over the authors of the whole draw, as this process' summand of a mean over processes.
-            Not private.
+            the mean loss over the authors of the logical batch, as this process' summand of a mean over processes. Not private.
         """
         model.train()
-        self.optimizer.zero_grad()  # also what a step left that was broken off
+        self.optimizer.zero_grad()  # also what an interrupted step left
         total = torch.zeros_like(self._step_loss)
-        idle = missing_rounds(model, len(inputs.microbatches))  # of a model in shares, whose layers all must gather alike
+        missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
         for microbatch in inputs.microbatches:
             real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
-                losses = author_losses(model, microbatch, self.needs_positions)
-            if self.engine is None:
-                (losses.sum() / self.plan.expected_batch_size).backward()
-            else:
-                losses = losses if self.canaries is None else self.canaries.push(losses, microbatch)
-                norms = self.engine.backward(losses, microbatch["author"])
-                self.norms.add(norms, real)
+                losses = author_losses(model, microbatch)
+            if self.gradient_canaries is not None:
+                losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
+            norms = self.engine.backward(losses, microbatch["author"])
+            self.norms.add(norms, real)
             total += losses.detach().nan_to_num(posinf=0.0).sum()
             del losses  # and what of its graph is not freed yet
-        for _round in range(idle):
+        for _round in range(missing):
             with self.accelerator.autocast():
-                self.engine.dummy_backward()  # type: ignore[union-attr]
-        if self.generators is not None:
-            self.generators.check()
-        if self.engine is not None:
-            self._noisy.draw = inputs.number
-        self.norms.end_step()
-        self.checks.taken(inputs.batch_size, inputs.number)
-        if self.engine is None:
+                self.engine.dummy_backward()
+        if self.privacy.disable_dp:
             all_reduce_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
-        if inputs.batch_size:  # the loss of an empty draw does not exist: repeat the last one
+        else:
+            self.generators.check()  # type: ignore[union-attr]
+            self.dp_optimizer.batch_index = inputs.batch_index
+        self.norms.end_step()
+        self.monitors.on_step(inputs.batch_size, inputs.batch_index)
+        if inputs.batch_size:  # the loss of an empty batch does not exist: repeat the last one
             self._step_loss = total * self.args.world_size / inputs.batch_size
         return self._step_loss.clone()
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Optional[torch.Tensor] = None) -> Optional[torch.Tensor]:
-        """Skip the norm that the Trainer logs: before the optimizer's step there is no gradient that could be shown."""
-        return super()._get_grad_norm(model, grad_norm) if self.privacy.disable_dp else None
-
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Return B, for the Trainer's log."""
-        return self.plan.expected_batch_size
-
-    def floating_point_ops(self, inputs: LogicalBatch) -> int:  # type: ignore[override]
-        """Sum over the microbatches."""
-        return sum(super(DPTrainer, self).floating_point_ops(microbatch) for microbatch in inputs.microbatches)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return this process' share of the evaluation texts, in batches of --per_device_eval_batch_size."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        return DataLoader(EvalBatches(dataset, size, self.data_collator, rank, world_size), batch_size=None)
-
-    def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
-        """Return losses that depend neither on the batch nor on the number of processes; see author_dp/training/evaluation.py."""
-
-        def on_batch() -> None:
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-
-        self.callback_handler.eval_dataloader = dataloader  # the progress bar asks for its length
-        with self.accelerator.autocast():
-            return evaluate(self.model, dataloader, self.needs_positions, on_batch, metric_key_prefix)
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add epsilon spent so far to every line, and to the training ones statistics that are not private."""
-        if not self.privacy.disable_dp:
-            if "loss" in logs:
-                self._check()
-                logs |= {**self.norms.pop(), "noise_multiplier": self.plan.noise_multiplier}
-            if self.args.process_index == 0:
-                logs["epsilon"] = self.epsilon()
-        with owner_only():
-            super().log(logs, *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as the Trainer does, whole or not at all."""
-        self._check(whole=True)
-        with atomic_checkpoint(self.folder, self.args, self.state):
-            super()._save_checkpoint(model, trial)
-
-    def _check(self, whole: bool = False) -> None:
-        """Raise MechanismError for draws, clips or noise that are not as promised, UserError for weights that are not finite."""
-        self.checks.test(whole)
-        check_trained_weights(self.model, self.state.global_step)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the whole of an optimizer's state that is in shares, as one without shares would be."""
-        if not self.full_shard:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        state = getattr(self.optimizer, "optimizer", self.optimizer).full_optim_state()
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # type: ignore[union-attr]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Optional[nn.Module] = None) -> None:
-        if not self.full_shard:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_weights(self.model, Path(resume_from_checkpoint))
-
-    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
-        """Save model and tokenizer, and the privacy report of these weights beside them."""
-        if self.full_shard:
-            state_dict = full_state_dict(self.model)
-        if not self.args.should_save:
-            return super()._save(output_dir, state_dict)
-        if self.adapter and self.adapter_base is None:  # never trained
-            self._identify_base()
-        with write_certified(Path(output_dir or self.folder), self.adapter, self.privacy_report, self.plan.disable_dp):
-            with owner_only():
-                super()._save(output_dir, state_dict)
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""
-        if self.budget.is_first_process and not self.privacy.disable_dp:
-            check_ledger_covers(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
-        super()._load_best_model()
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: Optional[str] = None,
-        revision: Optional[str] = None,
-        private: Optional[bool] = None,
-        **_: Any,
-    ) -> Any:
-        """Upload what author_dp/outputs/publish.py copies of the output folder, and nothing else."""
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if self.is_world_process_zero():
-            self._finish_current_push()
-            return self._upload(self.folder, commit_message, token, revision, in_background=not blocking)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload what author_dp/outputs/publish.py copies of a checkpoint; leave it out while the last upload is not finished."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self.push_in_progress is None or self.push_in_progress.is_done() or self.args.hub_always_push:
-            self._finish_current_push()
-            job = self._upload(
-                Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}", in_background=True
-            )
-            self.push_in_progress = PushInProgress([job])  # type: ignore[assignment, arg-type]
-
-    def _upload(self, folder: Path, message: str, token: Any = None, revision: Any = None, *, in_background: bool) -> Any:
-        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
-        return upload(folder, str(self.hub_model_id), message, token, revision, in_background)
-
-    def save_metrics(self, *args, **kwargs) -> None:
-        """Save metrics for the owner only."""
-        with owner_only():
-            super().save_metrics(*args, **kwargs)
-
-    def save_state(self) -> None:
-        """Save the Trainer's state, with its losses, for the owner only."""
-        with owner_only():
-            super().save_state()
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write a card of public values instead of the Trainer's, which would show private metrics."""
-        if self.is_world_process_zero():
-            (self.folder / "README.md").write_text(model_card(self.privacy_report()), encoding="utf-8")
-
-    # What the run has promised and spent.
-
-    def summary(self) -> str:
-        """Return what will happen, for the log before training."""
-        taken = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
-        return self.budget.summary(model_sizes(self.model), self.train_dataset.offsets, max(0, self.plan.steps - taken))
-
-    def epsilon(self, more_steps: int = 0) -> float:
-        """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
-        return self.budget.epsilon(more_steps)
-
-    def privacy_report(self) -> dict[str, Any]:
-        """Return what privacy.json holds; on the first process only."""
-        report = self.budget.report(self.state.global_step)
-        if self.ended is not None and self.ended["disable_dp"] == self.plan.disable_dp:
-            kept = {name: value for name, value in self.ended.items() if name != "weights"}
-            return report | kept if self.plan.disable_dp else kept | report
-        if not self.plan.disable_dp:
-            report["secure_noise"] = self.privacy.secure_noise
-        more = {
-            "settings": self.settings,
-            "data": self.data,
-            "audit": self.audit,
-            "adapter_base": self.adapter_base,
-            "base_model": self.base_model,
-        }
-        return report | {name: value for name, value in more.items() if value}

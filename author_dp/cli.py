@@ -1,16 +1,215 @@
-"""Run a program of the project: errors of the user end it with exit status 2 and one line, without a traceback."""
+"""Command lines: options from a YAML file, errors as one line and an exit status, logs without noise.
 
+Exit statuses: 0 for success, 2 for an error that the user can fix (`UserError`), 3 where the run's mechanism is not what its
+ledger says (`MechanismError`), 128 + n after signal n. Other exceptions are ours and keep their traceback.
+
+Example:
+
+    >>> model_args, training_args = parse_options([ModelArguments, TrainingArguments])
+    >>> if __name__ == "__main__":
+    ...     run(main)
+"""
+
+import argparse
+import difflib
+import json
+import os
+import signal
 import sys
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Optional
 
-from author_dp.errors import UserError
+import datasets
+import torch.distributed as dist
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
+
+from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
+
+OTHER_RANKS_WAIT = 10  # seconds in which the first process, which prints the same error, ends the others
+
+# Names by which other trainers, or people, know an option.
+KNOWN_AS = {
+    "epsilon": "target_epsilon", "eps": "target_epsilon", "delta": "target_delta", "sigma": "noise_multiplier",
+    "clip_norm": "per_sample_max_grad_norm", "max_norm": "per_sample_max_grad_norm", "clip": "per_sample_max_grad_norm",
+    "model": "model_name", "model_name_or_path": "model_name", "dataset": "dataset_name", "data": "train_file",
+    "user_column": "author_column", "max_length": "sequence_len", "max_seq_length": "sequence_len", "block_size": "sequence_len",
+    "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "steps": "max_steps", "lr": "learning_rate",
+    "lora": "enable_lora", "use_lora": "enable_lora", "lora_r": "lora_dim", "lora_rank": "lora_dim", "output": "output_dir",
+    "resume": "resume_from_checkpoint", "load_in_8bit": "load_in_4bit",
+}  # fmt: skip
+
+# Log lines of transformers that inform nobody: padding is on the right, where causal attention does not look, and GPT-2's class
+# name, which nobody set in a config, selects the default loss.
+NOISY_LOG_PREFIXES = (
+    "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
+    "loading configuration file", "Model config ", "Generate config ",  # pages of them, at each save
+    "\n\nTraining completed. Do not forget to share",
+)  # fmt: skip
+NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "trainer")
+warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # by peft's calls of transformers
+
+
+# --- options ------------------------------------------------------------------------------------------
+
+
+class _ErrorParser(argparse.ArgumentParser):
+    """Raise UserError where argparse would print pages of usage and exit; --help shows these."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+class ArgumentParser(_ErrorParser, HfArgumentParser):
+    """Hugging Face's parser of dataclasses, with errors as `UserError`."""
+
+
+def parse_options(groups: Sequence[Any], arguments: Optional[Sequence[str]] = None) -> tuple:
+    """Return one instance of each of `groups`, dataclasses of options.
+
+    Args:
+        arguments: words of the command line; default: `sys.argv[1:]`. `--config FILE` stands for the options in a YAML file;
+            options on the command line override those.
+    Raises:
+        UserError: for options that are unknown, or whose values cannot be used.
+    """
+    words = load_config_args(sys.argv[1:] if arguments is None else arguments)
+    parser = ArgumentParser(groups)
+    _, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise UserError(f"unknown option {' '.join(unknown)}{suggest(unknown[0], parser)}; --help lists all options")
+    try:
+        return parser.parse_args_into_dataclasses(words)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # raised by Hugging Face's own checks
+        raise UserError(name_offending_options(str(error).strip().splitlines()[0], words)) from error
+
+
+def suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
+    """Return a question that names the option which an unknown one may mean; empty where none is near."""
+    word = unknown.partition("=")[0].lstrip("-").replace("-", "_")
+    options = [name.removeprefix("--") for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    near = [KNOWN_AS[word]] if word in KNOWN_AS else difflib.get_close_matches(word, options, 1, 0.75)
+    return f" (did you mean --{near[0]}?)" if near else ""
+
+
+def load_config_args(arguments: Sequence[str]) -> list[str]:
+    """Return the words of a command line with `--config FILE` replaced by the options in that YAML file, which come first."""
+    parser = _ErrorParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    found, rest = parser.parse_known_args(list(arguments))
+    if found.config is None:
+        return list(arguments)
+    try:
+        text = found.config.read_text(encoding="utf-8")
+        check_keys(yaml.compose(text))
+        written, typed = yaml.load(text, yaml.BaseLoader) or {}, yaml.safe_load(text) or {}
+        words = [word for name, value in written.items() for word in to_cli_args(name, value, typed.get(name, value))]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = f"it must hold options, a line each, like 'target_epsilon: 8' ({error})"
+        raise UserError(f"--config {found.config} cannot be read: {reason}") from error
+    return words + rest
+
+
+def check_keys(node: Optional[yaml.Node]) -> None:
+    """Raise ValueError where a mapping of a YAML document has a key twice: only the last one would count."""
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{twice[0]} stands there {keys.count(twice[0])} times")
+        children = [value for _, value in node.value]
+    for child in children:
+        check_keys(child)
+
+
+def to_cli_args(name: str, written: Any, typed: Any) -> list[str]:
+    """Return the words of one option; none for null.
+
+    Args:
+        written: its value in the file, scalars as they are written ("no", "042").
+        typed: the same with numbers and null, as Hugging Face wants a mapping.
+    """
+    if typed is None:
+        return []
+    if isinstance(typed, dict):
+        return [f"--{name}", json.dumps(typed, default=str)]
+    return [f"--{name}", *written] if isinstance(written, list) else [f"--{name}", written]
+
+
+def name_offending_options(message: str, words: Sequence[str]) -> str:
+    """Name the options that an error may be about, where it names none: those whose values it quotes, or all."""
+    given = [(option, value) for option, value in zip(words, [*words[1:], ""]) if option.startswith("--")]
+    if any(option in message for option, _ in given):
+        return message
+    quoted = [option for option, value in given if value and (value in message or value.startswith("{"))]
+    return f"{', '.join(quoted or [option for option, _ in given])}: {message}"
+
+
+# --- logs ---------------------------------------------------------------------------------------------
+
+
+def is_useful(record: Any) -> bool:
+    """Return whether a log record is none of NOISY_LOG_PREFIXES."""
+    return not record.getMessage().startswith(NOISY_LOG_PREFIXES)
+
+
+def configure_logging(args: TrainingArguments) -> None:
+    """Show progress bars where they are wanted, on the first process, and drop NOISY_LOG_PREFIXES."""
+    if args.disable_tqdm or args.process_index > 0:
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+    for name in NOISY_LOGGERS:
+        logging.get_logger(f"transformers.{name}").addFilter(is_useful)  # type: ignore[arg-type]
+
+
+# --- exit statuses ------------------------------------------------------------------------------------
+
+
+def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> None:
+    """Call a training script's `main`, and exit as its errors ask for.
+
+    Args:
+        name: the program's, for its messages.
+        cleanup: called before the exit, which skips what Python does at exit where there are several processes.
+    """
+    from author_dp import startup  # here, as importing it alone changes what Python does
+
+    startup.end()
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+    except SignalError as error:
+        if rank == 0:
+            print(f"{name}: interrupted; resume with --resume_from_checkpoint True", file=sys.stderr)
+        exit_process(128 + error.number, cleanup)
+    except KeyboardInterrupt:
+        message = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
+        print(f"{name}: {message}", file=sys.stderr)
+        exit_process(130, cleanup)
+    except MechanismError as error:
+        exit_mechanism_error(error, name, rank, cleanup)
+    except Exception as error:
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise here, for a data loader worker that is gone
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        user_error = error if isinstance(error, UserError) else to_user_error(error)
+        if user_error is None:
+            raise
+        exit_user_error(user_error, name, rank, cleanup)
+    if dist.is_initialized():  # a process that just ends may abort: gloo's threads are still there
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def run_program(name: str, main: Callable[[list[str]], None], interrupted: str = "nothing more is written") -> None:
-    """Call `main` with the arguments of the command line, and exit as its errors want it.
+    """Call the `main` of a program of one process with the words of the command line, and exit as its errors ask for.
 
     Args:
-        name: of the program, for its messages.
         interrupted: what a Ctrl-C means for what is written.
     """
     try:
@@ -21,3 +220,33 @@ def run_program(name: str, main: Callable[[list[str]], None], interrupted: str =
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {interrupted}", file=sys.stderr)
         sys.exit(130)
+
+
+def exit_user_error(error: UserError, name: str, rank: int, cleanup: Callable[[], None]) -> NoReturn:
+    """Print what the user can fix, once, and exit with status 2."""
+    if rank > 0 and not isinstance(error, PeerLostError):
+        time.sleep(OTHER_RANKS_WAIT)
+    print(f"{name}: error: {error}", file=sys.stderr)
+    exit_process(2, cleanup)
+
+
+def exit_mechanism_error(error: MechanismError, name: str, rank: int, cleanup: Callable[[], None]) -> NoReturn:
+    """Print that the run is not what it promised to be, once, and exit with status 3."""
+    if rank > 0:
+        time.sleep(OTHER_RANKS_WAIT)
+    print(
+        f"{name}: the mechanism is not what the ledger says: {error}. Nothing more was saved, and what this run saved before has "
+        "no guarantee, as its privacy.json now say: do not publish it",
+        file=sys.stderr,
+    )
+    exit_process(3, cleanup)
+
+
+def exit_process(status: int, cleanup: Callable[[], None]) -> NoReturn:
+    """Exit; at once where there are several processes, as gloo's threads may abort one that ends in the usual way."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    cleanup()
+    if dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)

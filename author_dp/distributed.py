@@ -1,6 +1,6 @@
-"""What several processes share. With one process, or without torch.distributed, every function does what that one would.
+"""Share values between the processes of a run; with one process, or without torch.distributed, do what that one would.
 
-Promise: the functions are collective: all processes of a run call them, in the same order, and get the same result.
+Guarantees: the collective functions return the same result on all processes. All processes call them, in the same order.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def broadcast(value: Any) -> Any:
-    """Return the first process' value on every process; of any type that can be pickled."""
+    """Return rank 0's value, of any type that can be pickled, on every process. Collective."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -20,7 +20,7 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the values of all processes, on every process; of any type that can be pickled."""
+    """Return the values of all processes, of any type that can be pickled, on every process. Collective."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -29,27 +29,33 @@ def gather(value: Any) -> list[Any]:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over the processes, in place, and return it."""
+    """Sum `tensor` over the processes, in place, and return it. Collective."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum the gradients of all processes, in one buffer; a process that had no author has zeros."""
+    """Sum the gradients over the processes, in one buffer; a process that had no author counts as zeros. Collective."""
     if not dist.is_initialized():
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     total = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters])):
-        parameter.grad = part.view_as(parameter)
+    for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process' rank, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Return whether this process has rank 0."""
+    return rank_and_world_size()[0] == 0
 
 
 def barrier() -> None:
-    """Return when every process is here."""
+    """Wait until all processes are here. Collective."""
     if dist.is_initialized():
         dist.barrier()

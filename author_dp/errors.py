@@ -69,3 +69,8 @@ def to_user_error(error: Exception) -> Optional[UserError]:
         reason = getattr(error, "strerror", None) or "the write failed"
         return UserError(f"--output_dir cannot be written ({reason}): make it writable, with free space; {go_on}")
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

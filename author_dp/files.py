@@ -1,4 +1,4 @@
-"""Write files atomically, and private ones for the owner only."""
+"""Write files atomically, and keep private ones readable by their owner only."""
 
 import json
 import os
@@ -12,14 +12,13 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
     """Replace `path` atomically: a crash leaves the old file or the new one.
 
     Args:
-        private: for its owner's eyes only.
+        private: make the file readable by its owner only. Otherwise it gets the user's default mode, also within `owner_only`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        if private:
-            make_private(temporary)
-        else:  # also within owner_only
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        if not private:
             temporary.chmod(0o666 & ~USER_UMASK)
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
         file.flush()
@@ -28,22 +27,14 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
     fsync_folder(path.parent)
 
 
-def write_private_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file for its owner's eyes only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(content, file)
-
-
 def make_private(path: Path) -> None:
-    """Let nobody but the owner read a file, there or not yet, so that what is private can be told by its mode."""
-    path.touch(mode=0o600)  # or it would be everybody's for a moment
+    """Set mode 0600 on `path`, which is created if missing, so that the mode marks it as private."""
+    path.touch(mode=0o600)  # with the default mode, others could open a new file before chmod
     path.chmod(0o600)
 
 
 def fsync_folder(folder: Path) -> None:
-    """Let the names in `folder` survive a power cut, where the system can."""
+    """Flush the directory entries of `folder` to disk, so that they survive a power cut; POSIX only."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached, and the error where it cannot."""
+"""Find out whether the Hugging Face Hub is reachable, and report where it is not."""
 
 from huggingface_hub import constants, get_session
 
@@ -6,16 +6,17 @@ from author_dp.errors import UserError
 
 
 def hub_is_reachable() -> bool:
-    """Ask the hub once, without the minute of retries that the libraries spend where there is no network."""
+    """Ask the hub once. Without a network, the libraries would retry for a minute."""
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the HTTP library, its proxy, or offline mode raises: it is not to be had
+    except Exception:  # depends on the HTTP library, its proxy and offline mode
         return False
     return True
 
 
 def hub_error(option: str, name: str) -> UserError:
+    """Return the error for a name that is no local path while the hub is unreachable."""
     return UserError(
-        f"{option} {name} is not a local path and the Hugging Face hub cannot be reached: give local files with --train_file "
+        f"{option} {name}: it is no local path, and the Hugging Face hub cannot be reached. Give local files with --train_file "
         "and a local folder with --model_name, or run the demo (README.md)"
     )

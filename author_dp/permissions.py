@@ -1,20 +1,20 @@
-"""Let nobody but the owner read what a run writes, unless it is meant for others.
+"""Make what a run writes readable by its owner only, unless it is meant for others.
 
-Within `owner_only` the umask is 0o077: new files get mode 0600 and folders 0700, also from libraries and child processes, unless
-they call chmod. The umask holds for all threads of the process.
+Within `owner_only` the umask is 0o077: new files get mode 0600 and directories 0700, also from libraries and child processes,
+unless they call chmod. The umask holds for all threads of the process.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-USER_UMASK = os.umask(0o077)  # the user's own, for files that others may read
+USER_UMASK = os.umask(0o077)  # the umask that the user set, for files that others may read
 os.umask(USER_UMASK)
 
 
 @contextmanager
 def owner_only() -> Iterator[None]:
-    """Make new files and folders readable for the owner only."""
+    """Make new files and directories readable by their owner only."""
     earlier = os.umask(0o077)
     try:
         yield

@@ -26,9 +26,12 @@ from transformers import GPT2TokenizerFast  # noqa: E402
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier  # noqa: E402
 from author_dp.accounting.ledger import PrivacyLedger  # noqa: E402
 from author_dp.data.authors import get_column, suspicious_author_warnings  # noqa: E402
+from author_dp.data.columns import ColumnSpec  # noqa: E402
+from author_dp.data.loading import load_files  # noqa: E402
+from author_dp.data.tokenization import tokenize  # noqa: E402
 from author_dp.mechanism.microbatches import LogicalBatchDataset  # noqa: E402
 from author_dp.mechanism.sampling import PoissonAuthorSampler  # noqa: E402
-from data_utils import AuthorDataset, collate, group_by_author, load_files, split_by_author, tokenize  # noqa: E402
+from data_utils import AuthorDataset, collate, group_by_author, split_by_author  # noqa: E402
 
 SAMPLES, AUTHORS, BATCH = 500_000, 304_279, 1_024
 
@@ -67,7 +70,7 @@ def large(samples: int = 10_000_000, authors: int = 5_000_000) -> None:
                     for i, author in enumerate(numbers)
                 )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds, loaded = timed(lambda: load_files("--train_file", [str(path)], text_column="content", author_column="author"))
+        seconds, loaded = timed(lambda: load_files([str(path)], ColumnSpec("--train_file", "content", "author")))
         rows.append((f"load {samples:,} samples from JSONL", seconds, f"{samples / seconds:,.0f} samples/s"))
         rows.append(
             (
@@ -82,7 +85,7 @@ def large(samples: int = 10_000_000, authors: int = 5_000_000) -> None:
         rows.append((f"group by {len(offsets) - 1:,} authors", seconds, ""))
     for number, its_offsets in ((len(offsets) - 1, offsets), (10**8, np.broadcast_to(np.int64(0), 10**8 + 1))):
         sampler = PoissonAuthorSampler(its_offsets, indices, sample_rate=BATCH / number, samples_per_author=1, steps=1, key=1)
-        rows.append((f"one Poisson draw over {number:,} authors", timed(sampler.draw_authors, 200)[0], ""))
+        rows.append((f"one Poisson draw over {number:,} authors", timed(sampler.sample_authors, 200)[0], ""))
     report(rows, before)
 
 
@@ -101,9 +104,7 @@ def main() -> None:
         path = Path(folder) / "comments.jsonl"
         make_corpus(path)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        load_seconds, samples = timed(
-            lambda: load_files("--train_file", [str(path)], text_column="content", author_column="author")
-        )
+        load_seconds, samples = timed(lambda: load_files([str(path)], ColumnSpec("--train_file", "content", "author")))
         rows.append(("load 500,000 samples from JSONL", load_seconds, f"{SAMPLES / load_seconds:,.0f} samples/s"))
         part = samples.select(range(50_000))["content"][:]
         bare, _ = timed(
@@ -117,8 +118,8 @@ def main() -> None:
         rows.append((f"group by {len(offsets) - 1:,} authors", group_seconds, ""))
         options = {"sample_rate": BATCH / AUTHORS, "samples_per_author": 1, "steps": 1, "key": 1}
         sampler = PoissonAuthorSampler(offsets, indices, **options)
-        rows.append(("one Poisson draw over all authors", timed(sampler.draw_authors, 20)[0], ""))
-        draw_seconds, draw = timed(sampler.draw, 20)
+        rows.append(("one Poisson draw over all authors", timed(sampler.sample_authors, 20)[0], ""))
+        draw_seconds, draw = timed(sampler.sample_batch, 20)
         rows.append(("the draw with its samples", draw_seconds, f"{draw.batch_size:,} authors"))
         dataset = LogicalBatchDataset(AuthorDataset(tokens, offsets, indices), 64, collate)
         rows.append(

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from author_dp.clipping import ENGINES
 from author_dp.mechanism.losses import author_losses
 from author_dp.models.loading import load_base
-from author_dp.models.lora import add_lora
+from author_dp.models.lora import add_lora_adapters
 from author_dp.models.quantization import cast_parameters, nf4_config, num_elements, weight_bytes
 
 GIB = 2**30
@@ -45,17 +45,17 @@ class Peak:
     """The highest resident memory of this process while it is looked at, in bytes."""
 
     def __enter__(self) -> "Peak":
-        self.process, self.highest, self.ended = psutil.Process(), 0, threading.Event()
+        self.process, self.highest, self.run_report.finished = psutil.Process(), 0, threading.Event()
         self.thread = threading.Thread(target=self.look)
         self.thread.start()
         return self
 
     def look(self) -> None:
-        while not self.ended.wait(SMOOTH):
+        while not self.run_report.finished.wait(SMOOTH):
             self.highest = max(self.highest, self.process.memory_info().rss)
 
     def __exit__(self, *_) -> None:
-        self.ended.set()
+        self.run_report.finished.set()
         self.thread.join()
 
 
@@ -63,7 +63,7 @@ def load(folder: str, kind: str) -> Any:
     options: dict[str, Any] = {} if kind == "float32" else {"dtype": torch.bfloat16}
     if kind == "4 bits":
         options |= {"quantization_config": nf4_config(torch.float32), "device_map": {"": torch.device("cpu")}}
-    model = add_lora(load_base(folder, **options), ["all-linear"], r=RANK)
+    model = add_lora_adapters(load_base(folder, **options), ["all-linear"], r=RANK)
     return model if kind == "float32" else cast_parameters(model)
 
 

@@ -25,10 +25,10 @@ from tiny import VOCABULARY, build, classes  # noqa: E402
 
 from author_dp.clipping import ENGINES  # noqa: E402
 from author_dp.errors import UserError  # noqa: E402
-from author_dp.guards.model_check import deterministic_train_mode, verify_model  # noqa: E402
-from author_dp.guards.options import check_model  # noqa: E402
+from author_dp.guards.model_check import check_model, verify_model  # noqa: E402
+from author_dp.guards.probing import deterministic_train_mode  # noqa: E402
 from author_dp.mechanism.losses import author_losses  # noqa: E402
-from author_dp.models.lora import add_lora  # noqa: E402
+from author_dp.models.lora import add_lora_adapters  # noqa: E402
 
 TOLERANCE = 2e-4
 KINDS = (("full", "ghost"), ("full", "grad_sample"), ("lora", "ghost"))
@@ -74,7 +74,7 @@ class Verdict(NamedTuple):
 
 def with_lora(model: Any) -> nn.Module:
     """LoRA in all linear layers but the head, its factors at random: the second one starts at zero."""
-    model = add_lora(model, ["all-linear"], r=2)
+    model = add_lora_adapters(model, ["all-linear"], r=2)
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
@@ -128,7 +128,7 @@ def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any)
     """Prove, then compare: what a run would do with this model."""
     model: Any = build(model_type, **options)
     try:
-        check_model(model, proven=False)
+        check_model(model, call_model=False)
         model = with_lora(model) if kind == "lora" else model
         proof = verify_model(model, clipping, sequence_len=24)
         with deterministic_train_mode(model):
@@ -140,7 +140,8 @@ def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any)
         return Verdict("refused", remark=str(refusal))
     except Exception as failure:
         return Verdict("traceback", remark=f"{type(failure).__name__}: {first_line(failure)}")
-    remarks = [f"{kind}: {len(proof.apart)} of {sum(p.requires_grad for p in model.parameters())} apart"] if proof.apart else []
+    trained, fallback = sum(p.requires_grad for p in model.parameters()), len(proof.fallback_params)
+    remarks = [f"{kind}: {fallback} of {trained} apart"] if fallback else []
     remarks += [f"{kind}: {len(proof.unused)} unused, frozen"] if proof.unused else []
     return Verdict("exact" if error < TOLERANCE else "wrong", error, ", ".join(remarks))
 

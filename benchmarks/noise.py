@@ -29,7 +29,7 @@ def main() -> None:
     parts = np.array_split(total.numpy(), threads)
 
     def ours(source: GaussianNoise = source) -> None:
-        for part in total.split(source.elements):
+        for part in total.split(source.chunk_size):
             source.add_(part, 1.0)
 
     def numpy() -> None:

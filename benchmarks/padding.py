@@ -21,9 +21,10 @@ from throughput import ROOT, make_model, run, train, where
 from transformers import GPT2TokenizerFast
 
 from author_dp.data.authors import get_column
+from author_dp.data.tokenization import tokenize
 from author_dp.mechanism.microbatches import make_microbatch_shape, make_microbatches
 from author_dp.types import IGNORE_INDEX
-from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_train_and_eval, tokenize
+from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_train_and_eval
 
 ROWS = ("padded to the longest possible", "sorted by length")
 

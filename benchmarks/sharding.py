@@ -78,7 +78,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
             report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", log_level="error", optim="adamw_torch",
         )  # fmt: skip
         if options.without_proof:
-            dp_utils.prove = lambda *_: ModelCheck(0.0, set(), [])
+            dp_utils.verify_model = lambda *_: ModelCheck(0.0, set(), [])
         trainer = DPTrainer(
             model,
             arguments,

@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.two_pass import TwoPassClipping
-from author_dp.mechanism.losses import author_losses, needs_position_ids
+from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 
 ROWS = {
@@ -65,7 +65,7 @@ def measure(row: str, shape: str, kind: str, batch: str, options: argparse.Names
     ids = torch.randint(model.config.vocab_size, (authors, tokens), generator=generator).to(DEVICE)
     microbatch = {"input_ids": ids, "labels": ids, "author": torch.arange(authors, device=DEVICE), "num_authors": authors}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
-    needs_positions, engine = needs_position_ids(model), None
+    engine = None
     if ROWS[row] is not None:
         optimizer = AuthorDPOptimizer(
             optimizer, noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=authors, before_release=lambda: None
@@ -77,7 +77,7 @@ def measure(row: str, shape: str, kind: str, batch: str, options: argparse.Names
         start = now()
         optimizer.zero_grad(set_to_none=False)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=options.bf16):
-            losses = author_losses(model, microbatch, needs_positions)
+            losses = author_losses(model, microbatch)
         if engine is None:
             (losses.sum() / authors).backward()
         else:

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 
 from author_dp.clipping import ENGINES
+from author_dp.data.splits import author_hashes
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, make_microbatches
-from data_utils import AuthorDataset, author_hashes, collate, group_by_author
+from data_utils import AuthorDataset, collate, group_by_author
 from dp_utils import DPTrainer, PrivacyArguments
 
 ROOT = Path(__file__).parent.parent
@@ -84,13 +85,13 @@ def make_batch(counts: list[int] = COUNTS, seed: int = 0, longest: int = 12) -> 
     return batch
 
 
-def clipped_sum(model, batch: dict, clip_norm: float, clipping: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def clipped_sum(model, batch: dict, clip_norm: float, clipping: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat clipped sum over the authors of a batch, and the norms before clipping, by an engine."""
     engine = ENGINES[clipping](model, clip_norm)
     for parameter in trainable(model).values():
         parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
     model.train()
-    norms = engine.backward(author_losses(engine.module, batch, **options), batch["author"])
+    norms = engine.backward(author_losses(engine.module, batch), batch["author"])
     total = flat(parameter.summed_grad for parameter in trainable(model).values())
     engine.close()
     return total, norms

@@ -95,13 +95,12 @@ def make_engine(name: str, model: nn.Module, clip_norm: float):
     return engine
 
 
-def run_engine(name: str, model: nn.Module, batch: dict, clip_norm: float = 0.1, *, weights=1.0, prepare=None, **options):
+def run_engine(name: str, model: nn.Module, batch: dict, clip_norm: float = 0.1, *, weights=1.0, prepare=None):
     """Return the flat clipped sum of a microbatch, the norms before clipping, and the closed engine.
 
     Args:
         weights: of the authors' losses.
         prepare: called with the engine before its forward pass.
-        options: of `author_losses`.
     """
     model.train()
     engine = make_engine(name, model, clip_norm)
@@ -110,7 +109,7 @@ def run_engine(name: str, model: nn.Module, batch: dict, clip_norm: float = 0.1,
     for parameter in trainable(model).values():
         parameter.summed_grad = torch.zeros_like(parameter, requires_grad=False)
     try:
-        norms = engine.backward(author_losses(engine.module, batch, **options) * weights, batch["author"])
+        norms = engine.backward(author_losses(engine.module, batch) * weights, batch["author"])
     finally:
         engine.close()
     return flat(parameter.summed_grad for parameter in trainable(model).values()), norms, engine

@@ -1,4 +1,4 @@
-"""adam.py: AdamW's second moment is that of the gradients, whatever noise is on them, in the parts and in whole runs."""
+"""Test that AdamBC subtracts the noise variance from AdamW's second moment, by itself and in runs."""
 
 import copy
 
@@ -25,7 +25,7 @@ def gradients(step: int, parameters) -> list[torch.Tensor]:
     return [torch.randn(parameter.shape, generator=generator) for parameter in parameters]
 
 
-def take(optimizer, parameters, steps) -> None:
+def take_steps(optimizer, parameters, steps) -> None:
     for step, variance in steps:
         optimizer.noise_variance = variance
         for parameter, gradient in zip(parameters, gradients(step, parameters)):
@@ -33,8 +33,8 @@ def take(optimizer, parameters, steps) -> None:
         optimizer.step()
 
 
-def naive(values: np.ndarray, all_gradients: list[np.ndarray], variances: list[float]) -> np.ndarray:
-    """Algorithm 1 of the paper with weight decay, in float64, all sums written out."""
+def reference(values: np.ndarray, all_gradients: list[np.ndarray], variances: list[float]) -> np.ndarray:
+    """Apply Algorithm 1 of the paper with weight decay, in float64, all sums written out."""
     beta1, beta2 = OPTIONS["betas"]
     for t in range(1, len(variances) + 1):
         weights1, weights2 = (np.array([(1 - b) * b ** (t - s) for s in range(1, t + 1)]) / (1 - b**t) for b in (beta1, beta2))
@@ -46,26 +46,26 @@ def naive(values: np.ndarray, all_gradients: list[np.ndarray], variances: list[f
     return values
 
 
-def test_updates_are_those_of_the_paper_also_where_noise_changes():
+def test_adam_bc_makes_the_updates_of_the_paper():
     variances = [0.3, 0.5, 0.5, 2.0, 0.1]
     ours = start()
-    take(AdamBC(torch.optim.AdamW(ours, **OPTIONS)), ours, enumerate(variances))
+    take_steps(AdamBC(torch.optim.AdamW(ours, **OPTIONS)), ours, enumerate(variances))
     for place, (first, last) in enumerate(zip(start(), ours)):
         seen = [gradients(step, ours)[place].numpy().astype(float) for step in range(len(variances))]
-        assert np.allclose(naive(first.detach().numpy().astype(float), seen, variances), last.detach().numpy(), atol=1e-5)
+        assert np.allclose(reference(first.detach().numpy().astype(float), seen, variances), last.detach().numpy(), atol=1e-5)
 
 
-def test_without_noise_it_is_adamw():
-    """Also where groups of parameters have options of their own."""
+def test_adam_bc_without_noise_is_adamw():
+    """Also where groups of parameters have different options."""
     ours, theirs = start(), start()
     groups = [[{"params": [first], "weight_decay": 0.0}, {"params": [second], "lr": 0.3}] for first, second in (ours, theirs)]
     plain = [torch.optim.AdamW(group, **OPTIONS) for group in groups]
-    take(AdamBC(plain[0]), ours, [(step, 0.0) for step in range(4)])
-    take(plain[1], theirs, [(step, 0.0) for step in range(4)])
+    take_steps(AdamBC(plain[0]), ours, [(step, 0.0) for step in range(4)])
+    take_steps(plain[1], theirs, [(step, 0.0) for step in range(4)])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(ours, theirs))
 
 
-def test_what_it_divides_by_is_the_gradient_not_the_noise():
+def test_adam_bc_divides_by_the_gradient_not_the_noise():
     """A gradient of 1 under noise of variance 4: plain Adam moves by 1 / sqrt(5) of the rate, this one by the rate."""
     moved = {}
     for name, variance in (("ours", 4.0), ("plain", 0.0)):
@@ -81,47 +81,47 @@ def test_what_it_divides_by_is_the_gradient_not_the_noise():
     assert late["ours"] == pytest.approx(1, abs=0.1) and late["plain"] == pytest.approx(5**-0.5, abs=0.02)
 
 
-def test_each_goes_on_from_the_others_state():
+def test_adam_bc_and_adamw_continue_from_each_other():
     ours = start()
-    take(AdamBC(torch.optim.AdamW(ours, **OPTIONS)), ours, [(step, 0.5) for step in range(5)])
+    take_steps(AdamBC(torch.optim.AdamW(ours, **OPTIONS)), ours, [(step, 0.5) for step in range(5)])
     for half in (torch.optim.AdamW, lambda p, **options: AdamBC(torch.optim.AdamW(p, **options))):
         parameters = start()
         first = half(parameters, **OPTIONS)
-        take(first, parameters, [(step, 0.0 if half is torch.optim.AdamW else 0.5) for step in range(3)])
+        take_steps(first, parameters, [(step, 0.0 if half is torch.optim.AdamW else 0.5) for step in range(3)])
         state = copy.deepcopy(first.state_dict())
-        if half is torch.optim.AdamW:  # the mean of squares is the same, whoever kept it
+        if half is torch.optim.AdamW:  # the mean of squares is the same in both
             second = AdamBC(torch.optim.AdamW(parameters, **OPTIONS))
             second.load_state_dict(state)
-            take(second, parameters, [(3, 0.5)])
+            take_steps(second, parameters, [(3, 0.5)])
             kept = second.state[parameters[0]]["noise_variance"]
             assert kept == pytest.approx(0.5 * (1 - OPTIONS["betas"][1] ** 4))
         else:
             second = AdamBC(torch.optim.AdamW(parameters, **OPTIONS))
             second.load_state_dict(state)
-            take(second, parameters, [(step, 0.5) for step in (3, 4)])
+            take_steps(second, parameters, [(step, 0.5) for step in (3, 4)])
             assert all(torch.equal(one, other) for one, other in zip(ours, parameters))
             plain = torch.optim.AdamW(parameters, **OPTIONS)
             plain.load_state_dict(second.state_dict())
-            take(plain, parameters, [(5, 0.0)])
+            take_steps(plain, parameters, [(5, 0.0)])
 
 
-def test_the_variance_of_banded_noise_is_told_step_by_step():
+def test_band_mf_noise_reports_the_variance_of_each_step():
     c = toeplitz_coefficients(4, 12)
     matrix = sum(np.diag(np.full(12 - lag, value), -lag) for lag, value in enumerate(c))
-    noise, source, told = BandMFNoise(c, 8, torch.device("cpu")), GaussianNoise(torch.device("cpu")), []
+    noise, source, variances = BandMFNoise(c, 8, torch.device("cpu")), GaussianNoise(torch.device("cpu")), []
     for _ in range(12):
         noise.add_(torch.zeros(8), source, 1.0)
-        told.append(noise.variance)
+        variances.append(noise.variance)
     inverse = np.linalg.inv(matrix)
-    assert np.allclose(told, np.diag(inverse @ inverse.T))
+    assert np.allclose(variances, np.diag(inverse @ inverse.T))
 
 
 # --- in a run -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bands", ["1", "4"])
-def test_a_run_tells_it_the_variance_of_what_it_releases(tmp_path, bands):
-    """The gradients of nobody: where the draw adds nothing, the mean square of what is released is the variance told."""
+def test_trainer_sets_the_variance_that_it_releases(tmp_path, bands):
+    """In an empty batch the mean square of what is released is the noise variance."""
     privacy = {"noise_multiplier": 5.0, "noise_bands": bands, "adam_noise_correction": True, "sample_rate": 0.01}
     trainer = make_trainer(tmp_path, privacy=privacy, optim="adamw_torch", learning_rate=0.0, max_steps=8)
     seen = []
@@ -131,7 +131,7 @@ def test_a_run_tells_it_the_variance_of_what_it_releases(tmp_path, bands):
         trainer.train()
     finally:
         AdamBC.step = step  # type: ignore[method-assign]
-    assert len(seen) == 8 and all(found == pytest.approx(told, rel=0.1) for found, told in seen)
+    assert len(seen) == 8 and all(found == pytest.approx(variance, rel=0.1) for found, variance in seen)
 
 
 def mean_square(optimizer) -> tuple[float, float]:
@@ -139,7 +139,7 @@ def mean_square(optimizer) -> tuple[float, float]:
     return float(flat.square().mean()), optimizer.noise_variance
 
 
-def corrects(path, **options) -> bool:
+def uses_adam_bc(path, **options) -> bool:
     privacy = options.pop("privacy", {})
     trainer = make_trainer(
         path,
@@ -147,19 +147,21 @@ def corrects(path, **options) -> bool:
         **{"optim": "adamw_torch", "max_steps": 4, **options},
     )
     trainer.create_optimizer()
-    return isinstance(trainer._noisy.original_optimizer, AdamBC)
+    return isinstance(trainer.dp_optimizer.original_optimizer, AdamBC)
 
 
-def test_it_is_taken_with_noise_bands_or_if_asked_for(tmp_path):
+def test_trainer_uses_adam_bc_with_bands_or_by_option(tmp_path):
     bands = {"noise_bands": "2"}
-    assert corrects(tmp_path, privacy=bands) and corrects(tmp_path, privacy=bands, optim="adamw_torch_fused")
-    assert not corrects(tmp_path) and not corrects(tmp_path, privacy={**bands, "adam_noise_correction": False})
-    assert corrects(tmp_path, privacy={"adam_noise_correction": True}) and not corrects(tmp_path, privacy=bands, optim="sgd")
-    with pytest.raises(UserError, match=r"--adam_noise_correction is for AdamW, not for --optim sgd: use adamw_torch"):
-        corrects(tmp_path, privacy={"adam_noise_correction": True}, optim="sgd")
+    assert uses_adam_bc(tmp_path, privacy=bands) and uses_adam_bc(tmp_path, privacy=bands, optim="adamw_torch_fused")
+    assert not uses_adam_bc(tmp_path) and not uses_adam_bc(tmp_path, privacy={**bands, "adam_noise_correction": False})
+    assert uses_adam_bc(tmp_path, privacy={"adam_noise_correction": True}) and not uses_adam_bc(
+        tmp_path, privacy=bands, optim="sgd"
+    )
+    with pytest.raises(UserError, match=r"--adam_noise_correction: it needs AdamW, not --optim sgd\. Use --optim adamw_torch"):
+        uses_adam_bc(tmp_path, privacy={"adam_noise_correction": True}, optim="sgd")
 
 
-def test_a_run_that_is_resumed_goes_on_with_it(tmp_path):
+def test_trainer_resumes_with_adam_bc(tmp_path):
     options = {"optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
     privacy = {"noise_multiplier": 1.0, "noise_bands": "2", "sample_rate": 0.3}
     make_trainer(tmp_path, privacy=privacy, **options).train()

@@ -1,4 +1,4 @@
-"""agreement.py: processes that hold other data, keys, groups or shares than each other end the run, all of them."""
+"""agreement.py: processes with different data, keys, groups or shares all end the run."""
 
 import functools
 
@@ -11,14 +11,14 @@ from planting import find, with_edit
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.agreement import describe_data, set_hash
+from author_dp.guards.agreement import hash_data, set_hash
 from author_dp.guards.gradient_canaries import GradientCanaries
 
 LOADER = "author_dp.training.dataloading.make_sampler"
-DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler.draw"
+DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_batch"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
 
-# What a careless colleague would write, and what the run says of it.
+# A plausible mistake, and words of the error.
 BUGS = {
     "another sampler key on each": (LOADER, "broadcast(secrets.randbits(128))", "secrets.randbits(128)", "sampled authors"),
     "another group key on each": (LOADER, "broadcast(secrets.token_bytes(32))", "secrets.token_bytes(32)", "groups"),
@@ -26,8 +26,8 @@ BUGS = {
     "the same half on each": (DRAW, "self.rank ::", "0 ::", "shares"),
     "an author on none": (DRAW, "self.rank :: self.world_size]", "self.rank :: self.world_size][1:]", "shares"),
     "samples of another author": (
-        "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_samples", "self.offsets[authors][owners] + order",
-        "self.offsets[authors][owners] - 1 + order", "shares"),
+        "author_dp.mechanism.sampling.choose_samples", "offsets[authors][owners] + order",
+        "offsets[authors][owners] - 1 + order", "shares"),
     "microbatches left out": (
         TRAINING_STEP, "for microbatch in inputs.microbatches:",
         "for microbatch in inputs.microbatches[: 0 if self.args.process_index else None]:", "clipped"),
@@ -36,13 +36,13 @@ BUGS = {
 }  # fmt: skip
 
 
-def small(folder, *, processes: int = 2, **options):
+def make_run(folder, *, processes: int = 2, **options):
     defaults = {"per_device_train_batch_size": 8 // processes, "max_steps": 6, "logging_steps": 3, "learning_rate": 1e-3}
     return make_trainer(folder / "run", dataset=options.pop("dataset", make_dataset([2] * 40)), **{**defaults, **options})
 
 
-def caught(work, *arguments) -> str:
-    """Return the name and text of the error that ends `work`, "" without one."""
+def error_of(work, *arguments) -> str:
+    """Return type and text of the error that `work` raises, "" if it raises none."""
     try:
         work(*arguments)
     except (MechanismError, UserError) as error:
@@ -54,37 +54,37 @@ def run_with_bug(folder, bug: str, bands: str, canaries: int, full_shard: bool, 
     if bug:
         function = find(BUGS[bug][0])
         function.__code__ = with_edit(function, *BUGS[bug][1:3])
-    trainer = small(
+    trainer = make_run(
         folder, privacy={"noise_bands": bands}, canaries=GradientCanaries(canaries, key=3) if canaries else None,
         full_shard=full_shard, dataloader_num_workers=workers,
     )  # fmt: skip
-    return caught(trainer.train)
+    return error_of(trainer.train)
 
 
-def says_nothing(work, folder) -> None:
-    assert not (said := work(folder)), said
+def check_passes(work, folder) -> None:
+    assert not (error := work(folder)), error
 
 
 @pytest.mark.parametrize("bug", sample(BUGS))
-def test_every_process_raises_what_one_of_them_does_otherwise(tmp_path, bug):
+def test_mismatch_between_processes_ends_all_of_them(tmp_path, bug):
     bands = "3" if "group" in bug else "1"
-    said = in_processes(tmp_path, 2, functools.partial(run_with_bug, tmp_path, bug, bands, 0, False, 0))
-    assert said[0] == said[1] and said[0].startswith("MechanismError") and BUGS[bug][3] in said[0], said
+    errors = in_processes(tmp_path, 2, functools.partial(run_with_bug, tmp_path, bug, bands, 0, False, 0))
+    assert errors[0] == errors[1] and errors[0].startswith("MechanismError") and BUGS[bug][3] in errors[0], errors
     ledger = PrivacyLedger(tmp_path / "run" / "privacy_ledger.jsonl")
-    assert ledger.steps == 3 and ledger.alarm
+    assert ledger.steps == 3 and ledger.failure
 
 
 @pytest.mark.parametrize(
     ("processes", "bands", "canaries", "full_shard", "workers"),
     sample([(3, "3", 20, False, 2), (2, "1", 0, False, 0), (3, "1", 20, False, 0), (2, "1", 0, True, 0)]),
 )
-def test_honest_processes_raise_nothing(tmp_path, processes, bands, canaries, full_shard, workers):
+def test_correct_processes_pass(tmp_path, processes, bands, canaries, full_shard, workers):
     work = functools.partial(run_with_bug, tmp_path, "", bands, canaries, full_shard, workers)
     assert in_processes(tmp_path, processes, work) == [""] * processes
 
 
-def with_other_start(folder, other: str) -> str:
-    """The second process has been given something else."""
+def start_with_difference(folder, difference: str) -> str:
+    """Start a run whose second process has different data or options."""
     options: dict = {"dataset": make_dataset([2] * 40)}
     if torch.distributed.get_rank():
         options |= {
@@ -94,29 +94,29 @@ def with_other_start(folder, other: str) -> str:
             "samples_per_author": {"privacy": {"samples_per_author": 2}},
             "noise_multiplier": {"privacy": {"noise_multiplier": 0.5}},
             "max_steps": {"max_steps": 7},
-        }[other]
-    return caught(lambda: small(folder, **options))
+        }[difference]
+    return error_of(lambda: make_run(folder, **options))
 
 
 @pytest.mark.parametrize(
-    ("other", "words"),
+    ("difference", "words"),
     sample([
         ("texts", "training data"), ("authors", "training data"), ("samples", "training data"),
         ("max_steps", "steps"), ("noise_multiplier", "noise_multiplier"), ("samples_per_author", "samples_per_author"),
     ], of=3),
 )  # fmt: skip
-def test_processes_that_were_given_other_data_or_options_do_not_start(tmp_path, other, words):
-    said = in_processes(tmp_path, 2, functools.partial(with_other_start, tmp_path, other))
-    assert said[0] == said[1] and said[0].startswith("UserError") and words in said[0], said
+def test_processes_with_different_data_or_options_do_not_start(tmp_path, difference, words):
+    errors = in_processes(tmp_path, 2, functools.partial(start_with_difference, tmp_path, difference))
+    assert errors[0] == errors[1] and errors[0].startswith("UserError") and words in errors[0], errors
 
 
-def test_the_description_of_data_follows_their_content():
-    described = [describe_data(make_dataset([2, 1, 3] * 10, seed)) for seed in (0, 0, 1)]
-    assert described[0] == described[1] != described[2]
-    assert describe_data(make_dataset([2, 1, 3] * 9 + [2, 3, 1])) != described[0]
+def test_hash_data_follows_the_content():
+    hashes = [hash_data(make_dataset([2, 1, 3] * 10, seed)) for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert hash_data(make_dataset([2, 1, 3] * 9 + [2, 3, 1])) != hashes[0]
 
 
-def test_hashes_of_sets_add_up():
+def test_set_hash_is_additive():
     authors = np.arange(1_000)
     whole = set_hash(authors, 7)
     assert (set_hash(authors[::2], 7) + set_hash(authors[1::2], 7)) % 2**64 == whole != set_hash(authors, 8)
@@ -125,8 +125,8 @@ def test_hashes_of_sets_add_up():
 
 
 @pytest.mark.parametrize("bug", ["microbatches taken twice"])
-def test_one_process_notices_too(tmp_path, monkeypatch, bug):
-    where, old, new, words = BUGS[bug]
-    monkeypatch.setattr(find(where), "__code__", with_edit(find(where), old, new))
+def test_mismatch_within_one_process_ends_it(tmp_path, monkeypatch, bug):
+    name, old, new, words = BUGS[bug]
+    monkeypatch.setattr(find(name), "__code__", with_edit(find(name), old, new))
     with pytest.raises(MechanismError, match=words):
-        small(tmp_path, processes=1).train()
+        make_run(tmp_path, processes=1).train()

@@ -32,13 +32,15 @@ from author_dp.accounting.banded_mf import (
     toeplitz_coefficients,
 )
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.plan_text import format_plan
+from author_dp.data.splits import author_hashes
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.gradient_canaries import CanaryMonitor
+from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.noise_inversion import MatchedFilter, NoiseDecorrelator
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor
 from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
-from author_dp.mechanism.sampling import PoissonAuthorSampler, assign_groups
-from data_utils import author_hashes, group_by_author
+from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
+from data_utils import group_by_author
 from dp_utils import PrivacyArguments
 
 KEY = bytes(32)
@@ -96,7 +98,7 @@ def square_roots(bands: int) -> np.ndarray:
 def noises(bands: int, steps: int, size: int = 40_000, std: float = 0.5) -> np.ndarray:
     """What `BandedNoise` adds in each step, (steps, size)."""
     noise, source = BandMFNoise(toeplitz_coefficients(bands, steps), size, CPU), GaussianNoise(CPU)
-    source.elements = 15_000  # parts, the last one smaller
+    source.chunk_size = 15_000  # parts, the last one smaller
     return np.stack([noise.add_(torch.zeros(size), source, std).numpy() for _ in range(steps)])
 
 
@@ -134,7 +136,7 @@ def test_one_band_is_the_mechanism_as_it_was_draw_for_draw(monkeypatch):
         generator = torch.Generator().manual_seed(1)
         monkeypatch.setattr(GaussianNoise, "add_", functools.partial(add, generator))
         if begin:
-            optimizer.begin(toeplitz_coefficients(1, 10))
+            optimizer.start_training(toeplitz_coefficients(1, 10))
         for _ in range(3):
             optimizer.zero_grad()
             optimizer.step()
@@ -142,7 +144,7 @@ def test_one_band_is_the_mechanism_as_it_was_draw_for_draw(monkeypatch):
     assert torch.equal(*updates)
     plain, grouped = (make_sampler([1] * 300, 0.1, bands=1, groups=groups) for groups in (None, np.zeros(300, np.int64)))
     for _ in range(20):
-        assert np.array_equal(plain.draw_authors(), grouped.draw_authors())
+        assert np.array_equal(plain.sample_authors(), grouped.sample_authors())
 
 
 # --- groups and draws -------------------------------------------------------------------------------------
@@ -150,10 +152,10 @@ def test_one_band_is_the_mechanism_as_it_was_draw_for_draw(monkeypatch):
 
 def make_sampler(counts, sample_rate, bands, groups=None, key=7, **options) -> PoissonAuthorSampler:
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    return PoissonAuthorSampler(
-        offsets, np.arange(offsets[-1]), sample_rate=sample_rate, samples_per_author=1, steps=options.pop("steps", 1), key=key,
-        bands=bands, groups=groups, **options,
-    )  # fmt: skip
+    options = {"sample_rate": sample_rate, "samples_per_author": 1, "steps": 1, "key": key, **options}
+    if bands == 1 and groups is None:
+        return PoissonAuthorSampler(offsets, np.arange(offsets[-1]), **options)
+    return CyclicAuthorSampler(offsets, np.arange(offsets[-1]), bands=bands, groups=groups, **options)
 
 
 def participation(authors: int, sample_rate: float, bands: int, steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +163,7 @@ def participation(authors: int, sample_rate: float, bands: int, steps: int, seed
     groups = assign_groups(np.random.default_rng(seed).integers(2**63, size=authors).astype(np.uint64), bands, KEY)
     sampler, found = make_sampler([1] * authors, sample_rate, bands, groups, key=seed), np.zeros((steps, authors), bool)
     for row in found:
-        samples = sampler.draw().samples
+        samples = sampler.sample_batch().samples
         row[[int(s[0]) for s in samples]] = True
     return found, groups
 
@@ -213,15 +215,15 @@ def test_sensitivity_of_what_the_sampler_can_draw(bands):
 
 def test_draws_are_numbered_over_epochs_and_processes():
     sampler = make_sampler([1] * 50, 0.1, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), steps=4)
-    assert [draw.number for _ in range(3) for draw in sampler] == list(range(12))
+    assert [batch.batch_index for _ in range(3) for batch in sampler] == list(range(12))
     shares = [
         make_sampler([1] * 50, 0.3, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), key=5, rank=r, world_size=2)
         for r in range(2)
     ]
     whole = make_sampler([1] * 50, 0.3, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), key=5)
     for _ in range(9):
-        parts = [int(s[0]) for share in shares for s in share.draw().samples]
-        assert sorted(parts) == [int(s[0]) for s in whole.draw().samples]
+        parts = [int(s[0]) for share in shares for s in share.sample_batch().samples]
+        assert sorted(parts) == [int(s[0]) for s in whole.sample_batch().samples]
 
 
 def test_nobody_is_drawn_without_a_group():
@@ -234,22 +236,22 @@ def test_longer_columns_are_refused():
     optimizer, _ = make_optimizer(size=100)
     for coefficients in (np.ones(2), np.array([np.nan, 0.5]), toeplitz_coefficients(4, 10) * 1.001):
         with pytest.raises(ValueError, match="norm 1"):
-            optimizer.begin(coefficients)
+            optimizer.start_training(coefficients)
 
 
 def test_the_optimizer_takes_each_draw_once_and_in_order():
     optimizer, _ = make_optimizer(size=1_000)
-    optimizer.begin(toeplitz_coefficients(3, 10))
+    optimizer.start_training(toeplitz_coefficients(3, 10))
     for number in (0, 1):
         optimizer.zero_grad()
-        optimizer.draw = number
+        optimizer.batch_index = number
         optimizer.step()
     for wrong in (None, 0, 1, 3, 4):
         optimizer.zero_grad()
-        optimizer.draw = wrong
-        with pytest.raises(RuntimeError, match="thrown away"):
+        optimizer.batch_index = wrong
+        with pytest.raises(RuntimeError, match="discarded batch"):
             optimizer.step()
-    optimizer.draw = 2
+    optimizer.batch_index = 2
     optimizer.step()
 
 
@@ -261,7 +263,7 @@ def test_bands_are_accounted_as_fewer_steps_at_a_higher_rate():
     assert cyclic_event(0.9, 0.01, 96, 8).steps == 12 and cyclic_event(0.9, 0.01, 97, 8).steps == 13
     assert cyclic_event(0.9, 0.01, 0, 8).steps == 0 and cyclic_event(0.9, 0.01, 5, 1) == MechanismEvent(0.9, 0.01, 5)
     assert cyclic_sample_rate(1 / 49, 49) == 1.0 and cyclic_sample_rate(1 / 3, 3) == 1.0
-    with pytest.raises(UserError, match=r"--noise_bands 8: .* lower it to at most 7$"):
+    with pytest.raises(UserError, match=r"--noise_bands 8: .* Lower the bands to at most 7$"):
         cyclic_sample_rate(0.13, 8)
 
 
@@ -296,22 +298,22 @@ def test_report_and_ledger_tell_the_bands_and_what_is_accounted(tmp_path):
     trainer = banded(tmp_path, save_strategy="steps", save_steps=7)
     batches, _ = train(trainer)
     trainer.save_model()
-    assert [batch.number for batch in batches] == list(range(7))
+    assert [batch.batch_index for batch in batches] == list(range(7))
     report, ledger = read_report(tmp_path), PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     told = {name: report[name] for name in ("sampling", "noise_bands", "sample_rate", "steps", "accounted_steps")}
     assert told == {"sampling": "cyclic-poisson", "noise_bands": 3, "sample_rate": 4 / 60, "steps": 7, "accounted_steps": 3}
     assert report["accounted_sample_rate"] == pytest.approx(0.2)
     assert report["epsilon"] == pytest.approx(compute_epsilon(1.0, 0.2, 3, 1 / 60), rel=2e-3)
-    assert ledger.runs[0]["noise_bands"] == 3 and ledger.spendings == [MechanismEvent(1.0, pytest.approx(0.2), 3)]
+    assert ledger.runs[0]["noise_bands"] == 3 and ledger.events == [MechanismEvent(1.0, pytest.approx(0.2), 3)]
     # Resumed for two more steps, a new mechanism begins: ceil(7 / 3) + ceil(2 / 3) accounted steps.
     again = banded(tmp_path, bands=None, steps=9, resume_from_checkpoint=True)
-    assert again.plan.noise_bands == 3 and "a new mechanism begins" in again.summary()
-    assert "a new mechanism begins" not in trainer.plan.summary(np.ones(60), 1, 1, 1.0, earlier_steps=0)
+    assert again.plan.noise_bands == 3 and "starts a new banded segment" in again.summary()
+    assert "starts a new banded segment" not in format_plan(trainer.plan, np.arange(61), 1, 1, 1.0, earlier_steps=0)
     again.train()
     again.save_model()
     assert read_report(tmp_path)["accounted_steps"] == 4 and read_report(tmp_path)["steps"] == 9
     spent = [MechanismEvent(1.0, pytest.approx(0.2), 3), MechanismEvent(1.0, pytest.approx(0.2), 1)]
-    assert again.budget.ledger.spendings == spent
+    assert again.budget.ledger.events == spent
     with pytest.raises(UserError, match=r"--noise_bands 2: .* has 3"):
         banded(tmp_path, bands="2", resume_from_checkpoint=True)
 
@@ -344,20 +346,20 @@ def test_released_noise_of_a_run_is_correlated_as_promised(tmp_path):
 def test_a_second_training_begins_a_new_mechanism(tmp_path):
     trainer = banded(tmp_path, steps=4)
     trainer.train()
-    past = trainer._noisy.bands
+    past = trainer.dp_optimizer.band_noise
     assert past.steps == 4
     try:
         trainer.train()
     except RuntimeError as error:  # draws are numbered anew, noises would not be
         pytest.fail(str(error))
-    assert trainer._noisy.bands is not past and trainer._noisy.bands.steps == 4
-    assert [spending.steps for spending in trainer.budget.ledger.spendings] == [2, 2]
+    assert trainer.dp_optimizer.band_noise is not past and trainer.dp_optimizer.band_noise.steps == 4
+    assert [spending.steps for spending in trainer.budget.ledger.events] == [2, 2]
 
 
 def test_the_last_noises_are_on_no_disk(tmp_path):
     trainer = banded(tmp_path, steps=4, save_strategy="steps", save_steps=4, optim="adamw_torch")
     trainer.train()
-    past = trainer._noisy.bands.past[:, :50].numpy()
+    past = trainer.dp_optimizer.band_noise.past[:, :50].numpy()
     secrets = [row[i : i + 2].tobytes() for row in past for i in range(0, 50, 2)]  # two numbers are in no file by chance
     optimizer = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
     names = {name for state in optimizer["state"].values() for name in state}
@@ -372,22 +374,22 @@ def test_one_seed_deals_no_groups(tmp_path):
     groups = []
     for run in range(2):
         trainer = banded(tmp_path / str(run), steps=3, seed=5)
-        watch = trainer.checks.watch
-        trainer.checks.watch = lambda sampler, watch=watch: (groups.append(sampler.groups), watch(sampler))
+        watch = trainer.monitors.watch_sampler
+        trainer.monitors.watch_sampler = lambda sampler, watch=watch: (groups.append(sampler.groups), watch(sampler))
         trainer.train()
     assert within((groups[0] == groups[1]).mean(), 1 / 3, math.sqrt(2 / 9 / 60))
 
 
 def test_draws_thrown_away_end_the_run(tmp_path):
     trainer = banded(tmp_path, steps=6)
-    watch = trainer.checks.watch
+    watch = trainer.monitors.watch_sampler
 
     def watch_and_skip(sampler):
         watch(sampler)
-        sampler.draw()
+        sampler.sample_batch()
 
-    trainer.checks.watch = watch_and_skip
-    with pytest.raises(RuntimeError, match="thrown away"):
+    trainer.monitors.watch_sampler = watch_and_skip
+    with pytest.raises(RuntimeError, match="discarded batch"):
         trainer.train()
     assert trainer.budget.ledger.steps == 0
 
@@ -442,16 +444,16 @@ def test_honest_draws_of_groups_raise_no_alarm_and_wrong_ones_do():
     hashes = np.random.default_rng(3).integers(2**63, size=600).astype(np.uint64)
     wrong = {
         "another group": lambda sampler: setattr(sampler, "members", sampler.members[::-1]),
-        "how many authors": lambda sampler: setattr(sampler, "rate", 0.4),
-        "never drawn": lambda sampler: setattr(sampler, "sample_indices", lambda number: np.arange(number // 10)),
+        "number of sampled authors|batch size": lambda sampler: setattr(sampler, "sample_rate", 0.4),
+        "never sampled": lambda sampler: setattr(sampler, "sample_indices", lambda number: np.arange(number // 10)),
     }
     for name, spoil in {"": lambda sampler: None, **wrong}.items():
         groups = assign_groups(hashes, 4, KEY)
         sampler, check = make_sampler([1] * 600, 0.025, 4, groups), CyclicSamplingMonitor(groups, 4, 0, 0.1)
-        sampler.on_draw = check.drawn
+        sampler.on_batch = check.on_sample
         spoil(sampler)
         for _ in range(400):
-            check.taken(sampler.draw().batch_size)
+            check.on_step(sampler.sample_batch().batch_size)
         if name:
             with pytest.raises(MechanismError, match=name):
                 check.test()
@@ -459,8 +461,8 @@ def test_honest_draws_of_groups_raise_no_alarm_and_wrong_ones_do():
             check.test()
             assert min(check.p_values().values()) > 1e-6
     lopsided = CyclicSamplingMonitor(np.zeros(600, np.int64), 4, 0, 0.1)
-    lopsided.taken(0)
-    with pytest.raises(MechanismError, match="sizes of groups"):
+    lopsided.on_step(0)
+    with pytest.raises(MechanismError, match="group sizes"):
         lopsided.test()
 
 
@@ -486,26 +488,29 @@ def test_a_canary_gives_one_number_for_each_time_its_group_is_drawn():
     assert min(law.p_values().values()) > 1e-6
 
 
-STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
+STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer"
 BUGS = {
-    "no bug": (STEP, "self._used = True", "self._used = True", None),
-    "a band dropped": ("author_dp.mechanism.noise.BandMFNoise.add_", "zip(places, self.rest)", "zip(places[1:], self.rest[1:])",
+    "no bug": (f"{STEP}.pre_step", "self._used = True", "self._used = True", None),
+    "a band dropped": ("author_dp.mechanism.noise.BandMFNoise.add_", "zip(rows, lag_coefficients)",
+        "zip(rows[1:], lag_coefficients[1:])",
         "between steps"),
-    "independent noise": ("author_dp.mechanism.noise.BandMFNoise.add_", "noise.sub_(past[place], alpha=coefficient)", "pass",
-        "its scale"),
-    "half the noise": (STEP, "self._slice, self.noise, std *", "self._slice, self.noise, 0.5 * std *",
-        "its scale"),
+    "independent noise": ("author_dp.mechanism.noise.BandMFNoise.add_", "noise.sub_(past[row], alpha=coefficient)", "pass",
+        "scale"),
+    "half the noise": (f"{STEP}.add_noise_and_divide", "noise_slice, self.noise, std", "noise_slice, self.noise, 0.5 * std",
+        "scale"),
     "a group in every step": (
-        "author_dp.mechanism.sampling.PoissonAuthorSampler.draw_authors", "self.draws % len(self.members)", "0", "another group"),
+        "author_dp.mechanism.sampling.CyclicAuthorSampler.sample_authors", "self.batches % len(self.members)", "0",
+        "another group"),
     "b q drawn twice": (
-        "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_indices", "drawn = []", "drawn, self.rate = [], 0.45",
-        "how many authors"),
+        "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_indices", "chunks, last = [], -1",
+        "chunks, last, self.sample_rate = [], -1, 0.45",
+        "number of sampled authors|batch size"),
     "groups from --seed": (
         "author_dp.training.dataloading.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')",
-        "the groups"),
+        "group assignment"),
     "draws from --seed behind secret groups": (
         "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
-        "the draws follow the seed"),
+        "sampling follows the seed"),
 }  # fmt: skip
 
 
@@ -532,11 +537,11 @@ def test_the_ledger_reads_bands_and_refuses_none(tmp_path):
     ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "noise_bands": 4})
     for _ in range(5):
         ledger.record_step()
-    assert PrivacyLedger(path).spendings == [MechanismEvent(1.0, 0.4, 2)] and PrivacyLedger(path).accounted_steps == 2
+    assert PrivacyLedger(path).events == [MechanismEvent(1.0, 0.4, 2)] and PrivacyLedger(path).accounted_steps == 2
     for bands in (0, -1, 2.5, 11):
         with pytest.raises((ValueError, TypeError)):
             header = {"record": "run", "noise_multiplier": 1.0, "sample_rate": 0.1, "noise_bands": bands}
-            PrivacyLedger(tmp_path / "other.jsonl")._count(header, "")
+            PrivacyLedger(tmp_path / "other.jsonl")._apply(header)
 
 
 def test_weights_learn_with_bands_as_without_noise(tmp_path):

@@ -57,7 +57,7 @@ def test_resuming_counts_lost_steps_stops_in_time_and_draws_afresh(tmp_path):
     assert second.budget.ledger.steps == 6 and second.state.global_step == 5  # the budget was for six steps, one was lost
     assert second.epsilon() <= 3.0
     assert abs(np.corrcoef(before.gradients[2], after.gradients[0])[0, 1]) < 0.3
-    with pytest.raises(UserError, match=r"--target_epsilon 3\.0 is used up"):
+    with pytest.raises(UserError, match=r"--target_epsilon 3\.0: used up"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
 
 

@@ -1,4 +1,4 @@
-"""What chooses a model: options, schedulers and callbacks that may follow losses without noise count, or are refused."""
+"""callbacks.py and metric_driven_option: what may follow losses without noise is recorded, or refused."""
 
 import inspect
 import time
@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.guards.callbacks import OF_TRANSFORMERS, follows
+from author_dp.guards.callbacks import TRANSFORMERS_CALLBACKS, get_declaration
 from author_dp.guards.options import STEP_ONLY, metric_driven_option
 from author_dp.training.public_loss import release_eval_loss
 
@@ -36,8 +36,8 @@ def options(folder, **more) -> TrainingArguments:
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
-def test_a_scheduler_depends_on_step_numbers_alone_or_counts(tmp_path, kind):
-    """Whatever members a version has: what is on the list steps without metrics, and only by its count of steps."""
+def test_metric_driven_option_knows_each_scheduler_type(tmp_path, kind):
+    """In each version of transformers, listed schedulers step without metrics, by the number of steps alone."""
     args = options(tmp_path, lr_scheduler_type=kind, eval_strategy="steps", eval_steps=1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = get_scheduler(kind, optimizer, 2, 10, SCHEDULER_KWARGS.get(kind))
@@ -57,7 +57,7 @@ def test_a_scheduler_depends_on_step_numbers_alone_or_counts(tmp_path, kind):
     assert rates == [scheduler.lr_lambdas[0](step) for step in range(10)]
 
 
-def test_what_is_listed_exists_and_what_follows_metrics_is_not_listed():
+def test_step_only_lists_nothing_that_follows_metrics():
     kinds = {kind.value for kind in SchedulerType}
     assert {"greedy", "reduce_lr_on_plateau"} & kinds <= kinds - STEP_ONLY["lr_scheduler_type"]
     for name, members in (
@@ -79,12 +79,12 @@ def test_what_is_listed_exists_and_what_follows_metrics_is_not_listed():
         ({}, None),
     ],
 )
-def test_options_by_which_metrics_choose_are_named(tmp_path, given, said):
+def test_metric_driven_option_names_the_option(tmp_path, given, said):
     given = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, **given}
     assert metric_driven_option(options(tmp_path, **given)) == said
 
 
-def test_a_kind_that_nobody_knows_yet_counts(tmp_path):
+def test_metric_driven_option_counts_unknown_values(tmp_path):
     for name in STEP_ONLY:
         args = options(tmp_path)
         setattr(args, name, "new_in_a_later_version")
@@ -95,12 +95,12 @@ GREEDY = ["--lr_scheduler_type", "greedy", "--eval_strategy", "epoch"]
 
 
 @pytest.mark.parametrize("more", [["--allow_shared_authors", "--validation_file", "x"], ["--release_eval_epsilon", "1"]])
-def test_greedy_steers_neither_by_training_authors_nor_where_a_loss_is_released(tmp_path, monkeypatch, capfd, more):
+def test_script_refuses_greedy_with_shared_authors_or_a_release(tmp_path, monkeypatch, capfd, more):
     status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *GREEDY, *more))
     assert status == 2 and "--lr_scheduler_type greedy" in stderr and more[0] in stderr, stderr
 
 
-def test_greedy_is_written_in_the_header(tmp_path):
+def test_train_records_greedy_in_the_header(tmp_path):
     trainer = trainer_with(tmp_path, lr_scheduler_type="greedy")
     trainer.train()
     assert header(tmp_path)["by_metrics"] == "--lr_scheduler_type greedy" and trainer.budget.ledger.steps == 4
@@ -124,7 +124,7 @@ def header(folder) -> dict:
 
 
 class Changes(TrainerCallback):
-    """Change something once a training loss was logged."""
+    """Change something after a training loss was logged."""
 
     def __init__(self, what: str, event: str):
         self.what, self.seen, self.changed = what, False, False
@@ -198,13 +198,13 @@ def test_a_callback_that_has_declared_nothing_changes_nothing(tmp_path, what, ev
     assert changes.changed and trainer.budget.ledger.steps <= 2  # at once
 
 
-def test_it_may_watch(tmp_path):
+def test_watched_callback_may_watch(tmp_path):
     trainer = trainer_with(tmp_path, Changes("stop", "never"))
     trainer.train()
     assert header(tmp_path)["by_metrics"] is None and trainer.budget.ledger.steps == 4
 
 
-def test_a_callback_that_returns_another_control_changes_it_too(tmp_path):
+def test_watched_callback_may_not_return_another_control(tmp_path):
     class Returns(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             return type(control)(should_training_stop=True)
@@ -217,7 +217,7 @@ def declared(by: str) -> TrainerCallback:
     return type("Declared", (Changes,), {"follows": by})("stop", "evaluate")
 
 
-def test_a_declaration_is_kept_to(tmp_path):
+def test_declared_callback_may_change_what_it_declares(tmp_path):
     trainer = trainer_with(tmp_path / "steps", declared("steps"))
     trainer.train()
     assert trainer.budget.ledger.steps == 1 and header(tmp_path / "steps")["by_metrics"] is None
@@ -233,16 +233,16 @@ def early_stopping() -> EarlyStoppingCallback:
     return EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=1e9)
 
 
-def test_early_stopping_is_written_in_the_header(tmp_path):
+def test_train_records_early_stopping_in_the_header(tmp_path):
     trainer = trainer_with(tmp_path, early_stopping(), max_steps=6)
     trainer.args.metric_for_best_model, trainer.args.greater_is_better = "loss", False
     trainer.train()
     assert trainer.budget.ledger.steps < 6
     assert header(tmp_path)["by_metrics"] in ("callback EarlyStoppingCallback", "--metric_for_best_model loss")
-    assert follows(early_stopping()) == "evaluation"
+    assert get_declaration(early_stopping()) == "evaluation"
 
 
-def test_one_that_comes_after_the_header_changes_nothing(tmp_path):
+def test_watched_callback_may_not_add_another(tmp_path):
     class Adds(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 0:
@@ -254,7 +254,7 @@ def test_one_that_comes_after_the_header_changes_nothing(tmp_path):
 
 
 def patched(kind, event="on_log") -> TrainerCallback:
-    """A callback whose method is set on the object, which the class knows nothing of."""
+    """Return a callback with a method that is set on the object, not in its class."""
 
     def stop(args, state, control, **kwargs):
         control.should_training_stop = True
@@ -265,7 +265,7 @@ def patched(kind, event="on_log") -> TrainerCallback:
 
 
 @pytest.mark.parametrize("kind", [TrainerCallback, ProgressCallback, type("Declared", (TrainerCallback,), {"follows": "steps"})])
-def test_a_method_set_on_the_object_is_watched_too(tmp_path, kind):
+def test_method_set_on_a_callback_is_watched(tmp_path, kind):
     with pytest.raises(UserError, match=f"callback {kind.__name__}: it changed control"):
         trainer_with(tmp_path, patched(kind)).train()
 
@@ -292,7 +292,7 @@ DOORS = {  # what a callback that follows training losses may lead to, by other 
     "scheduler.step": (lambda t: setattr(t.lr_scheduler, "step", lambda: None), "scheduler"),
     "inner hook": (lambda t: set_hook(innermost(t)), "optimizer"),
     "optimizer.step": (lambda t: setattr(innermost(t), "step", lambda: None), "optimizer"),
-    "sums": (lambda t: t._noisy.grad_buffer.mul_(9.0), "optimizer"),
+    "sums": (lambda t: t._noisy.grad_buffer.sums.mul_(9.0), "optimizer"),
     "save_strategy": (lambda t: setattr(t.args, "save_strategy", SaveStrategy.NO), "args"),
     "save_total_limit": (lambda t: setattr(t.args, "save_total_limit", 1), "args"),
     "learning_rate": (lambda t: setattr(t.args, "learning_rate", 0.1), "args"),
@@ -326,7 +326,7 @@ class Door(TrainerCallback):
 
 @pytest.mark.parametrize("event", ["train_begin", "log"])
 @pytest.mark.parametrize("name", DOORS)
-def test_other_ways_to_change_the_training_are_noticed(tmp_path, name, event):
+def test_watched_callback_is_noticed_to_change_anything(tmp_path, name, event):
     act, said = DOORS[name]
     trainer = trainer_with(tmp_path, lr_scheduler_type="linear", optim="adamw_torch")
     dropout(trainer.model).register_buffer("scale", torch.ones(1))
@@ -336,7 +336,7 @@ def test_other_ways_to_change_the_training_are_noticed(tmp_path, name, event):
     assert trainer.budget.ledger.steps <= 1
 
 
-def test_a_hook_of_all_optimizers_is_noticed(tmp_path, monkeypatch):
+def test_watched_callback_may_not_hook_all_optimizers(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_optimizer, "_global_optimizer_pre_hooks", {})
     trainer = trainer_with(tmp_path)
     hooks = torch_optimizer._global_optimizer_pre_hooks
@@ -346,7 +346,7 @@ def test_a_hook_of_all_optimizers_is_noticed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["save_strategy", "learning_rate", "removes"])
-def test_a_change_at_an_evaluation_before_the_training_is_noticed(tmp_path, name):
+def test_watched_callback_may_not_change_anything_before_training(tmp_path, name):
     act, said = DOORS[name]
     trainer = trainer_with(tmp_path)
     trainer.add_callback(Door(lambda: act(trainer), "evaluate"))
@@ -354,7 +354,7 @@ def test_a_change_at_an_evaluation_before_the_training_is_noticed(tmp_path, name
         trainer.evaluate()
 
 
-def test_the_scaling_of_an_adapter_is_noticed(tmp_path):
+def test_watched_callback_may_not_scale_an_adapter(tmp_path):
     model = peft.get_peft_model(tiny_gpt2(), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, r=2))
     trainer = trainer_with(tmp_path, model=model)
     layer = next(module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict))
@@ -386,7 +386,7 @@ def test_where_nothing_pays_no_metrics_choose(tmp_path, kind, reason):
         trainer.eval_dataset.hashes = trainer.train_dataset.hashes[-1:]
     else:
         ledger = trainer.budget.ledger
-        ledger.start_run({**trainer.plan.public(), "split": "s"})
+        ledger.start_run({**trainer.plan.to_public_dict(), "split": "s"})
         ledger.record_release({"epsilon": 1.0, "split": "s"})
     with pytest.raises(UserError, match="was released" if reason == "an earlier release" else "--allow_shared_authors"):
         trainer.train()
@@ -408,7 +408,7 @@ def test_after_metrics_have_chosen_nothing_is_released(tmp_path, kind):
 
 
 def with_scheduler(folder, **more):
-    """A trainer whose scheduler is given, and reads the losses that were logged."""
+    """Return a trainer with a given scheduler that reads the logged losses."""
     trainer = trainer_with(folder, **more)
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -418,7 +418,7 @@ def with_scheduler(folder, **more):
 
 
 @pytest.mark.parametrize("more", [{}, {"lr_scheduler_type": "greedy"}])  # an option in the header does not cover it
-def test_a_given_scheduler_declares_what_it_follows_or_is_refused(tmp_path, more):
+def test_given_scheduler_must_declare_what_it_follows(tmp_path, more):
     trainer = with_scheduler(tmp_path / "none", **more)
     for kind in (None, "step", "training"):
         trainer.lr_scheduler.follows = kind
@@ -427,7 +427,7 @@ def test_a_given_scheduler_declares_what_it_follows_or_is_refused(tmp_path, more
     assert trainer.budget.ledger.steps == 0
 
 
-def test_a_given_scheduler_is_held_to_its_declaration(tmp_path):
+def test_given_scheduler_is_held_to_its_declaration(tmp_path):
     trainer = with_scheduler(tmp_path / "steps")
     trainer.lr_scheduler.follows = "steps"
     trainer.train()
@@ -443,14 +443,14 @@ def test_a_given_scheduler_is_held_to_its_declaration(tmp_path):
     with_scheduler(tmp_path / "free", privacy={"disable_dp": True}).train()
 
 
-def test_a_second_training_has_no_given_scheduler(tmp_path):
+def test_second_training_has_no_given_scheduler(tmp_path):
     trainer = trainer_with(tmp_path)
     trainer.train()
     trainer.train()
     assert header(tmp_path)["by_metrics"] is None
 
 
-def test_a_hyperparameter_search_is_refused(tmp_path):
+def test_trainer_refuses_a_hyperparameter_search(tmp_path):
     trainer = trainer_with(tmp_path)
     for search in (
         trainer.hyperparameter_search,
@@ -461,21 +461,21 @@ def test_a_hyperparameter_search_is_refused(tmp_path):
             search()
 
 
-def test_callbacks_of_transformers_that_are_known_exist_and_others_are_watched(tmp_path):
-    assert follows(DefaultFlowCallback()) == "steps" and follows(TrainerCallback()) is None
+def test_transformers_callbacks_exist_and_others_are_watched(tmp_path):
+    assert get_declaration(DefaultFlowCallback()) == "steps" and get_declaration(TrainerCallback()) is None
     trainer = trainer_with(tmp_path, report_to=["tensorboard"])
-    kinds = {type(callback).__name__: follows(callback) for callback in trainer.callback_handler.callbacks}
+    kinds = {type(callback).__name__: get_declaration(callback) for callback in trainer.callback_handler.callbacks}
     assert kinds.pop("TensorBoardCallback") is None and set(kinds.values()) == {"steps"}, kinds
-    assert kinds.keys() - {"StopAtTargetEpsilon"} <= OF_TRANSFORMERS.keys()
+    assert kinds.keys() - {"StopAtTargetEpsilon"} <= TRANSFORMERS_CALLBACKS.keys()
 
 
-def test_without_privacy_callbacks_are_free(tmp_path):
+def test_callbacks_are_free_without_privacy(tmp_path):
     trainer = trainer_with(tmp_path, Changes("stop", "step_end"), privacy={"disable_dp": True})
     trainer.train()
     assert trainer.state.global_step < 4
 
 
-def test_to_watch_costs_less_than_a_millisecond(tmp_path):
+def test_snapshot_takes_two_milliseconds_at_most(tmp_path):
     trainer = trainer_with(tmp_path, model=tiny_gpt2(), dataset=make_dataset(COUNTS), optim="adamw_torch")
     trainer.train()
     start = time.perf_counter()

@@ -63,7 +63,7 @@ def test_another_number_of_authors_needs_a_word(tmp_path):
     trainer = make_trainer(tmp_path, **options, privacy={"allow_other_authors": True})
     trainer.train()
     assert trainer.budget.ledger.steps == 3 and [run["num_authors"] for run in trainer.budget.ledger.runs] == [60, 59]
-    assert trainer.budget.ledger.spendings == [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(1.0, 4 / 59, 1)]
+    assert trainer.budget.ledger.events == [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(1.0, 4 / 59, 1)]
 
 
 def test_only_an_impatient_second_ctrl_c_acts_at_once(monkeypatch):
@@ -165,7 +165,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_the_folder_is_free_again_after_a_mistake(tmp_path, monkeypatch):
-    monkeypatch.setattr("author_dp.accounting.ledger.LOCK_SECONDS", 0)
+    monkeypatch.setattr("author_dp.accounting.hash_chain.LOCK_SECONDS", 0)
     make_trainer(tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}).train()
     spent = make_trainer(
         tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}, resume_from_checkpoint=True,

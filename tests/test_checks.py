@@ -1,4 +1,4 @@
-"""checks.py: updates without a step in the ledger, and weights that change though nobody trains them, end the run."""
+"""monitors.py: updates that the ledger lacks, and changes of frozen weights, end the run."""
 
 import functools
 
@@ -14,17 +14,17 @@ from author_dp.errors import MechanismError
 from author_dp.guards.monitors import FrozenWeightsMonitor
 
 
-class At(TrainerCallback):
-    """Call a function with the model and the optimizer at the end of each step from the second on."""
+class AtStepEnd(TrainerCallback):
+    """Call a function with model and optimizer at the end of each step from the second on."""
 
-    follows = "steps"  # or the callbacks' own check would come first
+    follows = "steps"  # or the check of callbacks would fail first
 
-    def __init__(self, act):
-        self.act = act
+    def __init__(self, function):
+        self.function = function
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step >= 2:
-            self.act(model, optimizer)
+            self.function(model, optimizer)
 
 
 def half_frozen(tied: bool = True) -> torch.nn.Module:
@@ -34,70 +34,70 @@ def half_frozen(tied: bool = True) -> torch.nn.Module:
     return model
 
 
-def run(folder, model=None, act=None, **options) -> None:
+def run(folder, model=None, at_step_end=None, **options) -> None:
     options = {"max_steps": 4, "logging_steps": 2, "save_strategy": "steps", "save_steps": 3, **options}
     trainer = make_trainer(folder, model, make_dataset([1] * 40), **options)
-    if act is not None:
-        trainer.add_callback(At(act))
+    if at_step_end is not None:
+        trainer.add_callback(AtStepEnd(at_step_end))
     trainer.train()
 
 
-def test_an_update_that_no_ledger_holds_ends_the_run(tmp_path):
-    with pytest.raises(MechanismError, match="updated 3 times in 2 steps"):
-        run(tmp_path, act=lambda model, optimizer: optimizer.optimizer.original_optimizer.step())
+def test_unrecorded_update_ends_the_run(tmp_path):
+    with pytest.raises(MechanismError, match="updated 3 times, but the ledger has 2 steps"):
+        run(tmp_path, at_step_end=lambda model, optimizer: optimizer.optimizer.original_optimizer.step())
     assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").alarm
 
 
-def test_an_optimizer_whose_step_calls_that_of_its_base_makes_one_update(tmp_path):
+def test_nested_optimizer_step_counts_as_one_update(tmp_path):
     class Derived(torch.optim.SGD):
         def step(self, closure=None):
             return super().step(closure)
 
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # from here on both have hooks
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # from now on both classes have hooks
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.optimizer = Derived(trainer.model.parameters(), lr=1.0)
     trainer.train()
 
 
-def test_a_step_without_an_update_ends_the_run(tmp_path, monkeypatch):
+def test_step_without_update_ends_the_run(tmp_path, monkeypatch):
     step = find("author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step")
-    twice = with_edit(step, "self.before_release()", "self.before_release(); self.before_release()")
-    monkeypatch.setattr(step, "__code__", twice)
-    with pytest.raises(MechanismError, match="updated 2 times in 4 steps"):
+    code = with_edit(step, "self.before_release()", "self.before_release(); self.before_release()")
+    monkeypatch.setattr(step, "__code__", code)
+    with pytest.raises(MechanismError, match="updated 2 times, but the ledger has 4 steps"):
         run(tmp_path)
 
 
-def test_a_step_that_is_not_on_the_disk_ends_the_run(tmp_path, monkeypatch):
+def test_step_missing_in_the_ledger_file_ends_the_run(tmp_path, monkeypatch):
     append = find("author_dp.accounting.ledger.PrivacyLedger._append")
-    code = with_edit(append, "self._write(record)", "None if self.steps == 3 else self._write(record)")
+    code = with_edit(append, "self._chain.append(record)", "None if self.steps == 3 else self._chain.append(record)")
     monkeypatch.setattr(append, "__code__", code)
     with pytest.raises(MechanismError, match="lacks 1 steps"):
         run(tmp_path)
 
 
-def add_noise(model, optimizer) -> None:
+def change_frozen_weight(model, optimizer) -> None:
     with torch.no_grad():
         next(p for p in model.parameters() if not p.requires_grad).view(-1)[0].add_(1e-6)
 
 
 @pytest.mark.parametrize("make", [half_frozen, functools.partial(tiny_gpt2, **MODELS["lora"])], ids=["frozen", "lora"])
-def test_weights_that_are_not_trained_stay_as_they_are(tmp_path, make):
+def test_changed_frozen_weights_end_the_run(tmp_path, make):
     run(tmp_path / "honest", make(), optim="adamw_torch", weight_decay=0.1)
-    with pytest.raises(MechanismError, match="has changed, which is not trained"):
-        run(tmp_path / "noise", make(), add_noise)
+    with pytest.raises(MechanismError, match="is not trained, but has changed"):
+        run(tmp_path / "noise", make(), change_frozen_weight)
     assert not (tmp_path / "noise" / "checkpoint-3").exists()
 
 
-def test_a_buffer_that_is_saved_stays_as_it_is(tmp_path):
+def test_changed_saved_buffer_ends_the_run(tmp_path):
     model = tiny_gpt2()
     model.register_buffer("memory", torch.zeros(3))
     model.register_buffer("scratch", torch.zeros(3), persistent=False)
     run(tmp_path / "scratch", model, lambda model, _: model.scratch.add_(1))
-    with pytest.raises(MechanismError, match="memory has changed"):
+    with pytest.raises(MechanismError, match="memory is not trained"):
         run(tmp_path / "memory", model, lambda model, _: model.memory.add_(1))
 
 
-def test_resuming_and_training_again_raise_nothing(tmp_path):
+def test_resuming_and_training_again_pass(tmp_path):
     options = {"optim": "adamw_torch", "save_steps": 2}
     run(tmp_path, half_frozen(), **options)
     run(tmp_path, half_frozen(), **options, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -107,50 +107,50 @@ def test_resuming_and_training_again_raise_nothing(tmp_path):
     assert trainer.budget.ledger.steps == 4
 
 
-def sharded(folder, noisy: bool) -> str:
+def run_sharded(folder, noisy: bool) -> str:
     try:
         model = tiny_gpt2(**MODELS["lora"])
-        run(folder, model, act_on_share if noisy else None, full_shard=True, optim="adamw_torch")
+        run(folder, model, change_one_shard if noisy else None, full_shard=True, optim="adamw_torch")
     except MechanismError as error:
         return str(error)
     return ""
 
 
-def act_on_share(model, optimizer) -> None:
+def change_one_shard(model, optimizer) -> None:
     if torch.distributed.get_rank():
         frozen = next(p for p in model.parameters() if not p.requires_grad)
         frozen.to_local().view(-1)[0].add_(1e-6)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
-def test_of_weights_in_shares_each_process_checks_its_own(tmp_path, noisy):
-    first, second = in_processes(tmp_path, 2, functools.partial(sharded, tmp_path / "run", noisy))
+def test_each_process_checks_its_shards_of_frozen_weights(tmp_path, noisy):
+    first, second = in_processes(tmp_path, 2, functools.partial(run_sharded, tmp_path / "run", noisy))
     assert first == second and ("has changed" in first) == noisy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool])
-def test_bits_of_every_type_are_read(dtype):
+def test_checksum_reads_every_dtype(dtype):
     for numbers in (torch.ones(2, 3).T, torch.ones(8), torch.ones(16)[1:9], torch.ones(())):
         model = torch.nn.Module()
         model.register_buffer("numbers", numbers.to(dtype))
-        fixed = FrozenWeightsMonitor(model)
-        fixed.test_full()
+        monitor = FrozenWeightsMonitor(model)
+        monitor.test_full()
         model.numbers.view(-1)[-1:].zero_() if model.numbers.is_contiguous() else model.numbers[-1].zero_()
-        with pytest.raises(MechanismError, match="numbers has changed"):
-            fixed.test_full()
+        with pytest.raises(MechanismError, match="numbers is not trained"):
+            monitor.test_full()
 
 
 @pytest.mark.parametrize("bits", ["bfloat16", "4 bits"])
-def test_a_base_in_fewer_bits_and_its_scales_stay_as_they_are(tmp_path, bits):
+def test_changed_quantized_base_or_scales_are_found(tmp_path, bits):
     test_frozen = pytest.importorskip("test_frozen")
     folder = test_frozen.make_folders(tmp_path)["llama"]
     options = {"optim": "adamw_torch", "max_steps": 3, "eval_strategy": "no"}
     run(tmp_path / "honest", test_frozen.make(folder, bits), **options)
     model = test_frozen.make(folder, bits)
-    fixed = FrozenWeightsMonitor(model)
+    monitor = FrozenWeightsMonitor(model)
     if bits == "4 bits":
         next(p for p in model.parameters() if hasattr(p, "quant_state")).quant_state.absmax.view(-1)[0].add_(1)
     else:
         next(p for p in model.parameters() if p.dtype == torch.bfloat16).data.view(-1)[0].add_(1)
     with pytest.raises(MechanismError, match="not trained"):
-        fixed.test_full()
+        monitor.test_full()

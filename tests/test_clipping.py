@@ -13,6 +13,7 @@ from torch import nn
 
 from author_dp.clipping import grad_factors
 from author_dp.clipping.ghost import GhostClipping
+from author_dp.clipping.positions import separate_positions
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import make_microbatches
@@ -194,15 +195,18 @@ def test_what_the_loss_does_not_use_contributes_nothing(engine):
 
 
 @pytest.mark.parametrize("engine", ALL_ENGINES)
-def test_positions_that_all_samples_share(engine):
-    """GPT-2's own positions: the fast engines repeat them for each sample, the other one refuses them."""
+def test_positions_that_all_samples_share(engine, monkeypatch):
+    """GPT-2's own positions: the fast engines expand them; grad_sample needs separate ones, and refuses others."""
     model, batch = tiny_gpt2(), make_batch()
     expected, *_ = run_engine(engine, model, batch)
     if engine == "grad_sample":
+        monkeypatch.setattr("author_dp.clipping.grad_sample.separate_positions", lambda model: [])
         with pytest.raises(UserError, match="wpe"):
-            run_engine(engine, model, batch, needs_positions=False)
+            run_engine(engine, model, batch)
     else:
-        ours, *_ = run_engine(engine, model, batch, needs_positions=False)
+        (hook,) = separate_positions(model)
+        ours, *_ = run_engine(engine, model, batch)
+        hook.remove()
         assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 

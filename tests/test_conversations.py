@@ -13,14 +13,15 @@ from datasets import Dataset
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data_utils
 from author_dp.data.chat import ChatFormatter, Example, tokenize_examples
+from author_dp.data.loading import set_chat_template
+from author_dp.data.tokenization import tokenize
 from author_dp.errors import UserError
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import make_microbatches
 from author_dp.types import IGNORE_INDEX
-from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_train_and_eval, tokenize
+from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_train_and_eval
 
 PLAIN = (  # as ChatML, with a start token and without marks
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
@@ -56,35 +57,36 @@ def learned(packed: str) -> str:
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_the_assistants_turns_are_the_targets(tokenizer, template):
     tokenizer.chat_template = template
-    packed = ChatFormatter(tokenizer, "assistant").messages(TALK)
+    packed = ChatFormatter(tokenizer, "assistant").format_messages(TALK)
     assert learned(packed) == "one<end>|two<end>"
-    assert learned(ChatFormatter(tokenizer, "all").messages(TALK)) == Example.from_json(packed).text
+    assert learned(ChatFormatter(tokenizer, "all").format_messages(TALK)) == Example.from_json(packed).text
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_may_be_learned_whole(tokenizer):
     tokenizer.chat_template = FORGETFUL
     with pytest.raises(ValueError, match=r"cannot be divided into turns.*--targets all"):
-        ChatFormatter(tokenizer, "assistant").messages(TALK)
-    assert learned(ChatFormatter(tokenizer, "all").messages(TALK)).startswith("<4>")
+        ChatFormatter(tokenizer, "assistant").format_messages(TALK)
+    assert learned(ChatFormatter(tokenizer, "all").format_messages(TALK)).startswith("<4>")
 
 
 def test_completions_follow_prompts_of_text_and_of_messages(tokenizer):
     form = ChatFormatter(tokenizer, "assistant")
-    assert learned(form.completion("two and two?", " four")) == " four"
-    assert learned(form.completion(None, "four")) == "four" and form.completion("two?", None) == form.completion("two?", "") == ""
-    assert learned(form.completion(TALK[:1], TALK[1:])) == "one<end><user>more<end><assistant>two<end>"
-    assert learned(ChatFormatter(tokenizer, "all").completion("two?", " four")) == "two? four"
+    assert learned(form.format_completion("two and two?", " four")) == " four"
+    assert learned(form.format_completion(None, "four")) == "four"
+    assert form.format_completion("two?", None) == form.format_completion("two?", "") == ""
+    assert learned(form.format_completion(TALK[:1], TALK[1:])) == "one<end><user>more<end><assistant>two<end>"
+    assert learned(ChatFormatter(tokenizer, "all").format_completion("two?", " four")) == "two? four"
     for prompt, completion in (("two?", TALK), (TALK, "two"), (5, "two"), ("two?", {})):
         with pytest.raises(ValueError, match="both texts, or both lists"):
-            form.completion(prompt, completion)
+            form.format_completion(prompt, completion)
 
 
 def test_tokens_of_targets_and_the_start_and_end_tokens(tokenizer):
     """A token is a target if it holds a character of one; the template's start token is not doubled."""
     start, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     packed = [
-        ChatFormatter(tokenizer, "assistant").messages(TALK),
-        ChatFormatter(tokenizer, "assistant").completion("Q: ", "<s>an answer"),
+        ChatFormatter(tokenizer, "assistant").format_messages(TALK),
+        ChatFormatter(tokenizer, "assistant").format_completion("Q: ", "<s>an answer"),
         "",
     ]
     ids, labels = tokenize_examples(packed, tokenizer, start, end)
@@ -159,18 +161,18 @@ def test_a_template_is_needed_and_may_come_from_a_file(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"row 1.*does not fit the chat template"):
         load(path, tokenizer, messages_column="messages")
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"give one by --chat_template FILE"):
+    with pytest.raises(UserError, match=r"Give one with --chat_template FILE"):
         load(path, tokenizer, messages_column="messages")
     (tmp_path / "template").write_text(MARKED)
-    data_utils.set_chat_template(tokenizer, str(tmp_path / "template"))
+    set_chat_template(tokenizer, str(tmp_path / "template"))
     assert learned(load(path, tokenizer, messages_column="messages")[0]) == "one<end>|two<end>"
     with pytest.raises(UserError, match="--chat_template no-such-file"):
-        data_utils.set_chat_template(tokenizer, "no-such-file")
+        set_chat_template(tokenizer, "no-such-file")
 
 
 def test_a_missing_prompt_column_is_refused(tmp_path, tokenizer):
     path = write(tmp_path, "chat.jsonl", [{"author": name, "content": "four"} for name in "ab"])
-    with pytest.raises(UserError, match="--prompt_column 'prompt' is not in"):
+    with pytest.raises(UserError, match="--prompt_column 'prompt': no such column in"):
         load(path, tokenizer, prompt_column="prompt")
 
 
@@ -178,7 +180,7 @@ def test_a_missing_prompt_column_is_refused(tmp_path, tokenizer):
     ("options", "words"),
     [
         ({"prompt_column": "a", "messages_column": "b"}, "exclude"),
-        ({"targets": "all"}, "leave it out"),
+        ({"targets": "all"}, "Leave it out"),
         ({"targets": "user", "prompt_column": "a"}, "--targets user"),
         ({"prompt_column": "content"}, "both name 'content'"),
         ({"messages_column": "author"}, "both name 'author'"),
@@ -195,9 +197,11 @@ def test_options_that_do_not_fit_are_refused(options, words):
 def dataset_of(tokenizer, rows: list[tuple[str, str, str]], **options) -> AuthorDataset:
     """The samples of (author, prompt, completion)."""
     form = ChatFormatter(tokenizer, "assistant")
-    samples = Dataset.from_dict({"author": [row[0] for row in rows], "content": [form.completion(*row[1:]) for row in rows]})
+    samples = Dataset.from_dict(
+        {"author": [row[0] for row in rows], "content": [form.format_completion(*row[1:]) for row in rows]}
+    )
     options = {"sequence_len": 64, **options}
-    tokens = tokenize(samples, tokenizer, text_column="content", has_targets=True, **options)
+    tokens = tokenize(samples, tokenizer, text_column="content", has_loss_mask=True, **options)
     return AuthorDataset(tokens, *group_by_author(tokens["author"][:]))
 
 
@@ -241,7 +245,7 @@ def test_samples_without_a_target_are_dropped_and_counted(tokenizer, caplog):
     long = "the hive is calm and the queen is golden " * 20
     dataset = dataset_of(tokenizer, [*ROWS, ("c", long, " cut away"), ("d", "nothing", "")])
     assert len(dataset) == 2 and len(dataset.samples) == 3
-    with pytest.raises(UserError, match="a target within 64 tokens; raise --sequence_len"):
+    with pytest.raises(UserError, match=r"a target within 64 tokens\. Raise --sequence_len"):
         dataset_of(tokenizer, [("c", long, " cut away")])
     assert len(dataset_of(tokenizer, [("c", long, " cut away")], long_samples="split").samples) == 1
 
@@ -261,7 +265,7 @@ def test_what_is_no_beginning_is_refused():
     loaded = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
     loaded.chat_template = "{{ messages|length }}" + MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     with pytest.raises(ValueError, match="cannot be divided into turns"):
-        ChatFormatter(loaded, "assistant").messages(TALK)
+        ChatFormatter(loaded, "assistant").format_messages(TALK)
 
 
 def test_fetched_rows_keep_their_own_labels(tokenizer):
@@ -314,20 +318,20 @@ TURN = MARKED.removeprefix("{% for m in messages %}").removesuffix("{% endfor %}
 def test_marks_whose_places_are_not_known_are_refused(tokenizer, template):
     """transformers counts from the start of the innermost text at hand, so that prompts would be learned."""
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="generation %} stands where its place"):
-        ChatFormatter(tokenizer, "assistant").messages(TALK)
-    assert ChatFormatter(tokenizer, "all").messages(TALK)
+    with pytest.raises(ValueError, match="generation %} is where its position"):
+        ChatFormatter(tokenizer, "assistant").format_messages(TALK)
+    assert ChatFormatter(tokenizer, "all").format_messages(TALK)
 
 
 def test_what_an_assistant_says_may_be_rewritten_within_the_marks(tokenizer):
     tokenizer.chat_template = MARKED.replace("m.content + '<end>' }}{% endgen", "(m.content|trim|upper) + '<end>' }}{% endgen")
     talk = [TALK[0], {"role": "assistant", "content": "  one \n"}, TALK[2], {"role": "assistant", "content": ""}]
-    assert learned(ChatFormatter(tokenizer, "assistant").messages(talk)) == "ONE<end>|<end>"
+    assert learned(ChatFormatter(tokenizer, "assistant").format_messages(talk)) == "ONE<end>|<end>"
 
 
 def test_a_mark_in_a_comment_is_none(tokenizer):
     tokenizer.chat_template = "{# {% generation %} is\nfor later #}" + PLAIN
-    assert learned(ChatFormatter(tokenizer, "assistant").messages(TALK)) == "one<end>|two<end>"
+    assert learned(ChatFormatter(tokenizer, "assistant").format_messages(TALK)) == "one<end>|two<end>"
 
 
 @pytest.mark.parametrize(
@@ -338,5 +342,5 @@ def test_a_mark_in_a_comment_is_none(tokenizer):
 def test_whatever_a_template_does_is_told_with_its_row(tmp_path, tokenizer, template):
     tokenizer.chat_template = template
     path = write(tmp_path, "chat.jsonl", [{"author": "a", "messages": TALK}])
-    with pytest.raises(UserError, match=r"line 1 \(row 1\) does not fit the chat template"):
+    with pytest.raises(UserError, match=r"line 1 \(row 1\): it does not fit the chat template"):
         load(path, tokenizer, messages_column="messages")

@@ -1,4 +1,4 @@
-"""data_utils.py: who is an author, what is a sample, and that neither changes silently."""
+"""py: who is an author, what is a sample, and that neither changes silently."""
 
 import json
 from pathlib import Path
@@ -17,19 +17,15 @@ from tokenizers.pre_tokenizers import Sequence, Split, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import data_utils
-from author_dp.data import storage as tables
+from author_dp.data import storage
 from author_dp.data.authors import get_column, suspicious_author_warnings
+from author_dp.data.chat import resolve_bos_token
+from author_dp.data.columns import ColumnSpec
+from author_dp.data.loading import load_files, load_hub
+from author_dp.data.splits import format_data_summary
+from author_dp.data.tokenization import tokenize
 from author_dp.errors import UserError
-from data_utils import (
-    AuthorDataset,
-    DataArguments,
-    collate,
-    group_by_author,
-    load_files,
-    load_train_and_eval,
-    tokenize,
-)
+from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_train_and_eval, split_by_author
 
 ROWS = [("alice", "one two three"), (" alice", "four five"), ("bob", "six"), ("alice", "seven eight"), ("Bob", "nine ten")]
 
@@ -47,7 +43,7 @@ def write(folder, suffix, authors, texts):
 
 
 def load(*patterns):
-    return load_files("--train_file", list(patterns), text_column="body", author_column="user")
+    return load_files(list(patterns), ColumnSpec("--train_file", "body", "user"))
 
 
 # --- grouping -----------------------------------------------------------------------------------------
@@ -128,8 +124,12 @@ def test_several_files_and_globs(tmp_path):
         ("a.jsonl", '{"user": "a", "body": "t"}\n{"body": "t"}\n', ["--author_column", "row 2"]),
         ("a.jsonl", '{"user": "a", "body": "t"}\n{"user": "  ", "body": "t"}\n', ["--author_column", "row 2"]),
         ("a.csv", "user,body\na,t\n,u\n", ["--author_column", "row 2"]),
-        ("a.jsonl", '{"user": "a", "body": "t"}\n{"user": "a", "body": 3}\n', ["--text_column", "'3' in line 2 (row 2)", "mend"]),
-        ("a.jsonl", '{"user": "a", "body": ["t"]}\n', ["--text_column", "row 1", "mend"]),
+        (
+            "a.jsonl",
+            '{"user": "a", "body": "t"}\n{"user": "a", "body": 3}\n',
+            ["--text_column", "'3' in line 2 (row 2)", "fix the row"],
+        ),
+        ("a.jsonl", '{"user": "a", "body": ["t"]}\n', ["--text_column", "row 1", "fix the row"]),
         ("a.jsonl", b'{"user": "a", "body": "t"}\n{"user": "a\xff", "body": "t"}\n', ["--train_file", "line 2", "UTF-8"]),
         ("a.jsonl", b'{"user": "a", "body": "t"}\n{"user": "a", "body": "\xe9"}\n', ["--train_file", "line 2", "UTF-8"]),
         ("a.csv", "user,body\na,t\nb,one, two\n", ["--train_file", "line 3", "3 values", "quote"]),
@@ -143,7 +143,7 @@ def test_several_files_and_globs(tmp_path):
         ("a.jsonl", "", ["--train_file", "empty"]),
         ("a.csv", "user,body\n", ["--train_file", "no rows"]),
         ("a.csv", "user;body\na;t\n", ["--text_column", "'user;body'", "commas"]),
-        ("a.csv", "user,body,user\na,t,b\n", ["--author_column", "2 times"]),
+        ("a.csv", "user,body,user\na,t,b\n", ["--author_column", "2 columns"]),
         ("a.csv", b"user,body\na,t\na,\xff\xfe\n", ["--train_file", "a.csv", "line 3", "UTF-8"]),
         ("a.parquet", b"PAR1 and then nothing", ["--train_file", "a.parquet"]),
         ("a.xlsx", "x", ["--train_file", ".xlsx", ".csv"]),
@@ -162,7 +162,7 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
     write(tmp_path, ".parquet", ["a", "b"], ["one", "two"])
     (path,) = tmp_path.glob("*.parquet")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=rf"--train_file .*{path.name} cannot be read as \.parquet"):
+    with pytest.raises(UserError, match=rf"--train_file .*{path.name}: it cannot be read as \.parquet"):
         load(str(path))
 
 
@@ -201,7 +201,7 @@ def test_texts_are_left_nowhere(tmp_path, monkeypatch):
     samples = load(path)
     (folder,) = tmp_path.glob("author-texts-*")
     assert folder.stat().st_mode & 0o777 == 0o700 and samples["body"][:] == ["one", "two"]
-    tables.cleanup_temp_dirs()
+    storage.cleanup_temp_dirs()
     assert not folder.exists()
 
 
@@ -213,6 +213,9 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 
 # --- the hub's layout ---------------------------------------------------------------------------------
+
+
+HUB_COLUMNS = ColumnSpec("--dataset_name", "content", "author")
 
 
 def make_conversion(root, rows_per_shard, shards, split="partial-train"):
@@ -237,20 +240,18 @@ def test_hub_layout_in_a_local_folder(tmp_path, split):
 def test_only_the_shards_that_are_needed_are_read(tmp_path):
     make_conversion(tmp_path, rows_per_shard=10, shards=3)
     (tmp_path / "default" / "partial-train" / "0002.parquet").write_bytes(b"must not be opened")
-    columns = {"text_column": "content", "author_column": "author"}
-    samples = data_utils.load_hub(str(tmp_path), "default", "main", limit=15, **columns)
+    samples = load_hub(str(tmp_path), "default", "main", HUB_COLUMNS, limit=15)
     assert samples["content"][:] == [f"text {n}" for n in range(15)]
 
 
 def test_hub_errors_name_option_and_remedy(tmp_path):
-    columns = {"text_column": "content", "author_column": "author", "limit": None}
     with pytest.raises(UserError, match="--dataset_config_name"):
-        data_utils.load_hub(str(tmp_path), "default", "main", **columns)
+        load_hub(str(tmp_path), "default", "main", HUB_COLUMNS)
     with pytest.raises(UserError, match=r"--train_file.*--model_name.*demo"):
-        data_utils.load_hub("webis/tldr-17", "default", "main", **columns)
+        load_hub("webis/tldr-17", "default", "main", HUB_COLUMNS)
     make_conversion(tmp_path, rows_per_shard=3, shards=1)
     with pytest.raises(UserError, match="--author_column 'user'"):
-        data_utils.load_hub(str(tmp_path), "default", "main", text_column="content", author_column="user", limit=None)
+        load_hub(str(tmp_path), "default", "main", HUB_COLUMNS._replace(author="user"))
 
 
 # --- split --------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def test_hub_errors_name_option_and_remedy(tmp_path):
 
 def split(authors, seed=0, fraction=0.2):
     samples = datasets.Dataset.from_dict({"user": authors, "body": [f"text {i}" for i in range(len(authors))]})
-    train, evaluation = data_utils.split_by_author(samples, "user", fraction, seed)
+    train, evaluation = split_by_author(samples, "user", fraction, seed)
     return set(train["user"]), set(evaluation["user"]), len(train) + len(evaluation)
 
 
@@ -285,14 +286,14 @@ def test_a_fraction_of_the_authors_depends_on_each_alone():
     samples = Dataset.from_dict({"user": authors, "body": ["a b"] * 900})
 
     def trained(samples, fraction=0.5):
-        train, evaluation = data_utils.split_by_author(samples, "user", 0.2, 0, fraction)
+        train, evaluation = split_by_author(samples, "user", 0.2, 0, fraction)
         return set(train["user"]), set(evaluation["user"])
 
     train, evaluation = trained(samples)
     few = Dataset.from_dict({"user": list("abcdefgh"), "body": ["a b"] * 8})
     for gone in "abcdefgh":  # among few, a rank or a count of those who are there would move somebody
         rest = few.select([i for i, author in enumerate("abcdefgh") if author != gone])
-        sides, others = (data_utils.split_by_author(s, "user", 0.0, 3, 0.5)[0]["user"][:] for s in (few, rest))
+        sides, others = (split_by_author(s, "user", 0.0, 3, 0.5)[0]["user"][:] for s in (few, rest))
         assert set(others) == set(sides) - {gone}
     assert 80 < len(train) < 160 and not train & evaluation and trained(samples, 0.3)[0] < train
     assert evaluation == trained(samples, 1.0)[1]
@@ -326,7 +327,7 @@ def test_authors_of_another_kind_in_the_validation_file_are_refused(tmp_path):
         rows = [{"author": kind(i), "content": f"text {i}"} for i in range(3)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     files = {"train_file": [str(tmp_path / "train.json")], "validation_file": [str(tmp_path / "other.json")]}
-    with pytest.raises(UserError, match=r"--validation_file holds text in .*other\.json.*whole number in .*train\.json"):
+    with pytest.raises(UserError, match=r"--validation_file: .*other\.json.*holds a string.*train\.json.*holds an integer"):
         load_train_and_eval(DataArguments(**files), seed=0)
 
 
@@ -334,10 +335,10 @@ def test_rows_taken_as_given_are_told_from_whole_authors(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert DataArguments().row_limit == 500_000 and DataArguments(max_train_samples=7).row_limit == 7
     assert DataArguments(train_file=["a"]).row_limit is None
-    notes = data_utils.data_summary(DataArguments(train_file=["a"], max_train_samples=1_000), tokenizer)
-    assert notes["row_limit"] == 1_000 and "taken as given" in " ".join(data_utils.format_data_summary(notes))
-    notes = data_utils.data_summary(DataArguments(train_file=["a"], train_fraction=0.5), tokenizer)
-    assert "0.5 of the training authors" in " ".join(data_utils.format_data_summary(notes)) and notes["start_token"] is None
+    notes = DataArguments(train_file=["a"], max_train_samples=1_000).summary(tokenizer)
+    assert notes["row_limit"] == 1_000 and "taken as given" in " ".join(format_data_summary(notes))
+    notes = DataArguments(train_file=["a"], train_fraction=0.5).summary(tokenizer)
+    assert "0.5 of the training authors" in " ".join(format_data_summary(notes)) and notes["start_token"] is None
 
 
 def test_authors_for_nobody_and_texts_of_several_are_counted():
@@ -382,12 +383,12 @@ def test_tokenize_cuts_adds_nothing_and_drops_what_predicts_nothing(caplog):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
     texts = ["My dog got lazy after I walked it", "", "I", None, "Hello there, a long text " * 50]
     samples = datasets.Dataset.from_dict({"user": list("abcde"), "body": texts})
-    tokens = data_utils.tokenize(samples, tokenizer, text_column="body", sequence_len=20)
+    tokens = tokenize(samples, tokenizer, text_column="body", sequence_len=20)
     assert tokens["user"][:] == ["a", "e"]
     assert tokens["input_ids"][:] == [tokenizer(text)["input_ids"][:20] for text in (texts[0], texts[4])]
     assert len(tokenizer(texts[4])["input_ids"]) > 20  # the tokenizer that is saved does not cut
     with pytest.raises(UserError, match="--text_column"):
-        data_utils.tokenize(samples.select([1, 2, 3]), tokenizer, text_column="body", sequence_len=20)
+        tokenize(samples.select([1, 2, 3]), tokenizer, text_column="body", sequence_len=20)
 
 
 def small_tokenizer(start: bool) -> PreTrainedTokenizerFast:
@@ -410,7 +411,7 @@ def test_a_text_begins_with_a_token_where_that_is_asked_for(more):
     plain, starting = small_tokenizer(start=False), small_tokenizer(start=True)
     asked = ids_of(texts, plain, prepend_bos=True, **more)
     assert asked == ids_of(texts, starting, **more) == ids_of(texts, starting, prepend_bos=True, **more)  # never two
-    assert data_utils.data_summary(DataArguments(train_file=["a"], prepend_bos=True), plain)["start_token"] == "<s>"
+    assert DataArguments(train_file=["a"], prepend_bos=True).summary(plain)["start_token"] == "<s>"
 
 
 def test_the_start_token_is_the_tokenizers_own_and_the_end_is_asked_for():
@@ -426,8 +427,8 @@ def test_the_start_token_is_the_tokenizers_own_and_the_end_is_asked_for():
     assert split == [[1, 3, 4], [1, 5, 2], [1, 3, 4, 5], [1, 3, 4], [1, 5, 2]]
     assert ids_of(["a b c a b"], plain, long_samples="split") == [[3, 4, 5], [3, 4]]
     assert ids_of(["a"], starting) == [[1, 3]]  # one token is something to predict, after a start
-    notes = data_utils.data_summary(DataArguments(train_file=["a"], append_eos=True), starting)
-    assert (notes["start_token"], notes["end_token"]) == ("<s>", "</s>") and len(data_utils.format_data_summary(notes)) == 2
+    notes = DataArguments(train_file=["a"], append_eos=True).summary(starting)
+    assert (notes["start_token"], notes["end_token"]) == ("<s>", "</s>") and len(format_data_summary(notes)) == 2
 
 
 @pytest.mark.parametrize("start", [False, True])
@@ -441,7 +442,7 @@ def test_the_spelling_of_a_special_token_is_text(start):
 
 def test_gpt2_adds_nothing_and_takes_no_text_for_its_end(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    assert data_utils.resolve_bos_token(tokenizer) is None
+    assert resolve_bos_token(tokenizer) is None
     samples = Dataset.from_dict({"user": ["a"], "body": ["say <|endoftext|> now"]})
     (row,) = tokenize(samples, tokenizer, text_column="body", sequence_len=64)["input_ids"][:]
     assert tokenizer.eos_token_id not in row and tokenizer.decode(row) == "say <|endoftext|> now"
@@ -460,13 +461,13 @@ def test_split_keeps_every_token_with_its_author():
     texts = ["one two three four five six seven", "", "eight nine", "ten " * 40]
     samples = datasets.Dataset.from_dict({"user": ["a", "b", "c", "a"], "body": texts})
     options = {"text_column": "body", "sequence_len": 4}
-    pieces = data_utils.tokenize(samples, tokenizer, **options, long_samples="split")
+    pieces = tokenize(samples, tokenizer, **options, long_samples="split")
     assert max(map(len, pieces["input_ids"])) == 4 and min(map(len, pieces["input_ids"])) >= 2
     for author in "ac":
         ids = [i for user, row in zip(pieces["user"], pieces["input_ids"]) if user == author for i in row]
         whole = [i for user, text in zip("abca", texts) if user == author for i in tokenizer(text)["input_ids"]]
         assert ids == whole[: len(ids)] and len(whole) - len(ids) < 2  # a last piece of one token predicts nothing
-    truncated = data_utils.tokenize(samples, tokenizer, **options)
+    truncated = tokenize(samples, tokenizer, **options)
     assert truncated["user"][:] == ["a", "c", "a"] and set(pieces["user"]) == {"a", "c"}
 
 
@@ -497,6 +498,6 @@ def test_a_row_limit_that_leaves_one_author_is_to_blame_for_it(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"author": f"a{i // 2}", "content": "some text"}) + "\n" for i in range(6)))
     options = {"train_file": [str(path)], "eval_fraction": 0.0}
-    with pytest.raises(UserError, match="--max_train_samples 2 leaves rows of one author"):
+    with pytest.raises(UserError, match="--max_train_samples 2: it leaves rows of one author"):
         load_train_and_eval(DataArguments(**options, max_train_samples=2), seed=1)
     assert len(load_train_and_eval(DataArguments(**options, max_train_samples=3), seed=1)[0]) == 3

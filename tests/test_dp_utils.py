@@ -87,7 +87,7 @@ def test_empty_draws_are_steps_of_noise_alone(tmp_path):
     trainer = make_trainer(
         tmp_path, dataset=make_dataset([1] * 1_000), privacy={"noise_multiplier": 1.0}, max_steps=3, logging_steps=3
     )
-    trainer.plan = trainer.checks.plan = type(trainer.plan)(**{**vars(trainer.plan), "sample_rate": 1e-9})
+    trainer.plan = trainer.monitors.plan = type(trainer.plan)(**{**vars(trainer.plan), "sample_rate": 1e-9})
     trainer.args.max_steps = 3
     batches, recorder = train(trainer)
     assert [batch.batch_size for batch in batches] == [0, 0, 0] and trainer.budget.ledger.steps == 3
@@ -161,11 +161,11 @@ def test_the_trainer_samples_as_the_ledger_says(tmp_path):
     trainer = make_trainer(tmp_path, dataset=make_dataset([1, 3] * 100), per_device_train_batch_size=10,
                            gradient_accumulation_steps=2, privacy={"samples_per_author": 2})  # fmt: skip
     sampler = trainer.get_train_dataloader().batch_sampler
-    sizes = np.array([sampler.draw().batch_size for _ in range(2_000)])
+    sizes = np.array([sampler.sample_batch().batch_size for _ in range(2_000)])
     q = trainer.plan.sample_rate
-    assert q == 0.1 == trainer.plan.spending(1).sample_rate and len(sampler) == 10
+    assert q == 0.1 == trainer.plan.event(1).sample_rate and len(sampler) == 10
     assert within(sizes.mean(), 200 * q, math.sqrt(200 * q * (1 - q) / len(sizes)))
-    assert {len(samples) for _ in range(5) for samples in sampler.draw().samples} <= {1, 2}
+    assert {len(samples) for _ in range(5) for samples in sampler.sample_batch().samples} <= {1, 2}
 
 
 def test_logged_loss_is_the_mean_over_authors_and_clipping_is_counted(tmp_path):

@@ -156,7 +156,7 @@ def on_a_small_disk(folder: Path, size: str, *arguments: str) -> tuple[int, str,
 def test_a_disk_too_full_for_the_ledger_stops_before_the_update(checkpoint, comments, tmp_path):
     arguments = small(checkpoint, comments, tmp_path / "out", *NOISE, "--save_strategy", "no", *LONG)
     status, stderr, steps = on_a_small_disk(tmp_path / "out", "8k", *arguments)
-    assert status == 2 and "privacy_ledger.jsonl cannot be written (No space left on device)" in stderr, stderr
+    assert status == 2 and "privacy_ledger.jsonl: cannot be written (No space left on device)" in stderr, stderr
     assert "Traceback" not in stderr and 5 < steps < 100
 
 

@@ -19,8 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from author_dp.data.authors import get_column
+from author_dp.data.columns import ColumnSpec
+from author_dp.data.loading import load_files
 from author_dp.errors import UserError
-from data_utils import group_by_author, load_files
+from data_utils import group_by_author
 
 SCRIPT = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="fuzzed")
 GROUPS = ("ModelArguments", "LoraArguments", "DataArguments", "PrivacyArguments", "AuditArguments", "TrainingArguments")
@@ -87,7 +89,7 @@ def load(name: str, content: bytes) -> list | None:
         path = os.path.join(folder, name)
         Path(path).write_bytes(content)
         try:
-            samples = load_files("--train_file", [path], text_column="content", author_column="author")
+            samples = load_files([path], ColumnSpec("--train_file", "content", "author"))
         except UserError as error:
             assert len(str(error).splitlines()) == 1 and ("--train_file" in str(error) or "_column" in str(error)), error
             return None

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.data.chat import ChatFormatter, resolve_bos_token, tokenize_examples
-from author_dp.data.rows import read_rows
+from author_dp.data.readers import read_rows
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.outputs import generate
@@ -42,7 +42,13 @@ def made(path: Path) -> Path:
     folder, tokenizer = path / "trained", AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
     privacy = {"noise_multiplier": None, "target_epsilon": 8.0}
     trainer = make_trainer(folder, tiny(len(tokenizer)), make_dataset([1] * 40), max_steps=2, privacy=privacy)
-    trainer.data = {"row_limit": None, "train_fraction": 1.0, "sequence_len": 16, "start_token": None, "end_token": None}
+    trainer.run_report.data = {
+        "row_limit": None,
+        "train_fraction": 1.0,
+        "sequence_len": 16,
+        "start_token": None,
+        "end_token": None,
+    }
     trainer.train()
     trainer.save_model()
     tokenizer.save_pretrained(folder)
@@ -313,8 +319,8 @@ def test_prompts_are_read_as_in_training(tokenizer, tmp_path):
     start = [resolve_bos_token(loaded, prepend_bos=True)]
     text, talk, empty = make_prompts(loaded, "<|endoftext|>", Source(str(tmp_path / "p.jsonl")))
     for prompt, example in (
-        (text, form.completion("a <|endoftext|> b", " c")),
-        (talk, form.messages([rows[1]["prompt"][0], {"role": "assistant", "content": "Four"}])),
+        (text, form.format_completion("a <|endoftext|> b", " c")),
+        (talk, form.format_messages([rows[1]["prompt"][0], {"role": "assistant", "content": "Four"}])),
     ):
         (whole,), _ = tokenize_examples([example], loaded, start, [])
         assert whole[: len(prompt.ids)] == prompt.ids and start[0] not in prompt.ids[1:] and prompt.ids[0] == start[0]

@@ -17,7 +17,7 @@ from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import format_joint, format_ledger
 from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
-from author_dp.outputs.page import guarantee_rows
+from author_dp.outputs.guarantee import guarantee_rows
 from author_dp.outputs.report import RunStatistics, write_report
 from dp_utils import PrivacyArguments
 
@@ -84,7 +84,7 @@ def test_authors_are_drawn_at_the_rate_and_divided_by_a_constant(tmp_path):
     for authors in (40, 400):
         trainer = hidden_trainer(tmp_path / str(authors), authors)
         sampler = trainer.get_train_dataloader().batch_sampler
-        drawn = [len(sampler.draw_authors()) for _ in range(500)]
+        drawn = [len(sampler.sample_authors()) for _ in range(500)]
         assert within(np.mean(drawn), 0.05 * authors, (0.05 * 0.95 * authors / 500) ** 0.5)
         assert trainer.create_optimizer().expected_batch_size == 4 == trainer.plan.expected_batch_size
         assert len(sampler) == 20  # 1 / q draws are an epoch
@@ -95,8 +95,10 @@ def test_words_of_programs_and_reports_hold_without_counts(tmp_path):
     assert "private" in trainer.summary() and "divided by the constant 4" in trainer.summary()
     trainer.train()
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert "an untold number of authors" in format_ledger(ledger) and "an untold number of authors" in format_joint([ledger])
-    assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not told"
+    assert "an undisclosed number of authors" in format_ledger(ledger) and "an undisclosed number of authors" in format_joint(
+        [ledger]
+    )
+    assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not disclosed"
 
 
 def test_resuming_checks_the_number_that_it_keeps_to_itself(tmp_path):
@@ -125,7 +127,7 @@ def test_steps_follow_from_options_alone():
     )
     privacy = PrivacyArguments(noise_multiplier=1.0, per_sample_max_grad_norm=1.0, **HIDDEN)
     plans = [make_plan(privacy, args, np.arange(authors + 1)) for authors in (20, 5_000)]
-    assert [plan.public() for plan in plans] == [plans[0].public()] * 2
+    assert [plan.to_public_dict() for plan in plans] == [plans[0].to_public_dict()] * 2
     assert plans[0].steps == 60 and plans[0].sample_rate == 0.05 and plans[0].expected_batch_size == 16
 
 

@@ -16,7 +16,8 @@ from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from test_accounting import exact_epsilon
 
 from author_dp.accounting.accountant import EpsilonAccountant, MechanismEvent, find_noise_multiplier
-from author_dp.accounting.ledger import PrivacyLedger, record_hash
+from author_dp.accounting.hash_chain import record_hash
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import main
 from author_dp.errors import UserError
 from author_dp.files import write_json
@@ -39,11 +40,11 @@ def test_ledger_counts_runs_and_steps(tmp_path):
     again.start_run({"noise_multiplier": 1.5, "sample_rate": 0.2})
     again.record_step()
     expected = [MechanismEvent(0.7, 0.1, 3), MechanismEvent(1.5, 0.2, 1)]
-    assert again.spendings == PrivacyLedger(again.path).spendings == expected and again.steps == 4
+    assert again.events == PrivacyLedger(again.path).events == expected and again.steps == 4
     records = [json.loads(line) for line in again.path.read_text().splitlines()]
     assert [record["record"] for record in records] == ["run", "step", "step", "step", "run", "step"]
     assert [record.get("step") for record in records] == [None, 1, 2, 3, None, 4]
-    assert again.links == PrivacyLedger(again.path).links and len(set(again.links)) == 7
+    assert again.record_hashes == PrivacyLedger(again.path).record_hashes and len(set(again.record_hashes)) == 7
 
 
 def test_a_step_is_on_disk_when_record_step_returns(tmp_path, monkeypatch):
@@ -63,7 +64,7 @@ def test_a_torn_last_record_counts_as_a_step_now_and_later(tmp_path, cut):
     assert torn.steps == 3
     torn.start_run(HEADER)
     torn.record_step()
-    assert PrivacyLedger(ledger.path).steps == torn.steps == 4 and PrivacyLedger(ledger.path).links == torn.links
+    assert PrivacyLedger(ledger.path).steps == torn.steps == 4 and PrivacyLedger(ledger.path).record_hashes == torn.record_hashes
 
 
 def test_a_torn_header_is_no_run(tmp_path):
@@ -107,14 +108,14 @@ def test_an_edited_ledger_is_refused(tmp_path, how):
 
 def test_a_step_left_out_of_the_numbers_is_refused_even_with_a_chain(tmp_path):
     ledger = make_ledger(tmp_path, taken=1)
-    ledger._write({"record": "step", "step": 3})
+    ledger._chain.append({"record": "step", "step": 3})
     with pytest.raises(UserError, match="line 3"):
         PrivacyLedger(ledger.path)
 
 
 def test_a_missing_end_that_a_report_knows_of_is_refused(tmp_path):
     ledger = make_ledger(tmp_path, taken=4)
-    write_json(tmp_path / "privacy.json", {"disable_dp": False, "ledger_link": ledger.links[-1]})
+    write_json(tmp_path / "privacy.json", {"disable_dp": False, "ledger_link": ledger.record_hashes[-1]})
     ledger.check_report(tmp_path / "privacy.json")
     ledger.record_step()
     PrivacyLedger(ledger.path).check_report(tmp_path / "privacy.json")
@@ -143,13 +144,13 @@ def test_a_ledger_that_cannot_be_written_raises_and_counts_nothing(tmp_path, fau
         ledger.path.unlink()
         if fault == "a folder":
             ledger.path.mkdir()
-    with pytest.raises(UserError, match=r"privacy_ledger\.jsonl cannot be written .*--output_dir"):
+    with pytest.raises(UserError, match=r"privacy_ledger\.jsonl: cannot be written .*--output_dir"):
         ledger.record_step()
     assert ledger.steps == 3 and (fault != "deleted" or not ledger.path.exists())
 
 
 def test_a_second_run_is_kept_out_until_the_first_one_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("author_dp.accounting.ledger.LOCK_SECONDS", 0)
+    monkeypatch.setattr("author_dp.accounting.hash_chain.LOCK_SECONDS", 0)
     first, second = PrivacyLedger(tmp_path / "privacy_ledger.jsonl"), PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     with first.locked():
         first.start_run(HEADER)
@@ -198,7 +199,7 @@ def test_the_program_says_what_was_spent_and_what_one_more_run_would_cost(tmp_pa
     after = exact_epsilon([(2.0, 0.1, 10), (3.0, 0.1, 15)], 1e-3)
     said = [float(line.split("epsilon ")[1].split()[0]) for line in done.stdout.splitlines() if "at delta" in line]
     assert said == [pytest.approx(spent, abs=0.02), pytest.approx(after, abs=0.02)]
-    assert "runs 2, steps 15" in done.stdout and "promised: epsilon 8" in done.stdout
+    assert "runs 2, steps 15" in done.stdout and "target: epsilon 8" in done.stdout
     assert "at delta 1e-05" in ledger_program(str(tmp_path), "1e-5").stdout
 
 
@@ -236,7 +237,7 @@ def test_several_folders_compose_to_one_epsilon_below_the_sum(tmp_path, capsys):
     together = exact_epsilon([(0.9, 0.1, 80), (1.2, 0.05, 40)], 1e-3)
     numbers = [float(found) for found in re.findall(r"epsilon ([\d.]+) at", said)]
     assert numbers == pytest.approx([*alone, together, sum(alone)], abs=0.03) and together < 0.8 * sum(alone)
-    assert "their sum, for comparison" in said and "at delta 0.003" in said and "looking at earlier private results" in said
+    assert "sum, for comparison" in said and "at delta 0.003" in said and "looking at earlier private results" in said
     main([str(tmp_path / "a"), str(tmp_path / "b"), "1e-6"])
     assert "at delta 1e-06" in capsys.readouterr().out
 
@@ -314,7 +315,7 @@ def test_epsilon_of_a_ledger_agrees_with_the_judges(tmp_path, monkeypatch, setti
     monkeypatch.setattr(EpsilonAccountant, "MAX_CELLS", 2**20)
     q, steps, sigma, delta = setting
     make_ledger(tmp_path, steps, sample_rate=q, noise_multiplier=sigma)
-    (spending,) = PrivacyLedger(tmp_path / "privacy_ledger.jsonl").spendings
+    (spending,) = PrivacyLedger(tmp_path / "privacy_ledger.jsonl").events
     assert spending == (sigma, q, steps)
     loss = EpsilonAccountant([spending], delta)
     epsilon, error = loss.epsilon, 2 * getattr(loss, "epsilon_error", np.inf)
@@ -331,4 +332,4 @@ def test_a_torn_alarm_is_an_alarm(tmp_path):
     ledger.path.write_bytes(ledger.path.read_bytes()[:-70])
     torn = PrivacyLedger(ledger.path)
     with pytest.raises(UserError, match="its models have no guarantee"):
-        torn.check_alarm()
+        torn.check_no_failure()

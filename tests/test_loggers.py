@@ -1,4 +1,4 @@
-"""loggers.py and permissions.py: private numbers lie in the output folder, and their owner alone can read them."""
+"""loggers.py and permissions.py: private numbers stay in the output directory, readable by their owner alone."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def run_with(folder: Path, monkeypatch, *loggers: str):
-    """A run that evaluates before it trains, from a current folder and a home of its own."""
+    """Evaluate, train and evaluate, with a separate current directory and home."""
     for name in ("cwd", "home"):
         (folder / name).mkdir(parents=True)
     monkeypatch.chdir(folder / "cwd")
@@ -86,7 +86,7 @@ def test_metrics_that_a_program_saves_are_its_owners(tmp_path):
 
 
 def test_a_sealed_checkpoint_is_its_owners(tmp_path):
-    """Also where files of a lost step, which an older version wrote, were overwritten."""
+    """The same holds for readable files that an older version wrote."""
     for name in ("privacy.json", "trainer_state.json", "optimizer.pt", "whatever_comes_next.bin"):
         (tmp_path / name).write_text("{}")
         (tmp_path / name).chmod(0o644)
@@ -95,12 +95,12 @@ def test_a_sealed_checkpoint_is_its_owners(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*sorted(INTEGRATION_TO_CALLBACK.keys() - VARIABLES.keys()), "one_that_comes_next"])
-def test_other_loggers_are_refused(name):
+def test_check_loggers_refuses_unknown_loggers(name):
     with pytest.raises(UserError, match=f"--report_to {name}: "):
         check_loggers(SimpleNamespace(report_to=[name]))
 
 
-def test_a_folder_of_the_users_choice_must_be_private(tmp_path, monkeypatch):
+def test_trainer_wants_log_directories_to_be_private(tmp_path, monkeypatch):
     shared, private, new = (tmp_path / name for name in ("shared", "private", "new"))
     shared.mkdir(mode=0o755), private.mkdir(mode=0o700)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(shared))
@@ -116,7 +116,7 @@ def test_a_folder_of_the_users_choice_must_be_private(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("permissions", [0o750, 0o705, 0o710, 0o755])
-def test_a_folder_that_anybody_else_can_open_is_refused(tmp_path, monkeypatch, permissions):
+def test_check_variable_refuses_directories_that_others_can_open(tmp_path, monkeypatch, permissions):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs").chmod(permissions)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
@@ -125,7 +125,7 @@ def test_a_folder_that_anybody_else_can_open_is_refused(tmp_path, monkeypatch, p
         pytest.fail("not noticed")
 
 
-def test_a_logger_that_follows_others_is_redirected_too(tmp_path, monkeypatch):
+def test_redirect_loggers_redirects_comet_ml_too(tmp_path, monkeypatch):
     for variable in [*VARIABLES["comet_ml"], *VARIABLES["tensorboard"]]:
         monkeypatch.setenv(variable, "")  # so that it is as before at the end
         monkeypatch.delenv(variable)
@@ -134,7 +134,7 @@ def test_a_logger_that_follows_others_is_redirected_too(tmp_path, monkeypatch):
     assert os.environ["COMET_LOG_ASSETS"] == DISABLED
 
 
-def test_two_runs_of_one_process_keep_their_logs_apart(tmp_path, monkeypatch):
+def test_redirect_loggers_separates_two_runs_of_one_process(tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     for name in ("a", "b"):
         make_trainer(tmp_path / name, report_to=["tensorboard"]).train()
@@ -144,14 +144,14 @@ def test_two_runs_of_one_process_keep_their_logs_apart(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "variable"), sample((n, v) for n, values in VARIABLES.items() for v, value in values.items() if value == DISABLED)
 )
-def test_loggers_upload_no_checkpoints(monkeypatch, name, variable):
+def test_check_loggers_refuses_uploads_of_checkpoints(monkeypatch, name, variable):
     """A checkpoint holds losses; the output folder holds texts of held-out authors."""
     monkeypatch.setenv(variable, "checkpoint")
     with pytest.raises(UserError, match=f"{variable}=checkpoint: "):
         check_loggers(SimpleNamespace(report_to=[name]))
 
 
-def test_a_public_space_shows_no_losses(tmp_path):
+def test_trainer_refuses_a_public_space(tmp_path):
     with pytest.raises(UserError, match="--trackio_space_id me/losses: "):
         make_trainer(tmp_path, report_to=["trackio"], trackio_space_id="me/losses")
 

@@ -1,7 +1,7 @@
-"""mechanism.py: sampling, loss, clipping and noise against their definitions, and each silent way to break them.
+"""Test sampling, losses and the noisy step against their definitions, and each silent way to break them.
 
-Random checks allow six standard deviations: none of them fails by chance in a lifetime of runs, and all of them fail
-when the property is broken.
+Random checks allow six standard deviations: chance alone fails none in a lifetime of runs, and all fail when the property is
+broken.
 """
 
 import math
@@ -26,7 +26,7 @@ from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
 from data_utils import collate, group_by_author
 
-# --- step 1: sampling -----------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 
 def make_sampler(authors=1_000, sample_rate=0.05, samples_per_author=1, counts=None, **options) -> PoissonAuthorSampler:
@@ -35,24 +35,24 @@ def make_sampler(authors=1_000, sample_rate=0.05, samples_per_author=1, counts=N
     return PoissonAuthorSampler(offsets, indices, sample_rate=sample_rate, samples_per_author=samples_per_author, **options)
 
 
-def draws_of(sampler, steps) -> np.ndarray:
-    """(steps, authors), 1 where an author is in the draw."""
+def sample_steps(sampler, steps) -> np.ndarray:
+    """Return (steps, authors), 1 where an author is in the batch."""
     present = np.zeros((steps, len(sampler.offsets) - 1))
     for row in present:
-        row[sampler.draw_authors()] = 1
+        row[sampler.sample_authors()] = 1
     return present
 
 
-def test_every_author_is_drawn_with_probability_q():
+def test_sampler_takes_every_author_with_probability_q():
     steps, q = 4_000, 0.05
-    rates = draws_of(make_sampler(sample_rate=q), steps).mean(0)
+    rates = sample_steps(make_sampler(sample_rate=q), steps).mean(0)
     deviation = math.sqrt(q * (1 - q) / steps)
     assert all(within(rate, q, deviation) for rate in rates)
     assert within(rates.mean(), q, deviation / math.sqrt(len(rates)))
 
 
-def test_batch_sizes_are_binomial():
-    sizes = draws_of(make_sampler(authors=300, sample_rate=0.02), 5_000).sum(1)
+def test_sampler_has_binomial_batch_sizes():
+    sizes = sample_steps(make_sampler(authors=300, sample_rate=0.02), 5_000).sum(1)
     observed = np.bincount(sizes.astype(int), minlength=20)[:20]
     expected = stats.binom.pmf(np.arange(20), 300, 0.02) * len(sizes)
     common = expected > 10
@@ -61,16 +61,16 @@ def test_batch_sizes_are_binomial():
     assert observed[0] > 0  # empty draws are among them
 
 
-def test_authors_and_steps_are_independent():
-    present = draws_of(make_sampler(authors=40, sample_rate=0.3), 5_000)
+def test_sampler_takes_authors_and_steps_independently():
+    present = sample_steps(make_sampler(authors=40, sample_rate=0.3), 5_000)
     between_authors = np.corrcoef(present.T) - np.eye(40)
     between_steps = np.array([np.corrcoef(a[1:], a[:-1])[0, 1] for a in present.T])
     assert np.abs(between_authors).max() < 6 / math.sqrt(5_000)
     assert np.abs(between_steps).max() < 6 / math.sqrt(5_000)
 
 
-def test_a_draw_goes_on_to_the_last_author():
-    """More gaps are drawn where the first ones did not reach: here each reaches no further than one author."""
+def test_sampler_reaches_the_last_author():
+    """Further gaps are sampled if the first ones did not reach the end: here each gap reaches one author further."""
     sampler = make_sampler(authors=200, sample_rate=1e-3)
 
     class Short:
@@ -78,32 +78,32 @@ def test_a_draw_goes_on_to_the_last_author():
             return np.ones(min(size, 7), np.int64)
 
     sampler._authors_generator = Short()
-    assert sampler.draw_authors().tolist() == list(range(200))
+    assert sampler.sample_authors().tolist() == list(range(200))
 
 
-def test_a_draw_of_many_authors_costs_what_it_draws():
+def test_sampler_costs_what_it_samples():
     sampler = make_sampler(authors=1, sample_rate=1e-5)
-    sampler.offsets = np.broadcast_to(np.int64(0), 10**9 + 1)  # 8 GB, if it were looked at
-    sizes = [len(sampler.draw_authors()) for _ in range(200)]
+    sampler.offsets = np.broadcast_to(np.int64(0), 10**9 + 1)  # 8 GB, if it were read
+    sizes = [len(sampler.sample_authors()) for _ in range(200)]
     assert within(np.mean(sizes), 1e4, math.sqrt(1e4 / 200))
-    places = np.concatenate([sampler.draw_authors() for _ in range(20)])
-    assert places.min() >= 0 and places.max() < 10**9 and stats.kstest(places / 1e9, "uniform").pvalue > 1e-9
+    authors = np.concatenate([sampler.sample_authors() for _ in range(20)])
+    assert authors.min() >= 0 and authors.max() < 10**9 and stats.kstest(authors / 1e9, "uniform").pvalue > 1e-9
 
 
-def test_everybody_is_drawn_at_rate_one_and_empty_draws_stay():
-    assert len(make_sampler(sample_rate=1.0).draw().samples) == 1_000
-    draws = list(make_sampler(authors=3, sample_rate=0.01, steps=500))
-    assert len(draws) == 500 and sum(draw.batch_size == 0 for draw in draws) > 400
-    assert all(draw.samples == [] for draw in draws if draw.batch_size == 0)
+def test_sampler_takes_all_at_rate_one_and_keeps_empty_batches():
+    assert len(make_sampler(sample_rate=1.0).sample_batch().samples) == 1_000
+    batches = list(make_sampler(authors=3, sample_rate=0.01, steps=500))
+    assert len(batches) == 500 and sum(batch.batch_size == 0 for batch in batches) > 400
+    assert all(batch.samples == [] for batch in batches if batch.batch_size == 0)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_shares_are_disjoint_even_and_together_the_draw(world_size):
-    whole = make_sampler(key=99)
+def test_sampler_splits_a_batch_evenly_over_processes(world_size):
+    alone = make_sampler(key=99)
     shares = [make_sampler(key=99, rank=rank, world_size=world_size) for rank in range(world_size)]
     for _ in range(50):
-        expected = whole.draw_authors().tolist()
-        parts = [share.draw() for share in shares]
+        expected = alone.sample_authors().tolist()
+        parts = [share.sample_batch() for share in shares]
         authors = [int(samples[0]) for part in parts for samples in part.samples]
         assert sorted(authors) == expected
         assert {part.batch_size for part in parts} == {len(expected)}
@@ -111,13 +111,13 @@ def test_shares_are_disjoint_even_and_together_the_draw(world_size):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_up_to_k_samples_of_each_author_without_replacement_uniformly(k):
+def test_sampler_chooses_up_to_k_samples_uniformly(k):
     counts = np.array([1, 2, 5, 40])
     sampler = make_sampler(authors=4, sample_rate=1.0, samples_per_author=k, counts=counts)
     drawn = np.zeros(counts.sum())
     steps = 4_000
     for _ in range(steps):
-        samples = sampler.draw().samples
+        samples = sampler.sample_batch().samples
         assert [len(part) for part in samples] == np.minimum(counts, k).tolist()
         for author, part in enumerate(samples):
             assert len(set(part.tolist())) == len(part)
@@ -129,7 +129,7 @@ def test_up_to_k_samples_of_each_author_without_replacement_uniformly(k):
     assert all(within(*figures) for figures in zip(drawn / steps, expected, deviation))
 
 
-def test_microbatches_hold_everything_once_and_pad_little():
+def test_make_microbatches_keeps_everything_once_and_pads_little():
     generator = np.random.default_rng(0)
     authors = [
         [{"input_ids": np.full(generator.integers(2, 100), a)} for _ in range(generator.integers(1, 4))] for a in range(50)
@@ -150,10 +150,10 @@ def test_microbatches_hold_everything_once_and_pad_little():
     assert make_microbatches([], max_authors=8, collate=collate) == []
 
 
-# --- step 2: the loss -----------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------
 
 
-def test_author_loss_is_the_mean_over_the_authors_own_tokens():
+def test_author_losses_are_means_over_the_authors_tokens():
     model, batch = tiny_gpt2().eval(), make_batch()
     losses = author_losses(model, batch)
     assert losses.shape == (len(COUNTS),) and losses.dtype == torch.float32
@@ -167,14 +167,14 @@ def test_author_loss_is_the_mean_over_the_authors_own_tokens():
         assert loss.item() == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_author_without_targets_has_loss_zero():
+def test_author_losses_are_zero_without_targets():
     batch = collate([{"input_ids": [3]}, {"input_ids": [1, 2, 3]}])
     batch |= {"author": torch.tensor([0, 1]), "num_authors": 2}
     losses = author_losses(tiny_gpt2(), batch)
     assert losses[0] == 0 and losses[1] > 0
 
 
-# --- step 4: noise and update ---------------------------------------------------------------------------
+# --- noise and update ---------------------------------------------------------------------------
 
 
 def make_optimizer(size=200_000, *, sigma=1.5, clip_norm=0.2, batch_size=10, before_release=lambda: None):
@@ -186,9 +186,9 @@ def make_optimizer(size=200_000, *, sigma=1.5, clip_norm=0.2, batch_size=10, bef
     return optimizer, parameters
 
 
-def test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size():
+def test_optimizer_adds_gaussian_noise_of_the_stated_scale():
     optimizer, parameters = make_optimizer()
-    optimizer.step()  # an empty draw: noise only
+    optimizer.step()  # an empty batch: noise only
     noise = -flat(parameters) * 10 / (1.5 * 0.2)
     assert within(noise.mean().item(), 0, 1 / math.sqrt(len(noise)))
     assert within(noise.var().item(), 1, math.sqrt(2 / len(noise)))
@@ -196,7 +196,7 @@ def test_noise_is_gaussian_of_the_promised_scale_over_the_constant_batch_size():
     assert stats.kstest(-parameters[1].detach().flatten().numpy() * 10 / 0.3, "norm").pvalue > 1e-9
 
 
-def test_noise_is_independent_between_parameters_entries_and_steps():
+def test_optimizer_adds_independent_noise_to_all_entries_and_steps():
     optimizer, parameters = make_optimizer()
     steps = []
     for _ in range(2):
@@ -212,7 +212,7 @@ def test_noise_is_independent_between_parameters_entries_and_steps():
     assert len(np.unique(steps[0])) > 0.9 * len(steps[0])
 
 
-def test_the_sum_is_divided_by_the_constant_and_used_once():
+def test_optimizer_divides_by_the_constant_and_uses_a_sum_once():
     optimizer, parameters = make_optimizer(size=100, sigma=0.0)
     parameters[0].summed_grad.fill_(5.0)
     optimizer.step()
@@ -224,16 +224,16 @@ def test_the_sum_is_divided_by_the_constant_and_used_once():
     assert torch.allclose(parameters[0], torch.full((100,), -0.5))
 
 
-def test_each_parameter_has_its_place_in_the_sums_whatever_is_noised_at_once():
+def test_optimizer_keeps_parameters_in_place_for_any_chunk_size():
     optimizer, parameters = make_optimizer(size=100, sigma=0.0)
-    optimizer.noise.elements = 7
+    optimizer.noise.chunk_size = 7
     for parameter in parameters:
         parameter.summed_grad.copy_(torch.arange(parameter.numel(), dtype=torch.float32).view_as(parameter))
     optimizer.step()
     assert all(torch.allclose(-p.flatten() * 10, torch.arange(p.numel(), dtype=torch.float32)) for p in parameters)
 
 
-def test_nothing_is_updated_when_the_step_cannot_be_recorded():
+def test_optimizer_updates_nothing_when_the_step_cannot_be_recorded():
     def fail():
         raise OSError("disk full")
 

@@ -1,4 +1,4 @@
-"""microbatches.py: constant shapes, and an author's norm in the same bits whoever else is in the batch."""
+"""Test that microbatches have constant shapes, and that an author's norm has the same bits whoever else is there."""
 
 import datasets
 import numpy as np
@@ -9,17 +9,18 @@ from families import make_engine, make_model
 
 from author_dp.clipping.factor_store import total_norms
 from author_dp.clipping.grad_factors import squared_norms
+from author_dp.data.splits import author_hashes
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import MicrobatchShape, is_real, make_microbatch_shape, make_microbatches
-from data_utils import AuthorDataset, author_hashes, collate, group_by_author
+from data_utils import AuthorDataset, collate, group_by_author
 
 SHAPE = MicrobatchShape(authors=4, samples=1, lengths=(4, 8, 16))
 NOT_FINITE = VOCABULARY - 1  # the token whose embedding is nan
 
 
 def author(*lengths: int, seed: int = 0) -> list[dict]:
-    """An author with samples of so many random tokens."""
+    """Return an author with samples of these numbers of random tokens."""
     rng = np.random.default_rng(seed)
     return [{"input_ids": rng.integers(1, NOT_FINITE, length).astype(np.int32)} for length in lengths]
 
@@ -35,12 +36,12 @@ def author(*lengths: int, seed: int = 0) -> list[dict]:
         ((2**31, 4, 1, 8), 256, (1, 2, 3, 4, 6, 8)),
     ],
 )
-def test_constant_shape_follows_from_options(options, authors, lengths):
+def test_make_microbatch_shape_follows_from_options(options, authors, lengths):
     assert make_microbatch_shape(*options) == (authors, options[2], lengths)
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(k):
+def test_make_microbatches_fills_up_the_shape_and_keeps_every_sample(k):
     shape = SHAPE._replace(samples=k)
     rng = np.random.default_rng(0)
     authors = [author(*rng.integers(1, 17, rng.integers(1, k + 1)), seed=i) for i in range(23)]
@@ -61,7 +62,7 @@ def test_cut_into_microbatches_fills_up_to_the_shape_and_keeps_every_sample(k):
     assert sorted(seen) == sorted([sample["input_ids"].tolist() for sample in samples] for samples in authors)
 
 
-def test_cut_into_microbatches_refuses_a_sample_beyond_the_longest_length():
+def test_make_microbatches_refuses_a_sample_beyond_the_longest_length():
     with pytest.raises(UserError, match="a sample has 17 tokens"):
         make_microbatches([author(17)], 4, collate, SHAPE)
 
@@ -93,7 +94,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("count", [5, 6, 7, 20])
-def test_norms_of_equal_authors_are_equal_bits(count):
+def test_total_norms_of_equal_authors_are_equal_bits(count):
     """A sum over parameters is vectorized along authors, unless the numbers of each author lie in a row."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -103,7 +104,7 @@ def test_norms_of_equal_authors_are_equal_bits(count):
 
 
 @pytest.mark.parametrize(("engine", "kind", "bf16", "k"), sample(CASES))
-def test_an_authors_norm_is_the_same_bits_whoever_else_is_there(engine, kind, bf16, k):
+def test_engines_compute_the_same_norm_whoever_else_is_there(engine, kind, bf16, k):
     """In every row, beside random, identical, non-finite and no others, and in a further microbatch."""
     model = make_model("llama" if kind == "llama" else "gpt2", "lora" if kind == "lora" else "untied").train()
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_an_authors_norm_is_the_same_bits_whoever_else_is_there(engine, kind, bf
 
 
 @pytest.mark.parametrize(("clipping", "bf16"), [("ghost", True), ("ghost", False), ("grad_sample", True)])
-def test_train_has_microbatches_of_one_shape_and_counts_real_authors_only(tmp_path, clipping, bf16):
+def test_trainer_has_one_shape_and_counts_real_authors_only(tmp_path, clipping, bf16):
     privacy = {"clipping": clipping, "samples_per_author": 2, "noise_multiplier": 0.0}
     options = {"bf16": bf16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 3}
     batches, recorder = train(make_trainer(tmp_path, dataset=make_dataset([1, 2, 3] * 10), privacy=privacy, **options))
@@ -146,7 +147,7 @@ def released_sum(folder, rows: list, bf16: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_train_others_do_not_move_when_authors_join(tmp_path, bf16):
+def test_trainer_moves_no_author_when_others_join(tmp_path, bf16):
     """Were a microbatch as large as the batch, 128 authors of one text would be rounded otherwise, and all alike."""
     text, joining = np.random.default_rng(3).integers(0, VOCABULARY, 9).tolist(), [list(range(16)), list(range(15))]
     others = [text] * 128

@@ -1,4 +1,4 @@
-"""model_folders.py: a model is what its folder holds, or the error names the file."""
+"""models/loading.py: a model is what its folder holds, or the error names the file."""
 
 import json
 import shutil
@@ -10,7 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer, to_absolute
+from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_model, load_tokenizer, to_absolute
+from author_dp.models.lora import LoraArguments
+from author_dp.models.quantization import quantized_layers
 
 
 def load(folder: Path):
@@ -108,3 +110,61 @@ def test_an_adapter_names_its_base_from_everywhere(checkpoint, tmp_path, monkeyp
     config.write_text("{}")
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         adapter_base_model(str(tmp_path / "adapter"))
+
+
+# --- load_model: model, tokenizer and adapters by plain values ---------------------------------------------
+
+
+def test_load_model_without_lora_trains_all_in_float32(checkpoint):
+    model, tokenizer = load_model(checkpoint, LoraArguments().to_options())
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert len(tokenizer) > 100
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtypes"),
+    [
+        ("float32", {torch.float32}),
+        ("bfloat16", {torch.bfloat16, torch.float32}),
+        ("nf4", {torch.uint8, torch.bfloat16, torch.float32}),
+    ],
+)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_load_model_trains_adapters_in_float32_on_a_frozen_base(checkpoint, precision, dtypes, bf16):
+    flags = {"float32": {}, "bfloat16": {"base_dtype": "bfloat16"}, "nf4": {"load_in_4bit": True}}[precision]
+    arguments = LoraArguments(enable_lora=True, lora_dim=3, lora_target_modules=["all-linear"], **flags)
+    assert arguments.base_precision == precision
+    model, _ = load_model(checkpoint, arguments.to_options(), arguments.base_precision, bf16=bf16)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in trained.items())
+    assert {parameter.dtype for parameter in model.parameters()} == dtypes
+    compute_dtypes = {torch.bfloat16 if bf16 else torch.float32} if precision == "nf4" else set()
+    assert {layer.compute_dtype for layer in quantized_layers(model)} == compute_dtypes
+    assert next(p for name, p in trained.items() if "lora_A" in name).shape[0] == 3
+
+
+def test_load_model_resumes_an_adapter(checkpoint, tmp_path):
+    make_adapter(checkpoint, tmp_path)
+    shutil.copy(Path(checkpoint) / "tokenizer.json", tmp_path)
+    shutil.copy(Path(checkpoint) / "tokenizer_config.json", tmp_path)
+    with pytest.raises(UserError, match=r"--model_name .* holds a LoRA adapter\. Add --enable_lora"):
+        load_model(str(tmp_path))
+    model, _ = load_model(str(tmp_path), LoraArguments(enable_lora=True, lora_dim=3).to_options(), "bfloat16")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert next(p for name, p in trained.items() if "lora_A" in name).shape[0] == 8  # as it was made
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+
+
+def test_load_model_refuses_a_tokenizer_of_another_model(checkpoint, tmp_path):
+    model = load_base(checkpoint)
+    model.resize_token_embeddings(7)
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(checkpoint) / name, tmp_path)
+    with pytest.raises(UserError, match=r"its tokenizer has \d+ tokens, its model 7 embeddings"):
+        load_model(str(tmp_path))
+
+
+def test_load_model_names_a_model_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(UserError, match=r"--model_name no/such-model.*hub cannot be reached"):
+        load_model("no/such-model")

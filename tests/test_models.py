@@ -11,8 +11,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 from models import difference, try_out
 from tiny import build, classes
 
-from author_dp.guards.model_check import deterministic_train_mode, verify_model
-from author_dp.mechanism.losses import needs_position_ids
+from author_dp.clipping.positions import shares_positions
+from author_dp.guards.model_check import verify_model
+from author_dp.guards.probing import deterministic_train_mode
 
 FAMILIES = "bloom cohere2 falcon gemma2 gemma3_text glm4 granite mamba olmo2 phi3 qwen3_moe smollm3".split()
 NOT_BY_OPACUS = {("falcon", "full"), ("gemma2", "full"), ("gemma3_text", "full"), ("qwen3_moe", "full"), ("qwen3_moe", "lora")}
@@ -43,7 +44,7 @@ def test_what_sees_the_future_is_refused(model_type):
 def test_models_keep_their_own_positions(model_type):
     """RoBERTa's start behind the id of padding: whoever hands it 0, 1, 2, ... trains another model."""
     model = build(model_type, is_decoder=True)
-    assert not needs_position_ids(model)
+    assert not shares_positions(model)
     assert verify_model(model, "ghost", sequence_len=24).error < 1e-5
     with deterministic_train_mode(model):
         assert max(difference(model, "ghost", per_author) for per_author in (1, 2)) < 1e-5
@@ -53,7 +54,7 @@ def test_models_keep_their_own_positions(model_type):
 def test_positions_are_handed_only_to_models_whose_samples_share_them(model_type, shares):
     model = build(model_type)
     state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
-    assert needs_position_ids(model) == shares
+    assert shares_positions(model) == shares
     assert torch.equal(state, torch.get_rng_state()) and modes == [module.training for module in model.modules()]
 
 

@@ -1,4 +1,4 @@
-"""noise.py: independent normal draws, from secret keys."""
+"""Test that noise consists of independent normal draws from secret keys."""
 
 import math
 
@@ -9,7 +9,7 @@ from conftest import make_trainer, within
 from scipy import stats
 
 from author_dp.mechanism import noise
-from author_dp.mechanism.noise import SECURE_PAIRS, GaussianNoise
+from author_dp.mechanism.noise import CHUNK_PAIRS, GaussianNoise
 
 CPU = torch.device("cpu")
 
@@ -17,12 +17,12 @@ CPU = torch.device("cpu")
 def draws(size: int, std: float = 1.0, source: GaussianNoise | None = None) -> torch.Tensor:
     source = source or GaussianNoise(CPU)
     total = torch.zeros(size)
-    for part in total.split(source.elements):
+    for part in total.split(source.chunk_size):
         source.add_(part, std)
     return total
 
 
-def test_draws_are_normal_in_the_middle_and_in_the_tails():
+def test_noise_is_normal_in_the_middle_and_in_the_tails():
     values = draws(8_000_000).numpy()
     assert stats.kstest(values[:1_000_000], "norm").pvalue > 1e-9
     for moment, expected in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
@@ -33,19 +33,19 @@ def test_draws_are_normal_in_the_middle_and_in_the_tails():
         assert within((np.abs(values) > threshold).sum(), expected, math.sqrt(expected))
 
 
-def test_draws_are_independent_of_each_other():
+def test_noise_is_independent_between_elements():
     source = GaussianNoise(CPU)
-    first, second = draws(4 * SECURE_PAIRS, source=source).numpy(), draws(4 * SECURE_PAIRS, source=source).numpy()
-    half = 2 * SECURE_PAIRS
+    first, second = draws(4 * CHUNK_PAIRS, source=source).numpy(), draws(4 * CHUNK_PAIRS, source=source).numpy()
+    half = 2 * CHUNK_PAIRS
     pairs = [(first, second), (first[:half], first[half:]), (first[:-1], first[1:])]
-    pairs += [(first[:SECURE_PAIRS], first[SECURE_PAIRS:half])]  # the cosine and the sine of the same angles
+    pairs += [(first[:CHUNK_PAIRS], first[CHUNK_PAIRS:half])]  # the cosine and the sine of the same angles
     for a, b in [*pairs, *((a**2, b**2) for a, b in pairs)]:
         assert within(np.corrcoef(a, b)[0, 1], 0, 1 / math.sqrt(len(a)))
     assert len(np.unique(first)) > 0.9 * len(first)
 
 
-@pytest.mark.parametrize("size", [1, 2, SECURE_PAIRS - 1, SECURE_PAIRS, SECURE_PAIRS + 1, 2 * SECURE_PAIRS])
-def test_every_element_gets_a_draw_of_the_asked_scale_on_top_of_what_it_held(size):
+@pytest.mark.parametrize("size", [1, 2, CHUNK_PAIRS - 1, CHUNK_PAIRS, CHUNK_PAIRS + 1, 2 * CHUNK_PAIRS])
+def test_noise_is_added_to_every_element(size):
     total = torch.full((size,), 1_000.0)
     GaussianNoise(CPU).add_(total, 10.0)
     assert (total != 1_000.0).float().mean() > 0.99  # float32 is coarse there
@@ -53,13 +53,13 @@ def test_every_element_gets_a_draw_of_the_asked_scale_on_top_of_what_it_held(siz
         assert within(total.var().item(), 100, 100 * math.sqrt(2 / size))
 
 
-def test_the_radius_reaches_beyond_what_32_bits_would_give():
+def test_noise_reaches_beyond_what_32_bits_would_give():
     source = GaussianNoise(CPU)
     source._stream = type("Stream", (), {"update_into": lambda self, zeros, bits: None})()  # the bits stay as set here
-    source._for_radius.fill_(1)
-    source._for_angle.fill_(0)
+    source._radius_bits.fill_(1)
+    source._angle_bits.fill_(0)
     assert source.add_(torch.zeros(1), 1.0).item() == pytest.approx(math.sqrt(2 * 63 * math.log(2)))
-    source._for_radius.fill_(0)
+    source._radius_bits.fill_(0)
     assert math.isfinite(source.add_(torch.zeros(1), 1.0).item())
 
 
@@ -76,8 +76,8 @@ def test_noise_does_not_follow_any_seed_and_comes_from_the_operating_system(monk
     assert min(asked) >= 16  # ... and at least 128 bits
 
 
-def test_a_gpu_sums_streams_of_keys_of_their_own(monkeypatch):
-    """As far as it can be seen without one: its code, with generators of the CPU."""
+def test_noise_on_a_gpu_sums_streams_with_different_keys(monkeypatch):
+    """Without a GPU: its code, with generators of the CPU."""
     keys = []
 
     class Generator(torch.Generator):
@@ -95,7 +95,7 @@ def test_a_gpu_sums_streams_of_keys_of_their_own(monkeypatch):
     assert stats.kstest(total.numpy() / 3, "norm").pvalue > 1e-9
 
 
-# --- hardened noise -------------------------------------------------------------------------------------
+# --- secure noise -------------------------------------------------------------------------------------
 
 
 def test_secure_noise_is_normal_of_the_same_scale():
@@ -122,7 +122,7 @@ def test_secure_noise_sums_four_independent_draws(monkeypatch):
 
 
 def test_secure_noise_reaches_numbers_that_one_draw_cannot():
-    """Box and Muller's radius and angle leave gaps among float32 numbers; the sum of four draws is not confined to them."""
+    """Radius and angle of Box-Muller leave gaps among float32 numbers; the sum of four draws fills them."""
     one, four = GaussianNoise(torch.device("cpu")), GaussianNoise(torch.device("cpu"), secure=True)
     assert np.unique(draws(1_000_000, source=four)).size > np.unique(draws(1_000_000, source=one)).size * 0.99
 
@@ -133,7 +133,7 @@ def test_secure_noise_comes_from_the_cipher_on_any_device(monkeypatch):
     assert draws(1_000, source=source).std() > 0.5
 
 
-def test_the_option_hardens_the_noise_of_a_run(tmp_path):
+def test_trainer_hardens_the_noise_by_option(tmp_path):
     trainer = make_trainer(tmp_path, privacy={"secure_noise": True})
     trainer.train()
-    assert trainer.optimizer.optimizer.noise.draws == 4 and trainer.privacy_report()["secure_noise"] is True
+    assert trainer.optimizer.optimizer.noise.num_draws == 4 and trainer.privacy_report()["secure_noise"] is True

@@ -1,4 +1,4 @@
-"""One epsilon: files, logs, pages and programs show the same number for a model, however its run came to its end."""
+"""One epsilon: files, logs, pages and programs show the same number for a model, however its run ended."""
 
 import re
 import runpy
@@ -22,15 +22,15 @@ from author_dp.accounting.accountant import (
 )
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.ledger_report import make_ledger_report, recompute_report
+from author_dp.accounting.privacy_report import make_interrupted_report, recompute_report
 from author_dp.accounting.tradeoff import attack_bounds
-from author_dp.guards.text_canaries import lower_bound
+from author_dp.guards.one_run_audit import lower_bound
 from author_dp.outputs import generate
 from author_dp.outputs.privacy_statement import check_statement, read_guarantee
 from author_dp.outputs.report import write_report
 
 NUMBER = r"([\d.,]*\d)"
-SETTINGS = {  # by the accountant, or what is special
+SETTINGS = {  # by accountant, or feature
     "prv": [],
     "gaussian": ["--per_device_train_batch_size", "60", "--max_train_samples", "60"],
     "pld": ["--target_epsilon", "0.02"],
@@ -53,7 +53,7 @@ def run(monkeypatch, capfd, caplog, *arguments: str) -> tuple[int, str, str]:
 
 
 def figures(folder, stdout: str, stderr: str, capfd) -> dict[str, float]:
-    """Gather epsilon of a finished run from wherever it stands."""
+    """Collect epsilon of a finished run from every place that shows it."""
 
     def all_pages(when: str) -> dict[str, str]:
         page, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
@@ -86,7 +86,7 @@ def figures(folder, stdout: str, stderr: str, capfd) -> dict[str, float]:
 
 
 def stop_after(monkeypatch, steps: int) -> None:
-    """Break off the next run after so many of its steps are in the ledger, the last of them not applied."""
+    """Interrupt the next run once that many of its steps are in the ledger; the last one is not applied."""
     record = Budget.record_step
 
     def record_step(self):
@@ -99,11 +99,11 @@ def stop_after(monkeypatch, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("lost", [0, 1], ids=["to the end", "with a lost step"])
-def test_every_place_shows_the_same_number_however_the_run_came_to_its_end(
+@pytest.mark.parametrize("lost", [0, 1], ids=["complete", "with a lost step"])
+def test_epsilon_is_the_same_everywhere_however_the_run_ended(
     checkpoint, comments, tmp_path, monkeypatch, capfd, caplog, setting, lost
 ):
-    """To its end, or broken off one step after a checkpoint and resumed; then asked twice more."""
+    """Run to the end, or interrupt one step after a checkpoint and resume; then call twice more."""
     folder = tmp_path / "out"
     typed = small(checkpoint, comments, folder, *PRIVACY, "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2")
     typed += ["--logging_steps", "1", *SETTINGS[setting]]
@@ -142,16 +142,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("spendings", "delta"), CASES)
-def test_epsilon_depends_neither_on_the_order_nor_on_how_runs_were_cut(spendings, delta):
-    pieces = [MechanismEvent(sigma, rate, steps) for sigma, rate, all_ in spendings for steps in (1, all_ - 3, 0, 2)]
-    assert epsilon_of(spendings, delta) == epsilon_of(pieces, delta) == epsilon_of(pieces[::-1], delta)
-    assert attack_bounds(spendings, delta) == attack_bounds(pieces, delta) == attack_bounds(pieces[::-1], delta)
+@pytest.mark.parametrize(("events", "delta"), CASES)
+def test_epsilon_of_ignores_order_and_splits_of_runs(events, delta):
+    pieces = [MechanismEvent(sigma, rate, steps) for sigma, rate, all_ in events for steps in (1, all_ - 3, 0, 2)]
+    assert epsilon_of(events, delta) == epsilon_of(pieces, delta) == epsilon_of(pieces[::-1], delta)
+    assert attack_bounds(events, delta) == attack_bounds(pieces, delta) == attack_bounds(pieces[::-1], delta)
 
 
-@pytest.mark.parametrize(("spendings", "delta"), CASES)
-def test_epsilon_is_rounded_up_to_the_digits_that_are_shown(spendings, delta):
-    epsilon, bound = epsilon_of(spendings, delta), EpsilonAccountant(spendings, delta).epsilon
+@pytest.mark.parametrize(("events", "delta"), CASES)
+def test_epsilon_of_is_rounded_up_to_the_displayed_digits(events, delta):
+    epsilon, bound = epsilon_of(events, delta), EpsilonAccountant(events, delta).epsilon
     assert bound <= epsilon <= bound * 1.001 and float(f"{epsilon:.4g}") == epsilon == float(format_epsilon(epsilon))
 
 
@@ -160,27 +160,27 @@ def test_epsilon_is_rounded_up_to_the_digits_that_are_shown(spendings, delta):
     [(7.9951, 7.996, "7.996"), (8.0, 8.0, "8.00"), (0.000123401, 0.0001235, "0.0001235"), (12345.1, 12350.0, "12,350.00"),
      (7.996, 7.996, "7.996"), (0.1, 0.1, "0.10"), (0.0, 0.0, "0.00"), (99.999, 100.0, "100.00")],
 )  # fmt: skip
-def test_rounding_goes_up_and_stays(exact, rounded, words):
+def test_round_up_rounds_once(exact, rounded, words):
     assert round_up(exact) == rounded and round_up(rounded) == rounded and format_epsilon(exact) == words
 
 
-def test_sums_are_rounded_up_as_they_are_shown():
+def test_round_up_rounds_sums_as_displayed():
     assert round_up(7.996, 2.0) == 9.996 and round_up(0.1, 0.2) == 0.3 and round_up(9.123, 2.0) == 11.13
 
 
 @pytest.mark.parametrize(("rate", "steps", "epsilon"), [(0.05, 100, 8.0), (0.05, 100, 2.34567), (1.0, 10, 2.0), (0.01, 40, 0.02)])
-def test_a_planned_run_ends_at_its_target_by_the_number_that_is_shown(rate, steps, epsilon):
+def test_find_noise_multiplier_meets_target_by_the_displayed_epsilon(rate, steps, epsilon):
     sigma = find_noise_multiplier(rate, steps, epsilon, 1e-5)
     assert 0.9995 * epsilon <= epsilon_of([MechanismEvent(sigma, rate, steps)], 1e-5) <= epsilon
     assert compute_epsilon(sigma, rate, steps, 1e-5) == epsilon_of([MechanismEvent(sigma, rate, steps)], 1e-5)
 
 
-def test_a_target_just_below_what_steps_spend_does_not_allow_the_last_of_them(tmp_path):
+def test_affordable_excludes_a_step_just_above_the_target(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=9, privacy={"sample_rate": 0.05, "target_delta": 1e-3})
     plan = trainer.plan
     for steps in (2, 5, 9):
-        object.__setattr__(plan, "target_epsilon", epsilon_of([plan.spending(steps)], plan.delta) * (1 - 1e-6))
-        assert trainer.budget.affordable(9) == steps - 1
+        object.__setattr__(plan, "target_epsilon", epsilon_of([plan.event(steps)], plan.delta) * (1 - 1e-6))
+        assert trainer.budget.affordable_steps(9) == steps - 1
 
 
 # --- a run that is resumed -----------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ class Stop(TrainerCallback):
 
 @pytest.mark.parametrize("stop", [2, 3, 4, 5])
 @pytest.mark.parametrize(("steps", "target"), [(6, 3.0), (16, 3.0), (6, 30.0)])
-def test_the_summary_of_a_resumed_run_says_where_it_ends(tmp_path, stop, steps, target):
-    """It used to add all planned steps to those that were taken: 9.53 where the run ended at 8.00."""
+def test_summary_of_resumed_run_states_its_final_epsilon(tmp_path, stop, steps, target):
+    """It used to add all planned steps to the steps taken: 9.53 where the run ended at 8.00."""
     first = resumable(tmp_path)
     first.add_callback(Stop(stop))
     first.train()
@@ -211,7 +211,7 @@ def test_the_summary_of_a_resumed_run_says_where_it_ends(tmp_path, stop, steps, 
     assert f"{stop} taken by earlier runs, {again.budget.ledger.steps - stop} left" in said
 
 
-def test_report_page_and_sidecar_hold_what_the_run_reports(tmp_path):
+def test_report_page_and_statement_match_the_run(tmp_path):
     trainer = resumable(tmp_path)
     trainer.add_callback(Stop(4))
     trainer.train()
@@ -224,7 +224,7 @@ def test_report_page_and_sidecar_hold_what_the_run_reports(tmp_path):
     assert {"epsilon", "accountant", "mu_gdp", "tpr_at_fpr", "steps", "accounted_steps"} <= sidecar.keys()
 
 
-def test_a_run_that_took_no_step_changes_no_number(tmp_path):
+def test_run_without_steps_changes_no_number(tmp_path):
     trainer = resumable(tmp_path)
     trainer.train()
     trainer.save_model()
@@ -245,9 +245,12 @@ def finished(folder, **options):
     trainer = make_trainer(
         folder, dataset=make_dataset([1] * 60), max_steps=2, save_strategy="steps", save_steps=2, learning_rate=0.1, **options
     )
-    trainer.data, trainer.base_model = {"dataset": "mine"}, {"name": "base", "covered": True, "epsilon": 1.0, "delta": 1e-5}
+    trainer.run_report.data, trainer.run_report.base_model = (
+        {"dataset": "mine"},
+        {"name": "base", "covered": True, "epsilon": 1.0, "delta": 1e-5},
+    )
     trainer.train()
-    trainer.audit = lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
+    trainer.run_report.audit = lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
     trainer.save_model()
     trainer.create_model_card()
     return trainer
@@ -260,7 +263,7 @@ NEVER = (
 
 
 @pytest.mark.slow
-def test_the_script_certifies_no_run_that_never_happened(checkpoint, comments, tmp_path, monkeypatch, capfd, caplog):
+def test_script_certifies_no_run_that_never_happened(checkpoint, comments, tmp_path, monkeypatch, capfd, caplog):
     folder = tmp_path / "out"
     typed = small(checkpoint, comments, folder, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2")
     status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed, *PRIVACY)
@@ -274,8 +277,8 @@ def test_the_script_certifies_no_run_that_never_happened(checkpoint, comments, t
 
 
 @pytest.mark.parametrize("how", ["options", "argument", "hidden counts", "without privacy"])
-def test_a_finished_run_reports_its_own_options_when_it_is_called_again(tmp_path, how):
-    """It takes no step, so privacy.json, card, summary and epsilon are those of the run that took them."""
+def test_finished_run_called_again_reports_its_own_options(tmp_path, how):
+    """It takes no step: privacy.json, card, summary and epsilon stay those of the run that took the steps."""
     plain = {"disable_dp": True, "noise_multiplier": None} if how == "without privacy" else {}
     hidden = {"hide_counts": True, "sample_rate": 0.1, "target_delta": 0.017} if how == "hidden counts" else {}
     options = {"privacy": {**hidden, **OTHER, **plain}, "learning_rate": 7.0, "per_device_train_batch_size": 3}
@@ -293,18 +296,18 @@ def test_a_finished_run_reports_its_own_options_when_it_is_called_again(tmp_path
             other.train()
         other.save_model()
         other.create_model_card()
-        assert [(tmp_path / name).read_bytes() for name in names] == kept and other.audit == first.audit
+        assert [(tmp_path / name).read_bytes() for name in names] == kept and other.run_report.audit == first.run_report.audit
         assert plain or other.epsilon() == first.epsilon()
 
 
-def test_after_more_steps_with_another_delta_there_is_one_delta(tmp_path):
+def test_report_after_steps_with_another_delta_has_one_delta(tmp_path):
     finished(tmp_path)
     privacy = {"noise_multiplier": 2.0, "target_delta": 1e-4, "sample_rate": 0.2}
     again = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy=privacy, max_steps=3, resume_from_checkpoint=True)
     again.train()
     again.save_model()
-    report, spendings = read_report(tmp_path), [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(2.0, 0.2, 1)]
-    assert report["delta"] == 1e-4 and report["epsilon"] == again.epsilon() == epsilon_of(spendings, 1e-4)
+    report, events = read_report(tmp_path), [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(2.0, 0.2, 1)]
+    assert report["delta"] == 1e-4 and report["epsilon"] == again.epsilon() == epsilon_of(events, 1e-4)
     assert report["steps"] == 3 and "audit" not in report  # which was of the earlier steps
     words = f"epsilon {format_epsilon(report['epsilon'])} at delta 0.0001"
     assert f"spent: {words}" in ledger_report.format_ledger(again.budget.ledger)
@@ -314,18 +317,18 @@ def test_after_more_steps_with_another_delta_there_is_one_delta(tmp_path):
                          resume_from_checkpoint=True)  # fmt: skip
     begun.budget.start()  # and no step
     assert (
-        make_ledger_report(begun.budget.ledger)["delta"]
+        make_interrupted_report(begun.budget.ledger)["delta"]
         == recompute_report(tmp_path / "privacy.json", begun.budget.ledger)["delta"]
     )
 
 
 @pytest.mark.parametrize("bands", [None, "2"])
-def test_the_steps_that_are_allowed_are_the_most_that_the_target_allows(tmp_path, bands):
-    """What a budget allows is what its report says afterwards, to the step."""
+def test_affordable_is_the_most_steps_within_the_target(tmp_path, bands):
+    """The steps that a budget allows are those that its report shows afterwards."""
     trainer = make_trainer(tmp_path, max_steps=40, privacy={"noise_bands": bands, "sample_rate": 0.05, "target_delta": 1e-3})
     plan = trainer.plan
     for target in (0.99, 1.05, 1.3):
         object.__setattr__(plan, "target_epsilon", target)
-        steps = trainer.budget.affordable(40)
+        steps = trainer.budget.affordable_steps(40)
         assert 0 < steps < 40
-        assert epsilon_of([plan.spending(steps)], plan.delta) <= target < epsilon_of([plan.spending(steps + 1)], plan.delta)
+        assert epsilon_of([plan.event(steps)], plan.delta) <= target < epsilon_of([plan.event(steps + 1)], plan.delta)

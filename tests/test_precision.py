@@ -47,7 +47,7 @@ class RoundedProducts(TorchDispatchMode):
 
 
 class Open(TrainerCallback):
-    """Call a function before the step of that number; None: where training begins."""
+    """Call a function before a step; without a step number, when training begins."""
 
     def __init__(self, door, step: int | None = None):
         self.door, self.step = door, step
@@ -89,7 +89,7 @@ def test_find_rounding_sees_each_lower_precision(low):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 3), (64, 1, 64), (7, 4096, 5), (4, 9_000, 3), (64, 768, 2_048)])
 @pytest.mark.parametrize("bits", [8, 12, 23])
-def test_exact_factors_have_the_product_that_is_said(shape, bits):
+def test_exact_factors_returns_the_exact_product(shape, bits):
     rows, inner, columns = shape
     left, right, product = exact_factors(rows, inner, columns, bits, CPU)
     assert left.shape == (rows, inner) and right.shape == (inner, columns)
@@ -112,7 +112,7 @@ def test_a_run_with_rounded_products_does_not_start(tmp_path, low):
     assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").steps == 0
 
 
-def test_products_of_bfloat16_factors_are_summed_in_float32_under_bf16(tmp_path, monkeypatch):
+def test_check_float32_checks_sums_of_bfloat16_factors_under_bf16(tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "matmul", lambda a, b: a.float() @ b.float() if a.dtype == torch.float32 else (a @ b).float())
     make_trainer(tmp_path / "float32").train()
     with pytest.raises(UserError, match="bfloat16 factors"):
@@ -131,7 +131,7 @@ def test_products_that_become_rounded_end_the_run(tmp_path, save):
     finally:
         mode.__exit__(None, None, None)
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert ledger.steps == 3 and ledger.alarm and not (tmp_path / "checkpoint-3").exists()
+    assert ledger.steps == 3 and ledger.failure and not (tmp_path / "checkpoint-3").exists()
 
 
 SETTINGS = {
@@ -142,7 +142,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_that_allows_rounding_is_refused_by_name(tmp_path, as_before, name):
+def test_trainer_names_a_setting_that_allows_rounding(tmp_path, as_before, name):
     SETTINGS[name]()
     with pytest.raises(UserError, match=r"fp32_precision.*Unset it"):
         make_trainer(tmp_path)
@@ -151,7 +151,7 @@ def test_a_setting_that_allows_rounding_is_refused_by_name(tmp_path, as_before, 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize(("step", "error"), [(None, UserError), (0, UserError), (1, MechanismError)])
-def test_a_setting_that_comes_later_is_noticed(tmp_path, as_before, name, step, error):
+def test_train_notices_a_setting_that_changes_later(tmp_path, as_before, name, step, error):
     trainer = make_trainer(tmp_path, max_steps=3)
     trainer.add_callback(Open(SETTINGS[name], step))
     with pytest.raises(error, match="fp32_precision"):
@@ -168,8 +168,8 @@ def test_a_setting_of_one_step_is_noticed(tmp_path, as_before):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_sums_and_noise_are_in_float32(tmp_path, as_before, dtype):
-    """They would be in torch's default type otherwise."""
+def test_trainer_refuses_another_default_dtype(tmp_path, as_before, dtype):
+    """Sums and noise would have torch's default dtype."""
     model = tiny_gpt2()
     torch.set_default_dtype(dtype)
     with pytest.raises(UserError, match="set_default_dtype"):
@@ -187,12 +187,12 @@ def test_sums_and_noise_are_in_float32(tmp_path, as_before, dtype):
         ("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT", "cpu", False),
     ],
 )
-def test_environment_variables_that_round_are_named(monkeypatch, variable, value, device, refused):
+def test_rounding_settings_names_environment_variables(monkeypatch, variable, value, device, refused):
     monkeypatch.setenv(variable, value)
     assert any(variable in setting for setting in precision.rounding_settings(device)) == refused
 
 
-def test_cuda_settings_are_named_in_either_way_to_set_them(as_before):
+def test_rounding_settings_sees_either_way_to_set_tf32(as_before):
     assert not precision.rounding_settings("cuda")
     torch.backends.cuda.matmul.allow_tf32 = True
     assert precision.rounding_settings("cuda") and not precision.rounding_settings("cpu")
@@ -202,7 +202,7 @@ def test_cuda_settings_are_named_in_either_way_to_set_them(as_before):
 
 
 @pytest.mark.parametrize("setting", ["torch.backends.fp32_precision", "torch.set_float32_matmul_precision"])
-def test_the_proof_runs_without_tf32_whichever_way_it_was_set(as_before, setting):
+def test_verify_model_disables_tf32_however_it_was_set(as_before, setting):
     SETTINGS[setting]()
     before = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
     seen = []
@@ -216,7 +216,7 @@ def test_the_proof_runs_without_tf32_whichever_way_it_was_set(as_before, setting
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_bfloat16_sums_are_not_reduced_in_bfloat16_while_training(tmp_path, before):
+def test_train_sums_bfloat16_products_in_float32(tmp_path, before):
     flags, seen = torch.backends.cuda.matmul, []
     flags.allow_bf16_reduced_precision_reduction = flags.allow_fp16_reduced_precision_reduction = before
     try:
@@ -231,14 +231,14 @@ def test_bfloat16_sums_are_not_reduced_in_bfloat16_while_training(tmp_path, befo
         flags.allow_bf16_reduced_precision_reduction = flags.allow_fp16_reduced_precision_reduction = True
 
 
-def test_the_shapes_are_the_models_own():
+def test_shapes_of_follows_the_model():
     shapes = precision.shapes_of(tiny_gpt2(tied=False))
-    assert (61, precision.TOKENS, 16) in shapes and (precision.TOKENS, 16, precision.TOKENS) in shapes
+    assert (61, precision.NUM_TOKENS, 16) in shapes and (precision.NUM_TOKENS, 16, precision.NUM_TOKENS) in shapes
     check_float32(tiny_gpt2(), bf16=True)
 
 
 @pytest.mark.parametrize("backend", ["inductor", "eager"])
-def test_accelerates_dynamo_is_refused(tmp_path, monkeypatch, backend):
+def test_trainer_refuses_settings_of_accelerate(tmp_path, monkeypatch, backend):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
     with pytest.raises(UserError, match=r"ACCELERATE_DYNAMO_BACKEND.*--dynamo_backend"):
         make_trainer(tmp_path)
@@ -249,8 +249,8 @@ def test_accelerates_dynamo_is_refused(tmp_path, monkeypatch, backend):
         check_launch(accelerator, bf16=False)
 
 
-def test_accelerates_bfloat16_is_refused_without_bf16(tmp_path, monkeypatch):
-    """Autocast would be on, where nothing else of the run knows of it."""
+def test_trainer_refuses_bfloat16_of_accelerate_without_bf16(tmp_path, monkeypatch):
+    """Autocast would be on, without the rest of the run knowing."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION"):
         make_trainer(tmp_path)

@@ -1,4 +1,4 @@
-"""processes.py and whole steps on two processes: what each released, against the naive loop."""
+"""Test steps on two processes: what each releases, against a plain loop."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def run_processes(folder: Path, processes: int, **options) -> list[dict]:
 
 
 @pytest.mark.parametrize(("kind", "engine"), sample([("tied", "ghost"), ("lora", "ghost"), ("tied", "grad_sample")]))
-def test_two_processes_release_the_naive_update_and_stay_identical(tmp_path, kind, engine):
+def test_processes_release_the_update_of_a_plain_loop(tmp_path, kind, engine):
     # Expected batch 24 of 27 authors: an empty draw has a chance of 1e-26.
     privacy = {"noise_multiplier": 0.0, "samples_per_author": 3, "clipping": engine}
     options = {"model": MODELS[kind], "counts": [1, 2, 3, 1, 4, 1, 1, 2, 2] * 3, "privacy": privacy, "per_device": 12}
@@ -41,8 +41,8 @@ def test_two_processes_release_the_naive_update_and_stay_identical(tmp_path, kin
 
 
 @pytest.mark.slow
-def test_two_processes_add_the_noise_of_one(tmp_path):
-    # Expected batch 1 of 9: one process' share is usually empty, sometimes both are.
+def test_processes_together_add_the_noise_of_one(tmp_path):
+    # Expected batch 1 of 9: one process usually has no author, sometimes both have none.
     options = {"model": {}, "counts": [1] * 9, "privacy": {"noise_multiplier": 3.0}, "per_device": 1}
     first, second = run_processes(tmp_path, 2, **options)
     authors = first["authors"] + second["authors"]
@@ -53,7 +53,7 @@ def test_two_processes_add_the_noise_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_without_privacy_average_over_all(tmp_path):
+def test_processes_without_privacy_average_over_all(tmp_path):
     """One process often has no author."""
     options = {"model": {}, "counts": [1] * 4, "privacy": {"disable_dp": True, "noise_multiplier": None}, "per_device": 1}
     first, second = run_processes(tmp_path, 2, **options)

@@ -1,4 +1,4 @@
-"""proof.py: what is refused at the start of a run, on the user's own model, and that the proof leaves no trace."""
+"""model_check.py: what is refused at the start of a run, on the user's model, which is restored afterwards."""
 
 import logging
 
@@ -20,9 +20,12 @@ from transformers import (
 )
 
 from author_dp.errors import UserError
-from author_dp.guards.model_check import check_sample_independence, deterministic_train_mode, strip_expert_index, verify_model
+from author_dp.guards.clipping_check import strip_expert_index
+from author_dp.guards.model_check import ModelCheck, verify_model
+from author_dp.guards.probing import deterministic_train_mode
+from author_dp.guards.sample_independence import check_sample_independence
 
-# --- samples are apart, and causal ----------------------------------------------------------------------
+# --- samples are independent, and causal ----------------------------------------------------------------
 
 
 class Sees(LlamaForCausalLM):
@@ -40,25 +43,25 @@ class Sees(LlamaForCausalLM):
         return output
 
 
-def test_a_model_that_keeps_samples_apart_passes(clipping):
+def test_verify_model_accepts_independent_samples(clipping):
     assert verify_model(Sees("itself"), clipping).error < 1e-5
 
 
 @pytest.mark.parametrize("what", ["neighbours", "the future"])
-def test_a_model_that_mixes_samples_or_sees_the_future_is_refused(tmp_path, what, clipping):
+def test_trainer_refuses_a_model_that_mixes_samples_or_sees_later_tokens(tmp_path, what, clipping):
     with pytest.raises(UserError, match="--model_name"):
         make_trainer(tmp_path / "out", Sees(what), privacy={"clipping": clipping})
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bert_needs_to_be_a_decoder():
+def test_verify_model_refuses_a_bert_that_is_no_decoder():
     sizes = {name: value for name, value in SIZES.items() if name != "pad_token_id"} | {"intermediate_size": 24}
     with pytest.raises(UserError, match=r"sees later tokens.*is_decoder"):
         verify_model(BertLMHeadModel(BertConfig(**sizes)), "ghost")
     assert verify_model(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), "ghost").error < 1e-5
 
 
-def test_rope_that_switches_on_the_longest_sample_is_refused_where_samples_reach_it():
+def test_verify_model_refuses_dynamic_rope_within_reach_of_samples():
     def model():
         torch.manual_seed(0)
         rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
@@ -72,14 +75,14 @@ def test_rope_that_switches_on_the_longest_sample_is_refused_where_samples_reach
         verify_model(model(), "ghost", sequence_len=100)
 
 
-def test_batch_norm_shows_itself_in_training_mode():
+def test_verify_model_refuses_a_renamed_batch_norm():
     model = llama(True, 0.0)
     model.model.norm = nn.Sequential(model.model.norm, Rows(nn.BatchNorm1d(16)))
     with pytest.raises(UserError, match="--model_name"):
         verify_model(model, "ghost")
 
 
-def test_a_buffer_that_learns_from_the_texts_is_refused():
+def test_verify_model_refuses_a_buffer_that_learns_from_texts():
     model = llama(True, 0.0)
     model.model.norm = nn.Sequential(model.model.norm, Counts())
     with pytest.raises(UserError, match=r"norm\.1\.mean changes with the texts"):
@@ -106,7 +109,7 @@ class Rows(nn.Module):
         return self.layer(x.flatten(0, 1)).view_as(x)
 
 
-# --- clipping against a plain loop ----------------------------------------------------------------------
+# --- clipping matches the reference ---------------------------------------------------------------------
 
 CLIP = "author_dp.clipping.author_groups.ClipFactors"
 PLANTED = {
@@ -129,23 +132,23 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", sample(PLANTED, 3))
-def test_a_bug_in_the_clipping_ends_the_run_at_its_start(tmp_path, monkeypatch, name):
+def test_verify_model_finds_bugs_in_the_clipping(tmp_path, monkeypatch, name):
     place, old, new = PLANTED[name]
     function = find(place)
     monkeypatch.setattr(function, "__code__", with_edit(function, old, new))
     if name == "a layer norm without its bias":  # which is then found out, and taken apart: exact, if slower
-        assert len(make_trainer(tmp_path, tiny_gpt2()).proof.apart) == 5
+        assert len(make_trainer(tmp_path, tiny_gpt2()).proof.fallback_params) == 5
         return
     clipping = "grad_sample" if "other engine" in name else "ghost"
     model = tiny_gpt2()
     if "tied_squared" in place:  # a matrix this wide is not formed for each author, in texts as short as the proof's
         model = GPT2LMHeadModel(GPT2Config(**{**model.config.to_dict(), "n_embd": 64}))
-    with pytest.raises(UserError, match=f"--clipping {clipping} does not clip this model rightly: .* differ"):
+    with pytest.raises(UserError, match=f"--clipping {clipping}: .* differ from the reference"):
         make_trainer(tmp_path / "out", model, privacy={"clipping": clipping})
     assert not (tmp_path / "out").exists()
 
 
-def test_the_parameters_that_differ_are_named(tmp_path, monkeypatch):
+def test_verify_model_names_the_parameters_that_differ(tmp_path, monkeypatch):
     function = find("author_dp.clipping.layer_rules.layer_norm")
     code = with_edit(function, "normalized.mul_(gradients)", "normalized.mul_(gradients).mul_(1.1)")
     monkeypatch.setattr(function, "__code__", code)
@@ -154,7 +157,7 @@ def test_the_parameters_that_differ_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["tied", "lora"])
-def test_the_proof_leaves_no_trace(kind, clipping):
+def test_verify_model_restores_the_model(kind, clipping):
     model = make_model("gpt2", kind, dropout=0.3)
     with torch.no_grad():
         for name, parameter in trainable(model).items():
@@ -171,32 +174,41 @@ def test_the_proof_leaves_no_trace(kind, clipping):
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
 
 
-def test_dropout_is_off_only_while_it_is_compared():
+def test_deterministic_train_mode_restores_dropout():
     model = make_model("gpt2", "untied", dropout=0.3)
     with deterministic_train_mode(model):
         assert model.training and model.transformer.drop.p == 0 and model.config.attn_pdrop == 0
     assert model.transformer.drop.p == model.config.attn_pdrop == 0.3
 
 
-def test_the_log_says_it_and_names_what_is_frozen(tmp_path, caplog, monkeypatch):
+def test_model_check_logs_its_result_and_what_is_frozen(tmp_path, caplog, monkeypatch):
     model = BartForCausalLM(BartConfig(vocab_size=61, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24,
                                        max_position_embeddings=64))  # fmt: skip
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="transformers"):
         trainer = make_trainer(tmp_path, model, privacy={"noise_multiplier": 0.0})
-    assert "clipping checked against a plain loop: " in caplog.text
+    assert "clipping matches the reference (max. relative error " in caplog.text
     assert "encoder_attn" in caplog.text and "frozen" in caplog.text
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == set(trainer.proof.unused) and all("encoder_attn" in name for name in frozen)
+    assert frozen == set(trainer.model_check.unused) and all("encoder_attn" in name for name in frozen)
     trainer.train()
 
 
-def test_experts_that_no_token_reached_are_not_frozen():
+def test_model_check_summarizes_what_costs_time_or_is_frozen():
+    check = ModelCheck(1.4e-07, set(), [])
+    assert check.summary().endswith("clipping matches the reference (max. relative error 1.4e-07).")
+    assert check.max_authors(8) == 8
+    check = ModelCheck(1.4e-07, {"scale"}, list("abcde"))
+    assert "1 parameters have no clipping rule" in check.summary() and "frozen: a, b, c and 2 more." in check.summary()
+    assert check.max_authors(8) == 1
+
+
+def test_strip_expert_index_groups_the_experts_of_a_layer():
     assert strip_expert_index("layers.0.mlp.experts.3.up.weight") == strip_expert_index("layers.0.mlp.experts.5.up.weight")
     assert strip_expert_index("layers.0.encoder_attn.weight") != strip_expert_index("layers.0.self_attn.weight")
 
 
-def test_a_frozen_base_may_be_in_bfloat16():
+def test_verify_model_accepts_a_frozen_base_in_bfloat16():
     model = make_model("llama", "lora")
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -204,11 +216,11 @@ def test_a_frozen_base_may_be_in_bfloat16():
     assert verify_model(model, "ghost").error < 0.05
 
 
-def test_without_privacy_nothing_is_proven(tmp_path):
+def test_trainer_checks_no_model_without_privacy(tmp_path):
     assert make_trainer(tmp_path, Sees("the future"), privacy={"disable_dp": True}).proof is None
 
 
-# --- what is taken author by author ---------------------------------------------------------------------
+# --- parameters that are clipped one author at a time ---------------------------------------------------
 
 
 class OwnScale(nn.Module):
@@ -220,7 +232,7 @@ class OwnScale(nn.Module):
         return self.layer(x * self.scale)
 
 
-def test_a_run_takes_authors_one_at_a_time_where_a_parameter_has_no_rule(tmp_path):
+def test_trainer_clips_one_author_at_a_time_without_a_rule(tmp_path):
     def model():
         made = tiny_gpt2()
         torch.manual_seed(3)
@@ -233,8 +245,10 @@ def test_a_run_takes_authors_one_at_a_time_where_a_parameter_has_no_rule(tmp_pat
         trained = model()
         before = flat(trained.parameters()).clone()
         trainer = make_trainer(tmp_path / str(knows), trained, dataset, privacy=privacy, per_device_train_batch_size=3)
-        assert [name for name, p in trained.named_parameters() if p in trainer.proof.apart] == ["transformer.ln_f.scale"]
-        trainer.proof = trainer.proof if knows else None
+        assert [name for name, p in trained.named_parameters() if p in trainer.model_check.fallback_params] == [
+            "transformer.ln_f.scale"
+        ]
+        trainer.model_check = trainer.model_check if knows else None
         microbatches = next(iter(trainer.get_train_dataloader())).microbatches
         assert all(batch["num_authors"] == (1 if knows else 3) for batch in microbatches)
         trainer.train()
@@ -243,7 +257,7 @@ def test_a_run_takes_authors_one_at_a_time_where_a_parameter_has_no_rule(tmp_pat
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}], ids=str)
-def test_what_is_taken_apart_survives_checkpointing_and_bfloat16(tmp_path, options):
+def test_fallback_params_survive_checkpointing_and_bfloat16(tmp_path, options):
     updates = []
     for name, extra in {"plain": {}, "other": options}.items():
         torch.manual_seed(3)
@@ -254,13 +268,13 @@ def test_what_is_taken_apart_survives_checkpointing_and_bfloat16(tmp_path, optio
         trainer = make_trainer(
             tmp_path / name, model, make_dataset([1, 2, 3]), privacy=privacy, per_device_train_batch_size=3, **extra
         )
-        assert len(trainer.proof.apart) == 1
+        assert len(trainer.model_check.fallback_params) == 1
         trainer.train()
         updates.append(before - flat(model.parameters()))
     assert (updates[0] - updates[1]).norm() < (0.05 if "bf16" in options else 1e-5) * updates[0].norm()
 
 
-def test_check_apart_refuses_a_rope_that_remembers_the_longest_sample():
+def test_check_sample_independence_refuses_a_rope_that_remembers():
     """Its frequencies are in a buffer that is not saved: the next step's gradients would depend on an author of this one."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     config = LlamaConfig(**{**LLAMA, "max_position_embeddings": 24}, rope_parameters=rope)

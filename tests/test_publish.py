@@ -277,7 +277,7 @@ def test_the_hub_gets_what_publish_copies(tmp_path, monkeypatch, kind):
     [
         ({"hub_strategy": "checkpoint"}, "--hub_strategy checkpoint"),
         ({"hub_strategy": "all_checkpoints"}, "--hub_strategy all_checkpoints"),
-        ({"privacy": {"disable_dp": True}}, "--push_to_hub publishes models with a guarantee only, and --disable_dp"),
+        ({"privacy": {"disable_dp": True}}, "--push_to_hub: it publishes models with a guarantee only, and --disable_dp"),
         ({"privacy": {"noise_multiplier": 0.0}}, "--noise_multiplier 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""random_ops.py: random operations that samples share, or that mix them, are found without knowing their names."""
+"""random_ops.py: random operations that mix samples, or that samples share, are found without a list of names."""
 
 import random
 
@@ -12,16 +12,16 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.guards.options import check_model
-from author_dp.guards.random_ops import BATCH, ModelCall, check_random_ops
+from author_dp.guards.model_check import check_model
+from author_dp.guards.random_ops import BATCH_SIZE, ModelCall, check_random_ops
 
-IDS = torch.arange(BATCH * 7).view(BATCH, 7) % VOCABULARY
+IDS = torch.arange(BATCH_SIZE * 7).view(BATCH_SIZE, 7) % VOCABULARY
 OWN = torch.Generator()
 LONGEST = 12  # tokens of the run's samples
 
 
 class Backward(torch.autograd.Function):
-    """The identity, whose gradient is sometimes doubled for all samples."""
+    """Identity whose gradient is sometimes doubled for all samples."""
 
     @staticmethod
     def forward(ctx, x):
@@ -48,11 +48,11 @@ def top_k(count: int) -> torch.Tensor:
     return chosen[:, None, None]
 
 
-# What a model might do to its logits (samples, tokens, vocabulary) in training; the words with which it is refused.
+# Functions of logits (samples, tokens, vocabulary) in training, and the words with which they are refused.
 SHARED = {
-    "a permutation of samples": (lambda x: x + x[torch.randperm(len(x))], "permutation or a choice"),
+    "a permutation of samples": (lambda x: x + x[torch.randperm(len(x))], "permutation or choice"),
     "a permutation by sorting": (lambda x: x + x[torch.rand(len(x)).argsort()], "of other samples change"),
-    "a choice of samples": (lambda x: x + x[torch.randint(0, len(x), (len(x),))], "permutation or a choice"),
+    "a choice of samples": (lambda x: x + x[torch.randint(0, len(x), (len(x),))], "permutation or choice"),
     "a choice of one sample": (lambda x: x + x[torch.multinomial(torch.ones(len(x)), 1)], "shares random numbers"),
     "a choice by ranks": (lambda x: x * (1 + top_k(len(x))), "of other samples change"),
     "a threshold of all samples": (lambda x: x * (torch.rand(len(x), 1, 1) > torch.rand(len(x)).median()), "of other samples"),
@@ -66,11 +66,11 @@ SHARED = {
     "NumPy": (lambda x: x * (0.5 + np.random.rand()), "Python's random or NumPy"),
     "one mask while training only": (lambda x: mask(x) if x.requires_grad else x, "shares random numbers"),
     "one mask for long samples": (lambda x: mask(x) if x.shape[1] > 7 else x, "shares random numbers"),
-    "one mask for several samples": (lambda x: mask(x) if len(x) > 6 else x, "draws more or less often"),
+    "one mask for several samples": (lambda x: mask(x) if len(x) > 6 else x, "more or less often"),
     "one mask under autocast": (lambda x: mask(x) if torch.is_autocast_enabled("cpu") else x, "shares random numbers"),
     "a coin in the backward pass": (Backward.apply, "shares random numbers"),
     "seeded masks": (seeded, "seeds torch's random generators"),
-    "a generator of its own": (lambda x: x * torch.rand(x.shape, generator=OWN), "generator of the model's own"),
+    "a generator of its own": (lambda x: x * torch.rand(x.shape, generator=OWN), "generator of its own"),
 }
 INDEPENDENT = {
     "nothing": lambda x: x,
@@ -83,11 +83,11 @@ INDEPENDENT = {
 
 
 class InTraining(nn.Module):
-    """A GPT-2 with dropout whose logits something random happens to in training."""
+    """GPT-2 with dropout, and a random function on its logits in training."""
 
-    def __init__(self, happens):
+    def __init__(self, function):
         super().__init__()
-        self.inner, self.happens = tiny_gpt2(dropout=0.1), happens
+        self.inner, self.function = tiny_gpt2(dropout=0.1), function
         self.config = self.inner.config
 
     def get_input_embeddings(self):
@@ -96,15 +96,15 @@ class InTraining(nn.Module):
     def forward(self, input_ids, position_ids=None):
         output = self.inner(input_ids=input_ids, position_ids=position_ids)
         if self.training:
-            output.logits = self.happens(output.logits)
+            output.logits = self.function(output.logits)
         return output
 
 
 @pytest.mark.parametrize("what", SHARED)
 def test_check_random_ops_refuses_what_samples_share(what):
-    happens, words = SHARED[what]
+    function, words = SHARED[what]
     with pytest.raises(UserError, match=words):
-        check_random_ops(ModelCall(InTraining(happens).eval(), True, "autocast" in what), IDS, LONGEST, 1e-4)
+        check_random_ops(ModelCall(InTraining(function).eval(), "autocast" in what), IDS, LONGEST, 1e-4)
 
 
 @pytest.mark.parametrize("generator", [OWN, np.random.default_rng(0), np.random.RandomState(0), random.Random(0)])
@@ -112,20 +112,20 @@ def test_check_random_ops_refuses_a_module_that_holds_a_generator(generator):
     model = tiny_gpt2(dropout=0.1)
     model.transformer.h[1].generator = generator
     with pytest.raises(UserError, match=r"transformer\.h\.1 holds a random generator"):
-        check_random_ops(ModelCall(model, True, False), IDS, LONGEST, 1e-4)
+        check_random_ops(ModelCall(model, False), IDS, LONGEST, 1e-4)
 
 
 @pytest.mark.parametrize("what", INDEPENDENT)
 def test_check_random_ops_accepts_independent_samples(what):
     model = InTraining(INDEPENDENT[what]).eval()
     state, python = torch.get_rng_state(), random.getstate()
-    check_random_ops(ModelCall(model, True, False), IDS, LONGEST, 1e-4)
+    check_random_ops(ModelCall(model, False), IDS, LONGEST, 1e-4)
     assert torch.equal(state, torch.get_rng_state()) and random.getstate() == python and not model.inner.training
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_check_model_accepts_checkpointed_layers(dropout):
-    """Their states of the generators are restored in the backward pass."""
+    """The backward pass restores the generators' states, and reruns their layers."""
     model = tiny_gpt2(dropout=dropout)
     model.activation_checkpointing_enable({"use_reentrant": False})
     check_model(model)

@@ -14,9 +14,12 @@ from test_ledger import make_ledger
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.data.columns import ColumnSpec
+from author_dp.data.loading import load_files
+from author_dp.data.splits import subsample_authors
 from author_dp.errors import UserError
-from author_dp.guards.noise_monitor import replay_global_rng
-from author_dp.outputs.page import guarantee_rows
+from author_dp.guards.seed_checks import replay_global_rng
+from author_dp.outputs.guarantee import guarantee_rows
 from author_dp.training import public_loss as release
 from author_dp.training.public_loss import (
     GRID,
@@ -29,7 +32,7 @@ from author_dp.training.public_loss import (
     quantize_loss,
     release_eval_loss,
 )
-from data_utils import AuthorDataset, DataArguments, load_train_and_eval, split_by_author, subsample_authors
+from data_utils import AuthorDataset, DataArguments, load_train_and_eval, split_by_author
 
 COUNTS = [1, 3, 2, 1, 7]
 
@@ -164,9 +167,7 @@ def test_one_author_less_lets_at_most_one_other_in(tmp_path, comments):
 
 
 def load_samples_of(path):
-    from data_utils import load_files
-
-    return load_files("--train_file", [str(path)], text_column="content", author_column="author")
+    return load_files([str(path)], ColumnSpec("--train_file", "content", "author"))
 
 
 def test_nobody_is_held_out_by_force_for_a_number_that_is_published(tmp_path):
@@ -174,8 +175,8 @@ def test_nobody_is_held_out_by_force_for_a_number_that_is_published(tmp_path):
     path.write_text("".join(json.dumps({"author": f"a{i}", "content": "some text"}) + "\n" for i in range(5)))
     samples = load_samples_of(path)
     assert len(split_by_author(samples, "author", 1e-6, seed=1)[1]) == 1
-    with pytest.raises(UserError, match="--eval_fraction 1e-06 holds out none"):
-        split_by_author(samples, "author", 1e-6, seed=1, by_force=False)
+    with pytest.raises(UserError, match="--eval_fraction 1e-06: it holds out none"):
+        split_by_author(samples, "author", 1e-6, seed=1, hold_out_at_least_one=False)
 
 
 # --- what it costs ------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_what_was_released_is_in_the_ledger_before_it_is_told(tmp_path, monkeypa
     trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
     found = release_eval_loss(trainer, 20.0, 8.0, limited=False)
     again = PrivacyLedger(trainer.budget.ledger.path)
-    assert again.releases == [{**found, "split": "s"}] and again.released == again.releases[0] and again.steps == 1
+    assert again.releases == [{**found, "split": "s"}] and again.current_release == again.releases[0] and again.steps == 1
     monkeypatch.setattr(release, "discrete_laplace", lambda scale: pytest.fail("noise was drawn for the same number once more"))
     assert release_eval_loss(trainer, 20.0, 8.0, limited=False)["loss"] == found["loss"]
     monkeypatch.undo()
@@ -260,7 +261,7 @@ def test_a_run_says_its_public_loss_and_no_other(checkpoint, comments, tmp_path,
     report, ledger = read_report(tmp_path), PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     found = report["evaluation_release"]
     last = done.stdout.strip().splitlines()[-1]
-    assert found == ledger.released and report["epsilon_with_evaluation"] == max(report["epsilon"], 2.0)
+    assert found == ledger.current_release and report["epsilon_with_evaluation"] == max(report["epsilon"], 2.0)
     assert "both public" in last and "eval loss" not in last
     words = dict(guarantee_rows(report))["Evaluation, public"]
     assert words in (tmp_path / "README.md").read_text() and words in last
@@ -289,14 +290,14 @@ def test_max_eval_samples_takes_authors(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = DataArguments(train_file=[str(path)], eval_fraction=0.5, max_eval_samples=7)
     _, rows_taken = load_train_and_eval(arguments, seed=1)
-    _, authors_taken = load_train_and_eval(arguments, seed=1, released=True)
+    _, authors_taken = load_train_and_eval(arguments, seed=1, eval_is_public=True)
     assert len(rows_taken) == 7 and len(authors_taken) == 70 and len(set(authors_taken["author"])) == 7
 
 
 @pytest.mark.parametrize("epsilon", [-5.0, 0.0, math.inf, math.nan])
 def test_a_release_that_gives_privacy_back_is_no_record(tmp_path, epsilon):
     ledger = make_ledger(tmp_path)
-    with pytest.raises(ValueError, match="gives privacy back"):
+    with pytest.raises(ValueError, match="must be above 0 and finite"):
         ledger.record_release({"epsilon": epsilon, "split": None})
     with pytest.raises(UserError, match="was changed"):
         PrivacyLedger(ledger.path)
@@ -356,7 +357,7 @@ def test_a_torn_release_is_paid_for_and_leaves_the_ledger_whole(tmp_path, then):
     assert b'"loss": 3.25' in ledger.path.read_bytes()
     torn = PrivacyLedger(ledger.path)
     with torn.locked():
-        assert torn.steps == 1 and torn.released is None
+        assert torn.steps == 1 and torn.current_release is None
         if then == "release":
             torn.record_release({"epsilon": 0.5, "split": None})
         elif then == "run":
@@ -395,7 +396,7 @@ def test_a_loss_is_published_for_the_model_of_its_step_only(tmp_path):
 def test_the_extremes_that_are_allowed_are_numbers_in_all_files(tmp_path, epsilon, upper):
     found = release_eval_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
     assert json.loads(json.dumps(found, allow_nan=False)) == found and format_release(found)
-    assert found == {k: v for k, v in PrivacyLedger(tmp_path / "privacy_ledger.jsonl").released.items() if k != "split"}
+    assert found == {k: v for k, v in PrivacyLedger(tmp_path / "privacy_ledger.jsonl").current_release.items() if k != "split"}
 
 
 def test_a_split_has_another_name_with_another_rule():

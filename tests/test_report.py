@@ -14,9 +14,11 @@ from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, for
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.outputs.figures import first_steps, loss_points
+from author_dp.outputs.guarantee import guarantee_rows
 from author_dp.outputs.model_card import model_card
-from author_dp.outputs.page import guarantee_rows
-from author_dp.outputs.report import RunStatistics, write_report
+from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report, write_report
+from author_dp.outputs.samples import TextSamples
+from author_dp.training.public_loss import format_release
 
 
 def run(folder, **privacy):
@@ -98,13 +100,77 @@ def test_what_was_found_before_training_outlives_an_interruption(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+class Tokenizer:
+    """Each token is a word."""
+
+    bos_token_id, eos_token_id = 0, 0
+
+    def batch_decode(self, rows, **options):
+        return [" ".join(f"w{token}" for token in row) for row in rows]
+
+
+def report_run(folder, held_out, text_samples=None, release=None, resume=False):
+    """The calls of fine-tune-dp.py."""
+    dataset = make_dataset([1, 2, 3] * 10)
+    trainer = make_trainer(folder, dataset=dataset, max_steps=2, eval_strategy="no", eval_dataset=held_out, save_steps=1,
+                           save_strategy="steps", resume_from_checkpoint=resume)  # fmt: skip
+    statistics = RunStatistics(trainer.norms, np.diff(dataset.offsets), text_samples)
+    trainer.add_callback(statistics)
+    if not resume:
+        evaluate_and_sample(trainer, statistics, "before")
+    trainer.train()
+    metrics = evaluate_and_sample(trainer, statistics, "after")
+    save_and_report(trainer, statistics, release)
+    return trainer, metrics
+
+
+def test_report_of_a_run_holds_evaluations_and_texts(tmp_path, capsys):
+    held_out = make_dataset([2] * 9, seed=1)
+    trainer, metrics = report_run(tmp_path, held_out, TextSamples(Tokenizer(), held_out, [], 16))
+    found = json.loads((tmp_path / "_private_statistics.json").read_text())
+    assert found["evaluation"]["after"]["eval_loss"] == metrics["eval_loss"] != found["evaluation"]["before"]["eval_loss"]
+    assert all({"before", "after"} <= texts.keys() for texts in found["specimens"].values()) and len(found["specimens"]) == 2
+    page = (tmp_path / "report.html").read_text()
+    assert f"{metrics['eval_author_loss']:,.3f}" in page and page.count("<details>") == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        last.startswith(f"epsilon {format_epsilon(trainer.epsilon())} at delta")
+        and "author-level" in (tmp_path / "README.md").read_text()
+    )
+    assert last.endswith(f", eval loss {metrics['eval_loss']:.2f}, saved to {tmp_path}")
+    # Resumed after its last step: what was found before training stays.
+    _, again = report_run(tmp_path, held_out, TextSamples(Tokenizer(), held_out, [], 16), resume=True)
+    assert again["eval_loss"] == metrics["eval_loss"]
+    found_again = json.loads((tmp_path / "_private_statistics.json").read_text())
+    assert found_again["evaluation"]["before"] == found["evaluation"]["before"] and "free" in found_again["specimens"]
+
+
+def test_last_line_shows_a_released_loss_instead_of_the_exact_one(tmp_path, capsys):
+    release = {"loss": 3.5, "authors": 9, "range": [0, 4.0], "standard_error": 0.1, "epsilon": 0.5}
+    _, metrics = report_run(tmp_path, make_dataset([2] * 9, seed=1), release=release)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f", {format_release(release)}, both public, saved to" in last and f"{metrics['eval_loss']:.2f}" not in last
+
+
+def test_without_held_out_authors_a_run_is_reported_too(tmp_path, capsys):
+    _, metrics = report_run(tmp_path, None)
+    assert metrics == {} and "eval loss" not in capsys.readouterr().out
+    found = json.loads((tmp_path / "_private_statistics.json").read_text())
+    assert found["evaluation"] == {"before": {}, "after": {}} and "specimens" not in found
+
+
 def test_the_card_holds_public_values_only(tmp_path):
     trainer = run(tmp_path)
-    trainer.audit = {"epsilon_lower_bound": 0.5, "confidence": 0.95, "correct": 60, "guesses": 100, "canaries": 200}
+    trainer.run_report.audit = {"epsilon_lower_bound": 0.5, "confidence": 0.95, "correct": 60, "guesses": 100, "canaries": 200}
     text = model_card(trainer.privacy_report())
     assert "differential-privacy" in yaml.safe_load(text.split("---")[1])["tags"]
     assert "760" not in re.sub(r"\d\.\d+", "", text)  # the number of samples
     assert "loss" not in text.lower() and "60 of 100" in text and f"{trainer.plan.noise_multiplier:.6g}" in text
+
+
+def test_values_stay_in_their_cell_of_the_card():
+    report = {"disable_dp": True, "epsilon": None, "num_authors": 3, "data": {"dataset": "{{ 7 * 7 }} | a\n# b"}}
+    assert "| dataset | {{ 7 * 7 }} \\| a # b |" in model_card(report)
 
 
 def test_the_trainer_writes_this_card_and_not_its_own(tmp_path):
@@ -147,7 +213,7 @@ def test_first_steps_of_several_runs(tmp_path):
     assert first_steps(ledger, 8) == [MechanismEvent(1.0, 0.1, 5), MechanismEvent(2.0, 0.2, 2)]
     assert (
         first_steps(ledger, 3) == [MechanismEvent(1.0, 0.1, 3), MechanismEvent(2.0, 0.2, 0)]
-        and first_steps(ledger, 10) == ledger.spendings
+        and first_steps(ledger, 10) == ledger.events
     )
 
 

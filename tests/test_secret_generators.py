@@ -1,4 +1,4 @@
-"""secret_generators.py: no random number inside the model follows from --seed, and what an attacker who knows it can do."""
+"""Test that no random number inside the model follows from --seed, and what an attacker who knows it can do."""
 
 import random
 import secrets
@@ -139,13 +139,13 @@ def first_numbers() -> torch.Tensor:
     return sample_generators([], 4)
 
 
-def test_processes_draw_different_numbers(tmp_path):
+def test_sample_generators_differ_between_processes(tmp_path):
     one, other = in_processes(tmp_path, 2, first_numbers)
     assert len(one) == 12 and not (one == other).any()
 
 
 class OnDevice:
-    """As much of a device's generator as is used."""
+    """A device's generator, as far as it is used."""
 
     def __init__(self):
         self.device, self.seed = torch.device("cuda", 0), 0

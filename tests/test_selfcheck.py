@@ -1,4 +1,4 @@
-"""selfcheck.py: wrong noise is found in real runs, by the run itself; right noise never is."""
+"""noise_monitor.py, seed_checks.py: a run finds wrong noise by itself, and passes with correct noise."""
 
 import random
 
@@ -12,99 +12,100 @@ from transformers import TrainerCallback
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import format_ledger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.noise_monitor import NoiseMonitor, check_unseeded
+from author_dp.guards.noise_monitor import NoiseMonitor
+from author_dp.guards.seed_checks import check_unseeded
 from author_dp.mechanism.noise import GaussianNoise
 from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.outputs.report import write_report
 
-STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
+STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide"
 NOISE = "author_dp.mechanism.noise.GaussianNoise"
-ADD = "self.noise.add_(part, std)"
+ADD = "self.noise.add_(chunk, std)"
 
-# What a careless colleague would write, and what finds it: in a run of 12 steps, tested at each.
+# A plausible mistake, and the test that fails: in a run of 12 steps, tested at each step.
 BUGS = {
-    "no noise": (STEP, "if std > 0:", "if False:", "its scale"),
+    "no noise": (STEP, "if std > 0:", "if False:", "scale"),
     "noise for the parameters alone": (
-        STEP, "self.grad_buffer.split(self.noise.elements)", "self.grad_buffer[:-4096].split(9**6)", "its scale"),
-    "half the noise": (STEP, ADD, "self.noise.add_(part, std / 2)", "its scale"),
-    "half of the variance": (f"{NOISE}._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)", "its scale"),
-    "noise twice": (STEP, ADD, f"{ADD}; {ADD}", "its scale"),
+        STEP, "self.grad_buffer.sums.split(self.noise.chunk_size)", "self.grad_buffer.sums[:-4096].split(9**6)", "scale"),
+    "half the noise": (STEP, ADD, "self.noise.add_(chunk, std / 2)", "scale"),
+    "half of the variance": (f"{NOISE}._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)", "scale"),
+    "noise twice": (STEP, ADD, f"{ADD}; {ADD}", "scale"),
     "noise that does not scale with the clip norm": (
-        STEP, "self.noise_multiplier * self.max_grad_norm", "self.noise_multiplier", "its scale"),
-    "noise divided twice": (STEP, "part.div_(self.expected_batch_size)", "part.div_(self.expected_batch_size**2)", "its scale"),
+        STEP, "self.noise_multiplier * self.max_grad_norm", "self.noise_multiplier", "scale"),
+    "noise divided twice": (STEP, "chunk.div_(self.expected_batch_size)", "chunk.div_(self.expected_batch_size**2)", "scale"),
     "noise of every microbatch": (
         "dp_utils.DPTrainer.training_step", "total += losses.detach()",
-        "self.optimizer.optimizer.grad_buffer.add_(torch.randn_like("
-        "self.optimizer.optimizer.grad_buffer) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
-        "its scale"),
+        "self.optimizer.optimizer.grad_buffer.sums.add_(torch.randn_like(self.optimizer.optimizer"
+        ".grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
+        "scale"),
     "scaled by the number of microbatches": (
         "dp_utils.DPTrainer.training_step", "model.train()",
-        "model.train(); self.optimizer.optimizer.expected_batch_size = 4 * max(1, len(inputs.microbatches))", "its scale"),
+        "model.train(); self.optimizer.optimizer.expected_batch_size = 4 * max(1, len(inputs.microbatches))", "scale"),
     "division by the real batch size": (
         "dp_utils.DPTrainer.training_step", "model.train()",
-        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "its scale"),
+        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "scale"),
     "noise reused in each step": (
-        STEP, ADD, "self.noise = type(self.noise)(part.device); self.noise._stream = __import__('cryptography.hazmat.primitives."
+        STEP, ADD, "self.noise = type(self.noise)(chunk.device); self.noise._stream = __import__('cryptography.hazmat.primitives."
         "ciphers', fromlist=['x']).Cipher(__import__('cryptography.hazmat.primitives.ciphers.algorithms', fromlist=['x'])"
         ".AES128(bytes(16)), __import__('cryptography.hazmat.primitives.ciphers.modes', fromlist=['x']).CTR(bytes(16)))"
-        ".encryptor(); self.noise.add_(part, std)", "correlation between steps, 1 apart"),
+        ".encryptor(); self.noise.add_(chunk, std)", "correlation between steps, lag 1"),
     "noise from --seed in each step": (
-        STEP, ADD, "part.add_(torch.randn(len(part), generator=torch.Generator().manual_seed(7)), alpha=std)",
-        "correlation between steps, 1 apart"),
+        STEP, ADD, "chunk.add_(torch.randn(len(chunk), generator=torch.Generator().manual_seed(7)), alpha=std)",
+        "correlation between steps, lag 1"),
     "noise that remembers the step before": (
-        STEP, ADD, "last = getattr(self, 'last', self.noise.add_(torch.zeros_like(part), std)); self.last = self.noise.add_("
-        "torch.zeros_like(part), std).mul_(0.6).add_(last, alpha=0.8); part.add_(self.last)",
-        "correlation between steps, 1 apart"),
+        STEP, ADD, "last = getattr(self, 'last', self.noise.add_(torch.zeros_like(chunk), std)); self.last = self.noise.add_("
+        "torch.zeros_like(chunk), std).mul_(0.6).add_(last, alpha=0.8); chunk.add_(self.last)",
+        "correlation between steps, lag 1"),
     "the same noise for two halves": (
-        STEP, ADD, "new = self.noise.add_(torch.zeros_like(part), std); new[-2048:] = new[-4096:-2048]; part.add_(new)",
+        STEP, ADD, "new = self.noise.add_(torch.zeros_like(chunk), std); new[-2048:] = new[-4096:-2048]; chunk.add_(new)",
         "correlation between coordinates"),
     "Laplacian noise": (
-        STEP, ADD, "part.add_(torch.distributions.Laplace(0.0, std / 2**0.5).sample(part.shape))", "its shape"),
-    "uniform noise": (STEP, ADD, "part.add_(torch.rand_like(part) - 0.5, alpha=std * 12**0.5)", "its shape"),
+        STEP, ADD, "chunk.add_(torch.distributions.Laplace(0.0, std / 2**0.5).sample(chunk.shape))", "shape"),
+    "uniform noise": (STEP, ADD, "chunk.add_(torch.rand_like(chunk) - 0.5, alpha=std * 12**0.5)", "shape"),
     "noise on a coarse grid": (
-        STEP, ADD, "part.add_((torch.randn_like(part) * 16).round() / 16, alpha=std)", "draws that are equal"),
+        STEP, ADD, "chunk.add_((torch.randn_like(chunk) * 16).round() / 16, alpha=std)", "repeated values"),
 }  # fmt: skip
 
 
-def small(folder, **options):
+def make_run(folder, **options):
     return make_trainer(folder, dataset=make_dataset([1] * 60), max_steps=12, per_device_train_batch_size=2,
                         gradient_accumulation_steps=2, learning_rate=1e-3, **options)  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", sample(BUGS))
-def test_wrong_noise_ends_a_real_run(tmp_path, monkeypatch, bug):
-    where, old, new, found = BUGS[bug]
-    function = find(where)
+def test_wrong_noise_ends_the_run(tmp_path, monkeypatch, bug):
+    name, old, new, message = BUGS[bug]
+    function = find(name)
     monkeypatch.setattr(function, "__code__", with_edit(function, old, new))
-    with pytest.raises(MechanismError, match=found):
-        small(tmp_path).train()
+    with pytest.raises(MechanismError, match=message):
+        make_run(tmp_path).train()
     assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").steps <= 12
 
 
-def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anything(tmp_path):
+def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
     patch = pytest.MonkeyPatch()
 
-    class Plant(TrainerCallback):
+    class AddNoNoiseFromStep4(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 4:
                 patch.setattr(GaussianNoise, "add_", lambda self, total, std: total)
 
     options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
-    trainer = small(tmp_path, **options)
+    trainer = make_run(tmp_path, **options)
     (tmp_path / "README.md").write_text("epsilon 1")
-    trainer.add_callback(Plant())
-    with pytest.raises(MechanismError, match=r"its scale.* \(seen in 6 steps"):
+    trainer.add_callback(AddNoNoiseFromStep4())
+    with pytest.raises(MechanismError, match=r"scale.* \(after 6 steps"):
         trainer.train()
     patch.undo()
     assert not (tmp_path / "checkpoint-6").exists()
     for path in (tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
         report = read_report(path)
-        assert report["epsilon"] is None and "its scale" in report["alarm"] and report["steps"] in (2, 4)
+        assert report["epsilon"] is None and "scale" in report["alarm"] and report["steps"] in (2, 4)
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     assert (
         ledger.steps == 6
-        and ledger.alarm
-        and "its scale" in ledger.alarm
+        and ledger.failure
+        and "scale" in ledger.failure
         and "ALARM" in format_ledger(ledger)
         and "no privacy" in format_ledger(ledger)
     )
@@ -113,58 +114,58 @@ def test_after_an_alarm_nothing_is_saved_or_resumed_and_no_report_promises_anyth
     assert "none: the run found" in (tmp_path / "report.html").read_text()
     for resume in (True, str(tmp_path / "checkpoint-2"), None):
         with pytest.raises(UserError, match=r"its mechanism is not what its ledger says.*choose another --output_dir"):
-            small(tmp_path, resume_from_checkpoint=resume, **options)
+            make_run(tmp_path, resume_from_checkpoint=resume, **options)
     with pytest.raises(UserError, match="its mechanism"):
         trainer.train()
     lines = (tmp_path / "privacy_ledger.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "privacy_ledger.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(UserError, match="lacks records"):  # the alarm alone taken away
-        small(tmp_path, resume_from_checkpoint=True, **options)
+    with pytest.raises(UserError, match="lacks records"):  # the record of the failure alone is removed
+        make_run(tmp_path, resume_from_checkpoint=True, **options)
 
 
 @pytest.mark.parametrize(
     "seeded", ["torch.initial_seed().to_bytes(16, 'big')", "__import__('numpy').random.bytes(16)",
                "__import__('random').randbytes(16)", "bytes(16)"],
 )  # fmt: skip
-def test_noise_from_a_seed_is_found_before_the_first_step(tmp_path, monkeypatch, seeded):
+def test_seeded_noise_ends_the_run_before_its_first_step(tmp_path, monkeypatch, seeded):
     code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", seeded)
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
     with pytest.raises(MechanismError, match="follows the seed"):
-        small(tmp_path).train()
+        make_run(tmp_path).train()
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert ledger.steps == 0 and ledger.alarm
+    assert ledger.steps == 0 and ledger.failure
 
 
-def test_looking_for_seeds_leaves_every_generator_as_it_was(tmp_path):
+def test_check_unseeded_restores_every_generator(tmp_path):
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    check_unseeded(lambda: GaussianNoise(torch.device("cpu")).add_(torch.zeros(PROBE_SIZE), 1.0))
+    check_unseeded(lambda: GaussianNoise(torch.device("cpu")).add_(torch.zeros(PROBE_SIZE), 1.0), "noise")
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
     assert before[2] == random.getstate()
 
 
-def test_noise_of_an_earlier_run_is_found(tmp_path, monkeypatch):
+def test_reused_noise_of_an_earlier_run_ends_the_run(tmp_path, monkeypatch):
     code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", "bytes(16)")
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
-    monkeypatch.setattr("author_dp.guards.noise_monitor.check_unseeded", lambda draw: None)  # which would find it first
-    small(tmp_path, save_strategy="steps", save_steps=6).train()
-    with pytest.raises(MechanismError, match="correlation with run 1 of the folder"):
-        small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=str(tmp_path / "checkpoint-6")).train()
+    monkeypatch.setattr("author_dp.guards.noise_monitor.check_unseeded", lambda *_: None)  # or it would find it first
+    make_run(tmp_path, save_strategy="steps", save_steps=6).train()
+    with pytest.raises(MechanismError, match="correlation between this and earlier run 1"):
+        make_run(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=str(tmp_path / "checkpoint-6")).train()
 
 
 @pytest.mark.slow
-def test_honest_runs_of_a_folder_do_not_resemble_each_other(tmp_path):
+def test_correct_runs_in_one_directory_pass(tmp_path):
     for resume in (None, str(tmp_path / "checkpoint-6"), str(tmp_path / "checkpoint-6")):
-        small(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=resume).train()
+        make_run(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=resume).train()
     assert np.load(tmp_path / "_noise_check.npy").shape == (3, PROBE_SIZE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
-def test_the_program_ends_with_status_3(tmp_path, checkpoint, comments, processes, monkeypatch):
+def test_script_exits_with_status_3(tmp_path, checkpoint, comments, processes, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
-        "import author_dp.mechanism.noise as noise\nadd = noise.NoiseSource.add_\n"
-        "noise.NoiseSource.add_ = lambda self, total, std: add(self, total, std / 2)\n"
+        "import author_dp.mechanism.noise as noise\nadd = noise.GaussianNoise.add_\n"
+        "noise.GaussianNoise.add_ = lambda self, total, std: add(self, total, std / 2)\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     done = run_script(
@@ -172,79 +173,87 @@ def test_the_program_ends_with_status_3(tmp_path, checkpoint, comments, processe
         "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--max_steps", "3", "--sequence_len", "16",
         "--eval_fraction", "0", processes=processes, anew=True,
     )  # fmt: skip
-    said = "fine-tune-dp.py: the mechanism is not what the ledger says"
-    assert done.stderr.count(said) == 1 and "MechanismError" not in done.stderr
+    message = "fine-tune-dp.py: the mechanism is not what the ledger says"
+    assert done.stderr.count(message) == 1 and "MechanismError" not in done.stderr
     assert done.returncode == (3 if not processes else 1)
     assert (
-        PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").alarm and not (tmp_path / "out" / "model.safetensors").exists()
+        PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").failure and not (tmp_path / "out" / "model.safetensors").exists()
     )
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_right_noise_raises_no_alarm_in_a_real_run(tmp_path, secure):
-    trainer = small(tmp_path, privacy={"secure_noise": secure})
+def test_correct_noise_passes(tmp_path, secure):
+    trainer = make_run(tmp_path, privacy={"secure_noise": secure})
     trainer.train()
-    assert trainer.budget.steps == 12 and trainer.checks.noise.steps == 12 and trainer.budget.ledger.alarm is None
+    assert trainer.budget.steps == 12 and trainer.monitors.noise.steps == 12 and trainer.budget.ledger.failure is None
 
 
-def test_without_noise_nothing_is_checked(tmp_path):
-    small(tmp_path, privacy={"noise_multiplier": 0.0}).train()
+def test_run_without_noise_is_not_tested(tmp_path):
+    make_run(tmp_path, privacy={"noise_multiplier": 0.0}).train()
 
 
-def test_the_pad_belongs_to_no_parameter(tmp_path):
-    trainer = small(tmp_path)
+def test_probe_belongs_to_no_parameter(tmp_path):
+    trainer = make_run(tmp_path)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
-    assert len(optimizer.pad) == PROBE_SIZE and len(optimizer.grad_buffer) == PROBE_SIZE + sum(
+    assert len(optimizer.grad_buffer.probe) == PROBE_SIZE and len(optimizer.grad_buffer.sums) == PROBE_SIZE + sum(
         p.numel() for p in optimizer.params
     )
-    places = [p.summed_grad.data_ptr() for p in optimizer.params]
-    assert optimizer.pad.data_ptr() > max(places) and all(p.grad is None for p in [optimizer.pad])
+    addresses = [p.summed_grad.data_ptr() for p in optimizer.params]
+    assert optimizer.grad_buffer.probe.data_ptr() > max(addresses) and all(p.grad is None for p in [optimizer.grad_buffer.probe])
 
 
 @pytest.mark.slow
-def test_two_hundred_honest_runs_raise_no_alarm_and_their_p_values_are_uniform():
+def test_p_values_of_200_correct_runs_are_uniform():
     smallest = []
     for _ in range(200):
-        source, check = GaussianNoise(torch.device("cpu")), NoiseMonitor(std=0.01)
+        source, monitor = GaussianNoise(torch.device("cpu")), NoiseMonitor(std=0.01)
         for step in range(1, 31):
-            check.add(source.add_(torch.zeros(PROBE_SIZE), 0.01))
+            monitor.add(source.add_(torch.zeros(PROBE_SIZE), 0.01))
             if step % 5 == 0:
-                check.test()
-        smallest.append(min(check.p_values().values()) * len(check.p_values()))
+                monitor.test()
+        smallest.append(min(monitor.p_values().values()) * len(monitor.p_values()))
     assert sorted(smallest)[0] > 1e-5 and np.mean(np.array(smallest) < 0.1) < 0.2  # Bonferroni: at most a tenth, on average
 
 
-def test_one_percent_is_found_within_some_hundred_steps():
-    source, check, found = GaussianNoise(torch.device("cpu")), NoiseMonitor(std=1.0), None
+def test_scale_error_of_one_percent_is_found_within_200_steps():
+    source, monitor, found = GaussianNoise(torch.device("cpu")), NoiseMonitor(std=1.0), None
     for step in range(1, 301):
-        check.add(source.add_(torch.zeros(PROBE_SIZE), 1.01))
+        monitor.add(source.add_(torch.zeros(PROBE_SIZE), 1.01))
         if step % 10 == 0:
             try:
-                check.test()
+                monitor.test()
             except MechanismError:
                 found = step
                 break
     assert found is not None and found <= 200
 
 
-def test_what_is_not_finite_is_found():
-    check = NoiseMonitor(std=1.0)
-    check.add(torch.full((PROBE_SIZE,), float("nan")))
+def test_non_finite_noise_is_found():
+    monitor = NoiseMonitor(std=1.0)
+    monitor.add(torch.full((PROBE_SIZE,), float("nan")))
     with pytest.raises(MechanismError, match="not finite"):
-        check.test()
+        monitor.test()
+
+
+def test_probe_history_of_another_size_is_ignored(tmp_path):
+    np.save(tmp_path / "probes.npy", np.random.default_rng(0).standard_normal((2, 100)))
+    monitor = NoiseMonitor(1.0, tmp_path / "probes.npy")
+    monitor.add(torch.randn(PROBE_SIZE))
+    monitor.test()
+    assert np.load(tmp_path / "probes.npy").shape == (1, PROBE_SIZE)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e300])
-def test_kept_noise_that_was_damaged_stops_nobody(tmp_path, value):
-    pads = np.random.default_rng(0).standard_normal((2, PROBE_SIZE))
-    pads[0, 7] = value
-    np.save(tmp_path / "pads.npy", pads)
-    check = NoiseMonitor(1.0, tmp_path / "pads.npy")
+def test_damaged_probe_history_is_ignored(tmp_path, value):
+    probes = np.random.default_rng(0).standard_normal((2, PROBE_SIZE))
+    probes[0, 7] = value
+    np.save(tmp_path / "probes.npy", probes)
+    monitor = NoiseMonitor(1.0, tmp_path / "probes.npy")
     for _ in range(3):
-        check.add(torch.randn(PROBE_SIZE))
-        check.test()
-    check = NoiseMonitor(1.0, tmp_path / "pads.npy")
-    check.add(torch.from_numpy(pads[1]).float())  # the other one is still compared
-    with pytest.raises(MechanismError, match="of the folder"):
-        check.test()
+        monitor.add(torch.randn(PROBE_SIZE))
+        monitor.test()
+    monitor = NoiseMonitor(1.0, tmp_path / "probes.npy")
+    monitor.add(torch.from_numpy(probes[1]).float())  # the undamaged probe is still compared
+    with pytest.raises(MechanismError, match="earlier run"):
+        monitor.test()

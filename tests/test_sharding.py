@@ -1,4 +1,4 @@
-"""sharding.py: a step in shares against the naive loop over authors, its noise, and what it saves and resumes from."""
+"""Test a step of a sharded model against a plain loop over authors, its noise, and saving and resuming."""
 
 import functools
 import math
@@ -35,33 +35,33 @@ from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.model_check import verify_model
+from author_dp.guards.model_check import check_fsdp_model, verify_model
 from author_dp.guards.options import check_fsdp
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import (
     ShardedClipping,
     ShardedOptimizer,
-    blocks,
     buckets,
+    find_blocks,
     local_shard,
     make_engine,
     missing_rounds,
-    shard,
+    shard_model,
 )
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.optimizer import PROBE_SIZE
 
 CPU = torch.device("cpu")
 
-# --- the update, against the naive loop -------------------------------------------------------------------
+# --- the update, against a plain loop ---------------------------------------------------------------------
 
 
 def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = False) -> dict:
-    """What a step in shares releases without noise; `counts[rank]` are the samples of each author of each microbatch."""
+    """Return what a sharded step releases without noise; `counts[rank]` has the samples of each author of each microbatch."""
     model = tiny_gpt2(**MODELS[kind])
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(model.train(), CPU)
+    shard_model(model.train(), CPU)
     parameters = trainable(model).values()
     optimizer = ShardedOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
@@ -87,8 +87,8 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
     return {
         "authors": authors,
         "update": before - flat(parameters),
-        "shares": [local_shard(parameter).numel() for parameter in parameters],
-        "whole": [parameter.numel() for parameter in parameters],
+        "local_sizes": [local_shard(parameter).numel() for parameter in parameters],
+        "sizes": [parameter.numel() for parameter in parameters],
     }
 
 
@@ -99,7 +99,8 @@ def check_update(folder: Path, kind: str, counts: list, tolerance: float = 1e-5,
     for process in found:
         assert (process["update"] - expected).norm() <= tolerance * expected.norm()
         assert torch.equal(process["update"], found[0]["update"])
-    assert np.sum([process["shares"] for process in found], 0).tolist() == found[0]["whole"]  # each number has one owner
+    local_sizes = np.sum([process["local_sizes"] for process in found], 0).tolist()
+    assert local_sizes == found[0]["sizes"]  # each coordinate is on one process
 
 
 # One process has more microbatches than another, one of them none at all.
@@ -109,17 +110,17 @@ UNEQUAL = [[[1, 2], [3]], [[2, 1, 1]], [], [[1]]]
 @pytest.mark.parametrize(
     ("kind", "counts"), [("tied", UNEQUAL[:2]), ("lora", UNEQUAL[1:3]), ("untied", UNEQUAL[:3]), ("tied", UNEQUAL)]
 )
-def test_the_update_in_shares_is_the_naive_one(tmp_path, kind, counts):
+def test_sharded_update_equals_a_plain_loop(tmp_path, kind, counts):
     check_update(tmp_path, kind, counts)
 
 
 @pytest.mark.parametrize(("option", "tolerance"), [({"checkpointing": True}, 1e-5), ({"bf16": True}, 0.02)])
-def test_checkpointing_and_bfloat16(tmp_path, option, tolerance):
+def test_sharded_update_with_checkpointing_and_bfloat16(tmp_path, option, tolerance):
     check_update(tmp_path, "tied", UNEQUAL[:2], tolerance, **option)
 
 
 def one_step(folder: Path) -> dict:
-    """A step of the Trainer, with noise, gradient canaries and evaluation, everybody in the draw."""
+    """Take steps of the Trainer, with noise, gradient canaries and evaluation, all authors in each batch."""
     canaries = GradientCanaries(40, key=3)
     trainer = make_trainer(
         folder / "run", tiny_gpt2(), make_dataset([2, 1, 5]), full_shard=True, canaries=canaries, per_device_train_batch_size=8,
@@ -133,13 +134,13 @@ def one_step(folder: Path) -> dict:
         "weights": flat(trainer.model.parameters()),
         "update": sum(recorder.gradients),
         "wrapped_in": recorder.wrapped_in,
-        "proven": trainer.proof.error,
-        "checked": (trainer.checks.noise.steps, canaries.law.steps),
+        "proven": trainer.model_check.error,
+        "checked": (trainer.monitors.noise.steps, canaries.monitor.steps),
         "loss": loss,
     }
 
 
-def test_a_run_in_shares_is_proven_checks_itself_and_evaluates(tmp_path):
+def test_sharded_run_is_checked_monitored_and_evaluated(tmp_path):
     first, second = in_processes(tmp_path, 2, one_step, tmp_path)
     assert first["wrapped_in"] == "NoDDPWrapper" and first["proven"] < 1e-5 and first["checked"] == (3, 3)
     before = flat(tiny_gpt2().parameters())
@@ -162,14 +163,14 @@ def test_a_run_in_shares_is_proven_checks_itself_and_evaluates(tmp_path):
 
 
 def released_noise(canaries: int = 0) -> dict:
-    """What an optimizer in shares releases in two steps of nobody, over sigma C / B; each process canary sums of its own."""
+    """Return what a sharded optimizer releases in two empty steps, over sigma C / B; canary sums differ by process."""
     model = nn.Linear(400, 331, bias=True)
     shard_plainly(model)
     table = None if not canaries else GradientCanaries(canaries, key=1)
-    parameters, pads = list(model.parameters()), []
+    parameters, probes = list(model.parameters()), []
     optimizer = ShardedOptimizer(
         torch.optim.SGD(parameters, lr=0.0), noise_multiplier=1.5, clip_norm=0.2, expected_batch_size=10,
-        before_release=lambda: None, after_release=lambda pad: pads.append(pad.clone()), canaries=table,
+        before_release=lambda: None, after_release=lambda probe: probes.append(probe.clone()), canaries=table,
     )  # fmt: skip
     steps = []
     for _ in range(2):
@@ -177,8 +178,8 @@ def released_noise(canaries: int = 0) -> dict:
         if table is not None:
             table.table.weight.summed_grad.add_(1.0 + dist.get_rank())
         optimizer.step()
-        steps.append({"own": torch.cat([local_shard(p.grad).flatten() for p in parameters]) / 0.03, "pad": pads[-1] / 0.03})
-    return {"steps": steps, "whole": flat(p.grad for p in parameters) / 0.03}
+        steps.append({"local": torch.cat([local_shard(p.grad).flatten() for p in parameters]) / 0.03, "probe": probes[-1] / 0.03})
+    return {"steps": steps, "complete": flat(p.grad for p in parameters) / 0.03}
 
 
 def shard_plainly(model: nn.Module) -> None:
@@ -187,30 +188,30 @@ def shard_plainly(model: nn.Module) -> None:
     fully_shard(model, reshard_after_forward=True)
 
 
-def test_noise_is_of_the_promised_scale_once_and_independent_between_shares(tmp_path):
+def test_sharded_noise_is_added_once_and_independent_between_shards(tmp_path):
     found = in_processes(tmp_path, 2, released_noise)
-    whole = found[0]["whole"]
-    assert len(whole) == 401 * 331 and torch.equal(whole, found[1]["whole"])
-    shares = [process["steps"][-1]["own"] for process in found]
-    assert sum(len(share) for share in shares) == len(whole)
-    for noise in (*shares, whole, found[0]["steps"][-1]["pad"]):
+    complete = found[0]["complete"]
+    assert len(complete) == 401 * 331 and torch.equal(complete, found[1]["complete"])
+    shards = [process["steps"][-1]["local"] for process in found]
+    assert sum(len(shard) for shard in shards) == len(complete)
+    for noise in (*shards, complete, found[0]["steps"][-1]["probe"]):
         assert within(noise.mean().item(), 0, 1 / math.sqrt(len(noise)))
         assert within(noise.var().item(), 1, math.sqrt(2 / len(noise)))
     steps = [process["steps"] for process in found]
     for first, second in ((steps[0][1], steps[1][1]), (steps[0][0], steps[0][1]), (steps[0][0], steps[1][1])):
-        size = min(len(first["own"]), len(second["own"]))
-        for one, other in ((first["own"][:size], second["own"][:size]), (first["own"][:1000], second["own"][-1000:])):
+        size = min(len(first["local"]), len(second["local"]))
+        for one, other in ((first["local"][:size], second["local"][:size]), (first["local"][:1000], second["local"][-1000:])):
             assert within(np.corrcoef(one, other)[0, 1], 0, 1 / math.sqrt(len(one)))
-    assert len(whole.unique()) > 0.9 * len(whole)
+    assert len(complete.unique()) > 0.9 * len(complete)
 
 
-def test_every_process_sees_the_noise_of_all_in_the_pad_and_canaries_once(tmp_path):
+def test_sharded_probe_has_the_noise_of_all_processes_once(tmp_path):
     found = in_processes(tmp_path, 3, released_noise, 60)
-    pads = [process["steps"][-1]["pad"] for process in found]
-    assert len(pads[0]) == PROBE_SIZE + 60 and torch.equal(pads[0], pads[1]) and torch.equal(pads[0], pads[2])
-    pad, canaries = pads[0][:PROBE_SIZE], pads[0][PROBE_SIZE:]
-    assert within(pad.var().item(), 1, math.sqrt(2 / PROBE_SIZE))
-    thirds = pad[: PROBE_SIZE // 3 * 3].view(3, -1)
+    probes = [process["steps"][-1]["probe"] for process in found]
+    assert len(probes[0]) == PROBE_SIZE + 60 and torch.equal(probes[0], probes[1]) and torch.equal(probes[0], probes[2])
+    probe, canaries = probes[0][:PROBE_SIZE], probes[0][PROBE_SIZE:]
+    assert within(probe.var().item(), 1, math.sqrt(2 / PROBE_SIZE))
+    thirds = probe[: PROBE_SIZE // 3 * 3].view(3, -1)
     between = np.corrcoef(thirds)[np.triu_indices(3, 1)]
     assert all(within(correlation, 0, 1 / math.sqrt(PROBE_SIZE // 3)) for correlation in between)
     # Of three processes, 1 + 2 + 3, over sigma C = 0.3.
@@ -218,25 +219,25 @@ def test_every_process_sees_the_noise_of_all_in_the_pad_and_canaries_once(tmp_pa
 
 
 def banded_noise(coefficients: np.ndarray, steps: int) -> list[torch.Tensor]:
-    """What an optimizer in shares releases of nobody with noise bands, over sigma C / B, (coordinates,) for each step."""
+    """Return what a sharded optimizer releases in empty steps with noise bands, over sigma C / B, (coordinates,) each."""
     model = nn.Linear(200, 151)
     shard_plainly(model)
     plain = AdamBC(torch.optim.AdamW(model.parameters(), lr=0.0))
     optimizer = ShardedOptimizer(plain, noise_multiplier=1.5, clip_norm=0.2, expected_batch_size=10, before_release=lambda: None)
-    optimizer.begin(coefficients)
+    optimizer.start_training(coefficients)
     released = []
     for number in range(steps):
         optimizer.zero_grad()
-        with pytest.raises(RuntimeError, match="takes the draw of that number"):
+        with pytest.raises(RuntimeError, match="needs the batch of that index"):
             optimizer.step()
-        optimizer.draw = number
+        optimizer.batch_index = number
         optimizer.step()
         released.append(flat(p.grad for p in optimizer.params) / 0.03)
-        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.bands.variance)
+        assert plain.noise_variance == pytest.approx(0.03**2 * optimizer.band_noise.variance)
     return released
 
 
-def test_bands_of_noise_are_correlated_over_steps_in_every_share(tmp_path):
+def test_sharded_noise_with_bands_is_correlated_over_steps(tmp_path):
     c, steps = toeplitz_coefficients(3, 5), 5
     first, second = in_processes(tmp_path, 2, banded_noise, np.array(c), steps)
     inverse = np.linalg.inv(toeplitz(np.pad(c, (0, 2)), np.zeros(steps)))
@@ -270,7 +271,7 @@ def fail_to_record() -> bool:
     return torch.equal(local_shard(model.weight), before)
 
 
-def test_nothing_is_updated_when_the_step_cannot_be_recorded(tmp_path):
+def test_sharded_optimizer_updates_nothing_when_the_step_cannot_be_recorded(tmp_path):
     assert in_processes(tmp_path, 2, fail_to_record) == [True, True]
 
 
@@ -278,9 +279,9 @@ def test_nothing_is_updated_when_the_step_cannot_be_recorded(tmp_path):
 
 
 def memory_of_sums() -> list[bool]:
-    """Nothing of the engine's is whole after a microbatch, and no weight has an ordinary gradient."""
+    """Return whether all weights are sharded after a microbatch, without ordinary gradients, and the engine keeps nothing."""
     model = tiny_gpt2()
-    shard(model, CPU)
+    shard_model(model, CPU)
     engine = ShardedClipping(model, 0.5)
     parameters = list(model.parameters())
     for parameter in parameters:
@@ -291,31 +292,31 @@ def memory_of_sums() -> list[bool]:
     return [all(isinstance(p, DTensor) and p.grad is None for p in held), not engine.store.factors]
 
 
-def test_weights_are_in_shares_again_after_a_microbatch_and_have_no_ordinary_gradient(tmp_path):
+def test_sharded_engine_leaves_nothing_complete_and_no_ordinary_gradient(tmp_path):
     assert in_processes(tmp_path, 2, memory_of_sums) == [[True, True]] * 2
 
 
-def test_small_parameters_are_reduced_together(monkeypatch):
+def test_buckets_hold_small_parameters_together(monkeypatch):
     monkeypatch.setattr("author_dp.mechanism.fsdp.BUCKET_ELEMENTS", 10)
     sizes = [3, 4, 5, 20, 1, 9, 1]
     assert [[p.numel() for p in b] for b in buckets([torch.zeros(n) for n in sizes])] == [[3, 4], [5], [20], [1, 9], [1]]
 
 
-def test_a_model_without_blocks_is_refused():
-    with pytest.raises(UserError, match="leave out --fsdp"):
-        blocks(nn.Linear(2, 2))
-    assert len(blocks(tiny_gpt2())) == 2
+def test_find_blocks_refuses_a_model_without_blocks():
+    with pytest.raises(UserError, match="Leave out --fsdp"):
+        find_blocks(nn.Linear(2, 2))
+    assert len(find_blocks(tiny_gpt2())) == 2
 
 
 def proven(family: str, kind: str) -> float:
     model = make_model(family, kind)
-    shard(model, CPU)
+    shard_model(model, CPU)
     return verify_model(model, "ghost", 14).error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), [("llama", "untied"), ("opt", "tied"), ("qwen3", "lora")])
-def test_other_families_are_proven_in_shares(tmp_path, family, kind):
+def test_verify_model_accepts_sharded_families(tmp_path, family, kind):
     first, second = in_processes(tmp_path, 2, proven, family, kind)
     assert first == second < 1e-5
 
@@ -328,7 +329,7 @@ def test_other_families_are_proven_in_shares(tmp_path, family, kind):
         ({"disable_dp": True}, "--disable_dp"), ({"dtype": torch.bfloat16}, "float32"),
     ],
 )  # fmt: skip
-def test_what_was_not_proven_in_shares_is_refused(change, words):
+def test_check_fsdp_refuses_what_was_not_verified(change, words):
     given: dict = {
         "world_size": 2,
         "optim": "adamw_torch",
@@ -337,10 +338,12 @@ def test_what_was_not_proven_in_shares_is_refused(change, words):
         "disable_dp": False,
     }
     options = SimpleNamespace(**given)
-    check_fsdp(options, options, tiny_gpt2())
+    check_fsdp(options, options)
+    check_fsdp_model(tiny_gpt2())
     vars(options).update(change)
     with pytest.raises(UserError, match=words):
-        check_fsdp(options, options, tiny_gpt2().to(change.get("dtype", torch.float32)))
+        check_fsdp(options, options)
+        check_fsdp_model(tiny_gpt2().to(change.get("dtype", torch.float32)))
 
 
 # --- what is saved ----------------------------------------------------------------------------------------
@@ -357,7 +360,7 @@ def banded_run(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_run_in_shares_with_noise_bands(tmp_path):
+def test_sharded_run_with_noise_bands(tmp_path):
     first, second = in_processes(tmp_path, 2, banded_run, tmp_path / "run")
     assert torch.equal(first["weights"], second["weights"]) and first["spent"] == 2
     state = torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
@@ -365,7 +368,7 @@ def test_a_run_in_shares_with_noise_bands(tmp_path):
 
 
 def run(folder: Path, kind: str, steps: int, processes: int, resume: bool) -> dict:
-    """Train with Adam and without noise, everybody in each draw."""
+    """Train with Adam and without noise, all authors in each batch."""
     trainer = make_trainer(
         folder / "run", tiny_gpt2(**MODELS[kind]), make_dataset([1] * 6), privacy={"noise_multiplier": 0.0},
         full_shard=processes > 1, optim="adamw_torch", learning_rate=0.01, max_steps=steps, save_strategy="steps", save_steps=2,
@@ -378,19 +381,19 @@ def run(folder: Path, kind: str, steps: int, processes: int, resume: bool) -> di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "lora"])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, kind):
-    """As one run of one process would have gone, through checkpoints of two and of three processes."""
-    for name in ("shares", "alone"):
+def test_sharded_run_resumes_with_another_number_of_processes(tmp_path, kind):
+    """Checkpoints of two and of three processes give what one run of one process gives."""
+    for name in ("sharded", "alone"):
         (tmp_path / name).mkdir()
-    in_processes(tmp_path, 2, run, tmp_path / "shares", kind, 2, 2, False)
-    (found, *_) = in_processes(tmp_path, 3, run, tmp_path / "shares", kind, 4, 3, True)
+    in_processes(tmp_path, 2, run, tmp_path / "sharded", kind, 2, 2, False)
+    (found, *_) = in_processes(tmp_path, 3, run, tmp_path / "sharded", kind, 4, 3, True)
     alone = run(tmp_path / "alone", kind, 4, 1, False)["weights"]
     assert (found["weights"] - alone).norm() < 1e-4 * (alone - flat(trainable(tiny_gpt2(**MODELS[kind])).values())).norm()
     if kind == "tied":
-        loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "shares" / "run")
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "sharded" / "run")
         assert torch.equal(flat(loaded.parameters()), found["weights"])
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
         assert loaded.config.architectures == ["GPT2LMHeadModel"]
-    # And on without shares.
-    again = run(tmp_path / "shares", kind, 6, 1, True)["weights"]
+    # Resume without sharding.
+    again = run(tmp_path / "sharded", kind, 6, 1, True)["weights"]
     assert (again - run(tmp_path / "alone", kind, 6, 1, True)["weights"]).norm() < 1e-4 * again.norm()

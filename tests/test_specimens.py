@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, make_dataset, tiny_gpt2
 from transformers import AutoTokenizer, GenerationConfig
 
-from author_dp.outputs.page import samples_html
+from author_dp.outputs.page import page, text_sections
 from author_dp.outputs.samples import SEED, TEXTS, TextSamples, generate_rows, heldout_prompts
 from author_dp.types import IGNORE_INDEX
 from data_utils import AuthorDataset, group_by_author
@@ -105,7 +105,7 @@ def test_a_model_that_cannot_write_ends_no_run():
     model.generate = lambda **_: 1 / 0
     specimens = made(make_dataset([2] * 9))
     specimens.write(model, "after")
-    assert samples_html(specimens.found, covered=True) == "" and model.training is tiny_gpt2().training
+    assert text_sections(specimens.found, covered=True) == [] and model.training is tiny_gpt2().training
 
 
 FOUND = {
@@ -116,14 +116,24 @@ FOUND = {
 
 @pytest.mark.parametrize("covered", [True, False])
 def test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(covered):
-    folds = re.findall(r"<summary>(.*?)</summary>", samples_html(FOUND, covered))
-    assert ["private: do not publish" in fold for fold in folds] == [not covered, True]
-    assert ["covered by the guarantee" in fold for fold in folds] == [covered, False]
+    kinds = [section["kind"] for section in text_sections(FOUND, covered)]
+    assert kinds == ["covered" if covered else "private", "private"]
+
+
+def html_page(title: str = "run", alarm: str = "") -> str:
+    report = {"epsilon": None, "disable_dp": not alarm, "alarm": alarm}
+    return page(title, report, {}, {"specimens": FOUND})
+
+
+def test_marks_stand_on_the_page():
+    assert ["private: do not publish" in fold for fold in re.findall(r"<summary>(.*?)</summary>", html_page(), re.S)] == [
+        True
+    ] * 2
 
 
 def test_what_is_written_is_no_html():
-    page = samples_html(FOUND, covered=True)
-    assert "<script>" not in page and "&lt;script&gt;" in page and "they &amp; wrote" in page
+    for html in (html_page(), html_page(title="<script>"), html_page(alarm="<script>")):
+        assert "<script>" not in html and "&lt;script&gt;" in html and "they &amp; wrote" in html
 
 
 def test_a_real_tokenizer_begins_with_its_end_of_text():

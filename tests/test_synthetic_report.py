@@ -1,11 +1,13 @@
-"""synthetic_report.py, passages.py and usefulness.py: what synthetic text shares with training texts, and what it is good for."""
+"""synthetic_report.py and overlap.py: what synthetic text shares with training texts."""
 
+import itertools
 import json
 import random
 import stat
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -13,57 +15,61 @@ from author_dp.data.authors import split_id
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.outputs import synthetic_report
-from author_dp.outputs import utility as usefulness
-from author_dp.outputs.overlap import longest_overlaps, words_of
+from author_dp.outputs.overlap import find_overlap, hash_ngrams, hash_words, words_of
 from author_dp.outputs.privacy_statement import make_statement, sha256_of, statement_path
 from author_dp.outputs.synthetic_report import Text, main, make_report, overlap_report, split
 from data_utils import DataArguments, split_by_author
 
 OPTIONS = {
-    "text_column": "content", "messages_column": None, "author_column": "author", "label_column": None, "validation_file": None,
-    "eval_fraction": 0.25, "split_seed": 42,
+    "text_column": "content", "messages_column": None, "author_column": "author", "validation_file": None, "eval_fraction": 0.25,
+    "split_seed": 42,
 }  # fmt: skip
 
 
-# --- passages ---------------------------------------------------------------------------------------------
+# --- n-grams ----------------------------------------------------------------------------------------------
 
 
-def naive(training: list[str], authors: list[str], texts: list[str]) -> list[list[tuple[int, bool]]]:
-    """Of each place of each text: words of the longest passage that begins there in a training text; whether of one author."""
-    found = []
-    for text in map(words_of, texts):
-        row = []
-        for i in range(len(text)):
-            lengths: dict[str, int] = {}
-            for other, author in zip(map(words_of, training), authors):
-                for j in range(len(other)):
-                    pairs = list(zip(text[i:], other[j:]))
-                    length = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
-                    lengths[author] = max(length, lengths.get(author, 0))
-            best = max(lengths.values(), default=0)
-            row.append((best, best > 0 and sum(length == best for length in lengths.values()) == 1))
-        found.append(row)
-    return found
+def reference(training: list[str], authors: list[int], texts: list[str], length: int) -> tuple[list[int], list[int], int]:
+    """Return the texts with an n-gram of a training text, those with one of a single author, and how many authors wrote any."""
+
+    def ngrams(text: str) -> set[tuple[str, ...]]:
+        words = words_of(text)
+        return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+    writers: dict[tuple[str, ...], set[int]] = {}
+    for text, author in zip(training, authors):
+        for ngram in ngrams(text):
+            writers.setdefault(ngram, set()).add(author)
+    found = [[writers[ngram] for ngram in ngrams(text) if ngram in writers] for text in texts]
+    shared = [i for i, matches in enumerate(found) if matches]
+    single = [i for i, matches in enumerate(found) if any(len(authors) == 1 for authors in matches)]
+    return shared, single, len({author for matches in found for authors in matches for author in authors})
 
 
-def test_passages_are_those_of_a_plain_search():
+def test_overlap_is_that_of_a_plain_search():
     generator = random.Random(0)
     for _ in range(150):
-        letters = "abcdef"[: generator.choice([1, 2, 3, 6])]
+        letters, length = "abcdef"[: generator.choice([1, 2, 3, 6])], generator.randint(1, 4)
         training, texts = (
             [" ".join(generator.choices(letters, k=generator.randint(0, 7))) for _ in range(generator.randint(0, n))]
             for n in (7, 4)
         )
-        authors = [generator.choice("xyz") for _ in training]
-        found, expected = longest_overlaps(training, authors, texts), naive(training, authors, texts)
-        assert list(zip(found.places.tolist(), found.of_one.tolist())) == [place for row in expected for place in row]
-        assert found.longest.tolist() == [max([n for n, _ in row], default=0) for row in expected]
-        assert found.longest_of_one.tolist() == [max([n for n, one in row if one], default=0) for row in expected]
+        authors = [generator.randrange(3) for _ in training]
+        ngrams = hash_ngrams(hash_words(texts), length)
+        found = find_overlap(ngrams, hash_ngrams(hash_words(training), length), np.array(authors, int))
+        shared, single = ([*dict.fromkeys(ngrams.text[mask].tolist())] for mask in (found.shared, found.single_author))
+        assert (shared, single, found.num_authors) == reference(training, authors, texts, length)
 
 
 def test_words_are_compared_without_case_and_punctuation():
-    found = longest_overlaps(["He said: TWO, three! 你好吗"], ["a"], ["one two three four", "好吗?"])
-    assert found.longest.tolist() == [2, 2] and (found.passage(0), found.passage(1)) == ("two three", "好 吗")
+    texts = hash_ngrams(hash_words(["one two three four", "好吗?", "two-three"]), 2)
+    found = find_overlap(texts, hash_ngrams(hash_words(["He said: TWO, three! 你好吗"]), 2), np.array([0]))
+    assert texts.text[found.shared].tolist() == [0, 1, 2] and texts.position[found.shared].tolist() == [1, 0, 0]
+
+
+def test_order_of_words_counts():
+    texts = hash_ngrams(hash_words([" ".join(words) for words in itertools.permutations("abcdef")]), 6)
+    assert len(set(texts.values.tolist())) == 720
 
 
 def test_a_copied_text_of_one_author_shows():
@@ -73,17 +79,21 @@ def test_a_copied_text_of_one_author_shows():
     def text(n: int) -> str:
         return " ".join(generator.choices(words, k=n))
 
-    training = [Text(f"a{n // 2}", text(20), None) for n in range(200)]
+    training = [Text(f"a{n // 2}", text(20)) for n in range(200)]
     synthetic = [text(20) for _ in range(100)]
     synthetic[7] = f"{text(3)} {training[5].text.upper()} {text(2)}"
+    synthetic[9] = f"{text(3)} {' '.join(training[8].text.split()[4:14])}"
     found = overlap_report(synthetic, training, [text(20) for _ in range(100)])
-    first = found["synthetic"]["longest_ones_of_one_author"][0]
-    assert first["words"] >= 20 and first["row"] == 8 and " ".join(words_of(training[5].text)) in first["passage"]
-    assert found["held_out"]["longest_passage_of_one_author"]["1"] < 8 and 0.01 <= found["beyond"]["synthetic"] < 0.1
-    several = [*training, *(row._replace(author="b") for row in training)]  # of two authors each: nobody's alone
-    assert overlap_report(synthetic, several, [text(20)])["synthetic"]["longest_passage_of_one_author"]["1"] == 0
-    counts = found["synthetic"]["passages_of_one_author_per_1000_words"]
-    assert counts["20 words or more"] == pytest.approx(1_000 / 2_005) and counts["40 words or more"] == 0
+    shares = {length: of["synthetic"]["texts_single_author"] for length, of in found["ngrams"].items()}
+    assert shares == {"8": 0.02, "13": 0.01, "25": 0.0, "50": 0.0} and found["num_texts"]["synthetic"] == 100
+    assert found["ngrams"]["8"]["synthetic"]["training_authors"] == 2 and found["ngrams"]["8"]["held_out"]["texts"] == 0
+    long, short = found["examples_single_author"]
+    assert (long["words"], long["row"]) == (13, 8) and long["passage"] == " ".join(words_of(training[5].text)[:13])
+    assert (short["words"], short["row"]) == (8, 10) and short["passage"] in training[8].text
+    several = [*training, *(row._replace(author="b") for row in training)]  # two authors wrote each: no single one
+    found = overlap_report(synthetic, several, [text(20)])
+    assert found["ngrams"]["8"]["synthetic"] == {"texts": 0.02, "texts_single_author": 0, "training_authors": 3}
+    assert found["examples_single_author"] == []
 
 
 # --- who was held out -------------------------------------------------------------------------------------
@@ -97,12 +107,12 @@ def test_the_split_is_that_of_the_training(fraction):
         "split": DataArguments(eval_fraction=0.25).split_id(42),
         "data": {"train_fraction": fraction, "row_limit": None},
     }
-    ours = split([Text(row["author"], row["content"], None) for row in rows], model, Namespace(**OPTIONS))
+    ours = split([Text(row["author"], row["content"]) for row in rows], model, Namespace(**OPTIONS))
     assert [[row.text for row in part] for part in ours] == [train["content"], held_out["content"]]
 
 
 def test_other_held_out_authors_than_the_runs_are_refused():
-    rows = [Text(str(n), "a", None) for n in range(9)]
+    rows = [Text(str(n), "a") for n in range(9)]
     for model, words in (({"split": split_id(1, 0.25, "author")}, "--split_seed"), ({"split": None}, "--validation_file")):
         with pytest.raises(UserError, match=words):
             split(rows, model, Namespace(**OPTIONS))
@@ -115,33 +125,9 @@ def test_other_held_out_authors_than_the_runs_are_refused():
         )
 
 
-# --- use --------------------------------------------------------------------------------------------------
-
-
 def sentences(number: int, seed: int) -> list[str]:
     generator = random.Random(seed)
     return [f"the {generator.choice(['dog', 'cat'])} runs to the {generator.choice(['hill', 'lake'])}" for _ in range(number)]
-
-
-def test_a_language_model_learns_from_text_that_is_alike():
-    shuffled = [" ".join(random.Random(n).sample(text.split(), 6)) for n, text in enumerate(sentences(200, 1))]
-    real, held_out = sentences(300, 2), sentences(50, 3)
-    found = usefulness.compare_language_models(sentences(200, 4), real, held_out, steps=25)
-    worse = usefulness.compare_language_models(shuffled, real, held_out, steps=25)
-    assert found["synthetic"]["loss"] < 0.7 and abs(found["synthetic"]["loss"] - found["real"]["loss"]) < 0.1
-    assert worse["synthetic"]["loss"] > found["synthetic"]["loss"] + 0.3 and found["untrained"]["loss"] > 3
-    assert worse["real"] == found["real"] and found["synthetic"]["accuracy"] > 0.7 > worse["synthetic"]["accuracy"]
-
-
-def test_a_classifier_learns_labels_that_are_right():
-    real = [(text, "d" if "dog" in text else "c") for text in sentences(300, 1)]
-    wrong = [(text, "d" if "hill" in text else "c") for text, _ in real]
-    assert usefulness.compare_classifiers(real, real, real) == {
-        "commonest label": pytest.approx(0.5, abs=0.1),
-        "synthetic": 1,
-        "real": 1,
-    }
-    assert usefulness.compare_classifiers(wrong, real, real)["synthetic"] < 0.7
 
 
 # --- the report -------------------------------------------------------------------------------------------
@@ -154,7 +140,7 @@ def files(tmp_path, monkeypatch) -> tuple[Path, Path]:
 
 def make_files(tmp_path: Path, monkeypatch) -> tuple[Path, Path]:
     """Synthetic text with its sidecar, and the text of the training."""
-    monkeypatch.setattr(synthetic_report, "STEPS", 3)
+    monkeypatch.setattr(synthetic_report, "LENGTHS", (3, 6))
     real = tmp_path / "real.jsonl"
     rows = [{"author": f"a{n % 40}", "content": text, "animal": text.split()[1]} for n, text in enumerate(sentences(120, 1))]
     real.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -173,14 +159,14 @@ def make_files(tmp_path: Path, monkeypatch) -> tuple[Path, Path]:
 
 def test_the_report_is_private_and_marked(files, capsys):
     synthetic, real = files
-    main([str(synthetic), str(real), "--eval_fraction", "0.25", "--label_column", "animal"])
+    main([str(synthetic), str(real), "--eval_fraction", "0.25"])
     printed = capsys.readouterr().out
     path = synthetic.with_name("s.jsonl.report.json")
     report = json.loads(path.read_text())
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and "do not publish" in report["note"] and "do not publish" in printed
-    assert report["sha256"] == sha256_of(synthetic) and report["classifier"]["real"] == 1
-    assert report["passages"]["synthetic"]["texts"] == 50 and 0 < report["passages"]["held_out"]["texts"] < 120
-    assert f"{report['language_model']['real']['loss']:.3f}" in printed
+    assert report["sha256"] == sha256_of(synthetic)
+    assert report["num_texts"]["synthetic"] == 50 and 0 < report["num_texts"]["held_out"] < 120
+    assert report["ngrams"]["6"]["synthetic"]["texts"] == 1 and "texts with 6 words in a row of a training text" in printed
 
 
 def test_the_report_is_for_its_owner(files):
@@ -197,7 +183,7 @@ def test_conversations_are_compared_by_their_answers(tmp_path, files):
         path.write_text("".join(json.dumps({**row, "content": None, "messages": talk}) + "\n" for row, talk in zip(rows, talks)))
     write_json(statement_path(synthetic), {**json.loads(statement_path(synthetic).read_text()), "sha256": sha256_of(synthetic)})
     report = make_report(synthetic, [str(real)], Namespace(**{**OPTIONS, "messages_column": "messages"}))
-    assert report["passages"]["held_out"]["words_of_a_text"] == report["passages"]["synthetic"]["words_of_a_text"] == 6
+    assert report["words_per_text"] == {"synthetic": 6, "held_out": 6}
 
 
 def test_what_the_user_can_mend(files):
@@ -206,7 +192,7 @@ def test_what_the_user_can_mend(files):
         ([str(synthetic)], "FILE"), ([str(synthetic), "none.jsonl"], "no such file"),
         ([str(synthetic), str(real)], "--split_seed"),
         ([str(real), str(real)], "nothing says what it is"),
-        ([str(synthetic), str(real), "--label_column", "colour"], "--label_column"),
+        ([str(synthetic), str(real), "--label_column", "animal"], "--label_column"),  # of older versions
         ([str(synthetic), str(real), "--text_column", "body"], "--text_column"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):

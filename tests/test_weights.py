@@ -13,7 +13,7 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, resumable, s
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from author_dp.accounting import ledger_report
+from author_dp.accounting import privacy_report
 from author_dp.accounting.ledger_report import main
 from author_dp.data import hub
 from author_dp.errors import UserError
@@ -530,7 +530,7 @@ def test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(tmp_pa
 def test_a_report_of_the_ledger_tells_what_it_spent(tmp_path):
     trainer = resumable(tmp_path, max_steps=4)
     trainer.train()
-    found = ledger_report.recompute_report(tmp_path / "privacy.json", trainer.budget.ledger)
+    found = privacy_report.recompute_report(tmp_path / "privacy.json", trainer.budget.ledger)
     assert found["epsilon"] == pytest.approx(trainer.epsilon(), rel=3e-3) and found["interrupted"] and found["steps"] == 4
     assert found["num_authors"] == 60 and "weights" not in found
 

@@ -1,12 +1,12 @@
-"""What is spent: the epsilon of steps, and the noise for a target.
+"""Compute the epsilon that steps spend, and find the noise multiplier for a target epsilon.
 
-Promise: every epsilon is an upper bound for add-or-remove-one adjacency and Poisson sampling, computed from public
-parameters alone, at any delta: floating point errs on the safe side. Whose bound it is, `PrivacyLoss.accountant` says:
+Guarantees: every epsilon is an upper bound for add-or-remove-one adjacency and Poisson sampling, at any delta. It depends on
+public parameters alone, and floating-point errors are on the safe side. `EpsilonAccountant.accountant` names the bound:
 
-- gaussian: every author is in every step (q = 1). That is one Gaussian mechanism, whose epsilon has a closed form [3];
-- prv: the PRV accountant [1], where its rounding is far below delta, as it usually is;
-- pld: a privacy loss distribution of our own (pld.py), where it is not, and where epsilon is below 0.03 or beyond 1,000;
-- rdp: Renyi differential privacy [2], should the others fail.
+- gaussian: every author is in every step (q = 1). Together the steps are one Gaussian mechanism, which has a closed form [3];
+- prv: the PRV accountant [1], wherever its rounding error is far below delta, as it usually is;
+- pld: a privacy loss distribution (pld.py), where it is not, and where epsilon is below 0.03 or above 1,000;
+- rdp: Renyi differential privacy [2], if the others fail.
 
 Example:
 
@@ -45,12 +45,15 @@ from author_dp.errors import UserError
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-MAX_PRV_EPSILON = 1_000.0  # from here on the grid of [1] would take minutes and GBs
-GRID_ERROR_SHARE = 1e-2  # of delta: where rounding may be more than that, [1] is not asked
-FINEST_GRID = 1e-4  # error in epsilon that the grid of [1] is made for
-COARSE_GRID = 3e-3  # of epsilon: nor is it where its grid is coarser than that
+MAX_PRV_EPSILON = 1_000.0  # above, the grid of the PRV accountant would take minutes and gigabytes
+MAX_ERROR_SHARE = 1e-2  # of delta: the largest FFT rounding error with which the PRV accountant is used
+FINEST_GRID = 1e-4  # smallest error in epsilon for which a PRV grid is made
+COARSEST_GRID = 3e-3  # of epsilon: the largest grid error with which the PRV accountant is used
 FOUR_DIGITS = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
 ORDERS = np.array([*range(2, 64), 96, 128, 192, 256, 384, 512, 768, 1024])  # of Renyi divergences
+
+
+# --- what is composed -------------------------------------------------------------------------------------
 
 
 class MechanismEvent(NamedTuple):
@@ -62,84 +65,94 @@ class MechanismEvent(NamedTuple):
 
 
 def cyclic_sample_rate(sample_rate: float, bands: int) -> float:
-    """Return b q, the probability with which an author is in the draws of the own group; above 1 it is refused.
+    """Return b q, the probability that an author is in a batch sampled from the author's group.
 
     Raises:
-        UserError: for more bands than that.
+        UserError: if b q exceeds 1.
     """
     if bands * sample_rate > 1 + 1e-9:
         raise UserError(
-            f"--noise_bands {bands}: times the sample rate {sample_rate:.4g} it must be at most 1; lower it to at most "
+            f"--noise_bands {bands}: the sample rate {sample_rate:.4g} times the bands exceeds 1. Lower the bands to at most "
             f"{math.floor(1 / sample_rate * (1 + 1e-9))}"
         )
     return bands * sample_rate if bands * sample_rate < 1 - 1e-9 else 1.0
 
 
 def cyclic_event(noise_multiplier: float, sample_rate: float, steps: int, bands: int) -> MechanismEvent:
-    """Return what steps with `bands` groups in turn spend (bands.py): every author's group has at most ceil(steps / bands)."""
+    """Return the event of steps with noise bands (banded_mf.py): each author's group has at most ceil(steps / bands) of them."""
     return MechanismEvent(noise_multiplier, cyclic_sample_rate(sample_rate, bands), -(-steps // bands))
 
 
-def merge_events(spendings: Sequence[MechanismEvent]) -> list[MechanismEvent]:
-    """Add up the steps of equal mechanisms, and sort these: the order of composition does not matter."""
-    steps: dict[tuple[float, float], int] = {}
-    for sigma, rate, count in spendings:
-        steps[sigma, rate] = steps.get((sigma, rate), 0) + count
-    return sorted(MechanismEvent(*mechanism, count) for mechanism, count in steps.items() if count > 0)
+def merge_events(events: Sequence[MechanismEvent]) -> list[MechanismEvent]:
+    """Add up the steps of equal mechanisms and sort them: the order of composition does not matter."""
+    totals: dict[tuple[float, float], int] = {}
+    for sigma, rate, steps in events:
+        totals[sigma, rate] = totals.get((sigma, rate), 0) + steps
+    return sorted(MechanismEvent(*mechanism, steps) for mechanism, steps in totals.items() if steps > 0)
 
 
-def rdp_epsilon(spendings: Sequence[MechanismEvent], delta: float) -> float:
-    """Cheap upper bound by Renyi differential privacy at integer orders, which have a closed form [2]."""
-    if any(spending.noise_multiplier == 0 for spending in spendings):
+def prob_ever_sampled(events: Sequence[MechanismEvent]) -> float:
+    """Return the probability that an author is in any step, rounded up; at no epsilon does delta exceed it."""
+    if any(event.sample_rate == 1 for event in events):
+        return 1.0
+    return -math.expm1(math.fsum(steps * math.log1p(-rate) for _, rate, steps in events)) * (1 + 8 * ULP)
+
+
+# --- the cheap bound --------------------------------------------------------------------------------------
+
+
+def rdp_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
+    """Return a cheap upper bound on epsilon, by Renyi divergences at integer orders, which have a closed form [2]."""
+    if any(event.noise_multiplier == 0 for event in events):
         return math.inf
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # that the best order is the smallest or largest one: it is a bound all the same
-        divergences = np.sum([steps * known_rdp_of_step(sigma, rate) for sigma, rate, steps in spendings], axis=0)
+        warnings.simplefilter("ignore")  # the best order is the smallest or largest one: still a bound
+        divergences = np.sum([steps * cached_rdp_of_step(sigma, rate) for sigma, rate, steps in events], axis=0)
         epsilon, _ = get_privacy_spent(orders=ORDERS, rdp=divergences, delta=delta)
     return math.inf if math.isnan(epsilon) else max(0.0, float(epsilon))
 
 
 def rdp_of_step(noise_multiplier: float, sample_rate: float) -> np.ndarray:
-    """Return the Renyi divergence of one step at each of ORDERS, rounded up.
+    """Return the Renyi divergence of one step at each of ORDERS, rounded up, (orders,).
 
     At order a it is log(A) / (a - 1), A = sum_i binomial(a, i) (1 - q)^(a - i) q^i exp((i^2 - i) / (2 sigma^2)), the mean of a
-    power of the likelihood ratio ([2], section 3.3). All orders at once: the search for sigma asks for hundreds.
+    power of the likelihood ratio ([2], section 3.3). All orders are computed at once: a search for sigma asks for hundreds.
     """
     if sample_rate == 1:
         return ORDERS / (2 * noise_multiplier**2) * (1 + 4 * ULP)
     order, i = ORDERS[:, None].astype(float), np.arange(ORDERS[-1] + 1.0)  # (orders, 1), (terms,)
-    with np.errstate(all="ignore"):  # beyond the order there is no term
+    with np.errstate(all="ignore"):  # there are no terms i > order
         binomial = gammaln(order + 1) - gammaln(i + 1) - gammaln(order - i + 1)
         exponent = binomial + (order - i) * math.log1p(-sample_rate) + i * math.log(sample_rate)
         exponent += (i * i - i) / (2 * noise_multiplier**2)
         log_mean = logsumexp(np.where(i <= order, exponent, -math.inf), axis=1)
     largest = 3 * gammaln(ORDERS + 1) - ORDERS * math.log(sample_rate) + ORDERS**2 / (2 * noise_multiplier**2) + ORDERS
-    return np.maximum(0, log_mean + 16 * ULP * largest) / (ORDERS - 1)  # the parts of an exponent, each rounded
+    return np.maximum(0, log_mean + 16 * ULP * largest) / (ORDERS - 1)  # each term of an exponent is rounded
 
 
-known_rdp_of_step = functools.lru_cache(maxsize=256)(rdp_of_step)
+cached_rdp_of_step = functools.lru_cache(maxsize=256)(rdp_of_step)
 
 
-# --- every author in every step: one Gaussian mechanism -------------------------------------------------
+# --- every author in every step: one Gaussian mechanism ---------------------------------------------------
 
 
-def gaussian_mu(spendings: Sequence[MechanismEvent]) -> float:
-    """Return mu of steps at q = 1: together they are one Gaussian mechanism of sensitivity mu and noise 1; rounded up."""
-    return math.sqrt(math.fsum(steps / sigma**2 for sigma, _, steps in spendings)) * (1 + 8 * ULP)
+def gaussian_mu(events: Sequence[MechanismEvent]) -> float:
+    """Return mu of steps at q = 1, rounded up: together they are one Gaussian mechanism of sensitivity mu and noise 1."""
+    return math.sqrt(math.fsum(steps / sigma**2 for sigma, _, steps in events)) * (1 + 8 * ULP)
 
 
-def gaussian_delta(mu: float, epsilon: float) -> float:
-    """Return delta of a Gaussian mechanism at `epsilon` ([3], Theorem 8), rounded up.
+def gaussian_delta(mu: float | np.ndarray, epsilon: float | np.ndarray, upper: bool = True) -> np.ndarray:
+    """Return delta of Gaussian mechanisms at each epsilon ([3], Theorem 8), rounded up, or down if not `upper`.
 
     Phi(-x) - e^epsilon Phi(-x - mu) for x = epsilon / mu - mu / 2. The density at x is e^epsilon times that at x + mu, so with
-    Mills' ratio R(x) = Phi(-x) / density(x) this is density(x) (R(x) - R(x + mu)): nothing tiny is a difference of large numbers.
+    Mills' ratio R(x) = Phi(-x) / density(x) this is density(x) (R(x) - R(x + mu)): no tiny difference of large numbers.
     """
     x = epsilon / mu - mu / 2
-    if x < -8:
-        return 1.0  # but for 1e-15
-    ratio, further = math.sqrt(math.pi / 2) * erfcx(np.array([x, x + mu]) / math.sqrt(2))
-    error = 32 * ULP * ratio * (1 + x * x + epsilon)  # of both ratios, of x and of the density
-    return min(1.0, float((ratio - further + error) * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)))
+    with np.errstate(all="ignore"):
+        ratio, ratio_further = (math.sqrt(math.pi / 2) * erfcx(z / math.sqrt(2)) for z in (x, x + mu))
+        error = 32 * ULP * ratio * (1 + x * x + epsilon)  # of both ratios, of x and of the density
+        delta = (ratio - ratio_further + (error if upper else -error)) * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    return np.where(x < -8, 1.0, np.minimum(1.0, delta))  # there it is 1, but for 1e-14
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -153,131 +166,126 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return high
 
 
-# --- Poisson sampling -----------------------------------------------------------------------------------
+# --- Poisson sampling -------------------------------------------------------------------------------------
 
 
 class EpsilonAccountant:
-    """Upper bound on the epsilon of composed steps, on a grid that follows from these steps and delta alone.
+    """Upper bound on the epsilon of composed steps, on a grid that depends on these steps and delta alone.
 
-    By numerical composition of privacy loss variables [1] where that holds. Opacus' default error of 0.01 in epsilon would cost
-    1 % of noise at epsilon 1, so here the error is 0.2 % of epsilon, of which a coarse grid tells the size.
+    The grid error of the PRV accountant is 0.2 % of epsilon, estimated from a coarse grid first. Opacus' default of 0.01 in
+    epsilon would cost 1 % of noise at epsilon 1.
 
     Args:
-        spendings: mechanisms with their numbers of steps.
-        delta: the delta at which epsilon is asked for.
+        events: mechanisms with their numbers of steps.
+        delta: the delta at which epsilon is computed.
     Attributes:
         epsilon: the bound, not rounded; inf without noise.
-        accountant: whose bound `epsilon` is, as in the module's docstring; without noise there is none, and it says prv.
+        accountant: name of the bound, as in the module's docstring; prv where no bound is needed.
     """
 
-    MAX_CELLS = 2**19  # of the grid: about 0.3 seconds; where that is too coarse, pld.py takes less time
+    MAX_CELLS = 2**19  # of a PRV grid: about 0.3 seconds; where that is too coarse, pld.py takes less time
 
-    def __init__(self, spendings: Sequence[MechanismEvent], delta: float):
+    def __init__(self, events: Sequence[MechanismEvent], delta: float):
         self.delta = delta
         self.delta_error = delta / 1000
         self.epsilon, self.accountant = 0.0, "prv"
-        spendings = merge_events(spendings)
-        if not spendings or prob_ever_sampled(spendings) <= delta:
+        events = merge_events(events)
+        if not events or prob_ever_sampled(events) <= delta:
             return  # epsilon is 0 whatever the noise
-        if any(spending.noise_multiplier == 0 for spending in spendings):
+        if any(event.noise_multiplier == 0 for event in events):
             self.epsilon = math.inf
-        elif all(spending.sample_rate == 1 for spending in spendings):
-            self.epsilon, self.accountant = gaussian_epsilon(gaussian_mu(spendings), delta), "gaussian"
+        elif all(event.sample_rate == 1 for event in events):
+            self.epsilon, self.accountant = gaussian_epsilon(gaussian_mu(events), delta), "gaussian"
         else:
-            bound = rdp_epsilon(spendings, delta)
-            found = self._prv_epsilon(spendings, bound)
-            self.epsilon = min(bound, self._pld_epsilon(spendings) if found is None else found)
+            rdp_bound = rdp_epsilon(events, delta)
+            prv_bound = self._prv_epsilon(events, rdp_bound)
+            self.epsilon = min(rdp_bound, self._pld_epsilon(events) if prv_bound is None else prv_bound)
 
-    def _prv_epsilon(self, spendings: list[MechanismEvent], bound: float) -> Optional[float]:
+    def _prv_epsilon(self, events: list[MechanismEvent], rdp_bound: float) -> Optional[float]:
         """Return epsilon by [1]; None where its bound does not hold at this delta, or is not close."""
-        if not FINEST_GRID / COARSE_GRID <= bound <= MAX_PRV_EPSILON or min_fft_error(spendings) > GRID_ERROR_SHARE * self.delta:
+        if not FINEST_GRID / COARSEST_GRID <= rdp_bound <= MAX_PRV_EPSILON:
+            return None
+        if min_fft_error(events) > MAX_ERROR_SHARE * self.delta:
             return None
         try:
-            epsilon = self._on_grid(spendings, max(FINEST_GRID, 2e-2 * bound))
+            epsilon = self._compose_on_grid(events, max(FINEST_GRID, 2e-2 * rdp_bound))
             finer = max(FINEST_GRID, 2e-3 * epsilon)
             if finer < 0.9 * self.epsilon_error and self.cells < 0.9 * self.MAX_CELLS:
-                epsilon = self._on_grid(spendings, finer)
+                epsilon = self._compose_on_grid(events, finer)
         except (RuntimeError, ValueError) as error:
-            logger.info(f"The PRV accountant cannot handle these parameters ({error}).")
+            logger.info(f"The PRV accountant failed for these parameters ({error}).")
             return None
-        exact = self.epsilon_error <= COARSE_GRID * epsilon and self.rounding <= GRID_ERROR_SHARE * self.delta
-        return epsilon if exact and math.isfinite(epsilon) else None
+        is_close = self.epsilon_error <= COARSEST_GRID * epsilon and self.fft_error <= MAX_ERROR_SHARE * self.delta
+        return epsilon if is_close and math.isfinite(epsilon) else None
 
-    def _pld_epsilon(self, spendings: list[MechanismEvent]) -> float:
+    def _pld_epsilon(self, events: list[MechanismEvent]) -> float:
+        """Return epsilon by pld.py; inf, and the name rdp, where that fails."""
         self.accountant = "pld"
         try:
-            return LossDistribution(spendings, self.delta).epsilon(spendings, self.delta)
+            return LossDistribution(events, self.delta).epsilon()
         except (ArithmeticError, ValueError, MemoryError) as error:
             self.accountant = "rdp"
-            logger.warning(f"No privacy loss distribution could be made ({error}); epsilon is the RDP bound.")
+            logger.warning(f"The privacy loss distribution failed ({error}). Epsilon is the RDP bound.")
             return math.inf
 
-    def _on_grid(self, spendings: list[MechanismEvent], epsilon_error: float) -> float:
-        """Return epsilon on a grid made for that error, or for the smallest that MAX_CELLS allow.
+    def _compose_on_grid(self, events: list[MechanismEvent], epsilon_error: float) -> float:
+        """Return epsilon by [1] on a grid for that error in epsilon, or for the smallest that MAX_CELLS allow.
 
-        Opacus' PRVAccountant, taken apart so that its grid is chosen here ([1], Algorithm 1 and Remark 5.6).
+        The steps of Opacus' PRVAccountant, with a grid of our choice ([1], Algorithm 1 and Remark 5.6).
         """
-        steps = [spending.steps for spending in spendings]
-        variables = [PoissonSubsampledGaussianPRV(s.sample_rate, s.noise_multiplier) for s in spendings]
-        with warnings.catch_warnings(), np.errstate(all="ignore"):  # log(0) at q = 1 is handled by their np.where
+        steps = [event.steps for event in events]
+        variables = [PoissonSubsampledGaussianPRV(event.sample_rate, event.noise_multiplier) for event in events]
+        with warnings.catch_warnings(), np.errstate(all="ignore"):  # their np.where handles log(0) at q = 1
             warnings.simplefilter("ignore")
             cells_per_error = math.sqrt(sum(steps) * math.log(12 / self.delta_error) / 2)
             epsilon_error = min(0.1, epsilon_error)
-            bound = self._largest_loss(spendings, epsilon_error)
-            epsilon_error = max(epsilon_error, 2 * bound * cells_per_error / self.MAX_CELLS)
-            domain = Domain.create_aligned(-bound, bound, epsilon_error / cells_per_error)
+            end = self._largest_loss(events, epsilon_error)
+            epsilon_error = max(epsilon_error, 2 * end * cells_per_error / self.MAX_CELLS)
+            domain = Domain.create_aligned(-end, end, epsilon_error / cells_per_error)
             truncated = [TruncatedPrivacyRandomVariable(variable, domain.t_min, domain.t_max) for variable in variables]
             discrete = [discretize(variable, domain) for variable in truncated]
             self.epsilon_error, self.cells = epsilon_error, domain.size
-            # What rounding in the FFTs may take from delta (Higham 2002, section 24.1, and every cell the worst).
-            norm = sum(count * float(np.linalg.norm(variable.pmf)) for count, variable in zip(steps, discrete))
-            self.rounding = 5 * ULP * math.log2(self.cells) * math.sqrt(self.cells) * norm
+            # Largest effect of the FFTs' rounding on delta (Higham 2002, section 24.1, with every cell the worst).
+            norm = sum(times * float(np.linalg.norm(variable.pmf)) for times, variable in zip(steps, discrete))
+            self.fft_error = 5 * ULP * math.log2(self.cells) * math.sqrt(self.cells) * norm
             composed = compose_heterogeneous(discrete, steps)
-            _, _, upper = composed.compute_epsilon(self.delta, self.delta_error + self.rounding, epsilon_error)
+            _, _, upper = composed.compute_epsilon(self.delta, self.delta_error + self.fft_error, epsilon_error)
         return max(0.0, float(upper))
 
-    def _largest_loss(self, spendings: list[MechanismEvent], epsilon_error: float) -> float:
-        """Return how far the grid must reach for what lies beyond to be a small part of `delta_error` ([1], Remark 5.6).
+    def _largest_loss(self, events: list[MechanismEvent], epsilon_error: float) -> float:
+        """Return the end of the grid: the probability beyond it is a small part of `delta_error` ([1], Remark 5.6).
 
         As Opacus' compute_safe_domain_size, which bounds tails by 151 orders, most of them slow, where these 70 do.
         """
-        total = sum(spending.steps for spending in spendings)
-        small = self.delta_error / (8 * total)
-        of_one = [rdp_epsilon([spending._replace(steps=1)], small) for spending in spendings]
-        return max(rdp_epsilon(spendings, self.delta_error / 4), *of_one, epsilon_error) + 3
+        step_delta = self.delta_error / (8 * sum(event.steps for event in events))
+        of_steps = [rdp_epsilon([event._replace(steps=1)], step_delta) for event in events]
+        return max(rdp_epsilon(events, self.delta_error / 4), *of_steps, epsilon_error) + 3
 
 
-def prob_ever_sampled(spendings: Sequence[MechanismEvent]) -> float:
-    """Return the probability that an author is in any of the steps, rounded up: delta is no more than that at any epsilon."""
-    if any(spending.sample_rate == 1 for spending in spendings):
-        return 1.0
-    return -math.expm1(math.fsum(steps * math.log1p(-rate) for _, rate, steps in spendings)) * (1 + 8 * ULP)
-
-
-def min_fft_error(spendings: list[MechanismEvent]) -> float:
-    """Return what rounding in the FFTs of [1] takes at least, on any grid of at least 2,048 cells, without making one."""
-    return 5 * ULP * 11 * sum(spending.steps for spending in spendings)
+def min_fft_error(events: Sequence[MechanismEvent]) -> float:
+    """Return a lower bound on `fft_error` for any grid of at least 2,048 cells, without making one."""
+    return 5 * ULP * 11 * sum(event.steps for event in events)
 
 
 # --- the one number ---------------------------------------------------------------------------------------
 
 
-def epsilon_of(spendings: Sequence[MechanismEvent], delta: float) -> float:
-    """Return the epsilon of composed steps, rounded up: the only number that is calibrated for, stopped at, and shown.
+def epsilon_of(events: Sequence[MechanismEvent], delta: float) -> float:
+    """Return the epsilon of composed steps, rounded up: the only number used to calibrate, to stop, and to report.
 
-    It follows from the mechanisms, their steps and delta alone: not from a plan, the order of runs, or how often it is asked.
+    It depends on the mechanisms, their steps and delta alone, not on a plan, the order of runs, or earlier calls.
     """
-    return _account(tuple(merge_events(spendings)), delta)[0]
+    return _account(tuple(merge_events(events)), delta)[0]
 
 
-def accountant_of(spendings: Sequence[MechanismEvent], delta: float) -> str:
+def accountant_of(events: Sequence[MechanismEvent], delta: float) -> str:
     """Return the name of the accountant behind `epsilon_of`, as in the module's docstring."""
-    return _account(tuple(merge_events(spendings)), delta)[1]
+    return _account(tuple(merge_events(events)), delta)[1]
 
 
 @functools.lru_cache(maxsize=1024)
-def _account(spendings: tuple[MechanismEvent, ...], delta: float) -> tuple[float, str]:
-    loss = EpsilonAccountant(spendings, delta)
+def _account(events: tuple[MechanismEvent, ...], delta: float) -> tuple[float, str]:
+    loss = EpsilonAccountant(events, delta)
     return round_up(loss.epsilon), loss.accountant
 
 
@@ -295,13 +303,14 @@ def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, del
         steps: number of noisy steps released.
         delta: the delta of (epsilon, delta).
     Returns:
-        The upper bound of the accountant that holds there, see the module's docstring.
+        The bound of the accountant that applies; see the module's docstring.
     Raises:
-        UserError (a ValueError): for an argument out of range.
+        UserError (a ValueError): if an argument is out of range.
     """
     if not noise_multiplier >= 0 or not 0 <= sample_rate <= 1 or steps < 0 or not 0 < delta < 1:
         raise UserError(
-            f"no epsilon for noise_multiplier {noise_multiplier}, sample_rate {sample_rate}, steps {steps}, delta {delta}"
+            f"compute_epsilon: noise_multiplier {noise_multiplier}, sample_rate {sample_rate}, steps {steps} or delta {delta} is "
+            "out of range. Noise multiplier and steps must be at least 0, the sample rate in [0, 1], delta in (0, 1)"
         )
     return 0.0 if sample_rate == 0 else epsilon_of([MechanismEvent(noise_multiplier, sample_rate, steps)], delta)
 
@@ -312,42 +321,43 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
     Args:
         sample_rate: q, probability that an author is in a step's batch.
         steps: number of noisy steps.
-        target_epsilon, target_delta: the promise; epsilon never exceeds it.
+        target_epsilon, target_delta: the target; epsilon never exceeds it.
     Raises:
-        UserError (a ValueError): for an argument out of range, or a target that no noise reaches.
+        UserError (a ValueError): if an argument is out of range, or no noise reaches the target.
     """
     if not 0 < target_epsilon < math.inf or steps < 1 or not 0 < sample_rate <= 1 or not 0 < target_delta < 1:
         raise UserError(
-            f"no noise for target_epsilon {target_epsilon}, target_delta {target_delta}, sample_rate {sample_rate}, {steps} steps"
+            f"find_noise_multiplier: sample_rate {sample_rate}, steps {steps}, target_epsilon {target_epsilon} or target_delta "
+            f"{target_delta} is out of range. The sample rate must be in (0, 1], steps at least 1, epsilon positive and finite, "
+            "delta in (0, 1)"
         )
-
     if (sampled := prob_ever_sampled([MechanismEvent(0.0, sample_rate, steps)])) <= target_delta:
         raise UserError(
-            f"--target_delta {target_delta} is at least the probability {sampled:.2g} that an author is sampled in any step, so "
-            "that any epsilon would hold without noise: lower it, or raise --sample_rate or --max_steps"
+            f"--target_delta {target_delta}: an author is sampled in any step with probability {sampled:.2g} only, so that any "
+            "epsilon would hold without noise. Lower it, or raise --sample_rate or --max_steps"
         )
 
-    def excess(sigma: float) -> float:
-        """log(epsilon / target): negative where the promise is kept; nearly linear in log sigma."""
+    def log_excess(sigma: float) -> float:
+        """Return log(epsilon / target): at most 0 where the target is met; nearly linear in log sigma."""
         epsilon = compute_epsilon(sigma, sample_rate, steps, target_delta)
         return math.log(max(epsilon, 1e-12) / target_epsilon) if epsilon < math.inf else math.inf
 
-    # Bracket: `high` keeps the promise, `low` breaks it. The cheap bound tells where to begin.
+    # Bracket: `high` meets the target, `low` does not. The search starts where the cheap bound meets it.
     high = 0.1
     while high < 1e3 and rdp_epsilon([MechanismEvent(high, sample_rate, steps)], target_delta) > target_epsilon:
         high *= 1.1
-    while (at_high := excess(high)) > 0:
+    while (at_high := log_excess(high)) > 0:
         high *= 2
         if high > 1e6:
-            raise UserError(f"--target_epsilon {target_epsilon} at delta {target_delta} is out of reach: raise it")
+            raise UserError(f"--target_epsilon {target_epsilon}: no noise reaches it at delta {target_delta}. Raise it")
     low = high / 1.2
-    while (at_low := excess(low)) <= 0 and low > 1e-3:
+    while (at_low := log_excess(low)) <= 0 and low > 1e-3:
         high, at_high, low = low, at_low, low / 1.2
     # Regula falsi on the logarithms, aimed just below the target and kept off the ends.
     while at_high < -1e-4 and high / low > 1 + 1e-5:
         weight = (at_low + 5e-5) / (at_low - at_high) if math.isfinite(at_low) else 0.5
         middle = math.exp(math.log(low) + min(0.95, max(0.05, weight)) * math.log(high / low))
-        at_middle = excess(middle)
+        at_middle = log_excess(middle)
         if at_middle <= 0:
             high, at_high = middle, at_middle
         else:
@@ -356,13 +366,13 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
 
 
 def format_epsilon(epsilon: float) -> str:
-    """Return epsilon as people read it: all digits that `with_margin` leaves, at least two of them decimals."""
-    whole, _, decimals = f"{Decimal(repr(round_up(epsilon))):,f}".partition(".")
-    return f"{whole}.{decimals:0<2}"
+    """Return epsilon for people: all digits that `round_up` leaves, with at least two decimals."""
+    integer, _, decimals = f"{Decimal(repr(round_up(epsilon))):,f}".partition(".")
+    return f"{integer}.{decimals:0<2}"
 
 
 def format_guarantee(epsilon: Optional[float], delta: float) -> str:
-    """One phrase for people; epsilon is rounded up."""
+    """Return the guarantee as one phrase; epsilon is rounded up."""
     if epsilon is None or math.isinf(epsilon):
         return "no privacy guarantee (epsilon is infinite)"
     return f"epsilon {format_epsilon(epsilon)} at delta {delta:.2g} (author level, add or remove one)"

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.author_groups import AuthorIndex
 from author_dp.clipping.grad_factors import squared_norms
+from author_dp.clipping.positions import separate_positions
 from author_dp.errors import UserError
 
 
@@ -61,6 +62,7 @@ class GradSampleClipping:
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Embedding) and layer.weight.requires_grad and takes_more_than_ids(layer):
                 raise UserError(f"--clipping grad_sample: it cannot follow the trainable {name}. Use --clipping ghost.")
+        self._hooks = separate_positions(model)
         try:
             self.module = GradSampleModule(model, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
@@ -106,6 +108,8 @@ class GradSampleClipping:
     def close(self) -> None:
         """Remove the hooks from the model."""
         self.module.to_standard_module()
+        for hook in self._hooks:
+            hook.remove()
 
 
 def takes_more_than_ids(layer: nn.Embedding) -> bool:

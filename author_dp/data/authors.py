@@ -1,6 +1,6 @@
-"""Who counts as an author: values compared exactly, and warnings where a value may not be one person.
+"""Identify authors by exact values, hash them, and warn where a value may not be one person.
 
-Promise: two samples have the same author if and only if their author values are equal, character by character.
+Guarantees: two samples have the same author if and only if their author values are equal, character by character.
 """
 
 import hashlib
@@ -18,87 +18,101 @@ PLACEHOLDER_AUTHORS = [
     "guest", "undefined", "unspecified", "no author", "?", "-",
 ]  # fmt: skip
 LARGE_SHARE = 0.03  # of all samples
-BATCH_ROWS = 2**16  # that are looked at at once
-HASH_WORDS = 3  # that a text needs to be told from others
+BATCH_ROWS = 2**16
+MIN_WORDS = 3  # of a text that is compared with others; shorter ones coincide by chance
 
 
 def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
-    """Number the authors in order of first appearance."""
+    """Number the authors in order of first appearance.
+
+    Raises:
+        UserError: for a missing author, or values that are not scalars of one type.
+    """
     try:
         values = authors.combine_chunks() if isinstance(authors, pa.ChunkedArray) else pa.array(authors)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"authors must be scalars of one type: {error}") from error
+        raise UserError(f"authors: they must be scalars of one type ({error}). Write all of them as strings") from error
     if values.null_count or (pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py()):
-        raise UserError("an author is missing: remove these samples or give them an author each")
+        raise UserError("authors: one is missing. Remove such samples, or give each an author")
     if pa.types.is_nested(values.type):
-        raise UserError(f"authors must be scalars of one type, not {values.type}")
+        raise UserError(f"authors: they must be scalars of one type, not {values.type}. Write all of them as strings")
     return values.dictionary_encode()
 
 
 def get_column(samples: Dataset, name: str) -> pa.ChunkedArray:
-    """Return a column without a detour over Python objects, or over the other columns."""
+    """Return a column as Arrow data, without converting it to Python objects or reading other columns."""
     return samples.select_columns([name]).with_format("arrow")[:][name]
 
 
+def hash_authors(authors: list, prefix: str) -> np.ndarray:
+    """Return 64 bits for each author, uint64 (authors,), from the author's value and `prefix` only."""
+    digests = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
+    return np.frombuffer(b"".join(digests), dtype=">u8")
+
+
 def hash_to_unit(authors: list, prefix: str) -> np.ndarray:
-    """Return for each author a number in [0, 1), float64 (authors,), that depends on the author's value and `prefix` alone."""
+    """Return a number in [0, 1) for each author, float64 (authors,), from the author's value and `prefix` only."""
     return hash_authors(authors, prefix) / 2.0**64
 
 
-def hash_authors(authors: list, prefix: str) -> np.ndarray:
-    """Return for each author 64 bits that depend on the author's value and `prefix` alone, uint64 (authors,)."""
-    found = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
-    return np.frombuffer(b"".join(found), dtype=">u8")
-
-
 def holdout_scores(authors: list, seed: int) -> np.ndarray:
-    """Return for each author a number in [0, 1), (authors,): those below --eval_fraction are held out."""
+    """Return a number in [0, 1) for each author, (authors,): authors below --eval_fraction are held out."""
     return hash_to_unit(authors, f"{seed}:")
 
 
 def split_id(seed: int, eval_fraction: float, author_column: str) -> str:
-    """Return a name of the rule that holds authors out: with one name, who is held out is never trained on."""
-    rule = f"{seed}:{eval_fraction}:{author_column}"  # other values are other authors, of the same people
+    """Return an ID of the rule that holds authors out. Under one ID, held-out authors are never trained on."""
+    rule = f"{seed}:{eval_fraction}:{author_column}"  # another column has other values for the same people
     return hashlib.sha256(rule.encode()).hexdigest()[:16]
 
 
 def suspicious_author_warnings(samples: Dataset, text_column: str, author_column: str) -> list[str]:
-    """Return warnings of authors who stand for nobody or for many, and of texts that stand under several authors.
+    """Return warnings about placeholder authors, very large authors, and texts of several authors.
 
-    The guarantee holds for them as for all, but is not what it seems: a person behind "[deleted]" is one of many in that author,
-    and one whose text stands under another name too is not hidden by the removal of one of them.
+    The guarantee holds for them, but protects less than it seems to. A person behind "[deleted]" is one of many in that author.
+    A person whose text is also under another name is not hidden by removing one of the names.
     """
     values = encode_authors(get_column(samples, author_column))
     codes, counts = values.indices.to_numpy(), np.bincount(values.indices)
     names = pc.utf8_lower(pc.utf8_trim_whitespace(values.dictionary))
     warnings = []
-    nobody = np.flatnonzero(pc.is_in(names, value_set=pa.array(PLACEHOLDER_AUTHORS, names.type)).to_numpy(zero_copy_only=False))
-    if len(nobody):
-        shown = ", ".join(repr(values.dictionary[i].as_py()) for i in nobody[:5])
+    is_placeholder = pc.is_in(names, value_set=pa.array(PLACEHOLDER_AUTHORS, names.type))
+    placeholders = np.flatnonzero(is_placeholder.to_numpy(zero_copy_only=False))
+    if len(placeholders):
+        shown = ", ".join(repr(values.dictionary[i].as_py()) for i in placeholders[:5])
         warnings.append(
-            f"--author_column {author_column!r}: {shown} may stand for many people or nobody, with {counts[nobody].sum():,} of "
-            f"{len(samples):,} samples: together they are protected as one author; leave them out, or tell them apart"
+            f"--author_column {author_column!r}: {shown} may stand for many people or nobody, with "
+            f"{counts[placeholders].sum():,} of {len(samples):,} samples. Together they are protected as one author. Leave them "
+            "out, or give each person a name"
         )
     for i in np.flatnonzero(counts > len(samples) * max(LARGE_SHARE, LARGE_SHARE * 100 / len(counts)))[:5]:
         warnings.append(
             f"--author_column {author_column!r}: {values.dictionary[i].as_py()!r} has {counts[i] / len(samples):.0%} of all "
-            "samples: is it one author?"
+            "samples. Check that it is one author"
         )
     texts = samples.select_columns([text_column]).with_format("arrow").iter(BATCH_ROWS)
     hashes = np.concatenate([hash_texts(batch[text_column]) for batch in texts])
-    order = np.lexsort((codes, hashes))
-    hashes, codes = hashes[order], codes[order]
-    again = (hashes[1:] == hashes[:-1]) & (codes[1:] != codes[:-1]) & (hashes[1:] != 0)
-    if again.any():
-        several = np.unique(hashes[1:][again])
+    if len(shared := hashes_of_several_authors(hashes, codes)):
         warnings.append(
-            f"--text_column {text_column!r}: {len(several):,} texts of {HASH_WORDS} words or more stand word for word under "
-            f"several authors, in {np.isin(hashes, several).sum():,} of {len(samples):,} samples: text under two names "
-            "is not hidden by leaving out one of them"
+            f"--text_column {text_column!r}: {len(shared):,} texts of {MIN_WORDS} words or more have several authors each, in "
+            f"{np.isin(hashes, shared).sum():,} of {len(samples):,} samples. Leaving out one of these authors does not hide "
+            "the text"
         )
     return warnings
 
 
+def hashes_of_several_authors(hashes: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return the hashes, other than 0, that occur with more than one author.
+
+    Args:
+        hashes, codes: text hash and author number of each sample, (samples,).
+    """
+    order = np.lexsort((codes, hashes))
+    hashes, codes = hashes[order], codes[order]
+    repeats = (hashes[1:] == hashes[:-1]) & (codes[1:] != codes[:-1]) & (hashes[1:] != 0)
+    return np.unique(hashes[1:][repeats])
+
+
 def hash_texts(texts: pa.ChunkedArray) -> np.ndarray:
-    """Return int64 (texts,): equal for equal texts, 0 for those too short to be told from others."""
-    return np.array([hash(text) if text.count(" ") >= HASH_WORDS - 1 else 0 for text in texts.to_pylist()], np.int64)
+    """Return int64 (texts,): equal for equal texts, 0 for texts of fewer than MIN_WORDS words."""
+    return np.array([hash(text) if text.count(" ") >= MIN_WORDS - 1 else 0 for text in texts.to_pylist()], np.int64)

@@ -1,6 +1,6 @@
-"""Data sets of the hub, by its Parquet conversion, or of a local folder of the same layout.
+"""Read data sets of the Hugging Face Hub from their Parquet files, or a local folder with the same layout.
 
-Promise: only the shards that are needed are opened; where the hub cannot be reached, that is said within seconds.
+Only the shards that are needed are opened. An unreachable hub is an error within seconds.
 """
 
 import itertools
@@ -13,28 +13,31 @@ import fsspec
 import pyarrow as pa
 from huggingface_hub import hf_hub_download
 
-from author_dp.data.readers import ColumnSpec, read_open_parquet
-from author_dp.errors import UserError
+from author_dp.data.columns import ColumnSpec
+from author_dp.data.parquet_reader import read_open_parquet
+from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
 
 
 def cached_copy(name: str, file: str) -> Optional[Path]:
-    """Return the folder of a model: itself where it is local, the cached copy of a hub model that has `file`; None otherwise."""
+    """Return the folder of a model: a local folder itself, or the cached copy of a hub model that has `file`; else None."""
     if os.path.isdir(name):
         return Path(name)
     try:
         return Path(hf_hub_download(name, file, local_files_only=not hub_is_reachable())).parent
-    except Exception:  # of many kinds: there is no such file or model, or the hub cannot be reached
+    except Exception:  # many types: no such file or model, or no connection
         return None
 
 
 def read_hub(
-    name: str, config: str, revision: str, columns: ColumnSpec, limit: Optional[int], kinds: dict[str, str]
+    name: str, config: str, revision: str, columns: ColumnSpec, limit: Optional[int], author_types: dict[str, str]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the first `limit` samples, all where it is None, as record batches of text and author.
+    """Yield the first `limit` samples (None: all) as record batches of text and author.
 
-    The files are CONFIG/train/*.parquet, or CONFIG/partial-train/*.parquet for a large set.
+    The files are CONFIG/train/*.parquet, or CONFIG/partial-train/*.parquet for a large data set.
 
+    Args:
+        author_types: as for `read_files`.
     Raises:
         UserError: where the hub or the data set cannot be reached, or a column is missing.
     """
@@ -49,17 +52,18 @@ def read_hub(
         shards = sorted(filesystem.glob(f"{path}/train/*.parquet") or filesystem.glob(f"{path}/partial-train/*.parquet"))
         if not shards:
             raise FileNotFoundError("no Parquet files")
-        yield from take_rows(itertools.chain.from_iterable(read_shard(filesystem, s, columns, kinds) for s in shards), limit)
+        batches = itertools.chain.from_iterable(read_shard(filesystem, shard, columns, author_types) for shard in shards)
+        yield from take_rows(batches, limit)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
-            f"--dataset_name {name}: no readable Parquet files at {root}/train ({str(error).splitlines()[0]}): check the name, "
+            f"--dataset_name {name}: no readable Parquet files at {root}/train ({first_line(error)}). Check the name, "
             "--dataset_config_name and --dataset_revision, or download files and give them with --train_file"
         ) from error
 
 
-def read_shard(filesystem: Any, shard: str, columns: ColumnSpec, kinds: dict[str, str]) -> Iterator[pa.RecordBatch]:
+def read_shard(filesystem: Any, shard: str, columns: ColumnSpec, author_types: dict[str, str]) -> Iterator[pa.RecordBatch]:
     with filesystem.open(shard) as file:
-        yield from read_open_parquet(file, shard, columns, kinds)
+        yield from read_open_parquet(file, shard, columns, author_types)
 
 
 def take_rows(batches: Iterable[pa.RecordBatch], limit: Optional[int]) -> Iterator[pa.RecordBatch]:

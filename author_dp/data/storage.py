@@ -1,4 +1,4 @@
-"""Texts of a run on disk, for their owner's eyes only, and deleted when the program ends."""
+"""Keep the texts of a run on disk: readable by their owner only, and deleted when the program ends."""
 
 import atexit
 import os
@@ -15,18 +15,23 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+BATCH_ROWS = 2**16
+temp_dirs: list[Path] = []  # of this run, each with mode 0o700
+
 
 def filter_rows(samples: Dataset, mask: np.ndarray, folder: Optional[Path] = None) -> Dataset:
-    """Return the samples at which `mask`, bool (samples,), is true; written anew, as a selection by index is slow and large."""
-    batches = samples.with_format("arrow").iter(2**16)
-    places = range(0, len(samples), 2**16)
-    return write_arrow(
-        (batch.filter(mask[i : i + 2**16]) for i, batch in zip(places, batches)), samples.features.arrow_schema, folder
-    )
+    """Copy the samples where `mask`, bool (samples,), is true.
+
+    datasets' selection by index would be slower, and larger.
+    """
+    batches = samples.with_format("arrow").iter(BATCH_ROWS)
+    starts = range(0, len(samples), BATCH_ROWS)
+    selected = (batch.filter(mask[start : start + BATCH_ROWS]) for start, batch in zip(starts, batches))
+    return write_arrow(selected, samples.features.arrow_schema, folder)
 
 
 def write_arrow(tables: Iterable[pa.Table | pa.RecordBatch], schema: pa.Schema, folder: Optional[Path]) -> Dataset:
-    """Write rows to a file of `folder`, and return them as a data set that lies there and not in memory."""
+    """Write rows to a new file in `folder`, and return them as a data set that stays on disk."""
     file, path = tempfile.mkstemp(suffix=".arrow", dir=folder or make_private_temp_dir())
     os.close(file)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -35,27 +40,24 @@ def write_arrow(tables: Iterable[pa.Table | pa.RecordBatch], schema: pa.Schema, 
     return Dataset.from_file(path)
 
 
-temp_dirs: list[Path] = []  # with texts of this run, for their owner's eyes only
-
-
 @atexit.register
 def cleanup_temp_dirs() -> None:
-    """Leave no text behind; only a program that is killed outright does, in the system's temporary folder."""
+    """Delete all texts. They stay, in the system's temporary directory, only if the program is killed outright."""
     while temp_dirs:
         shutil.rmtree(temp_dirs.pop(), ignore_errors=True)
 
 
 def make_private_temp_dir() -> Path:
-    """Return a new folder for texts of this run (TMPDIR says where)."""
+    """Create a directory for texts of this run, in TMPDIR."""
     temp_dirs.append(Path(tempfile.mkdtemp(prefix="author-texts-")))
     return temp_dirs[-1]
 
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Within, let SIGTERM end the program in the usual way, so that it deletes what it wrote."""
-    earlier = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    """Inside, let SIGTERM exit the program normally, so that it deletes its files."""
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,6 +1,6 @@
-"""Texts to tokens: the tokenizer's own, cut to samples, of which those with nothing to predict are dropped.
+"""Tokenize texts, cut them to samples, and drop samples without anything to predict.
 
-Promise: a sample's author stays with it, also where a text is split, and what is spelled like a special token is text.
+Guarantees: a sample keeps its author, also where a text is split. Text that is spelled like a special token stays text.
 """
 
 import functools
@@ -20,23 +20,15 @@ from author_dp.types import IGNORE_INDEX
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
-def chunk_tokens(row: list[int], room: int) -> list[list[int]]:
-    """Cut a row into pieces of `room` tokens; a last one of a single token, which predicts nothing, takes one from before."""
-    bounds = [*range(0, max(1, len(row)), room), len(row)]
-    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and room > 2:
-        bounds[-2] -= 1
-    return [row[a:b] for a, b in zip(bounds, bounds[1:])]
-
-
 class TokenizeSpec(NamedTuple):
     """How texts become samples."""
 
     tokenizer: PreTrainedTokenizerBase
-    column: str  # of the texts
-    start: list[int]  # before each piece
-    end: list[int]  # behind each text
-    room: int  # tokens of a piece beside `start`, at most
-    split: bool  # what is longer, or else truncate it
+    text_column: str
+    start: list[int]  # token before each piece, if any
+    end: list[int]  # token after each text, if any
+    max_body_tokens: int  # of a piece, without `start`
+    split: bool  # split long texts; otherwise truncate them
 
 
 def tokenize(
@@ -48,94 +40,121 @@ def tokenize(
     long_samples: str = "truncate",
     prepend_bos: bool = False,
     append_eos: bool = False,
-    has_targets: bool = False,
+    has_loss_mask: bool = False,
     num_proc: Optional[int] = None,
     option: str = "--text_column",
 ) -> Dataset:
-    """Replace the text by `input_ids`: the tokenizer's ids, cut at `sequence_len`, nothing added but the tokenizer's start token.
+    """Replace the text column by `input_ids`, cut at `sequence_len`.
 
-    What is longer is truncated, or split into pieces that are samples of the same author, which costs no privacy where the
-    author is the unit. Samples of fewer than two tokens have nothing to predict; they are dropped, and counted in the log.
-    What is spelled like a special token (<|endoftext|>) is text like any other, never that token.
+    Nothing is added but the tokenizer's start token. Longer texts are truncated, or split into samples of the same author; that
+    costs no privacy where the author is the unit. Samples of fewer than two tokens have nothing to predict: they are dropped, and
+    their number is logged. Text that is spelled like a special token (<|endoftext|>) never becomes that token.
 
     Args:
-        prepend_bos: begin each text by a start token, as `conversations.start_token` has it.
-        append_eos: end each text by the end-of-text token, where there is room.
-        has_targets: whether texts are packed examples (`conversations.Example`); there is then a column `labels` too,
-            IGNORED where nothing is learned, and samples without a target are dropped like those of one token.
-        option: named in the complaint where no text can be used.
+        prepend_bos: begin each text with a start token, from `resolve_bos_token`.
+        append_eos: end each text with the end-of-text token, where it fits.
+        has_loss_mask: whether texts are JSON of `chat.Example`. The result then has `labels` too, IGNORE_INDEX outside the
+            targets. Samples without a target are dropped like those of one token.
+        option: named in the error where no text can be used.
+    Raises:
+        UserError: where no sample is left, or the tokenizer lacks a token that was asked for.
     """
+    spec = make_spec(tokenizer, text_column, sequence_len, long_samples == "split", prepend_bos, append_eos)
     features = samples.features.copy()
     features.pop(text_column)
-    results = ["input_ids", *["labels"] * has_targets]
-    features.update(dict.fromkeys(results, List(Value("int32"))))
-    begin, end = resolve_bos_token(tokenizer, prepend_bos), [tokenizer.eos_token_id] * append_eos
-    start = [] if begin is None else [begin]
-    if prepend_bos and not start:
-        raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token; leave it out")
-    if append_eos and tokenizer.eos_token_id is None:
-        raise UserError("--append_eos: the model's tokenizer has no end-of-text token; leave it out")
-    how = TokenizeSpec(tokenizer, text_column, start, end, sequence_len - len(start), long_samples == "split")
+    features.update(dict.fromkeys(["input_ids", *["labels"] * has_loss_mask], List(Value("int32"))))
     tokens = samples.map(
-        functools.partial(tokenize_masked if has_targets else tokenize_texts, how=how),
+        functools.partial(tokenize_masked if has_loss_mask else tokenize_texts, spec=spec),
         batched=True,
         num_proc=num_proc,
         remove_columns=[text_column],
         features=features,
         desc="Tokenize",
-        new_fingerprint=secrets.token_hex(8),  # by default a hash of the whole tokenizer, for a cache that is never read
+        new_fingerprint=secrets.token_hex(8),  # the default hashes the whole tokenizer, for a cache that is never read
     )
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()  # or the saved tokenizer would cut every text at sequence_len
+        tokenizer.backend_tokenizer.no_truncation()  # or the saved tokenizer would truncate every text at sequence_len
         tokenizer.backend_tokenizer.encode_special_tokens = False
     lengths = pc.list_value_length(tokens.data.column("input_ids")).to_numpy()
-    kept = np.flatnonzero(rows_with_targets(tokens) if has_targets else lengths >= 2)
-    wanted = f"a target within {sequence_len} tokens" if has_targets else "two tokens or more"
+    kept = np.flatnonzero(rows_with_targets(tokens) if has_loss_mask else lengths >= 2)
     if len(kept) == 0:
-        remedy = "raise --sequence_len, or " if has_targets else ""
-        raise UserError(f"{option}: no text in {text_column!r} has {wanted}; {remedy}name the column that holds the text")
+        needed = f"a target within {sequence_len} tokens" if has_loss_mask else "two tokens or more"
+        fix = "Raise --sequence_len, or name" if has_loss_mask else "Name"
+        raise UserError(f"{option}: no text in {text_column!r} has {needed}. {fix} the column that holds the text")
     if len(kept) < len(tokens):
-        lack = "no target within --sequence_len" if has_targets else "fewer than two tokens"
-        logger.warning(f"Dropped {len(tokens) - len(kept)} of {len(tokens)} samples: {lack} in {text_column!r}.")
+        reason = "no target within --sequence_len" if has_loss_mask else "fewer than two tokens"
+        logger.warning(f"Dropped {len(tokens) - len(kept)} of {len(tokens)} samples: {reason} in {text_column!r}.")
         tokens = tokens.select(kept)
     return tokens
 
 
-def tokenize_texts(batch: dict[str, list], how: TokenizeSpec) -> dict[str, list]:
-    """Return a batch with its texts' tokens instead, cut as `how` says."""
+def make_spec(
+    tokenizer: PreTrainedTokenizerBase, text_column: str, sequence_len: int, split: bool, prepend_bos: bool, append_eos: bool
+) -> TokenizeSpec:
+    """Resolve the start and the end token, and the number of tokens that is left for the text."""
+    bos = resolve_bos_token(tokenizer, prepend_bos)
+    if prepend_bos and bos is None:
+        raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token. Leave it out")
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError("--append_eos: the model's tokenizer has no end-of-text token. Leave it out")
+    start = [] if bos is None else [bos]
+    return TokenizeSpec(tokenizer, text_column, start, [tokenizer.eos_token_id] * append_eos, sequence_len - len(start), split)
+
+
+def chunk_tokens(row: list[int], max_tokens: int) -> list[list[int]]:
+    """Cut a row into pieces of `max_tokens`.
+
+    A last piece of a single token would predict nothing, so it takes one token from the piece before.
+    """
+    bounds = [*range(0, max(1, len(row)), max_tokens), len(row)]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and max_tokens > 2:
+        bounds[-2] -= 1
+    return [row[start:end] for start, end in zip(bounds, bounds[1:])]
+
+
+def tokenize_texts(batch: dict[str, list], spec: TokenizeSpec) -> dict[str, list]:
+    """Return a batch with tokens in place of its texts."""
     options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    texts = [text or "" for text in batch[how.column]]
-    if not how.split:
-        rows = how.tokenizer(texts, **options, truncation=True, max_length=how.room)["input_ids"]
-        return {"input_ids": [how.start + row + how.end * (len(row) < how.room) for row in rows]}
-    rows = how.tokenizer(texts, **options, verbose=False)["input_ids"]
-    pieces = [[how.start + piece for piece in chunk_tokens(row + how.end, how.room)] for row in rows]
-    return {**repeat_columns(batch, how.column, pieces), "input_ids": [piece for row in pieces for piece in row]}
+    texts = [text or "" for text in batch[spec.text_column]]
+    if not spec.split:
+        rows = spec.tokenizer(texts, **options, truncation=True, max_length=spec.max_body_tokens)["input_ids"]
+        return {"input_ids": [spec.start + row + spec.end * (len(row) < spec.max_body_tokens) for row in rows]}
+    rows = spec.tokenizer(texts, **options, verbose=False)["input_ids"]
+    pieces = [[spec.start + piece for piece in chunk_tokens(row + spec.end, spec.max_body_tokens)] for row in rows]
+    return {**repeat_columns(batch, spec.text_column, pieces), "input_ids": [piece for row in pieces for piece in row]}
 
 
-def tokenize_masked(batch: dict[str, list], how: TokenizeSpec) -> dict[str, list]:
-    """As `rows_of_texts`, of packed examples, with their labels."""
-    ids, labels = tokenize_examples(batch[how.column], how.tokenizer, how.start, how.end)
-    first = len(how.start)  # of each piece
-    if not how.split:
-        return {"input_ids": [row[: first + how.room] for row in ids], "labels": [row[: first + how.room] for row in labels]}
-    pieces = [[[row[:first] + piece for piece in chunk_tokens(row[first:], how.room)] for row in rows] for rows in (ids, labels)]
-    tokens = {name: [piece for row in rows for piece in row] for name, rows in zip(("input_ids", "labels"), pieces)}
-    return {**repeat_columns(batch, how.column, pieces[0]), **tokens}
+def tokenize_masked(batch: dict[str, list], spec: TokenizeSpec) -> dict[str, list]:
+    """Return a batch with tokens and labels in place of its examples (JSON of `chat.Example`)."""
+    ids, labels = tokenize_examples(batch[spec.text_column], spec.tokenizer, spec.start, spec.end)
+    prefix_length = len(spec.start)
+    max_tokens = prefix_length + spec.max_body_tokens
+    if not spec.split:
+        return {"input_ids": [row[:max_tokens] for row in ids], "labels": [row[:max_tokens] for row in labels]}
+    id_pieces, label_pieces = (
+        [[row[:prefix_length] + piece for piece in chunk_tokens(row[prefix_length:], spec.max_body_tokens)] for row in rows]
+        for rows in (ids, labels)
+    )
+    return {
+        **repeat_columns(batch, spec.text_column, id_pieces),
+        "input_ids": [piece for row in id_pieces for piece in row],
+        "labels": [piece for row in label_pieces for piece in row],
+    }
 
 
-def repeat_columns(batch: dict[str, list], column: str, pieces: list[list]) -> dict[str, list]:
-    """Return the other columns, each value as often as its text has pieces: the author stays with all of them."""
-    return {name: [value for value, row in zip(batch[name], pieces) for _ in row] for name in batch if name != column}
+def repeat_columns(batch: dict[str, list], text_column: str, pieces: list[list]) -> dict[str, list]:
+    """Return the other columns, each value once per piece of its text, so that every piece keeps its author."""
+    names = [name for name in batch if name != text_column]
+    return {name: [value for value, row in zip(batch[name], pieces) for _ in row] for name in names}
 
 
 def rows_with_targets(tokens: Dataset) -> np.ndarray:
-    """Return which samples have a target beyond their first token, bool (samples,)."""
-    found = [np.zeros(0, bool)]
+    """Return which samples have a target after their first token, bool (samples,)."""
+    masks = [np.zeros(0, bool)]
     for batch in tokens.select_columns(["labels"]).with_format("arrow").iter(2**14):
         column = batch["labels"].combine_chunks()
         lengths = pc.list_value_length(column).to_numpy()
-        targets = np.asarray(column.flatten()) != IGNORE_INDEX
-        targets[(np.cumsum(lengths) - lengths)[lengths > 0]] = False  # nothing predicts the first
-        found.append(np.bincount(np.repeat(np.arange(len(lengths)), lengths), targets, len(lengths)) > 0)
-    return np.concatenate(found)
+        is_target = np.asarray(column.flatten()) != IGNORE_INDEX
+        is_target[(np.cumsum(lengths) - lengths)[lengths > 0]] = False  # no token predicts the first one
+        masks.append(np.bincount(np.repeat(np.arange(len(lengths)), lengths), is_target, len(lengths)) > 0)
+    return np.concatenate(masks)

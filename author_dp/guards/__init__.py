@@ -1,5 +1,5 @@
-"""Checks that refuse what would break the guarantee, before training and in every step."""
+"""Refuse what would break the guarantee, before training and at every step."""
 
-from author_dp.guards.options import check_model
+from author_dp.guards.model_check import check_model
 
 __all__ = ["check_model"]

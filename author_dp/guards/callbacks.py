@@ -1,15 +1,18 @@
-"""Callbacks that people give to DPTrainer: they may watch; what they change must not follow losses that have no noise.
+"""Refuse callbacks and schedulers that steer the training by losses that have no noise.
 
-Guarantees: a callback that changes when training stops or saves, an option, the learning rate, the optimizer, its hooks or its
-state, the scheduler, the other callbacks, the model's weights, hooks or settings (dropout's `p`, LoRA's `scaling`) has declared
-by what, or the run ends before the change takes effect. A class declares it by an attribute, which its subclasses do not inherit:
+Guarantees: a callback that changes the training has declared what it follows, or the run ends before the change takes effect.
+Changes are noticed to when training stops or saves, options, the learning rate, the optimizer with its hooks and state, the
+scheduler, the other callbacks, and the model's weights, hooks and settings (dropout's `p`, LoRA's `scaling`). A class declares it
+by an attribute, which subclasses do not inherit:
 
-    follows = "steps"       step numbers, time or signals alone; such a callback is not looked at
-    follows = "evaluation"  metrics of held-out authors: the ledger's header says so, as of --load_best_model_at_end
+    follows = "steps"       step numbers, time or signals alone; such a callback is not watched
+    follows = "evaluation"  metrics of held-out authors: the ledger's header records it, as it does --load_best_model_at_end
 
 A scheduler that is given as an object declares the same, on the object or in its class, or is refused. Nothing may follow
-training losses. Not noticed are weights written through `.data` or `.detach().numpy()`, which torch does not count, signals that
-a callback sends, and files that it deletes or saves on its own.
+training losses.
+
+Not noticed are weights written through `.data` or `.detach().numpy()`, which torch does not count, signals that a callback sends,
+and files that it deletes or saves itself.
 """
 
 from collections.abc import Iterable
@@ -25,87 +28,74 @@ from transformers.trainer_callback import CallbackHandler
 from author_dp.errors import UserError
 
 STEPS, EVALUATION = "steps", "evaluation"
-OF_TRANSFORMERS = {  # its other callbacks may only watch
+TRANSFORMERS_CALLBACKS = {  # all others of transformers may only watch
     "DefaultFlowCallback": STEPS,
     "JITCheckpointCallback": STEPS,
     "EarlyStoppingCallback": EVALUATION,
-    "PrinterCallback": STEPS,  # this and the next ones change nothing, and need not be looked at
+    "PrinterCallback": STEPS,  # this one and the next two change nothing, and need not be watched
     "ProgressCallback": STEPS,
     "NotebookProgressCallback": STEPS,
 }
 EVENTS = {name for name in vars(TrainerCallback) if name.startswith("on_")}
-FOLLOWS_BY_MODULE = (
-    "_parameters",
-    "_buffers",
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "forward",
-    "scaling",
-)  # the last is LoRA's
+MODULE_STATE = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks", "forward", "scaling")  # scaling: LoRA's
+TRAINER_STATE = ("global_step", "max_steps", "save_steps", "best_model_checkpoint", "best_global_step")
+CONTROL = ("should_training_stop", "should_epoch_stop", "should_save")
 SCALARS = {bool, int, float, str, type(None)}
 
 
-def follows(callback: TrainerCallback) -> Optional[str]:
-    """Return by what a callback changes the training: STEPS, EVALUATION, or None where it has not said so."""
-    kind = type(callback)
-    if EVENTS & vars(callback).keys():  # set on the object: its class declares nothing about these
+# --- what callbacks and schedulers follow ---------------------------------------------------------------
+
+
+def get_declaration(callback: TrainerCallback) -> Optional[str]:
+    """Return what a callback declares to follow: STEPS, EVALUATION, or None where it declares nothing."""
+    callback_class = type(callback)
+    if EVENTS & vars(callback).keys():  # methods set on the object, for which its class declares nothing
         return None
-    if kind.__module__.startswith("transformers."):
-        return OF_TRANSFORMERS.get(kind.__qualname__)
-    return vars(kind).get("follows")
+    if callback_class.__module__.startswith("transformers."):
+        return TRANSFORMERS_CALLBACKS.get(callback_class.__qualname__)
+    return vars(callback_class).get("follows")
 
 
 def metric_driven_callback(callbacks: Iterable[TrainerCallback]) -> Optional[str]:
-    """Return the name of a callback by which evaluation metrics steer the training; None where there is none."""
-    return next((f"callback {type(callback).__name__}" for callback in callbacks if follows(callback) == EVALUATION), None)
+    """Return the name of a callback by which evaluation metrics steer the training; None without one."""
+    return next((f"callback {type(c).__name__}" for c in callbacks if get_declaration(c) == EVALUATION), None)
 
 
 def metric_driven_scheduler(trainer: Any) -> Optional[str]:
-    """Return the name of a given scheduler by which evaluation metrics steer the training; None where there is none.
+    """Return the name of a given scheduler by which evaluation metrics steer the training; None without one.
 
+    Args:
+        trainer: dp_utils.DPTrainer.
     Raises:
-        UserError: with privacy, for one that has not declared what it follows: it may read training losses.
+        UserError: with privacy, for a scheduler that has not declared what it follows. It may read training losses.
     """
     scheduler = trainer.lr_scheduler
     if scheduler is None or getattr(trainer, "_created_lr_scheduler", False):
         return None
-    kind, name = vars(scheduler).get("follows", vars(type(scheduler)).get("follows")), type(scheduler).__name__
-    if kind not in (STEPS, EVALUATION) and not trainer.privacy.disable_dp:
+    declared, name = vars(scheduler).get("follows", vars(type(scheduler)).get("follows")), type(scheduler).__name__
+    if declared not in (STEPS, EVALUATION) and not trainer.privacy.disable_dp:
         raise UserError(
             f"optimizers: the scheduler {name} did not declare what it follows. Nothing may follow training losses, which have "
             f'no noise. If it follows step numbers alone, set scheduler.follows = "{STEPS}"; if metrics of held-out authors, '
-            f'"{EVALUATION}".'
+            f'"{EVALUATION}"'
         )
-    return None if kind == STEPS else f"optimizers: {name}"
+    return None if declared == STEPS else f"optimizers: {name}"
 
 
-def scalar_contents(thing: Any) -> list[Any]:
-    """Return what an object holds: numbers and words by value, tensors by how often they were written, all else by identity."""
-    return [(name, to_comparable(value)) for name, value in vars(thing).items()]
+def check_no_trial(trial: Any) -> None:
+    """Raise UserError for a hyperparameter search: every trial spends budget, and losses choose the best."""
+    if trial is not None:
+        raise UserError(
+            "hyperparameter_search: not supported, as every trial spends privacy budget, and so does choosing by its losses. "
+            "Call train() with fixed options"
+        )
 
 
-def written_attributes(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was written, which torch does not count for those of inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def to_comparable(value: Any) -> Any:
-    """Return what equals its like while a value stays the same; it keeps the value, or another could get its id."""
-    if type(value) in SCALARS:
-        return value
-    if isinstance(value, torch.Tensor):
-        return id(value), written_attributes(value), (value,)
-    if isinstance(value, (list, tuple)):
-        return [to_comparable(item) for item in value]
-    if isinstance(value, dict):
-        return [(id(key), to_comparable(item)) for key, item in value.items()]
-    if isinstance(value, Optimizer):
-        return id(value), scalar_contents(value)
-    return id(value), repr(value) if isinstance(value, partial) else "", (value,)
+# --- what callbacks change ------------------------------------------------------------------------------
 
 
 class WatchedCallbacks(CallbackHandler):
-    """The Trainer's callbacks, those that may not change anything compared before and after each event.
+    """The Trainer's callbacks; those that may not change anything are compared before and after each event.
 
     Args:
         trainer: dp_utils.DPTrainer, whose callbacks are taken over.
@@ -116,72 +106,94 @@ class WatchedCallbacks(CallbackHandler):
         self.trainer = trainer
 
     def call_event(self, event: str, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """Call each callback's method for the event.
+
+        Raises:
+            UserError: where a watched callback has changed the training.
+        """
         for callback in list(self.callbacks):
-            one = CallbackHandler.__new__(CallbackHandler)  # adds and removals are those of the handler of all
-            vars(one).update({**vars(self), "callbacks": [callback]})
-            if not self.is_watched(callback, event):
-                control = one.call_event(event, args, state, control, **kwargs)
-                continue
-            before = self.snapshot(control)
-            control = one.call_event(event, args, state, control, **kwargs)
-            after = self.snapshot(control)
+            single = CallbackHandler.__new__(CallbackHandler)  # so that adding and removing callbacks goes to self
+            vars(single).update({**vars(self), "callbacks": [callback]})
+            before = self.snapshot(control) if self.is_watched(callback, event) else {}
+            control = single.call_event(event, args, state, control, **kwargs)
+            after = self.snapshot(control) if before else {}
             changed = next((name for name, value in before.items() if value != after[name]), None)
             if changed is not None:
                 raise UserError(
-                    f"callback {type(callback).__name__}: it changed {changed}, and did not declare by what before the training. "
-                    "Nothing may follow training losses, which have no noise. If it follows step numbers, time or signals, set "
-                    f'follows = "{STEPS}" in its class; if metrics of held-out authors, follows = "{EVALUATION}".'
+                    f"callback {type(callback).__name__}: it changed {changed}, and did not declare before the training what it "
+                    "follows. Nothing may follow training losses, which have no noise. If it follows step numbers, time or "
+                    f'signals, set follows = "{STEPS}" in its class; if metrics of held-out authors, follows = "{EVALUATION}"'
                 )
         return control
 
     def is_watched(self, callback: TrainerCallback, event: str) -> bool:
-        """Return whether a callback may not change anything at this event."""
-        kind = follows(callback)
-        if kind == STEPS or (kind == EVALUATION and self.trainer.budget.by_metrics is not None):
+        """Return whether a callback has code for this event, and may not change anything."""
+        declared = get_declaration(callback)
+        if declared == STEPS or (declared == EVALUATION and self.trainer.budget.by_metrics is not None):
             return False
         return getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)
 
     def snapshot(self, control: TrainerControl) -> dict[str, Any]:
-        """Return by name whatever decides which weights come out; of tensors how often they were written."""
+        """Return, by name, all that decides which weights come out; for tensors, how often they were written."""
         trainer = self.trainer
-        found = {
-            f"control.{name}": getattr(control, name) for name in ("should_training_stop", "should_epoch_stop", "should_save")
-        }
-        decided = ("global_step", "max_steps", "save_steps", "best_model_checkpoint", "best_global_step")
-        found |= {f"state.{name}": getattr(trainer.state, name) for name in decided}
-        found["args"] = repr([item for item in vars(trainer.args).items() if item[0] != "run_name"])  # which loggers set
-        found["the callbacks"] = [id(trainer.callback_handler), *((id(other), follows(other)) for other in self.callbacks)]
-        found["a function of the trainer"] = [to_comparable(value) for value in vars(trainer).values() if is_function(value)]
-        found["the model's weights, hooks or settings"] = [follows_of_module(module) for module in trainer.model.modules()]
-        found["the optimizer: its learning rate, another option, its state or its hooks"] = [
+        state = {f"control.{name}": getattr(control, name) for name in CONTROL}
+        state |= {f"state.{name}": getattr(trainer.state, name) for name in TRAINER_STATE}
+        state["args"] = repr([item for item in vars(trainer.args).items() if item[0] != "run_name"])  # loggers set run_name
+        state["the callbacks"] = [
+            id(trainer.callback_handler),
+            *((id(other), get_declaration(other)) for other in self.callbacks),
+        ]
+        state["a function of the trainer"] = [to_comparable(value) for value in vars(trainer).values() if is_function(value)]
+        state["the model's weights, hooks or settings"] = [snapshot_module(module) for module in trainer.model.modules()]
+        state["the optimizer: its learning rate, another option, its state or its hooks"] = [
             to_comparable(trainer.optimizer),
             to_comparable(torch_optimizer._global_optimizer_pre_hooks),
             to_comparable(torch_optimizer._global_optimizer_post_hooks),
         ]
         if (scheduler := trainer.lr_scheduler) is not None:
             held = [value for value in vars(scheduler).values() if not isinstance(value, Optimizer)]
-            found["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), to_comparable(held)
-        return found
+            state["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), to_comparable(held)
+        return state
 
 
 def is_function(value: Any) -> bool:
+    """Return whether a value can be called, other than a module."""
     return callable(value) and not isinstance(value, torch.nn.Module)
 
 
-def follows_of_module(module: torch.nn.Module) -> list[Any]:
-    """Return what decides a module's output; not whether it is in training mode, which each step sets anew."""
+def snapshot_module(module: torch.nn.Module) -> list[Any]:
+    """Return what decides a module's output, except its training mode, which each step sets again."""
     held = vars(module)
     return [
         id(module),
         [(name, value) for name, value in held.items() if type(value) in SCALARS and name != "training"],
-        *[(name, to_comparable(held[name])) for name in FOLLOWS_BY_MODULE if held.get(name)],
+        *[(name, to_comparable(held[name])) for name in MODULE_STATE if held.get(name)],
     ]
 
 
-def check_no_trial(trial: Any) -> None:
-    """Raise UserError for a hyperparameter search, which spends in every trial and chooses by losses."""
-    if trial is not None:
-        raise UserError(
-            "hyperparameter_search is not supported: every trial spends privacy budget, and so does choosing by its losses. Call "
-            "train() with fixed options."
-        )
+def snapshot_attributes(thing: Any) -> list[Any]:
+    """Return an object's attributes: scalars by value, tensors by how often they were written, others by identity."""
+    return [(name, to_comparable(value)) for name, value in vars(thing).items()]
+
+
+def to_comparable(value: Any) -> Any:
+    """Return a snapshot of a value; equal snapshots mean that it did not change.
+
+    The snapshot holds the value itself, as another object could otherwise get its id.
+    """
+    if type(value) in SCALARS:
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value), count_writes(value), (value,)
+    if isinstance(value, (list, tuple)):
+        return [to_comparable(item) for item in value]
+    if isinstance(value, dict):
+        return [(id(key), to_comparable(item)) for key, item in value.items()]
+    if isinstance(value, Optimizer):
+        return id(value), snapshot_attributes(value)
+    return id(value), repr(value) if isinstance(value, partial) else "", (value,)
+
+
+def count_writes(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written; 0 for one of inference mode, for which torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,11 +1,11 @@
-"""Keep the local files of loggers (--report_to) in the output folder, readable for the owner only.
+"""Keep the local files of loggers (--report_to) in the output directory, readable by the owner only.
 
-Losses, clipping statistics and times in logs are private. By default, loggers write them to the current folder or the home
-folder, readable by everybody.
+Losses, clipping statistics and times in logs are private. By default, loggers write them to the current directory or the home
+directory, readable by everybody. Here a logger's local files go to OUTPUT_DIR/_logs/NAME (mode 0700), or to a directory that the
+user named and nobody else can read. codecarbon's emissions.csv, which holds no losses, goes to OUTPUT_DIR.
 
-Guarantee: the local files of a logger go to OUTPUT_DIR/_logs/NAME (mode 0700), or to a folder that the user named and nobody
-else can read; codecarbon's emissions.csv, which holds no losses, goes to OUTPUT_DIR. That was tried with each library that is
-listed here; other loggers are refused. Online services receive losses, too: that is the user's choice, and the log says so.
+This was tested with each library listed here; other loggers are refused. Online services receive losses, too: that is the user's
+choice, and the log says so.
 
     scratch/_logs/tensorboard, scratch/_logs/wandb, ...
 """
@@ -23,7 +23,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 LOGS_NAME = "_logs"
 DISABLED = "false"
-# Environment variables for each logger. {}: the logger's folder. OFF: would upload checkpoints or the whole output folder.
+# Environment variables of each logger. {}: the logger's directory. DISABLED: else it may upload all of the output directory.
 VARIABLES = {
     "clearml": {"CLEARML_CACHE_DIR": "{}", "CLEARML_LOG_MODEL": DISABLED},
     "codecarbon": {},  # emissions.csv in the output folder: durations, no losses
@@ -33,16 +33,16 @@ VARIABLES = {
     "trackio": {"TRACKIO_DIR": "{}"},
     "wandb": {"WANDB_DIR": "{}", "WANDB_CACHE_DIR": "{}", "WANDB_DATA_DIR": "{}", "WANDB_LOG_MODEL": DISABLED},
 }
-_assigned: dict[str, str] = {}  # by an earlier run of this process, as opposed to the user
+_assigned: dict[str, str] = {}  # variables set by a run of this process, not by the user
 
 
 def check_loggers(args: TrainingArguments) -> None:
-    """Raise UserError for a logger that would leave private numbers where others can read them."""
+    """Raise UserError for a logger that would let others read private losses."""
     for name in args.report_to or []:
         if name not in VARIABLES:
             remedy = "set DISABLE_KUBEFLOW_INTEGRATION=TRUE" if name == "kubeflow" else "leave it out"
             raise UserError(
-                f"--report_to {name}: it is not known where this logger keeps private losses. Use one of {', '.join(VARIABLES)}; "
+                f"--report_to {name}: it is not known where this logger keeps private losses. Use one of {', '.join(VARIABLES)}, "
                 f"or {remedy}"
             )
         for variable, value in VARIABLES[name].items():
@@ -55,8 +55,8 @@ def check_loggers(args: TrainingArguments) -> None:
 
 
 def check_variable(variable: str, value: str) -> None:
-    """Raise UserError where the user set `variable` to a folder that others can read, or to upload private files."""
-    chosen = chosen_by_user(variable)
+    """Raise UserError if the user set `variable` to a directory that others can read, or to upload files."""
+    chosen = get_user_value(variable)
     if chosen is None:
         return
     if value == DISABLED:
@@ -76,29 +76,31 @@ def check_variable(variable: str, value: str) -> None:
         )
 
 
-def chosen_by_user(variable: str) -> str | None:
-    """Return what the user set `variable` to, None where it is unset or was set by `redirect_loggers`."""
+def get_user_value(variable: str) -> str | None:
+    """Return the value that the user set `variable` to; None if unset, or set by `redirect_loggers`."""
     value = os.environ.get(variable)
     return None if value == _assigned.get(variable) else value
 
 
 def redirect_loggers(args: TrainingArguments) -> None:
-    """Make the folders of the loggers in use, and set the variables by which they find them. Call before they are created."""
+    """Create the directories of the loggers in use, and point the loggers to them; call before they start."""
     used, logs = args.report_to or [], Path(str(args.output_dir)).resolve() / LOGS_NAME
     if used and args.process_index == 0:
         logs.parent.mkdir(parents=True, exist_ok=True)
-    for name in {*used, "comet_ml"} if used else ():  # where comet_ml is installed, it follows other loggers
+    for name in {*used, "comet_ml"} if used else ():  # comet_ml, where installed, also starts with other loggers
         for variable, value in VARIABLES[name].items():
-            if (chosen := chosen_by_user(variable)) is None:
+            if (chosen := get_user_value(variable)) is None:
                 os.environ[variable] = _assigned[variable] = value.format(logs / name)
             if name in used and args.process_index == 0 and value != DISABLED and "://" not in str(chosen):
-                make_private_folder(logs / name if chosen is None else Path(chosen).expanduser())
+                make_private_dir(logs / name if chosen is None else Path(chosen).expanduser())
     if used:
-        logger.info(f"--report_to {' '.join(used)}: losses go to {logs}, and to online services if any. They are private.")
+        logger.info(
+            f"--report_to {' '.join(used)}: losses go to {logs}, and to these loggers' online services, if any. They are private."
+        )
 
 
-def make_private_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for the owner only."""
-    for path in [*reversed(folder.parents), folder]:
+def make_private_dir(directory: Path) -> None:
+    """Create a directory and its missing parents, for the owner only."""
+    for path in [*reversed(directory.parents), directory]:
         if not path.exists():
             path.mkdir(mode=0o700)

@@ -1,13 +1,14 @@
-"""What a run checks of its own mechanism while it trains: its draws, its noise and, by canaries, all of it.
+"""Monitors of a run's own mechanism while it trains: sampling, noise, weights, precision, processes and canaries.
 
-Guarantees: each check runs at every log line, before each checkpoint and at the end; those of frozen weights and of the ledger's
-file, at checkpoints and at the end only. A failure ends the run on all processes.
+Guarantees: each monitor tests at every log line, before each checkpoint and at the end; those of frozen weights and of the
+ledger's file at checkpoints and at the end only. A failure ends the run on all processes.
 
 Example:
 
-    >>> checks = RunChecks(plan, canaries=None, norms=NormStatistics(1.0, device))
-    >>> checks.start(make_sampler, budget, device, secure_noise=False)
-    >>> checks.taken(batch_size, number), checks.released(pad), checks.test()  # step by step
+    >>> monitors = RunMonitors(plan, canaries=None, norms=NormStatistics(1.0, device))
+    >>> monitors.start(make_sampler, budget, device, secure_noise=False)
+    >>> monitors.on_step(batch_size, index), monitors.on_release(probe)  # in each step
+    >>> monitors.test()  # at log lines
 """
 
 from collections.abc import Callable
@@ -23,16 +24,13 @@ from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import gather
 from author_dp.errors import MechanismError
 from author_dp.guards.agreement import RankMonitor, find_mismatches
+from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.noise_inversion import NoiseDecorrelator
-from author_dp.guards.noise_monitor import NoiseMonitor, check_unseeded, make_noise_monitor
+from author_dp.guards.noise_monitor import NoiseMonitor, make_noise_monitor
 from author_dp.guards.precision import PrecisionMonitor
-from author_dp.guards.sampling_monitor import (
-    CyclicSamplingMonitor,
-    SamplingMonitor,
-    check_unseeded_groups,
-    check_unseeded_sampling,
-)
+from author_dp.guards.sampling_monitor import CyclicSamplingMonitor, SamplingMonitor
+from author_dp.guards.seed_checks import check_unseeded, check_unseeded_groups, check_unseeded_sampling
 from author_dp.mechanism.fsdp import local_shard
 from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.mechanism.sampling import PoissonAuthorSampler
@@ -41,182 +39,189 @@ from author_dp.models.quantization import quant_scales
 
 
 class RunMonitors:
-    """The checks of one training after the other.
+    """The monitors of a run, new for each of its trainings.
 
     Args:
-        canaries: whose law is checked too, if any.
+        canaries: gradient canaries, whose releases are tested too; None: none.
         norms: counts the authors that are clipped.
     Attributes:
-        draws, noise: of the last training; `noise` is None where there is none.
+        num_canaries: number of included canaries.
+        sampling, noise: monitors of the last training; None before it, and `noise` without noise.
     Raises:
         UserError: for canaries in a run without noise.
     """
 
+    _monitors: list[Any]  # each with `test`
+    _ranks: Optional[RankMonitor]
+    _updates: Optional["UpdateMonitor"]
+    _precision: Optional[PrecisionMonitor]
+    _frozen: Optional["FrozenWeightsMonitor"]
+
     def __init__(self, plan: PrivacyPlan, canaries: Optional[GradientCanaries], norms: NormStatistics):
         self.plan, self.canaries, self.norms = plan, canaries, norms
-        self.number = 0 if canaries is None else int(canaries.included.sum())
-        self.draws: Optional[SamplingMonitor | CyclicSamplingMonitor] = None
+        self.num_canaries = 0 if canaries is None else int(canaries.included.sum())
+        self.sampling: Optional[SamplingMonitor | CyclicSamplingMonitor] = None
         self.noise: Optional[NoiseMonitor] = None
-        self._ranks: Optional[RankMonitor] = None
-        self._updates: Optional[UpdateMonitor] = None
-        self._fixed: Optional[FrozenWeightsMonitor] = None
-        self._precision: Optional[PrecisionMonitor] = None
-        self._asked: list[Any] = []  # each with `test`
-        self._undo = NoiseDecorrelator(np.ones(1))
-        if canaries is not None:
-            canaries.start(plan)
+        self._canary_monitor: Optional[CanaryMonitor] = None if canaries is None else canaries.start(plan)
+        self._decorrelate = NoiseDecorrelator(np.ones(1))
+        self.stop()
 
     def start(
         self, sampler: Callable[[], PoissonAuthorSampler], budget: Budget, device: torch.device, secure_noise: bool
     ) -> None:
-        """Begin a training. Collective.
+        """Start the monitors of a training. Collective.
 
         Args:
-            sampler: makes one as the run does.
-            budget: of the run; its ledger's folder keeps the first noise.
-            device, secure_noise: as `selfcheck.noise_check`.
+            sampler: makes a sampler as the run does.
+            budget: of the run; its ledger's directory keeps the first probe.
+            device, secure_noise: as for `make_noise_monitor`.
         Raises:
-            MechanismError: where draws, noise or random numbers inside the model follow a seed.
+            MechanismError: if sampling, noise or random numbers inside the model follow a seed.
         """
         self.stop()
         if self.plan.disable_dp:
             return
-        bands, rate = self.plan.noise_bands, self.plan.spending(0).sample_rate
+        bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
         check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, rate)
         if bands > 1:
             check_unseeded_groups(lambda: groups_of(sampler()), bands)
-        check_unseeded(lambda: sample_generators([device], PROBE_SIZE), "random numbers inside the model follow")
+        check_unseeded(lambda: sample_generators([device], PROBE_SIZE), "randomness inside the model")
         self.noise = make_noise_monitor(self.plan, budget.ledger.path.parent, device, secure_noise)
-        self._undo = NoiseDecorrelator(self.plan.coefficients())
-        law = None if self.canaries is None else self.canaries.start(self.plan)
+        self._decorrelate = NoiseDecorrelator(self.plan.coefficients())
+        self._canary_monitor = None if self.canaries is None else self.canaries.start(self.plan)
         self._updates, self._precision = UpdateMonitor(budget), PrecisionMonitor(device)
-        self._asked = [check for check in (self._precision, self._updates, self.noise, law) if check is not None]
+        monitors = (self._precision, self._updates, self.noise, self._canary_monitor)
+        self._monitors = [monitor for monitor in monitors if monitor is not None]
 
-    def watch(self, sampler: PoissonAuthorSampler) -> None:
-        """Check the draws that `sampler` makes from here on, those of the training."""
+    def stop(self) -> None:
+        """Test nothing from here on."""
+        self._monitors, self._ranks, self._updates, self._precision, self._frozen = [], None, None, None, None
+
+    def watch_sampler(self, sampler: PoissonAuthorSampler) -> None:
+        """Monitor the batches of `sampler` from here on: the training's."""
         if self.plan.disable_dp:
             return
-        rate = self.plan.spending(0).sample_rate
-        if self.plan.noise_bands == 1:
-            self.draws = SamplingMonitor(self.plan.num_authors, self.number, rate)
+        bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
+        if bands == 1:
+            self.sampling = SamplingMonitor(self.plan.num_authors, self.num_canaries, rate)
         else:
-            self.draws = CyclicSamplingMonitor(groups_of(sampler), self.plan.noise_bands, self.number, rate)
-            if self.canaries is not None:
-                self.canaries.align(self.plan.coefficients(), groups_of(sampler))
-        sampler.on_draw = self.draws.drawn
+            self.sampling = CyclicSamplingMonitor(groups_of(sampler), bands, self.num_canaries, rate)
+            if self._canary_monitor is not None:
+                self._canary_monitor.set_groups(self.plan.coefficients(), groups_of(sampler))
+        sampler.on_batch = self.sampling.on_sample
         self._ranks, self.norms.authors = RankMonitor(sampler), 0
-        self._asked.append(self.draws)
+        self._monitors.append(self.sampling)
 
-    def hold(self, model: nn.Module) -> None:
-        """Remember the weights that are not trained."""
+    def watch_frozen_weights(self, model: nn.Module) -> None:
+        """Monitor the weights that are not trained, as they are now."""
         if not self.plan.disable_dp:
-            self._fixed = FrozenWeightsMonitor(model)
-
-    def taken(self, batch_size: int, number: int) -> None:
-        """Take how many real authors are in the draw of a step, and the draw's number."""
-        if self.draws is not None and self._ranks is not None and self._precision is not None:
-            self.draws.taken(batch_size)
-            self._ranks.step(number, batch_size)
-            self._precision.look()
-
-    def released(self, pad: torch.Tensor) -> None:
-        """Take what a step released where there is no parameter, flat."""
-        row = self._undo(pad)
-        if self.noise is not None:
-            self.noise.add(row[:PROBE_SIZE])
-        if self.canaries is not None:
-            self.canaries.add(row[PROBE_SIZE:])
+            self._frozen = FrozenWeightsMonitor(model)
 
     def count_updates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the updates that an optimizer makes from here on; a step within a step is part of it."""
-        inside = 0
+        """Count the updates of an optimizer from here on; a nested step is part of the outer one."""
+        depth = 0
 
-        def begins(*_) -> None:
-            nonlocal inside
-            inside += 1
+        def before_step(*_) -> None:
+            nonlocal depth
+            depth += 1
 
-        def ends(*_) -> None:
-            nonlocal inside
-            inside -= 1
-            if not inside and self._updates is not None:
+        def after_step(*_) -> None:
+            nonlocal depth
+            depth -= 1
+            if not depth and self._updates is not None:
                 self._updates.updates += 1
 
-        optimizer.register_step_pre_hook(begins)
-        optimizer.register_step_post_hook(ends)
+        optimizer.register_step_pre_hook(before_step)
+        optimizer.register_step_post_hook(after_step)
 
-    def test(self, whole: bool = False) -> None:
-        """Raise MechanismError on all processes where draws, clips or noise of one are not as promised. Collective.
+    def on_step(self, batch_size: int, index: int) -> None:
+        """Add a step, with its number of authors without canaries, and its batch's index."""
+        if self.sampling is not None and self._ranks is not None and self._precision is not None:
+            self.sampling.on_step(batch_size)
+            self._ranks.on_step(index, batch_size)
+            self._precision.look()
+
+    def on_release(self, probe: torch.Tensor) -> None:
+        """Add what a step released in the probe and behind it for the canaries, flat."""
+        row = self._decorrelate(probe)
+        if self.noise is not None:
+            self.noise.add(row[:PROBE_SIZE])
+        if self._canary_monitor is not None:
+            self._canary_monitor.add(row[PROBE_SIZE:])
+
+    def test(self, full: bool = False) -> None:
+        """Raise MechanismError on all processes if a monitor of one fails. Collective.
 
         Args:
-            whole: look at the weights that are not trained, and at the ledger's file, too.
+            full: test the frozen weights and the ledger's file, too.
         """
         if self.plan.disable_dp:
             return
-        asked = [check.test for check in self._asked]
-        if whole:
-            asked += [check.test_full for check in (self._updates, self._fixed) if check is not None]
-        found = [str(error) for test in asked if (error := catch_error(test)) is not None]
-        every = gather((found, None if self._ranks is None else self._ranks.record(self.norms.authors)))
-        differ = [] if self._ranks is None else find_mismatches([record for _, record in every])
-        if found := [*differ, *(words for one, _ in every for words in one)]:
+        tests = [monitor.test for monitor in self._monitors]
+        if full:
+            tests += [monitor.test_full for monitor in (self._updates, self._frozen) if monitor is not None]
+        failures = [str(error) for test in tests if (error := catch_error(test)) is not None]
+        gathered = gather((failures, None if self._ranks is None else self._ranks.record(self.norms.authors)))
+        mismatches = [] if self._ranks is None else find_mismatches([record for _, record in gathered])
+        if found := [*mismatches, *(failure for of_process, _ in gathered for failure in of_process)]:
             raise MechanismError(found[0])
-
-    def stop(self) -> None:
-        """Ask nothing more."""
-        self._asked, self._ranks, self._updates, self._precision, self._fixed = [], None, None, None, None
 
 
 class UpdateMonitor:
     """Compare the updates of the weights with the steps in the ledger.
 
     Attributes:
-        updates: in this training.
+        updates: number of updates in this training.
     """
 
     def __init__(self, budget: Budget):
         self.budget, self.updates = budget, 0
 
     def test(self) -> None:
-        """Raise MechanismError where there were more updates than steps, or fewer."""
+        """Raise MechanismError if there were more or fewer updates than recorded steps."""
         if self.updates != self.budget.steps:
-            raise MechanismError(f"the weights were updated {self.updates} times in {self.budget.steps} steps of the ledger")
+            raise MechanismError(f"weights were updated {self.updates} times, but the ledger has {self.budget.steps} steps")
 
     def test_full(self) -> None:
-        """Raise MechanismError where the ledger on the disk lacks steps; on the first process only."""
-        if (lacking := self.budget.lacking()) != 0:
-            raise MechanismError(f"{self.budget.ledger.path} lacks {lacking} steps that were taken")
+        """Raise MechanismError if the ledger's file lacks steps; on the main process only."""
+        if (missing := self.budget.missing_steps()) != 0:
+            raise MechanismError(f"{self.budget.ledger.path} lacks {missing} steps of this run")
 
 
 class FrozenWeightsMonitor:
-    """The weights that are not trained, and what else a checkpoint holds: noise or gradients must not reach them."""
+    """Compare the weights and saved buffers that are not trained with their first values.
+
+    Neither noise nor gradients may reach them: a checkpoint holds them too.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.sums = self._sums()
+        self.checksums = self._checksums()
 
-    def _sums(self) -> dict[str, list[int]]:
-        """Return a sum of the bits of each tensor; of one in shares, of this process' share."""
+    def _checksums(self) -> dict[str, list[int]]:
+        """Return a checksum of each tensor; of a sharded one, of this process' shard."""
         saved = self.model.state_dict(keep_vars=True).keys()
         tensors = {name: [p, *quant_scales(p)] for name, p in self.model.named_parameters() if not p.requires_grad}
         tensors |= {name: [buffer] for name, buffer in self.model.named_buffers() if name in saved}
-        return {name: [sum_of_bits(local_shard(tensor)) for tensor in found] for name, found in tensors.items()}
+        return {name: [checksum(local_shard(tensor)) for tensor in parts] for name, parts in tensors.items()}
 
     def test_full(self) -> None:
-        """Raise MechanismError where one has changed."""
-        now = self._sums()
-        if changed := [name for name, sums in self.sums.items() if now.get(name, sums) != sums]:
-            raise MechanismError(f"{changed[0]} has changed, which is not trained ({len(changed)} in all)")
+        """Raise MechanismError if a tensor has changed."""
+        now = self._checksums()
+        if changed := [name for name, checksums in self.checksums.items() if now.get(name, checksums) != checksums]:
+            raise MechanismError(f"{changed[0]} is not trained, but has changed ({len(changed)} tensors in all)")
 
 
-def sum_of_bits(tensor: torch.Tensor) -> int:
-    """Return the sum of a tensor's memory, read as whole numbers: of 8 bytes where it can, which is fastest."""
+def checksum(tensor: torch.Tensor) -> int:
+    """Return the sum of a tensor's memory as integers: of 8 bytes if it can be viewed so, which is fastest."""
     flat = tensor.detach().contiguous().view(-1)
-    fits = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(flat.view(kinds[8 if fits else flat.element_size()]).sum(dtype=torch.int64))
+    aligned = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    dtypes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(flat.view(dtypes[8 if aligned else flat.element_size()]).sum(dtype=torch.int64))
 
 
 def catch_error(test: Callable[[], None]) -> Optional[MechanismError]:
+    """Return the error that `test` raises, None if it raises none."""
     try:
         test()
     except MechanismError as error:
@@ -225,12 +230,11 @@ def catch_error(test: Callable[[], None]) -> Optional[MechanismError]:
 
 
 def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
-    """Return what draws authors as one group: groups of their own would hide that two samplers draw alike."""
-    sampler.members = None
-    return sampler.draw_authors
+    """Return the function that samples authors as one group; secret groups would hide that two samplers are seeded alike."""
+    return lambda: sampler.sample_indices(len(sampler.offsets) - 1)
 
 
 def groups_of(sampler: PoissonAuthorSampler) -> np.ndarray:
-    """Return the group of each author, where there are several groups."""
+    """Return the group of each author, with several groups."""
     assert sampler.groups is not None
     return sampler.groups

@@ -1,4 +1,4 @@
-"""Recover independent noise from correlated noise."""
+"""Recover independent noise from noise that is correlated over steps (noise bands)."""
 
 from collections import deque
 from typing import Optional
@@ -8,26 +8,26 @@ import torch
 
 
 class NoiseDecorrelator:
-    """Turn what is released, step by step, x_t + w_t, into rows of C x + z, where the noise is independent over steps."""
+    """Turn the releases x_t + w_t of each step into rows of C x + z, whose noise is independent over steps."""
 
     def __init__(self, coefficients: np.ndarray):
         self.coefficients = coefficients.tolist()
-        self._past: deque[torch.Tensor] = deque(maxlen=len(self.coefficients))
+        self._recent: deque[torch.Tensor] = deque(maxlen=len(self.coefficients))
 
     def __call__(self, released: torch.Tensor) -> torch.Tensor:
-        self._past.appendleft(released.detach().clone())
-        return torch.stack([c * past for c, past in zip(self.coefficients, self._past)]).sum(0)
+        self._recent.appendleft(released.detach().clone())
+        return torch.stack([c * values for c, values in zip(self.coefficients, self._recent)]).sum(0)
 
 
 class MatchedFilter:
-    """Turn rows of C x + z into one number for each time that an author's group is drawn: x + N(0, sigma^2), independent.
+    """Turn rows of C x + z into one value for each time an author's group is sampled: x + N(0, sigma^2), independent.
 
-    The draw of step t shows in rows t, ..., t + b - 1, c_i times each; their products with c_i are summed. Blocks of a group do
+    Sampling in step t adds c_i to row t + i, for i = 0, ..., b - 1. The rows' products with c_i are summed. Windows of a group do
     not overlap.
 
     Args:
         coefficients: (bands,).
-        groups: (coordinates,), when the author of each coordinate is drawn: at step t for t mod bands.
+        groups: (coordinates,), group g of the coordinate's author, who can be sampled in steps t with t mod b = g.
     """
 
     def __init__(self, coefficients: np.ndarray, groups: np.ndarray):
@@ -37,12 +37,12 @@ class MatchedFilter:
         self._steps = 0
 
     def __call__(self, row: torch.Tensor) -> Optional[torch.Tensor]:
-        """Take a row, (coordinates,); return the next number of each coordinate once in `bands` steps, None otherwise."""
+        """Add a row, (coordinates,); return each coordinate's next value once in `bands` steps, None otherwise."""
         self._rows.append(row)
         self._steps += 1
         if len(self._rows) < 2 * self.bands - 1 or (self._steps + 1) % self.bands:
             return None
-        rows = torch.stack(list(self._rows))  # the first of them is of group 0
+        rows = torch.stack(list(self._rows))  # the first row is of group 0
         groups, coefficients = self.groups.to(row.device), self.coefficients.to(rows)
         windows = torch.stack([coefficients @ rows[g : g + self.bands] for g in range(self.bands)])  # (bands, coordinates)
         return windows.gather(0, groups[None])[0]

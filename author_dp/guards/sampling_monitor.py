@@ -1,166 +1,126 @@
-"""A run that checks its own draws: are authors sampled as the accountant assumes, each at rate q, independently, every time?
+"""Check while a run trains that each author is sampled at rate q, independently, in every step.
 
-Promise: a run is stopped that draws too many authors or too few, skips empty draws, deals authors out in turn as shuffled batches
-do, draws one of them always, or repeats a draw; also one whose draws follow --seed. A run that samples rightly is stopped with
-probability below `FALSE_ALARM / CHECKS`.
+Guarantees: a run is stopped with `MechanismError` if it samples too many or too few authors, skips empty batches, takes authors
+in turn as shuffled batches do, always samples one author, or repeats a batch. A run that samples correctly is stopped with
+probability below `FAMILY_WISE_ERROR / NUM_MONITORS`. (seed_checks.py refuses sampling that follows --seed.)
 
-How: the places of the drawn authors, and how many of them each step takes, against the binomial distribution, exactly. They
-depend on chance and the number of authors only, never on texts or gradients, so neither the check nor its stop tells anything
-about anybody.
+How: exact binomial tests of the sampled authors' indices, and of the number of authors in each step. Both depend on chance and
+on the number of authors only, never on texts or gradients. So neither the monitor nor a stop reveals anything about any author.
 
-Not found: an author beyond the first `WATCHED` who is always in, and samples that are chosen wrongly within an author.
+Not found: an author beyond the first `MAX_WATCHED_AUTHORS` who is always sampled, and wrong sampling of an author's texts.
 
 Example:
 
-    >>> check = DrawCheck(authors=20_000, canaries=0, sample_rate=0.01)
-    >>> sampler = PoissonAuthorSampler(..., on_draw=check.drawn)
-    >>> check.taken(batch_size)  # in each step
-    >>> check.test()  # at log lines and at the end
+    >>> monitor = SamplingMonitor(num_authors=20_000, num_canaries=0, sample_rate=0.01)
+    >>> sampler.on_batch = monitor.on_sample
+    >>> monitor.on_step(batch_size)  # in each step
+    >>> monitor.test()  # at log lines and at the end
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
 
-from author_dp.errors import MechanismError
-from author_dp.guards.noise_monitor import SequentialTest, replay_global_rng
+from author_dp.guards.sequential_test import SequentialTest, binomial_p_value
 
-WATCHED_AUTHORS = 2**20  # authors, the first ones, whose draws are counted one by one
-UNLIKELY, MOST_DRAWS = 1e-12, 2**14
+MAX_WATCHED_AUTHORS = 2**20  # authors, the first ones, whose samplings are counted for each
 
 
 class SamplingMonitor(SequentialTest):
-    """Count draws and test them.
+    """Test Poisson sampling.
 
     Args:
-        authors: in the training data, canaries included.
-        canaries: so many, the last of them, are not among what a step takes.
+        num_authors: number of authors in the training data, with canaries.
+        num_canaries: number of canaries, the last authors; a step's batch size excludes them.
         sample_rate: q.
     """
 
-    def __init__(self, authors: int, canaries: int, sample_rate: float):
+    def __init__(self, num_authors: int, num_canaries: int, sample_rate: float):
         super().__init__()
-        self.authors, self.real, self.rate = authors, authors - canaries, sample_rate
-        self.draws = self.total = 0
-        self.times = np.zeros(min(authors, WATCHED_AUTHORS), np.int32)  # that each of the first authors was drawn
-        self.taken_in_all = self.empty = 0
-        self.before, self.both = 0, 0  # authors of the first draw of each pair, and who of them is in the second too
-        self._first = np.zeros(0, np.int64)
+        self.num_authors, self.num_real, self.sample_rate = num_authors, num_authors - num_canaries, sample_rate
+        self.batches, self.sampled = 0, 0  # number of batches; sum of their sizes, with canaries
+        self.times_sampled = np.zeros(min(num_authors, MAX_WATCHED_AUTHORS), np.int32)  # of each watched author
+        self.real_sampled, self.empty = 0, 0  # over the steps: sum of batch sizes; number of empty batches
+        self.pair_first, self.pair_both = 0, 0  # over disjoint pairs of consecutive batches: size of the first; of the overlap
+        self._first = np.zeros(0, np.int64)  # of the current pair
 
-    def drawn(self, authors: np.ndarray) -> None:
-        """Take the places of the authors of a global draw, ascending."""
-        self.draws, self.total = self.draws + 1, self.total + len(authors)
-        self.times[authors[: np.searchsorted(authors, len(self.times))]] += 1
-        if self.draws % 2:  # pairs that share no draw, so that what is counted is binomial
+    def on_sample(self, authors: np.ndarray) -> None:
+        """Add the authors of a batch over all processes, their indices ascending."""
+        self.batches, self.sampled = self.batches + 1, self.sampled + len(authors)
+        self.times_sampled[authors[: np.searchsorted(authors, len(self.times_sampled))]] += 1
+        if self.batches % 2:  # pairs share no batch, so that the overlap is binomial
             self._first = authors
         else:
-            self.before += len(self._first)
-            self.both += len(np.intersect1d(self._first, authors, assume_unique=True))
+            self.pair_first += len(self._first)
+            self.pair_both += len(np.intersect1d(self._first, authors, assume_unique=True))
 
-    def taken(self, batch_size: int) -> None:
-        """Take how many real authors are in the draw of a step."""
+    def on_step(self, batch_size: int) -> None:
+        """Add a step, with the number of authors in its batch, without canaries."""
         self.steps += 1
-        self.taken_in_all, self.empty = self.taken_in_all + batch_size, self.empty + (batch_size == 0)
+        self.real_sampled, self.empty = self.real_sampled + batch_size, self.empty + (batch_size == 0)
 
     def p_values(self) -> dict[str, float]:
-        q, watched = self.rate, len(self.times)
-        of_one = stats.binom(self.draws, q)
-        rarest, most = of_one.cdf(self.times.min()), of_one.sf(self.times.max() - 1)
+        q, watched = self.sample_rate, len(self.times_sampled)
+        null = stats.binom(self.batches, q)  # of the times that one author is sampled
+        least, most = null.cdf(self.times_sampled.min()), null.sf(self.times_sampled.max() - 1)
+        empty_rate = math.exp(self.num_real * math.log1p(-q)) if q < 1 else 0.0
+        never = int((self.times_sampled == 0).sum())
         return {
-            "how many authors are drawn": binomial_p_value(self.total, self.authors * self.draws, q),
-            "how many authors a step takes": binomial_p_value(self.taken_in_all, self.real * self.steps, q),
-            "how many draws are empty": binomial_p_value(
-                self.empty, self.steps, math.exp(self.real * math.log1p(-q)) if q < 1 else 0.0
-            ),
-            "how many authors were never drawn": binomial_p_value(int((self.times == 0).sum()), watched, (1 - q) ** self.draws),
-            "how often one author is drawn": min(1.0, 2 * watched * float(min(rarest, most))),
-            "how many authors are in two draws in a row": binomial_p_value(self.both, self.before, q),
+            "number of sampled authors": binomial_p_value(self.sampled, self.num_authors * self.batches, q),
+            "batch size": binomial_p_value(self.real_sampled, self.num_real * self.steps, q),
+            "number of empty batches": binomial_p_value(self.empty, self.steps, empty_rate),
+            "number of authors never sampled": binomial_p_value(never, watched, (1 - q) ** self.batches),
+            "frequency of one author": min(1.0, 2 * watched * float(min(least, most))),
+            "overlap of consecutive batches": binomial_p_value(self.pair_both, self.pair_first, q),
         }
 
     def failure_message(self, failed: str) -> str:
-        return f"authors are not drawn as promised: {failed} (seen in {self.steps} steps)"
+        return f"sampling of authors fails a test: {failed} (after {self.steps} steps)"
 
 
 class CyclicSamplingMonitor(SequentialTest):
-    """The same where groups take turns (bands.py): each group's draws are checked by themselves, and whose turn it is.
+    """Test cyclic Poisson sampling, for noise bands: whose turn it is, and each group's sampling separately.
 
     Args:
-        groups: int (authors,), of each author, canaries last.
+        groups: int (authors,), the group of each author, canaries last.
         bands: number of groups.
-        canaries: so many, the last of them, are not among what a step takes.
-        sample_rate: of an author in the draws of the own group.
+        num_canaries: number of canaries, the last authors; a step's batch size excludes them.
+        sample_rate: of an author in batches of the author's group.
     """
 
-    def __init__(self, groups: np.ndarray, bands: int, canaries: int, sample_rate: float):
+    def __init__(self, groups: np.ndarray, bands: int, num_canaries: int, sample_rate: float):
         super().__init__()
-        self.groups, self.places = groups, np.zeros(len(groups), np.int64)  # of an author among those of the group
-        self.parts = []
+        self.groups, self.index_in_group = groups, np.zeros(len(groups), np.int64)
+        self.monitors = []
         for group in range(bands):
             members = np.flatnonzero(groups == group)
-            self.places[members] = np.arange(len(members))
-            self.parts.append(SamplingMonitor(len(members), int((members >= len(groups) - canaries).sum()), sample_rate))
-        self.draws, self.strangers = 0, 0
+            self.index_in_group[members] = np.arange(len(members))
+            canaries = int((members >= len(groups) - num_canaries).sum())
+            self.monitors.append(SamplingMonitor(len(members), canaries, sample_rate))
+        self.batches, self.wrong_group = 0, 0
 
-    def drawn(self, authors: np.ndarray) -> None:
-        """Take the places of the authors of a global draw, ascending."""
-        group = self.draws % len(self.parts)
-        own = self.groups[authors] == group
-        self.strangers += int((~own).sum())
-        self.parts[group].drawn(self.places[authors[own]])
-        self.draws += 1
+    def on_sample(self, authors: np.ndarray) -> None:
+        """Add the authors of a batch over all processes, their indices ascending."""
+        group = self.batches % len(self.monitors)
+        in_group = self.groups[authors] == group
+        self.wrong_group += int((~in_group).sum())
+        self.monitors[group].on_sample(self.index_in_group[authors[in_group]])
+        self.batches += 1
 
-    def taken(self, batch_size: int) -> None:
-        """Take how many real authors are in the draw of a step."""
-        self.parts[self.steps % len(self.parts)].taken(batch_size)
+    def on_step(self, batch_size: int) -> None:
+        """Add a step, with the number of authors in its batch, without canaries."""
+        self.monitors[self.steps % len(self.monitors)].on_step(batch_size)
         self.steps += 1
 
     def p_values(self) -> dict[str, float]:
-        number, authors = len(self.parts), len(self.groups)
-        sizes = min(binomial_p_value(part.authors, authors, 1 / number) for part in self.parts)
-        found = {"authors of another group than the step's": 0.0 if self.strangers else 1.0, "sizes of groups": number * sizes}
-        for part in self.parts:
-            for name, p_value in part.p_values().items() if part.authors else ():
-                found[name] = min(found.get(name, 1.0), number * p_value)
+        bands, authors = len(self.monitors), len(self.groups)
+        sizes = min(binomial_p_value(monitor.num_authors, authors, 1 / bands) for monitor in self.monitors)
+        found = {"authors of another group than the step's": 0.0 if self.wrong_group else 1.0, "group sizes": bands * sizes}
+        for monitor in self.monitors:
+            for name, p_value in monitor.p_values().items() if monitor.num_authors else ():
+                found[name] = min(found.get(name, 1.0), bands * p_value)
         return found
 
     def failure_message(self, failed: str) -> str:
-        return f"authors are not drawn as promised, by groups in turn: {failed} (seen in {self.steps} steps)"
-
-
-def binomial_p_value(found: int, trials: int, probability: float) -> float:
-    """Return the two-sided probability of `found` or a number as odd of so many independent trials."""
-    law = stats.binom(trials, probability)
-    return min(1.0, 2 * float(min(law.cdf(found), law.sf(found - 1))))
-
-
-def check_unseeded_sampling(make_draw: Callable[[], Callable[[], np.ndarray]], authors: int, sample_rate: float) -> None:
-    """Raise MechanismError where two samplers, made from one state of every global generator, draw the same authors.
-
-    Args:
-        make_draw: makes a sampler as the run does, and returns what draws authors from it.
-        authors, sample_rate: how many are drawn from, each with this probability.
-    """
-    # Two honest samplers agree on one author with this probability, in one draw.
-    agree = sample_rate**2 + (1 - sample_rate) ** 2
-    draws = math.ceil(math.log(UNLIKELY) / (authors * math.log(agree))) if agree < 1 else MOST_DRAWS + 1
-    if draws > MOST_DRAWS:  # with everybody in every draw, or hardly anybody ever, there is nothing to tell
-        return
-
-    def draw() -> list[list[int]]:
-        one = make_draw()
-        return [one().tolist() for _ in range(draws)]
-
-    first, second = replay_global_rng(draw)
-    if first == second:
-        raise MechanismError(
-            "the draws follow the seed of torch, numpy or random: whoever knows --seed knows who is in which step"
-        )
-
-
-def check_unseeded_groups(make_groups: Callable[[], np.ndarray], bands: int) -> None:
-    """Raise MechanismError where authors are dealt alike from one state of all global generators, if enough are there to tell."""
-    first, second = replay_global_rng(make_groups)
-    if -len(first) * math.log(bands) < math.log(UNLIKELY) and (first == second).all():
-        raise MechanismError("the groups of authors follow the seed of torch, numpy or random, or are always the same")
+        return f"cyclic sampling of authors fails a test: {failed} (after {self.steps} steps)"

@@ -1,14 +1,15 @@
-"""AdamW whose second moment is that of the gradients alone: the variance of the noise, which is public, is taken out of it.
+"""Subtract the noise variance, which is public, from AdamW's second moment (DP-AdamBC).
 
-Why: the square of a noisy gradient is, in expectation, the gradient's own plus the noise's variance Phi. Plain Adam divides by
-the root of both, so that under noise all coordinates move alike, as in SGD, and the more slowly the more noise a step has. With
-noise bands a step has two to five times the noise, most of which later steps take back: to divide by it would give away what they
-bring (docs/choosing.md has the figures).
+Why: the square of a noisy gradient is, in expectation, the gradient's own square plus the noise variance Phi. Plain Adam divides
+by the root of both. Under noise all coordinates then move alike, as in SGD, and the more slowly the more noise a step has. With
+noise bands a step has two to five times the noise, most of which later steps take back. Dividing by that noise would give away
+what the bands gain (docs/choosing.md has the figures).
 
-It is post-processing of what is released, with public numbers: the guarantee does not depend on it.
+Guarantees: none is needed. This is post-processing of released gradients with public numbers.
 
-Reference: Tang, Shpilevskiy and Lécuyer 2023, DP-AdamBC: Your DP-Adam Is Actually DP-SGD (Unless You Apply Bias Correction),
-arXiv 2312.14334, Algorithm 1. Their floor gamma' is a number to tune; here it is a share of Phi, so that it follows the noise.
+Reference:
+    Tang, Shpilevskiy and Lécuyer 2023, DP-AdamBC: Your DP-Adam Is Actually DP-SGD (Unless You Apply Bias Correction),
+    arXiv 2312.14334, Algorithm 1. Their floor gamma' is a number to tune; here it is a fraction of Phi, so it follows the noise.
 """
 
 from collections.abc import Callable
@@ -16,18 +17,19 @@ from typing import Any, Optional
 
 import torch
 
-FLOOR = 0.1  # of the noise's variance: below it, what is left of a second moment is mostly chance
+FLOOR = 0.1  # of the noise variance: below it, what is left of a second moment is mostly chance
 SUPPORTED = ("adamw_torch", "adamw_torch_fused")  # names of --optim whose second moment can be corrected
 
 
 class AdamBC(torch.optim.AdamW):
-    """AdamW that divides by sqrt(max(v - Phi, FLOOR Phi)), v and Phi the means, by beta2, of squares and of noise variances.
+    """AdamW that divides by sqrt(max(v - Phi, FLOOR Phi)) + eps, by Algorithm 1 of DP-AdamBC.
 
-    Its state is AdamW's, with `noise_variance`, the mean of Phi that is not yet divided by 1 - beta2^t, so that the noise may be
-    another one in each step; either can go on from the other's state.
+    v and Phi are the means, by beta2, of squared gradients and of noise variances, divided by 1 - beta2^t. The state is AdamW's,
+    with `noise_variance`, the mean of Phi before that division, so the noise may differ in each step. AdamW can continue from
+    this state, and AdamBC from AdamW's.
 
     Args:
-        optimizer: an AdamW that took no step yet, whose parameters and options are taken.
+        optimizer: an AdamW that took no step yet, whose parameters and options are taken over.
     Attributes:
         noise_variance: Phi, of each coordinate of the gradients of the next step.
     """
@@ -47,11 +49,12 @@ class AdamBC(torch.optim.AdamW):
         return loss
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2), rate = self.state[parameter], group["betas"], group["lr"]
+        """Update one parameter, in place."""
+        state, (beta1, beta2), lr = self.state[parameter], group["betas"], group["lr"]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        if "noise_variance" not in state:  # plain AdamW's: its steps had this noise, too
+        if "noise_variance" not in state:  # the state of plain AdamW, whose steps had this noise, too
             state["noise_variance"] = self.noise_variance * (1 - beta2 ** float(state["step"]))
         state["step"] += 1
         state["noise_variance"] += (1 - beta2) * (self.noise_variance - state["noise_variance"])
@@ -59,7 +62,7 @@ class AdamBC(torch.optim.AdamW):
         mean.lerp_(parameter.grad, 1 - beta1)
         square.mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
         steps, noise = float(state["step"]), state["noise_variance"]
-        unbiased = 1 - beta2**steps
-        divisor = square.sub(noise).clamp_(min=FLOOR * noise).div_(unbiased).sqrt_().add_(group["eps"])
-        parameter.mul_(1 - rate * group["weight_decay"])
-        parameter.addcdiv_(mean, divisor, value=-rate / (1 - beta1**steps))
+        bias_correction = 1 - beta2**steps
+        divisor = square.sub(noise).clamp_(min=FLOOR * noise).div_(bias_correction).sqrt_().add_(group["eps"])
+        parameter.mul_(1 - lr * group["weight_decay"])
+        parameter.addcdiv_(mean, divisor, value=-lr / (1 - beta1**steps))

@@ -1,18 +1,20 @@
-"""Shares: each of W processes holds 1/W of the weights, clipped sums, noise and optimizer state, and of nothing twice.
+"""Shard a model with FSDP2: each of W processes holds 1/W of weights, clipped sums, noise and optimizer state.
 
-Promise: a step is that of mechanism.py. Every coordinate of the released sum has exactly one owner, where the clipped sums of all
-processes meet, and who draws its noise, N(0, sigma^2 C^2), from keys of its own: none is noised twice, and none goes without.
+Guarantees: a step is that of optimizer.py, under the same adjacency. Every coordinate of the released sum is on exactly one
+process. There the clipped sums of all processes meet, and that process adds the coordinate's noise, N(0, sigma^2 C^2), with its
+own keys. No coordinate is noised twice, and none goes without noise.
 
-How: torch's FSDP2 [1, 2] cuts each parameter along its first dimension and gathers a block of the model when it runs, forward and
-backward. It is told nothing of gradients: book-keeping asks autograd for the outputs of layers only, so no ordinary gradient of a
-weight is ever computed or reduced. An author is on one process, so norms need nothing of others. Once they are known, the clipped
-sum of a few parameters at a time is formed from the inputs and output gradients that were kept, reduce-scattered, and let go.
+How: torch's FSDP2 [1, 2] splits each parameter along its first dimension and gathers one block of the model at a time, forward
+and backward. FSDP2 handles no gradients: book-keeping asks autograd for those of layers' outputs only, so no ordinary gradient of
+a weight is ever computed or reduced. An author is on one process, so norms need nothing from other processes. Once norms are
+known, the clipped sums of a few parameters at a time are formed from the kept inputs and output gradients, reduce-scattered, and
+freed.
 
-Every process must take part in every gather: who has fewer microbatches runs dummy ones, of which nothing counts.
+Every process must take part in every gather. A process with fewer microbatches runs dummy ones, which count for nothing.
 
 Example:
 
-    >>> shard(model, torch.device("cuda"))
+    >>> shard_model(model, torch.device("cuda"))
     >>> engine = ShardedClipping(model, clip_norm=1.0)
 
 References:
@@ -40,9 +42,10 @@ from author_dp.clipping.factor_store import FactorStore
 from author_dp.clipping.fallback import PerAuthorFallback
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.grad_factors import add_clipped
+from author_dp.distributed import is_main_process, rank_and_world_size
 from author_dp.errors import UserError
-from author_dp.mechanism.losses import author_losses, needs_position_ids
-from author_dp.mechanism.optimizer import PROBE_SIZE, AuthorDPOptimizer
+from author_dp.mechanism.losses import author_losses
+from author_dp.mechanism.optimizer import PROBE_SIZE, AuthorDPOptimizer, GradBuffer
 from author_dp.types import Batch
 
 BUCKET_ELEMENTS = 2**22  # elements of small parameters that are reduced together: 16 MB
@@ -52,56 +55,56 @@ FSDP_REMEDY = "leave out --fsdp"
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# --- weights ----------------------------------------------------------------------------------------------
+# --- sharding ---------------------------------------------------------------------------------------------
 
 
-def shard(model: Any, device: torch.device) -> None:
-    """Cut the parameters into shares, in place; the whole of one block is on the device at a time. Collective.
+def shard_model(model: Any, device: torch.device) -> None:
+    """Shard the parameters in place; one complete block is on the device at a time. Collective.
 
     Args:
-        model: a transformers or peft model, in float32, the same on all processes; frozen parameters are cut, too.
-        device: of this process, where its share is to lie.
+        model: a transformers or peft model, in float32, the same on all processes; frozen parameters are sharded, too.
+        device: of this process' shards.
     Raises:
-        UserError: for a model whose blocks cannot be told apart.
+        UserError: for a model whose blocks are not known.
     """
-    needs_position_ids(model)  # found by calls of the plain model, and remembered
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for unit in [*blocks(root), *untied_embeddings(root), root]:
-        # The root too, which FSDP2 would keep whole after a forward: evaluation would leave it so, and see old weights.
+    for unit in [*find_blocks(root), *find_untied_embeddings(root), root]:
+        # By default FSDP2 keeps the root complete after a forward: evaluation would leave it so, and see old weights.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
-def blocks(root: Any) -> list[nn.Module]:
-    """Return what is gathered at a time: the blocks that transformers names, the outer ones of nested ones."""
-    kinds = set(getattr(root, "_no_split_modules", None) or ())
-    found = {name: module for name, module in root.named_modules() if type(module).__name__ in kinds}
+def find_blocks(root: Any) -> list[nn.Module]:
+    """Return the modules that are gathered one at a time: the blocks that transformers names; of nested ones, the outer."""
+    class_names = set(getattr(root, "_no_split_modules", None) or ())
+    found = {name: module for name, module in root.named_modules() if type(module).__name__ in class_names}
     found = {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
-    seen = [parameter for block in found.values() for parameter in block.parameters()]
-    if not found or len(set(seen)) < len(seen):
-        raise UserError(f"--fsdp: the blocks of this model cannot be told apart, or share weights; {FSDP_REMEDY}")
+    parameters = [parameter for block in found.values() for parameter in block.parameters()]
+    if not found or len(set(parameters)) < len(parameters):
+        raise UserError(f"--fsdp: the blocks of this model are not known, or share weights. {FSDP_REMEDY.capitalize()}.")
     return list(found.values())
 
 
-def untied_embeddings(root: Any) -> list[nn.Module]:
-    """Return the embedding, where it need not be gathered for as long as the rest of the root; tied to a head it must."""
+def find_untied_embeddings(root: Any) -> list[nn.Module]:
+    """Return the input embedding, unless it is tied to the head: then it must stay gathered as long as the rest of the root."""
     words = root.get_input_embeddings()
     uses = sum(parameter is words.weight for _, parameter in root.named_parameters(remove_duplicate=False))
     return [words] if uses == 1 else []
 
 
 def is_sharded(parameters: Iterable[Any]) -> bool:
+    """Return whether any of the parameters is sharded."""
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process' share of a tensor, in its own memory; the tensor itself where it is in no shares."""
+    """Return this process' shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def global_norm(tensor: torch.Tensor) -> float:
-    """Return the L2 norm of the whole tensor. Collective for one in shares."""
+    """Return the L2 norm of the complete tensor, in float64. Collective for a sharded one."""
     square = local_shard(tensor).square().sum(dtype=torch.float64)
     if isinstance(tensor, DTensor):
         dist.all_reduce(square)
@@ -109,30 +112,33 @@ def global_norm(tensor: torch.Tensor) -> float:
 
 
 def is_finite(parameter: Any) -> bool:
-    """Whether every number of a parameter is finite; the same on all processes, of one in shares. Collective then."""
-    share = local_shard(parameter)
-    finite = torch.stack(torch.aminmax(share)).isfinite().all() if share.numel() else torch.ones((), dtype=torch.bool)
+    """Return whether every number of a parameter is finite, on all processes. Collective for a sharded one."""
+    shard = local_shard(parameter)
+    finite = torch.stack(torch.aminmax(shard)).isfinite().all() if shard.numel() else torch.ones((), dtype=torch.bool)
     if isinstance(parameter, DTensor):
         dist.all_reduce(finite := finite.to(parameter.device, torch.int32), op=dist.ReduceOp.MIN)
     return bool(finite)
 
 
 def autograd_gradients(loss: torch.Tensor, parameters: list[Any]) -> list[Optional[torch.Tensor]]:
-    """Return the gradients of a loss by ordinary autograd: in shares by FSDP2's own, of a loss that all processes have alike."""
+    """Return the gradients of a loss by ordinary autograd; None for an unused parameter.
+
+    Of a sharded model FSDP2 returns sharded gradients; the loss must then be the same on all processes. Collective then.
+    """
     if not is_sharded(parameters):
         return list(torch.autograd.grad(loss, parameters, allow_unused=True))
-    loss.backward()  # their mean over the processes
-    found = [parameter.grad for parameter in parameters]
+    loss.backward()  # FSDP2 averages gradients over the processes
+    gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    return found
+    return gradients
 
 
-# --- as many forwards and backwards on every process ------------------------------------------------------
+# --- collectives: as many forwards and backwards on every process -----------------------------------------
 
 
 def missing_rounds(model: nn.Module, rounds: int) -> int:
-    """Return by how many rounds this process has fewer than the one that has most; 0 for a model in no shares. Collective."""
+    """Return how many rounds this process has fewer than the one with the most; 0 if the model is not sharded. Collective."""
     if not is_sharded(model.parameters()):
         return 0
     most = torch.tensor(rounds, device=next(model.parameters()).device)
@@ -141,17 +147,17 @@ def missing_rounds(model: nn.Module, rounds: int) -> int:
 
 
 def dummy_batch(model: nn.Module) -> Batch:
-    """Return an author of two tokens, who is nobody."""
+    """Return a microbatch of one dummy author with two tokens."""
     device = next(model.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     return {"input_ids": ids, "labels": ids, "author": ids[:, 0], "num_authors": 1}
 
 
 def dummy_forwards(model: nn.Module, rounds: int) -> None:
-    """Take part in the gathers of so many forwards of the others."""
+    """Take part in the gathers of `rounds` forwards of other processes. Collective."""
     with torch.no_grad():
         for _ in range(rounds):
-            author_losses(model, dummy_batch(model), False)
+            author_losses(model, dummy_batch(model))
 
 
 # --- clipping ---------------------------------------------------------------------------------------------
@@ -225,7 +231,7 @@ class ShardedClipping(GhostClipping):
         self.store.is_dummy = True
         try:
             batch = dummy_batch(self.module)
-            self.backward(author_losses(self.module, batch, False), batch["author"])
+            self.backward(author_losses(self.module, batch), batch["author"])
         finally:
             self.store.is_dummy = False
 
@@ -264,94 +270,89 @@ def backward_on_one_rank(engine: ClippingEngine, batch: Batch, turn: int) -> tor
     return norms
 
 
-# --- noise and update -------------------------------------------------------------------------------------
+# --- optimizer --------------------------------------------------------------------------------------------
+
+
+class ShardedGradBuffer(GradBuffer):
+    """Hold this process' shards of the clipped sums, and of the probe and canaries behind them.
+
+    Every coordinate is on one process, which adds all of its noise. The clipping engine has already summed the shards over the
+    authors of all processes. Sums of canaries are still those of this process' authors, so `reduce_sums` adds them up; the probe
+    is gathered after noise is added, so that each process checks the noise of all.
+    """
+
+    def __init__(self, parameters: list[Any], canaries: Any = None):
+        rank, world_size = rank_and_world_size()
+        tables = [] if canaries is None else [canaries.table.weight]
+        probe_size = PROBE_SIZE + sum(table.numel() for table in tables)
+        chunk_size = -(-probe_size // world_size)  # of the probe, on each process
+        shards = [local_shard(parameter) for parameter in parameters]
+        sizes = [*(shard.numel() for shard in shards), chunk_size]
+        self.sums = torch.zeros(sum(sizes), device=parameters[0].device)
+        *views, self._probe_chunk = self.sums.split(sizes)
+        for parameter, shard, view in zip(parameters, shards, views):
+            parameter.summed_grad = as_dtensor(parameter, view.view_as(shard))
+        self._probe_sums = torch.zeros(chunk_size * world_size, device=self.sums.device)  # clipped sums of this process' authors
+        for table in tables:
+            table.summed_grad = self._probe_sums[PROBE_SIZE:probe_size].view_as(table)
+        self._chunk_slice = slice(chunk_size * rank, chunk_size * (rank + 1))
+        self._released = torch.zeros_like(self._probe_sums)
+        self.probe = self._released[:probe_size]
+        self.noise_shares, self.noise_slice = 1, self.sums
+
+    def reduce_sums(self) -> None:
+        """Sum the canaries' clipped gradients over the processes. Collective: none can proceed before all are at this step."""
+        dist.all_reduce(self._probe_sums)
+        self._probe_chunk.add_(self._probe_sums[self._chunk_slice])
+
+    def reduce_released(self) -> None:
+        """Gather the released probe from all processes. Collective."""
+        all_gather(self._released, self._probe_chunk.contiguous())
+
+    def zero_(self) -> None:
+        super().zero_()
+        self._probe_sums.zero_()
 
 
 class ShardedOptimizer(AuthorDPOptimizer):
-    """AuthorDPOptimizer for parameters in shares.
+    """AuthorDPOptimizer for sharded parameters; the wrapped optimizer updates this process' shards.
 
-    Guarantee: as AuthorDPOptimizer's. `sums` holds this process' shares of the clipped sums, which are those of the whole draw
-    already, and behind them its share of the pad and the canaries, so that the run's check of itself sees the noise of every
-    process. A step is:
-    1) `before_release` is called, which records the step in the ledger (on the first process)
-    2) the canaries' sums of all processes are added up: none can go on before all have done 1)
-    3) noise of the full variance is added to this process' shares, and they are divided by the constant B
-    4) `after_release` is given what was released in the whole pad, and the wrapped optimizer updates this process' shares
+    Guarantee: as AuthorDPOptimizer's.
     """
 
-    def allocate_buffer(self, canaries: Any) -> None:
-        device, world_size, rank = self.params[0].device, self.world_size, dist.get_rank()
-        tables = [] if canaries is None else [canaries.table.weight]
-        each = -(-(PROBE_SIZE + sum(table.numel() for table in tables)) // world_size)
-        shares = [local_shard(parameter) for parameter in self.params]
-        sizes = [*(share.numel() for share in shares), each]
-        self.grad_buffer = torch.zeros(sum(sizes), device=device)
-        *views, self._own_pad = self.grad_buffer.split(sizes)
-        for parameter, share, view in zip(self.params, shares, views):
-            parameter.summed_grad = as_dtensor(parameter, view.view_as(share))
-        self._behind = torch.zeros(each * world_size, device=device)  # the clipped sums of pad and canaries, of this process
-        self._place = slice(each * rank, each * (rank + 1))
-        self.pad = torch.zeros_like(self._behind)
-        for table in tables:
-            table.summed_grad = self._behind[PROBE_SIZE : PROBE_SIZE + table.numel()].view_as(table)
-        self._released = PROBE_SIZE + sum(table.numel() for table in tables)
-
-    def noise_slice(self) -> torch.Tensor:
-        """All that this process holds is its own."""
-        return self.grad_buffer
-
-    def pre_step(self, closure: Optional[Callable] = None) -> bool:
-        self.check_sums()
-        self.before_release()
-        self._used = True
-        dist.all_reduce(self._behind)
-        self._own_pad.add_(self._behind[self._place])
-        std = self.noise_multiplier * self.max_grad_norm
-        if self.bands is not None:
-            self.bands.add_(self._slice, self.noise, std)
-            std = 0.0
-        for part in self.grad_buffer.split(self.noise.elements):
-            if std > 0:
-                self.noise.add_(part, std)
-            part.div_(self.expected_batch_size)
-        all_gather(self.pad, self._own_pad.contiguous())
-        if self.after_release is not None:
-            self.after_release(self.pad[: self._released])
-        self.set_gradients()
-        return True
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        self._behind.zero_()
+    buffer_class = ShardedGradBuffer
 
     def full_optim_state(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state as that of a run without shares; on the first process only. Collective."""
-        state, first = self.original_optimizer.state_dict(), dist.get_rank() == 0
-        whole: dict[int, dict[str, Any]] = {}
-        for number, values in state["state"].items():
-            found = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in values.items()}
-            if first:
-                whole[number] = {name: v.cpu() if isinstance(v, torch.Tensor) else v for name, v in found.items()}
-        return {**state, "state": whole}
+        """Return the wrapped optimizer's state as an unsharded run has it; without values except on rank 0. Collective."""
+        state = self.original_optimizer.state_dict()
+        complete: dict[int, dict[str, Any]] = {}
+        for index, values in state["state"].items():
+            gathered = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in values.items()}
+            if is_main_process():
+                complete[index] = {name: v.cpu() if isinstance(v, torch.Tensor) else v for name, v in gathered.items()}
+        return {**state, "state": complete}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take this process' shares of a whole state, whatever the number of processes that saved it."""
+        """Take this process' shards of a complete state, whatever the number of processes that saved it."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        shares = {
-            number: {name: shard_like(parameters[number], v) for name, v in values.items()}
-            for number, values in state_dict["state"].items()
+        shards = {
+            index: {name: shard_like(parameters[index], v) for name, v in values.items()}
+            for index, values in state_dict["state"].items()
         }
-        super().load_state_dict({**state_dict, "state": shares})
+        super().load_state_dict({**state_dict, "state": shards})
 
 
-def as_dtensor(parameter: Any, share: torch.Tensor) -> DTensor:
-    """Return the tensor of the parameter's layout of which `share` is this process', in the same memory."""
+def as_dtensor(parameter: Any, shard: torch.Tensor) -> DTensor:
+    """Return a tensor of the parameter's layout whose local shard is `shard`, sharing its memory."""
     mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(share, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 def shard_like(parameter: Any, value: Any) -> Any:
-    """Return a value of the parameter's shape in its layout, anything else as it is; each process has the whole of it."""
+    """Shard a value of the parameter's shape by its layout; return anything else as it is.
+
+    Every process has the complete value.
+    """
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not isinstance(parameter, DTensor):
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -361,25 +362,32 @@ def shard_like(parameter: Any, value: Any) -> Any:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights as `save_pretrained` takes them, on the first process and its CPU; empty elsewhere. Collective."""
+    """Return the weights as `save_pretrained` takes them, on rank 0 and its CPU; empty elsewhere. Collective."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel))
     return get_model_state_dict(model, options=options)  # type: ignore[return-value]
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Take this process' shares of the weights that `save_pretrained` has written to `folder`, one tensor at a time."""
-    places = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
-    found = set()
+    """Load this process' shards of the weights that `save_pretrained` has written, one tensor at a time.
+
+    Raises:
+        UserError: where `folder` holds a tensor that the model lacks, or lacks one that the model has.
+    """
+    targets = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    loaded = set()
     with torch.no_grad():
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 for name in file.keys():
-                    if name not in places:
-                        raise UserError(f"--resume_from_checkpoint {folder}: it holds {name}, which this model lacks")
-                    places[name].copy_(shard_like(places[name], file.get_tensor(name)))
-                    found.add(local_shard(places[name]).data_ptr())
-    missing = [
-        name for name, place in places.items() if local_shard(place).numel() and local_shard(place).data_ptr() not in found
-    ]
+                    if name not in targets:
+                        raise UserError(
+                            f"--resume_from_checkpoint {folder}: it holds {name}, which this model lacks. Give a checkpoint of "
+                            "this model."
+                        )
+                    targets[name].copy_(shard_like(targets[name], file.get_tensor(name)))
+                    loaded.add(local_shard(targets[name]).data_ptr())
+    # Tied weights are one tensor under several names, of which one is saved: compare memory, not names.
+    shards = {name: local_shard(target) for name, target in targets.items()}
+    missing = [name for name, shard in shards.items() if shard.numel() and shard.data_ptr() not in loaded]
     if missing:
-        raise UserError(f"--resume_from_checkpoint {folder}: it lacks {missing[0]}; give an earlier checkpoint")
+        raise UserError(f"--resume_from_checkpoint {folder}: it lacks {missing[0]}. Give an earlier checkpoint.")

@@ -1,17 +1,21 @@
-"""Cut a step's batch into microbatches that fit in memory at once.
+"""Cut a step's batch into microbatches that fit in memory.
 
-Guarantee: with `MicrobatchShape`, the shapes of all microbatches follow from options alone, and the rows and tokens of an author
-from the author's own samples. The kernel of a matrix product, and with it the rounding of every row, follows from the product's
-shape, and so does the way in which a norm is computed. Were microbatches as large as the batch happens to be, one author more or
-less would change the norms and clip factors of all others: by 0.23 C together in bfloat16 for identical texts, and by 81 C in
-float32 where the gradients of an author's tokens cancel (`python benchmarks/rounding.py`).
+Guarantees: with `MicrobatchShape`, the shapes of all microbatches follow from options alone, and an author's rows and tokens from
+the author's samples alone. Adding or removing an author then changes no other author's shapes.
+
+Why: the kernel of a matrix product, and so the rounding of every row, follows from the product's shape, and so does the way in
+which a norm is computed. Were microbatches as large as the batch happens to be, one author more or less would change the norms
+and clip factors of all others: by 0.23 C together in bfloat16 for identical texts, and by 81 C in float32 where the gradients of
+an author's tokens cancel (`python benchmarks/rounding.py`).
+
+Not protected: the order in which float32 sums over authors are added up (docs/guarantee.md, "Rounding and shapes").
 
 Example:
 
-    >>> shape = constant_shape(per_device=32, accumulation=2, samples_per_author=1, sequence_len=128)
+    >>> shape = make_microbatch_shape(per_device=32, accumulation=2, samples_per_author=1, sequence_len=128)
     >>> shape
     MicrobatchShape(authors=8, samples=1, lengths=(16, 24, 32, 48, 64, 96, 128))
-    >>> [batch["input_ids"].shape for batch in cut_into_microbatches(authors, 32, collate, shape)]
+    >>> [batch["input_ids"].shape for batch in make_microbatches(authors, 32, collate, shape)]
     [torch.Size([8, 32]), torch.Size([8, 128])]
 """
 
@@ -27,48 +31,47 @@ from author_dp.errors import UserError
 from author_dp.mechanism.sampling import AuthorBatch
 from author_dp.types import IGNORE_INDEX, Batch
 
-EIGHTHS = (1, 1.5, 2, 3, 4, 6, 8)  # of sequence_len: the lengths of microbatches
-MIN_MICROBATCHES = 16  # a microbatch has 1 / SHARE of the expected authors, as the last one of each length is partly empty,
-FEWEST, MOST = 8, 256  # but not fewer, if so many are allowed: small ones keep a device waiting; and not more: no gain
-DUMMY_SAMPLE = {
-    "input_ids": np.zeros(1, np.int32),
-    "labels": np.full(1, IGNORE_INDEX),
-}  # a sample without targets: its gradient is zero
+LENGTH_EIGHTHS = (1, 1.5, 2, 3, 4, 6, 8)  # of sequence_len: the lengths of microbatches
+MIN_MICROBATCHES = 16  # a microbatch has 1/16 of the expected authors: the last one of each length is partly empty
+FEWEST_AUTHORS = 8  # of a microbatch, where --per_device_train_batch_size allows: fewer keep a device waiting
+MOST_AUTHORS = 256  # of a microbatch: more bring no speed
+DUMMY_SAMPLE = {"input_ids": np.zeros(1, np.int32), "labels": np.full(1, IGNORE_INDEX)}  # no targets: its gradient is zero
 
 
 class MicrobatchShape(NamedTuple):
     """The shape that all microbatches of a run have."""
 
-    authors: int  # rows / samples; what is missing is filled with dummy authors, who have no targets
-    samples: int  # k: an author with fewer has dummy samples
-    lengths: tuple[int, ...]  # tokens, ascending: an author is in a microbatch of the shortest one that holds all own samples
+    authors: int  # rows / samples; dummy authors without targets fill it up
+    samples: int  # k; dummy samples fill up an author who has fewer
+    lengths: tuple[int, ...]  # tokens, ascending: an author's microbatch has the shortest length that holds all its samples
 
 
 def make_microbatch_shape(per_device: int, accumulation: int, samples_per_author: int, sequence_len: int) -> MicrobatchShape:
     """Return the shape of a run's microbatches, from options alone.
 
-    The number of authors is 1 / SHARE of those expected, from FEWEST to MOST, and at most `per_device`.
+    The number of authors is 1 / MIN_MICROBATCHES of those expected, from FEWEST_AUTHORS to MOST_AUTHORS, and at most
+    `per_device`.
 
     Args:
         per_device, accumulation: the batch options; their product is how many authors a process expects in a step.
         samples_per_author: k.
         sequence_len: tokens of the longest sample.
     """
-    authors = min(per_device, MOST, max(FEWEST, per_device * accumulation // MIN_MICROBATCHES))
-    lengths = sorted({math.ceil(sequence_len * eighths / 8) for eighths in EIGHTHS})
+    authors = min(per_device, MOST_AUTHORS, max(FEWEST_AUTHORS, per_device * accumulation // MIN_MICROBATCHES))
+    lengths = sorted({math.ceil(sequence_len * eighths / 8) for eighths in LENGTH_EIGHTHS})
     return MicrobatchShape(authors, samples_per_author, tuple(lengths))
 
 
 class LogicalBatch(NamedTuple):
-    """One step's batch on one process, cut into what fits in memory at once."""
+    """One step's batch on one process, cut into microbatches that fit in memory."""
 
     microbatches: list[Batch]
-    batch_size: int  # as in AuthorDraw
-    number: int
+    batch_size: int  # as in AuthorBatch
+    batch_index: int
 
 
 class LogicalBatchDataset(torch.utils.data.Dataset):
-    """Adapter for DataLoader: one AuthorDraw in, one LogicalBatch out, so that both happen in its workers."""
+    """Adapter for DataLoader: turn an AuthorBatch into a LogicalBatch, so that its workers fetch and pad."""
 
     def __init__(self, dataset, max_authors: int, collate: Callable, shape: Optional[MicrobatchShape] = None):
         self.dataset, self.max_authors, self.collate, self.shape = dataset, max_authors, collate, shape
@@ -76,10 +79,10 @@ class LogicalBatchDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, draw: AuthorBatch) -> LogicalBatch:
-        authors = self.dataset.__getitems__(draw.samples)
+    def __getitems__(self, batch: AuthorBatch) -> LogicalBatch:
+        authors = self.dataset.__getitems__(batch.samples)
         microbatches = make_microbatches(authors, self.max_authors, self.collate, self.shape)
-        return LogicalBatch(microbatches, draw.batch_size, draw.number)
+        return LogicalBatch(microbatches, batch.batch_size, batch.batch_index)
 
 
 def make_microbatches(
@@ -94,10 +97,10 @@ def make_microbatches(
         authors: the sampled texts of each author.
         max_authors: of a microbatch without `shape`; it then has authors of similar length, padded to the longest sample.
         collate: pads a list of samples to tensors of shape (samples, tokens).
-        shape: which all microbatches are to have.
+        shape: of all microbatches; None without privacy.
     Returns:
-        microbatches, each what `collate` returns, `author`, int64 (samples,): which author of the microbatch a
-        sample belongs to, counted from 0, `num_authors`, and `num_dummies`: how many of these are dummies; they come last.
+        microbatches: what `collate` returns; `author`, int64 (samples,), the author of each sample within the microbatch, counted
+        from 0; `num_authors`; and `num_dummies`, how many of them are dummies. Dummies come last.
     Raises:
         UserError: for a sample longer than `shape` allows.
     """
@@ -105,13 +108,13 @@ def make_microbatches(
         return []
     if shape is not None:
         return [
-            make_microbatch(chosen[start : start + shape.authors], collate, shape, length)
-            for length, chosen in group_by_length(authors, shape.lengths).items()
-            for start in range(0, len(chosen), shape.authors)
+            make_microbatch(group[start : start + shape.authors], collate, shape, length)
+            for length, group in group_by_length(authors, shape.lengths).items()
+            for start in range(0, len(group), shape.authors)
         ]
     ordered = sorted(authors, key=num_tokens)
-    parts = np.array_split(np.arange(len(ordered)), math.ceil(len(ordered) / max_authors))
-    return [make_microbatch([ordered[i] for i in part], collate) for part in parts]
+    slices = np.array_split(np.arange(len(ordered)), math.ceil(len(ordered) / max_authors))
+    return [make_microbatch([ordered[i] for i in indices], collate) for indices in slices]
 
 
 def num_tokens(samples: list[dict[str, Any]]) -> int:
@@ -120,20 +123,20 @@ def num_tokens(samples: list[dict[str, Any]]) -> int:
 
 
 def group_by_length(authors: list[list[dict[str, Any]]], lengths: tuple[int, ...]) -> dict[int, list[list[dict[str, Any]]]]:
-    """Return the authors of each length: the shortest of `lengths` that holds all of an author's own samples."""
-    found: dict[int, list[list[dict[str, Any]]]] = {length: [] for length in lengths}
+    """Return the authors of each length: the shortest of `lengths` that holds all of an author's samples."""
+    groups: dict[int, list[list[dict[str, Any]]]] = {length: [] for length in lengths}
     for samples in authors:
         longest = num_tokens(samples)
         if longest > lengths[-1]:
-            raise UserError(f"sequence_len {lengths[-1]}: a sample has {longest} tokens; give DPTrainer the longest length")
-        found[next(length for length in lengths if length >= longest)].append(samples)
-    return found
+            raise UserError(f"sequence_len {lengths[-1]}: a sample has {longest} tokens. Give DPTrainer the longest length.")
+        groups[next(length for length in lengths if length >= longest)].append(samples)
+    return groups
 
 
 def make_microbatch(
     authors: list[list[dict[str, Any]]], collate: Callable, shape: Optional[MicrobatchShape] = None, length: int = 0
 ) -> Batch:
-    """Collate the samples of some authors; with `shape`, fill up to its authors and samples and to `length` tokens."""
+    """Collate the samples of these authors; with `shape`, fill up its authors and samples, and pad to `length` tokens."""
     dummies = 0 if shape is None else shape.authors - len(authors)
     if shape is not None:
         authors = [samples + [DUMMY_SAMPLE] * (shape.samples - len(samples)) for samples in [*authors, *[[]] * dummies]]

@@ -1,22 +1,25 @@
-"""The mechanism, without any Trainer: DP-SGD whose privacy unit is the author.
+"""Add noise to the clipped sums of a step, and update the weights: the step of DP-SGD, without any Trainer.
 
-Promise: the weights after each step are a function of the weights before it, of public numbers, and of
-(sum of clipped per-author gradients + N(0, sigma^2 C^2 I)) / B over a Poisson sample of the authors [1, 2, 3]. That is what
-accounting.py accounts for.
+Guarantees: under add-or-remove-one-author adjacency, the weights after each step are a function of the weights before it, of
+public numbers, and of (sum of clipped per-author gradients + N(0, sigma^2 C^2 I)) / B over a Poisson sample of the authors [1, 2,
+3]. One author moves the sum by at most the clip norm C. This is the mechanism that `accounting` accounts for.
 
-A step, in the order of this file:
+Not protected: rounding is that of float32 (docs/guarantee.md), and noise is not hardened against attacks on its low-order bits
+unless `secure_noise` is set (noise.py).
 
-1. every author enters the batch independently with probability q = B / N (Poisson sampling), and up to k of
-   the author's samples are drawn, fresh each time and without replacement (`PoissonAuthorSampler`); with b noise bands
-   groups take turns, and an author enters the batches of the own group with probability b q (bands.py);
-2. author a's loss is the mean cross-entropy over a's own target tokens (`author_losses`);
-3. g_a, the gradient of that loss, is clipped to norm C over all trainable parameters together and summed over
-   the authors (an engine of `clipping`: `GhostClipping`, or `GradSampleClipping`, the plain reference);
-4. the step is written to the ledger, then one draw of N(0, sigma^2 C^2 I) is added, the sum is divided by the
-   constant B, and the optimizer takes it as its gradient (`AuthorDPOptimizer`).
+A step in the order of its modules:
+
+1. `sampling`: every author enters the batch independently with probability q = B / N (Poisson sampling), with up to k samples,
+   chosen anew each time and without replacement; with b noise bands, groups take turns, and an author enters the batches of its
+   group with probability b q;
+2. `losses`: author a's loss is the mean cross-entropy over a's target tokens;
+3. `clipping`: g_a, the gradient of that loss, is clipped to norm C over all trainable parameters together, and summed over the
+   authors into this module's gradient buffer (by `GhostClipping`, or by `GradSampleClipping`, the plain reference);
+4. this module: the step is recorded in the ledger, then one draw of N(0, sigma^2 C^2 I) is added, the sum is divided by the
+   constant B, and the wrapped optimizer takes it as its gradient.
 
 References:
-    [1] Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv 1607.00133 (the mechanism)
+    [1] Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv 1607.00133, Algorithm 1 (the mechanism)
     [2] McMahan et al. 2018, Learning Differentially Private Recurrent Language Models, arXiv 1710.06963 (users)
     [3] Charles et al. 2024, Fine-Tuning LLMs with User-Level Differential Privacy, arXiv 2407.07737 (user-level sampling)
 """
@@ -27,55 +30,88 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from opacus.optimizers import DPOptimizer
 
+from author_dp.distributed import all_reduce_sum, rank_and_world_size
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
 
-PROBE_SIZE = 4_096  # coordinates behind the parameters to which nobody contributes: what is released there is noise alone
+PROBE_SIZE = 4_096  # coordinates to which no author contributes: what is released there is noise alone
 
 
-# --- step 1: which authors, which samples ---------------------------------------------------------------
+class GradBuffer:
+    """Hold the clipped sums of all parameters in one flat tensor, so that noise and processes each take one pass.
 
+    Layout: the parameters one after another, then the probe, then the canaries' table. The probe's PROBE_SIZE coordinates belong
+    to no parameter, so what is released there is noise alone, by which a run checks itself (guards/noise_monitor.py). Clipping
+    engines add to `parameter.summed_grad`, a view of the parameter's place, float32 and of its shape.
 
-# --- step 2: per-author loss ----------------------------------------------------------------------------
+    Here every process has all coordinates, with the clipped sums of its authors and a share of the noise, until both are summed
+    over the processes. ShardedGradBuffer (fsdp.py) has each coordinate on one process.
 
+    Not protected: before noise is added, `sums` is private; so is what one process holds before `reduce_released`.
 
-# --- step 3, the clipping, is in clipping/ --------------------------------------------------------------
+    Args:
+        parameters: the trainable ones.
+        canaries: with `table.weight`, which is clipped and noised behind the probe, and never updated
+            (guards/gradient_canaries.py); None without canaries.
+    Attributes:
+        sums: float32 (coordinates,), what this process adds noise to.
+        probe: (PROBE_SIZE + canaries,), what was released there; valid after `reduce_released`.
+        noise_shares: number of processes whose independent noise adds up in each coordinate.
+        noise_slice: the view of `sums` to which this process adds all of the noise where noise has bands. The slices of all
+            processes cover each coordinate once.
+    """
 
+    def __init__(self, parameters: list[Any], canaries: Any = None):
+        rank, world_size = rank_and_world_size()
+        tables = [] if canaries is None else [canaries.table.weight]
+        sizes = [*(parameter.numel() for parameter in parameters), PROBE_SIZE + sum(table.numel() for table in tables)]
+        self.sums = torch.zeros(sum(sizes), device=parameters[0].device)
+        *views, self.probe = self.sums.split(sizes)
+        for parameter, view in zip(parameters, views):
+            parameter.summed_grad = view.view_as(parameter)
+        for table in tables:
+            table.summed_grad = self.probe[PROBE_SIZE:].view_as(table)
+        self.noise_shares = world_size
+        self.noise_slice = self.sums.tensor_split(world_size)[rank]
 
-# --- step 4: noise and update ---------------------------------------------------------------------------
+    def reduce_sums(self) -> None:
+        """Sum over the processes before noise is added: nothing here, as each process adds its share first."""
+
+    def reduce_released(self) -> None:
+        """Sum the noisy shares of all processes, in place. Collective."""
+        all_reduce_sum(self.sums)
+
+    def zero_(self) -> None:
+        """Forget the sums."""
+        self.sums.zero_()
 
 
 class AuthorDPOptimizer(DPOptimizer):
     """Opacus' DPOptimizer for gradients that a clipping engine has already clipped and summed over authors.
 
-    Guarantee: what reaches the wrapped optimizer is (sum of clipped gradients + N(0, sigma^2 C^2 I)) / B, the sum
-    taken over the whole draw and the noise drawn once per step, whatever the number of processes and
-    microbatches: each process adds an independent share of variance sigma^2 C^2 / world_size, then all are summed.
-    A summed gradient is used once. The step of an empty draw is noise. With `begin`, noise is correlated over steps (bands.py),
-    and each process adds all of it in its slice of the coordinates, the sums of the others coming without any.
-
-    The engine adds to `parameter.summed_grad`, float32 and of the parameter's shape; these lie one after another in
-    one buffer, `sums`, so that noise and processes each take one pass. Behind them, `PAD` coordinates belong to no parameter:
-    there is nothing but noise, by which a run can check itself (selfcheck.py). A step is:
-    1) `before_release` is called, which records the step in the ledger (on the first process)
-    2) the noise share is added to this process' sum of clipped gradients, and it is divided by the constant B
-    3) the processes' buffers are summed: none can go on before all have done 1)
-    4) `after_release` is given what was released in the pad, and the wrapped optimizer updates the parameters
-    5) `zero_grad` makes the sums zero; without it there is no further step
+    Guarantee: what reaches the wrapped optimizer is (sum of clipped gradients + N(0, sigma^2 C^2 I)) / B, the sum taken over the
+    batch of all processes and the noise drawn once per step, whatever the number of processes and microbatches. Adding or
+    removing one author moves that sum by at most C before noise. A sum is used once. The step of an empty batch is noise. After
+    `start_training`, noise is correlated over steps (accounting/banded_mf.py).
 
     Args:
         optimizer: the wrapped torch optimizer.
         noise_multiplier: sigma.
         clip_norm: C.
         expected_batch_size: B, in authors.
-        before_release: called at the start of every step; an exception prevents the step.
-        after_release: called with the released pad, flat, before the update; an exception prevents it.
-        canaries: whose `table.weight` is clipped and noised behind the pad, and never updated (gradient_audit.py).
-        secure_noise: harden the noise (`NoiseSource`).
+        before_release: called at the start of every step, to record it in the ledger; an exception prevents the step.
+        after_release: called with the released probe, flat, before the update; an exception prevents the update.
+        canaries: as GradBuffer's.
+        secure_noise: harden the noise (`GaussianNoise`).
+    Attributes:
+        grad_buffer: where clipping engines leave the clipped sums.
+        band_noise: the noise of a training with bands; None otherwise.
+        batch_index: `AuthorBatch.batch_index` of the batch whose clipped gradients are in the buffer; set by the caller.
     """
+
+    buffer_class: type[GradBuffer] = GradBuffer
 
     def __init__(
         self,
@@ -96,84 +132,87 @@ class AuthorDPOptimizer(DPOptimizer):
             expected_batch_size=expected_batch_size,
         )
         self.before_release, self.after_release = before_release, after_release
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.noise = GaussianNoise(self.params[0].device, secure_noise)
-        self.bands: Optional[BandMFNoise] = None
-        self.draw: Optional[int] = None  # whose clipped gradients are in the sums, where that matters: AuthorDraw.number
+        self.band_noise: Optional[BandMFNoise] = None
+        self.batch_index: Optional[int] = None
+        self.grad_buffer = self.buffer_class(self.params, canaries)
         self._used = False
-        self.allocate_buffer(canaries)
 
-    def allocate_buffer(self, canaries: Any) -> None:
-        """Give every parameter its place in the sums."""
-        behind = [] if canaries is None else [canaries.table.weight]
-        sizes = [*(parameter.numel() for parameter in self.params), PROBE_SIZE + sum(c.numel() for c in behind)]
-        self.grad_buffer = torch.zeros(sum(sizes), device=self.params[0].device)
-        *views, self.pad = self.grad_buffer.split(sizes)
-        for parameter, view in zip(self.params, views):
-            parameter.summed_grad = view.view_as(parameter)
-        for parameter in behind:
-            parameter.summed_grad = self.pad[PROBE_SIZE:].view_as(parameter)
-
-    def begin(self, coefficients: np.ndarray) -> None:
-        """Begin a training: the noise of what follows is by these band coefficients, (bands,), with nothing before it.
+    def start_training(self, coefficients: np.ndarray) -> None:
+        """Start a training whose noise has these band coefficients, (bands,), and no noise of earlier steps.
 
         Raises:
             ValueError: for coefficients of norm above 1, by which an author would add more than is accounted for.
         """
         if not np.linalg.norm(coefficients) <= 1:
             raise ValueError(f"band coefficients {coefficients} must have norm 1")
-        self._slice = self.noise_slice()
-        several = len(coefficients) > 1 and self.noise_multiplier > 0
-        self.bands = BandMFNoise(coefficients, len(self._slice), self.grad_buffer.device) if several else None
-
-    def noise_slice(self) -> torch.Tensor:
-        """Return the part of the sums to which this process adds the whole of the noise where noise has bands."""
-        return self.grad_buffer.tensor_split(self.world_size)[dist.get_rank() if dist.is_initialized() else 0]
-
-    def check_sums(self) -> None:
-        """Raise RuntimeError where the sums are not those of the draw whose turn it is."""
-        if self._used:
-            raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next one")
-        if self.bands is not None and self.draw != self.bands.steps:
-            raise RuntimeError(
-                f"step {self.bands.steps} with noise bands takes the draw of that number, not {self.draw}: after a draw that was "
-                "thrown away, authors would come back too early"
-            )
+        noise_slice = self.grad_buffer.noise_slice
+        banded = len(coefficients) > 1 and self.noise_multiplier > 0
+        self.band_noise = BandMFNoise(coefficients, len(noise_slice), noise_slice.device) if banded else None
 
     def pre_step(self, closure: Optional[Callable] = None) -> bool:
-        """Steps 1 to 3 of the class' list, and the check of the fourth. Overrides Opacus', which would clip here."""
-        self.check_sums()
+        """Release the noisy mean of this step's clipped gradients. Overrides Opacus', which would clip here.
+
+        1. Record the step in the ledger, before anything is released.
+        2. Add noise to the sums of clipped gradients, and divide by the constant B.
+        3. Sum over the processes: none can proceed before all have done 1.
+        4. Check what was released in the probe.
+        5. Set the gradients of the wrapped optimizer, which updates the parameters next.
+
+        The buffer keeps what was released until `zero_grad`; without it there is no further step.
+        """
+        self.check_batch()
         self.before_release()
         self._used = True
-        std = self.noise_multiplier * self.max_grad_norm / math.sqrt(self.world_size)
-        if self.bands is not None:
-            self.bands.add_(self._slice, self.noise, std * math.sqrt(self.world_size))
-            std = 0.0
-        for part in self.grad_buffer.split(self.noise.elements):  # while it is in the cache
-            if std > 0:
-                self.noise.add_(part, std)
-            part.div_(self.expected_batch_size)
-        if self.world_size > 1:
-            dist.all_reduce(self.grad_buffer)
+        self.grad_buffer.reduce_sums()
+        self.add_noise_and_divide()
+        self.grad_buffer.reduce_released()
         if self.after_release is not None:
-            self.after_release(self.pad)
+            self.after_release(self.grad_buffer.probe)
         self.set_gradients()
         return True
 
+    def check_batch(self) -> None:
+        """Raise RuntimeError where the buffer was used already, or holds another batch than the one whose turn it is."""
+        if self._used:
+            raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next step")
+        if self.band_noise is not None and self.batch_index != self.band_noise.steps:
+            raise RuntimeError(
+                f"step {self.band_noise.steps} with noise bands needs the batch of that index, not {self.batch_index}: after a "
+                "discarded batch, authors would return too early. Start a new training"
+            )
+
+    def add_noise_and_divide(self) -> None:
+        """Add this process' noise to the buffer and divide by B, chunk by chunk, each while it is in the cache.
+
+        Guarantee: without bands, once the processes are summed, the noise of each coordinate has variance (sigma C / B)^2: each
+        of `noise_shares` processes adds an independent share of variance (sigma C)^2 / noise_shares. With bands, one process adds
+        all of a coordinate's noise, and the others none.
+        """
+        std = self.noise_multiplier * self.max_grad_norm
+        if self.band_noise is not None:
+            self.band_noise.add_(self.grad_buffer.noise_slice, self.noise, std)
+            std = 0.0
+        std /= math.sqrt(self.grad_buffer.noise_shares)
+        for chunk in self.grad_buffer.sums.split(self.noise.chunk_size):
+            if std > 0:
+                self.noise.add_(chunk, std)
+            chunk.div_(self.expected_batch_size)
+
     def set_gradients(self) -> None:
-        """Give the wrapped optimizer what was released, and where it wants to know, how noisy that is."""
+        """Give the wrapped optimizer the released gradients, and AdamBC their noise variance."""
         if isinstance(self.original_optimizer, AdamBC):
             self.original_optimizer.noise_variance = self.noise_variance()
         for parameter in self.params:
             parameter.grad = parameter.summed_grad
 
     def noise_variance(self) -> float:
-        """Return the variance of the noise in each coordinate of what the last step released."""
-        scale = 1.0 if self.bands is None else self.bands.variance
+        """Return the noise variance of each coordinate that the last step released."""
+        scale = 1.0 if self.band_noise is None else self.band_noise.variance
         return scale * (self.noise_multiplier * self.max_grad_norm / self.expected_batch_size) ** 2
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the last step's gradients. Overrides Opacus', which would take the sums' places away."""
+        """Forget the last step's gradients. Overrides Opacus', which would take the views of the buffer away."""
         self.original_optimizer.zero_grad(set_to_none)
         self.grad_buffer.zero_()
-        self._used, self.draw = False, None
+        self._used, self.batch_index = False, None

@@ -1,10 +1,23 @@
-"""Poisson sampling of authors, and of each sampled author's texts."""
+"""Sample the authors of each step independently (Poisson sampling), and up to k samples of each.
+
+Guarantees: under add-or-remove-one-author adjacency, one author more or less changes only whether that author is in a batch. The
+others enter with the same probability, independently of that author, of each other, of other steps and of --seed. This is the
+sampling of the subsampled Gaussian mechanism that `accounting` accounts for [1, Algorithm 1; 2, Algorithm 1]; with noise bands it
+is the cyclic Poisson sampling of [3, Theorem 4].
+
+Not protected: batches themselves are secret. Who is in a batch, and how many, is never released.
+
+References:
+    [1] Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv 1607.00133
+    [2] McMahan et al. 2018, Learning Differentially Private Recurrent Language Models, arXiv 1710.06963
+    [3] Choquette-Choo et al. 2023, (Amplified) Banded Matrix Factorization, arXiv 2306.08153
+"""
 
 import hashlib
 import math
 import secrets
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -14,36 +27,33 @@ from author_dp.accounting.accountant import cyclic_sample_rate
 class AuthorBatch(NamedTuple):
     """One step's batch, as one process sees it."""
 
-    samples: list[np.ndarray]  # of each author in this process' share: the indices of the drawn samples
-    batch_size: int  # authors in the whole draw, but for canaries. Private: never divide a gradient by it
-    number: int  # of the sampler's draws, from 0
+    samples: list[np.ndarray]  # the chosen sample indices of each author that this process handles
+    batch_size: int  # authors in the batch of all processes, without canaries. Private: never divide a gradient by it
+    batch_index: int  # of the sampler's batches, from 0
 
 
 class PoissonAuthorSampler:
-    """Draw the authors of each step, independently, and some samples of each.
+    """Sample the authors of each step independently, and up to k samples of each.
 
-    Guarantee: every author is in a step's draw with probability `sample_rate`, independently of the other
-    authors, of the other steps and of --seed; empty draws are kept. With `groups`, draw t is of group t mod b alone, each author
-    of it with probability b x `sample_rate`. This is the sampling that the accountant
-    assumes. The processes share the key of the draw, so their shares are disjoint and together the whole draw.
+    Guarantee: every author is in a step's batch with probability `sample_rate`, independently of the other authors, of the other
+    steps and of --seed. Empty batches are kept. The processes share `key`, so their shares of a batch are disjoint and together
+    are the batch.
 
     Args:
         offsets, indices: samples grouped by author, from `data_utils.group_by_author`.
         sample_rate: q.
-        samples_per_author: k; an author with fewer samples gives them all.
-        steps: number of draws of one iteration (an epoch); the next iteration goes on drawing afresh.
+        samples_per_author: k; an author with fewer samples gives all of them.
+        steps: number of batches of one iteration (an epoch); the next iteration samples new ones.
         key: 128 bits from the operating system, the same on all processes, new for each run.
-        rank, world_size: which share of the draw is this process'.
-        canaries: so many authors, the last ones, are no real ones (gradient_audit.py).
-        groups: int (authors,), of each author, from `bands.deal`; the same on all processes. None: one group.
-        bands: b, the number of groups.
+        rank, world_size: which share of each batch this process handles.
+        num_canaries: this many authors, the last ones, are canaries and not real authors (guards/gradient_canaries.py).
     Attributes:
-        on_draw: if set, called with each global draw, the places of its authors; an exception ends the run.
-        on_share: if set, called with these, with the samples of this process' authors, and with the draw's number.
-    Raises:
-        UserError: for more bands than 1 / sample_rate.
-        ValueError: for bands without groups.
+        groups: int (authors,), the group of each author; None where there is one group.
+        on_batch: if set, called with the authors of each batch, int (batch,); an exception ends the run.
+        on_local_batch: if set, called with these authors, the samples of this process' authors, and the batch's index.
     """
+
+    groups: Optional[np.ndarray] = None
 
     def __init__(
         self,
@@ -56,22 +66,14 @@ class PoissonAuthorSampler:
         key: int,
         rank: int = 0,
         world_size: int = 1,
-        canaries: int = 0,
-        groups: Optional[np.ndarray] = None,
-        bands: int = 1,
+        num_canaries: int = 0,
     ):
-        if bands > 1 and (groups is None or len(groups) != len(offsets) - 1):
-            raise ValueError("with several bands every author needs a group: all would be drawn in each step")
         self.offsets, self.indices = offsets, indices
-        self.real = len(offsets) - 1 - canaries
-        self.on_draw: Optional[Callable[[np.ndarray], None]] = None
-        self.on_share: Optional[Callable[[np.ndarray, list[np.ndarray], int], None]] = None
-        self.rate = cyclic_sample_rate(sample_rate, bands)  # of the authors of one group
-        self.groups = groups
-        self.members = None if groups is None else [np.flatnonzero(groups == group) for group in range(bands)]
-        self.draws = 0
-        self.samples_per_author = samples_per_author
-        self.steps = steps
+        self.num_real = len(offsets) - 1 - num_canaries
+        self.on_batch: Optional[Callable[[np.ndarray], None]] = None
+        self.on_local_batch: Optional[Callable[[np.ndarray, list[np.ndarray], int], None]] = None
+        self.sample_rate, self.samples_per_author, self.steps = sample_rate, samples_per_author, steps
+        self.batches = 0  # sampled so far
         self.rank, self.world_size = rank, world_size
         self._authors_generator = np.random.Generator(np.random.Philox(key=key))
         self._samples_generator = np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
@@ -81,56 +83,97 @@ class PoissonAuthorSampler:
 
     def __iter__(self) -> Iterator[AuthorBatch]:
         for _ in range(self.steps):
-            yield self.draw()
+            yield self.sample_batch()
 
-    def draw(self) -> AuthorBatch:
-        """Return the share of this process in a new draw."""
-        authors = self.draw_authors()
-        if self.on_draw is not None:
-            self.on_draw(authors)
-        share = self.draw_samples(authors[self.rank :: self.world_size])
-        if self.on_share is not None:
-            self.on_share(authors, share, self.draws)
-        self.draws += 1
-        return AuthorBatch(share, int((authors < self.real).sum()), self.draws - 1)
+    def sample_batch(self) -> AuthorBatch:
+        """Sample a new batch, and return this process' share of it."""
+        authors = self.sample_authors()
+        if self.on_batch is not None:
+            self.on_batch(authors)
+        samples = choose_samples(
+            self.offsets, self.indices, authors[self.rank :: self.world_size], self.samples_per_author, self._samples_generator
+        )
+        if self.on_local_batch is not None:
+            self.on_local_batch(authors, samples, self.batches)
+        self.batches += 1
+        return AuthorBatch(samples, int((authors < self.num_real).sum()), self.batches - 1)
 
-    def draw_authors(self) -> np.ndarray:
-        """Return the authors of a new global draw, the same on every process."""
-        if self.members is None:
-            return self.sample_indices(len(self.offsets) - 1)
-        members = self.members[self.draws % len(self.members)]
+    def sample_authors(self) -> np.ndarray:
+        """Sample the authors of a new batch, int (batch,), ascending, the same on every process."""
+        return self.sample_indices(len(self.offsets) - 1)
+
+    def sample_indices(self, size: int) -> np.ndarray:
+        """Sample from range(size), each number with probability `sample_rate`, independently; return them ascending."""
+        chunks, last = [], -1  # the last index sampled
+        while last < size:
+            # Between successes of independent trials the gaps are geometric. Sample somewhat more gaps than are expected.
+            expected = (size - 1 - last) * self.sample_rate
+            gaps = self._authors_generator.geometric(self.sample_rate, int(expected + 4 * math.sqrt(expected)) + 16)
+            chunks.append(last + np.cumsum(np.minimum(gaps, size + 1)))
+            last = chunks[-1][-1]
+        sampled = np.concatenate(chunks)
+        return sampled[sampled < size]
+
+
+class CyclicAuthorSampler(PoissonAuthorSampler):
+    """Sample from one group of authors at a time, in turn: cyclic Poisson sampling, for noise bands.
+
+    Guarantee: batch t is of group t mod b alone. Each author of that group is in it with probability b x `sample_rate`,
+    independently of all else, so an author's batches are at least b steps apart. Otherwise as PoissonAuthorSampler.
+
+    Args:
+        sample_rate: q, the mean over b steps.
+        groups: int (authors,), of each author, from `assign_groups`; the same on all processes.
+        bands: b, the number of groups.
+        options: PoissonAuthorSampler's.
+    Raises:
+        UserError: for more bands than 1 / sample_rate.
+        ValueError: where an author has no group.
+    """
+
+    def __init__(
+        self, offsets: np.ndarray, indices: np.ndarray, *, sample_rate: float, groups: np.ndarray, bands: int, **options: Any
+    ):
+        if groups is None or len(groups) != len(offsets) - 1:
+            raise ValueError("with noise bands every author needs a group, or all would be sampled in each step")
+        super().__init__(offsets, indices, sample_rate=cyclic_sample_rate(sample_rate, bands), **options)
+        self.groups = groups
+        self.members = [np.flatnonzero(groups == group) for group in range(bands)]
+
+    def sample_authors(self) -> np.ndarray:
+        """Sample from the group whose turn it is."""
+        members = self.members[self.batches % len(self.members)]
         return members[self.sample_indices(len(members))]
 
-    def sample_indices(self, number: int) -> np.ndarray:
-        """Return which of so many are in, each with probability `rate`, ascending."""
-        drawn = []
-        last = -1  # the last one drawn
-        while last < number:
-            # Of independent draws the gaps between those that are in are geometric; somewhat more of them than are expected.
-            expected = (number - 1 - last) * self.rate
-            gaps = self._authors_generator.geometric(self.rate, int(expected + 4 * math.sqrt(expected)) + 16)
-            places = last + np.cumsum(np.minimum(gaps, number + 1))
-            drawn.append(places)
-            last = places[-1]
-        places = np.concatenate(drawn)
-        return places[places < number]
 
-    def draw_samples(self, authors: np.ndarray) -> list[np.ndarray]:
-        """Return for each author min(k, all) sample indices, uniformly and without replacement."""
-        counts = self.offsets[authors + 1] - self.offsets[authors]
-        owners = np.repeat(np.arange(len(authors)), counts)
-        starts = np.cumsum(counts) - counts
-        # A random order within each author; its first k are the draw.
-        order = np.lexsort((self._samples_generator.random(len(owners)), owners))
-        place = np.arange(len(owners)) - starts[owners]
-        chosen = place < self.samples_per_author
-        samples = self.indices[(self.offsets[authors][owners] + order - starts[owners])[chosen]]
-        taken = np.minimum(counts, self.samples_per_author)
-        return np.split(samples, np.cumsum(taken)[:-1]) if len(authors) else []
+def choose_samples(
+    offsets: np.ndarray, indices: np.ndarray, authors: np.ndarray, max_samples: int, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Choose up to k samples of each author, uniformly and without replacement.
+
+    Guarantee: an author's samples depend on that author's data and on the generator alone.
+
+    Args:
+        offsets, indices: samples grouped by author, from `data_utils.group_by_author`.
+        authors: int (authors,), whose samples to choose.
+        max_samples: k.
+    Returns:
+        for each author min(k, all) sample indices.
+    """
+    sizes = offsets[authors + 1] - offsets[authors]
+    owners = np.repeat(np.arange(len(authors)), sizes)
+    starts = np.cumsum(sizes) - sizes
+    # Shuffle the samples within each author; the first k are chosen.
+    order = np.lexsort((generator.random(len(owners)), owners))
+    chosen = np.arange(len(owners)) - starts[owners] < max_samples
+    samples = indices[(offsets[authors][owners] + order - starts[owners])[chosen]]
+    return np.split(samples, np.cumsum(np.minimum(sizes, max_samples))[:-1]) if len(authors) else []
 
 
 def assign_groups(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
-    """Return the group of each author, int64 (authors,), each of `bands` as likely; it follows from the author and the key alone.
+    """Assign each author to one of `bands` groups, uniformly at random; return int64 (authors,).
+
+    Guarantee: a group depends on the author and the key alone. Adding or removing an author moves no other author.
 
     Args:
         hashes: uint64 (authors,), of each author's value (`data_utils.author_hashes`).
@@ -138,10 +181,10 @@ def assign_groups(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
     """
     if bands == 1:
         return np.zeros(len(hashes), np.int64)
-    digests = (hashlib.blake2b(int(one).to_bytes(8, "big"), key=key, digest_size=8).digest() for one in hashes)
+    digests = (hashlib.blake2b(int(value).to_bytes(8, "big"), key=key, digest_size=8).digest() for value in hashes)
     return (np.frombuffer(b"".join(digests), dtype=">u8") % np.uint64(bands)).astype(np.int64)
 
 
-def append_canary_hashes(hashes: Optional[np.ndarray], canaries: int) -> Optional[np.ndarray]:
-    """Return the hashes with those of so many further authors, who have no value: their places from the end."""
-    return None if hashes is None else np.concatenate([hashes, np.arange(canaries, dtype=np.uint64)])
+def append_canary_hashes(hashes: Optional[np.ndarray], num_canaries: int) -> Optional[np.ndarray]:
+    """Append hashes for canaries. They have no author value, so their index is used."""
+    return None if hashes is None else np.concatenate([hashes, np.arange(num_canaries, dtype=np.uint64)])

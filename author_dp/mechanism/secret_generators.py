@@ -1,12 +1,14 @@
 """Keep the random numbers inside the model secret while it trains: dropout masks above all.
 
-If masks follow from `--seed` and the number of sampled authors, an attacker can compute them, and one author more or less changes
-the masks of all others. Then neighboring data sets differ in every author's
-gradient, and the sensitivity of a clipped sum is no longer the clip norm. So while a private run trains, every generator that a
-model may use holds a state from the operating system. It differs between processes and runs, and it is never saved.
+Guarantees: while a private run trains, every global generator that a model may use holds a state from the operating system.
+States differ between processes and runs, and are never saved.
 
-A Mersenne Twister (torch on the CPU, Python's `random`, NumPy) can be reconstructed from its outputs. That is good enough here,
-as masks are never published. Noise and sampling have generators of their own (noise.py, mechanism.py).
+Why: if masks followed from `--seed` and the number of sampled authors, an attacker could compute them, and one author more or
+less would change the masks of all others. Neighboring data sets (one author added or removed) would then differ in every author's
+gradient, and the sensitivity of a clipped sum would no longer be the clip norm.
+
+Not protected: a Mersenne Twister (torch on the CPU, Python's `random`, NumPy) can be reconstructed from its outputs. It suffices
+here, as masks are never published. Noise and sampling have generators of their own (noise.py, sampling.py).
 
 Example:
 
@@ -25,15 +27,15 @@ import torch
 
 from author_dp.errors import MechanismError
 
-TWISTER_WORDS = 624  # of 32 bits: the whole state of a Mersenne Twister
+TWISTER_WORDS = 624  # of 32 bits: the complete state of a Mersenne Twister
 TWISTER_OFFSET = 24  # bytes before these words, 8 bytes each, in the state of torch's CPU generator
 
 
 class SecretGenerators:
-    """Context in which all global random generators hold secret states; the earlier states come back at its end.
+    """Give all global random generators secret states inside a context; restore the earlier states at its end.
 
-    Guarantee: inside, what torch (on the CPU and on `devices`), `random` and NumPy draw from their global generators does not
-    follow from any seed. A data loader that is iterated inside seeds its workers from them.
+    Guarantee: inside, numbers that torch (on the CPU and on `devices`), `random` and NumPy sample from their global generators do
+    not follow from any seed. A data loader that is iterated inside seeds its workers from them.
 
     Args:
         devices: of the model.
@@ -61,29 +63,27 @@ class SecretGenerators:
             generator.set_state(state)
 
     def check(self) -> None:
-        """Raise MechanismError where something has put another state into a generator of torch, such as a call of set_seed."""
+        """Raise MechanismError if one of torch's generators was given another state, by set_seed for instance."""
         if [generator.initial_seed() for generator in self.generators] != self._seeds:
             raise MechanismError(
                 "torch's random generators were seeded during training (torch.manual_seed, set_seed, a restored state): dropout "
-                "masks would follow from a known seed"
+                "masks would follow from a known seed. Remove the call, from callbacks and the model's code above all"
             )
 
 
-def sample_generators(devices: Iterable[torch.device], count: int) -> torch.Tensor:
-    """Return `count` uniform numbers of each generator inside a new context, float64 (generators x count,)."""
+def sample_generators(devices: Iterable[torch.device], size: int) -> torch.Tensor:
+    """Sample `size` uniform numbers from each generator inside a new context; return float64 (generators x size,)."""
     with SecretGenerators(devices) as secret:
-        draws = [
-            torch.rand(count, generator=generator, device=generator.device).cpu().double() for generator in secret.generators
-        ]
-        others = [[random.random() for _ in range(count)], np.random.random(count).tolist()]
-        return torch.cat([*draws, torch.tensor(others, dtype=torch.float64).flatten()])
+        numbers = [torch.rand(size, generator=g, device=g.device).cpu().double() for g in secret.generators]
+        others = [[random.random() for _ in range(size)], np.random.random(size).tolist()]
+        return torch.cat([*numbers, torch.tensor(others, dtype=torch.float64).flatten()])
 
 
 def randomize(generator: torch.Generator) -> None:
-    """Fill a generator's whole state from the operating system.
+    """Fill a generator's complete state from the operating system.
 
-    `manual_seed` keeps 32 bits on the CPU, so there the state is written as a whole. Other devices' generators are counters with
-    a 64-bit key.
+    On the CPU `manual_seed` keeps 32 bits, so there the complete state is written. Other devices' generators are counters with a
+    64-bit key.
     """
     generator.manual_seed(secrets.randbits(64))
     if generator.device.type == "cpu":
@@ -94,12 +94,12 @@ def randomize(generator: torch.Generator) -> None:
 
 
 def default_generators(devices: Iterable[torch.device]) -> list[torch.Generator]:
-    """Return the generators that random operations use by default: the CPU's first, then that of each device."""
-    found = [torch.default_generator]
+    """Return the generators that random operations use by default: the CPU's, then that of each device."""
+    generators = [torch.default_generator]
     for device in sorted({device for device in devices if device.type != "cpu"}, key=str):
         module = torch.get_device_module(device)
         if device.type == "mps":
-            found.append(module._get_default_mps_generator())
+            generators.append(module._get_default_mps_generator())
         else:
-            found.append(module.default_generators[module.current_device() if device.index is None else device.index])
-    return found
+            generators.append(module.default_generators[module.current_device() if device.index is None else device.index])
+    return generators

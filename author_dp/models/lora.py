@@ -1,15 +1,16 @@
-"""LoRA adapters for any model: which layers they go to, and what may be trained beside them.
+"""Add LoRA adapters [1] to a causal language model: options, target layers, errors.
 
-Promise: nothing here is about privacy. Whatever is trainable afterwards is clipped, or refused, by what follows (proof.py).
+Trainable parameters that this leaves in the model are clipped or refused later (guards/model_check.py).
 
 Example:
 
-    >>> model = add_lora(model, targets=["all-linear"], r=8, lora_alpha=8)
+    >>> model = add_lora_adapters(model, targets=["all-linear"], r=8, lora_alpha=8)
 
 References:
     [1] Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685
 """
 
+from dataclasses import dataclass
 from typing import Any, Optional
 
 from peft import LoraConfig, TaskType, get_peft_model
@@ -19,44 +20,128 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from author_dp.models.quantization import is_plain_linear, is_quantized
+from author_dp.errors import UserError, first_line
+from author_dp.models.quantization import check_quantized_frozen, is_plain_linear, is_quantized
+from author_dp.validation import check_range, option
 
 ALL_LINEAR = "all-linear"
-# peft refuses these layers where Mamba's kernels read their weights past the adapter.
-FUSED_IN_MAMBA = ("out_proj", "conv1d")
-KINDS_OF_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+MAMBA_FUSED_LAYERS = ("out_proj", "conv1d")  # Mamba's kernels read these weights past the adapter, so peft refuses the layers
 
 
-def add_lora(model: PreTrainedModel, targets: Optional[list[str]] = None, **options: Any) -> Any:
-    """Return the model with LoRA adapters.
+@dataclass
+class LoraArguments:
+    """Train low-rank adapters instead of all weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+    enable_lora: bool = option(False, "Train LoRA adapters; the base model stays frozen.")
+    lora_dim: int = option(8, "Rank of the adapters.")
+    lora_alpha: int = option(8, "Scale the adapters' output by lora_alpha / lora_dim.")
+    lora_dropout: float = option(0.0, "Dropout before the adapters.")
+    lora_target_modules: Optional[list[str]] = option(
+        None,
+        "Names of the layers to adapt, or all-linear for all linear layers except the head. Default: peft's choice "
+        "for the model, or all-linear where peft has none.",
+    )
+    lora_use_dora: bool = option(False, "Train magnitudes separately from directions (DoRA).")
+    lora_use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_dim) instead: rank-stabilized LoRA.")
+    lora_bias: str = option("none", "Train biases too: all, or those of adapted layers.", ["none", "all", "lora_only"])
+    lora_modules_to_save: Optional[list[str]] = option(
+        None, "Names of layers to train in full alongside the adapters, such as lm_head."
+    )
+    base_dtype: Optional[str] = option(
+        None,
+        "Data type of the frozen base under LoRA: float32 (the default), or bfloat16 for half the memory.",
+        ["float32", "bfloat16"],
+    )
+    load_in_4bit: bool = option(
+        False, "Keep the linear layers of the frozen base under LoRA in 4 bits (NF4); needs bitsandbytes."
+    )
+
+    def __post_init__(self):
+        if self.load_in_4bit and self.base_dtype is not None:
+            raise UserError(
+                f"--load_in_4bit, --base_dtype {self.base_dtype}: they contradict each other. Leave one of them out (in 4 bits, "
+                "embeddings and the head are in bfloat16)"
+            )
+        flag = self.base_precision_flag()
+        if flag and not self.enable_lora:
+            raise UserError(f"{flag}: it is for weights that are not trained. Add --enable_lora, or leave it out")
+        if self.load_in_4bit and self.lora_bias != "none":
+            raise UserError(
+                f"--lora_bias {self.lora_bias}: it would train biases of layers that --load_in_4bit keeps in 4 bits. Leave it "
+                "out, or use --base_dtype bfloat16"
+            )
+        check_range("--lora_dim", self.lora_dim, "[1, inf)")
+        check_range("--lora_alpha", self.lora_alpha, "[1, inf)")
+        check_range("--lora_dropout", self.lora_dropout, "[0, 1)")
+
+    @property
+    def base_precision(self) -> str:
+        """Return the precision of the frozen base: nf4, bfloat16 or float32."""
+        return "nf4" if self.load_in_4bit else self.base_dtype or "float32"
+
+    def base_precision_flag(self) -> Optional[str]:
+        """Return the option that stores the base in less than float32; None without one."""
+        return {"nf4": "--load_in_4bit", "bfloat16": "--base_dtype bfloat16"}.get(self.base_precision)
+
+    def to_options(self) -> Optional[dict[str, Any]]:
+        """Return keyword arguments of `add_lora_adapters`; None without --enable_lora."""
+        if not self.enable_lora:
+            return None
+        return {
+            "targets": self.lora_target_modules,
+            "r": self.lora_dim,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "use_dora": self.lora_use_dora,
+            "use_rslora": self.lora_use_rslora,
+            "bias": self.lora_bias,
+            "modules_to_save": self.lora_modules_to_save,
+        }
+
+
+def add_lora_adapters(model: PreTrainedModel, targets: Optional[list[str]] = None, **options: Any) -> Any:
+    """Return the model with new LoRA adapters.
 
     Args:
-        targets: names of layers, or ["all-linear"]: all linear layers but the head. Default: peft's choice for the kind of model,
-            all-linear where peft has none.
+        targets: names of layers, or ["all-linear"]: all linear layers except the head. Default: peft's choice for the type of
+            model, or all-linear where peft has none.
         options: of peft's LoraConfig.
     Raises:
-        ValueError: where the names or options do not fit the model.
+        UserError: where names or options do not fit the model, or 4-bit weights would be trained.
     """
+    check_quantized_frozen(model, options.get("modules_to_save") or [])
     options["task_type"] = TaskType.CAUSAL_LM
     options["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
-    if targets is None and model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        try:
-            return get_peft_model(model, LoraConfig(**options))
-        except NoMatchingPeftModuleError:  # experts of Mixtral, which are no layers any more
-            pass
-    if targets in (None, [ALL_LINEAR]):
-        return get_peft_model(
-            model, LoraConfig(target_modules=ALL_LINEAR, exclude_modules=excluded_layers(model) or None, **options)
-        )
-    return get_peft_model(model, LoraConfig(target_modules=targets, **options))
+    try:
+        if targets is None and model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            try:
+                return get_peft_model(model, LoraConfig(**options))
+            except NoMatchingPeftModuleError:  # Mixtral: its experts are no longer layers
+                pass
+        if targets in (None, [ALL_LINEAR]):
+            options["exclude_modules"] = excluded_layers(model) or None
+            targets = ALL_LINEAR  # type: ignore[assignment]  # peft tells the word from a list of names
+        return get_peft_model(model, LoraConfig(target_modules=targets, **options))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"--lora_target_modules, or another --lora option: it does not fit {model.name_or_path or 'the model'} "
+            f"({first_line(error)}). Change it, or leave it out"
+        ) from error
 
 
 def excluded_layers(model: Any) -> list[str]:
-    """Return linear layers that all-linear is to leave out: those that return more than their product, like Llama 4's router."""
+    """Return linear layers that all-linear leaves out.
+
+    They return more than their product, like Llama 4's router, or a fused kernel bypasses them.
+    """
     names = []
-    fused = model.config.model_type in KINDS_OF_MAMBA
+    is_mamba = model.config.model_type in MAMBA_TYPES
     for name, layer in model.named_modules():
         fits = is_plain_linear(layer) or is_quantized(layer)
-        if (isinstance(layer, nn.Linear) and not fits) or (fused and name.split(".")[-1] in FUSED_IN_MAMBA):
+        if (isinstance(layer, nn.Linear) and not fits) or (is_mamba and name.split(".")[-1] in MAMBA_FUSED_LAYERS):
             names.append(name)
     return names
+
+
+add_lora = add_lora_adapters  # until fine-tune-dp.py calls the new name

@@ -60,7 +60,7 @@ def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Opti
     steps = np.unique(np.linspace(0, ledger.steps, 11).round().astype(int)).tolist()
     epsilons = [epsilon_of(first_steps(ledger, count), delta) for count in steps]
     axes.plot(steps, epsilons, color=BLUE, label="spent")
-    for end in np.cumsum(ledger.taken)[:-1]:
+    for end in np.cumsum(ledger.steps_per_run)[:-1]:
         axes.axvline(end, color=GREY, linewidth=1, linestyle="--")
     if target is not None:
         axes.axhline(target, color=RED, linestyle=":", label=f"target {target:g}")
@@ -70,8 +70,8 @@ def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Opti
 
 def first_steps(ledger: PrivacyLedger, steps: int) -> list[MechanismEvent]:
     """Return what the first `steps` steps have spent."""
-    ends = np.cumsum(ledger.taken)
-    counts = np.clip(steps - (ends - ledger.taken), 0, ledger.taken)
+    ends = np.cumsum(ledger.steps_per_run)
+    counts = np.clip(steps - (ends - ledger.steps_per_run), 0, ledger.steps_per_run)
     return [event_of_run(header, int(count)) for header, count in zip(ledger.runs, counts)]
 
 

@@ -1,65 +1,30 @@
-"""The model card of a result, with Hugging Face's metadata: how to load it, its guarantee, its settings; public values only."""
+"""Write the model card of a result, with Hugging Face's metadata.
 
+It says how to load the model, its guarantee and its settings. It holds public values only.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainingArguments
 
-from author_dp.outputs.page import fmt, guarantee_rows, has_guarantee, plain_summary
+from author_dp.outputs.guarantee import Row, fmt, guarantee_rows, has_guarantee, plain_summary
 
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 OPTIONS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "bf16")
-MODULE_PREFIXES = {
+IMPORTS = {
     "peft": "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
     "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer",
 }
-COUNTED = " and the number of steps"
-CARD = """---
-{metadata}
----
-
-# {title}
-
-{words}
-
-## How to load it
-
-```python
-{imports}
-
-name = "{name}"
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = {model_class}.from_pretrained(name)
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=40)[0]))
-```
-
-`name` is the folder of this card, or its name on the hub.{base}
-
-## Guarantee
-
-| | |
-|---|---|
-{guarantee}
-
-`privacy.json` holds these numbers, and the SHA-256 of the weights that they are about.
-
-Not covered: authors who were held out for evaluation; people who appear in the texts of others; choices among several runs, and
-further models trained on the same authors; the base model's own training data. {counts} are taken as public.
-
-## Settings
-
-| | |
-|---|---|
-{settings}
-"""
 
 
 def public_settings(args: TrainingArguments, model: Any, model_name: Optional[str]) -> dict[str, Any]:
-    """Return options of a run for privacy.json, where no other key of it names them.
+    """Return the options of a run that privacy.json names under no other key.
 
     Args:
-        model_name: hub name or local folder; the path of a folder stays here.
+        model_name: hub name or local folder; the path of a folder is left out.
     """
     settings = {name: getattr(args, name) for name in OPTIONS}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
@@ -76,46 +41,41 @@ def public_settings(args: TrainingArguments, model: Any, model_name: Optional[st
 
 
 def model_card(report: dict[str, Any], name: str = ".") -> str:
-    """Return the model card.
+    """Return the model card as Markdown.
 
     Args:
-        report: what privacy.json holds.
-        name: by which the model is loaded.
+        report: content of privacy.json.
+        name: hub name or path that the model is loaded by.
     """
     covered, is_adapter = has_guarantee(report), bool(report.get("adapter_base"))
     settings, data = dict(report.get("settings") or {}), report.get("data") or {}
     library = "peft" if is_adapter else "transformers"
-    base_name, dataset = settings.pop("model_name", None), data.get("dataset")
+    base_model, dataset = settings.pop("model_name", None), data.get("dataset")
+    options = {"base_model": base_model, "dataset": dataset, **data, **settings.pop("lora", {}), **settings}
     metadata = ModelCardData(
-        base_model=base_name,
+        base_model=base_model,
         datasets=[dataset] if dataset else None,
         library_name=library,
         pipeline_tag="text-generation",
         tags=["text-generation", *(["differential-privacy", "author-level-dp"] if covered else [])],
     )
-    base = ""
-    if is_adapter and not base_name:
-        base = (
-            " `adapter_config.json` names the base model by the path that it had when this adapter was trained; put yours there."
-        )
-    options = {"base_model": base_name, "dataset": dataset, **data, **settings.pop("lora", {}), **settings}
-    return CARD.format(
-        metadata=metadata.to_yaml(),
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
         title="Fine-tuned with author-level differential privacy" if covered else "Fine-tuned without a privacy guarantee",
-        words=plain_summary(report),
-        imports=MODULE_PREFIXES[library],
+        summary=plain_summary(report),
+        imports=IMPORTS[library],
         model_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         name=name,
-        base=base,
-        counts=("The sample rate" if report["num_authors"] is None else "The number of authors, the sample rate") + COUNTED,
-        guarantee=table(dict(guarantee_rows(report))),
-        settings=table({option: escape_cell(value) for option, value in options.items() if value is not None}),
+        needs_base_path=is_adapter and not base_model,
+        counts_are_hidden=report["num_authors"] is None,
+        guarantee=table_rows(guarantee_rows(report)),
+        settings=table_rows((option, value) for option, value in options.items() if value is not None),
     )
+    return str(card)
 
 
-def escape_cell(value: Any) -> str:
-    return fmt(value) if isinstance(value, float) else str(value)
-
-
-def table(rows: dict[str, str]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+def table_rows(rows: Iterable[tuple[str, Any]]) -> list[Row]:
+    """Return the rows of a Markdown table as text that cannot leave its cell."""
+    texts = ((name, fmt(value) if isinstance(value, float) else str(value)) for name, value in rows)
+    return [(name, text.replace("|", r"\|").replace("\n", " ")) for name, text in texts]

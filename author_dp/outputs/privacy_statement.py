@@ -19,12 +19,12 @@ from transformers.utils import logging
 
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
-from author_dp.accounting.ledger_report import recompute_report
+from author_dp.accounting.privacy_report import recompute_report
 from author_dp.data.hub import cached_copy
 from author_dp.errors import UserError
 from author_dp.models.loading import adapter_base_model, public_name
 from author_dp.models.weights import check_weights, sha256_of
-from author_dp.outputs.page import format_model
+from author_dp.outputs.guarantee import format_model
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -67,7 +67,7 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
     ledger = PrivacyLedger(ledger_path(folder))
     if ledger.runs:
         report = recompute_report(path, ledger)
-        report["alarm"] = ledger.alarm
+        report["alarm"] = ledger.failure
     else:
         report = read_json(path)
         if not {"epsilon", "delta", "disable_dp"} <= report.keys():

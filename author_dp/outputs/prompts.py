@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional
 from transformers import PreTrainedTokenizerBase
 
 from author_dp.data.chat import ChatFormatter, Example, resolve_bos_token, to_messages, tokenize_examples
-from author_dp.data.rows import read_rows
+from author_dp.data.readers import read_rows
 from author_dp.errors import UserError
 
 

@@ -1,94 +1,162 @@
-"""Report of a run: one self-contained page, the same figures as PNGs, and a model card that is safe to publish.
+"""Write the report of a run: one self-contained page, its figures as PNGs, and a model card that is safe to publish.
 
     python -m author_dp.report OUTPUT_DIR
 
-Promise: epsilon is computed anew from the ledger. The model card (README.md) holds public values only. The page and the figures
-show losses, gradient norms, sample counts and times too, which are computed on private data: they are marked, and are not for
-publication: author_dp/outputs/publish.py and --push_to_hub leave them here. What the page says is in report_page.py, its
-figures in report_figures.py, what the model writes in specimens.py.
+Epsilon is recomputed from the ledger. The model card (README.md) holds public values only. The page and the figures also show
+losses, gradient norms, sample counts and times, which are computed on private data. They are marked as private and are not for
+publication: publish.py and --push_to_hub leave them out.
 """
 
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from transformers import TrainerCallback
+from transformers.utils import logging
 
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, reports_in
-from author_dp.accounting.ledger_report import recompute_report
+from author_dp.accounting.accountant import format_guarantee
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
+from author_dp.accounting.privacy_report import recompute_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError
 from author_dp.files import make_private, write_json
+from author_dp.guards.canaries import format_audit
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
+from author_dp.outputs.samples import TextSamples
+from author_dp.training.public_loss import format_release
 
-# --- what is noted during the run -------------------------------------------------------------------------
+logger = logging.get_logger(f"transformers.{__name__}")
+
+# --- Recorded during the run --------------------------------------------------------------------------------
 
 
 class RunStatistics(TrainerCallback):
-    """Note what the report shows and no other file holds. All of it is private.
+    """Record what the report shows and no other file holds. All of it is private.
 
     Args:
-        samples_of_authors: (authors,), how many samples each has.
-        norms: of the gradients, read at the end.
+        norms: statistics of the per-author gradient norms, read when training ends.
+        samples_per_author: (authors,), number of samples of each author.
+        text_samples: writes texts before and after training; None: the report shows none.
+    Attributes:
+        before, after: metrics and texts of the evaluations before and after training.
     """
 
-    follows = "steps"  # it changes nothing, and need not be looked at (callbacks.py)
+    follows = "steps"  # it changes nothing, so callbacks.py need not watch it
 
-    def __init__(self, norms: NormStatistics, samples_of_authors: np.ndarray):
-        self.norms, self.started = norms, 0.0
-        self.before: dict[str, Any] = {}  # what was found before training: written when the folder is this run's own
-        self.seconds: list[float] = []
-        self.counts = np.unique(samples_of_authors, return_counts=True)
+    def __init__(self, norms: NormStatistics, samples_per_author: np.ndarray, text_samples: Optional[TextSamples] = None):
+        self.norms, self.text_samples = norms, text_samples
+        self.samples, self.authors = np.unique(samples_per_author, return_counts=True)
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
+        self.step_started, self.seconds = 0.0, list[float]()
 
-    def add(self, folder: str, **more: Any) -> None:
-        """Add to what the file holds, also from before this run was resumed."""
+    def record_evaluation(self, when: str, metrics: dict[str, float]) -> None:
+        """Keep the metrics and the texts of an evaluation, until the file may be written.
+
+        Args:
+            when: "before" or "after" training.
+        """
+        texts = {} if self.text_samples is None else {"specimens": self.text_samples.found}
+        setattr(self, when, {"evaluation": {when: metrics}, **texts})
+
+    def add(self, folder: str, **content: Any) -> None:
+        """Merge `content` into the file, which may hold what was recorded before this run was resumed."""
         path = Path(folder) / STATISTICS_NAME
-        finite = json.loads(json.dumps(more), parse_constant=lambda _: None)
+        finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
         write_json(path, deep_merge(json.loads(path.read_text()) if path.exists() else {}, finite), private=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # Not earlier: only now does the run hold the lock of its output directory.
         if state.is_world_process_zero and self.before:
-            (Path(args.output_dir) / STATISTICS_NAME).unlink(missing_ok=True)  # of another run, perhaps one without privacy
+            # The file may be that of another run in this directory, even of one without privacy.
+            (Path(args.output_dir) / STATISTICS_NAME).unlink(missing_ok=True)
             self.add(args.output_dir, **self.before)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.step_started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(round(time.perf_counter() - self.started, 6))
+        self.seconds.append(round(time.perf_counter() - self.step_started, 6))
 
     def on_train_end(self, args, state, control, **kwargs):
-        norms = self.norms.histogram()
+        norm_counts = self.norms.histogram()  # collective
         if not state.is_world_process_zero:
             return
-        statistics = {
-            "note": "computed on private data without noise: do not publish",
-            "samples_per_author": {"samples": self.counts[0].tolist(), "authors": self.counts[1].tolist()},
-            "norms_over_clip_norm": {"edges": self.norms.edges.tolist(), "counts": norms},
-            "seconds_per_step": self.seconds,
-            "log": state.log_history,
-        }
-        self.add(args.output_dir, **statistics)
+        self.add(
+            args.output_dir,
+            note="computed on private data without noise: do not publish",
+            samples_per_author={"samples": self.samples.tolist(), "authors": self.authors.tolist()},
+            norms_over_clip_norm={"edges": self.norms.edges.tolist(), "counts": norm_counts},
+            seconds_per_step=self.seconds,
+            log=state.log_history,
+        )
 
 
 def deep_merge(old: dict, new: dict) -> dict:
-    """Return `old` with what `new` has, dictionaries within merged alike."""
-    both = {name: deep_merge(old[name], value) for name, value in new.items() if isinstance(value, dict) and name in old}
-    return {**old, **new, **both}
+    """Return `old` updated by `new`; nested dictionaries are merged."""
+    merged = {name: deep_merge(old[name], value) for name, value in new.items() if isinstance(value, dict) and name in old}
+    return {**old, **new, **merged}
 
 
-# --- the report ---------------------------------------------------------------------------------------------
+def evaluate_and_sample(trainer: Any, statistics: RunStatistics, when: str) -> dict[str, float]:
+    """Evaluate and write the report's texts; record both in `statistics`.
+
+    Args:
+        trainer: a dp_utils.DPTrainer.
+        when: "before" or "after" training.
+    Returns:
+        metrics of the held-out authors; empty if there are none.
+    """
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    if metrics:  # the Trainer's progress bar shows log lines during training only
+        logger.info(f"Evaluation loss {when} training: {format_losses(metrics)}")
+    if statistics.text_samples is not None:
+        statistics.text_samples.write(trainer.model, when)
+    statistics.record_evaluation(when, metrics)
+    return metrics
+
+
+def format_losses(metrics: dict[str, float]) -> str:
+    return (
+        f"{metrics['eval_loss']:.2f}\n"
+        f"  perplexity {metrics['eval_perplexity']:,.1f}; mean over authors, as in training: {metrics['eval_author_loss']:.2f}"
+    )
+
+
+def save_and_report(trainer: Any, statistics: RunStatistics, release: Optional[dict[str, Any]] = None) -> None:
+    """Save the model. On the main process, also write model card and report, and print the guarantee as the last line.
+
+    Args:
+        trainer: a dp_utils.DPTrainer.
+        release: of the evaluation loss, from `release_eval_loss`; None: the last line shows the exact, private loss.
+    """
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    folder = trainer.args.output_dir
+    trainer.create_model_card()
+    statistics.add(folder, **statistics.after)
+    write_report(Path(folder))
+    report, metrics = trainer.privacy_report(), statistics.after.get("evaluation", {}).get("after")
+    loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
+    if release is not None:
+        loss = f", {format_release(release)}, both public"
+    audit = f", audit: epsilon {format_audit(report['audit'])}" if report.get("audit") else ""
+    print(f"{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
+
+
+# --- The report ---------------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path) -> None:
     """Write report.html and report/*.png of the run in `folder`.
 
     Raises:
-        UserError: where the folder holds no report of a run, or a ledger that was changed.
+        UserError: if the folder holds no report of a run, or its ledger was changed.
     """
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     if not (folder / REPORT_NAME).exists() and not ledger.runs:
@@ -107,7 +175,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("usage: python -m author_dp.report OUTPUT_DIR")
     folder = Path(arguments[0])
     ledger = PrivacyLedger(folder / LEDGER_NAME)
-    for path in reports_in(folder):
+    for path in find_reports(folder):
         report = ledger.check_report(path)
         if path.parent == folder and not report["disable_dp"]:
             check_weights(folder, report)

@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from author_dp.mechanism.losses import deterministic_eval
+from author_dp.models.modes import deterministic_eval
 from author_dp.types import IGNORE_INDEX
 
 logger = logging.get_logger(f"transformers.{__name__}")

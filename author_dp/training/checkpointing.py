@@ -25,7 +25,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, reports_in
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
 from author_dp.distributed import barrier
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, make_private, write_json
@@ -164,7 +164,7 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
     if args.process_index == 0 and ledger.path.exists():
         with ledger.locked():  # or say at once that another run is in there
             pass
-    ledger.check_alarm()
+    ledger.check_no_failure()
     check_not_released(ledger, metric_driven_option(args))
     if ledger.steps and privacy.disable_dp:
         raise UserError(f"--output_dir {folder} holds a private run: choose another --output_dir for one with --disable_dp")
@@ -205,7 +205,7 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
 
 def check_empty(folder: Path) -> None:
     """Raise UserError where `folder` holds a model, a checkpoint or a privacy.json: they could pass for results of this run."""
-    if results := [*weight_files(folder), *reports_in(folder), *checkpoints_by_step(folder)]:
+    if results := [*weight_files(folder), *find_reports(folder), *checkpoints_by_step(folder)]:
         raise UserError(
             f"--output_dir {folder}: it holds results of another run or other weights ({list_names(results, folder)}). Choose "
             "another --output_dir, or continue that run with --resume_from_checkpoint True"
@@ -222,7 +222,7 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
     checkpoints, foreign = checkpoints_by_step(folder), []
     for place in (folder, *checkpoints):
         foreign += [path for path in weight_files(place) if not weight_name_pattern(adapter).fullmatch(path.name)]
-    foreign += [path for path in reports_in(folder) if ledger.check_report(path)["disable_dp"] != disable_dp]
+    foreign += [path for path in find_reports(folder) if ledger.check_report(path)["disable_dp"] != disable_dp]
     # Of our own, privacy.json is written before the Trainer's state, and removed after it.
     foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
     if foreign:
@@ -303,7 +303,7 @@ def check_counts_hidden(folder: Path, ledger: PrivacyLedger, hidden: bool) -> No
     if not hidden:
         return
     # Of headers those with steps are in check_same_authors, which knows a remedy.
-    unused = (header for header, spending in zip(ledger.runs, ledger.spendings) if not spending.steps)
+    unused = (header for header, steps in zip(ledger.runs, ledger.steps_per_run) if not steps)
     told = [ledger.path] if any(header.get("num_authors") is not None for header in unused) else []
     if told:
         raise UserError(f"--hide_counts: {told[0]} tells the number of authors, of an earlier run: choose another --output_dir")

@@ -23,7 +23,7 @@ from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
 from author_dp.mechanism.microbatches import LogicalBatchDataset, MicrobatchShape
-from author_dp.mechanism.sampling import PoissonAuthorSampler, assign_groups
+from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
 from author_dp.models.quantization import quant_scales
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -46,20 +46,19 @@ def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:
 
 def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, canaries: int) -> PoissonAuthorSampler:
     """Return a sampler of this process' shares of draws, ceil(1 / q) of them an epoch, with keys of its own."""
-    bands = plan.noise_bands
-    return PoissonAuthorSampler(
-        dataset.offsets,
-        dataset.indices,
+    options: dict[str, Any] = dict(
         sample_rate=plan.sample_rate,
         samples_per_author=plan.samples_per_author,
         steps=math.ceil(1 / plan.sample_rate),
         key=broadcast(secrets.randbits(128)),
         rank=args.process_index,
         world_size=args.world_size,
-        canaries=canaries,
-        groups=assign_groups(dataset.hashes, bands, broadcast(secrets.token_bytes(32))) if bands > 1 else None,
-        bands=bands,
+        num_canaries=canaries,
     )
+    if plan.noise_bands == 1:
+        return PoissonAuthorSampler(dataset.offsets, dataset.indices, **options)
+    groups = assign_groups(dataset.hashes, plan.noise_bands, broadcast(secrets.token_bytes(32)))
+    return CyclicAuthorSampler(dataset.offsets, dataset.indices, groups=groups, bands=plan.noise_bands, **options)
 
 
 def load_logical_batches(
@@ -73,7 +72,7 @@ def load_logical_batches(
     """Return the logical batches of an epoch, as the sampler draws them, padded in the workers."""
     return DataLoader(
         LogicalBatchDataset(dataset, max_authors, collate, shape),
-        batch_sampler=sampler,  # type: ignore[arg-type]  # of draws, which DrawnDataset takes whole
+        batch_sampler=sampler,  # type: ignore[arg-type]  # of AuthorBatch, which LogicalBatchDataset takes as they are
         collate_fn=identity_collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
@@ -97,6 +96,26 @@ def max_bands_in_memory(model: nn.Module, args: TrainingArguments) -> int:
 def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
     """Move the model to where the Trainer will, unless it is spread over devices."""
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
+
+
+class PlainEngine:
+    """Training without privacy, called as the clipping engines are: one path for both.
+
+    Args:
+        model: called as it is.
+        expected_batch_size: by which the sum of losses is divided.
+    """
+
+    def __init__(self, model: nn.Module, expected_batch_size: int):
+        self.module, self.expected_batch_size = model, expected_batch_size
+
+    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of the authors' losses, (authors,), to `grad`; return zeros for norms, which nobody reads."""
+        (losses.sum() / self.expected_batch_size).backward()
+        return torch.zeros_like(losses.detach())
+
+    def close(self) -> None:
+        """Do nothing: there are no hooks."""
 
 
 class NoDDPWrapper(nn.Module):

@@ -1,6 +1,6 @@
-"""A dry run: two steps of the run that is asked for, with its noise, and what the whole of it will take.
+"""Take two steps of a run, with its noise, and estimate the time and memory of all of it.
 
-Promise: the plan, with its noise and epsilon, is that of the whole run; the two steps are spent, and are in the ledger.
+The plan, with its noise and epsilon, is that of the full run. The two steps are spent, and are in the ledger.
 """
 
 import resource
@@ -9,20 +9,34 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from author_dp.accounting.accountant import format_guarantee
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 STEPS = 2  # the first one warms up, the second is timed
 
 
+def shorten_for_dry_run(args: TrainingArguments, has_evaluation: bool) -> None:
+    """Log and evaluate at each step, so that two steps show what these take."""
+    args.logging_steps = args.eval_steps = 1
+    args.logging_strategy, args.eval_strategy = "steps", "steps" if has_evaluation else "no"
+
+
 class DryRun(TrainerCallback):
-    """Stop after two steps, and know how long the second took."""
+    """Stop after two steps, and log how long the full run will take.
+
+    Args:
+        trainer: dp_utils.DPTrainer.
+    """
 
     follows = "steps"
 
-    def __init__(self):
-        self.started, self.seconds, self.steps = 0.0, 0.0, 0
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.started, self.seconds, self.steps, self.evaluation_seconds = 0.0, 0.0, 0, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -31,19 +45,23 @@ class DryRun(TrainerCallback):
         self.seconds, self.steps = time.perf_counter() - self.started, self.steps + 1
         control.should_training_stop |= self.steps >= STEPS
 
-    def in_words(self, trainer: Any, evaluation_seconds: float) -> str:
-        """Say what was spent, and what the whole run will take; `trainer` is a dp_utils.DPTrainer."""
-        plan, spent = trainer.plan, ""
-        if not self.steps:
-            return "Dry run: no step was left to take."
-        if not plan.disable_dp and trainer.is_world_process_zero():
-            spent = f", which spent {format_guarantee(trainer.epsilon(), plan.delta)}"
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.evaluation_seconds = (metrics or {}).get("eval_runtime", 0.0)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        logger.info(self.summary())
+
+    def summary(self) -> str:
+        """Return what was spent, and what the full run will take."""
+        plan, spent = self.trainer.plan, ""
+        if not plan.disable_dp and self.trainer.is_world_process_zero():
+            spent = f", which spent {format_guarantee(self.trainer.epsilon(), plan.delta)}"
         total = timedelta(seconds=round(self.seconds * plan.steps))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**30
         return (
-            f"Dry run: {self.steps} of {plan.steps:,} steps taken{spent}. The whole run will take about {total} "
-            f"({self.seconds:.2g} s a step), and {evaluation_seconds:.2g} s for each evaluation; peak memory of a process: "
+            f"Dry run: {self.steps} of {plan.steps:,} steps taken{spent}. The full run will take about {total} "
+            f"({self.seconds:.2g} s a step), and {self.evaluation_seconds:.2g} s for each evaluation; peak memory of a process: "
             f"{peak:.1f} GiB"
         )

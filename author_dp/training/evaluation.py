@@ -51,9 +51,7 @@ class EvalBatches(Dataset):
         return {**self.collate(samples), "author": torch.from_numpy(self.authors[texts])}
 
 
-def evaluate(
-    model: nn.Module, loader: DataLoader, needs_positions: bool, on_batch: Callable[[], None], prefix: str
-) -> EvalLoopOutput:
+def evaluate(model: nn.Module, loader: DataLoader, on_batch: Callable[[], None], prefix: str) -> EvalLoopOutput:
     """Return loss, perplexity and author_loss of the model on a loader of `TextBatches`; the same on every process.
 
     Args:
@@ -68,7 +66,7 @@ def evaluate(
     with torch.no_grad():
         for batch in loader:
             batch = send_to_device(batch, device)
-            losses, counted = token_losses(model, batch, needs_positions)
+            losses, counted = token_losses(model, batch)
             for row, values in zip(sums, (losses, counted)):
                 row.index_add_(0, batch["author"].cpu(), values.sum(1, dtype=torch.float64).cpu())
             on_batch()

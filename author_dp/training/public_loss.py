@@ -79,7 +79,6 @@ class EvaluatedTrainer(Protocol):
     budget: Budget
     eval_dataset: Any
     data_collator: Callable
-    needs_positions: bool
 
 
 def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_dp: bool, has_evaluation: bool) -> None:
@@ -121,14 +120,14 @@ def release_eval_loss(
         UserError: where held-out authors have chosen the model.
     """
     check_not_chosen(broadcast(trainer.budget.ledger.by_metrics))
-    known = broadcast(trainer.budget.ledger.released)
+    known = broadcast(trainer.budget.ledger.current_release)
     upper = upper or math.log(len(trainer.model.get_input_embeddings().weight))  # type: ignore[arg-type]
     about = {"epsilon": epsilon, "step": trainer.state.global_step, "limited": limited}
     asked = {**about, "split": trainer.budget.split, "range": [0.0, upper]}
     if known is not None and known["split"] is not None and {name: known.get(name) for name in asked} == asked:
         return known  # the loss of this very model on these authors: to publish it again costs nothing
     shares = all_reduce_sum(local_loss_sums(trainer, upper)).tolist()
-    if not trainer.budget.is_first_process:
+    if not trainer.budget.is_main_process:
         return None
     sensitivity = GRID * (2 if limited else 1)
     noisy = [share + discrete_laplace(Fraction(sensitivity) / Fraction(epsilon)) for share in shares]
@@ -152,7 +151,7 @@ def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
             (samples,) = dataset.__getitems__([part])
             batch = send_to_device(trainer.data_collator(samples), device)
             with torch.no_grad(), trainer.accelerator.autocast():
-                losses, counted = token_losses(trainer.model, batch, trainer.needs_positions)
+                losses, counted = token_losses(trainer.model, batch)
             loss, tokens = loss + losses.double().sum().item(), tokens + int(counted.sum())
         if tokens:
             totals += torch.tensor(quantize_loss(loss / tokens, upper))

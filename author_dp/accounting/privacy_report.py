@@ -1,0 +1,98 @@
+"""Make privacy.json from a plan and a ledger: the only place where spent epsilon is computed for a report.
+
+Example:
+
+    >>> make_report(plan, ledger)["epsilon"]
+    7.98
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Optional
+
+from author_dp.accounting.accountant import accountant_of
+from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.plan import PrivacyPlan, plan_of
+from author_dp.accounting.tradeoff import attack_bounds
+
+PLAN_KEYS = (
+    "delta", "target_epsilon", "noise_multiplier", "clip_norm", "sample_rate", "expected_batch_size", "noise_bands",
+    "num_authors", "num_samples", "samples_per_author", "clipping", "world_size", "disable_dp",
+)  # fmt: skip
+
+
+def make_report(plan: PrivacyPlan, ledger: PrivacyLedger, steps: int = 0) -> dict[str, Any]:
+    """Return privacy.json of a run.
+
+    Args:
+        steps: of the training, reported if there is no privacy and hence no ledger.
+    """
+    if plan.disable_dp:
+        return plan_entries(plan, steps)
+    report = plan_entries(plan, ledger.steps) | spent_entries(ledger, plan.delta)
+    if ledger.releases:
+        report["evaluation_release"] = ledger.last_release
+    return {**report, "ledger_link": ledger.record_hashes[-1]}
+
+
+def recompute_report(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
+    """Return the report at `path`, updated by all steps in its ledger.
+
+    If the run has not finished and there is no file, the report is of the ledger's last run and certifies no weights.
+
+    Raises:
+        UserError: for a report that knows of records that the ledger lacks.
+    """
+    report = ledger.check_report(path) if path.exists() else make_interrupted_report(ledger)
+    if report["disable_dp"] or not (ledger.steps or ledger.failure):
+        return report
+    return report | spent_entries(ledger, report["delta"])
+
+
+def make_interrupted_report(ledger: PrivacyLedger) -> dict[str, Any]:
+    """Return the report of an interrupted run, without what it has spent."""
+    plan = plan_of(ledger.last_run)
+    return {**plan_entries(plan, ledger.steps), "interrupted": True, "ledger_link": ledger.record_hashes[-1]}
+
+
+def plan_entries(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
+    """Return the entries of privacy.json that follow from the plan; epsilon is null until `spent_entries` replaces it."""
+    public = plan.to_public_dict()
+    if plan.disable_dp:
+        public |= dict.fromkeys(("delta", "noise_multiplier", "clip_norm", "clipping"))
+    return {
+        "privacy_unit": "author",
+        "adjacency": "add-or-remove-one",
+        "accountant": "prv",
+        "sampling": "poisson" if plan.noise_bands == 1 else "cyclic-poisson",
+        "epsilon": None,
+        **{name: public[name] for name in PLAN_KEYS},
+        "steps": steps,
+        "accounted_steps": steps,
+        "accounted_sample_rate": plan.event(0).sample_rate,
+    }
+
+
+def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
+    """Return the entries of privacy.json that follow from the steps, releases and failures in the ledger.
+
+    Args:
+        delta: of the guarantee.
+    """
+    epsilon = ledger.epsilon(delta)
+    entries = {
+        "accountant": accountant_of(ledger.events, delta),
+        "epsilon": finite_or_none(epsilon),
+        "steps": ledger.steps,
+        "accounted_steps": ledger.accounted_steps,
+        **({} if ledger.failure is None else {"alarm": ledger.failure}),
+        **attack_bounds(ledger.events if math.isfinite(epsilon) else [], delta),
+    }
+    if ledger.releases:
+        entries["epsilon_with_evaluation"] = finite_or_none(ledger.epsilon_with_releases(epsilon))
+    return entries
+
+
+def finite_or_none(epsilon: float) -> Optional[float]:
+    """Return epsilon, or None if it is infinite, which JSON cannot hold."""
+    return epsilon if math.isfinite(epsilon) else None

@@ -1,0 +1,130 @@
+"""Columns to read from files, the rows they give, and the errors that name file, place and fix."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from author_dp.errors import UserError, first_line
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+class ColumnSpec(NamedTuple):
+    """Columns to read, and the options that errors name."""
+
+    option: str  # that names the files
+    text: str
+    author: str
+    prompt: Optional[str] = None  # precedes the text, as the first argument of `as_text`
+    as_text: Optional[Callable[..., str]] = None  # makes a text of the values in `text_columns`; raises ValueError
+    text_option: str = "--text_column"
+    prompt_option: str = "--prompt_column"
+
+    @property
+    def text_columns(self) -> list[str]:
+        """Return the columns that make a text, in order."""
+        return [self.text] if self.prompt is None else [self.prompt, self.text]
+
+    @property
+    def by_option(self) -> list[tuple[str, str]]:
+        """Return pairs of option and column."""
+        prompt = [] if self.prompt is None else [(self.prompt_option, self.prompt)]
+        return [(self.text_option, self.text), *prompt, ("--author_column", self.author)]
+
+    def author_of(self, name: str) -> str:
+        """Return the beginning of an error about the authors of a file."""
+        return f"--author_column {self.author!r} of {self.option} {name}"
+
+    def text_of(self, name: str) -> str:
+        """Return the beginning of an error about the texts of a file."""
+        return f"{self.text_option} {self.text!r} of {self.option} {name}"
+
+
+class Row(NamedTuple):
+    """One sample as written in a file."""
+
+    author: Optional[str]
+    text: Optional[str]
+    author_type: str  # in words, for errors
+    line: int  # where the row begins; 0 where only rows are counted
+    number: int  # of the row, from 1
+
+    @property
+    def place(self) -> str:
+        return format_place(self.line, self.number)
+
+
+def format_place(line: int, number: int) -> str:
+    return f"line {line} (row {number})" if line else f"row {number}"
+
+
+def split_suffix(name: str) -> tuple[str, Optional[str]]:
+    """Return format and compression of a file by its name: "a.csv.gz" gives (".csv", "gzip")."""
+    path = Path(name)
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    return (Path(path.stem) if compression else path).suffix.lower(), compression
+
+
+def format_text(name: str, place: str, values: list[Any], columns: ColumnSpec) -> str:
+    """Return the text that `columns.as_text` makes of a row's values.
+
+    Raises:
+        UserError: with the place, where it makes none.
+    """
+    assert columns.as_text is not None
+    try:
+        return columns.as_text(*values)
+    except ValueError as error:
+        raise UserError(f"{columns.text_of(name)}, {place}: it {error}") from error
+
+
+def check_columns(columns: ColumnSpec, names: list[str], file: str) -> None:
+    """Raise UserError unless a file has each column once."""
+    for option, column in columns.by_option:
+        if column not in names:
+            found, fix = f"Its columns are {', '.join(map(str, names))}", "Name one of them"
+            if len(names) == 1 and any(separator in str(names[0]) for separator in ";\t|"):
+                found, fix = f"Its only column is {names[0]!r}", "Separate columns by commas"
+            raise UserError(f"{option} {column!r}: no such column in {columns.option} {file}. {found}. {fix}")
+        if names.count(column) > 1:
+            raise UserError(
+                f"{option} {column!r}: {names.count(column)} columns of {columns.option} {file} are called so. Rename all but one"
+            )
+
+
+def check_author_type(author_type: str, place: str, author_types: dict[str, str], columns: ColumnSpec) -> None:
+    """Record where the first author of a type is; raise UserError for a second type."""
+    for other, other_place in author_types.items():
+        raise UserError(
+            f"--author_column {columns.author!r} of {columns.option}: {place} holds {author_type}, {other_place} holds {other}. "
+            "Write all authors alike, best as strings: one author could count as two"
+        )
+    author_types[author_type] = place
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+def missing_author_error(name: str, place: str, columns: ColumnSpec) -> UserError:
+    return UserError(f"{columns.author_of(name)}: it is empty in {place}. Remove such rows, or give each an author")
+
+
+def author_value_error(name: str, place: str, value: Any, columns: ColumnSpec) -> UserError:
+    return UserError(
+        f"{columns.author_of(name)}: it holds {str(value)[:40]!r} in {place}, neither text nor a number. Write authors as strings"
+    )
+
+
+def text_value_error(name: str, place: str, value: Any, columns: ColumnSpec) -> UserError:
+    return UserError(
+        f"{columns.text_of(name)}: it holds {str(value)[:40]!r} in {place}, not text. Name another column, or fix the row"
+    )
+
+
+def encoding_error(name: str, place: str, columns: ColumnSpec) -> UserError:
+    return UserError(f"{columns.option} {name}: {place} is not UTF-8. Save the file as UTF-8")
+
+
+def unreadable_error(name: str, columns: ColumnSpec, error: BaseException | str) -> UserError:
+    reason = error if isinstance(error, str) else f"{first_line(error)}. Fix the file, or save it again"
+    return UserError(f"{columns.option} {name}: it cannot be read as {split_suffix(name)[0]}: {reason}")

@@ -1,0 +1,99 @@
+"""Load samples of text and author from local files or hub data sets, onto disk."""
+
+import glob
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Optional
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from author_dp.data.columns import ColumnSpec, split_suffix
+from author_dp.data.hub import read_hub
+from author_dp.data.readers import FORMATS, read_files
+from author_dp.data.storage import write_arrow
+from author_dp.errors import UserError
+
+
+def load_files(
+    patterns: list[str], columns: ColumnSpec, folder: Optional[Path] = None, author_types: Optional[dict[str, str]] = None
+) -> Dataset:
+    """Load local files of one format, given by name or glob, with exact values.
+
+    Args:
+        folder: where the texts are kept; by default `make_private_temp_dir()`.
+        author_types: of files loaded before; see `read_files`.
+    Returns:
+        samples with the text and the author column, both strings.
+    Raises:
+        UserError: with the option, and the file, line or column at fault.
+    """
+    files = expand_files(columns.option, patterns)
+    suffixes = {split_suffix(name)[0] for name in files}
+    if len(suffixes) > 1 or not suffixes <= set(FORMATS):
+        raise UserError(
+            f"{columns.option}: files of type {', '.join(sorted(suffixes))}. Give files of one type of {', '.join(FORMATS)} (or "
+            "these with .gz or .zst)"
+        )
+    return write_arrow_dataset(read_files(files, columns, author_types), columns, " ".join(patterns), folder)
+
+
+def load_hub(
+    name: str,
+    config: str,
+    revision: str,
+    columns: ColumnSpec,
+    limit: Optional[int] = None,
+    folder: Optional[Path] = None,
+    author_types: Optional[dict[str, str]] = None,
+) -> Dataset:
+    """Load the first `limit` samples (None: all) of a hub data set, or of a local folder with the same layout.
+
+    Args, Returns: as `load_files`.
+    Raises:
+        UserError: where the hub or the data set cannot be reached, or a column is missing.
+    """
+    batches = read_hub(name, config, revision, columns, limit, {} if author_types is None else author_types)
+    return write_arrow_dataset(batches, columns, name, folder)
+
+
+def write_arrow_dataset(batches: Iterable[pa.RecordBatch], columns: ColumnSpec, source: str, folder: Optional[Path]) -> Dataset:
+    """Write the samples of a source to `folder`, and return them as a data set on disk."""
+    names = [columns.text, columns.author]
+    schema = pa.schema([(name, pa.large_string()) for name in names])
+    samples = write_arrow((batch.select(names) for batch in batches), schema, folder)
+    if not len(samples):
+        raise UserError(f"{columns.option} {source}: it holds no rows. Give data with one sample a row")
+    return samples
+
+
+def expand_files(option: str, patterns: list[str]) -> list[str]:
+    """Expand globs, except names of existing files; check that each file exists, is not empty and is named once."""
+    files = []
+    for pattern in patterns:
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise UserError(f"{option} {pattern}: no such file. Check the path")
+        files += matches
+    for name in files:
+        if not os.path.isfile(name):
+            raise UserError(f"{option} {name}: it is a folder. Name its files, for example '{os.path.join(name, '*.jsonl')}'")
+        if os.path.getsize(name) == 0:
+            raise UserError(f"{option} {name}: it is empty. Restore it, or leave it out")
+    for name in sorted({name for name in files if files.count(name) > 1}):
+        raise UserError(
+            f"{option} {name}: it is named {files.count(name)} times, so its samples would count as often. Name it once"
+        )
+    return files
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:
+    """Give the tokenizer the chat template in a file, if one is named."""
+    if path is None:
+        return
+    try:
+        tokenizer.chat_template = Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat_template {path}: it cannot be read ({error}). Name a file with a Jinja template") from error

@@ -1,0 +1,127 @@
+"""Put a model into the state in which checks compare its outputs, and restore it afterwards.
+
+Checks call the user's model on random tokens, never on the user's texts. They compare in float32, in training mode and, but for
+the check of random operations, without dropout. Modes, buffers, parameters and random generators are restored at the end.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import nn
+
+from author_dp.errors import UserError
+from author_dp.guards.precision import float32_products
+from author_dp.mechanism.fsdp import local_shard
+from author_dp.models.quantization import computes_in_float32, float32_compute
+
+MODEL_CODE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
+DEFAULT_LEN = 128  # tokens of the longest sample where nothing says how long samples are
+MIN_LEN = 4  # tokens of the longest sample: a check cuts shorter samples from it
+
+
+def resolve_sequence_len(model: Any, sequence_len: Optional[int]) -> int:
+    """Return the length of the longest sample in tokens; by default 128, or fewer where the model has fewer positions."""
+    if sequence_len:
+        return max(MIN_LEN, sequence_len)
+    return min(getattr(model.config, "max_position_embeddings", None) or DEFAULT_LEN, DEFAULT_LEN)
+
+
+def random_tokens(model: Any, num_tokens: int, seed: int) -> torch.Tensor:
+    """Return random token ids (num_tokens,), none of them special: an image token would need an image."""
+    vocab_size = min(len(model.get_input_embeddings().weight), model.config.get_text_config().vocab_size)
+    special = {value for name, value in model.config.to_dict().items() if "token" in name and isinstance(value, int)}
+    choices = torch.tensor([i for i in range(min(vocab_size, 2**12)) if i not in special])
+    ids = choices[torch.randint(len(choices), (num_tokens,), generator=torch.Generator().manual_seed(seed))]
+    return ids.to(next(model.parameters()).device)
+
+
+def tolerance_factor(model: nn.Module) -> float:
+    """Return how much coarser than float32 the model computes: a frozen base may do so in bfloat16."""
+    return 1.0 if computes_in_float32(model) else 100.0
+
+
+@contextmanager
+def as_user_error(problem: str) -> Iterator[None]:
+    """Turn an exception of the model's own code into a UserError that says what to change."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except MODEL_CODE_ERRORS as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{problem} ({first_line})") from error
+
+
+# --- states of the model --------------------------------------------------------------------------------
+
+
+@contextmanager
+def training_mode(model: Any) -> Iterator[None]:
+    """Put the model into training mode; restore modes, buffers and all global random generators."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(module, name, b, b.clone()) for module in modes for name, b in module._buffers.items() if b is not None]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            model.train()
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
+
+
+@contextmanager
+def float32_train_mode(model: nn.Module) -> Iterator[None]:
+    """Use training mode, in which alone batch norm mixes samples, without autocast, TF32 or bfloat16 products."""
+    autocast = torch.autocast(next(model.parameters()).device.type, enabled=False)
+    with training_mode(model), autocast, float32_compute(model), float32_products():
+        yield
+
+
+@contextmanager
+def deterministic_train_mode(model: nn.Module) -> Iterator[None]:
+    """Use `float32_train_mode` without dropout; set every dropout rate of modules and configurations to 0."""
+    owners: dict[int, Any] = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if o is not None}
+    rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_dropout_rate(o, name, v)]
+    with float32_train_mode(model):
+        try:
+            for owner, name, value in rates:
+                setattr(owner, name, type(value)(0))
+            yield
+        finally:
+            for owner, name, value in rates:
+                setattr(owner, name, value)
+
+
+def is_dropout_rate(owner: Any, name: str, value: Any) -> bool:
+    """Return whether an attribute says how much is dropped, or jittered, at random in training."""
+    is_rate = "drop" in name or "jitter" in name or (name == "p" and isinstance(owner, nn.modules.dropout._DropoutNd))
+    return is_rate and isinstance(value, float) and value > 0
+
+
+@contextmanager
+def perturb_zero_params(model: nn.Module) -> Iterator[None]:
+    """Temporarily perturb all-zero parameters: LoRA's B starts at zero, which would hide A's gradient."""
+    trainable = [local_shard(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    zeros = [parameter for parameter in trainable if not parameter.any()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.copy_(torch.empty(parameter.shape).normal_(std=0.02, generator=generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()

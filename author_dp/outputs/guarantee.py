@@ -1,0 +1,159 @@
+"""Describe the guarantee of a result: as the rows of a table, and in plain words. Public values only.
+
+The rows follow Ponomareva et al. 2023, How to DP-fy ML, arXiv 2303.00654, section 5.3.3.
+"""
+
+import math
+from typing import Any, Optional
+
+from author_dp.accounting.accountant import format_epsilon, format_guarantee, round_up
+from author_dp.training.public_loss import format_release
+
+Row = tuple[str, str]
+
+INTERRUPTED = "nothing yet, as the run has not saved its model; epsilon is what the steps in its ledger have spent"
+
+
+def fmt(value: Optional[float]) -> str:
+    return "none" if value is None else f"{value:,.6g}"
+
+
+def has_guarantee(report: dict[str, Any]) -> bool:
+    """Return whether the model has a guarantee, and so has the one it started from, if this program trained that too."""
+    base_is_covered = report.get("base_model", {"covered": True})["covered"]
+    return report["epsilon"] is not None and not report.get("interrupted") and base_is_covered
+
+
+def guarantee_rows(report: dict[str, Any]) -> list[Row]:
+    """Return name and value of each row of the table.
+
+    Args:
+        report: content of privacy.json.
+    """
+    if report["disable_dp"]:
+        return [("Guarantee", "none: trained with --disable_dp")]
+    if report.get("alarm"):
+        return [("Guarantee", f"none: the run found that its mechanism is not what its ledger says ({report['alarm']})")]
+    return [
+        ("Guarantee", format_guarantee(report["epsilon"], report["delta"])),
+        *([("Certified", INTERRUPTED)] if report.get("interrupted") else []),
+        *([("Starting model", format_model(report["base_model"]))] if "base_model" in report else []),
+        ("Setting", "central: the trainer sees the data, the public sees the model"),
+        ("Definition", "approximate DP, (epsilon, delta)"),
+        ("Privacy unit", "one author with all samples"),
+        ("Adjacency", "add or remove one author"),
+        ("What is covered", "the released weights and every checkpoint; the training data only, not the base model's"),
+        ("Mechanism", "DP-SGD on authors: Poisson sampling, per-author clipping, Gaussian noise"),
+        ("Accountant", f"{report['accountant'].upper()} (upper bound), all steps ever taken in this folder, lost ones included"),
+        ("Epsilon", format_optional_epsilon(report["epsilon"])),
+        ("Target epsilon", fmt(report["target_epsilon"])),
+        ("Delta", fmt(report["delta"])),
+        *attack_rows(report),
+        ("Noise multiplier", fmt(report["noise_multiplier"])),
+        ("Clip norm", f"{fmt(report['clip_norm'])} for each author's gradient"),
+        ("Authors", "not disclosed" if report["num_authors"] is None else fmt(report["num_authors"])),
+        ("Sample rate", fmt(report["sample_rate"])),
+        *noise_band_rows(report),
+        ("Expected batch", f"{fmt(report['expected_batch_size'])} authors"),
+        ("Samples of an author per step", f"at most {report['samples_per_author']}"),
+        ("Steps", fmt(report["steps"])),
+        *row_limit_row(report),
+        ("Tuning", "not included: each further run on the same authors adds its own epsilon"),
+        *release_rows(report),
+        *audit_rows(report),
+    ]
+
+
+def format_optional_epsilon(epsilon: Optional[float]) -> str:
+    return "none" if epsilon is None else format_epsilon(epsilon)
+
+
+def format_model(model: dict[str, Any]) -> str:
+    """Describe the guarantee that a starting model has for its own authors.
+
+    Args:
+        model: from `privacy_statement.starting_model`.
+    """
+    if not model["covered"]:
+        return f"{model['name']} has no guarantee ({model['reason']})"
+    words = f"{model['name']} has {format_guarantee(model['epsilon'], model['delta'])}, on top for authors of both trainings"
+    return f"{words}; it started from {format_model(model['base_model'])}" if "base_model" in model else words
+
+
+def attack_rows(report: dict[str, Any]) -> list[Row]:
+    """Return bounds on the best membership inference: whether an author was in the data."""
+    rows = []
+    if report.get("mu_gdp") is not None:
+        mu = math.ceil(report["mu_gdp"] * 1e3) / 1e3
+        rows.append(("Gaussian DP", f"mu {mu:.3f}: as hard to tell apart as N(0, 1) and N(mu, 1)"))
+    for false_positives, true_positives in (report.get("tpr_at_fpr") or {}).items():
+        bound = math.ceil(true_positives * 1e4) / 1e4
+        rows.append(
+            (f"Attacker at {float(false_positives):.1%}", f"true-positive rate at most {bound:.4f} at this false-positive rate")
+        )
+    return rows
+
+
+def noise_band_rows(report: dict[str, Any]) -> list[Row]:
+    """Return a row if noise is correlated over steps; reports of older versions do not say."""
+    if report.get("noise_bands", 1) == 1:
+        return []
+    accounted = f"{report['accounted_steps']:,} steps at sample rate {fmt(report['accounted_sample_rate'])}"
+    return [("Noise bands", f"{report['noise_bands']}: noise correlated over steps, groups in turn; accounted as {accounted}")]
+
+
+def row_limit_row(report: dict[str, Any]) -> list[Row]:
+    """Return a row if training used a limited number of rows, whoever wrote them."""
+    limit = (report.get("data") or {}).get("row_limit")
+    words = "the first {:,}, taken as given: the guarantee is for these, not for the entire file"
+    return [("Rows", words.format(limit))] if limit else []
+
+
+def release_rows(report: dict[str, Any]) -> list[Row]:
+    """Return rows about a released evaluation loss, and the epsilon of model and loss together."""
+    rows = []
+    if release := report.get("evaluation_release"):
+        rows.append(("Evaluation, public", format_release(release)))
+    if "epsilon_with_evaluation" in report:
+        rows.append(("Epsilon with it", format_optional_epsilon(report["epsilon_with_evaluation"])))
+    return rows
+
+
+def audit_rows(report: dict[str, Any]) -> list[Row]:
+    """Return rows about the run's audit by canaries."""
+    audit = report.get("audit")
+    if not audit:
+        return []
+    found = f"epsilon at least {audit['epsilon_lower_bound']:.2f} with {audit['confidence']:.0%} confidence"
+    rows = [("Audit", f"{found}: {audit['correct']} of {audit['guesses']} guesses on {audit['canaries']} canaries correct")]
+    if audit.get("kind") == "gradient":
+        interval = " and ".join(fmt(bound) for bound in audit["epsilon_between"])
+        checked = f"sampling, clipping and noise matched the ledger in {audit['steps_checked']:,} steps"
+        rows.append(("Audit of gradients", f"{checked}; by the observed noise, if Gaussian, epsilon is between {interval}"))
+    return rows
+
+
+def plain_summary(report: dict[str, Any]) -> str:
+    """Return the guarantee in plain words, for readers who do not know differential privacy."""
+    if report["disable_dp"] or report["epsilon"] is None:
+        return "This model was trained without a privacy guarantee. It may repeat what its authors wrote."
+    if report.get("interrupted"):
+        return f"Certified: {INTERRUPTED}."
+    if not has_guarantee(report):
+        return (
+            "This training has the guarantee above for its own authors, but it started from a model that has none: "
+            f"{format_model(report['base_model'])}. The model may repeat what the authors of that one wrote."
+        )
+    rates = report.get("tpr_at_fpr") or {}
+    attack = ""
+    if "0.01" in rates:
+        attack = (
+            " Even an attacker who knows everything else, and who wrongly accuses 1 % of the authors who were not in the data, "
+            f"finds at most {math.ceil(rates['0.01'] * 1e3) / 10:.1f} % of those who were."
+        )
+    factor = f"{round_up(math.exp(min(report['epsilon'], 700))):,g}"
+    return (
+        f"Whatever anyone concludes from this model becomes at most {factor} times (e^epsilon) as likely by the presence or "
+        "absence of any one author, with all of that author's texts, in the training data, except with probability "
+        f"{report['delta']:.2g}.{attack}"
+    )

@@ -1,0 +1,154 @@
+"""Trainer whose logs name epsilon, and whose files are complete, certified, and readable by their owner only.
+
+Guarantees: weights are saved with a privacy.json that names their hashes; a checkpoint counts only when all of it is on disk; no
+file holds the state of a random generator that protects people. (What may be uploaded: author_dp/outputs/uploads.py.)
+"""
+
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import logging
+
+from author_dp.accounting.budget import Budget
+from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
+from author_dp.clipping.norm_stats import NormStatistics
+from author_dp.data.splits import format_data_summary
+from author_dp.guards.model_check import check_trained_weights
+from author_dp.guards.monitors import RunMonitors
+from author_dp.mechanism.fsdp import full_state_dict, load_weights
+from author_dp.mechanism.secret_generators import SecretGenerators
+from author_dp.models.quantization import model_sizes
+from author_dp.models.weights import write_certified
+from author_dp.permissions import owner_only
+from author_dp.training.base_trainer import LogicalBatchTrainer
+from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state
+from author_dp.training.run_report import RunReport
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+
+class CertifiedTrainer(LogicalBatchTrainer):
+    """Save checkpoints, models and metrics; `dp_utils.DPTrainer` adds the training.
+
+    Attributes:
+        folder: the output directory.
+        full_shard: whether weights and optimizer state are sharded over the processes.
+        generators: of random numbers inside the model, while they are secret: training with privacy.
+    """
+
+    folder: Path
+    budget: Budget
+    run_report: RunReport
+    full_shard: bool
+    checkpoint: Optional[Path]
+    monitors: RunMonitors
+    norms: NormStatistics
+    train_dataset: Any
+    generators: Optional[SecretGenerators] = None
+
+    def check_run(self, full: bool = False) -> None:
+        """Check sampling, clipping, noise and weights; with `full`, also frozen weights and the ledger's file.
+
+        Raises:
+            MechanismError: where the mechanism is not what the ledger says.
+            UserError: for weights that are not finite.
+        """
+        self.monitors.test(full)
+        check_trained_weights(self.model, self.state.global_step)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the epsilon spent so far to every line, and statistics that are not private to those of training."""
+        if not self.plan.disable_dp:
+            if "loss" in logs:
+                self.check_run()
+                logs |= {**self.norms.pop(), "noise_multiplier": self.plan.noise_multiplier}
+            if self.args.process_index == 0:
+                logs["epsilon"] = self.epsilon()
+        with owner_only():
+            super().log(logs, *args, **kwargs)
+
+    def summary(self) -> str:
+        """Return what will happen, for the log before training."""
+        steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
+        steps, epsilon = self.budget.forecast(max(0, self.plan.steps - steps_before))
+        offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
+        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps)
+
+    def log_summary(self) -> None:
+        """Log what the run will do and cost, and warn of what may be a mistake."""
+        data = self.run_report.data
+        logger.info("\n".join([self.summary(), *(format_data_summary(data) if data else [])]))
+        for warning in (delta_warning(self.budget.plan), tuning_hint(self.budget.plan)):
+            if warning and not self.plan.disable_dp and self.is_world_process_zero():
+                logger.warning(warning)
+
+    def epsilon(self, more_steps: int = 0) -> float:
+        """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
+        return self.budget.epsilon(more_steps)
+
+    def privacy_report(self) -> dict[str, Any]:
+        """Return what privacy.json holds; on the first process only."""
+        return self.run_report.to_dict(self.state.global_step)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as the Trainer does, completely or not at all."""
+        self.check_run(full=True)
+        with atomic_checkpoint(self.folder, self.args, self.state):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
+        """Save model and tokenizer, and the privacy report of these weights beside them."""
+        if self.full_shard:
+            state_dict = full_state_dict(self.model)
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        adapter = isinstance(self.model, PeftModel)
+        if adapter and self.run_report.adapter_base is None:  # never trained
+            self.run_report.identify_base(self.model, None)
+        folder, disable_dp = Path(output_dir or self.folder), self.plan.disable_dp
+        with write_certified(folder, adapter, self.privacy_report, disable_dp), owner_only():
+            super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the full state of a sharded optimizer, as one without shards would be."""
+        if not self.full_shard:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = getattr(self.optimizer, "optimizer", self.optimizer).full_optim_state()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # type: ignore[union-attr]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the generators' states without privacy only: otherwise they are secret."""
+        if self.generators is None:
+            super()._save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: Optional[str]) -> None:
+        """Restore the generators' states without privacy only: otherwise each training has new ones."""
+        if self.generators is None:
+            super()._load_rng_state(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Optional[nn.Module] = None) -> None:
+        if not self.full_shard:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""
+        if self.budget.is_main_process and not self.plan.disable_dp:
+            check_ledger_covers(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
+        super()._load_best_model()
+
+    def save_metrics(self, *args, **kwargs) -> None:
+        """Save metrics for the owner only."""
+        with owner_only():
+            super().save_metrics(*args, **kwargs)
+
+    def save_state(self) -> None:
+        """Save the Trainer's state, with its losses, for the owner only."""
+        with owner_only():
+            super().save_state()

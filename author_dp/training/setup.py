@@ -1,0 +1,193 @@
+"""Prepare a run: check options and model, read the ledger, plan the steps and their noise.
+
+All that can fail for the user's reasons fails here, before the first step is paid for.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+
+from author_dp.accounting.budget import Budget
+from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, read_private_count
+from author_dp.accounting.plan import PrivacyPlan, make_plan
+from author_dp.clipping.norm_stats import NormStatistics
+from author_dp.distributed import broadcast
+from author_dp.errors import UserError
+from author_dp.guards.agreement import check_same_start
+from author_dp.guards.callbacks import metric_driven_callback, metric_driven_scheduler
+from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCanaries
+from author_dp.guards.model_check import ModelCheck, check_fsdp_model, check_model, verify_model
+from author_dp.guards.monitors import RunMonitors
+from author_dp.guards.options import (
+    check_shared_authors,
+    have_shared_authors,
+    metric_driven_option,
+    validate_options,
+)
+from author_dp.guards.precision import check_float32
+from author_dp.guards.probing import resolve_sequence_len
+from author_dp.mechanism.adam_bc import AdamBC
+from author_dp.mechanism.fsdp import ShardedOptimizer, shard_model
+from author_dp.mechanism.optimizer import AuthorDPOptimizer
+from author_dp.mechanism.secret_generators import SecretGenerators
+from author_dp.training.checkpointing import check_author_count, check_counts_hidden, check_not_released, find_checkpoint
+from author_dp.training.dataloading import max_bands_in_memory, to_device
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+
+@dataclass
+class RunSetup:
+    """All that is decided before a run's first step.
+
+    Args:
+        model_check: the result of comparing the clipping engine with a plain loop on this model; None without privacy.
+        checkpoint: from which the run resumes; None where it starts with the model as given.
+        train_dataset, data_collator: with the gradient canaries, if any.
+        sequence_len: tokens of the longest sample, from which the shapes of microbatches follow.
+    """
+
+    model_check: Optional[ModelCheck]
+    sequence_len: int
+    checkpoint: Optional[Path]
+    train_dataset: Any
+    data_collator: Callable
+    plan: PrivacyPlan
+    budget: Budget
+    norms: NormStatistics
+    monitors: RunMonitors
+
+
+def set_up_run(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    privacy: Any,
+    train_dataset: Any,
+    data_collator: Callable,
+    sequence_len: Optional[int],
+    canaries: Optional[GradientCanaries],
+    full_shard: bool,
+    split_id: Optional[str],
+    shared_authors: bool,
+) -> RunSetup:
+    """Check and plan a run. Collective; the model moves to its device, sharded where `full_shard`.
+
+    Args:
+        privacy: dp_utils.PrivacyArguments.
+        others: as dp_utils.DPTrainer.
+    Raises:
+        UserError: for options, a model, data or an output directory under which the guarantee would not hold.
+    """
+    validate_options(args, privacy, full_shard=full_shard, shared_authors=shared_authors)
+    model_check = check_and_place_model(model, args, privacy, sequence_len, full_shard)
+    longest = resolve_sequence_len(model, sequence_len)
+    if sequence_len is None and (found := getattr(train_dataset, "longest", 0)) > longest:
+        raise UserError(f"DPTrainer needs sequence_len={found}: a sample is longer than {longest} tokens")
+    checkpoint = find_checkpoint(args, privacy, isinstance(model, PeftModel))
+    if canaries is not None:
+        train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
+    folder = Path(str(args.output_dir))
+    ledger = PrivacyLedger(folder / LEDGER_NAME)
+    earlier = broadcast(ledger.runs if ledger.steps else [])  # a run that took no step binds nobody
+    max_bands = max_bands_in_memory(model, args)
+    plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
+    if plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
+        raise ValueError("noise bands need the hashes of all authors: AuthorDataset(..., hashes=author_hashes(authors))")
+    check_same_start(plan, train_dataset, model, args.bf16)
+    hidden_count = broadcast(read_private_count(folder))
+    check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
+    check_counts_hidden(folder, ledger, privacy.hide_counts)
+    budget = Budget(plan, ledger, is_main_process=args.process_index == 0)
+    budget.by_metrics, budget.split = metric_driven_option(args), split_id
+    norms = NormStatistics(plan.clip_norm, args.device)
+    monitors = RunMonitors(plan, canaries, norms)
+    return RunSetup(model_check, longest, checkpoint, train_dataset, data_collator, plan, budget, norms, monitors)
+
+
+def check_and_place_model(
+    model: PreTrainedModel, args: TrainingArguments, privacy: Any, sequence_len: Optional[int], full_shard: bool
+) -> Optional[ModelCheck]:
+    """Refuse a model that cannot be clipped; return how the clipping engine compares with a plain loop.
+
+    Raises:
+        UserError: naming the property that does not hold.
+    """
+    check_model(model, call_model=False)
+    if full_shard:
+        check_fsdp_model(model)
+        shard_model(model, args.device)
+    if privacy.disable_dp:
+        return None
+    checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
+    check_float32(to_device(model, args), args.bf16)
+    model_check = verify_model(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
+    logger.info(model_check.summary())
+    return model_check
+
+
+def make_dp_optimizer(
+    optimizer: torch.optim.Optimizer,
+    plan: PrivacyPlan,
+    monitors: RunMonitors,
+    canaries: Optional[GradientCanaries],
+    before_release: Callable[[], None],
+    *,
+    corrected: bool,
+    secure_noise: bool,
+    sharded: bool,
+) -> AuthorDPOptimizer:
+    """Wrap an optimizer in the one that adds the noise.
+
+    Args:
+        before_release: records each step in the ledger, before its noisy gradient exists.
+        corrected: subtract the noise variance from Adam's second moment (DP-AdamBC).
+        secure_noise, sharded: as in PrivacyArguments, and `full_shard` of DPTrainer.
+    """
+    if corrected:
+        logger.info("Adam's second moment has the noise variance subtracted (--adam_noise_correction).")
+        optimizer = AdamBC(optimizer)
+    monitors.count_updates(optimizer)
+    return (ShardedOptimizer if sharded else AuthorDPOptimizer)(
+        optimizer,
+        noise_multiplier=plan.noise_multiplier,
+        clip_norm=plan.clip_norm,
+        expected_batch_size=plan.expected_batch_size,
+        before_release=before_release,
+        after_release=monitors.on_release,
+        canaries=canaries,
+        secure_noise=secure_noise,
+    )
+
+
+def make_secret_generators(
+    model: PreTrainedModel, device: torch.device, disable_dp: bool
+) -> AbstractContextManager[Optional[SecretGenerators]]:
+    """Return the context that makes random numbers inside the model secret; without privacy, one that does nothing."""
+    if disable_dp:
+        return nullcontext()
+    return SecretGenerators({device, *(parameter.device for parameter in model.parameters())})
+
+
+def check_model_choice(trainer: Any, shared_authors: bool) -> None:
+    """Note, for the ledger, what lets metrics choose the model.
+
+    Args:
+        trainer: dp_utils.DPTrainer, about to train.
+        shared_authors: whether evaluation authors may be training authors.
+    Raises:
+        UserError: where nothing would pay for that choice.
+    """
+    scheduler = metric_driven_scheduler(trainer)
+    option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
+    shared = shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
+    check_shared_authors(shared, option, trainer.privacy)
+    if not trainer.plan.disable_dp:
+        check_not_released(trainer.budget.ledger, option)
+    trainer.budget.by_metrics = option

@@ -1,0 +1,58 @@
+"""Declare options in argument classes, and validate their values.
+
+Errors read `--option value: problem. Fix.`
+
+Example:
+
+    >>> @dataclass
+    ... class Arguments:
+    ...     eval_fraction: float = option(0.02, "Fraction of the authors to hold out.")
+    >>> check_range("--eval_fraction", 1.5, "[0, 1)")
+    Traceback (most recent call last):
+    author_dp.errors.UserError: --eval_fraction 1.5: out of range. Give a value at least 0 and below 1
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import field
+from typing import Any, Optional
+
+from author_dp.errors import UserError
+
+INTERVAL = re.compile(r"([\[(])(.+), (.+)([\])])")
+
+
+def option(default: Any, help_text: str, choices: Optional[Collection[str]] = None) -> Any:
+    """Return a dataclass field that HfArgumentParser turns into a command-line option."""
+    return field(default=default, metadata={"help": help_text, **({"choices": list(choices)} if choices else {})})
+
+
+def check_range(option: str, value: Optional[float], interval: str) -> None:
+    """Raise UserError unless the value lies in an interval, such as "(0, 1]" or "[1, inf)".
+
+    None, an option that is not given, passes. NaN never does.
+    """
+    match = INTERVAL.fullmatch(interval)
+    assert match is not None, interval
+    opening, low, high, closing = match.groups()
+    if value is None or (
+        (float(low) < value or (opening == "[" and float(low) == value))
+        and (value < float(high) or (closing == "]" and value == float(high)))
+    ):
+        return
+    bounds = [f"{'at least' if opening == '[' else 'above'} {low}"] if low != "-inf" else []
+    bounds += [f"{'at most' if closing == ']' else 'below'} {high}"] if high != "inf" else []
+    raise UserError(f"{option} {value}: out of range. Give a value {' and '.join(bounds) or 'that is finite'}")
+
+
+def check_choice(option: str, value: Any, choices: Collection[Any]) -> None:
+    """Raise UserError unless the value is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{option} {value}: no such choice. Give one of {', '.join(map(str, choices))}")
+
+
+def check_exclusive(arguments: Any, *names: str) -> None:
+    """Raise UserError where more than one of the named attributes is given, that is, not None."""
+    given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{', '.join(given)}: they exclude each other. Give one of them")
