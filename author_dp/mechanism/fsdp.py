@@ -199,8 +199,8 @@ class ShardedStore(FactorStore):
             for parameter in bucket:
                 rows = -(-len(parameter) // world_size) * world_size
                 total = torch.zeros(rows, *parameter.shape[1:], device=clip.factors.device)
-                for part in self.factors.pop(parameter, []):
-                    add_clipped(part, total[: len(parameter)], clip)
+                for grad in self.factors.pop(parameter, []):
+                    add_clipped(grad, total[: len(parameter)], clip)
                 totals.append(total.view(world_size, -1))
             sizes = [total.shape[1] for total in totals]
             flat = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
