@@ -522,7 +522,7 @@ BUGS = [
         lambda path, patch: test_precision.test_trainer_refuses_settings_of_accelerate(path, patch, "inductor")),
     # The ranges of options.
     Bug("a clip norm whose noise float32 does not hold", "dp_utils.PrivacyArguments.__post_init__",
-        "if value is not None and not lowest <= value <= highest", "if not (value is None or value > 0)",
+        'self.per_sample_max_grad_norm, "[1e-6, 1e6]"', 'self.per_sample_max_grad_norm, "(0, inf)"',
         lambda *_: test_dp_utils.test_privacy_options_are_checked(
             {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 1e-22}, "--per_sample_max_grad_norm")),
     # Around it.
