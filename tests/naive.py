@@ -1,10 +1,10 @@
-"""The mechanism once more, as slowly and plainly as possible: the judge of the real one. Shares no code with it."""
+"""Reference implementation of the mechanism: slow, plain, and without code in common with the real one."""
 
 import torch
 
 
 def author_gradient(model: torch.nn.Module, samples: list) -> list[torch.Tensor]:
-    """Gradient of the mean loss over one author's target tokens, one sample at a time, unpadded, by plain autograd."""
+    """Return the gradient of the mean loss over one author's target tokens, by autograd on one unpadded sample at a time."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     targets = sum(len(sample) - 1 for sample in samples)
     total = [torch.zeros_like(p) for p in parameters]
@@ -18,7 +18,7 @@ def author_gradient(model: torch.nn.Module, samples: list) -> list[torch.Tensor]
 
 
 def clipped_sum(model: torch.nn.Module, authors: list[list], clip_norm: float) -> torch.Tensor:
-    """Flat sum over authors of g_a * min(1, C / ||g_a||)."""
+    """Return the flat sum over authors of g_a * min(1, C / ||g_a||)."""
     was_training = model.training
     model.eval()
     total = 0

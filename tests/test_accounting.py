@@ -1,4 +1,4 @@
-"""accounting.py, judged by Google's dp-accounting and Microsoft's prv-accountant, which share no code with it."""
+"""accountant: compared with Google's dp-accounting and Microsoft's prv-accountant, which share no code with it."""
 
 import math
 import time
@@ -18,6 +18,7 @@ from author_dp.accounting.accountant import (
     MechanismEvent,
     compute_epsilon,
     find_noise_multiplier,
+    gaussian_delta,
     rdp_of_step,
 )
 from author_dp.accounting.pld import LossDistribution
@@ -27,12 +28,12 @@ N = 304_279
 README_RUN = {"sample_rate": 1024 / N, "steps": 894}
 
 
-def exact_epsilon(spendings, delta, interval=1e-3):
-    """dp-accounting's privacy loss distributions, for add-or-remove-one: both directions, pessimistic rounding."""
+def exact_epsilon(events, delta, interval=1e-3):
+    """Return epsilon by dp-accounting's privacy loss distribution: both directions, pessimistic rounding."""
     accountant = pld.PLDAccountant(
         neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval
     )
-    for sigma, rate, steps in spendings:
+    for sigma, rate, steps in events:
         event = dp_accounting.GaussianDpEvent(sigma)
         accountant.compose(event if rate == 1 else dp_accounting.PoissonSampledDpEvent(rate, event), steps)
     return accountant.get_epsilon(delta)
@@ -46,7 +47,7 @@ def exact_noise(rate, steps, epsilon, delta):
     return high
 
 
-def test_readme_run_is_within_a_fifth_of_a_percent_and_never_above():
+def test_find_noise_multiplier_readme_run_is_close_and_never_above():
     sigma = find_noise_multiplier(**README_RUN, target_epsilon=8.0, target_delta=1 / N)
     assert abs(sigma / 0.4715 - 1) < 2e-3
     assert compute_epsilon(sigma, **README_RUN, delta=1 / N) <= 8.0
@@ -64,7 +65,7 @@ def test_readme_run_is_within_a_fifth_of_a_percent_and_never_above():
     ("rate", "steps", "epsilon", "delta"),
     [(0.01, 1_000, 1.0, 1e-5), (0.05, 117, 8.0, 5e-5), (0.001, 300, 0.5, 1e-6), (0.3, 20, 3.0, 1e-4), (1.0, 10, 2.0, 1e-5)],
 )
-def test_calibration_is_within_half_a_percent_of_the_exact_noise(rate, steps, epsilon, delta):
+def test_find_noise_multiplier_is_within_half_a_percent_of_exact(rate, steps, epsilon, delta):
     sigma = find_noise_multiplier(rate, steps, epsilon, delta)
     assert compute_epsilon(sigma, rate, steps, delta) <= epsilon
     assert exact_epsilon([(sigma, rate, steps)], delta, epsilon * 1e-4) <= epsilon
@@ -72,7 +73,7 @@ def test_calibration_is_within_half_a_percent_of_the_exact_noise(rate, steps, ep
 
 
 @pytest.mark.slow
-def test_epsilon_is_an_upper_bound_and_close():
+def test_compute_epsilon_is_a_close_upper_bound():
     generator = np.random.default_rng(0)
     for _ in range(15):
         rate, steps = 10 ** generator.uniform(-3.5, -0.3), int(10 ** generator.uniform(0, 3))
@@ -81,18 +82,18 @@ def test_epsilon_is_an_upper_bound_and_close():
         assert exact * 0.999 - 1e-3 <= ours <= exact * 1.01 + 2e-3, (sigma, rate, steps, delta, ours, exact)
 
 
-def test_the_error_of_a_coarse_grid_is_added_not_hidden(monkeypatch):
-    spending = [MechanismEvent(0.8, 0.02, 500)]
-    loss = EpsilonAccountant(spending, 1e-5)
+def test_prv_epsilon_includes_the_grid_error(monkeypatch):
+    events = [MechanismEvent(0.8, 0.02, 500)]
+    accountant = EpsilonAccountant(events, 1e-5)
     monkeypatch.setattr(EpsilonAccountant, "MAX_CELLS", 2**11)
-    epsilon = loss._compose_on_grid(spending, 0.02)
-    exact = exact_epsilon(spending, 1e-5, 1e-4)
-    assert loss.epsilon_error > 0.02 * exact
-    assert exact + 0.5 * loss.epsilon_error <= epsilon <= exact + 3 * loss.epsilon_error
+    epsilon = accountant._compose_on_grid(events, 0.02)
+    exact = exact_epsilon(events, 1e-5, 1e-4)
+    assert accountant.epsilon_error > 0.02 * exact
+    assert exact + 0.5 * accountant.epsilon_error <= epsilon <= exact + 3 * accountant.epsilon_error
 
 
 @pytest.mark.parametrize(("sigma", "rate"), [(0.3, 0.5), (0.4715, 1024 / N), (1.0, 0.999), (20.0, 1e-4), (0.05, 1e-7)])
-def test_renyi_divergences_are_rounded_up_and_close(sigma, rate):
+def test_rdp_of_step_is_rounded_up_and_close(sigma, rate):
     found = dict(zip(ORDERS.tolist(), rdp_of_step(sigma, rate).tolist()))
     with mpmath.workdps(60):
         q, variance = mpmath.mpf(rate), mpmath.mpf(sigma) ** 2
@@ -105,27 +106,28 @@ def test_renyi_divergences_are_rounded_up_and_close(sigma, rate):
             assert exact <= found[order] <= exact * (1 + mpmath.mpf(1e-10)) + mpmath.mpf(1e-12)
 
 
-def test_the_grid_reaches_as_far_as_the_accountants_own():
+def test_prv_grid_reaches_as_far_as_opacus():
     for sigma, rate, steps, delta in [(0.4715, 1024 / N, 894, 1 / N), (1.0, 0.01, 1_000, 1e-5), (0.6, 0.1, 100, 1e-8)]:
-        spending = [MechanismEvent(sigma, rate, steps)]
-        loss = EpsilonAccountant(spending, delta)
-        theirs = compute_safe_domain_size([PoissonSubsampledGaussianPRV(rate, sigma)], [steps], 0.01, loss.delta_error)
-        assert theirs * (1 - 1e-9) <= loss._largest_loss(spending, 0.01) <= 1.5 * theirs  # integer orders are a little coarser
+        events = [MechanismEvent(sigma, rate, steps)]
+        accountant = EpsilonAccountant(events, delta)
+        theirs = compute_safe_domain_size([PoissonSubsampledGaussianPRV(rate, sigma)], [steps], 0.01, accountant.delta_error)
+        ours = accountant._largest_loss(events, 0.01)
+        assert theirs * (1 - 1e-9) <= ours <= 1.5 * theirs  # integer orders are a little coarser
 
 
 # --- never below the truth ------------------------------------------------------------------------------
 
 
 def settings(number: int, seed: int) -> list[tuple[float, float, int, float]]:
-    """Random noise multipliers from 0.3 to 20, sample rates from 1e-4 to 1 (every third is 1), 1 to 20,000 steps, deltas."""
+    """Return random noise multipliers (0.3 to 20), sample rates (1e-4 to 1, every third is 1), steps (1 to 20,000), deltas."""
     generator = np.random.default_rng(seed)
     low, high = np.log([0.3, 1e-4, 1, 1e-15]), np.log([20, 1, 20_000, 1e-3])
-    drawn = np.exp(generator.uniform(low, high, size=(number, 4))).tolist()
-    return [(sigma, 1.0 if i % 3 == 0 else q, max(1, int(n)), delta) for i, (sigma, q, n, delta) in enumerate(drawn)]
+    values = np.exp(generator.uniform(low, high, size=(number, 4))).tolist()
+    return [(sigma, 1.0 if i % 3 == 0 else q, max(1, int(n)), delta) for i, (sigma, q, n, delta) in enumerate(values)]
 
 
 def gaussian_delta_in_high_precision(mu, epsilon):
-    """Balle and Wang 2018, Theorem 8, in 200 digits."""
+    """Return delta of a Gaussian mechanism in 200 digits (Balle and Wang 2018, Theorem 8)."""
     with mpmath.workdps(200):
         mu, epsilon = mpmath.mpf(mu), mpmath.mpf(epsilon)
         return mpmath.ncdf(mu / 2 - epsilon / mu) - mpmath.exp(epsilon) * mpmath.ncdf(-mu / 2 - epsilon / mu)
@@ -138,19 +140,19 @@ def check_at_rate_one(sigma, steps, delta):
 
 
 def check_below_rate_one(sigma, rate, steps, delta):
-    """dp-accounting's estimates round the losses down and, with connected dots, up; below 1e-12 its own rounding shows."""
-    spending = [MechanismEvent(sigma, rate, steps)]
-    loss = EpsilonAccountant(spending, delta)
-    epsilon, bound = loss.epsilon, LossDistribution(spending, delta).epsilon()
+    """Compare with dp-accounting, losses rounded down and, by connected dots, up; below 1e-12 its own rounding shows."""
+    events = [MechanismEvent(sigma, rate, steps)]
+    accountant = EpsilonAccountant(events, delta)
+    epsilon, bound = accountant.epsilon, LossDistribution(events, delta).epsilon()
     assert bound <= epsilon * (1 + 1e-9)
     if delta < 1e-12:
-        assert loss.accountant == "pld"  # judged by closed forms in test_pld.py
+        assert accountant.accountant == "pld"  # compared with closed forms in test_pld.py
         return
     options = {"sampling_prob": rate, "value_discretization_interval": max(1e-3 * epsilon / steps**0.5, epsilon / 3e4, 2e-6)}
     down = from_gaussian_mechanism(sigma, pessimistic_estimate=False, use_connect_dots=False, **options)
     up = from_gaussian_mechanism(sigma, pessimistic_estimate=True, use_connect_dots=True, **options)
     try:
-        lower, upper = (loss.self_compose(steps).get_epsilon_for_delta(delta) for loss in (down, up))
+        lower, upper = (distribution.self_compose(steps).get_epsilon_for_delta(delta) for distribution in (down, up))
     except OverflowError:  # of theirs, at losses of many hundreds
         assert epsilon > 300
         return
@@ -160,7 +162,7 @@ def check_below_rate_one(sigma, rate, steps, delta):
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
-def test_epsilon_is_never_below_the_truth_at_any_delta_and_at_most_half_a_percent_above(seed):
+def test_epsilon_is_never_below_the_truth_at_any_delta(seed):
     for sigma, rate, steps, delta in settings(24 if seed else 6, seed):
         if rate == 1:
             check_at_rate_one(sigma, steps, delta)
@@ -168,11 +170,18 @@ def test_epsilon_is_never_below_the_truth_at_any_delta_and_at_most_half_a_percen
             check_below_rate_one(sigma, rate, steps, delta)
 
 
-def test_at_rate_one_epsilon_is_exact_where_the_prv_accountant_was_below():
+def test_gaussian_epsilon_is_exact_at_any_delta():
     assert 7.8687 <= EpsilonAccountant([MechanismEvent(10.0, 1.0, 100)], 1e-14).epsilon < 7.8688
     for mu in (1e-6, 1e-3, 1.0, 30.0, 1e3):
         for delta in (0.999, 0.5, 1e-3, 1e-15, 1e-100):
             check_at_rate_one(1 / mu, 1, delta)
+
+
+def test_gaussian_delta_is_rounded_up_or_down():
+    for mu, epsilon in ((1e-6, 0.0), (1e-3, 1e-3), (0.1, 0.5), (1.0, 0.0), (1.0, 8.0), (5.0, 20.0), (30.0, 700.0)):
+        exact = gaussian_delta_in_high_precision(mu, epsilon)
+        assert gaussian_delta(mu, epsilon, upper=False) <= exact <= gaussian_delta(mu, epsilon)
+        assert gaussian_delta(mu, epsilon, upper=False) > exact * (1 - 1e-7)
 
 
 @pytest.mark.parametrize(
@@ -180,19 +189,19 @@ def test_at_rate_one_epsilon_is_exact_where_the_prv_accountant_was_below():
     [((0.4719, 1024 / N, 894, 1 / N), "prv"), ((10.0, 1.0, 100, 1e-14), "gaussian"), ((1.0, 0.01, 1_000, 1e-14), "pld"),
      ((0.3, 0.5, 20_000, 1e-6), "pld"), ((20.0, 1e-3, 10, 1e-6), "pld")],
 )  # fmt: skip
-def test_the_accountant_is_named(setting, accountant):
-    *spending, delta = setting
-    assert EpsilonAccountant([MechanismEvent(*spending)], delta).accountant == accountant
+def test_accountant_is_named(setting, accountant):
+    *event, delta = setting
+    assert EpsilonAccountant([MechanismEvent(*event)], delta).accountant == accountant
 
 
-def test_different_mechanisms_compose():
-    spendings = [MechanismEvent(0.8, 0.01, 300), MechanismEvent(1.1, 0.02, 200), MechanismEvent(0.8, 0.01, 50)]
-    ours = EpsilonAccountant(spendings, 1e-5).epsilon
+def test_epsilon_composes_unequal_mechanisms():
+    events = [MechanismEvent(0.8, 0.01, 300), MechanismEvent(1.1, 0.02, 200), MechanismEvent(0.8, 0.01, 50)]
+    ours = EpsilonAccountant(events, 1e-5).epsilon
     exact = exact_epsilon([(0.8, 0.01, 350), (1.1, 0.02, 200)], 1e-5, 1e-4)
     assert exact * 0.999 <= ours <= exact * 1.01
 
 
-def test_epsilon_grows_with_the_steps():
+def test_epsilon_grows_with_steps():
     epsilons = [EpsilonAccountant([MechanismEvent(0.6, 0.02, steps)], 1e-5).epsilon for steps in (0, 1, 10, 100, 499, 500)]
     assert epsilons[0] == 0 and epsilons == sorted(epsilons)
     for steps, epsilon in zip((10, 100, 500), (epsilons[2], epsilons[3], epsilons[5])):
@@ -201,13 +210,13 @@ def test_epsilon_grows_with_the_steps():
 
 
 @pytest.mark.parametrize("arguments", [(0.01, 0.01, 10), (0.3, 1.0, 20_000), (0.05, 1.0, 1), (2.0, 0.5, 20_000)])
-def test_epsilon_beyond_use_is_bounded_at_once(arguments):
+def test_compute_epsilon_bounds_huge_values_quickly(arguments):
     start = time.monotonic()
     assert 200 < compute_epsilon(*arguments, 1e-5) < math.inf
     assert time.monotonic() - start < 30  # it used to be minutes, and gigabytes
 
 
-def test_edges():
+def test_compute_epsilon_edge_cases():
     assert compute_epsilon(0.0, 0.1, 5, 1e-5) == math.inf
     assert compute_epsilon(0.0, 0.1, 0, 1e-5) == 0.0
     assert compute_epsilon(1.0, 0.0, 5, 1e-5) == 0.0
@@ -230,13 +239,13 @@ def test_edges():
             find_noise_multiplier(*wrong)
 
 
-def test_a_large_target_needs_little_noise():
+def test_find_noise_multiplier_large_target_needs_little_noise():
     sigma = find_noise_multiplier(0.01, 10, 5_000.0, 1e-5)
     assert 0 < sigma < 0.1 and compute_epsilon(sigma, 0.01, 10, 1e-5) <= 5_000
 
 
-def test_a_target_that_holds_without_noise_is_refused():
-    """Where an author is sampled at all with less probability than delta, any epsilon holds, and no noise follows from one."""
+def test_find_noise_multiplier_refuses_target_that_holds_without_noise():
+    """If an author is sampled at all with probability below delta, any epsilon holds without noise."""
     for sample_rate, steps in ((1e-12, 100), (1e-8, 100), (1e-7, 100)):
         with pytest.raises(UserError, match="--target_delta 1e-05"):
             find_noise_multiplier(sample_rate, steps, 8.0, 1e-5)

@@ -1,4 +1,4 @@
-"""clipping/rules.py: each rule against its naive twin, and what has no rule."""
+"""clipping/layer_rules.py: each rule against autograd, and layers without a rule."""
 
 import naive
 import pytest
@@ -117,12 +117,12 @@ OTHER_LAYERS = {
 def test_a_layer_without_a_rule_is_followed_whatever_it_computes(name):
     """By its own forward, once more for each sample, or by a backward for each author."""
     torch.manual_seed(1)
-    make, shape, apart = OTHER_LAYERS[name]
+    make, shape, uses_fallback = OTHER_LAYERS[name]
     layer = make()
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     engine = check(layer if isinstance(layer, Uses) else Calls(layer), [torch.randn(shape)])
-    assert apart is None or bool(engine.fallback_params) == apart
+    assert uses_fallback is None or bool(engine.fallback_params) == uses_fallback
 
 
 class Shift(nn.Module):

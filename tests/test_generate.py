@@ -1,4 +1,4 @@
-"""generate.py, drafts.py, prompts.py and sidecar.py: the text, where it goes on, and what is claimed for it."""
+"""generate.py, partial_file.py, prompts.py and privacy_statement.py: the text, where it goes on, and what is claimed for it."""
 
 import hashlib
 import json
@@ -206,7 +206,7 @@ def test_a_text_that_was_changed_is_not_the_sidecars(trained, tmp_path):
 
 def interrupted(monkeypatch, folder, out, batches: int, *more: str) -> None:
     """Begin a file, and be interrupted within a batch."""
-    write, calls = generate.write_batch, []
+    write, calls = generate.generate_batch, []
 
     def until(*arguments):
         if len(calls) == batches:
@@ -215,7 +215,7 @@ def interrupted(monkeypatch, folder, out, batches: int, *more: str) -> None:
         return write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "write_batch", until)
+        patch.setattr(generate, "generate_batch", until)
         with pytest.raises(KeyboardInterrupt):
             run(folder, out, *more)
 
@@ -252,7 +252,7 @@ def test_an_unfinished_file_of_other_options_is_not_gone_on_with(trained, tmp_pa
 
 def test_a_file_that_is_there_is_not_written_over(trained, tmp_path):
     (tmp_path / "s.jsonl").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists"):
         run(trained, tmp_path / "s.jsonl", "--number", "1")
     assert (tmp_path / "s.jsonl").read_text() == "mine"
 
@@ -273,11 +273,11 @@ def test_the_seed_decides_and_the_folders_own_sampling_does_not(folder, tmp_path
 
 
 def test_texts_of_a_batch_are_those_of_one_by_one(trained, tokenizer):
-    model, _ = generate.load(str(trained))
+    model, _ = generate.load_model(str(trained))
     ids = [tokenizer(text)["input_ids"] for text in ("a", "the match was late", "goal")]
     config = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=[0], pad_token_id=0)
-    together = generate.write_batch(model, ids, config, 0)
-    alone = [generate.write_batch(model, [row], config, 0) for row in ids]
+    together = generate.generate_batch(model, ids, config, 0)
+    alone = [generate.generate_batch(model, [row], config, 0) for row in ids]
     assert together[0] == [texts[0] for texts, _ in alone] and len({tuple(row) for row in together[0]}) > 1
 
 
@@ -289,9 +289,9 @@ def test_a_text_ends_at_its_end():
             return torch.cat([input_ids, torch.tensor([[5, 9, 7, 7], [5, 6, 8, 5]])], dim=1)
 
     config = GenerationConfig(eos_token_id=[8, 9], pad_token_id=7)
-    assert generate.write_batch(Model(), [[1], [1, 2]], config, 0) == ([[5], [5, 6]], [True, True])
+    assert generate.generate_batch(Model(), [[1], [1, 2]], config, 0) == ([[5], [5, 6]], [True, True])
     config.eos_token_id = [9]
-    assert generate.write_batch(Model(), [[1], [1, 2]], config, 0) == ([[5], [5, 6, 8, 5]], [True, False])
+    assert generate.generate_batch(Model(), [[1], [1, 2]], config, 0) == ([[5], [5, 6, 8, 5]], [True, False])
 
 
 def test_an_adapter_is_merged_into_its_base(trained, tokenizer, tmp_path):
@@ -304,7 +304,7 @@ def test_an_adapter_is_merged_into_its_base(trained, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     ids = torch.tensor([[3, 4, 5]])
-    merged, _ = generate.load(str(tmp_path))
+    merged, _ = generate.load_model(str(tmp_path))
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trained), tmp_path)(ids).logits
     assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
     assert not torch.allclose(merged(ids).logits, AutoModelForCausalLM.from_pretrained(trained)(ids).logits, atol=1e-2)
@@ -391,6 +391,6 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 def test_a_file_whose_name_is_not_utf8_is_part_of_the_fingerprint(tmp_path):
-    before = generate.fingerprint(str(tmp_path))
+    before = generate.fingerprint_model(str(tmp_path))
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
-    assert generate.fingerprint(str(tmp_path)) != before
+    assert generate.fingerprint_model(str(tmp_path)) != before

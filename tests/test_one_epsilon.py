@@ -141,7 +141,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("events", "delta"), CASES)
-def test_epsilon_depends_neither_on_the_order_nor_on_how_runs_were_cut(events, delta):
+def test_epsilon_of_ignores_order_and_splits_of_runs(events, delta):
     pieces = [MechanismEvent(sigma, rate, steps) for sigma, rate, all_ in events for steps in (1, all_ - 3, 0, 2)]
     assert epsilon_of(events, delta) == epsilon_of(pieces, delta) == epsilon_of(pieces[::-1], delta)
     assert attack_bounds(events, delta) == attack_bounds(pieces, delta) == attack_bounds(pieces[::-1], delta)
@@ -158,7 +158,7 @@ def test_epsilon_of_rounds_up_to_shown_digits(events, delta):
     [(7.9951, 7.996, "7.996"), (8.0, 8.0, "8.00"), (0.000123401, 0.0001235, "0.0001235"), (12345.1, 12350.0, "12,350.00"),
      (7.996, 7.996, "7.996"), (0.1, 0.1, "0.10"), (0.0, 0.0, "0.00"), (99.999, 100.0, "100.00")],
 )  # fmt: skip
-def test_rounding_goes_up_and_stays(exact, rounded, words):
+def test_round_up_rounds_once(exact, rounded, words):
     assert round_up(exact) == rounded and round_up(rounded) == rounded and format_epsilon(exact) == words
 
 
@@ -167,7 +167,7 @@ def test_round_up_rounds_sums():
 
 
 @pytest.mark.parametrize(("rate", "steps", "epsilon"), [(0.05, 100, 8.0), (0.05, 100, 2.34567), (1.0, 10, 2.0), (0.01, 40, 0.02)])
-def test_a_planned_run_ends_at_its_target_by_the_number_that_is_shown(rate, steps, epsilon):
+def test_find_noise_multiplier_meets_target_by_the_displayed_epsilon(rate, steps, epsilon):
     sigma = find_noise_multiplier(rate, steps, epsilon, 1e-5)
     assert 0.9995 * epsilon <= epsilon_of([MechanismEvent(sigma, rate, steps)], 1e-5) <= epsilon
     assert compute_epsilon(sigma, rate, steps, 1e-5) == epsilon_of([MechanismEvent(sigma, rate, steps)], 1e-5)

@@ -21,8 +21,8 @@ import test_callbacks
 import test_checkpoints
 import test_checks
 import test_clipping
-import test_clipping_contributions
 import test_clipping_ghost
+import test_clipping_grad_factors
 import test_clipping_two_pass
 import test_conversations
 import test_data_utils
@@ -72,7 +72,7 @@ LOSSES = "author_dp.mechanism.losses.author_losses"
 LEDGER, CHAIN = "author_dp.accounting.ledger.PrivacyLedger", "author_dp.accounting.hash_chain.HashChain"
 CERTIFIED = "author_dp.models.weights.write_certified"
 CHECK = "author_dp.models.weights.check_weights"
-CONTRIBUTIONS = "author_dp.clipping.grad_factors"
+GRAD_FACTORS = "author_dp.clipping.grad_factors"
 NOISE = "author_dp.mechanism.noise.GaussianNoise"
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler"
 BANDS = "author_dp.accounting.banded_mf"
@@ -93,6 +93,10 @@ class Bug(NamedTuple):
     new: str
     check: Callable  # called with the fixtures tmp_path and monkeypatch
     spawned: bool = False  # whether it is planted in the processes that the check starts
+
+
+def equals_reference(engine: str, kind: str, batch: str = "ragged") -> Callable:
+    return lambda *_: test_clipping.test_engine_equals_reference(engine, "gpt2", kind, batch)
 
 
 def cancelling(case: str, engine_class: type, bf16: bool) -> Callable:
@@ -240,50 +244,50 @@ BUGS = [
             path, "ghost", True)),
     # The clipping.
     Bug("half the clip: a bound of twice C", CLIP, "(clip_norm / norms)", "(2 * clip_norm / norms)",
-        lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
+        equals_reference("ghost", "tied")),
     Bug("no clip", CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)",
         lambda *_: test_clipping.test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most("ghost")),
     Bug("scaled up to C, not only down", CLIP, "(clip_norm / norms).clamp(max=1.0)", "clip_norm / norms",
-        lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
+        equals_reference("ghost", "tied")),
     Bug("no clip by the other engine", PLAIN,
         "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", update(clipping="grad_sample")),
     Bug("a clip for each sample", TRAINING_STEP, "non_blocking=True)", "non_blocking=True)\n        "
         "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']));"
         "real = torch.arange(len(microbatch['author'])) < real.sum()",
         update(k=3, per_device=64)),
-    Bug("tied weights counted as two", f"{CONTRIBUTIONS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
-        lambda *_: test_clipping_ghost.test_clipped_sum_equals_the_naive_one_and_that_of_grad_sample("gpt2", "tied", "short")),
-    Bug("tied weights counted as two where they are formed", f"{CONTRIBUTIONS}.add", "part.gradients.float()",
-        "0 * part.gradients", lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 0.5)),
-    Bug("a pair of tokens counted once for two", f"{CONTRIBUTIONS}.ghost_squared_norms", "+ 2 * products", "+ products",
-        lambda _, monkeypatch: test_clipping_contributions.test_norm_of_a_product_in_blocks(11, torch.float32, monkeypatch)),
-    Bug("what cancels not rounded up", f"{CONTRIBUTIONS}.SquaredNorm.with_margin",
+    Bug("tied weights counted as two", f"{GRAD_FACTORS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
+        equals_reference("ghost", "tied", "short")),
+    Bug("tied weights counted as two where they are formed", f"{GRAD_FACTORS}.add", "part.gradients.float()",
+        "0 * part.gradients", equals_reference("ghost", "tied")),
+    Bug("a pair of tokens counted once for two", f"{GRAD_FACTORS}.ghost_squared_norms", "+ 2 * products", "+ products",
+        lambda _, monkeypatch: test_clipping_grad_factors.test_norm_of_a_product_in_blocks(11, torch.float32, monkeypatch)),
+    Bug("what cancels not rounded up", f"{GRAD_FACTORS}.SquaredNorm.with_margin",
         "self.value + ROUNDING_MARGIN * bound", "self.value",
-        lambda *_: test_clipping_contributions.test_a_norm_where_tokens_cancel(1024, 0, "two kinds")),
-    Bug("as if rounding errors were independent", f"{CONTRIBUTIONS}.ghost_squared_norms",
+        lambda *_: test_clipping_grad_factors.test_a_norm_where_tokens_cancel(1024, 0, "two kinds")),
+    Bug("as if rounding errors were independent", f"{GRAD_FACTORS}.ghost_squared_norms",
         "bound + products.diagonal(dim1=1, dim2=2).sqrt().sum(1)",
         "(bound**2 + products.diagonal(dim1=1, dim2=2).sum(1)).sqrt()",
-        lambda *_: test_clipping_contributions.test_a_norm_where_tokens_cancel(1024, 0, "two kinds")),
-    Bug("what cancels of a lookup not rounded up", f"{CONTRIBUTIONS}.lookup_squared_norms", "sqrt().sum(1)", "sqrt().sum(1) * 0",
-        lambda *_: test_clipping_contributions.test_a_norm_of_a_lookup_where_tokens_cancel(512, "two kinds")),
-    Bug("what cancels of tied weights not rounded up", f"{CONTRIBUTIONS}.tied_squared_norm", "square.bound + head.bound",
+        lambda *_: test_clipping_grad_factors.test_a_norm_where_tokens_cancel(1024, 0, "two kinds")),
+    Bug("what cancels of a lookup not rounded up", f"{GRAD_FACTORS}.lookup_squared_norms", "sqrt().sum(1)", "sqrt().sum(1) * 0",
+        lambda *_: test_clipping_grad_factors.test_a_norm_of_a_lookup_where_tokens_cancel(512, "two kinds")),
+    Bug("what cancels of tied weights not rounded up", f"{GRAD_FACTORS}.tied_squared_norm", "square.bound + head.bound",
         "cross * 0",
-        lambda *_: test_clipping_contributions.test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(50, 64)),
+        lambda *_: test_clipping_grad_factors.test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(50, 64)),
     Bug("a square below zero takes from the others", "author_dp.clipping.factor_store.total_norms", "every.clamp(min=0)", "every",
-        lambda *_: test_clipping_contributions.test_no_parameter_takes_norm_away_from_others()),
+        lambda *_: test_clipping_grad_factors.test_no_parameter_takes_norm_away_from_others()),
     Bug("authors in any order taken", "author_dp.clipping.author_groups.AuthorIndex.__init__", "if not (len(author)",
         "if False and not (len(author)",
-        lambda *_: test_clipping_contributions.test_authors_in_another_order_are_refused([0, 1, 0, 1])),
+        lambda *_: test_clipping_grad_factors.test_authors_in_another_order_are_refused([0, 1, 0, 1])),
     Bug("each layer clipped by itself", PLAIN, "1).norm(dim=1)", "1).amax(dim=1)",
         update(clipping="grad_sample", per_device=64)),
     Bug("a gradient that is not finite is let in", PLAIN,
         "if not finite.all():", "if False:",
-        lambda *_: test_clipping.test_an_author_whose_gradient_is_not_finite_contributes_zero("grad_sample", float("nan"))),
-    Bug("no room for what bfloat16 rounds", f"{CONTRIBUTIONS}.OuterProduct.squared", "BFLOAT16_ROUNDING * squared.bound", "None",
+        lambda *_: test_clipping.test_an_author_whose_loss_is_not_finite_contributes_zero("grad_sample", float("nan"))),
+    Bug("no room for what bfloat16 rounds", f"{GRAD_FACTORS}.OuterProduct.squared", "BFLOAT16_ROUNDING * squared.bound", "None",
         cancelling("formed norm", GhostClipping, True)),
-    Bug("no room for what bfloat16 rounds, of tied weights", f"{CONTRIBUTIONS}.tied_squared_norm", "head.slack", "None",
-        lambda *_: test_clipping_contributions.test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16()),
-    Bug("what cancels not rounded up where it is formed", f"{CONTRIBUTIONS}.product_squared_norms",
+    Bug("no room for what bfloat16 rounds, of tied weights", f"{GRAD_FACTORS}.tied_squared_norm", "head.slack", "None",
+        lambda *_: test_clipping_grad_factors.test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16()),
+    Bug("what cancels not rounded up where it is formed", f"{GRAD_FACTORS}.product_squared_norms",
         "(left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1)", "torch.zeros_like(value)",
         cancelling("formed norm, almost nothing", TwoPassClipping, False)),
     Bug("norms of what is formed, sums of what is scaled", f"{TWO_PASS}.max_materialized",
@@ -300,14 +304,14 @@ BUGS = [
             path, "ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}, "preserve")),
     Bug("a second pass of other losses", "author_dp.clipping.ghost.GhostClipping._backward",
         "backward(losses, ", "backward(losses * (1 if retain_graph else 2), ",
-        lambda *_: test_clipping_two_pass.test_with_dropout_both_passes_drop_the_same("gpt2", "tied")),
+        lambda *_: test_clipping.test_engines_drop_what_the_forward_pass_dropped("gpt2", "tied")),
     Bug("no clip in two passes", CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)",
-        lambda *_: test_clipping_two_pass.test_clipped_sum_equals_the_naive_one("gpt2", "tied")),
+        equals_reference("two_pass", "tied")),
     Bug("no factor in the second pass", f"{TWO_PASS}.add", "summed_grad, self._clip)",
         "summed_grad, ClipFactors(torch.inf, self._clip.factors, self._authors))",
-        lambda *_: test_clipping_two_pass.test_clipped_sum_equals_the_naive_one("gpt2", "untied")),
-    Bug("tied weights counted as two in two passes", f"{CONTRIBUTIONS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
-        lambda *_: test_clipping_two_pass.test_clipped_sum_equals_the_naive_one("gpt2", "tied")),
+        equals_reference("two_pass", "untied")),
+    Bug("tied weights counted as two in two passes", f"{GRAD_FACTORS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
+        equals_reference("two_pass", "tied")),
     Bug("the rows of other ids", f"{TWO_PASS}._handle_tied", "or not torch.equal(head[0], part.ids)", "",
         lambda *_: test_clipping_two_pass.test_what_is_used_twice_in_another_way_is_kept_whole(test_clipping_two_pass.shifted)),
     Bug("the first of two calls alone", f"{TWO_PASS}._handle_tied", "self.kept_params.add(parameter)", "pass",
@@ -315,15 +319,15 @@ BUGS = [
             test_clipping_two_pass.shared_block)),
     Bug("a norm without what is kept", "author_dp.clipping.factor_store.FactorStore.squared_norms",
         "*self.squares.values()", "*(square for p, square in self.squares.items() if p not in merged)",
-        lambda *_: test_clipping_two_pass.test_clipped_sum_equals_the_naive_one("gpt2", "untied")),
+        equals_reference("two_pass", "untied")),
     Bug("zero times infinity in two passes", CLIP, "None if norms.isfinite().all() else ~norms.isfinite()",
         "None",
-        lambda *_: test_clipping_two_pass.test_an_author_whose_activations_are_not_finite_contributes_zero()),
+        lambda *_: test_clipping.test_an_author_whose_activations_are_not_finite_contributes_zero("two_pass")),
     # The loss and the sum.
     Bug("a mean over the tokens of the batch", LOSSES, "counts.clamp(min=1)", "counts.sum().clamp(min=1)",
         lambda *_: test_mechanism.test_author_losses_are_means_over_the_authors_tokens()),
     Bug("one author's gradient depends on the others", LOSSES, "counts.clamp(min=1)",
-        "counts.mean().clamp(min=1)", lambda *_: test_clipping.test_clipped_sum_equals_the_naive_one("ghost", "tied", 50.0)),
+        "counts.mean().clamp(min=1)", equals_reference("ghost", "tied")),
     Bug("division by the real batch size", TRAINING_STEP, "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", update(per_device=64)),
     Bug("a gradient used twice", "author_dp.mechanism.optimizer.AuthorDPOptimizer.zero_grad", "self.grad_buffer.zero_()", "pass",
@@ -358,19 +362,19 @@ BUGS = [
     # The accounting and the ledger.
     Bug("the lower bound for epsilon", "author_dp.accounting.accountant.EpsilonAccountant._compose_on_grid", "_, _, upper =",
         "upper, _, _ =",
-        lambda _, patch: test_accounting.test_the_error_of_a_coarse_grid_is_added_not_hidden(patch)),
+        lambda _, patch: test_accounting.test_prv_epsilon_includes_the_grid_error(patch)),
     Bug("steps of equal mechanisms forgotten", "author_dp.accounting.accountant.merge_events",
         "totals.get((sigma, rate), 0) + steps",
         "steps",
-        lambda *_: test_accounting.test_different_mechanisms_compose()),
+        lambda *_: test_accounting.test_epsilon_composes_unequal_mechanisms()),
     Bug("Renyi divergences as if everybody else were drawn", "author_dp.accounting.accountant.rdp_of_step",
         " + (order - i) * math.log1p(-sample_rate)", " + order * math.log1p(-sample_rate)",
-        lambda *_: test_accounting.test_renyi_divergences_are_rounded_up_and_close(0.4715, 1024 / test_accounting.N)),
+        lambda *_: test_accounting.test_rdp_of_step_is_rounded_up_and_close(0.4715, 1024 / test_accounting.N)),
     Bug("rounding forgotten in Renyi divergences", "author_dp.accounting.accountant.rdp_of_step", " + 16 * ULP * largest", "",
-        lambda *_: test_accounting.test_renyi_divergences_are_rounded_up_and_close(20.0, 1e-4)),
+        lambda *_: test_accounting.test_rdp_of_step_is_rounded_up_and_close(20.0, 1e-4)),
     Bug("a grid that ends too early", "author_dp.accounting.accountant.EpsilonAccountant._largest_loss", "self.delta_error / 4",
         "self.delta",
-        lambda *_: test_accounting.test_the_grid_reaches_as_far_as_the_accountants_own()),
+        lambda *_: test_accounting.test_prv_grid_reaches_as_far_as_opacus()),
     Bug("the ledger after the update", STEP, "self.before_release()",
         "self.original_optimizer.register_step_post_hook(lambda *_: self.before_release())",
         lambda path, _: test_budget.test_the_ledger_is_ahead_of_every_update(path)),
@@ -428,15 +432,15 @@ BUGS = [
     Bug("a step more than the target allows", "author_dp.accounting.budget.bisect_largest", "return low", "return high",
         lambda path, _: test_one_epsilon.test_affordable_steps_is_the_most_under_the_target(path, None)),
     Bug("epsilon depends on the order of runs", "author_dp.accounting.accountant.merge_events", "return sorted(", "return list(",
-        lambda *_: test_one_epsilon.test_epsilon_depends_neither_on_the_order_nor_on_how_runs_were_cut(
+        lambda *_: test_one_epsilon.test_epsilon_of_ignores_order_and_splits_of_runs(
             *test_one_epsilon.CASES[1])),
     Bug("epsilon rounded to the nearest", "author_dp.accounting.accountant.round_up", "FOUR_DIGITS.",
         "decimal.Context(prec=4).",
-        lambda *_: test_one_epsilon.test_rounding_goes_up_and_stays(7.9951, 7.996, "7.996")),
+        lambda *_: test_one_epsilon.test_round_up_rounds_once(7.9951, 7.996, "7.996")),
     Bug("calibrated for another number than is shown", "author_dp.accounting.accountant.find_noise_multiplier",
         "epsilon = compute_epsilon(sigma, sample_rate, steps, target_delta)",
         "epsilon = EpsilonAccountant([MechanismEvent(sigma, sample_rate, steps)], target_delta).epsilon",
-        lambda *_: test_one_epsilon.test_a_planned_run_ends_at_its_target_by_the_number_that_is_shown(0.05, 100, 2.34567)),
+        lambda *_: test_one_epsilon.test_find_noise_multiplier_meets_target_by_the_displayed_epsilon(0.05, 100, 2.34567)),
     Bug("a checkpoint without its ledger", "author_dp.training.checkpointing.find_checkpoint",
         "check_ledger_covers(checkpoint, ledger, is_first_process=args.process_index == 0)", "pass",
         lambda path, _: test_checkpoints.test_a_checkpoint_is_not_resumed_away_from_its_ledger(path)),
@@ -444,12 +448,12 @@ BUGS = [
         lambda path, _: test_checkpoints.test_a_damaged_checkpoint_is_passed_over(path, "unsealed")),
     Bug("no tilt: rounding drowns delta", "author_dp.accounting.pld.ComposedPLD.__init__",
         "min(sketch.best_tilt(delta)[0], 30 / cell)", "1e-3",
-        lambda *_: test_pld.test_many_steps_of_everybody_are_bounded_closely(10.0, 100, 1.0, 1e-15)),
+        lambda *_: test_pld.test_pld_bounds_many_gaussian_steps_closely(10.0, 100, 1.0, 1e-15)),
     Bug("masses rounded down", "author_dp.accounting.pld.discretize_loss", "(gap + slack) / width", "0.9 * (gap + slack) / width",
-        lambda *_: test_pld.test_many_steps_of_everybody_are_bounded_closely(10.0, 100, 1.0, 1e-9)),
+        lambda *_: test_pld.test_pld_bounds_many_gaussian_steps_closely(10.0, 100, 1.0, 1e-9)),
     Bug("the closed form without its second term's care", "author_dp.accounting.accountant.gaussian_delta",
         "ratio - ratio_further", "ratio - 2 * ratio_further",
-        lambda *_: test_accounting.test_at_rate_one_epsilon_is_exact_where_the_prv_accountant_was_below()),
+        lambda *_: test_accounting.test_gaussian_epsilon_is_exact_at_any_delta()),
     Bug("a folder counted twice", "author_dp.accounting.ledger_report.format_joint", "check_no_shared_records(ledgers)", "pass",
         lambda path, _: test_ledger_report.test_joint_report_refuses_shared_records(path)),
     # The check of the run's own noise.
@@ -709,7 +713,7 @@ BUGS = [
     Bug("text of private prompts is covered", "author_dp.outputs.privacy_statement.make_statement", "prompts == PRIVATE:",
         "False:",
         lambda *_: test_generate.test_the_word_on_prompts_decides()),
-    Bug("nobody is asked where prompts come from", "author_dp.outputs.generate.check",
+    Bug("nobody is asked where prompts come from", "author_dp.outputs.generate.check_arguments",
         "if args.prompts and not (args.public_prompts or args.private_prompts):", "if False:",
         lambda path, _: test_generate.test_prompts_need_a_word_on_where_they_come_from(path, path)),
     Bug("text of a model with infinite epsilon is covered", "author_dp.outputs.privacy_statement.not_covered_reason",
@@ -764,7 +768,7 @@ BUGS = [
         lambda path, _: test_one_epsilon.test_affordable_steps_excludes_step_past_target(path)),
     Bug("hashes of another folder", CERTIFIED, "hash_weights(folder)", "hash_weights(folder.parent)",
         lambda path, _: test_weights.test_a_run_certifies_its_own_weights_and_those_of_its_checkpoints(path, False)),
-    Bug("weights of another run write_certified with ours", CERTIFIED, "if not own.fullmatch(Path(name).name)]", "if False]",
+    Bug("weights of another run write_certified with ours", CERTIFIED, "if not pattern.fullmatch(Path(name).name)]", "if False]",
         lambda path, _: test_weights.test_what_somebody_puts_there_during_the_run_is_not_certified(path)),
     Bug("shards of before write_certified with the weights", CERTIFIED, "path.unlink()", "pass",
         lambda path, _: test_weights.test_sharded_weights_are_certified_and_replaced_by_others(path)),
@@ -830,11 +834,11 @@ BUGS = [
         'known["sha256"] = hashlib.sha256(self.part.read_bytes()).hexdigest()',
         lambda path, patch: test_generate.test_an_interrupted_run_goes_on_to_the_same_rows(
             test_generate.made(path), path, patch)),
-    Bug("other rows after an interruption", "author_dp.outputs.generate.write_batch", "torch.manual_seed(seed)", "pass",
+    Bug("other rows after an interruption", "author_dp.outputs.generate.generate_batch", "torch.manual_seed(seed)", "pass",
         lambda path, patch: test_generate.test_an_interrupted_run_goes_on_to_the_same_rows(
             test_generate.made(path), path, patch)),
     Bug("free texts as long as private prompts allow", "author_dp.outputs.samples.TextSamples.write", "max(map(len, rows))",
-        "max(len(row) for rows in self.begun.values() for row in rows)",
+        "max(len(row) for rows in self.prompts.values() for row in rows)",
         lambda *_: test_specimens.test_free_texts_hang_on_nothing_private()),
     Bug("texts for the report move the run's random numbers", "author_dp.outputs.samples.generate_rows",
         "with deterministic_eval(model), torch.no_grad():", "with torch.no_grad():",
@@ -842,7 +846,7 @@ BUGS = [
     Bug("what held-out authors wrote called covered", "author_dp.outputs.page.text_sections",
         '"kind": PRIVATE', '"kind": COVERED if covered else PRIVATE',
         lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(True)),
-    Bug("text of a model without a guarantee_rows called covered", "author_dp.outputs.page.text_sections",
+    Bug("text of a model without a guarantee called covered", "author_dp.outputs.page.text_sections",
         "COVERED if covered else PRIVATE", "COVERED",
         lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(False)),
     Bug("evaluation on another scale than training", "author_dp.outputs.figures.loss_points", "row[AUTHOR_LOSS]",

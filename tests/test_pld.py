@@ -16,7 +16,7 @@ DELTAS = [1e-3, 1e-9, 1e-15]
 
 
 def one_step_delta(sigma: float, rate: float, epsilon: float, added: bool = False) -> float:
-    """delta of one step in closed form: that of the Gaussian mechanism at the loss without sampling."""
+    """Return delta of one step in closed form: that of the Gaussian mechanism at the loss without sampling."""
     if added:  # D(Q || P) at epsilon, from D(P || Q) at -epsilon
         return 1 - math.exp(epsilon) + math.exp(epsilon) * one_step_delta(sigma, rate, -epsilon)
     if math.exp(epsilon) <= 1 - rate:
@@ -25,7 +25,7 @@ def one_step_delta(sigma: float, rate: float, epsilon: float, added: bool = Fals
 
 
 def two_step_delta(sigma: float, rate: float, epsilon: float) -> float:
-    """The second step's closed form, averaged over the loss of the first."""
+    """Return delta of two steps: the second's closed form, averaged over the loss of the first."""
 
     def integrand(z: float) -> float:
         loss = np.logaddexp(np.log1p(-rate), math.log(rate) + (2 * z - 1) / (2 * sigma**2))
@@ -39,15 +39,14 @@ def two_step_delta(sigma: float, rate: float, epsilon: float) -> float:
 
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize(("sigma", "rate"), [(0.3, 1e-3), (1.0, 0.01), (0.7, 0.5), (5.0, 0.9), (20.0, 0.2)])
-def test_one_step_is_bounded_closely(sigma, rate, delta):
-    step = [(sigma, rate, 1)]
-    epsilon = LossDistribution(step, delta).epsilon()
+def test_pld_bounds_one_step_closely(sigma, rate, delta):
+    epsilon = LossDistribution([(sigma, rate, 1)], delta).epsilon()
     assert one_step_delta(sigma, rate, epsilon) <= delta
     assert epsilon == 0 or one_step_delta(sigma, rate, epsilon * (1 - 3e-3) - 1e-9) > delta
 
 
 @pytest.mark.parametrize("added", [False, True])
-def test_delta_is_bounded_closely_in_both_directions(added):
+def test_composed_deltas_bound_both_directions_closely(added):
     composed = LossDistribution([(1.0, 0.1, 1)], 1e-3).compose(1e-3, added)
     for epsilon in composed.losses[np.linspace(5, len(composed.losses) - 5, 40).astype(int)]:
         exact = one_step_delta(1.0, 0.1, float(epsilon), added)
@@ -58,9 +57,8 @@ def test_delta_is_bounded_closely_in_both_directions(added):
 @pytest.mark.slow
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize(("sigma", "rate"), [(1.0, 0.01), (0.7, 0.5)])
-def test_two_steps_are_bounded_closely(sigma, rate, delta):
-    steps = [(sigma, rate, 2)]
-    epsilon = LossDistribution(steps, delta).epsilon()
+def test_pld_bounds_two_steps_closely(sigma, rate, delta):
+    epsilon = LossDistribution([(sigma, rate, 2)], delta).epsilon()
     assert two_step_delta(sigma, rate, epsilon) <= delta * (1 + 1e-5)
     assert two_step_delta(sigma, rate, epsilon * (1 - 2e-3)) > delta
 
@@ -68,14 +66,14 @@ def test_two_steps_are_bounded_closely(sigma, rate, delta):
 @pytest.mark.parametrize("delta", [*DELTAS, 1e-40])
 @pytest.mark.parametrize(("sigma", "steps"), [(0.3, 1), (20.0, 1), (10.0, 100), (2.0, 20_000), (20.0, 20_000)])
 @pytest.mark.parametrize("rate", [1.0, 1 - 1e-12])
-def test_many_steps_of_everybody_are_bounded_closely(sigma, steps, rate, delta):
-    spending = [(sigma, rate, steps)]
-    epsilon, mu = LossDistribution(spending, delta).epsilon(), math.sqrt(steps) / sigma
+def test_pld_bounds_many_gaussian_steps_closely(sigma, steps, rate, delta):
+    events = [(sigma, rate, steps)]
+    epsilon, mu = LossDistribution(events, delta).epsilon(), math.sqrt(steps) / sigma
     assert gaussian_delta_in_high_precision(mu, epsilon) <= delta
     assert gaussian_delta_in_high_precision(mu, epsilon * (1 - 2e-3)) > delta
 
 
-def test_mechanisms_compose():
+def test_pld_composes_unequal_mechanisms():
     for steps in (50, 10, 1):
         epsilon = LossDistribution([(10.0, 1.0, steps), (10.0, 1 - 1e-12, steps)], 1e-12).epsilon()
         mu = math.sqrt(2 * steps) / 10
@@ -83,7 +81,7 @@ def test_mechanisms_compose():
         assert gaussian_delta_in_high_precision(mu, epsilon * (1 - 5e-3)) > 1e-12
 
 
-def test_the_mass_of_a_cell_is_exact_in_both_tails():
+def test_normal_mass_is_exact_in_both_tails():
     low = np.array([-40.0, -8, -1e-3, 0, 3, 37])
     high = low + np.array([1e-3, 1e-6, 2e-3, 1, 1e-5, 0.5])
     mass, error = normal_mass(low, high)

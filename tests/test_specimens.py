@@ -1,4 +1,4 @@
-"""specimens.py: what the model writes for the report, what of it is covered, and that the run is the same with it."""
+"""samples.py: what the model writes for the report, what of it is covered, and that the run is the same with it."""
 
 import copy
 import re
@@ -10,7 +10,7 @@ from conftest import ROOT, make_dataset, tiny_gpt2
 from transformers import AutoTokenizer, GenerationConfig
 
 from author_dp.outputs.page import page, text_sections
-from author_dp.outputs.samples import SEED, TEXTS, TextSamples, generate_rows, heldout_prompts
+from author_dp.outputs.samples import NUM_TEXTS, SEED, TextSamples, generate_rows, heldout_prompts
 from author_dp.types import IGNORE_INDEX
 from data_utils import AuthorDataset, group_by_author
 
@@ -38,10 +38,10 @@ def conversations(prompts: list[int]) -> AuthorDataset:
 def test_free_texts_hang_on_nothing_private():
     model, found = tiny_gpt2(), []
     for held_out in (None, make_dataset([2] * 9, seed=1), conversations([13, 2, 3, 4, 5]), make_dataset([1], longest=16)):
-        specimens = made(held_out)
-        specimens.write(model, "after")
-        found.append(specimens.found["free"]["after"])
-    assert all(texts == found[0] for texts in found) and len(found[0]) == TEXTS and len(set(found[0])) > 1
+        samples = made(held_out)
+        samples.write(model, "after")
+        found.append(samples.found["free"]["after"])
+    assert all(texts == found[0] for texts in found) and len(found[0]) == NUM_TEXTS and len(set(found[0])) > 1
 
 
 def test_the_run_is_the_same_with_them():
@@ -49,17 +49,17 @@ def test_the_run_is_the_same_with_them():
     model.train()
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     config = model.generation_config.to_dict()
-    specimens = made(make_dataset([2] * 9))
-    specimens.write(model, "before")
+    samples = made(make_dataset([2] * 9))
+    samples.write(model, "before")
     assert torch.equal(torch.get_rng_state(), random) and model.training and model.generation_config.to_dict() == config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()  # nothing was left that cannot be trained
-    assert len(specimens.found["continued"]["before"]) == TEXTS
+    assert len(samples.found["continued"]["before"]) == NUM_TEXTS
 
 
 def test_held_out_texts_go_on_where_they_begin():
     dataset = make_dataset([2] * 9)
-    drawn = dataset.__getitems__([dataset.indices[start : start + 1] for start in dataset.offsets[:TEXTS]])
+    drawn = dataset.__getitems__([dataset.indices[start : start + 1] for start in dataset.offsets[:NUM_TEXTS]])
     first = [sample["input_ids"].tolist() for (sample,) in drawn]
     assert all(
         row[: len(begun)] == begun and 0 < len(begun) <= len(row) / 2 for row, begun in zip(first, heldout_prompts(dataset, 16))
@@ -69,9 +69,9 @@ def test_held_out_texts_go_on_where_they_begin():
 
 
 def test_a_model_of_answers_writes_no_free_texts():
-    specimens = made(conversations([3, 4]), answers=True)
-    specimens.write(tiny_gpt2(), "after")
-    assert specimens.found.keys() == {"continued"} and len(specimens.found["continued"]["after"]) == 2
+    samples = made(conversations([3, 4]), answers=True)
+    samples.write(tiny_gpt2(), "after")
+    assert samples.found.keys() == {"continued"} and len(samples.found["continued"]["after"]) == 2
 
 
 def test_texts_end_where_the_model_ends_them():
@@ -79,9 +79,9 @@ def test_texts_end_where_the_model_ends_them():
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(1e5 * model.lm_head.weight[0])  # token 0 always: the end
-    specimens = made()
-    specimens.write(model, "after")
-    assert specimens.found["free"]["after"] == [""] * TEXTS
+    samples = made()
+    samples.write(model, "after")
+    assert samples.found["free"]["after"] == [""] * NUM_TEXTS
 
 
 def test_they_are_what_the_model_has_likely_not_what_its_folder_asks_for():
@@ -103,9 +103,9 @@ def test_they_are_what_the_model_has_likely_not_what_its_folder_asks_for():
 def test_a_model_that_cannot_write_ends_no_run():
     model = tiny_gpt2()
     model.generate = lambda **_: 1 / 0
-    specimens = made(make_dataset([2] * 9))
-    specimens.write(model, "after")
-    assert text_sections(specimens.found, covered=True) == [] and model.training is tiny_gpt2().training
+    samples = made(make_dataset([2] * 9))
+    samples.write(model, "after")
+    assert text_sections(samples.found, covered=True) == [] and model.training is tiny_gpt2().training
 
 
 FOUND = {
@@ -138,6 +138,6 @@ def test_what_is_written_is_no_html():
 
 def test_a_real_tokenizer_begins_with_its_end_of_text():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model", local_files_only=True)
-    specimens = TextSamples(tokenizer, None, [], 64)
-    assert specimens.begun["free"] == [[tokenizer.eos_token_id]] * TEXTS
-    assert TextSamples(tokenizer, None, [5], 64).begun["free"] == [[5]] * TEXTS
+    samples = TextSamples(tokenizer, None, [], 64)
+    assert samples.prompts["free"] == [[tokenizer.eos_token_id]] * NUM_TEXTS
+    assert TextSamples(tokenizer, None, [5], 64).prompts["free"] == [[5]] * NUM_TEXTS

@@ -185,7 +185,7 @@ def test_a_folder_that_is_named_like_a_base_of_the_hub_is_not_that_base(tmp_path
     write_json(
         tmp_path / "out" / "privacy.json", {**read_report(tmp_path / "out"), "adapter_base": {"name": "base", "revision": "1a"}}
     )
-    with pytest.raises(UserError, match="base of the hub, but"):
+    with pytest.raises(UserError, match="on the hub, but"):
         sidecar.read_guarantee(tmp_path / "out")
         pytest.fail("not noticed")
 
@@ -205,7 +205,7 @@ def test_an_adapter_and_a_full_model_in_one_folder_are_ambiguous_without_a_certi
     make_model(tmp_path, lora=True).save_pretrained(tmp_path / "out")
     make_model(tmp_path).save_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match=r"FOLDER .* both an adapter .* and a full model \(model\.safetensors\)"):
-        generate.load(str(tmp_path / "out"))
+        generate.load_model(str(tmp_path / "out"))
 
 
 def test_without_a_privacy_json_a_model_writes_uncertified(tmp_path):
@@ -239,7 +239,7 @@ def test_what_somebody_puts_there_during_the_run_is_not_certified(tmp_path):
     trainer = resumable(tmp_path, max_steps=2)
     trainer.train()
     (tmp_path / "pytorch_model.bin").write_bytes(b"other weights")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin lies beside the weights"):
+    with pytest.raises(UserError, match=r"it holds pytorch_model\.bin besides the weights"):
         trainer.save_model()
     assert not (tmp_path / "privacy.json").exists()
 

@@ -23,6 +23,7 @@ from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
 from author_dp.guards.precision import rounding_error, rounding_settings
 from author_dp.mechanism.adam_bc import SUPPORTED
+from author_dp.validation import check_range
 
 # Options that would change the mechanism without the accountant's knowledge: the problem, and the remedy.
 REFUSED_OPTIONS = {
@@ -43,25 +44,25 @@ SUPPORTED_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, Distributed
 # Optimizers that update each element by itself, so that a shard is updated as it would be in the full tensor.
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
-# Lowest and highest values of Hugging Face's options that would otherwise fail late, or train to nothing.
+# Intervals of Hugging Face's options whose other values would fail late, or train to nothing.
 RANGES = {
-    "learning_rate": (0, 1e38),
-    "weight_decay": (0, 1e38),
-    "adam_beta1": (0, 1 - 1e-12),
-    "adam_beta2": (0, 1 - 1e-12),
-    "adam_epsilon": (0, 1e38),
-    "num_train_epochs": (-1e9, 1e9),
-    "warmup_steps": (0, 1e9),
-    "per_device_train_batch_size": (1, 2**31),
-    "per_device_eval_batch_size": (1, 2**31),
-    "gradient_accumulation_steps": (1, 2**31),
-    "eval_accumulation_steps": (1, 2**31),
-    "logging_steps": (1e-9, 2**31),
-    "eval_steps": (1e-9, 2**31),
-    "save_steps": (1e-9, 2**31),
-    "eval_delay": (0, 2**31),
-    "dataloader_num_workers": (0, 2**15),
-    "seed": (0, 2**32 - 1),
+    "learning_rate": "[0, 1e38]",
+    "weight_decay": "[0, 1e38]",
+    "adam_beta1": "[0, 1)",
+    "adam_beta2": "[0, 1)",
+    "adam_epsilon": "[0, 1e38]",
+    "num_train_epochs": "[-1e9, 1e9]",
+    "warmup_steps": "[0, 1e9]",
+    "per_device_train_batch_size": "[1, 2147483648]",
+    "per_device_eval_batch_size": "[1, 2147483648]",
+    "gradient_accumulation_steps": "[1, 2147483648]",
+    "eval_accumulation_steps": "[1, 2147483648]",
+    "logging_steps": "[1e-9, 2147483648]",
+    "eval_steps": "[1e-9, 2147483648]",
+    "save_steps": "[1e-9, 2147483648]",
+    "eval_delay": "[0, 2147483648]",
+    "dataloader_num_workers": "[0, 32768]",
+    "seed": "[0, 4294967295]",
 }
 
 # Values that depend on step numbers alone. All others, those of later versions too, count as driven by metrics.
@@ -121,10 +122,8 @@ def validate_options(
 
 def check_ranges(args: TrainingArguments) -> None:
     """Raise UserError for a number out of its range, or an option that is no JSON object."""
-    for name, (lowest, highest) in RANGES.items():
-        value = getattr(args, name, None)
-        if value is not None and not lowest <= value <= highest:  # also for nan
-            raise UserError(f"--{name} {value}: out of range. Give a number from {lowest:g} to {highest:g}")
+    for name, interval in RANGES.items():
+        check_range(f"--{name}", getattr(args, name, None), interval)
     for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if not isinstance(getattr(args, name, None) or {}, dict):
             raise UserError(f"--{name} {getattr(args, name)}: not a JSON object. Give one, like '{{\"name\": 1}}'")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from author_dp.errors import UserError
+from author_dp.errors import UserError, first_line
 from author_dp.guards.precision import float32_products
 from author_dp.mechanism.fsdp import local_shard
 from author_dp.models.quantization import computes_in_float32, float32_compute
@@ -52,8 +52,7 @@ def as_user_error(problem: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except MODEL_CODE_ERRORS as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{problem} ({first_line})") from error
+        raise UserError(f"{problem} ({first_line(error)[:200]})") from error
 
 
 # --- states of the model --------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""Bind privacy.json to the weights beside it, by their SHA-256.
+"""Bind privacy.json to the weights in its folder, by their SHA-256.
 
-Guarantees: a folder holds no privacy.json while weights are written to it, and afterwards one that names the hash of every file
-that is weights or says how to load them. `check_weights` accepts these files only. The tokenizer and generation_config.json are
-not certified: they hold nothing that was trained.
+Guarantees: while weights are written to a folder, it holds no privacy.json. Afterwards its privacy.json names the hash of every
+file with weights, and of every file that says how to load them. `check_weights` accepts only these files. The tokenizer and
+generation_config.json are not certified: they hold nothing that was trained.
 
 Example:
 
-    >>> with certified(Path("scratch"), adapter=False, make_report=trainer.privacy_report):
+    >>> with write_certified(Path("scratch"), adapter=False, make_report=trainer.privacy_report):
     ...     model.save_pretrained("scratch")
     >>> check_weights(Path("scratch"), json.loads(Path("scratch/privacy.json").read_text()))
 """
@@ -25,22 +25,22 @@ from author_dp.errors import UserError
 from author_dp.files import fsync_folder, write_json
 from author_dp.models.loading import adapter_base_model, public_name
 
-# Whatever a library may load as weights, and what says how: a shard index, the configuration, an adapter's.
+# Files that a library may load as weights, and files that say how: shard index, configuration, adapter configuration.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 CONFIGS = ("config.json", "adapter_config.json")
 TRAINER_FILES = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth")
-# What a run saves, by its kind.
+# Files that a run saves: a full model, or an adapter.
 MODEL_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json")
 ADAPTER_FILES = re.compile(r"adapter_model\.safetensors|adapter_config\.json")
-COMPLETE_MARKER = "complete.json"  # of a checkpoint: written last, when all else is on disk
+COMPLETE_MARKER = "complete.json"  # written last to a checkpoint, when all other files are on disk
 RETRAIN_REMEDY = "Train again in a new folder"
 DELETE_REMEDY = f"or delete {REPORT_NAME} to use the model without a guarantee"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of `folder`; of its subfolders adapters only, which the Trainer loads when it resumes.
+    """Return the weight files of a folder, and the adapters in its subfolders, which the Trainer loads when it resumes.
 
-    Checkpoints in `folder` are models of their own, but there are none in a checkpoint.
+    Checkpoints in the folder are separate models. A checkpoint contains no checkpoints, so all its subfolders count.
     """
     in_checkpoint = is_checkpoint(folder) or (folder / COMPLETE_MARKER).exists()
     nested = [path for path in folder.glob("*/adapter_*") if in_checkpoint or not is_checkpoint(path.parent)]
@@ -48,45 +48,47 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether `folder` is named like a checkpoint."""
+    """Return whether a folder is named like a checkpoint."""
     return re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
 
 
 def is_weight_file(name: str) -> bool:
+    """Return whether a file, by its name, holds weights or says how to load them."""
     return name in CONFIGS or (name.lower().endswith(SUFFIXES) and not TRAINER_FILES.fullmatch(name))
 
 
 def weight_name_pattern(adapter: bool) -> re.Pattern[str]:
-    """Return the names of the weight files that a run saves.
+    """Return a pattern for the names of the weight files that a run saves.
 
     Args:
-        adapter: whether it trains an adapter.
+        adapter: whether the run trains an adapter.
     """
     return ADAPTER_FILES if adapter else MODEL_FILES
 
 
 def sha256_of(path: Path) -> str:
-    found = hashlib.sha256()
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
             while block := file.read(2**20):
-                found.update(block)
+                digest.update(block)
     except OSError as error:
         raise UserError(f"{path}: it cannot be read ({error.strerror}). Restore it") from error
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def hash_weights(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each weight file of `folder`, by its name relative to it."""
+    """Return the SHA-256 of each weight file in a folder, by relative name."""
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in weight_files(folder)}
 
 
 def describe_base(name: Optional[str], revision: Optional[str] = None) -> dict[str, Any]:
-    """Return what privacy.json says of an adapter's base: the hashes of a local folder, or the commit of a hub model.
+    """Identify an adapter's base for privacy.json: hashes of a local folder, or the commit of a hub model.
 
     Args:
-        name: None where it is not known.
-        revision: the commit, where it is known.
+        name: None if unknown.
+        revision: the commit, if known.
     """
     if name and os.path.isdir(name):
         return {"name": public_name(name), "files": hash_weights(Path(name))}
@@ -97,70 +99,71 @@ def describe_base(name: Optional[str], revision: Optional[str] = None) -> dict[s
 def write_certified(
     folder: Path, adapter: bool, make_report: Callable[[], dict[str, Any]], disable_dp: bool = False
 ) -> Iterator[None]:
-    """Within, the caller writes weights to `folder`: remove its privacy.json and older weights before, write a new one after.
+    """Certify the weights that the caller writes to `folder` inside.
+
+    Before, remove the folder's privacy.json and older weights. After, write a new privacy.json with the hashes.
 
     Args:
         adapter: whether the weights are an adapter's.
-        make_report: makes the rest of privacy.json.
-        disable_dp: whether privacy.json certifies nothing. Then it is there before the weights are, which would otherwise pass
-            for those of a base model if the run was killed.
+        make_report: returns the rest of privacy.json.
+        disable_dp: whether privacy.json certifies nothing. Then it is written before the weights: if the run was killed in
+            between, they would otherwise pass for weights of a base model.
     Raises:
-        UserError: where weights of another kind lie there, so that it is not clear which ones are loaded.
+        UserError: where the folder has weights of the other type, so that it is not clear which ones are loaded.
     """
-    own = weight_name_pattern(adapter)
+    pattern = weight_name_pattern(adapter)
     if disable_dp:
         write_json(folder / REPORT_NAME, make_report())
     else:
         remove_report(folder)
     for path in weight_files(folder):
-        if own.fullmatch(path.name):
+        if pattern.fullmatch(path.name):
             path.unlink()
     yield
     hashes = hash_weights(folder)
-    if foreign := [name for name in hashes if not own.fullmatch(Path(name).name)]:
+    if foreign := [name for name in hashes if not pattern.fullmatch(Path(name).name)]:
         raise UserError(
-            f"--output_dir {folder}: {', '.join(foreign)} lies beside the weights of this run, so nothing is certified. Move it "
-            "away, then add --resume_from_checkpoint True"
+            f"--output_dir {folder}: it holds {', '.join(foreign)} besides the weights of this run, so nothing is certified. "
+            "Move that away, then add --resume_from_checkpoint True"
         )
     write_json(folder / REPORT_NAME, {**make_report(), "weights": hashes})
 
 
 def has_no_guarantee(folder: Path) -> bool:
-    """Return whether the privacy.json of `folder` says that its weights were trained without privacy."""
+    """Return whether a folder's privacy.json says that its weights were trained without privacy."""
     path = folder / REPORT_NAME
     return path.exists() and json.loads(path.read_text()).get("disable_dp") is True
 
 
 def remove_report(folder: Path) -> None:
-    """Remove the privacy.json of `folder`, on disk too, before its weights change."""
+    """Remove a folder's privacy.json, durably, before its weights change."""
     if (folder / REPORT_NAME).exists():
         (folder / REPORT_NAME).unlink()
         fsync_folder(folder)
 
 
 def check_weights(folder: Path, report: dict[str, Any], base: bool = True) -> None:
-    """Raise UserError unless the weights in `folder` are exactly those that `report`, its privacy.json, names.
+    """Raise UserError unless the weights in a folder are exactly those that its privacy.json names.
 
     Args:
-        base: whether to check an adapter's local base too. A base from the hub is named by `report` only.
+        report: content of the privacy.json.
+        base: whether to check an adapter's local base too. A base from the hub is only named in `report`.
     """
-    where, named = folder / REPORT_NAME, report.get("weights")
+    named = report.get("weights")
     if not isinstance(named, dict) or not named:
         raise UserError(
-            f"{where}: it names no weights, as an older version wrote it, so it certifies nothing. {RETRAIN_REMEDY}, "
-            f"{DELETE_REMEDY}"
+            f"{folder / REPORT_NAME}: it names no weights (an older version wrote it), so it certifies nothing. "
+            f"{RETRAIN_REMEDY}, {DELETE_REMEDY}"
         )
     found = {path.relative_to(folder).as_posix() for path in weight_files(folder)}
     if missing := sorted(named.keys() - found):
         raise UserError(f"{folder}: {missing[0]} is missing, which {REPORT_NAME} names. Restore it, {DELETE_REMEDY}")
     if extra := sorted(found - named.keys()):
-        raise UserError(
-            f"{folder}: {REPORT_NAME} does not certify {', '.join(extra)}, which lies beside the weights. Move it away"
-        )
+        raise UserError(f"{folder}: {REPORT_NAME} does not certify {', '.join(extra)}, which is in the same folder. Move it away")
     for name in sorted(named):
         if sha256_of(folder / name) != named[name]:
             raise UserError(
-                f"{folder / name}: its SHA-256 is not the one in {REPORT_NAME}: other weights, or another configuration. Restore "
+                f"{folder / name}: its SHA-256 is not the one in {REPORT_NAME}: weights or configuration have changed. Restore "
                 f"the file, {DELETE_REMEDY}"
             )
     if base and any(Path(name).name in ("adapter_config.json", "adapter_model.safetensors") for name in named):
@@ -168,37 +171,37 @@ def check_weights(folder: Path, report: dict[str, Any], base: bool = True) -> No
 
 
 def check_base(folder: Path, report: dict[str, Any]) -> None:
-    """Raise UserError unless the base of the adapter in `folder` is the one that `report` names."""
+    """Raise UserError unless the base of the adapter in a folder is the one that its privacy.json, `report`, names."""
     known = report.get("adapter_base")
     if not isinstance(known, dict):
         raise UserError(
             f"{folder / REPORT_NAME}: it does not name the adapter's base, so it certifies nothing. {RETRAIN_REMEDY}, "
             f"{DELETE_REMEDY}"
         )
-    if known["name"] is None:  # made in memory: there is nothing to load it from
+    if known["name"] is None:  # created in memory: nothing to load it from
         return
     base, files = adapter_base_model(str(folder)), known.get("files")
     if base is None or not os.path.isdir(base):
         if files is not None:
-            raise UserError(f"{folder}: the adapter's base {base} is not there. Restore it: {REPORT_NAME} names its weights")
+            raise UserError(f"{folder}: the adapter's base {base} is missing, whose weights {REPORT_NAME} names. Restore it")
         return
     if files is None:
         raise UserError(
-            f"{folder}: the adapter's base is {known['name']} of the hub, but {base} is a local folder. Rename that folder"
+            f"{folder}: the adapter's base is {known['name']} on the hub, but {base} is a local folder. Rename that folder"
         )
     present = hash_weights(Path(base))
-    if other := sorted(name for name in files.keys() | present.keys() if files.get(name) != present.get(name)):
+    if changed := sorted(name for name in files.keys() | present.keys() if files.get(name) != present.get(name)):
         raise UserError(
-            f"{folder}: {Path(base) / other[0]} is not what {REPORT_NAME} names as the adapter's base. "
+            f"{folder}: {Path(base) / changed[0]} is not what {REPORT_NAME} names as the adapter's base. "
             f"Restore the base, {DELETE_REMEDY}"
         )
 
 
 def check_same_base(base: Optional[dict[str, Any]], known: Optional[dict[str, Any]]) -> None:
-    """Raise UserError where an adapter is resumed on another base than it was trained on.
+    """Raise UserError where an adapter would be resumed on another base than it was trained on.
 
     Args:
-        base, known: of this run and of the checkpoint, from `describe_base`; None without an adapter.
+        base, known: bases of this run and of the checkpoint, from `describe_base`; None without an adapter.
     """
     for name in ("files",) if "files" in {**(base or {}), **(known or {})} else ("name",):
         if (base or {}).get(name) != (known or {}).get(name):

@@ -1,12 +1,12 @@
-"""Write synthetic text with a trained model; its guarantee travels with the file.
+"""Write synthetic text with a trained model; a privacy statement of the text is written beside it.
 
     python -m author_dp.generate FOLDER --number 1000 --out synthetic.jsonl
 
-Promise: the file, and the sidecar beside it (sidecar.py), appear together and whole, or not at all. An interrupted run goes on by
-the same command, on a machine of the same kind to the same rows, wherever it was cut: each batch is drawn from a seed of its own,
-and a batch that was not finished is written anew. What no guarantee covers is for its owner's eyes only (mode 0600).
+Guarantees: the file and its privacy statement (privacy_statement.py) appear together and complete, or not at all. The same
+command resumes an interrupted run; on a machine of the same kind it writes the same rows. Each batch has a seed derived from its
+index, and an incomplete batch is written again. Text without a guarantee is readable for its owner only (mode 0600).
 
-What a model writes is post-processing: it spends nothing, and --seed has nothing to protect.
+Generation is post-processing of the model: it spends no privacy budget, and --seed need not be secret.
 """
 
 import argparse
@@ -28,22 +28,24 @@ from transformers.utils import logging
 from author_dp.errors import UserError
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.models.loading import adapter_base_model, first_line, load_adapter, load_base, load_tokenizer
-from author_dp.outputs import privacy_statement as sidecar
-from author_dp.outputs import synthetic_report
+from author_dp.models.weights import sha256_of
+from author_dp.outputs import privacy_statement, synthetic_report
 from author_dp.outputs.partial_file import PartialFile
 from author_dp.outputs.prompts import Prompt, Source, make_prompts, template_fields
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-TOKENS = 128  # of a text at most, where the model does not say with how many it was trained
-# Options of transformers that would make another number of texts than one a prompt, or have an option here.
+DEFAULT_MAX_NEW_TOKENS = 128  # if the model does not say how long its training texts were
+# Options of transformers that would change the number of texts per prompt, or that have an option of their own here.
 RESERVED_OPTIONS = (
     "num_return_sequences", "return_dict_in_generate", "do_sample", "max_length", "eos_token_id", "pad_token_id", "bos_token_id",
     "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens",
 )  # fmt: skip
+MODEL_FILE_SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt", ".bin")
+RUN_RECORD_PREFIXES = ("privacy", "training_args", "trainer_state", "optimizer", "scheduler", "rng_state", "_")
 
 
-# --- options ----------------------------------------------------------------------------------------------
+# --- Options ----------------------------------------------------------------------------------------------
 
 
 def make_parser() -> synthetic_report.Parser:
@@ -51,51 +53,70 @@ def make_parser() -> synthetic_report.Parser:
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="the --output_dir of a run, or a checkpoint in it")
     add("--out", type=Path, default=Path("synthetic.jsonl"), help="the file to write; default: %(default)s")
-    add("--number", type=int, help="texts to write; default: one for each row of --prompts, 1,000 without")
-    add("--seed", type=int, default=0, help="other texts for another number; default: %(default)s")
-    add("--batch_size", type=int, default=64, help="texts at a time; default: %(default)s")
-    add("--text_column", default="content", help="column of the text in the file that is written; default: %(default)s")
-    add("--use_cpu", action="store_true", help="also where there is a GPU")
+    add("--number", type=int, help="number of texts; default: one for each row of --prompts, 1,000 without")
+    add("--seed", type=int, default=0, help="of sampling; default: %(default)s")
+    add("--batch_size", type=int, default=64, help="texts generated at a time; default: %(default)s")
+    add("--text_column", default="content", help="column of the text in the output; default: %(default)s")
+    add("--use_cpu", action="store_true", help="even if there is a GPU")
     add("--bf16", action="store_true", help="compute in bfloat16")
-    prompts = parser.add_argument_group("prompts; without one of these a text begins as in training")
+    prompts = parser.add_argument_group("prompts; without these options texts begin as in training")
     add = prompts.add_argument
-    add("--prompts", metavar="FILE", help=".jsonl, .json, .csv or .parquet; goes round where --number is more than its rows")
-    add("--public_prompts", action="store_true", help="declare that prompts and fields are public, or made up")
-    add("--private_prompts", action="store_true", help="declare that some are taken from private data: no guarantee then")
+    add("--prompts", metavar="FILE", help=".jsonl, .json, .csv or .parquet; its rows repeat if --number is larger")
+    add(
+        "--public_prompts",
+        action="store_true",
+        help="declare that prompts and fields are public, or made up",
+    )
+    add("--private_prompts", action="store_true", help="declare that some are taken from private data: the text has no guarantee")
     add("--prompt_column", default="prompt", help="column of texts, or of lists of messages; default: %(default)s")
-    add("--messages_column", help="column of conversations, whose last answer is to be written; instead of --prompt_column")
+    add("--messages_column", help="column of conversations, whose last answer is generated; instead of --prompt_column")
     add("--prompt_template", help="a text, with {column}s of --prompts: 'about {topic}:'; instead of --prompt_column")
-    add("--keep_columns", nargs="+", default=[], help="columns of --prompts that go to the output; those of the template do so")
-    add("--chat", action="store_true", help="a prompt is what the user says, for the model's chat template to write")
-    add("--with_prompt", action="store_true", help="the prompt is the beginning of the text, not a column beside it")
-    sampling = parser.add_argument_group("sampling, as transformers' GenerationConfig has it")
+    add(
+        "--keep_columns",
+        nargs="+",
+        default=[],
+        help="columns of --prompts to copy, beside those of the template",
+    )
+    add("--chat", action="store_true", help="a prompt is a user message, rendered by the model's chat template")
+    add("--with_prompt", action="store_true", help="write the prompt as the beginning of the text, not as a column")
+    sampling = parser.add_argument_group("sampling, as in transformers' GenerationConfig")
     add = sampling.add_argument
-    add("--max_new_tokens", type=int, help=f"default: --sequence_len of the training, {TOKENS} where that is not known")
-    add("--temperature", type=float, default=1.0, help="0: the likeliest token always; default: %(default)s")
+    add(
+        "--max_new_tokens",
+        type=int,
+        help=f"default: --sequence_len of the training, {DEFAULT_MAX_NEW_TOKENS} if unknown",
+    )
+    add("--temperature", type=float, default=1.0, help="0: greedy decoding; default: %(default)s")
     add("--top_p", type=float, default=1.0, help="default: %(default)s")
     add("--top_k", type=int, default=0, help="0: all tokens; default: %(default)s")
     add("--repetition_penalty", type=float, default=1.0, help="default: %(default)s")
-    add("--generation_options", nargs="+", default=[], metavar="NAME=VALUE", help="others: no_repeat_ngram_size=3 min_p=0.05")
-    report = parser.add_argument_group("report on the text (private), as python -m author_dp.synthetic_report writes it")
+    add(
+        "--generation_options",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="others: no_repeat_ngram_size=3 min_p=0.05",
+    )
+    report = parser.add_argument_group("report on the text (private), the same as of python -m author_dp.synthetic_report")
     report.add_argument("--report", nargs="+", metavar="FILE", help="the --train_file of the training")
     synthetic_report.add_options(report)
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise UserError for options that contradict each other."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for options out of range, or that contradict each other."""
     if not Path(args.folder).is_dir():
-        raise UserError(f"FOLDER {args.folder} is no folder: give the --output_dir of a run")
-    for name, least in (("number", 1), ("batch_size", 1), ("max_new_tokens", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
+        raise UserError(f"FOLDER {args.folder} is not a folder: give the --output_dir of a run")
+    for name, minimum in (("number", 1), ("batch_size", 1), ("max_new_tokens", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < minimum:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least {minimum}")
     ranges = {
         "temperature": ("0 or above", 0 <= args.temperature < math.inf), "top_k": ("0 or above", args.top_k >= 0),
         "top_p": ("above 0 and at most 1", 0 < args.top_p <= 1),
         "repetition_penalty": ("above 0", 0 < args.repetition_penalty < math.inf),
     }  # fmt: skip
-    for name, (words, fits) in ranges.items():
-        if not fits:
+    for name, (words, is_valid) in ranges.items():
+        if not is_valid:
             raise UserError(f"--{name} {getattr(args, name)} must be {words}")
     for name in args.report or []:
         if not Path(name).is_file():
@@ -104,8 +125,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--public_prompts and --private_prompts exclude each other: if any prompt is private, give the latter")
     if args.prompts and not (args.public_prompts or args.private_prompts):
         raise UserError(
-            "--prompts FILE: say where prompts and fields come from, by --public_prompts (published, or made up without a look "
-            "at private data) or --private_prompts (there is no guarantee for the text then)"
+            "--prompts FILE: say where prompts and fields come from: --public_prompts (published, or made up without private "
+            "data) or --private_prompts (the text then has no guarantee)"
         )
     if not args.prompts and args.prompt_template is None:
         for name in ("public_prompts", "private_prompts", "messages_column", "keep_columns", "chat", "with_prompt"):
@@ -116,52 +137,48 @@ def check(args: argparse.Namespace) -> None:
     if args.prompt_template is not None and args.messages_column is not None:
         raise UserError("--prompt_template and --messages_column exclude each other: give one of them")
     if args.with_prompt and (args.chat or args.messages_column):
-        raise UserError("--with_prompt has no effect on conversations, which are written whole: leave it out")
+        raise UserError("--with_prompt has no effect on conversations, whose output is complete anyway: leave it out")
     if args.text_column in ("prompt", "messages", *args.keep_columns, *template_fields(args.prompt_template or "")):
         raise UserError(f"--text_column {args.text_column!r} is the name of another column of the output: choose another")
 
 
 def prompt_source(args: argparse.Namespace) -> str:
-    """Return where prompts come from, by the user's word."""
+    """Return where prompts come from, as the user declared."""
     if args.private_prompts:
-        return sidecar.PRIVATE
+        return privacy_statement.PRIVATE
     if args.prompts:
-        return sidecar.PUBLIC
-    return sidecar.NO_PROMPTS if args.prompt_template is None else sidecar.FIXED
+        return privacy_statement.PUBLIC
+    return privacy_statement.NO_PROMPTS if args.prompt_template is None else privacy_statement.FIXED
 
 
-def sampling(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    """Return the options of transformers' GenerationConfig.
-
-    Args:
-        tokens: of a text, at most.
-    """
-    more: dict[str, Any] = {}
+def sampling_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str, Any]:
+    """Return the options of transformers' GenerationConfig."""
+    others: dict[str, Any] = {}
     for option in args.generation_options:
         name, sign, value = option.partition("=")
         if not sign or name in RESERVED_OPTIONS or not hasattr(GenerationConfig(), name):
-            own = f"; {name} is not to be set here" if name in RESERVED_OPTIONS else ""
-            raise UserError(f"--generation_options {option}: it must be NAME=VALUE, of an option of GenerationConfig{own}")
+            reason = f"; {name} is not to be set here" if name in RESERVED_OPTIONS else ""
+            raise UserError(f"--generation_options {option}: it must be NAME=VALUE, of an option of GenerationConfig{reason}")
         try:
-            more[name] = json.loads(value)
+            others[name] = json.loads(value)
         except ValueError:
-            more[name] = value
-    options: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": tokens}
+            others[name] = value
+    options: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": max_new_tokens}
     if options["do_sample"]:
         options |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    return {**options, "repetition_penalty": args.repetition_penalty, **more}
+    return {**options, "repetition_penalty": args.repetition_penalty, **others}
 
 
-# --- the model --------------------------------------------------------------------------------------------
+# --- The model --------------------------------------------------------------------------------------------
 
 
-def load(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load the model of a folder, a LoRA adapter merged into its base, and the tokenizer.
+def load_model(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the model of a folder, with a LoRA adapter merged into its base, and the tokenizer.
 
     Args:
-        revision: the commit of a base from the hub; default: the newest.
+        revision: commit of a base from the hub; default: the newest.
     Raises:
-        UserError: with what is wrong with the folder.
+        UserError: if the folder or the base cannot be loaded.
     """
     local_only, base = False, None
     options: dict[str, Any] = {"revision": revision} if revision else {}
@@ -176,73 +193,79 @@ def load(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTo
         return model, load_tokenizer(folder)
     except UserError as error:
         raise UserError(str(error).replace("--model_name", "FOLDER")) from error
-    except Exception as error:  # transformers, safetensors and peft raise their own
+    except Exception as error:  # transformers, safetensors and peft each raise their own types
         if local_only:
             raise hub_error("FOLDER: the base model", str(base)) from error
         raise UserError(f"FOLDER {folder} cannot be loaded: {first_line(error)}") from error
 
 
-def fingerprint(folder: str) -> str:
-    """Return one SHA-256 of all that makes the model write as it does: weights, configuration, tokenizer, an adapter's base."""
-    whole, base = hashlib.sha256(), adapter_base_model(folder)
+def fingerprint_model(folder: str) -> str:
+    """Return one SHA-256 of all files that affect generation: weights, configuration, tokenizer, and an adapter's base."""
+    digest, base = hashlib.sha256(), adapter_base_model(folder)
     if base is not None and os.path.isdir(base):
-        whole.update(fingerprint(base).encode())
+        digest.update(fingerprint_model(base).encode())
     for path in sorted(Path(folder).iterdir()):
-        made_here = path.name.startswith(
-            ("privacy", "training_args", "trainer_state", "optimizer", "scheduler", "rng_state", "_")
-        )
-        if path.is_file() and path.suffix in (".safetensors", ".json", ".model", ".jinja", ".txt", ".bin") and not made_here:
-            whole.update(os.fsencode(path.name) + f":{sidecar.sha256_of(path)}\n".encode())  # not all names are UTF-8
-    return whole.hexdigest()
+        is_run_record = path.name.startswith(RUN_RECORD_PREFIXES)
+        if path.is_file() and path.suffix in MODEL_FILE_SUFFIXES and not is_run_record:
+            digest.update(os.fsencode(path.name) + f":{sha256_of(path)}\n".encode())  # a name need not be UTF-8
+    return digest.hexdigest()
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of the model's own generation_config.json."""
-    given: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    tokens = [tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
+    """Return the tokens that end a text: the tokenizer's, and those of the model's generation_config.json."""
+    configured: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    tokens = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     return sorted({int(token) for token in tokens if token is not None})
 
 
 def token_budget(
-    model: PreTrainedModel, prompts: list[Prompt], wanted: Optional[int], trained: Optional[int], has_file: bool
+    model: PreTrainedModel, prompts: list[Prompt], max_new_tokens: Optional[int], sequence_len: Optional[int], has_file: bool
 ) -> int:
-    """Return how many tokens a text may have; what is not asked for is cut at the model's positions."""
+    """Return how many tokens to generate; the default is limited to the model's positions.
+
+    Args:
+        max_new_tokens: the option; None: as long as training texts.
+        sequence_len: maximum tokens of a training text, if known.
+        has_file: whether the prompts are rows of a file, for the error message.
+    """
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     number, longest = max(enumerate((len(prompt.ids) for prompt in prompts), 1), key=lambda pair: pair[1])
-    tokens = wanted or min(trained or TOKENS, positions - longest)
+    tokens = max_new_tokens or min(sequence_len or DEFAULT_MAX_NEW_TOKENS, positions - longest)
     if longest + tokens > positions or tokens < 1:
         place = f"--prompts, row {number}" if has_file else "the prompt"
-        remedy = f"lower --max_new_tokens {wanted}, or shorten it" if wanted else "shorten it"
+        remedy = f"lower --max_new_tokens {max_new_tokens}, or shorten it" if max_new_tokens else "shorten it"
         raise UserError(f"{place} has {longest} tokens, the model {positions} positions: {remedy}")
     return tokens
 
 
-# --- writing ----------------------------------------------------------------------------------------------
+# --- Writing ----------------------------------------------------------------------------------------------
 
 
-def batch_seed(seed: int, number: int) -> int:
-    """Return the seed of a batch: of its number alone, not of what was drawn before."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest(), "big") >> 1
+def batch_seed(seed: int, index: int) -> int:
+    """Return the seed of a batch, which depends on its index only, not on the batches before."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def write_batch(model: Any, ids: Sequence[list[int]], options: GenerationConfig, seed: int) -> tuple[list[list[int]], list[bool]]:
-    """Return for each prompt the tokens that follow it, up to the one that ends the text, and whether there was one."""
-    longest, pad = max(map(len, ids)), options.pad_token_id
-    rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=model.device)  # (texts, tokens), padded left
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=model.device)
+def generate_batch(
+    model: Any, prompts: Sequence[list[int]], config: GenerationConfig, seed: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Return the tokens generated after each prompt, without the end token, and whether the text reached its end."""
+    longest, pad = max(map(len, prompts)), config.pad_token_id
+    rows = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=model.device)  # (texts, tokens)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     torch.manual_seed(seed)
     with torch.inference_mode():
-        written: Any = model.generate(input_ids=rows, attention_mask=mask, generation_config=options)
+        output: Any = model.generate(input_ids=rows, attention_mask=mask, generation_config=config)
     texts, ended = [], []
-    for row in written[:, longest:].tolist():
-        end = next((place for place, token in enumerate(row) if token in options.eos_token_id), None)
+    for row in output[:, longest:].tolist():
+        end = next((index for index, token in enumerate(row) if token in config.eos_token_id), None)
         texts.append(row[:end])
         ended.append(end is not None)
     return texts, ended
 
 
 def to_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[str, Any]:
-    """Return a row of the file: TRL's columns, as training reads them."""
+    """Return a row of the output, in TRL's columns, which training reads too."""
     if "messages" in prompt.row:
         return {**prompt.row, "messages": [*prompt.row["messages"], {"role": "assistant", "content": text.strip()}]}
     if not with_prompt:
@@ -251,82 +274,88 @@ def to_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[st
 
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the file and its sidecar; return the sidecar."""
-    check(args)
-    guarantee, kind = sidecar.read_guarantee(Path(args.folder)), prompt_source(args)
-    said = sidecar.make_statement(guarantee, kind)
-    notes = (guarantee or {}).get("data") or {}
-    model, tokenizer = load(args.folder, (guarantee or {}).get("adapter_base", {}).get("revision"))
+    """Write the file and its privacy statement; return the statement."""
+    check_arguments(args)
+    guarantee, source = privacy_statement.read_guarantee(Path(args.folder)), prompt_source(args)
+    statement = privacy_statement.make_statement(guarantee, source)
+    data = (guarantee or {}).get("data") or {}
+    model, tokenizer = load_model(args.folder, (guarantee or {}).get("adapter_base", {}).get("revision"))
     prompts = make_prompts(
         tokenizer,
-        notes.get("start_token"),
+        data.get("start_token"),
         Source(args.prompts, args.prompt_column, args.messages_column, args.prompt_template, tuple(args.keep_columns), args.chat),
     )
     number = args.number or (len(prompts) if args.prompts else 1_000)
-    options = sampling(args, token_budget(model, prompts, args.max_new_tokens, notes.get("sequence_len"), bool(args.prompts)))
-    settings = {
-        "model": fingerprint(args.folder), "number": number, "seed": args.seed, "batch_size": args.batch_size,
-        "sampling": options, "text_column": args.text_column, "with_prompt": args.with_prompt, "bf16": args.bf16,
-        "prompts": kind, "prompt_template": args.prompt_template if kind != sidecar.PRIVATE else None,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }  # fmt: skip
+    tokens = token_budget(model, prompts, args.max_new_tokens, data.get("sequence_len"), bool(args.prompts))
+    options = sampling_options(args, tokens)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not args.use_cpu else None
-    settings["device"] = (device or torch.device("cpu")).type
-    exact = hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest()
-    draft = PartialFile(args.out, {**settings, "texts of prompts": exact}, 0o666 if said["covered"] else 0o600)
-    for warning in warnings(said, notes, args, tokenizer):
+    device = device or torch.device("cpu")
+    settings = {
+        "model": fingerprint_model(args.folder), "number": number, "seed": args.seed, "batch_size": args.batch_size,
+        "sampling": options, "text_column": args.text_column, "with_prompt": args.with_prompt, "bf16": args.bf16,
+        "prompts": source, "prompt_template": args.prompt_template if source != privacy_statement.PRIVATE else None,
+        "versions": {name: version(name) for name in ("torch", "transformers")}, "device": device.type,
+    }  # fmt: skip
+    prompts_hash = hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest()
+    output = PartialFile(args.out, {**settings, "texts of prompts": prompts_hash}, 0o666 if statement["covered"] else 0o600)
+    for warning in make_warnings(statement, data, args):
         logger.warning(warning)
-    model.to(device or "cpu", dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    write_all(model, tokenizer, prompts, draft, number, args, options)
-    public = {**settings, **({"sha256_of_prompts": exact} if kind == sidecar.PUBLIC else {})}
-    content = {**said, "file": args.out.name, "rows": number, "rows_that_end": draft.state["ended"], "generated": public}
-    draft.finish(content)
+    model.to(device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    write_texts(model, tokenizer, prompts, output, number, args, options)
+    public = {**settings, **({"sha256_of_prompts": prompts_hash} if source == privacy_statement.PUBLIC else {})}
+    content = {**statement, "file": args.out.name, "rows": number, "rows_that_end": output.state["ended"], "generated": public}
+    output.finish(content)
     return content
 
 
-def write_all(
+def write_texts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
-    draft: PartialFile,
+    output: PartialFile,
     number: int,
     args: argparse.Namespace,
     options: dict[str, Any],
 ) -> None:
-    """Write what is left of `number` texts, a batch at a time."""
+    """Write the remaining ones of `number` texts in batches."""
     ends = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     config = GenerationConfig(**options, eos_token_id=ends or [-1], pad_token_id=pad)
-    needless: Any = lambda record: "attention_mask" not in record.getMessage()  # noqa: E731
-    logging.get_logger("transformers.modeling_utils").addFilter(needless)
-    model.generation_config = GenerationConfig()  # or what is left open above would be taken from the folder
-    with tqdm(total=number, initial=draft.rows, unit=" texts", desc="Generate") as bar:
-        while draft.rows < number:
-            chosen = [prompts[i % len(prompts)] for i in range(draft.rows, min(draft.rows + args.batch_size, number))]
-            seed = batch_seed(args.seed, draft.rows // args.batch_size)
+    is_useful: Any = lambda record: "attention_mask" not in record.getMessage()  # noqa: E731
+    logging.get_logger("transformers.modeling_utils").addFilter(is_useful)
+    model.generation_config = GenerationConfig()  # otherwise options that are unset above come from the folder
+    with tqdm(total=number, initial=output.rows, unit=" texts", desc="Generate") as bar:
+        while output.rows < number:
+            batch = [prompts[i % len(prompts)] for i in range(output.rows, min(output.rows + args.batch_size, number))]
+            seed = batch_seed(args.seed, output.rows // args.batch_size)
             try:
-                tokens, ended = write_batch(model, [prompt.ids for prompt in chosen], config, seed)
-            except (ValueError, TypeError) as error:  # what transformers says of its options
+                tokens, ended = generate_batch(model, [prompt.ids for prompt in batch], config, seed)
+            except (ValueError, TypeError) as error:  # raised by transformers for its options
                 raise UserError(f"--generation_options, --temperature and the like: {first_line(error)}") from error
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            draft.add([to_row(p, text, args.text_column, args.with_prompt) for p, text in zip(chosen, texts)], sum(ended))
-            bar.update(len(chosen))
+            output.add([to_row(p, text, args.text_column, args.with_prompt) for p, text in zip(batch, texts)], sum(ended))
+            bar.update(len(batch))
 
 
-def warnings(said: dict, notes: dict, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return what whoever starts this should know at once."""
-    found = [] if said["covered"] else [said["statement"]]
-    if "start_token" in notes and notes["start_token"] is None and not args.prompts and args.prompt_template is None:
-        found.append("The model never saw how a text begins: train with --prepend_bos, or give a --prompt_template")
-    if "end_token" in notes and notes["end_token"] is None and "targets" not in notes:
-        found.append("The model never saw how a text ends, so that texts end at --max_new_tokens: train with --append_eos")
-    return found
+def make_warnings(statement: dict[str, Any], data: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Return warnings about a missing guarantee, and about texts that will not begin or end well.
+
+    Args:
+        statement: privacy statement of the text.
+        data: how training texts became samples, from the model's privacy.json.
+    """
+    warnings = [] if statement["covered"] else [statement["statement"]]
+    if "start_token" in data and data["start_token"] is None and not args.prompts and args.prompt_template is None:
+        warnings.append("The model never saw how a text begins: train with --prepend_bos, or give a --prompt_template")
+    if "end_token" in data and data["end_token"] is None and "targets" not in data:
+        warnings.append("The model never saw how a text ends, so texts end at --max_new_tokens: train with --append_eos")
+    return warnings
 
 
 def main(arguments: list[str]) -> None:
     args = make_parser().parse_args(arguments)
     content = generate(args)
-    ended = f"{content['rows_that_end']:,} of {content['rows']:,} texts come to their end"
+    ended = f"{content['rows_that_end']:,} of {content['rows']:,} texts reach their end"
     print(f"{content['file']}: {ended}. {content['statement']}")
     if args.report:
         print(synthetic_report.format_report(synthetic_report.make_report(args.out, args.report, args)))

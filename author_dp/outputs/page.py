@@ -7,6 +7,7 @@ from typing import Any, Optional
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from author_dp.outputs.guarantee import guarantee_rows, has_guarantee, plain_summary
+from author_dp.outputs.samples import CONTINUATION, UNCONDITIONAL
 
 STATISTICS_NAME = "_private_statistics.json"
 PAGE_NAME = "report.html"
@@ -70,7 +71,7 @@ def text_sections(samples: dict[str, dict[str, list[str]]], covered: bool) -> li
         covered: whether the trained model has a guarantee.
     """
     sections = []
-    unconditional, continuation = samples.get("free", {}), samples.get("continued", {})
+    unconditional, continuation = samples.get(UNCONDITIONAL, {}), samples.get(CONTINUATION, {})
     if unconditional.get("after"):
         status = (
             "They are made from the released weights alone: all that a model with a guarantee writes has the same guarantee "

@@ -1,79 +1,80 @@
-"""A file of synthetic text while it is written, which an interruption leaves to be gone on with.
+"""Write a file of synthetic text in batches, so that an interrupted run can resume.
 
-Promise: a row is in the file once. What counts is what the state beside it says, by length and SHA-256: what was written after it
-is cut off, and a file that is not what its state says is not gone on with. File and sidecar appear together, the sidecar first.
+Guarantees: each row is in the file once. The state file records the length and SHA-256 of all complete batches: whatever follows
+them is cut off, and a file that does not match its state is refused. The text and its privacy statement appear together, the
+statement first.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, write_json
-from author_dp.outputs import privacy_statement as sidecar
-
-STATE_SUFFIX = ".json"  # of what an unfinished file was begun with
+from author_dp.models.weights import sha256_of
+from author_dp.outputs.privacy_statement import read_json, statement_path
 
 
 class PartialFile:
-    """A file that is being written, a batch at a time, and may be gone on with.
+    """A file that is written in batches, and resumed after an interruption.
 
     Args:
-        out: where it is to be when it is whole; until then it has the suffix .part, and its state .part.json.
-        settings: what the rows depend on. An unfinished file of others is not gone on with.
-        mode: of the file.
+        out: path of the complete file. Until then the rows are in `out`.part, and the state is in `out`.part.json.
+        settings: what the rows depend on. An unfinished file with other settings is refused.
+        mode: permissions of the file.
     Attributes:
-        rows: that are written.
+        state: "rows", "ended" and "bytes" written so far, and "settings".
     Raises:
-        UserError: where `out` is there already, or an unfinished file does not fit.
+        UserError: if `out` exists, an unfinished file does not match, or the file cannot be written.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], mode: int):
         if out.exists():
-            raise UserError(f"--out {out} is there already: choose another name, or take it away")
+            raise UserError(f"--out {out} exists: choose another name, or move it away")
         self.out, self.part, self.mode = out, out.with_name(out.name + ".part"), mode
         self.state = {"settings": json.loads(json.dumps(settings)), "rows": 0, "ended": 0, "bytes": 0}
-        self._path, self._hash = self.part.with_name(self.part.name + STATE_SUFFIX), hashlib.sha256()
-        try:
-            if self._path.exists() and self.part.exists():
+        self._state_path, self._hash = self.part.with_name(self.part.name + ".json"), hashlib.sha256()
+        with self._write_errors():
+            if self._state_path.exists() and self.part.exists():
                 self._resume()
             else:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 self.part.unlink(missing_ok=True)
                 os.close(os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
                 self._save_state()
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     @property
     def rows(self) -> int:
+        """Number of rows written so far."""
         return int(self.state["rows"])
 
     def _resume(self) -> None:
-        """Take up the state of an unfinished file, and cut off what was written after it."""
-        known = sidecar.read_json(self._path)
-        asked = self.state["settings"]
-        if odd := [name for name, value in asked.items() if known.get("settings", {}).get(name) != value]:
+        """Read the state of an unfinished file, and cut off what was written after it."""
+        known = read_json(self._state_path)
+        settings = known.get("settings", {})
+        if changed := [name for name, value in self.state["settings"].items() if settings.get(name) != value]:
             raise UserError(
-                f"--out {self.out}: {self.part.name} was begun with another {', '.join(odd)}: give the same options to go on "
-                f"with it, or delete {self.part} and {self._path.name} to begin anew"
+                f"--out {self.out}: {self.part.name} was started with another {', '.join(changed)}. Give the same options to "
+                f"resume it, or delete {self.part} and {self._state_path.name} to start over"
             )
         os.truncate(self.part, min(int(known["bytes"]), self.part.stat().st_size))
         self._hash.update(self.part.read_bytes())
         if self._hash.hexdigest() != known["sha256"]:
-            raise UserError(f"{self.part} was changed since it was written: delete it and {self._path.name} to begin anew")
+            raise UserError(f"{self.part} was changed since it was written: delete it and {self._state_path.name} to start over")
         self.state = known
 
     def add(self, rows: list[dict[str, Any]], ended: int) -> None:
-        """Write a batch; it counts when this returns.
+        """Append a batch; after an interruption it is kept if this call has returned.
 
         Args:
-            ended: how many of its texts came to their end.
+            ended: number of texts of the batch that reached their end.
         """
         content = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
-        try:
+        with self._write_errors():
             with open(self.part, "ab") as file:
                 file.write(content)
                 file.flush()
@@ -82,23 +83,26 @@ class PartialFile:
             for name, value in (("rows", len(rows)), ("ended", ended), ("bytes", len(content))):
                 self.state[name] += value
             self._save_state()
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def _save_state(self) -> None:
-        write_json(self._path, {**self.state, "sha256": self._hash.hexdigest()}, private=self.mode == 0o600)
+        write_json(self._state_path, {**self.state, "sha256": self._hash.hexdigest()}, private=self.mode == 0o600)
 
-    def finish(self, content: dict[str, Any]) -> None:
-        """Write the sidecar, then give the file its name: a text without a sidecar is never there."""
-        if sidecar.sha256_of(self.part) != self._hash.hexdigest():
-            raise UserError(f"{self.part} was changed by another program while it was written: delete it, and begin anew")
-        try:
-            write_json(sidecar.statement_path(self.out), {**content, "sha256": self._hash.hexdigest()})
+    def finish(self, statement: dict[str, Any]) -> None:
+        """Write the privacy statement, then rename the file: no text exists without its statement."""
+        if sha256_of(self.part) != self._hash.hexdigest():
+            raise UserError(f"{self.part} was changed by another program while it was written: delete it, and start over")
+        with self._write_errors():
+            write_json(statement_path(self.out), {**statement, "sha256": self._hash.hexdigest()})
             os.replace(self.part, self.out)
             fsync_folder(self.out.parent)
-            self._path.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
+            self._state_path.unlink(missing_ok=True)
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"--out {self.out} cannot be written ({error.strerror}): make room or choose another place, then go on")
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turn an OSError into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--out {self.out} cannot be written ({error.strerror}): make room or choose another place, then resume"
+            ) from error

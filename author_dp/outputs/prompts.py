@@ -1,7 +1,7 @@
-"""What a generator begins with: nothing, a fixed text, or a prompt for each row of a file.
+"""Make the prompts of synthetic texts: none, a fixed text, or one for each row of a file.
 
-Promise: a model reads prompts as it read them in training: the same start token, the same chat template, and text that is spelled
-like a special token is text. A row that makes no prompt is an error that names it.
+Guarantees: the model reads prompts as it read texts in training, with the same start token and chat template. Text that is
+spelled like a special token is text. A row that makes no prompt is an error that names the row.
 
 Example:
 
@@ -22,121 +22,123 @@ from author_dp.errors import UserError
 
 
 class Source(NamedTuple):
-    """Where prompts come from, as the options say."""
+    """Where prompts come from, by the options."""
 
     file: Optional[str] = None
     column: str = "prompt"
     messages: Optional[str] = None  # column of conversations
     template: Optional[str] = None  # a text with {column}s
-    keep: tuple[str, ...] = ()  # columns that go to the output
-    chat: bool = False  # whether a text is what the user says, for the chat template to write
+    keep: tuple[str, ...] = ()  # columns that are copied to the output
+    chat: bool = False  # whether a text is a user message, to be rendered by the chat template
 
 
 class Prompt(NamedTuple):
-    """What one text begins with."""
+    """The beginning of one text."""
 
     ids: list[int]  # token ids
-    row: dict[str, Any]  # what stands beside the text in the output
+    row: dict[str, Any]  # further columns of the output
 
 
-def make_prompts(tokenizer: PreTrainedTokenizerBase, begin: Optional[str], source: Source) -> list[Prompt]:
-    """Return the prompts, one where there is no file.
+def make_prompts(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str], source: Source) -> list[Prompt]:
+    """Return the prompts; a single one if there is no file.
 
     Args:
-        begin: the token that the model's training texts began with, if that is known.
+        start_token: the token that training texts began with, if known.
     Raises:
         UserError: for a file, row, column or template that makes no prompt.
     """
-    named = template_fields(source.template) if source.template is not None else []
-    if named and source.file is None:
-        raise UserError(f"--prompt_template names the column {named[0]!r}, and there is no --prompts FILE that has it: give one")
-    form = ChatFormatter(tokenizer, "assistant")
-    if (source.chat or source.messages) and form.template is None:
+    fields = template_fields(source.template) if source.template is not None else []
+    if fields and source.file is None:
+        raise UserError(f"--prompt_template names the column {fields[0]!r}, but there is no --prompts FILE that has it: give one")
+    formatter = ChatFormatter(tokenizer, "assistant")
+    if (source.chat or source.messages) and formatter.template is None:
         raise UserError("--chat, or --messages_column: the tokenizer in FOLDER has no chat template; leave it out")
-    if source.file is None:
-        rows: Iterator[tuple[str, dict[str, Any]]] = iter([("--prompt_template", {})])
-    else:
-        rows = ((f"--prompts {source.file}, row {number}", row) for number, row in enumerate(read_rows(source.file), 1))
-    examples, beside = [], []
-    for place, row in rows:
-        example, columns = render_prompt(row, source, named, form, place)
-        examples.append(example.to_json())
-        beside.append(columns)
-    if not examples:
-        raise UserError(f"--prompts {source.file} holds no rows: give a file with one prompt a row")
-    start = start_ids(tokenizer, begin)
-    ids, _ = tokenize_examples(examples, tokenizer, start, [])
-    if empty := [number for number, prompt in enumerate(ids, 1) if not (prompt or start or default_start_ids(tokenizer))]:
+    rendered = [render_prompt(row, source, fields, formatter, place) for place, row in prompt_rows(source)]
+    if not rendered:
+        raise UserError(f"--prompts {source.file} holds no rows: give a file with one prompt per row")
+    start = start_ids(tokenizer, start_token)
+    ids, _ = tokenize_examples([example.to_json() for example, _ in rendered], tokenizer, start, [])
+    default = start or default_start_ids(tokenizer)
+    if not default and (empty := [number for number, prompt in enumerate(ids, 1) if not prompt]):
         raise UserError(
             f"--prompts, row {empty[0]}: it is empty, and the tokenizer has no token that begins a text: give a prompt"
         )
-    return [Prompt(prompt or start or default_start_ids(tokenizer), columns) for prompt, columns in zip(ids, beside)]
+    return [Prompt(prompt or default, columns) for prompt, (_, columns) in zip(ids, rendered)]
+
+
+def prompt_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row of the file, and its place for error messages; one empty row if there is no file."""
+    if source.file is None:
+        yield "--prompt_template", {}
+        return
+    for number, row in enumerate(read_rows(source.file), 1):
+        yield f"--prompts {source.file}, row {number}", row
 
 
 def render_prompt(
-    row: dict[str, Any], source: Source, named: list[str], form: ChatFormatter, place: str
+    row: dict[str, Any], source: Source, fields: list[str], formatter: ChatFormatter, place: str
 ) -> tuple[Example, dict[str, Any]]:
-    """Return what a text of this row begins with, and its columns in the output."""
-    kept = {name: value_of(row, name, place) for name in dict.fromkeys([*source.keep, *named])}
+    """Return the beginning of the row's text, and the further columns of its output."""
+    columns = {name: get_value(row, name, place) for name in dict.fromkeys([*source.keep, *fields])}
     if source.messages is not None:
-        given: Any = value_of(row, source.messages, place)
+        prompt: Any = get_value(row, source.messages, place)
     elif source.template is not None:
-        given = "".join(
-            literal + (text_of(row, name, place) if name is not None else "")
+        prompt = "".join(
+            literal + (get_text(row, name, place) if name is not None else "")
             for literal, name, _, _ in string.Formatter().parse(source.template)
         )
     elif source.file is not None:
-        given = value_of(row, source.column, place)
+        prompt = get_value(row, source.column, place)
     else:
-        return Example("", [], False), kept
-    if isinstance(given, str) and source.messages is None:
+        return Example("", [], False), columns
+    if isinstance(prompt, str) and source.messages is None:
         if not source.chat:
-            return Example(given, [], False), {**kept, "prompt": given}
-        given = [{"role": "user", "content": given}]
+            return Example(prompt, [], False), {**columns, "prompt": prompt}
+        prompt = [{"role": "user", "content": prompt}]
     try:
-        messages = to_messages(given)
-        if messages[-1]["role"] == "assistant":  # whose words are to be written
+        messages = to_messages(prompt)
+        if messages[-1]["role"] == "assistant":  # the answer that the model is to write instead
             messages = messages[:-1]
-        text = form.render(messages, opens_answer=True)
+        text = formatter.render(messages, opens_answer=True)
     except ValueError as error:
         raise UserError(f"{place} {error}") from error
-    return Example(text, [], True), {**kept, "messages": messages}
+    return Example(text, [], True), {**columns, "messages": messages}
 
 
 def template_fields(template: str) -> list[str]:
-    """Return the columns that a template names, like {topic}; {{ and }} are braces."""
+    """Return the columns that a template names, like {topic}; {{ and }} are literal braces."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"--prompt_template {template!r}: {error}; write {{{{ and }}}} for braces that are text") from error
-    for _, name, form, conversion in parts:
-        if name is not None and (not name.strip() or any(sign in name for sign in ".[]") or form or conversion):
+        raise UserError(f"--prompt_template {template!r}: {error}; write {{{{ and }}}} for literal braces") from error
+    for _, name, format_spec, conversion in parts:
+        if name is not None and (not name.strip() or any(sign in name for sign in ".[]") or format_spec or conversion):
             raise UserError(f"--prompt_template {template!r}: {{{name}}} must be the name of a column, and nothing else")
     return [name for _, name, _, _ in parts if name is not None]
 
 
-def value_of(row: dict[str, Any], name: str, place: str) -> Any:
+def get_value(row: dict[str, Any], name: str, place: str) -> Any:
     if name not in row:
         raise UserError(f"{place} has no column {name!r}: its columns are {', '.join(map(str, row))}")
     return row[name]
 
 
-def text_of(row: dict[str, Any], name: str, place: str) -> str:
-    value = value_of(row, name, place)
+def get_text(row: dict[str, Any], name: str, place: str) -> str:
+    value = get_value(row, name, place)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(f"{place} holds {str(value)[:40]!r} as {name!r}, neither text nor a number: mend the row")
+        raise UserError(f"{place} holds {str(value)[:40]!r} as {name!r}, neither text nor a number: fix the row")
     return str(value)
 
 
-def start_ids(tokenizer: PreTrainedTokenizerBase, begin: Optional[str]) -> list[int]:
-    """Return the token with which training texts began, as a list of one, or of none."""
+def start_ids(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str]) -> list[int]:
+    """Return the token that training texts began with, as a list of one; an empty list if there was none."""
     token: Any = resolve_bos_token(tokenizer)
-    if token is None and begin is not None:
-        token = tokenizer.convert_tokens_to_ids(begin)
+    if token is None and start_token is not None:
+        token = tokenizer.convert_tokens_to_ids(start_token)
     return [] if token is None else [int(token)]
 
 
 def default_start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what to begin with where nothing does: a model must read one token to write the next."""
+    """Return a token for empty prompts: a model must read one to write the next."""
     tokens = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     return [int(token) for token in tokens[:1]]

@@ -1,18 +1,18 @@
-"""What the model writes before and after a run, for the report: a few texts, the first that come, none of them chosen.
+"""Let the model write a few texts before and after training, for the report. They are the first ones, not a selection.
 
-Promise: two kinds are kept apart. *Free* texts begin as every training text does, by a token that says nothing: those of the
-trained model are post-processing of its weights, covered by the same (epsilon, delta) [1], those of the model before are the
-base model's own. *Continued* texts go on where held-out authors began: what these wrote is shown word for word and
-protected by nothing, so they are private, whatever epsilon is. Nothing private decides how free texts are drawn: no prompt,
-length or number.
+Guarantees: two kinds of texts are kept separate. *Unconditional* texts begin as every training text does, with a token that
+carries no information. Those of the trained model are post-processing of its weights and have the same guarantee [1]. Those of
+the model before training are the base model's own. *Continuations* begin with what held-out authors wrote, word for word. No
+guarantee protects these authors, so continuations are private, whatever epsilon is. Nothing private affects how unconditional
+texts are sampled: no prompt, length or number.
 
-A run is the same with them and without: its random numbers and its model are as they were.
+Training is the same with and without them: random states and model are left as they were.
 
 Example:
 
-    >>> specimens = Specimens(tokenizer, held_out, start=[], sequence_len=64)
-    >>> specimens.write(model, "before")
-    >>> specimens.found["free"]["before"]
+    >>> samples = TextSamples(tokenizer, held_out, start=[], sequence_len=64)
+    >>> samples.write(model, "before")
+    >>> samples.found[UNCONDITIONAL]["before"]
     ['Honestly, the oven is too crisp for me!', ...]
 
 References:
@@ -30,91 +30,100 @@ from author_dp.types import IGNORE_INDEX
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-TEXTS, TOKENS = 4, 40  # of each kind, and tokens of each at most
-HELDOUT_PROMPTS = 6  # tokens that a held-out author has begun with, at most a half of the text
-SEED = 1  # what is drawn protects nobody
+UNCONDITIONAL, CONTINUATION = "free", "continued"  # keys in the file of statistics
+NUM_TEXTS, MAX_TOKENS = 4, 40  # of each kind, and of each text
+MAX_PROMPT_TOKENS = 6  # of a held-out text without a prompt, and at most half of the text
+SEED = 1  # public: these random numbers protect nobody
 
 
 class TextSamples:
-    """Texts of one run.
+    """Texts that the model of a run writes.
 
     Args:
         tokenizer: of the model.
-        held_out: `data_utils.AuthorDataset` of held-out authors; None: no continued texts.
-        start: the tokens that every training text began with.
-        sequence_len: tokens of a text in training, at most.
-        answers: whether only parts of texts are learned: such a model was not taught to begin, and writes no free texts.
+        held_out: `data_utils.AuthorDataset` of held-out authors; None: no continuations.
+        start: tokens that every training text began with.
+        sequence_len: maximum tokens of a training text.
+        answers: whether training has a loss on parts of texts only. Such a model has not learned to begin a text, and writes no
+            unconditional ones.
     Attributes:
-        found: of each kind, "free" and "continued", the texts "before" and "after", and of the latter their "prompts".
+        found: for each kind, UNCONDITIONAL and CONTINUATION, the texts "before" and "after"; for the latter also "prompts".
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, held_out: Any, start: list[int], sequence_len: int, answers: bool = False
     ):
         self.tokenizer, self.sequence_len = tokenizer, sequence_len
-        nothing = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
-        free = start or ([nothing] if nothing is not None else [])
-        self.begun: dict[str, list[list[int]]] = {"free": [free] * TEXTS if free and not answers else []}
-        self.begun["continued"] = [] if held_out is None else heldout_prompts(held_out, sequence_len)
-        self.found: dict[str, dict[str, list[str]]] = {kind: {} for kind, begun in self.begun.items() if begun}
-        if "continued" in self.found:
-            self.found["continued"]["prompts"] = self.decode(self.begun["continued"])
+        neutral = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
+        start = start or ([] if neutral is None else [neutral])
+        self.prompts: dict[str, list[list[int]]] = {
+            UNCONDITIONAL: [start] * NUM_TEXTS if start and not answers else [],
+            CONTINUATION: [] if held_out is None else heldout_prompts(held_out, sequence_len),
+        }
+        self.found: dict[str, dict[str, list[str]]] = {kind: {} for kind, prompts in self.prompts.items() if prompts}
+        if CONTINUATION in self.found:
+            self.found[CONTINUATION]["prompts"] = self.decode(self.prompts[CONTINUATION])
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def write(self, model: Any, when: str) -> None:
-        """Write the texts of each kind, `when` "before" or "after" training; a model that cannot, writes none."""
+        """Write the texts of each kind; if the model cannot generate, warn and write none.
+
+        Args:
+            when: "before" or "after" training.
+        """
         for kind, texts in self.found.items():
-            rows = self.begun[kind]
-            tokens = min(TOKENS, self.sequence_len - max(map(len, rows)))
+            rows = self.prompts[kind]
+            tokens = min(MAX_TOKENS, self.sequence_len - max(map(len, rows)))
             try:
                 texts[when] = self.decode(generate_rows(model, rows, tokens, self.tokenizer.eos_token_id))
-            except Exception as error:  # whatever a model's own code raises: a run is not to fail for its report
-                logger.warning(f"The report shows no texts: the model does not write any ({type(error).__name__}: {error}).")
+            except Exception as error:  # any error of the model's own code: a run must not fail because of its report
+                logger.warning(f"The report shows no texts: the model cannot generate ({type(error).__name__}: {error}).")
                 return
 
 
-def generate_rows(model: Any, rows: list[list[int]], tokens: int, end: Optional[int]) -> list[list[int]]:
-    """Return what follows each row as the model has it (temperature 1), at most `tokens` up to `end`, as token ids.
+def generate_rows(model: Any, rows: list[list[int]], max_new_tokens: int, eos_token_id: Optional[int]) -> list[list[int]]:
+    """Return the token ids that the model samples after each row, at temperature 1.
 
-    Rows of one length are written together, so that none is padded.
+    Rows of the same length form a batch, so that none is padded.
     """
-    ends = [-1] if end is None else [end]
     config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=tokens, eos_token_id=ends,
-        pad_token_id=max(0, ends[0]),
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens,
+        eos_token_id=[-1 if eos_token_id is None else eos_token_id], pad_token_id=eos_token_id or 0,
     )  # fmt: skip
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, base.generation_config = base.generation_config, GenerationConfig()  # whatever else it says, beams and all
-    written: list[list[int]] = [[] for _ in rows]
+    # The model's own configuration may ask for beams and the like, which `generate` would merge into ours.
+    model_config, base.generation_config = base.generation_config, GenerationConfig()
+    generated: list[list[int]] = [[] for _ in rows]
     try:
         with deterministic_eval(model), torch.no_grad():  # no inference mode: layers may keep tensors for training
             for length in sorted(set(map(len, rows))):
-                places = [place for place, row in enumerate(rows) if len(row) == length]
-                begun = torch.tensor([rows[place] for place in places], device=model.device)  # (texts, length)
+                indices = [index for index, row in enumerate(rows) if len(row) == length]
+                prompts = torch.tensor([rows[index] for index in indices], device=model.device)  # (texts, length)
                 torch.manual_seed(SEED)
-                longer = model.generate(input_ids=begun, attention_mask=torch.ones_like(begun), generation_config=config)
-                for place, row in zip(places, longer[:, length:].tolist()):
-                    written[place] = row[: row.index(end)] if end in row else row
+                output = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+                for index, row in zip(indices, output[:, length:].tolist()):
+                    generated[index] = row[: row.index(eos_token_id)] if eos_token_id in row else row
     finally:
-        base.generation_config = own
-    return written
+        base.generation_config = model_config
+    return generated
 
 
 def heldout_prompts(held_out: Any, sequence_len: int) -> list[list[int]]:
-    """Return what texts of the first held-out authors begin with: what is not learned, or else their first tokens."""
-    draws = [held_out.indices[start : start + 1] for start in held_out.offsets[:-1][: 4 * TEXTS]]
-    found: list[list[int]] = []
-    for (sample,) in held_out.__getitems__(draws):
-        ids, labels = sample["input_ids"].tolist(), sample.get("labels")
-        learned = first_learned(labels)
-        end = min(HELDOUT_PROMPTS, len(ids) // 2) if learned is None or learned < 2 else learned
-        if 0 < end < sequence_len:
-            found.append(ids[:end])
-    return found[:TEXTS]
+    """Return the prompts of texts of held-out authors, as token ids; the first tokens of texts that have no prompt."""
+    authors = [held_out.indices[start : start + 1] for start in held_out.offsets[:-1][: 4 * NUM_TEXTS]]  # one text of each
+    prompts: list[list[int]] = []
+    for (sample,) in held_out.__getitems__(authors):
+        ids = sample["input_ids"].tolist()
+        prompt_length = first_target(sample.get("labels"))
+        if prompt_length is None or prompt_length < 2:
+            prompt_length = min(MAX_PROMPT_TOKENS, len(ids) // 2)
+        if 0 < prompt_length < sequence_len:
+            prompts.append(ids[:prompt_length])
+    return prompts[:NUM_TEXTS]
 
 
-def first_learned(labels: Optional[Any]) -> Optional[int]:
-    """Return the place of the first token that is a target; None where all are."""
+def first_target(labels: Optional[Any]) -> Optional[int]:
+    """Return the index of the first token that has a loss; None if all have."""
     return None if labels is None else int((labels != IGNORE_INDEX).argmax())

@@ -1,11 +1,11 @@
-"""clipping/contributions.py: norms and clipped sums against their naive twins."""
+"""clipping/grad_factors.py and author_groups.py: norms and clipped sums against plain ones."""
 
 import math
 
 import pytest
 import torch
 
-from author_dp.clipping import grad_factors as contributions
+from author_dp.clipping import grad_factors
 from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
 from author_dp.clipping.factor_store import total_norms
 from author_dp.clipping.grad_factors import OuterProduct, lookup_squared_norms, product_squared_norms
@@ -19,16 +19,16 @@ def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def test_norm_of_a_product_both_ways(tokens, rows, columns, monkeypatch):
     left, right = torch.randn(4, tokens, rows), torch.randn(4, tokens, columns)
     assert torch.allclose(product_squared_norms(left, right).value, explicit(left, right), rtol=1e-4)
-    monkeypatch.setattr(contributions, "MATERIALIZE_ELEMENTS", 1)
+    monkeypatch.setattr(grad_factors, "MATERIALIZE_ELEMENTS", 1)
     assert torch.allclose(product_squared_norms(left, right).value, explicit(left, right), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [4, 11, 12])
 def test_norm_of_a_product_in_blocks(tokens, dtype, monkeypatch):
-    monkeypatch.setattr(contributions, "GHOST_BLOCK", 4)
+    monkeypatch.setattr(grad_factors, "GHOST_BLOCK", 4)
     left, right = (torch.randn(3, tokens, features).to(dtype) for features in (20, 30))
-    found = contributions.ghost_squared_norms(left, right, 4)
+    found = grad_factors.ghost_squared_norms(left, right, 4)
     most = (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1)
     assert torch.allclose(found.value, explicit(left.float(), right.float()), rtol=1e-4) and found.value.dtype == torch.float32
     assert torch.allclose(found.bound, most, rtol=1e-4)
@@ -37,8 +37,8 @@ def test_norm_of_a_product_in_blocks(tokens, dtype, monkeypatch):
 
 def test_the_cheaper_way_is_taken(monkeypatch):
     shapes = []
-    matmul = contributions.matmul
-    monkeypatch.setattr(contributions, "matmul", lambda a, b: shapes.append((a.shape[-2], b.shape[-1])) or matmul(a, b))
+    matmul = grad_factors.matmul
+    monkeypatch.setattr(grad_factors, "matmul", lambda a, b: shapes.append((a.shape[-2], b.shape[-1])) or matmul(a, b))
     product_squared_norms(torch.randn(2, 10, 100), torch.randn(2, 10, 50))  # 10 x 150 < 100 x 50
     assert shapes == [(10, 10)] * 2
     product_squared_norms(torch.randn(2, 100, 8), torch.randn(2, 100, 4))  # 100 x 12 > 8 x 4
@@ -78,7 +78,7 @@ def test_a_norm_where_tokens_cancel(tokens, common, kind):
     right = torch.randn(8, tokens if common else 1, 512, generator=torch.Generator().manual_seed(1)).expand(8, tokens, 512)
     right = right / 512**0.5 + common * torch.nn.functional.one_hot(torch.tensor(3), 512)
     truth = (left.double().mT @ right.double()).square().sum((1, 2))
-    found = contributions.ghost_squared_norms(left, right, 128).with_margin()
+    found = grad_factors.ghost_squared_norms(left, right, 128).with_margin()
     assert is_above(found, truth, (left.norm(dim=2) * right.norm(dim=2)).sum(1))
 
 
@@ -98,8 +98,8 @@ def test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(vocabulary, features):
     gradients, ids = hidden * (1 + 1e-4), torch.full((8, 100), 7)
     logits = -torch.nn.functional.one_hot(ids, vocabulary).float()
     truth = (gradients.double() - hidden.double()).sum(1).square().sum(1)
-    parts = [contributions.EmbeddingGrad(ids, gradients), OuterProduct(logits, hidden)]
-    found = contributions.total_squared_norms(parts, AuthorIndex(torch.arange(8), 8))
+    parts = [grad_factors.EmbeddingGrad(ids, gradients), OuterProduct(logits, hidden)]
+    found = grad_factors.total_squared_norms(parts, AuthorIndex(torch.arange(8), 8))
     assert is_above(found, truth, gradients.norm(dim=2).sum(1) + hidden.norm(dim=2).sum(1))
 
 
@@ -107,11 +107,11 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
     tokens = torch.tensor([*[1.0, 1.015625, -2.015625] * 5, 2.0**-8])  # times most factors, rounded, they sum to something else
     logits, hidden = tokens.view(1, -1, 1).expand(1, -1, 20).bfloat16(), torch.ones(1, len(tokens), 30, dtype=torch.bfloat16)
     parts = [
-        contributions.EmbeddingGrad(torch.zeros(1, len(tokens), dtype=torch.int64), torch.zeros_like(hidden)),
+        grad_factors.EmbeddingGrad(torch.zeros(1, len(tokens), dtype=torch.int64), torch.zeros_like(hidden)),
         OuterProduct(logits, hidden),
     ]
     authors = AuthorIndex(torch.tensor([0]), 1)
-    norm = contributions.total_squared_norms(parts, authors).sqrt()
+    norm = grad_factors.total_squared_norms(parts, authors).sqrt()
     for share in torch.linspace(0.05, 0.85, 17):
         total = torch.zeros(20, 30)
         for part in parts:
@@ -122,8 +122,8 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
 def test_squared_norms_of_many_numbers_lose_nothing():
     """A sum of 16 million squares in one go is too small, in float32 on a CPU: authors would be clipped too little."""
     many = torch.randn(1, 2**24, generator=torch.Generator().manual_seed(0))
-    assert contributions.squared_norms(many).item() == pytest.approx(many.double().square().sum().item(), rel=1e-6)
-    assert contributions.squared_norms(torch.tensor([3.0, -2.0])).tolist() == [9.0, 4.0]  # a parameter without dimensions
+    assert grad_factors.squared_norms(many).item() == pytest.approx(many.double().square().sum().item(), rel=1e-6)
+    assert grad_factors.squared_norms(torch.tensor([3.0, -2.0])).tolist() == [9.0, 4.0]  # a parameter without dimensions
 
 
 def test_no_parameter_takes_norm_away_from_others():
