@@ -43,7 +43,8 @@ from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch, use_adam_bc
 from author_dp.guards.precision import check_float32, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
-from author_dp.mechanism.fsdp import make_engine, missing_rounds
+from author_dp.mechanism.fsdp import missing_rounds
+from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer

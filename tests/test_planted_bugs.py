@@ -83,7 +83,7 @@ RANDOM_OPS = "author_dp.guards.random_ops"
 SHARED_BUFFER = "author_dp.mechanism.fsdp.ShardedGradBuffer"
 LOGGERS = "author_dp.guards.loggers"
 PUBLISH = "author_dp.outputs.publish"
-SHARED_SUMS = "author_dp.mechanism.fsdp.ShardedStore.sum_pass"
+SHARED_SUMS = "author_dp.mechanism.fsdp_clipping.ShardedStore.sum_pass"
 
 
 class Bug(NamedTuple):
