@@ -146,6 +146,4 @@ def main(arguments: list[str]) -> None:
     print(f"left out: {', '.join(left_out) or 'nothing'}")
     base = adapter_base_model(str(out))
     if base is not None and os.path.isdir(base):
-        print(
-            f"note: adapter_config.json names the base model by its local path, {base}: others can read the path, but not load the model"
-        )
+        print(f"note: adapter_config.json names the base model by its local path {base}, which others cannot load")
