@@ -249,11 +249,10 @@ def split_by_author(
     folder: Optional[Path] = None,
     hold_out_at_least_one: bool = True,
 ) -> tuple[Dataset, Optional[Dataset]]:
-    """Hold out about `eval_fraction` of the authors; train on `train_fraction` of the others, with all samples of each.
+    """Hold out about `eval_fraction` of the authors, with all their samples, by the rule of `splits.assign_sides`.
 
     Args:
         folder: as for `load_train_and_eval`.
-        seed, hold_out_at_least_one: as for `splits.assign_sides`, which has the rule.
     Returns:
         (train, evaluation); evaluation is None where `eval_fraction` is 0.
     """

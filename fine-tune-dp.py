@@ -25,7 +25,7 @@ Options may come from a YAML file; others override it: fine-tune-dp.py --config 
 `data_utils.py` turns a data set into samples of authors, `dp_utils.py` holds the Trainer, `author_dp/` the library behind both.
 """
 
-from author_dp import startup  # noqa: F401  first: imports are a fifth faster, and Ctrl-C ends them
+from author_dp import startup  # first: imports are a fifth faster, and Ctrl-C ends them
 
 # ruff: isort: split
 import os
@@ -66,6 +66,8 @@ from data_utils import (
     load_author_datasets,
 )
 from dp_utils import DPTrainer, PrivacyArguments
+
+startup.end()
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -106,10 +106,9 @@ def load_config_args(arguments: Sequence[str]) -> list[str]:
     if found.config is None:
         return list(arguments)
     try:
-        text = found.config.read_text(encoding="utf-8")
-        check_keys(yaml.compose(text))
-        written, typed = yaml.load(text, yaml.BaseLoader) or {}, yaml.safe_load(text) or {}
-        words = [word for name, value in written.items() for word in to_cli_args(name, value, typed.get(name, value))]
+        options = yaml.compose(found.config.read_text(encoding="utf-8"))
+        check_keys(options)
+        words = [word for name, value in options.value for word in to_cli_args(name.value, value)] if options else []
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = f"it must hold options, a line each, like 'target_epsilon: 8' ({error})"
         raise UserError(f"--config {found.config} cannot be read: {reason}") from error
@@ -128,18 +127,13 @@ def check_keys(node: Optional[yaml.Node]) -> None:
         check_keys(child)
 
 
-def to_cli_args(name: str, written: Any, typed: Any) -> list[str]:
-    """Return the words of one option; none for null.
-
-    Args:
-        written: its value in the file, scalars as they are written ("no", "042").
-        typed: the same with numbers and null, as Hugging Face wants a mapping.
-    """
-    if typed is None:
-        return []
-    if isinstance(typed, dict):
-        return [f"--{name}", json.dumps(typed, default=str)]
-    return [f"--{name}", *written] if isinstance(written, list) else [f"--{name}", written]
+def to_cli_args(name: str, value: yaml.Node) -> list[str]:
+    """Return the words of one option, its value as it is written ("no", "042"); none for null."""
+    if isinstance(value, yaml.MappingNode):  # Hugging Face wants JSON, with numbers
+        return [f"--{name}", json.dumps(yaml.safe_load(yaml.serialize(value)), default=str)]
+    if isinstance(value, yaml.SequenceNode):
+        return [f"--{name}", *(str(item.value) for item in value.value)]
+    return [] if value.tag == "tag:yaml.org,2002:null" else [f"--{name}", value.value]
 
 
 def name_offending_options(message: str, words: Sequence[str]) -> str:
@@ -178,9 +172,6 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
         name: the program's, for its messages.
         cleanup: called before the exit, which skips what Python does at exit where there are several processes.
     """
-    from author_dp import startup  # here, as importing it alone changes what Python does
-
-    startup.end()
     rank = int(os.environ.get("RANK", 0))
     try:
         main()

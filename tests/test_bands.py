@@ -57,7 +57,7 @@ def matrix(coefficients: np.ndarray, steps: int) -> np.ndarray:
 # --- the matrix -------------------------------------------------------------------------------------------
 
 
-def test_columns_have_norm_one_and_as_many_bands_as_asked_for():
+def test_toeplitz_coefficients_have_norm_one_and_one_entry_per_band():
     for bands, steps in ((1, 10), (2, 10), (4, 50), (8, 154), (8, 8)):
         c = toeplitz_coefficients.__wrapped__(bands, steps)
         norms = np.linalg.norm(matrix(c, steps), axis=0)
@@ -66,7 +66,7 @@ def test_columns_have_norm_one_and_as_many_bands_as_asked_for():
     assert toeplitz_coefficients(1, 10).tolist() == pytest.approx([1.0])
 
 
-def test_errors_are_those_of_the_dense_matrices():
+def test_prefix_sum_rmse_and_step_noise_std_match_dense_matrices():
     c, steps = toeplitz_coefficients(4, 30), 30
     sums = np.tril(np.ones((steps, steps))) @ np.linalg.inv(matrix(c, steps))
     assert prefix_sum_rmse(c, steps) == pytest.approx(np.linalg.norm(sums) / math.sqrt(steps))
@@ -75,7 +75,7 @@ def test_errors_are_those_of_the_dense_matrices():
     assert step_noise_std(c, steps) == pytest.approx(np.linalg.norm(inverse[-1]))
 
 
-def test_the_coefficients_are_optimal_not_only_the_square_roots():
+def test_toeplitz_coefficients_beat_the_square_roots():
     start = np.array([0.5, 0.375, 0.3125])
     assert check_grad(lambda c: log_error(c, 40)[0], lambda c: log_error(c, 40)[1], start) < 1e-5
     assert math.exp(log_error(start, 40)[0] / 2) == pytest.approx(prefix_sum_rmse(square_roots(4), 40) * math.sqrt(40))
@@ -258,7 +258,7 @@ def test_the_optimizer_takes_each_draw_once_and_in_order():
 # --- accounting -------------------------------------------------------------------------------------------
 
 
-def test_bands_are_accounted_as_fewer_steps_at_a_higher_rate():
+def test_cyclic_event_has_fewer_steps_at_a_higher_rate():
     assert cyclic_event(0.9, 0.01, 100, 8) == MechanismEvent(0.9, 0.08, 13)
     assert cyclic_event(0.9, 0.01, 96, 8).steps == 12 and cyclic_event(0.9, 0.01, 97, 8).steps == 13
     assert cyclic_event(0.9, 0.01, 0, 8).steps == 0 and cyclic_event(0.9, 0.01, 5, 1) == MechanismEvent(0.9, 0.01, 5)
@@ -267,7 +267,7 @@ def test_bands_are_accounted_as_fewer_steps_at_a_higher_rate():
         cyclic_sample_rate(0.13, 8)
 
 
-def test_epsilon_is_that_of_an_independent_accountant():
+def test_cyclic_event_epsilon_agrees_with_dp_accounting():
     for sigma, rate, steps, bands in ((0.65, 0.013, 154, 8), (1.1, 0.05, 50, 4)):
         accounted = cyclic_event(sigma, rate, steps, bands)
         judge = PLDAccountant()
@@ -276,7 +276,7 @@ def test_epsilon_is_that_of_an_independent_accountant():
         assert ours == pytest.approx(judge.get_epsilon(1e-5), rel=0.01)
 
 
-def test_auto_takes_nearly_the_least_error_of_what_is_allowed():
+def test_choose_bands_has_nearly_the_least_error_allowed():
     few = choose_bands(0.013, 154, 8.0, 5e-5, 64)
     assert few in (8, 16)
     assert choose_bands(0.013, 154, 8.0, 5e-5, 3) == 2 and choose_bands(0.013, 154, 8.0, 5e-5, 1) == 1
@@ -411,10 +411,10 @@ def test_two_processes_add_the_noise_of_one_in_slices(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"noise_bands": "0"}, "--noise_bands 0 must be a whole number"),
-        ({"noise_bands": "-2"}, "--noise_bands -2 must be"),
-        ({"noise_bands": "many"}, "--noise_bands many must be"),
-        ({"noise_bands": "auto"}, "auto needs --target_epsilon"),
+        ({"noise_bands": "0"}, "--noise_bands 0: not a number of steps"),
+        ({"noise_bands": "-2"}, "--noise_bands -2: not"),
+        ({"noise_bands": "many"}, "--noise_bands many: not"),
+        ({"noise_bands": "auto"}, "auto: it minimizes the noise for a --target_epsilon"),
     ],
 )
 def test_options_are_checked(options, words):

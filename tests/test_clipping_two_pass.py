@@ -85,9 +85,9 @@ def test_nothing_of_a_layer_is_kept_but_what_is_small():
     def prepare(engine):
         add = engine.store.add
 
-        def watched(parameter, part, input_ids):
-            add(parameter, part, input_ids)
-            seen.extend(weakref.ref(tensor) for tensor in part if not isinstance(part, MaterializedGrad))
+        def watched(parameter, grad, input_ids):
+            add(parameter, grad, input_ids)
+            seen.extend(weakref.ref(tensor) for tensor in grad if not isinstance(grad, MaterializedGrad))
             alive.append(sum(1 for tensor in seen if tensor() is not None))
 
         engine.store.add = watched
@@ -128,8 +128,8 @@ def test_a_run_that_checkpoints_takes_two_passes_and_its_update_is_the_naive_one
 
 
 def test_the_proof_at_the_start_is_of_the_engine_of_the_run(tmp_path, monkeypatch):
-    add, bug = find("author_dp.clipping.two_pass.TwoPassStore.add"), "self._clip.factors.mul_(1.01); add_clipped(part, "
-    monkeypatch.setattr(add, "__code__", with_edit(add, "add_clipped(part, ", bug))
+    add, bug = find("author_dp.clipping.two_pass.TwoPassStore.add"), "self._clip.factors.mul_(1.01); add_clipped(grad, "
+    monkeypatch.setattr(add, "__code__", with_edit(add, "add_clipped(grad, ", bug))
     make_trainer(tmp_path / "kept", tiny_gpt2())
     with pytest.raises(UserError, match=r"--clipping ghost: .* differ from the reference"):
         make_trainer(tmp_path / "out", tiny_gpt2(), activation_checkpointing=True)

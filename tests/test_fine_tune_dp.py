@@ -39,6 +39,7 @@ from transformers import (
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.cli import load_config_args
 
 # The two commands of the original example, flag for flag, but for the process count.
 FULL = """--output_dir scratch --model_name gpt2 --sequence_len 128 --per_device_train_batch_size 32
@@ -275,11 +276,11 @@ def test_a_model_that_sees_the_future_ends_in_a_line_and_writes_nothing(checkpoi
 
 @pytest.mark.parametrize(("name", "command"), [("reddit-full", FULL), ("reddit-lora", LORA)])
 def test_the_published_commands_as_files(name, command):
-    script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="read")
+    runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="read")
     assert gc.isenabled()  # it is off for the imports only
     pairs = zip(command.split(), [*command.split()[1:], "--"])
     expected = {option: "True" if value.startswith("--") else value for option, value in pairs if option.startswith("--")}
-    words = script["expand_config"](["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    words = load_config_args(["--config", str(ROOT / "configs" / f"{name}.yaml")])
     found = dict(zip(words[::2], words[1::2]))
     folder = {"--output_dir": "scratch-lora" if name == "reddit-lora" else "scratch"}
     assert found.keys() == expected.keys()
@@ -287,10 +288,8 @@ def test_the_published_commands_as_files(name, command):
         assert found[option] == value or float(found[option]) == float(value), option
 
 
-@pytest.mark.slow
-def test_a_config_file_is_taken_as_it_is_written(tmp_path, monkeypatch):
+def test_a_config_file_is_taken_as_it_is_written(tmp_path):
     """YAML alone makes `no` and `off` false, and 042 thirty-four."""
-    script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
     path = tmp_path / "options.yaml"
     path.write_text(
         "save_strategy: no\nlog_level: off\nseed: 042\nuse_cpu: yes\ntrain_file: [on.csv, 1e3]\nlearning_rate: 1e-3\n"
@@ -307,7 +306,7 @@ def test_a_config_file_is_taken_as_it_is_written(tmp_path, monkeypatch):
         "2024-02-30",
         "--more",
     ]
-    assert script["expand_config"](["--config", str(path), "--more"]) == expected
+    assert load_config_args(["--config", str(path), "--more"]) == expected
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ BUGS: dict[str, tuple] = {
     "no clip": (CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "canaries fail"),
     "an author counted twice": (
         CLIP, "(clip_norm / norms).clamp(max=1.0)",
-        "(clip_norm / norms).clamp(max=1.0) * torch.bincount(authors.author, minlength=authors.count)", "canaries fail",
+        "(clip_norm / norms).clamp(max=1.0) * torch.bincount(authors.author, minlength=authors.num_authors)", "canaries fail",
         {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "

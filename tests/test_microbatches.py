@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, as_arrays, make_dataset, make_trainer, sample, tiny_gpt2, train, trainable
-from families import make_model
+from families import make_engine, make_model
 
-from author_dp.clipping import ENGINES
 from author_dp.clipping.factor_store import total_norms
 from author_dp.clipping.grad_factors import squared_norms
-from author_dp.clipping.two_pass import TwoPassClipping
 from author_dp.data.splits import author_hashes
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
@@ -74,13 +72,6 @@ def test_trainer_refuses_samples_beyond_its_sequence_len_before_the_first_step(t
         make_trainer(tmp_path, dataset=make_dataset([1] * 9, longest=20))
 
 
-def make_engine(kind: str, model):
-    if kind != "two passes":
-        return ENGINES[kind](model, 1.0)
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    return TwoPassClipping(model, 1.0)
-
-
 def seen_of(model, engine, authors: list, row: int, shape: MicrobatchShape, bf16: bool) -> tuple[float, float]:
     """Return loss and norm of one author of a batch in which all have the same length."""
     batch = make_microbatches(authors, shape.authors, collate, shape)[row // shape.authors]
@@ -95,7 +86,7 @@ def seen_of(model, engine, authors: list, row: int, shape: MicrobatchShape, bf16
 
 CASES = [
     (engine, kind, bf16, k)
-    for engine in ("ghost", "two passes", "grad_sample")
+    for engine in ("ghost", "two_pass_unkept", "two_pass", "grad_sample")
     for kind in ("full", "lora", "llama")
     for bf16 in (True, False)
     for k in (1, 3)
@@ -118,7 +109,7 @@ def test_engines_compute_the_same_norm_whoever_else_is_there(engine, kind, bf16,
     model = make_model("llama" if kind == "llama" else "gpt2", "lora" if kind == "lora" else "untied").train()
     with torch.no_grad():
         model.get_input_embeddings().weight[NOT_FINITE] = torch.nan
-    shape, clipping = SHAPE._replace(samples=k), make_engine(engine, model)
+    shape, clipping = SHAPE._replace(samples=k), make_engine(engine, model, 1.0)
     target = author(*(6, 3, 5)[: min(k, 2)])
     random = [author(*[5 + i] * k, seed=1 + i) for i in range(shape.authors - 1)]
     broken = [[{"input_ids": np.full(7, NOT_FINITE, np.int32)}] for _ in random]

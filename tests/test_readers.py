@@ -1,4 +1,4 @@
-"""readers.py: authors and texts exactly as they stand in the files, or an error with file, line and remedy."""
+"""data/readers.py: authors and texts exactly as written in the files, or an error with file, line and fix."""
 
 import csv
 import datetime

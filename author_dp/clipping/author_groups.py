@@ -7,22 +7,22 @@ class AuthorIndex:
     """Which sample of a microbatch belongs to which author.
 
     Args:
-        author: int64 (samples,), ascending: 0 to count - 1, each at least once.
-        count: number of authors.
+        author: int64 (samples,), ascending: 0 to num_authors - 1, each at least once.
+        num_authors: of the microbatch.
     Raises:
         ValueError: for any other order, which would clip samples of one author as those of several. On a GPU this is checked
             only where an author has several samples, as the check waits for the device.
     """
 
-    def __init__(self, author: torch.Tensor, count: int):
-        self.author, self.count = author, count
-        self.is_ragged = count < len(author)  # whether an author has several samples
+    def __init__(self, author: torch.Tensor, num_authors: int):
+        self.author, self.num_authors = author, num_authors
+        self.is_ragged = num_authors < len(author)  # whether an author has several samples
         if author.device.type == "cpu" or self.is_ragged:
-            jumps = torch.cat([author[:1] + 1, author.diff(), count - author[-1:]])  # 0 to the same author, 1 to the next
+            jumps = torch.cat([author[:1] + 1, author.diff(), num_authors - author[-1:]])  # 0 to the same author, 1 to the next
             if not (len(author) and (jumps[[0, -1]] == 1).all() and ((jumps == 0) | (jumps == 1)).all()):
-                raise ValueError(f"authors must be ascending, 0 to {count - 1}, each at least once: {author.tolist()}")
+                raise ValueError(f"authors must be ascending, 0 to {num_authors - 1}, each at least once: {author.tolist()}")
         if self.is_ragged:
-            counts = torch.bincount(author, minlength=count)
+            counts = torch.bincount(author, minlength=num_authors)
             self._position = torch.arange(len(author), device=author.device) - (counts.cumsum(0) - counts)[author]
             self._max_samples = int(counts.max())
 
@@ -30,16 +30,18 @@ class AuthorIndex:
         """Line up each author's samples: (samples, tokens, ...) to (authors, tokens of all, ...), zeros at the end."""
         if not self.is_ragged:
             return tensor
-        if self.count * self._max_samples == len(tensor):  # all authors have equally many: a view
-            return tensor.unflatten(0, (self.count, self._max_samples)).flatten(1, 2)
-        rows = tensor.new_zeros(self.count, self._max_samples, *tensor.shape[1:])
+        if self.num_authors * self._max_samples == len(tensor):  # all authors have equally many: a view
+            return tensor.unflatten(0, (self.num_authors, self._max_samples)).flatten(1, 2)
+        rows = tensor.new_zeros(self.num_authors, self._max_samples, *tensor.shape[1:])
         rows[self.author, self._position] = tensor
         return rows.flatten(1, 2)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over each author's samples: (samples, ...) to float32 (authors, ...)."""
         tensor = tensor.float()
-        return tensor.new_zeros(self.count, *tensor.shape[1:]).index_add_(0, self.author, tensor) if self.is_ragged else tensor
+        if not self.is_ragged:
+            return tensor
+        return tensor.new_zeros(self.num_authors, *tensor.shape[1:]).index_add_(0, self.author, tensor)
 
 
 class ClipFactors:

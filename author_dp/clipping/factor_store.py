@@ -53,9 +53,9 @@ class FactorStore:
         """Return up to how many elements the per-author gradients of a matrix may be formed, if that is cheaper."""
         return sys.maxsize
 
-    def add(self, parameter: Any, part: GradFactors, input_ids: torch.Tensor) -> None:
+    def add(self, parameter: Any, grad: GradFactors, input_ids: torch.Tensor) -> None:
         """Take the factors of one use of a parameter, in a forward pass of `input_ids`, (samples, tokens)."""
-        self.factors[parameter].append(part)
+        self.factors[parameter].append(grad)
 
     def squared_norms(self, params: list[Any]) -> list[torch.Tensor]:
         """Drop the other parameters, and return the squared norms of these, each (authors,)."""
@@ -63,14 +63,14 @@ class FactorStore:
         merged = {p: merge_factors(self.factors[p], self._authors) for p in params if p in self.factors}
         self.factors.clear()
         self.factors.update(merged)
-        unknown = [parts for p, parts in merged.items() if p not in self.squares]
-        return [*self.squares.values(), *(total_squared_norms(parts, self._authors) for parts in unknown)]
+        unknown = [grads for p, grads in merged.items() if p not in self.squares]
+        return [*self.squares.values(), *(total_squared_norms(grads, self._authors) for grads in unknown)]
 
     def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
         """Add the clipped sums to each `summed_grad`."""
         for parameter in list(self.factors):  # free each tensor once it is used
-            for part in self.factors.pop(parameter):
-                add_clipped(part, parameter.summed_grad, clip)
+            for grad in self.factors.pop(parameter):
+                add_clipped(grad, parameter.summed_grad, clip)
 
 
 def total_norms(squares: list[torch.Tensor], losses: torch.Tensor) -> torch.Tensor:

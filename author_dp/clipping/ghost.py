@@ -83,7 +83,7 @@ class GhostClipping:
     def _clip(self, losses: torch.Tensor, authors: AuthorIndex) -> torch.Tensor:
         """As `backward`, in float32."""
         self._authors = authors
-        ordinary = self._fallback.single_author_params(authors.count)
+        ordinary = self._fallback.single_author_params(authors.num_authors)
         run_backward = functools.partial(self._backward, losses, ordinary)
         needs_more = not self._fallback.is_frozen or (bool(self.fallback_params) and not ordinary)
         self.store.norm_pass(run_backward, authors, retain_graph=needs_more)
@@ -117,13 +117,13 @@ class GhostClipping:
             return
         rows = call.to_rows(inputs, gradient, len(self._authors.author))
         max_materialized = self.store.max_materialized(params.get("weight"))
-        parts = None if rows is None else apply_rule(rule, call.layer, rows, self._authors, max_materialized)
-        if parts is None:
+        grads = None if rows is None else apply_rule(rule, call.layer, rows, self._authors, max_materialized)
+        if grads is None:
             self._fallback.add(call.layer, params.values())
             return
-        for name, part in parts.items():
+        for name, grad in grads.items():
             if name in params and params[name] not in self.fallback_params:
-                self.store.add(params[name], part, call.input_ids)
+                self.store.add(params[name], grad, call.input_ids)
 
     def close(self) -> None:
         """Remove the hooks from the model."""

@@ -104,11 +104,11 @@ class EmbeddingGrad(NamedTuple):
 GradFactors = MaterializedGrad | OuterProduct | EmbeddingGrad
 
 
-def add_clipped(part: GradFactors, total: torch.Tensor, clip: ClipFactors) -> None:
+def add_clipped(grad: GradFactors, total: torch.Tensor, clip: ClipFactors) -> None:
     """Add the sum of all authors' gradients, each times the author's clipping factor, to `total`, of the parameter's shape."""
     if clip.non_finite is not None:  # the factor is zero, but zero times nan would be nan
-        part = mask_authors(part, clip.non_finite, clip.authors.author)
-    part.add_clipped(total, clip)
+        grad = mask_authors(grad, clip.non_finite, clip.authors.author)
+    grad.add_clipped(total, clip)
 
 
 # --- norms ----------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def squared_norms(gradients: torch.Tensor) -> torch.Tensor:
     """
     rows = gradients.reshape(len(gradients), -1)
     chunk = max(1, (2**20 if rows.device.type == "cpu" else 2**26) // len(rows))
-    return torch.stack([part.square().sum(1) for part in rows.split(chunk, 1)], 1).sum(1)  # along rows: see `total_norms`
+    return torch.stack([piece.square().sum(1) for piece in rows.split(chunk, 1)], 1).sum(1)  # along rows: see `total_norms`
 
 
 def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> SquaredNorm:
@@ -146,7 +146,7 @@ def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> SquaredNor
         return ghost_squared_norms(left, right, block)
     chunk = max(1, MATERIALIZE_ELEMENTS // (rows * columns))  # authors
     pairs = zip(left.split(chunk), right.split(chunk))
-    value = torch.cat([matmul(left_part.mT, right_part).square_().sum((1, 2)) for left_part, right_part in pairs])
+    value = torch.cat([matmul(left_chunk.mT, right_chunk).square_().sum((1, 2)) for left_chunk, right_chunk in pairs])
     return SquaredNorm(value, (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1))
 
 
@@ -170,11 +170,11 @@ def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> SquaredN
     return SquaredNorm(products.mul_(ids[:, :, None] == ids[:, None, :]).sum((1, 2)), bound)
 
 
-def total_squared_norms(parts: list[GradFactors], authors: AuthorIndex) -> torch.Tensor:
-    """Return ||sum of the parts||^2 for one parameter, (authors,): of one part, or of the two of a tied embedding."""
-    if len(parts) == 1:
-        return parts[0].squared(authors).with_margin()
-    lookup, product = sorted(parts, key=lambda part: isinstance(part, OuterProduct))
+def total_squared_norms(grads: list[GradFactors], authors: AuthorIndex) -> torch.Tensor:
+    """Return ||sum of the gradients||^2 for one parameter, (authors,): of one, or of the two of a tied embedding."""
+    if len(grads) == 1:
+        return grads[0].squared(authors).with_margin()
+    lookup, product = sorted(grads, key=lambda grad: isinstance(grad, OuterProduct))
     assert isinstance(lookup, EmbeddingGrad) and isinstance(product, OuterProduct)
     return tied_squared_norm(lookup, looked_up_rows(lookup.ids, product, authors), product.squared(authors), authors)
 
@@ -208,37 +208,37 @@ def tied_squared_norm(lookup: EmbeddingGrad, rows: torch.Tensor, head: SquaredNo
 # --- several uses of a parameter ------------------------------------------------------------------------
 
 
-def merge_factors(parts: list[GradFactors], authors: AuthorIndex) -> list[GradFactors]:
-    """Merge the parts of one type into one: all calls of a layer share one token axis."""
-    if len(parts) < 2:
-        return parts
-    materialized = [part for part in parts if isinstance(part, MaterializedGrad)]
+def merge_factors(grads: list[GradFactors], authors: AuthorIndex) -> list[GradFactors]:
+    """Merge the factors of one type into one: all calls of a layer share one token axis."""
+    if len(grads) < 2:
+        return grads
+    materialized = [grad for grad in grads if isinstance(grad, MaterializedGrad)]
     if materialized:
         total = materialized[0]
-        for part in [*materialized[1:], *(part for part in parts if not isinstance(part, MaterializedGrad))]:
-            total = add(total, part, authors)
+        for grad in [*materialized[1:], *(grad for grad in grads if not isinstance(grad, MaterializedGrad))]:
+            total = add(total, grad, authors)
         return [total]
-    by_type = ([part for part in parts if isinstance(part, type_)] for type_ in (EmbeddingGrad, OuterProduct))
+    by_type = ([grad for grad in grads if isinstance(grad, type_)] for type_ in (EmbeddingGrad, OuterProduct))
     return [same[0] if len(same) == 1 else type(same[0])(*(torch.cat(t, 1) for t in zip(*same))) for same in by_type if same]
 
 
-def materialize(part: OuterProduct, authors: AuthorIndex) -> MaterializedGrad:
+def materialize(grad: OuterProduct, authors: AuthorIndex) -> MaterializedGrad:
     """Form the per-author gradients of a matrix: small ones for each sample first, which moves nothing."""
-    if len(part.left) * part.left.shape[-1] * part.right.shape[-1] <= MATERIALIZE_ELEMENTS:
-        return MaterializedGrad(authors.sum(matmul(part.left.mT, part.right)))
-    return MaterializedGrad(matmul(authors.gather(part.left).mT, authors.gather(part.right)))
+    if len(grad.left) * grad.left.shape[-1] * grad.right.shape[-1] <= MATERIALIZE_ELEMENTS:
+        return MaterializedGrad(authors.sum(matmul(grad.left.mT, grad.right)))
+    return MaterializedGrad(matmul(authors.gather(grad.left).mT, authors.gather(grad.right)))
 
 
-def add(total: MaterializedGrad, part: GradFactors, authors: AuthorIndex) -> MaterializedGrad:
-    """Return the sum of two parts; a lookup is added in place, as a matrix that was formed has its own memory."""
-    if isinstance(part, EmbeddingGrad):
-        rows = authors.author.view(-1, 1) * total.gradients.shape[1] + part.ids  # (samples, tokens), among all authors' rows
-        total.gradients.view(-1, total.gradients.shape[2]).index_add_(0, rows.flatten(), part.gradients.float().flatten(0, 1))
+def add(total: MaterializedGrad, grad: GradFactors, authors: AuthorIndex) -> MaterializedGrad:
+    """Return the sum of two gradients; a lookup is added in place, as a matrix that was formed has its own memory."""
+    if isinstance(grad, EmbeddingGrad):
+        rows = authors.author.view(-1, 1) * total.gradients.shape[1] + grad.ids  # (samples, tokens), among all authors' rows
+        total.gradients.view(-1, total.gradients.shape[2]).index_add_(0, rows.flatten(), grad.gradients.float().flatten(0, 1))
         return total
-    return MaterializedGrad(total.gradients + (materialize(part, authors) if isinstance(part, OuterProduct) else part).gradients)
+    return MaterializedGrad(total.gradients + (materialize(grad, authors) if isinstance(grad, OuterProduct) else grad).gradients)
 
 
-def mask_authors(part: GradFactors, masked: torch.Tensor, author: torch.Tensor) -> GradFactors:
-    """Return the part with zeros for the authors `masked`, bool (authors,), whatever values they had."""
-    rows = masked if isinstance(part, MaterializedGrad) else masked[author]
-    return type(part)(*(tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in part))
+def mask_authors(grad: GradFactors, masked: torch.Tensor, author: torch.Tensor) -> GradFactors:
+    """Return `grad` with zeros for the authors `masked`, bool (authors,), whatever values they had."""
+    rows = masked if isinstance(grad, MaterializedGrad) else masked[author]
+    return type(grad)(*(tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in grad))

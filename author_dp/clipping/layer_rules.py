@@ -167,7 +167,7 @@ def matrix_grad(left: torch.Tensor, right: torch.Tensor, authors: AuthorIndex, m
         max_materialized: elements that may be formed.
     """
     product = OuterProduct(left, right)
-    elements = authors.count * left.shape[-1] * right.shape[-1]
+    elements = authors.num_authors * left.shape[-1] * right.shape[-1]
     is_smaller = 4 * elements < sum(tensor.numel() * tensor.element_size() for tensor in product)
     return materialize(product, authors) if is_smaller and elements <= max_materialized else product
 

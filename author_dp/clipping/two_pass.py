@@ -119,58 +119,60 @@ class TwoPassStore(FactorStore):
             return 0
         return min(MATERIALIZE_ELEMENTS, (self.max_kept - self._kept) // 4)  # of 4 bytes
 
-    def add(self, parameter: Any, part: GradFactors, input_ids: torch.Tensor) -> None:
+    def add(self, parameter: Any, grad: GradFactors, input_ids: torch.Tensor) -> None:
         """First pass: add to the squared norms, and keep what is small. Second pass: add the clipped sum."""
         if self._clip is not None:
             if parameter in self._to_sum:
-                add_clipped(part, parameter.summed_grad, self._clip)
+                add_clipped(grad, parameter.summed_grad, self._clip)
         elif parameter in self.kept_params:
-            super().add(parameter, part, input_ids)
+            super().add(parameter, grad, input_ids)
         elif parameter in self.squares:
-            self._handle_tied(parameter, part)
+            self._handle_tied(parameter, grad)
         else:
-            squared = part.squared(self._authors)
-            if isinstance(part, OuterProduct) and parameter in self._tied and input_ids.shape == part.left.shape[:2]:
-                ids = input_ids.clamp(0, part.left.shape[-1] - 1)
-                self._head_rows[parameter] = input_ids, looked_up_rows(ids, part, self._authors), squared
+            squared = grad.squared(self._authors)
+            if isinstance(grad, OuterProduct) and parameter in self._tied and input_ids.shape == grad.left.shape[:2]:
+                ids = input_ids.clamp(0, grad.left.shape[-1] - 1)
+                self._head_rows[parameter] = input_ids, looked_up_rows(ids, grad, self._authors), squared
             self.squares[parameter] = squared.with_margin()
-            if isinstance(part, MaterializedGrad):
-                size = part.gradients.numel() * part.gradients.element_size()
+            if isinstance(grad, MaterializedGrad):
+                size = grad.gradients.numel() * grad.gradients.element_size()
                 if self._kept + size <= self.max_kept:
-                    super().add(parameter, part, input_ids)
+                    super().add(parameter, grad, input_ids)
                     self._kept += size
 
-    def _handle_tied(self, parameter: Any, part: GradFactors) -> None:
+    def _handle_tied(self, parameter: Any, grad: GradFactors) -> None:
         """Second use of a parameter: add the cross term of embedding and head, or fall back to keeping all factors."""
         head = self._head_rows.pop(parameter, None)
-        if head is None or not isinstance(part, EmbeddingGrad) or not torch.equal(head[0], part.ids):
+        if head is None or not isinstance(grad, EmbeddingGrad) or not torch.equal(head[0], grad.ids):
             self.kept_params.add(parameter)
             return
-        self.squares[parameter] = tied_squared_norm(part, *head[1:], self._authors)
+        self.squares[parameter] = tied_squared_norm(grad, *head[1:], self._authors)
 
 
 class ReplayCheck:
     """Compare what the layers compute in two backward passes."""
 
     def __init__(self) -> None:
-        self._first: list[tuple[Any, list[torch.Tensor]]] = []  # layer or parameter, and fingerprints of its tensors
+        self._expected: list[tuple[Any, list[torch.Tensor]]] = []  # layer or parameter, and fingerprints of its tensors
         self._matches: list[torch.Tensor] = []  # of the second pass, each bool ()
 
     def add(self, source: Any, tensors: Iterable[torch.Tensor], is_second: bool) -> None:
         """Take the tensors of one call: of the first pass a fingerprint, of the second whether it is the same."""
-        index = len(self._matches if is_second else self._first)
+        index = len(self._matches if is_second else self._expected)
         prints = [fingerprint(tensor, 31 * index) for tensor in tensors]
         if not is_second:
-            self._first.append((source, prints))
+            self._expected.append((source, prints))
             return
-        expected_source, expected = self._first[index] if index < len(self._first) else (None, [])
-        matches = expected_source is source and [fingerprints_match(*pair) for pair in zip(expected, prints)]
-        failed = torch.zeros((), dtype=torch.bool, device=prints[0].device)
-        self._matches.append(torch.stack(matches).all() if matches else failed)
+        expected_source, prints_before = self._expected[index] if index < len(self._expected) else (None, [])
+        matches = expected_source is source and [fingerprints_match(*pair) for pair in zip(prints_before, prints)]
+        if matches:
+            self._matches.append(torch.stack(matches).all())
+        else:
+            self._matches.append(torch.zeros((), dtype=torch.bool, device=prints[0].device))
 
     def is_same(self) -> bool:
         """Return whether the second pass saw the same calls with the same tensors."""
-        return len(self._matches) >= len(self._first) and (not self._matches or bool(torch.stack(self._matches).all()))
+        return len(self._matches) >= len(self._expected) and (not self._matches or bool(torch.stack(self._matches).all()))
 
 
 def fingerprint(tensor: torch.Tensor, index: int) -> torch.Tensor:
@@ -178,11 +180,11 @@ def fingerprint(tensor: torch.Tensor, index: int) -> torch.Tensor:
     return tensor.detach().select(-1, index % tensor.shape[-1]).to(torch.float32, copy=True).flatten()
 
 
-def fingerprints_match(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def fingerprints_match(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Return whether two fingerprints agree, as a bool () on the device; values that are not finite are not compared."""
-    finite = first.isfinite()
-    difference = torch.where(finite, second - first, 0.0).norm()
-    return difference <= MISMATCH_TOLERANCE * first.where(finite, 0.0).norm()
+    finite = expected.isfinite()
+    difference = torch.where(finite, found - expected, 0.0).norm()
+    return difference <= MISMATCH_TOLERANCE * expected.where(finite, 0.0).norm()
 
 
 class TwoPassClipping(GhostClipping):

@@ -51,7 +51,7 @@ def hash_authors(authors: list, prefix: str) -> np.ndarray:
 
 
 def hash_to_unit(authors: list, prefix: str) -> np.ndarray:
-    """Return a number in [0, 1) for each author, float64 (authors,), from the author's value and `prefix` only."""
+    """Return `hash_authors` as numbers in [0, 1), float64 (authors,)."""
     return hash_authors(authors, prefix) / 2.0**64
 
 

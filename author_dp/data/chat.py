@@ -41,6 +41,7 @@ class Example(NamedTuple):
     is_templated: bool  # whether a chat template rendered it, so that its special tokens are tokens
 
     def to_json(self) -> str:
+        """Return the example as one line of JSON."""
         return json.dumps(self, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
@@ -86,9 +87,9 @@ class ChatFormatter:
         return Example(text, spans, True).to_json()
 
     def format_completion(self, prompt: Any, completion: Any) -> str:
-        """Return a prompt and its completion, both texts or both lists of messages, as JSON of an example.
+        """Return a prompt and its completion as JSON of an example.
 
-        A missing completion gives "", no example. A missing prompt is an empty one.
+        Both are texts, or both are lists of messages. A missing completion gives "", no example. A missing prompt is empty.
 
         Raises:
             ValueError: as `format_messages`.
@@ -187,7 +188,9 @@ def to_messages(value: Any) -> list[dict[str, str]]:
 
 
 def resolve_bos_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool = False) -> Optional[int]:
-    """Return the token that the tokenizer puts before every text, as Llama's and Gemma's do; None if there is none.
+    """Return the token that the tokenizer puts before every text; None if there is none.
+
+    Llama's and Gemma's tokenizers have one, GPT-2's has none.
 
     Args:
         prepend_bos: where there is none, return the start token, or else the end-of-text token.
@@ -202,7 +205,9 @@ def resolve_bos_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool = Fa
 def tokenize_examples(
     examples: list[str], tokenizer: PreTrainedTokenizerBase, start: list[int], end: list[int]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return token IDs and labels of examples; a token with a character of a target is a target.
+    """Return token IDs and labels of examples.
+
+    A token is a target if it has a character of a target.
 
     Args:
         examples: JSON of each, from `Example.to_json`.

@@ -55,6 +55,7 @@ class Row(NamedTuple):
 
 
 def format_place(line: int, number: int) -> str:
+    """Return where a row is, for errors; `line` is 0 where only rows are counted."""
     return f"line {line} (row {number})" if line else f"row {number}"
 
 

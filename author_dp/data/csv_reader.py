@@ -70,7 +70,7 @@ def record_lines(lines: Iterator[str], record: list[str]) -> Iterator[str]:
 
 
 def broken_csv_error(error: csv.Error, lines: list[str], start: int, name: str, columns: ColumnSpec) -> UserError:
-    """Return the error for a record that begins on line `start`, with the line of its last quote."""
+    """Return the error for a record from line `start` on, with the line of its last quote."""
     message, text, last = str(error), "".join(lines), start + len(lines) - 1
     if any(words in message for words in ("expected after", "unexpected end of data", "field larger")):
         line = start + text.count("\n", 0, find_unclosed_quote(text))
@@ -84,7 +84,10 @@ def broken_csv_error(error: csv.Error, lines: list[str], start: int, name: str, 
 
 
 def find_unclosed_quote(text: str) -> int:
-    """Return where the quote opens that spoils a record: the last one at the start of a value, after valid text."""
+    """Return the position of the quote that spoils a record.
+
+    It is the last one at the start of a value, with valid text before it.
+    """
     opening, position, in_quotes, at_start = 0, 0, False, True
     while position < len(text):
         character = text[position]

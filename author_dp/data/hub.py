@@ -20,7 +20,10 @@ from author_dp.hub_access import hub_error, hub_is_reachable
 
 
 def cached_copy(name: str, file: str) -> Optional[Path]:
-    """Return the folder of a model: a local folder itself, or the cached copy of a hub model that has `file`; else None."""
+    """Return the folder of a model, None where there is none.
+
+    That is a local folder itself, or the cached copy of a hub model that has `file`.
+    """
     if os.path.isdir(name):
         return Path(name)
     try:
@@ -62,6 +65,7 @@ def read_hub(
 
 
 def read_shard(filesystem: Any, shard: str, columns: ColumnSpec, author_types: dict[str, str]) -> Iterator[pa.RecordBatch]:
+    """Yield the samples of one Parquet file."""
     with filesystem.open(shard) as file:
         yield from read_open_parquet(file, shard, columns, author_types)
 

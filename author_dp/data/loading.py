@@ -49,9 +49,13 @@ def load_hub(
     folder: Optional[Path] = None,
     author_types: Optional[dict[str, str]] = None,
 ) -> Dataset:
-    """Load the first `limit` samples (None: all) of a hub data set, or of a local folder with the same layout.
+    """Load the first `limit` samples (None: all) of a hub data set.
 
-    Args, Returns: as `load_files`.
+    Args:
+        name: on the hub, or a local folder with the same layout.
+        folder, author_types: as for `load_files`.
+    Returns:
+        samples, as `load_files`.
     Raises:
         UserError: where the hub or the data set cannot be reached, or a column is missing.
     """
@@ -70,7 +74,11 @@ def write_arrow_dataset(batches: Iterable[pa.RecordBatch], columns: ColumnSpec, 
 
 
 def expand_files(option: str, patterns: list[str]) -> list[str]:
-    """Expand globs, except names of existing files; check that each file exists, is not empty and is named once."""
+    """Expand globs, except names of existing files.
+
+    Raises:
+        UserError: for a file that is missing, empty or named twice.
+    """
     files = []
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))

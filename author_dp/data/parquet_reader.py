@@ -60,7 +60,11 @@ def open_parquet(source: Any, name: str, columns: ColumnSpec) -> pq.ParquetFile:
 
 
 def read_open_parquet(source: Any, name: str, columns: ColumnSpec, author_types: dict[str, str]) -> Iterator[pa.RecordBatch]:
-    """Yield authors and texts of a path, or an open file object, as strings; a missing text is ""."""
+    """Yield authors and texts of a file as strings; a missing text is "".
+
+    Args:
+        source: path or open file object.
+    """
     file = open_parquet(source, name, columns)
     check_columns(columns, file.schema_arrow.names, name)
     wanted = [columns.author, *columns.text_columns]
@@ -96,7 +100,10 @@ def read_texts(batch: pa.RecordBatch, name: str, start: int, columns: ColumnSpec
 
 
 def check_not_concatenated(source: Any, metadata: pq.FileMetaData, name: str, columns: ColumnSpec) -> None:
-    """Raise UserError for several Parquet files in one: the last footer would be read with the first file's rows."""
+    """Raise UserError for several Parquet files in one.
+
+    The last footer would be read with the first file's rows.
+    """
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     chunks = [group.column(j) for group in groups for j in range(group.num_columns)]
     starts = (min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in chunks)
@@ -108,7 +115,7 @@ def check_not_concatenated(source: Any, metadata: pq.FileMetaData, name: str, co
 
 
 def describe_author_type(type_: pa.DataType) -> Optional[str]:
-    """Return the type of author that a column holds, in words; None where its text would not be exact."""
+    """Return the type of a column's authors in words; None where their text would not be exact."""
     if pa.types.is_dictionary(type_):
         return describe_author_type(type_.value_type)
     if pa.types.is_null(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):

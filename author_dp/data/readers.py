@@ -98,7 +98,7 @@ def unreadable_as_user_error(name: str, columns: ColumnSpec) -> Iterator[None]:
 
 
 def iterate_lines(name: str, compression: Optional[str], columns: ColumnSpec) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file with their ends, without a byte order mark; only \\n ends a line."""
+    """Yield the lines of a UTF-8 file, without its byte order mark. Only \\n ends a line."""
     with io.BufferedReader(pa.input_stream(name, compression=compression), 2**20) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -129,6 +129,7 @@ def to_record_batches(
 
 
 def to_record_batch(rows: list[Row], name: str, columns: ColumnSpec) -> pa.RecordBatch:
+    """Return rows as a record batch of author and text, both large_string."""
     values = [row.author for row in rows], [row.text or "" for row in rows]
     try:
         arrays = [pa.array(column, pa.large_string()) for column in values]
@@ -139,4 +140,5 @@ def to_record_batch(rows: list[Row], name: str, columns: ColumnSpec) -> pa.Recor
 
 
 def is_encodable(value: str) -> bool:
+    """Return whether UTF-8 can hold a text."""
     return value.encode(errors="ignore").decode() == value

@@ -31,7 +31,7 @@ def filter_rows(samples: Dataset, mask: np.ndarray, folder: Optional[Path] = Non
 
 
 def write_arrow(tables: Iterable[pa.Table | pa.RecordBatch], schema: pa.Schema, folder: Optional[Path]) -> Dataset:
-    """Write rows to a new file in `folder`, and return them as a data set that stays on disk."""
+    """Write rows to a new file in `folder`; return them as a data set on disk."""
     file, path = tempfile.mkstemp(suffix=".arrow", dir=folder or make_private_temp_dir())
     os.close(file)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:

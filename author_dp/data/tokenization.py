@@ -91,7 +91,7 @@ def tokenize(
 def make_spec(
     tokenizer: PreTrainedTokenizerBase, text_column: str, sequence_len: int, split: bool, prepend_bos: bool, append_eos: bool
 ) -> TokenizeSpec:
-    """Resolve the start and the end token, and the number of tokens that is left for the text."""
+    """Resolve start and end token, and the number of tokens left for the text."""
     bos = resolve_bos_token(tokenizer, prepend_bos)
     if prepend_bos and bos is None:
         raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token. Leave it out")
@@ -143,7 +143,7 @@ def tokenize_masked(batch: dict[str, list], spec: TokenizeSpec) -> dict[str, lis
 
 
 def repeat_columns(batch: dict[str, list], text_column: str, pieces: list[list]) -> dict[str, list]:
-    """Return the other columns, each value once per piece of its text, so that every piece keeps its author."""
+    """Repeat other columns, once per piece of a text, so that each piece keeps its author."""
     names = [name for name in batch if name != text_column]
     return {name: [value for value, row in zip(batch[name], pieces) for _ in row] for name in names}
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from scipy.special import expit, ndtr, ndtri
 
-from author_dp.accounting.plan import PrivacyPlan
 from author_dp.guards.noise_inversion import MatchedFilter
 from author_dp.guards.noise_monitor import NoiseMonitor
 from author_dp.guards.normal_statistics import Duplicates
@@ -45,12 +44,6 @@ class CanaryMonitor(NoiseMonitor):
         self.scores = CanaryScores(sigma, sample_rate, int(included.sum()))
         self._log_likelihood_ratio = np.zeros(len(included))  # of included over excluded, for each canary
         self._filter: Optional[MatchedFilter] = None
-
-    @classmethod
-    def of_plan(cls, plan: PrivacyPlan, included: np.ndarray) -> "CanaryMonitor":
-        """Return the monitor of a run under `plan`."""
-        rate = plan.event(0).sample_rate
-        return cls(plan.noise_multiplier, rate, included, plan.clip_norm / plan.expected_batch_size)
 
     def set_groups(self, coefficients: np.ndarray, groups: np.ndarray) -> None:
         """Match the noise bands: each time that a canary's group is sampled gives one value.

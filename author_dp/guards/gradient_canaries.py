@@ -71,7 +71,8 @@ class GradientCanaries:
         if plan.disable_dp or plan.noise_multiplier == 0:
             raise UserError("--audit_kind gradient: it tests the noise, and this run has none. Leave out --audit_canaries")
         self.clip_norm = plan.clip_norm
-        self.monitor = CanaryMonitor.of_plan(plan, self.included)
+        scale, sample_rate = plan.clip_norm / plan.expected_batch_size, plan.event(0).sample_rate
+        self.monitor = CanaryMonitor(plan.noise_multiplier, sample_rate, self.included, scale)
         return self.monitor
 
     def add_canary_losses(self, losses: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -150,7 +150,7 @@ def adapter_base_model(name: str) -> Optional[str]:
 
 
 def to_absolute(name: str) -> str:
-    """Return the absolute path of a local folder, so that it can be loaded from everywhere; a hub name unchanged."""
+    """Return the absolute path of a local folder; a hub name unchanged."""
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
@@ -160,7 +160,7 @@ def public_name(name: str) -> str:
 
 
 def check_folder(name: str) -> None:
-    """Raise UserError for a local folder without a model, or with files that are not what their names say."""
+    """Raise UserError for a local folder without a model, or with unusable files."""
     folder = Path(name)
     if not folder.is_dir():
         return

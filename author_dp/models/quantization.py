@@ -34,9 +34,9 @@ from author_dp.errors import UserError
 
 
 class UpcastMatmul(torch.autograd.Function):
-    """Compute x W^T for a frozen W, upcast to x's dtype in the forward pass and again in the backward pass.
+    """Compute x W^T for a frozen W of a lower precision than x.
 
-    Between them, only W itself is kept, not its copy.
+    W is upcast in the forward pass and again in the backward pass. Between them, only W itself is kept.
     """
 
     @staticmethod
@@ -57,6 +57,8 @@ def upcast_linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
 
 
 class BF16Linear(nn.Linear):
+    """Linear layer with a frozen bfloat16 matrix that computes in the dtype of its input."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
@@ -64,6 +66,8 @@ class BF16Linear(nn.Linear):
 
 
 class BF16Conv1D(Conv1D):
+    """GPT-2's linear layer, whose matrix is (inputs, outputs), in the same way."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
@@ -71,6 +75,8 @@ class BF16Conv1D(Conv1D):
 
 
 class BF16Embedding(nn.Embedding):
+    """Embedding with a frozen bfloat16 matrix and float32 outputs."""
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return super().forward(ids).float()
 
@@ -81,7 +87,10 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def bf16_class_for(layer: nn.Module) -> Optional[type]:
-    """Return the class that runs a layer with a bfloat16 matrix; None where the layer may compute anything else."""
+    """Return the class that runs a layer with a bfloat16 matrix.
+
+    None where the layer may compute anything else.
+    """
     if is_plain_linear(layer):
         return BF16Linear
     if type(layer) is Conv1D:

@@ -38,9 +38,10 @@ DELETE_REMEDY = f"or delete {REPORT_NAME} to use the model without a guarantee"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a folder, and the adapters in its subfolders, which the Trainer loads when it resumes.
+    """Return the weight files of a folder, and the adapters in its subfolders.
 
-    Checkpoints in the folder are separate models. A checkpoint contains no checkpoints, so all its subfolders count.
+    The Trainer loads such adapters when it resumes. Checkpoints in the folder are separate models. A checkpoint contains no
+    checkpoints, so all its subfolders count.
     """
     in_checkpoint = is_checkpoint(folder) or (folder / COMPLETE_MARKER).exists()
     nested = [path for path in folder.glob("*/adapter_*") if in_checkpoint or not is_checkpoint(path.parent)]
@@ -84,7 +85,7 @@ def hash_weights(folder: Path) -> dict[str, str]:
 
 
 def describe_base(name: Optional[str], revision: Optional[str] = None) -> dict[str, Any]:
-    """Identify an adapter's base for privacy.json: hashes of a local folder, or the commit of a hub model.
+    """Identify an adapter's base for privacy.json, by hashes (local folder) or commit (hub).
 
     Args:
         name: None if unknown.
@@ -171,7 +172,7 @@ def check_weights(folder: Path, report: dict[str, Any], base: bool = True) -> No
 
 
 def check_base(folder: Path, report: dict[str, Any]) -> None:
-    """Raise UserError unless the base of the adapter in a folder is the one that its privacy.json, `report`, names."""
+    """Raise UserError unless an adapter's base is the one that its privacy.json, `report`, names."""
     known = report.get("adapter_base")
     if not isinstance(known, dict):
         raise UserError(

@@ -1,0 +1,108 @@
+"""cli.py: options from a file, suggestions for unknown ones, errors as an exit status."""
+
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from author_dp import cli
+from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError
+from author_dp.validation import option
+
+
+@dataclass
+class Arguments:
+    target_epsilon: float = option(8.0, "Epsilon.")
+    adam_epsilon: float = option(1e-8, "Of Adam.")
+    sequence_len: int = option(128, "Tokens.")
+
+
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [
+        ("--epsilon 3", "--target_epsilon"),
+        ("--sequence_lenn 3", "--sequence_len"),
+        ("--max_length 9", "--sequence_len"),
+        ("--xyz 1", None),
+    ],
+)
+def test_parse_options_suggests_a_name(words, suggestion):
+    with pytest.raises(UserError, match="unknown option") as error:
+        cli.parse_options([Arguments], words.split())
+    assert (f"did you mean {suggestion}?" in str(error.value)) == (suggestion is not None)
+    assert suggestion is not None or "did you mean" not in str(error.value)
+
+
+def test_known_names_are_options():
+    """Each name that others use leads to an option that there is."""
+    import runpy
+
+    from conftest import ROOT
+
+    script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
+    options = {name for group in script["GROUPS"] for name in group.__dataclass_fields__}
+    assert set(cli.KNOWN_AS.values()) <= options and not set(cli.KNOWN_AS) & options
+
+
+def test_parse_options_overrides_the_file_by_the_command_line(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("target_epsilon: 3\nsequence_len: 64\n")
+    for words in (["--config", str(path), "--target_epsilon", "5"], ["--target_epsilon", "5", f"--config={path}"]):
+        (found,) = cli.parse_options([Arguments], words)
+        assert (found.target_epsilon, found.sequence_len) == (5.0, 64)
+
+
+@pytest.mark.parametrize("text", ["target_epsilon: 3\ntarget_epsilon: 4", "lr_scheduler_kwargs:\n  a: 1\n  a: 2"])
+def test_load_config_args_refuses_a_key_twice(tmp_path, text):
+    path = tmp_path / "options.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"--config .*stands there 2 times"):
+        cli.load_config_args(["--config", str(path)])
+
+
+def test_load_config_args_reads_utf8_in_any_locale(tmp_path, monkeypatch):
+    path = tmp_path / "options.yaml"
+    path.write_bytes("run_name: Zo\u00eb".encode())
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    assert cli.load_config_args(["--config", str(path)]) == ["--run_name", "Zo\u00eb"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("--option: wrong. Fix it"), 2, "script.py: error: --option: wrong. Fix it"),
+        (MechanismError("no noise"), 3, "the mechanism is not what the ledger says: no noise"),
+        (SignalError(15), 143, "resume with --resume_from_checkpoint True"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (PeerLostError("another process ended"), 2, "another process ended"),
+        (OSError(28, "No space left on device"), 2, "--output_dir cannot be written"),
+    ],
+)
+def test_run_exits_with_status_and_one_message(capsys, error, status, message):
+    cleaned = []
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, "script.py", lambda: cleaned.append(True))
+    said = capsys.readouterr().err
+    assert ended.value.code == status and message in said and len(said.splitlines()) == 1 and cleaned == [True]
+
+
+def test_run_keeps_the_traceback_of_our_own_errors():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0, "script.py", lambda: None)
+
+
+def test_run_program_hands_over_the_words(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "folder"])
+    cli.run_program("author_dp.program", lambda words: print(words))
+    assert "['folder']" in capsys.readouterr().out
+
+    def fail(words):
+        raise UserError("wrong")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run_program("author_dp.program", fail)
+    assert ended.value.code == 2 and "author_dp.program: error: wrong" in capsys.readouterr().err
