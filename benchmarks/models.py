@@ -1,9 +1,9 @@
-"""Every causal language model class of the installed transformers, tiny: which are clipped exactly, which are refused, and why.
+"""Try every causal language model class of the installed transformers, tiny: clipped exactly, or refused, and why.
 
     python benchmarks/models.py                      # writes docs/models.md
     python benchmarks/models.py gemma2 mamba2        # some model types, on the screen
 
-Judged by a plain loop over authors that shares no code with the library, on authors of one and of two samples.
+Compares with a plain loop over authors that shares no code with the library, for authors with one and with two samples.
 """
 
 import argparse
@@ -49,9 +49,11 @@ your command. To check a model type in tiny form, name it: `python benchmarks/mo
   - The speed is that of small batches. A GPT-2 of width 256 took 1.3 to 1.4 times as long as with rules (`python benchmarks/apart.py`,
     2026-11-25, one CPU thread).
 - **Mixtures of experts.** They train like other models if the router handles each token by itself, as it then mixes no authors. The
-  balancing losses of pre-training are not part of the loss. Routing statistics are private and are not released. With LoRA, stacked experts
-  stay frozen, and the layers around them are adapted. In full fine-tuning, the experts' own weights use the per-author fallback. For large
-  experts, see also [constant shapes](threat-model.md#rounding-and-shapes).
+  balancing losses of pre-training are not part of the loss. Routing statistics are private and are not released.
+  - In full fine-tuning, stacked experts use the per-author fallback.
+  - With LoRA in all linear layers, peft also adapts the stacked experts of some types (Mixtral). These adapters use the fallback. In other
+    types (GPT-OSS, Qwen2-MoE), stacked experts stay frozen. To leave experts out, name layers in `--lora_target_modules`.
+  - Nothing guarantees [constant shapes](threat-model.md#rounding-and-shapes) for layers of experts.
 - **Not causal.** BERT models without `is_decoder`, XLM and XLNet see later tokens, and are refused.
 - **Encoder-decoder models** are refused. Classes that are only the decoder of one (BartForCausalLM) train. Their unused cross-attention is
   frozen.
@@ -146,12 +148,12 @@ def difference(model: nn.Module, clipping: str, per_author: int, seed: int = 0) 
 
 
 def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any) -> Verdict:
-    """Prove, then compare: what a run would do with this model."""
+    """Run the model check, then compare with the plain loop, as a run would use this model."""
     model: Any = build(model_type, **options)
     try:
         check_model(model, call_model=False)
         model = with_lora(model) if kind == "lora" else model
-        proof = verify_model(model, clipping, sequence_len=24)
+        check = verify_model(model, clipping, sequence_len=24)
         with deterministic_train_mode(model):
             error = max(difference(model, clipping, per_author) for per_author in (1, 2))
             # Two experts nearly tied may change places beside padding; a wrong clip is wrong for all texts.
@@ -161,9 +163,9 @@ def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any)
         return Verdict("refused", remark=str(refusal))
     except Exception as failure:
         return Verdict("traceback", remark=f"{type(failure).__name__}: {first_line(failure)}")
-    trained, fallback = sum(p.requires_grad for p in model.parameters()), len(proof.fallback_params)
+    trained, fallback = sum(p.requires_grad for p in model.parameters()), len(check.fallback_params)
     remarks = [f"{kind}: {fallback} of {trained} by fallback"] if fallback else []
-    remarks += [f"{kind}: {len(proof.unused)} unused, frozen"] if proof.unused else []
+    remarks += [f"{kind}: {len(check.unused)} unused, frozen"] if check.unused else []
     return Verdict("exact" if error < TOLERANCE else "wrong", error, ", ".join(remarks))
 
 
