@@ -10,6 +10,7 @@ import argparse
 import sys
 import warnings
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ your command. To check a model type in tiny form, name it: `python benchmarks/mo
 - **Encoder-decoder models** are refused. Classes that are only the decoder of one (BartForCausalLM) train. Their unused cross-attention is
   frozen.
 - **Batch norm** mixes authors, and is refused.
-- **Dropout** must be independent for each sample. LayerDrop is refused
+- **Dropout** must be independent for each sample. LayerDrop above 0 is refused
   ([random numbers](threat-model.md#random-numbers-inside-the-model)).
 - **Long texts.** Rope that depends on the longest sample of a batch (dynamic, longrope) is refused if `--sequence_len` reaches its switch.
 - **Types.** Trained weights must be float32; `--bf16` computes in bfloat16. Under LoRA, the frozen base may be in bfloat16
@@ -67,8 +68,8 @@ your command. To check a model type in tiny form, name it: `python benchmarks/mo
 
 ## Model types tried
 
-`python benchmarks/models.py` writes this table, on a CPU. It builds each class of transformers tiny, by one recipe: width 32, two layers,
-vocabulary 120. Your own run checks the full width.
+`python benchmarks/models.py` wrote this table on {date}, on a CPU. It builds each class of transformers tiny, by one recipe: width 32,
+two layers, vocabulary 120. Your own run checks the full width.
 
 It compares norms and clipped sums, for authors with one and with two ragged samples, with a plain loop that shares no code with the library.
 "Exact" means within 2e-4. Of the {classes} classes in transformers {version}, the recipe builds {rows}.
@@ -190,14 +191,14 @@ def row_of(model_type: str) -> list[str] | None:
     return row
 
 
-def page(rows: list[list[str]], missing: list[str]) -> str:
+def page(rows: list[list[str]], missing: list[str], day: str) -> str:
     """Return what docs/models.md is to hold."""
     counts = [Counter(row[column] for row in rows) for column in (1, 2, 3)]
     sums = ["; ".join(f"{kind} {count}" for kind, count in sorted(each.items())) for each in counts]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return HEAD.format(
         classes=len(rows) + len(missing), rows=len(rows), version=transformers.__version__, sums=sums, table=table,
-        missing=", ".join(missing),
+        missing=", ".join(missing), date=day,
     )  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def main() -> None:
     logging.set_verbosity_error()
     names = arguments.model_types or sorted(classes())
     found = {name: row_of(name) for name in names}
-    text = page([row for row in found.values() if row], [name for name, row in found.items() if row is None])
+    text = page([row for row in found.values() if row], [name for name, row in found.items() if row is None], str(date.today()))
     if not arguments.model_types:
         (ROOT / "docs" / "models.md").write_text(text)
 
