@@ -119,9 +119,9 @@ class PrivacyArguments:
         check_range("--target_epsilon", self.target_epsilon, "(0, inf)")
         check_range("--target_delta", self.target_delta, "(0, 1)")
         # Beyond these, float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps.
-        check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]")
+        check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]", "Often it is 0.1 to 10")
         if self.noise_multiplier != 0:  # 0 is for no privacy
-            check_range("--noise_multiplier", self.noise_multiplier, "[1e-6, 1e6]")
+            check_range("--noise_multiplier", self.noise_multiplier, "[1e-6, 1e6]", "Often it is near 1; 0 is for no privacy")
         check_range("--sample_rate", self.sample_rate, "[1e-12, 1]")
         check_range("--samples_per_author", self.samples_per_author, "[1, inf)")
         check_choice("--clipping", self.clipping, ENGINES)

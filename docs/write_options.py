@@ -16,11 +16,12 @@ PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Which options are there?
 
 Written by `python docs/write_options.py` from the options' help texts. Every option of Hugging Face's `TrainingArguments` works
-beside these, unless it would change the mechanism; then it is refused by name ([verification.md](verification.md#refused-options)). A mistake that you
-can mend ends with status 2 and a line that names the option and the remedy. (Under `torch.distributed.run` the launcher adds its
+beside these, unless it would change the mechanism; then it is refused by name
+([verification.md](verification.md#refused-options)). A mistake that you
+can fix ends with status 2 and a line that names the option and the fix. (Under `torch.distributed.run` the launcher adds its
 own report, and its own status 1.)
 
-`--config FILE` reads options from a YAML file; those on the command line come after it, and prevail.
+`--config FILE` reads options from a YAML file; those on the command line override them.
 """
 
 
