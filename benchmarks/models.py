@@ -48,7 +48,7 @@ in a line, with the reason.
 - **Not causal**: a BERT without `is_decoder`, XLM and XLNet see later tokens, and are refused. Encoder-decoder models are refused
   as a whole; classes that are only the decoder of one (BartForCausalLM) train, their unused cross-attention frozen.
 - **Length**: rope that switches on the longest sample of a batch (dynamic, longrope) is refused where `--sequence_len` reaches it.
-- **Memory**: [measurements.md](measurements.md) has what a model takes by its number of parameters; one with parameters taken apart
+- **Memory**: [results.md](results.md) has what a model takes by its number of parameters; one with parameters taken apart
   takes one more copy of these.
 
 ## Tried
