@@ -18,9 +18,8 @@ References: Abadi et al. 2016, Deep Learning with Differential Privacy (DP-SGD);
 Private Recurrent Language Models (user-level DP).
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -31,7 +30,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
-from transformers.utils import logging
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.budget import StopAtTargetEpsilon
@@ -45,7 +43,8 @@ from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch, use_adam_bc
 from author_dp.guards.precision import check_float32, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
-from author_dp.mechanism.fsdp import make_engine, missing_rounds
+from author_dp.mechanism.fsdp import missing_rounds
+from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
@@ -54,7 +53,7 @@ from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.uploads import UploadingTrainer
 from author_dp.permissions import owner_only
-from author_dp.training.checkpointing import find_checkpoint, load_trainer_state
+from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dataloading import (
     NoDDPWrapper,
     PlainEngine,
@@ -67,117 +66,79 @@ from author_dp.training.dataloading import (
 from author_dp.training.interruption import StopOnSignal
 from author_dp.training.run_report import RunReport
 from author_dp.training.setup import check_model_choice, make_dp_optimizer, make_secret_generators, set_up_run
-
-logger = logging.get_logger(f"transformers.{__name__}")
+from author_dp.validation import check_choice, check_range, option
 
 __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
 
 # --- options ------------------------------------------------------------------------------------------
 
 
-# Beyond them float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps to count.
-FLOAT_RANGES = {
-    "per_sample_max_grad_norm": (1e-6, 1e6, "Give a clip norm near an author's gradient norm, often 0.1 to 10"),
-    "noise_multiplier": (1e-6, 1e6, "Give 0, for no privacy, or a number often near 1"),
-    "sample_rate": (1e-12, 1, "Give a probability"),
-}
-
-
 @dataclass
 class PrivacyArguments:
-    """What is promised, and how. All of it is public."""
+    """The guarantee, and how it is kept. All of it is public."""
 
-    target_epsilon: Optional[float] = field(
-        default=None, metadata={"help": "Promised epsilon; the noise follows from it. Give it or --noise_multiplier."}
+    target_epsilon: Optional[float] = option(None, "Target epsilon; the noise follows from it. Give it or --noise_multiplier.")
+    noise_multiplier: Optional[float] = option(
+        None, "Noise standard deviation divided by the clip norm, instead of --target_epsilon."
     )
-    noise_multiplier: Optional[float] = field(
-        default=None, metadata={"help": "Noise standard deviation over the clip norm, instead of --target_epsilon."}
+    target_delta: Optional[float] = option(None, "Target delta. Default: 1 / number of training authors.")
+    per_sample_max_grad_norm: Optional[float] = option(
+        None, "Clip norm C: bound on the L2 norm of one author's gradient. Required; 1.0 is a good start."
     )
-    target_delta: Optional[float] = field(
-        default=None, metadata={"help": "Promised delta. Default: 1 / number of training authors."}
+    samples_per_author: int = option(1, "Maximum number of samples of one author in one step (k).")
+    clipping: str = option(
+        "ghost",
+        "How per-author gradients are clipped: ghost stores almost none of them; grad_sample (Opacus) all, for comparison.",
+        tuple(ENGINES),
     )
-    per_sample_max_grad_norm: Optional[float] = field(
-        default=None,
-        metadata={"help": "Clip norm C: bound on the L2 norm of one author's gradient. Required; 1.0 is a good start."},
+    secure_noise: bool = option(
+        False, "Harden the noise against floating-point attacks: sum four cryptographic draws, at four times the cost."
     )
-    samples_per_author: int = field(default=1, metadata={"help": "At most so many samples of an author enter one step (k)."})
-    clipping: str = field(
-        default="ghost",
-        metadata={
-            "help": "How per-author gradients are clipped: ghost hardly stores any; grad_sample (Opacus) does, for comparison.",
-            "choices": ["ghost", "grad_sample"],
-        },
+    sample_rate: Optional[float] = option(
+        None,
+        "Probability that an author is in a step's batch (q). Default: expected batch size / number of training authors. If "
+        "given, the product of the batch options is only the divisor of the sum.",
     )
-    secure_noise: bool = field(
-        default=False,
-        metadata={
-            "help": "Harden the noise against floating-point attacks: four cryptographic draws summed; four times the cost."
-        },
+    noise_bands: Optional[str] = option(
+        None,
+        "Number of steps over which the noise is correlated (b), or auto: less noise in the sum of updates at the same epsilon "
+        "(DP-MF). Needs memory for b - 1 times the trained parameters. Default: 1, independent noise, or that of a resumed run.",
     )
-    sample_rate: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "Probability with which an author enters a step (q). Default: expected batch size / number of training "
-            "authors. The product of the batch options is then only what the sum is divided by."
-        },
+    adam_noise_correction: Optional[bool] = option(
+        None,
+        "Subtract the noise variance from Adam's second moment (DP-AdamBC). Default: with noise bands only, whose benefit is "
+        "smaller without it.",
     )
-    noise_bands: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "Correlate the noise over so many steps (b), or auto: less noise in the sum of updates at the same epsilon. "
-            "Needs memory for b - 1 times the trained parameters. Default: 1, independent noise; what is resumed stays as it was."
-        },
+    hide_counts: bool = option(
+        False, "Keep the numbers of authors and samples out of all public files; needs --sample_rate and --target_delta."
     )
-    adam_noise_correction: Optional[bool] = field(
-        default=None,
-        metadata={
-            "help": "Take the noise's variance out of Adam's second moment (DP-AdamBC). Default: with noise bands only, which "
-            "gain less without it."
-        },
-    )
-    hide_counts: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the numbers of authors and samples out of all public files; needs --sample_rate and --target_delta."
-        },
-    )
-    allow_other_authors: bool = field(
-        default=False, metadata={"help": "Resume with another number of training authors than before: it is meant."}
-    )
-    disable_dp: bool = field(
-        default=False, metadata={"help": "Ordinary fine-tuning through the same data path, for comparison. No privacy."}
-    )
+    allow_other_authors: bool = option(False, "Resume with another number of training authors than before, on purpose.")
+    disable_dp: bool = option(False, "Ordinary fine-tuning through the same data path, for comparison. No privacy.")
 
     def __post_init__(self):
-        for name in ("target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "sample_rate"):
-            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
-                raise UserError(f"--{name} {getattr(self, name)} must be a finite number")
-        if self.target_epsilon is not None and self.target_epsilon <= 0:
-            raise UserError(f"--target_epsilon {self.target_epsilon} must be above 0")
-        if self.target_delta is not None and not 0 < self.target_delta < 1:
-            raise UserError(f"--target_delta {self.target_delta} must be above 0 and below 1")
-        for name, (lowest, highest, remedy) in FLOAT_RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not lowest <= value <= highest and (name, value) != ("noise_multiplier", 0):
-                raise UserError(f"--{name} {value}: out of range. {remedy}, from {lowest:g} to {highest:g}")
+        check_range("--target_epsilon", self.target_epsilon, "(0, inf)")
+        check_range("--target_delta", self.target_delta, "(0, 1)")
+        # Beyond these, float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps.
+        check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]")
+        if self.noise_multiplier != 0:  # 0 is for no privacy
+            check_range("--noise_multiplier", self.noise_multiplier, "[1e-6, 1e6]")
+        check_range("--sample_rate", self.sample_rate, "[1e-12, 1]")
+        check_range("--samples_per_author", self.samples_per_author, "[1, inf)")
+        check_choice("--clipping", self.clipping, ENGINES)
         if self.hide_counts and (self.sample_rate is None or self.target_delta is None):
             raise UserError(
-                "--hide_counts needs --sample_rate and --target_delta: their defaults tell the number of authors; give both"
+                "--hide_counts: the defaults of --sample_rate and --target_delta disclose the number of authors. Give both"
             )
         if self.noise_bands not in (None, "auto") and (not str(self.noise_bands).isdecimal() or int(self.noise_bands) < 1):
-            raise UserError(f"--noise_bands {self.noise_bands} must be a whole number above 0, or auto")
+            raise UserError(f"--noise_bands {self.noise_bands}: not a number of steps. Give a whole number above 0, or auto")
         if self.noise_bands == "auto" and self.target_epsilon is None and not self.disable_dp:
-            raise UserError("--noise_bands auto needs --target_epsilon, for which it compares; or give a number")
-        if self.samples_per_author < 1:
-            raise UserError(f"--samples_per_author {self.samples_per_author} must be at least 1")
-        if self.clipping not in ENGINES:
-            raise UserError(f"--clipping {self.clipping} must be one of {', '.join(ENGINES)}")
+            raise UserError("--noise_bands auto: it minimizes the noise for a --target_epsilon. Give one, or a number of bands")
         if self.disable_dp:
             return
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise UserError("give exactly one of --target_epsilon and --noise_multiplier (or --disable_dp for no privacy)")
+            raise UserError("--target_epsilon, --noise_multiplier: give exactly one of them (or --disable_dp for no privacy)")
         if self.per_sample_max_grad_norm is None:
-            raise UserError("--per_sample_max_grad_norm, the clip norm of an author's gradient, must be given; try 1.0")
+            raise UserError("--per_sample_max_grad_norm: the clip norm of an author's gradient is missing. Give it; try 1.0")
 
 
 # --- the Trainer ----------------------------------------------------------------------------------------
@@ -282,9 +243,7 @@ class DPTrainer(UploadingTrainer):
             self.run_report.identify_base(self.model, self.checkpoint)
         self.run_report.find_finished(self.checkpoint)
         if self.checkpoint and self.run_report.finished is not None:
-            logger.info(f"{self.checkpoint}: training already finished at this checkpoint; no privacy budget spent.")
-            self.state = load_trainer_state(self.checkpoint)
-            return self._load_from_checkpoint(str(self.checkpoint))
+            return self.load_finished()
         check_model_choice(self, self.shared_authors)
         if isinstance(self.canaries, TextCanaries):
             self.canaries.start(self)

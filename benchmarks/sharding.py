@@ -26,8 +26,8 @@ import torch.distributed as dist
 from throughput import StepTimes, make_data, make_model, run, where
 from transformers import TrainerCallback, TrainingArguments
 
-import dp_utils
 from author_dp.guards.model_check import ModelCheck
+from author_dp.training import setup
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -78,7 +78,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
             report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", log_level="error", optim="adamw_torch",
         )  # fmt: skip
         if options.without_proof:
-            dp_utils.verify_model = lambda *_: ModelCheck(0.0, set(), [])
+            setup.verify_model = lambda *_: ModelCheck(0.0, set(), [])
         trainer = DPTrainer(
             model,
             arguments,

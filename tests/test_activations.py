@@ -7,9 +7,9 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.activations import ACT2FN, GELUTanh, NewGELUActivation
 
-import dp_utils
 from author_dp.guards.model_check import verify_model
 from author_dp.models.activations import fuse_activations
+from author_dp.training import setup
 
 SAME = ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"]
 
@@ -56,9 +56,10 @@ def activations(model: nn.Module) -> set[type]:
 def test_a_trainer_proves_and_trains_with_it_and_saves_what_was_there(tmp_path, monkeypatch):
     proven = []
     monkeypatch.setattr(
-        dp_utils, "verify_model", lambda model, *rest: proven.append(activations(model)) or verify_model(model, *rest)
+        setup, "verify_model", lambda model, *rest: proven.append(activations(model)) or verify_model(model, *rest)
     )
-    trainer = make_trainer(tmp_path, tiny_gpt2(), make_dataset([1, 2, 3]))
+    fuse_activations(model := tiny_gpt2())  # as the script does
+    trainer = make_trainer(tmp_path, model, make_dataset([1, 2, 3]))
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     saved = GPT2LMHeadModel.from_pretrained(tmp_path / "saved")

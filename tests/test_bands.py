@@ -411,10 +411,10 @@ def test_two_processes_add_the_noise_of_one_in_slices(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"noise_bands": "0"}, "--noise_bands 0 must be a whole number"),
-        ({"noise_bands": "-2"}, "--noise_bands -2 must be"),
-        ({"noise_bands": "many"}, "--noise_bands many must be"),
-        ({"noise_bands": "auto"}, "auto needs --target_epsilon"),
+        ({"noise_bands": "0"}, "--noise_bands 0: not a number of steps"),
+        ({"noise_bands": "-2"}, "--noise_bands -2: not"),
+        ({"noise_bands": "many"}, "--noise_bands many: not"),
+        ({"noise_bands": "auto"}, "auto: it minimizes the noise for a --target_epsilon"),
     ],
 )
 def test_options_are_checked(options, words):

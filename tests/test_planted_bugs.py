@@ -83,7 +83,7 @@ RANDOM_OPS = "author_dp.guards.random_ops"
 SHARED_BUFFER = "author_dp.mechanism.fsdp.ShardedGradBuffer"
 LOGGERS = "author_dp.guards.loggers"
 PUBLISH = "author_dp.outputs.publish"
-SHARED_SUMS = "author_dp.mechanism.fsdp.ShardedStore.sum_pass"
+SHARED_SUMS = "author_dp.mechanism.fsdp_clipping.ShardedStore.sum_pass"
 
 
 class Bug(NamedTuple):
@@ -506,7 +506,8 @@ BUGS = [
         "if False:", lambda path, _: test_precision.test_a_run_with_rounded_products_does_not_start(path, "TF32")),
     Bug("no look at the precision at log lines", "author_dp.guards.monitors.RunMonitors.start", "(self._precision, ", "(",
         lambda path, _: test_precision.test_products_that_become_rounded_end_the_run(path, "no")),
-    Bug("no look at the settings of each step", "author_dp.guards.monitors.RunMonitors.on_step", "self._precision.look()", "pass",
+    Bug("no look at the settings of each step", "author_dp.guards.monitors.RunMonitors.on_step",
+        "self._precision.record_settings()", "pass",
         lambda path, _: test_precision.test_a_setting_of_one_step_is_noticed(path, None)),
     Bug("products whose factors bfloat16 holds exactly", "author_dp.guards.precision.find_rounding",
         "(TF32_BITS, FLOAT32_BITS, *([BF16_BITS] if bf16 else []))", "(BF16_BITS,)",
@@ -522,7 +523,7 @@ BUGS = [
         lambda path, patch: test_precision.test_trainer_refuses_settings_of_accelerate(path, patch, "inductor")),
     # The ranges of options.
     Bug("a clip norm whose noise float32 does not hold", "dp_utils.PrivacyArguments.__post_init__",
-        "if value is not None and not lowest <= value <= highest", "if not (value is None or value > 0)",
+        'self.per_sample_max_grad_norm, "[1e-6, 1e6]"', 'self.per_sample_max_grad_norm, "(0, inf)"',
         lambda *_: test_dp_utils.test_privacy_options_are_checked(
             {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 1e-22}, "--per_sample_max_grad_norm")),
     # Around it.

@@ -330,7 +330,7 @@ def test_after_a_release_held_out_authors_choose_nothing(tmp_path, monkeypatch, 
 
 
 def test_the_ledger_says_by_which_metrics_a_model_was_chosen(tmp_path, monkeypatch):
-    monkeypatch.setattr("dp_utils.metric_driven_option", lambda args: "--some option")
+    monkeypatch.setattr("author_dp.training.setup.metric_driven_option", lambda args: "--some option")
     trainer = make_trainer(tmp_path)
     trainer.budget.start()
     ledger = PrivacyLedger(trainer.budget.ledger.path)

@@ -39,15 +39,13 @@ from author_dp.guards.model_check import check_fsdp_model, verify_model
 from author_dp.guards.options import check_fsdp
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import (
-    ShardedClipping,
     ShardedOptimizer,
-    buckets,
     find_blocks,
     local_shard,
-    make_engine,
     missing_rounds,
     shard_model,
 )
+from author_dp.mechanism.fsdp_clipping import ShardedClipping, make_buckets, make_engine
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.optimizer import PROBE_SIZE
 
@@ -297,9 +295,9 @@ def test_sharded_engine_leaves_nothing_complete_and_no_ordinary_gradient(tmp_pat
 
 
 def test_buckets_hold_small_parameters_together(monkeypatch):
-    monkeypatch.setattr("author_dp.mechanism.fsdp.BUCKET_ELEMENTS", 10)
+    monkeypatch.setattr("author_dp.mechanism.fsdp_clipping.BUCKET_ELEMENTS", 10)
     sizes = [3, 4, 5, 20, 1, 9, 1]
-    assert [[p.numel() for p in b] for b in buckets([torch.zeros(n) for n in sizes])] == [[3, 4], [5], [20], [1, 9], [1]]
+    assert [[p.numel() for p in b] for b in make_buckets([torch.zeros(n) for n in sizes])] == [[3, 4], [5], [20], [1, 9], [1]]
 
 
 def test_find_blocks_refuses_a_model_without_blocks():

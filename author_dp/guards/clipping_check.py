@@ -20,11 +20,10 @@ from author_dp.guards.probing import as_user_error, random_tokens, tolerance_fac
 from author_dp.mechanism.fsdp import (
     FSDP_REMEDY,
     autograd_gradients,
-    backward_on_one_rank,
     global_norm,
     is_sharded,
-    make_engine,
 )
+from author_dp.mechanism.fsdp_clipping import backward_on_one_rank, make_engine
 from author_dp.types import IGNORE_INDEX, Batch
 
 TOLERANCE = 5e-4  # relative error of an author's norm, and of a parameter's clipped sum, that rounding may cause in a deep model

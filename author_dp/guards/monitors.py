@@ -139,7 +139,7 @@ class RunMonitors:
         if self.sampling is not None and self._ranks is not None and self._precision is not None:
             self.sampling.on_step(batch_size)
             self._ranks.on_step(index, batch_size)
-            self._precision.look()
+            self._precision.record_settings()
 
     def on_release(self, probe: torch.Tensor) -> None:
         """Add what a step released in the probe and behind it for the canaries, flat."""

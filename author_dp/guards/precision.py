@@ -67,13 +67,13 @@ class PrecisionMonitor:
         self._settings: set[str] = set()
         self._factors = {bits: exact_factors(*SQUARE_SHAPE, bits, device) for bits in (TF32_BITS, FLOAT32_BITS)}
 
-    def look(self) -> None:
+    def record_settings(self) -> None:
         """Record the settings in force at a step."""
         self._settings.update(rounding_settings(self.device.type))
 
     def test(self) -> None:
         """Raise MechanismError if float32 products are rounded, or may have been."""
-        self.look()
+        self.record_settings()
         problems = sorted(self._settings)
         if not all(torch.equal(matmul(left, right), product) for left, right, product in self._factors.values()):
             problems.append("float32 matrix products are rounded")

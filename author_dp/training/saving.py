@@ -137,6 +137,12 @@ class CertifiedTrainer(LogicalBatchTrainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights(self.model, Path(resume_from_checkpoint))
 
+    def load_finished(self) -> None:
+        """Load the model of a checkpoint at which the training has finished."""
+        logger.info(f"{self.checkpoint}: training already finished at this checkpoint; no privacy budget spent.")
+        self.state = load_trainer_state(Path(str(self.checkpoint)))
+        self._load_from_checkpoint(str(self.checkpoint))
+
     def _load_best_model(self) -> None:
         """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""
         if self.budget.is_main_process and not self.plan.disable_dp:
