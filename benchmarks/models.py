@@ -1,15 +1,16 @@
-"""Every causal language model class of the installed transformers, tiny: which are clipped exactly, which are refused, and why.
+"""Try every causal language model class of the installed transformers, tiny: clipped exactly, or refused, and why.
 
     python benchmarks/models.py                      # writes docs/models.md
     python benchmarks/models.py gemma2 mamba2        # some model types, on the screen
 
-Judged by a plain loop over authors that shares no code with the library, on authors of one and of two samples.
+Compares with a plain loop over authors that shares no code with the library, for authors with one and with two samples.
 """
 
 import argparse
 import sys
 import warnings
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,29 +35,52 @@ TOLERANCE = 2e-4
 KINDS = (("full", "ghost"), ("full", "grad_sample"), ("lora", "ghost"))
 HEAD = """# Which models?
 
-Every causal language model that transformers can load, if the proof at the start of the run passes: it takes the model itself, and
-compares logits and clipped gradients of random tokens with a plain loop over authors (`author_dp/guards/model_check.py`). What fails is refused
-in a line, with the reason.
+Which models can you train, and how does this program know that it clips them correctly? Every causal language model that transformers
+loads can be trained if it passes the model check at the start of the run.
 
-- **Mixtures of experts** train like others: a router that sends each token by itself mixes no authors, and the balancing losses
-  of pre-training are not in the loss here. Routing statistics are private, and not released. With LoRA the experts stay as they
-  are, and the layers around them are adapted; in full fine-tuning the experts' own weights are taken apart (next point).
-- **Taken apart**: parameters that no rule follows (experts' three-dimensional weights, a mixer's own parameters, DoRA's
-  magnitudes) are clipped exactly by the ordinary gradient of one author's loss. Then a microbatch is one author: memory is that
-  of one author's samples and one more copy of these parameters' gradients, and speed that of small batches (a GPT-2 of width
-  256, on one CPU thread: 1.3 to 1.4 times as long as by rules; `python benchmarks/apart.py`).
-- **Not causal**: a BERT without `is_decoder`, XLM and XLNet see later tokens, and are refused. Encoder-decoder models are refused
-  as a whole; classes that are only the decoder of one (BartForCausalLM) train, their unused cross-attention frozen.
-- **Length**: rope that switches on the longest sample of a batch (dynamic, longrope) is refused where `--sequence_len` reaches it.
-- **Memory**: [results.md](results.md) has what a model takes by its number of parameters; one with parameters taken apart
-  takes one more copy of these.
+The [model check](verification.md#the-model-check) uses your model itself, with random tokens. It compares logits, norms and clipped sums
+with a reference loop over authors. A model that fails is refused with the reason. To check a model without a full run, add `--dry_run` to
+your command. To check a model type in tiny form, name it: `python benchmarks/models.py gemma2 mamba2` prints its row of the table below.
 
-## Tried
+## Kinds of models
 
-Written by `python benchmarks/models.py`, which builds each class tiny by one recipe (width 32, two layers, vocabulary 120; full
-width is for your own run to prove) and compares norms and clipped sum, authors of one and of two ragged samples, with a plain loop
-that shares no code with the library: exact is within 2e-4. Of transformers {version}'s {classes} classes the recipe builds {rows}.
-Full fine-tuning by `--clipping ghost`: {sums[0]}; by grad_sample: {sums[1]}; LoRA in all linear layers by ghost: {sums[2]}.
+- **Per-author fallback.** Some parameters have no clipping rule: the three-dimensional weights of stacked experts, the own parameters of
+  some mixers (Mamba, RWKV), DoRA's magnitudes. They are clipped exactly, by the ordinary gradient of one author's loss.
+  - Microbatches then have one author. Memory is that of one author's samples, and one more copy of these parameters' gradients.
+  - The speed is that of small batches. A GPT-2 of width 256 took 1.3 to 1.4 times as long as with rules (`python benchmarks/apart.py`,
+    2026-11-25, one CPU thread).
+- **Mixtures of experts.** They train like other models if the router handles each token by itself, as it then mixes no authors. The
+  balancing losses of pre-training are not part of the loss. Routing statistics are private and are not released.
+  - In full fine-tuning, stacked experts use the per-author fallback.
+  - With LoRA in all linear layers, peft also adapts the stacked experts of some types (Mixtral). These adapters use the fallback. In other
+    types (GPT-OSS, Qwen2-MoE), stacked experts stay frozen. To leave experts out, name layers in `--lora_target_modules`.
+  - Nothing guarantees [constant shapes](threat-model.md#rounding-and-shapes) for layers of experts.
+- **Not causal.** BERT models without `is_decoder`, XLM and XLNet see later tokens, and are refused.
+- **Encoder-decoder models** are refused. Classes that are only the decoder of one (BartForCausalLM) train. Their unused cross-attention is
+  frozen.
+- **Batch norm** mixes authors, and is refused.
+- **Dropout** must be independent for each sample. LayerDrop above 0 is refused
+  ([random numbers](threat-model.md#random-numbers-inside-the-model)).
+- **Long texts.** Rope that depends on the longest sample of a batch (dynamic, longrope) is refused if `--sequence_len` reaches its switch.
+- **Types.** Trained weights must be float32; `--bf16` computes in bfloat16. Under LoRA, the frozen base may be in bfloat16
+  (`--base_dtype bfloat16`) or 4 bits (`--load_in_4bit`).
+- **Memory.** [results.md](results.md#memory-by-model-size) has the memory of models by their number of parameters.
+
+## Model types tried
+
+`python benchmarks/models.py` wrote this table on {date}, on a CPU. It builds each class of transformers tiny, by one recipe: width 32,
+two layers, vocabulary 120. Your own run checks the full width.
+
+It compares norms and clipped sums, for authors with one and with two ragged samples, with a plain loop that shares no code with the library.
+"Exact" means within 2e-4. Of the {classes} classes in transformers {version}, the recipe builds {rows}.
+
+| training | clipping | result |
+|---|---|---|
+| full fine-tuning | `--clipping ghost` (the default) | {sums[0]} |
+| full fine-tuning | `--clipping grad_sample` (Opacus) | {sums[1]} |
+| LoRA in all linear layers | `--clipping ghost` | {sums[2]} |
+
+In remarks, "2 of 34 by fallback" means that 2 of 34 trained parameters use the per-author fallback.
 
 | model type | full, ghost | full, grad_sample | LoRA, ghost | remarks |
 |---|---|---|---|---|
@@ -125,12 +149,12 @@ def difference(model: nn.Module, clipping: str, per_author: int, seed: int = 0) 
 
 
 def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any) -> Verdict:
-    """Prove, then compare: what a run would do with this model."""
+    """Run the model check, then compare with the plain loop, as a run would use this model."""
     model: Any = build(model_type, **options)
     try:
         check_model(model, call_model=False)
         model = with_lora(model) if kind == "lora" else model
-        proof = verify_model(model, clipping, sequence_len=24)
+        check = verify_model(model, clipping, sequence_len=24)
         with deterministic_train_mode(model):
             error = max(difference(model, clipping, per_author) for per_author in (1, 2))
             # Two experts nearly tied may change places beside padding; a wrong clip is wrong for all texts.
@@ -140,9 +164,9 @@ def try_out(model_type: str, kind: str, clipping: str = "ghost", **options: Any)
         return Verdict("refused", remark=str(refusal))
     except Exception as failure:
         return Verdict("traceback", remark=f"{type(failure).__name__}: {first_line(failure)}")
-    trained, fallback = sum(p.requires_grad for p in model.parameters()), len(proof.fallback_params)
-    remarks = [f"{kind}: {fallback} of {trained} apart"] if fallback else []
-    remarks += [f"{kind}: {len(proof.unused)} unused, frozen"] if proof.unused else []
+    trained, fallback = sum(p.requires_grad for p in model.parameters()), len(check.fallback_params)
+    remarks = [f"{kind}: {fallback} of {trained} by fallback"] if fallback else []
+    remarks += [f"{kind}: {len(check.unused)} unused, frozen"] if check.unused else []
     return Verdict("exact" if error < TOLERANCE else "wrong", error, ", ".join(remarks))
 
 
@@ -167,14 +191,14 @@ def row_of(model_type: str) -> list[str] | None:
     return row
 
 
-def page(rows: list[list[str]], missing: list[str]) -> str:
+def page(rows: list[list[str]], missing: list[str], day: str) -> str:
     """Return what docs/models.md is to hold."""
     counts = [Counter(row[column] for row in rows) for column in (1, 2, 3)]
     sums = ["; ".join(f"{kind} {count}" for kind, count in sorted(each.items())) for each in counts]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return HEAD.format(
         classes=len(rows) + len(missing), rows=len(rows), version=transformers.__version__, sums=sums, table=table,
-        missing=", ".join(missing),
+        missing=", ".join(missing), date=day,
     )  # fmt: skip
 
 
@@ -186,7 +210,7 @@ def main() -> None:
     logging.set_verbosity_error()
     names = arguments.model_types or sorted(classes())
     found = {name: row_of(name) for name in names}
-    text = page([row for row in found.values() if row], [name for name, row in found.items() if row is None])
+    text = page([row for row in found.values() if row], [name for name, row in found.items() if row is None], str(date.today()))
     if not arguments.model_types:
         (ROOT / "docs" / "models.md").write_text(text)
 

@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Which options are there?
 
 Written by `python docs/write_options.py` from the options' help texts. Every option of Hugging Face's `TrainingArguments` works
-beside these, unless it would change the mechanism; then it is refused by name ([guarantee.md](guarantee.md)). A mistake that you
+beside these, unless it would change the mechanism; then it is refused by name ([verification.md](verification.md#refused-options)). A mistake that you
 can mend ends with status 2 and a line that names the option and the remedy. (Under `torch.distributed.run` the launcher adds its
 own report, and its own status 1.)
 

@@ -1,4 +1,4 @@
-"""The activation in one operation is the one it replaces, and only what is the same function is replaced."""
+"""models/activations.py: the fused activation is the one it replaces, and only the same function is replaced."""
 
 import pytest
 import torch
@@ -58,7 +58,8 @@ def test_a_trainer_proves_and_trains_with_it_and_saves_what_was_there(tmp_path, 
     monkeypatch.setattr(
         setup, "verify_model", lambda model, *rest: proven.append(activations(model)) or verify_model(model, *rest)
     )
-    fuse_activations(model := tiny_gpt2())  # as the script does
+    model = tiny_gpt2()
+    fuse_activations(model)
     trainer = make_trainer(tmp_path, model, make_dataset([1, 2, 3]))
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))

@@ -263,7 +263,7 @@ def test_an_encoder_decoder_is_refused_in_a_line(checkpoint, comments, tmp_path,
     T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "t5")
     status, stderr = run_here(monkeypatch, capfd, *small(tmp_path / "t5", comments, tmp_path / "out", *PRIVACY))
-    assert status == 2 and "t5 is no causal language model: choose a decoder" in stderr, stderr
+    assert status == 2 and "t5: it is no causal language model. Choose a decoder" in stderr, stderr
 
 
 @pytest.mark.slow
@@ -385,7 +385,7 @@ def test_an_adapter_is_gone_on_with_or_refused(checkpoint, comments, tmp_path, m
     assert run_here(monkeypatch, capfd, *small(checkpoint, comments, first, *plain, *lora))[0] == 0
     trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), first).state_dict()
     status, stderr = run_here(monkeypatch, capfd, *small(str(first), comments, tmp_path / "no", *plain))
-    assert status == 2 and "holds a LoRA adapter: add --enable_lora" in stderr
+    assert status == 2 and "it holds a LoRA adapter. Add --enable_lora" in stderr
     arguments = small(str(first), comments, second, "--enable_lora", "--disable_dp", "--learning_rate", "0")
     assert run_here(monkeypatch, capfd, *arguments)[0] == 0
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), second).state_dict()

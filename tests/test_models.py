@@ -61,7 +61,7 @@ def test_positions_are_handed_only_to_models_whose_samples_share_them(model_type
 def test_experts_are_trained_whole_and_with_lora():
     assert any("experts.down_proj" in name for name, _ in build("qwen3_moe").named_parameters())
     whole, adapted = try_out("qwen3_moe", "full"), try_out("qwen3_moe", "lora")
-    assert whole.kind == adapted.kind == "exact" and "apart" in whole.remark
+    assert whole.kind == adapted.kind == "exact" and "by fallback" in whole.remark
 
 
 @pytest.mark.slow

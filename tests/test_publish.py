@@ -62,10 +62,10 @@ def test_exactly_the_listed_files_are_copied(result, tmp_path, place):
     kind, folder = result
     for name in ("losses.csv", "model.safetensors.bak", "_secret.json", "tokenizer.json.tmp"):  # which no list could foresee
         (folder / place / name).write_text("private")
-    non_finite = publish(folder / place, tmp_path / "out")
+    left_out = publish(folder / place, tmp_path / "out")
     assert names_in(tmp_path / "out") == FILES[kind]
-    assert set(non_finite) == {path.name for path in (folder / place).iterdir()} - FILES[kind]
-    assert {"training_args.bin", "losses.csv"} <= set(non_finite)
+    assert set(left_out) == {path.name for path in (folder / place).iterdir()} - FILES[kind]
+    assert {"training_args.bin", "losses.csv"} <= set(left_out)
 
 
 def test_nothing_private_is_in_what_is_published(result, tmp_path):
@@ -229,9 +229,9 @@ def test_a_file_that_is_a_link_is_left_out(full, tmp_path):
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.json").symlink_to(tmp_path / "private")
     (copy / os.fsdecode(b"caf\xe9.txt")).write_text("a name that is not UTF-8")
-    non_finite = publish(copy, tmp_path / "out")
-    assert "tokenizer.json" in non_finite and not (tmp_path / "out" / "tokenizer.json").exists()
-    assert " ".join(non_finite).encode()  # or it could not be printed
+    left_out = publish(copy, tmp_path / "out")
+    assert "tokenizer.json" in left_out and not (tmp_path / "out" / "tokenizer.json").exists()
+    assert " ".join(left_out).encode()  # or it could not be printed
 
 
 # --- the hub ----------------------------------------------------------------------------------------------

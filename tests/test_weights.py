@@ -219,7 +219,7 @@ def test_a_text_whose_sidecar_names_no_weights_is_not_covered(tmp_path):
     path.write_text("{}\n")
     said = {"sha256": sidecar.sha256_of(path), "covered": True, "model": {"epsilon": 2.0}}
     write_json(sidecar.statement_path(path), said)
-    with pytest.raises(UserError, match="does not say which weights"):
+    with pytest.raises(UserError, match="without the hashes of the weights"):
         sidecar.check_statement(path)
     write_json(sidecar.statement_path(path), {**said, "model": {"weights": {"model.safetensors": "1a"}}})
     assert sidecar.check_statement(path)["covered"]

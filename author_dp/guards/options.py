@@ -1,7 +1,7 @@
 """Refuse options under which the guarantee would silently not hold, or training would be nothing.
 
 `validate_options` is the one check of options: the script calls it before it loads data, and DPTrainer always. Each error names
-the option and the remedy. The list in docs/guarantee.md, "Refused by name", is made from this file.
+the option and the remedy. docs/verification.md, "Refused options", lists them.
 
 Example:
 

@@ -8,7 +8,7 @@ which a norm is computed. Were microbatches as large as the batch happens to be,
 and clip factors of all others: by 0.23 C together in bfloat16 for identical texts, and by 81 C in float32 where the gradients of
 an author's tokens cancel (`python benchmarks/rounding.py`).
 
-Not protected: the order in which float32 sums over authors are added up (docs/guarantee.md, "Rounding and shapes").
+Not protected: the order in which float32 sums over authors are added up (docs/threat-model.md, "Rounding and shapes").
 
 Example:
 

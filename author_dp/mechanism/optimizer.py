@@ -4,7 +4,7 @@ Guarantees: under add-or-remove-one-author adjacency, the weights after each ste
 public numbers, and of (sum of clipped per-author gradients + N(0, sigma^2 C^2 I)) / B over a Poisson sample of the authors [1, 2,
 3]. One author moves the sum by at most the clip norm C. This is the mechanism that `accounting` accounts for.
 
-Not protected: rounding is that of float32 (docs/guarantee.md), and noise is not hardened against attacks on its low-order bits
+Not protected: rounding is that of float32 (docs/threat-model.md), and noise is not hardened against attacks on its low-order bits
 unless `secure_noise` is set (noise.py).
 
 A step in the order of its modules:

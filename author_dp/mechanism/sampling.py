@@ -176,7 +176,7 @@ def assign_groups(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
     Guarantee: a group depends on the author and the key alone. Adding or removing an author moves no other author.
 
     Args:
-        hashes: uint64 (authors,), of each author's value (`data_utils.author_hashes`).
+        hashes: uint64 (authors,), of each author's value (`data.splits.author_hashes`).
         key: secret bits, the same on all processes, new for each training.
     """
     if bands == 1:

@@ -142,6 +142,3 @@ def excluded_layers(model: Any) -> list[str]:
         if (isinstance(layer, nn.Linear) and not fits) or (is_mamba and name.split(".")[-1] in MAMBA_FUSED_LAYERS):
             names.append(name)
     return names
-
-
-add_lora = add_lora_adapters  # until fine-tune-dp.py calls the new name

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from author_dp.errors import UserError
+from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
-from author_dp.models.loading import adapter_base_model, first_line, load_adapter, load_base, load_tokenizer
+from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer
 from author_dp.models.weights import sha256_of
 from author_dp.outputs import privacy_statement, synthetic_report
 from author_dp.outputs.partial_file import PartialFile

@@ -11,7 +11,7 @@ from author_dp.outputs.samples import CONTINUATION, UNCONDITIONAL
 
 STATISTICS_NAME = "_private_statistics.json"
 PAGE_NAME = "report.html"
-BLUE, RED, GREY = "#1b6ca8", "#c8553d", "#8a8f98"
+BLUE, RED, GRAY = "#1b6ca8", "#c8553d", "#8a8f98"
 PRIVATE, PUBLIC, COVERED = "private", "public", "covered"  # marks of what the page shows
 AUTHOR_LOSS = "eval_author_loss"
 EVALUATION_LABELS = (

@@ -1,11 +1,12 @@
-"""The guarantee that travels with synthetic text: a file beside it that says what is covered, and what is not.
-
-Promise: a sidecar has an epsilon only where the text is post-processing [1] of a model that has one: its prompts are fixed or
-public by the word of whoever made it, and the model's privacy.json agrees with its weights and its ledger. Otherwise epsilon is
-null and the first line says why. It holds public values only, and names its text by SHA-256, so that no other text can claim it.
+"""Make the privacy statement of a synthetic text: a file beside it that says what is covered, and what is not.
 
     synthetic.jsonl                 the text
-    synthetic.jsonl.privacy.json    its sidecar
+    synthetic.jsonl.privacy.json    its privacy statement
+
+Guarantees: a statement has an epsilon only if the text is post-processing [1] of a model that has one. Its prompts must be fixed,
+or declared public by the person who generated it, and the model's privacy.json must agree with its weights and its ledger. In all
+other cases epsilon is null, and the first line says why. A statement holds public values only. It identifies its text by SHA-256,
+so that no other text can claim it.
 
 References:
     [1] Dwork and Roth 2014, The Algorithmic Foundations of Differential Privacy, Proposition 2.1
@@ -29,9 +30,9 @@ from author_dp.outputs.guarantee import format_model
 logger = logging.get_logger(f"transformers.{__name__}")
 
 SUFFIX = ".privacy.json"
-NO_PROMPTS, FIXED, PUBLIC, PRIVATE = "none", "fixed", "public", "private"  # where prompts come from
+NO_PROMPTS, FIXED, PUBLIC, PRIVATE = "none", "fixed", "public", "private"  # source of the prompts
 
-# Of privacy.json; what is not named here stays at home, above all num_samples, an exact count of private texts.
+# Keys of privacy.json that are published. All others are left out, above all num_samples, an exact count of private texts.
 PUBLIC_KEYS = (
     "privacy_unit", "adjacency", "accountant", "sampling", "epsilon", "delta", "target_epsilon", "noise_multiplier", "clip_norm",
     "sample_rate", "expected_batch_size", "steps", "num_authors", "samples_per_author", "clipping", "world_size", "disable_dp",
@@ -40,26 +41,26 @@ PUBLIC_KEYS = (
 )  # fmt: skip
 
 NOT_COVERED = (
-    "leaving out, choosing or changing texts by comparison with training texts, or by any other look at private data, such as "
-    "the report of python -m author_dp.synthetic_report",
+    "removing, selecting or changing texts by comparison with training texts, or by any other use of private data, such as the "
+    "report of python -m author_dp.synthetic_report",
     "a choice among several models, runs or files of text by losses or reports on private data; further models trained on the "
-    "same authors, whose epsilon comes on top",
+    "same authors, which add their own epsilon",
     "authors who were held out, people who appear in the texts of others, and the base model's own training data",
     "the numbers of authors and steps and the sample rate, which are taken as public",
 )
 PRIVATE_PROMPTS = (
-    "prompts and fields: they are taken from private data, stand in the file or shape it, and are protected by nothing"
+    "prompts and fields: they are taken from private data, appear in the file or affect it, and nothing protects them"
 )
 PUBLIC_PROMPTS = (
-    "prompts and fields, should they be taken from private data after all: whoever made the file declared them public"
+    "prompts and fields, if they are taken from private data after all: the person who made the file declared them public"
 )
 
 
 def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
-    """Return the public part of a model's guarantee, epsilon anew from the ledger where that is at hand; None if it has none.
+    """Return the public part of a model's guarantee; None if it has none. Epsilon is recomputed if the ledger is there.
 
     Raises:
-        UserError: for a privacy.json that cannot be read, knows more than the ledger beside it, or certifies other weights.
+        UserError: if privacy.json cannot be read, knows of steps that its ledger lacks, or certifies other weights.
     """
     path = folder / REPORT_NAME
     if not path.exists():
@@ -79,13 +80,13 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
 
 
 def ledger_path(folder: Path) -> Path:
-    """Return where the ledger of a model's folder is: beside it, or beside its checkpoint."""
+    """Return the path of the ledger of a model: in its folder, or for a checkpoint in the folder above."""
     is_checkpoint = folder.resolve().name.startswith("checkpoint-")
     return (folder.resolve().parent if is_checkpoint else folder) / LEDGER_NAME
 
 
 def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
-    """Describe the guarantee of a model that a training starts from, where this program trained it; None for any other model.
+    """Describe the guarantee of a model that training starts from; None if this program did not train it.
 
     Args:
         name: hub name or local folder.
@@ -106,17 +107,17 @@ def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
         else:
             base = adapter_base_model(name)
             return None if base is None else starting_model(base)
-    described: dict[str, Any] = {"name": public_name(name), "covered": reason is None, "epsilon": None, "delta": None}
+    description: dict[str, Any] = {"name": public_name(name), "covered": reason is None, "epsilon": None, "delta": None}
     if reason is None and guarantee is not None:
-        described |= {key: guarantee[key] for key in ("epsilon", "delta", "base_model") if key in guarantee}
+        description |= {key: guarantee[key] for key in ("epsilon", "delta", "base_model") if key in guarantee}
     else:
-        described["reason"] = reason
-    logger.warning(f"--model_name {name} was trained by this program: {format_model(described)}")
-    return described
+        description["reason"] = reason
+    logger.warning(f"--model_name {name} was trained by this program: {format_model(description)}")
+    return description
 
 
 def not_covered_reason(guarantee: dict[str, Any]) -> Optional[str]:
-    """Return why a model has no guarantee; None where it has one.
+    """Return why a model has no guarantee; None if it has one.
 
     Args:
         guarantee: from `read_guarantee`.
@@ -133,35 +134,35 @@ def not_covered_reason(guarantee: dict[str, Any]) -> Optional[str]:
 
 
 def make_statement(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
-    """Return what a sidecar says of the protection of a text.
+    """Return the privacy statement of a text, without what identifies the text.
 
     Args:
         guarantee: of the model, from `read_guarantee`.
-        prompts: where they come from, one of NO_PROMPTS, FIXED, PUBLIC, PRIVATE.
+        prompts: their source, one of NO_PROMPTS, FIXED, PUBLIC, PRIVATE.
     """
-    reason = None
+    reason: Optional[str] = None
     if guarantee is None:
-        reason = f"its model has no {REPORT_NAME}: nothing is known of how its training data are protected"
+        reason = f"its model has no {REPORT_NAME}: nothing is known about the protection of its training data"
     else:
         reason = not_covered_reason(guarantee)
         if reason is None and prompts == PRIVATE:
             reason = "its prompts or fields are taken from private data"
-    if reason is not None or guarantee is None:
-        words = f"NO PRIVACY GUARANTEE: {reason}. The text may repeat what people wrote: do not publish it."
-    else:
+    covered = reason is None and guarantee is not None
+    if guarantee is not None and covered:
         words = (
             f"{format_guarantee(guarantee['epsilon'], guarantee['delta'])}: the text is post-processing of a model with that "
             "guarantee for each author of its training data, and costs nothing more, however much of it there is."
         )
         if "base_model" in guarantee:
             words += f" The training started from another model: {format_model(guarantee['base_model'])}."
-    covered = reason is None and guarantee is not None
+    else:
+        words = f"NO PRIVACY GUARANTEE: {reason}. The text may repeat what people wrote: do not publish it."
     excluded = [PRIVATE_PROMPTS] if prompts == PRIVATE else [] if prompts == NO_PROMPTS else [PUBLIC_PROMPTS]
     return {
         "statement": words,
         "covered": covered,
-        "epsilon": guarantee["epsilon"] if covered and guarantee is not None else None,
-        "delta": guarantee["delta"] if covered and guarantee is not None else None,
+        "epsilon": guarantee["epsilon"] if guarantee is not None and covered else None,
+        "delta": guarantee["delta"] if guarantee is not None and covered else None,
         "prompts": prompts,
         "not_covered": [*excluded, *NOT_COVERED],
         "model": guarantee,
@@ -173,33 +174,34 @@ def statement_path(text: Path) -> Path:
 
 
 def check_statement(text: Path) -> dict[str, Any]:
-    """Return the sidecar of a file of text.
+    """Return the privacy statement of a file of text.
 
     Raises:
-        UserError: where there is none, or the text is not the one that it was written for.
+        UserError: if there is none, or it is that of another text.
     """
     path = statement_path(text)
     if not path.exists():
-        raise UserError(f"{text} has no {path.name} beside it: nothing says what it is; copy both, or generate it anew")
-    sidecar = read_json(path)
-    if sidecar.get("sha256") != sha256_of(text):
+        raise UserError(f"{text} has no {path.name} beside it: nothing says what it is. Copy both, or generate it again")
+    statement = read_json(path)
+    if statement.get("sha256") != sha256_of(text):
         raise UserError(
-            f"{text} is not the text that {path.name} was written for, by its SHA-256: what is said there does not hold for it; "
-            "restore the file, or generate it anew"
+            f"{text} is not the text that {path.name} was written for, by its SHA-256: the statement does not hold for it. "
+            "Restore the file, or generate it again"
         )
-    if sidecar.get("covered") and not (sidecar.get("model") or {}).get("weights"):
+    if statement.get("covered") and not (statement.get("model") or {}).get("weights"):
         raise UserError(
-            f"{path}: it does not say which weights wrote the text, as an older version wrote it, so what it claims is not "
-            "certain. Generate the text anew"
+            f"{path}: an older version wrote it, without the hashes of the weights that generated the text, so its claim cannot "
+            "be verified. Generate the text again"
         )
-    return sidecar
+    return statement
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raise UserError if it cannot be read."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it") from error
     return content

@@ -1,13 +1,13 @@
-"""Copy what may be published of a result, and nothing else.
+"""Copy the files of a result that may be published, and no others.
 
     python -m author_dp.publish FOLDER OUT
 
-FOLDER is the --output_dir of a run, or a checkpoint in it. OUT, a new folder, then holds the weights, what is needed to load
+FOLDER is the --output_dir of a run, or a checkpoint in it. OUT is a new folder: it gets the weights, the files needed to load
 them, privacy.json without the number of samples, and a model card. --push_to_hub uploads the same files.
 
-Guarantee: a file is copied only if its name is on a list of what may be published; all others, losses, reports, logs and the
-ledger among them, are left out and named. The weights are those that privacy.json certifies. A result without a guarantee is
-refused. OUT appears complete or not at all. Its times of modification tell nothing: they are all the same constant.
+Guarantees: a file is copied only if its name is on a list. All others, among them losses, reports, logs and the ledger, are left
+out, and their names are printed. The weights are those that privacy.json certifies. A result without a guarantee is refused. OUT
+appears complete or not at all. Its modification times reveal nothing: they are all the same constant.
 """
 
 import os
@@ -27,31 +27,27 @@ from author_dp.models.weights import hash_weights, weight_name_pattern
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, not_covered_reason, read_guarantee
 
-# Beside the weight files that privacy.json names, what transformers reads to load and use a model. All of it is the base model's.
+# What transformers reads to load and use a model, beside the weights that privacy.json names. All of it is the base model's.
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
 CARD_NAME = "README.md"
-MTIME = 946_684_800  # 2000-01-01, of all files: true times would tell how long steps took, so how many authors were in them
+MTIME = 946_684_800  # 2000-01-01, for all files: true times reveal how long steps took, and so how many authors they had
 
 
 def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
     """Copy the publishable files of `folder` to `out`; return the names that were left out.
 
     Args:
-        folder: with the result of a run, or a checkpoint of one.
-        out: is made, or empty.
-        name: by which the model card loads the model.
+        folder: output directory of a run, or a checkpoint.
+        out: new or empty folder, outside of `folder`.
+        name: hub name or path that the model card loads the model by.
     Raises:
-        UserError: for a result without a guarantee, or weights that its privacy.json does not certify.
+        UserError: if the result has no guarantee, privacy.json does not certify its weights, or `out` cannot be used.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"OUT {out} exists and is not an empty folder: choose a new one")
-    for place in (folder, ledger_path(folder).parent):  # of a checkpoint, where its run lies
-        if out.resolve().is_relative_to(place.resolve()) and (place == folder or ledger_path(folder).exists()):
-            raise UserError(f"OUT {out} lies in {place}, whose weights it would be taken for: choose a folder outside it")
+    check_out(folder, out)
     report = publishable_report(folder)
     copied = [path for pattern in COPIED for path in folder.glob(pattern) if path.is_file() and not path.is_symlink()]
     copied += [folder / weights for weights in report["weights"]]
@@ -74,23 +70,32 @@ def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
     except OSError as error:
         raise UserError(f"OUT {out} cannot be written ({error.strerror}): choose a folder with free space") from error
     published = {path.relative_to(folder).parts[0] for path in copied} | {REPORT_NAME, CARD_NAME}
-    non_finite = {path.name for path in folder.iterdir()} - published
-    return sorted(os.fsencode(name).decode(errors="replace") for name in non_finite)
+    left_out = {path.name for path in folder.iterdir()} - published
+    return sorted(os.fsencode(name).decode(errors="replace") for name in left_out)
+
+
+def check_out(folder: Path, out: Path) -> None:
+    """Raise UserError if `out` is not empty, or lies in the output directory of a run."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"OUT {out} exists and is not an empty folder: choose a new one")
+    for parent in (folder, ledger_path(folder).parent):  # the latter is the run's folder if `folder` is a checkpoint
+        if out.resolve().is_relative_to(parent.resolve()) and (parent == folder or ledger_path(folder).exists()):
+            raise UserError(f"OUT {out} lies in {parent}, and would be taken for weights of that run: choose a folder outside it")
 
 
 def publishable_report(folder: Path) -> dict[str, Any]:
     """Return the public part of the privacy.json in `folder`.
 
     Raises:
-        UserError: where there is none, it certifies other weights, or it has no guarantee.
+        UserError: if there is none, it certifies other weights, or it has no guarantee.
     """
     if not (folder / REPORT_NAME).is_file():
         raise UserError(
-            f"FOLDER {folder} holds no {REPORT_NAME}, so nothing certifies its weights: give the --output_dir of a run that has "
-            "ended, or a checkpoint in it"
+            f"FOLDER {folder} holds no {REPORT_NAME}, so nothing certifies its weights: give the --output_dir of a finished run, "
+            "or a checkpoint in it"
         )
     guarantee = read_guarantee(folder)
-    assert guarantee is not None
+    assert guarantee is not None  # the file exists
     if reason := not_covered_reason(guarantee):
         raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. Train it with privacy, in a new folder")
     names = weight_name_pattern(adapter="adapter_base" in guarantee)
@@ -100,32 +105,34 @@ def publishable_report(folder: Path) -> dict[str, Any]:
 
 
 def make_public(folder: Path) -> None:
-    """Let everybody read `folder`, and give everything in it the same time."""
+    """Make `folder` readable for everyone, with the same modification time for all files."""
     for path in [*folder.rglob("*"), folder]:
         path.chmod(0o755 if path.is_dir() else 0o644)
         os.utime(path, (MTIME, MTIME))
 
 
 def upload(folder: Path, repo: str, message: str, token: Optional[str], revision: Optional[str], in_background: bool) -> Any:
-    """Upload to the hub what `publish` copies of `folder`; return the commit, or in the background its future.
+    """Upload to the hub what `publish` copies of `folder`.
 
     Args:
         repo: name of the repository.
         message, token, revision: of the commit.
+    Returns:
+        information on the commit, or its future if `in_background`.
     """
-    place = Path(tempfile.mkdtemp(prefix="author-publish-"))
+    temporary = Path(tempfile.mkdtemp(prefix="author-publish-"))
     job: Any = None
     try:
-        publish(folder, place / "model", repo)
+        publish(folder, temporary / "model", repo)
         job = HfApi().upload_folder(  # type: ignore[call-overload]
-            repo_id=repo, folder_path=place / "model", commit_message=message, token=token, revision=revision,
+            repo_id=repo, folder_path=temporary / "model", commit_message=message, token=token, revision=revision,
             run_as_future=in_background,
         )  # fmt: skip
     finally:
         if job is None or not in_background:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     if in_background:
-        job.add_done_callback(lambda _: shutil.rmtree(place, ignore_errors=True))
+        job.add_done_callback(lambda _: shutil.rmtree(temporary, ignore_errors=True))
     return job
 
 
@@ -133,10 +140,10 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
         raise UserError("usage: python -m author_dp.publish FOLDER OUT")
     folder, out = map(Path, arguments)
-    non_finite = publish(folder, out)
+    left_out = publish(folder, out)
     report = publishable_report(out)
     print(f"{out}: {format_guarantee(report['epsilon'], report['delta'])}")
-    print(f"left out: {', '.join(non_finite) or 'nothing'}")
+    print(f"left out: {', '.join(left_out) or 'nothing'}")
     base = adapter_base_model(str(out))
     if base is not None and os.path.isdir(base):
-        print(f"note: adapter_config.json names the base model by its path here, {base}: others read it, and cannot load it")
+        print(f"note: adapter_config.json names the base model by its local path {base}, which others cannot load")

@@ -24,7 +24,7 @@ class RunReport:
     Args:
         budget: of the run.
         settings: public options, for the model card.
-        data: how texts became samples, from `data_utils.data_summary`; None where it is not known.
+        data: how texts became samples, from `data.splits.data_summary`; None where it is not known.
         base_model: the model that training starts from.
         secure_noise: as in PrivacyArguments.
     Attributes:
