@@ -1,4 +1,4 @@
-"""Faults, each for real: processes killed, disks full, folders shared: the table of docs/when-something-goes-wrong.md."""
+"""Faults, each for real: processes killed, disks full, folders shared: the table of docs/troubleshooting.md."""
 
 import json
 import os
