@@ -40,8 +40,8 @@ from author_dp.errors import SignalError, UserError
 from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.options import check_launch, use_adam_bc
-from author_dp.guards.precision import check_float32, full_precision_sums
+from author_dp.guards.options import check_launch
+from author_dp.guards.precision import full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
@@ -164,8 +164,7 @@ class DPTrainer(UploadingTrainer):
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
         data_summary: how texts became samples, for privacy.json; public.
         split_id: of the rule that held authors out, from `DataArguments.split_id`.
-        shared_authors: whether evaluation authors may be training authors.
-        kwargs: the Trainer's.
+        shared_authors: whether evaluation authors may be training authors; other `kwargs` are the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
     """
@@ -208,8 +207,7 @@ class DPTrainer(UploadingTrainer):
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
         self.folder, self.engine = Path(str(args.output_dir)), PlainEngine(model, self.plan.expected_batch_size)
         name = model_name or model.name_or_path
-        base_model = starting_model(name) if args.process_index == 0 else None
-        settings = public_settings(args, model, name)
+        base_model, settings = starting_model(name) if args.process_index == 0 else None, public_settings(args, model, name)
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
         self.run_report.find_finished(self.checkpoint)
         self._step_loss = torch.zeros((), device=args.device)
@@ -294,20 +292,10 @@ class DPTrainer(UploadingTrainer):
             return optimizer
         noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
-            corrected = use_adam_bc(self.args, self.privacy, self.plan.noise_bands)
-            self.optimizer = noisy = make_dp_optimizer(
-                optimizer, self.plan, self.monitors, self.gradient_canaries, self._record_step,
-                corrected=corrected, secure_noise=self.privacy.secure_noise, sharded=self.full_shard,
-            )  # fmt: skip
+            self.optimizer = noisy = make_dp_optimizer(optimizer, self)
         noisy.start_training(self.plan.coefficients())
         self.dp_optimizer = noisy
         return self.optimizer
-
-    def _record_step(self) -> None:
-        """Record a step in the ledger; before the first one, check the precision that is in force by now."""
-        if not self.budget.steps:
-            check_float32(self.model, self.args.bf16)
-        self.budget.record_step()
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Optional[DataLoader] = None) -> nn.Module:
         """Return the clipping engine's module, for training only; wrapped, so that accelerate adds no DistributedDataParallel."""

@@ -1,7 +1,7 @@
 """Author-level differential privacy as a library, in eight packages; it needs nothing beside this folder.
 
 Read `mechanism` first (a step, in order), then `clipping` (per-author gradients), `accounting` (epsilon, noise, the ledger) and
-`guards` (checks before and during training). `data` and `models` are what a step works on, `training` is what surrounds the steps,
+`guards` (checks before and during training). `data` and `models` are what a step works on, `training` surrounds the steps,
 `outputs` what comes out. Imports run in one direction (docs/architecture.md).
 
 Programs: `python -m author_dp.ledger | report | publish | generate | synthetic_report`.
