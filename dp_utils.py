@@ -169,7 +169,7 @@ class DPTrainer(UploadingTrainer):
         UserError: for options, a model or data under which the guarantee would not hold.
     """
 
-    engine: Any  # ClippingEngine while training with privacy, PlainEngine otherwise
+    engine: Any  # with privacy a ClippingEngine, and None unless it trains: no step may go unclipped; PlainEngine without
 
     def __init__(
         self,
@@ -190,22 +190,14 @@ class DPTrainer(UploadingTrainer):
     ):
         self.privacy, self.full_shard, self.shared_authors = privacy, full_shard, shared_authors
         self.canaries = canaries
-        self.gradient_canaries = canaries if isinstance(canaries, GradientCanaries) else None
+        self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
         setup = set_up_run(
-            model,
-            args,
-            privacy,
-            train_dataset,
-            data_collator,
-            sequence_len,
-            self.gradient_canaries,
-            full_shard,
-            split_id,
-            shared_authors,
+            model, args, privacy, train_dataset, data_collator, sequence_len, gradient, full_shard, split_id, shared_authors
         )
         self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
-        self.folder, self.engine = Path(str(args.output_dir)), PlainEngine(model, self.plan.expected_batch_size)
+        self.folder = Path(str(args.output_dir))
+        self.engine = PlainEngine(model, self.plan.expected_batch_size) if privacy.disable_dp else None
         name = model_name or model.name_or_path
         base_model, settings = starting_model(name) if args.process_index == 0 else None, public_settings(args, model, name)
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
@@ -262,7 +254,10 @@ class DPTrainer(UploadingTrainer):
             self.monitors.stop()
             self.remove_callback(signals)
             signals.restore()
-            self.engine.close()
+            if self.engine is not None:
+                self.engine.close()
+            if not self.privacy.disable_dp:
+                self.engine = None
             self.model_wrapped = self.model
         if signals.agreed:
             raise SignalError(signals.agreed)
