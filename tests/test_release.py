@@ -295,12 +295,28 @@ def test_max_eval_samples_takes_authors(tmp_path):
 
 
 @pytest.mark.parametrize("epsilon", [-5.0, 0.0, math.inf, math.nan])
-def test_a_release_that_gives_privacy_back_is_no_record(tmp_path, epsilon):
+def test_record_release_writes_no_invalid_epsilon(tmp_path, epsilon):
     ledger = make_ledger(tmp_path)
+    content = ledger.path.read_bytes()
     with pytest.raises(ValueError, match="must be above 0 and finite"):
         ledger.record_release({"epsilon": epsilon, "split": None})
+    assert ledger.path.read_bytes() == content and ledger.releases == PrivacyLedger(ledger.path).releases == []
+
+
+@pytest.mark.parametrize("epsilon", [-5.0, 0.0, math.inf, math.nan])
+def test_ledger_refuses_a_release_that_gives_privacy_back(tmp_path, epsilon):
+    ledger = make_ledger(tmp_path)
+    ledger._chain.append({"record": "release", "epsilon": epsilon, "split": None})  # as another program would write it
     with pytest.raises(UserError, match="was changed"):
         PrivacyLedger(ledger.path)
+
+
+def test_start_run_writes_no_invalid_header(tmp_path):
+    ledger = make_ledger(tmp_path)
+    content = ledger.path.read_bytes()
+    with pytest.raises(KeyError):
+        ledger.start_run({"noise_multiplier": 1.0})
+    assert ledger.path.read_bytes() == content
 
 
 # --- models that held-out authors have chosen ---------------------------------------------------------------
