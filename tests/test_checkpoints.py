@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_dataset, make_trainer, resumable, sample
+from test_fine_tune_dp import PRIVACY, run_here, small
 from transformers import TrainerControl
 
 from author_dp.accounting.accountant import MechanismEvent
@@ -25,7 +26,7 @@ def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):
     """The steps behind it would be spent, and forgotten."""
     resumable(tmp_path / "a", max_steps=2).train()
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
-    elsewhere = "what it has spent is not in"
+    elsewhere = "its privacy cost is not in"
     with pytest.raises(UserError, match=elsewhere):
         resumable(tmp_path / "b", resume_from_checkpoint=checkpoint)
     with pytest.raises(UserError, match=elsewhere):
@@ -42,7 +43,7 @@ def test_a_checkpoint_without_privacy_is_not_resumed_with_it(tmp_path):
     shutil.copytree(tmp_path / "plain" / "checkpoint-2", tmp_path / "checkpoint-2")
     with pytest.raises(UserError, match=r"another kind of run \(checkpoint-2/privacy\.json\)"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(UserError, match=r"checkpoint-2 was trained with --disable_dp"):
+    with pytest.raises(UserError, match=r"checkpoint-2: it was trained with --disable_dp"):
         check_ledger_covers(tmp_path / "checkpoint-2", PrivacyLedger(tmp_path / "privacy_ledger.jsonl"))
     with pytest.raises(UserError, match="holds a private run"):
         make_trainer(tmp_path, **plain)
@@ -175,3 +176,21 @@ def test_the_folder_is_free_again_after_a_mistake(tmp_path, monkeypatch):
         spent.train()
     with spent.budget.ledger.locked():
         pass
+
+
+@pytest.mark.parametrize(("name", "problem"), [("a\0b", "null character"), ("a" * 300, "too long"), ("a/" * 2_500, "too long")])
+def test_find_checkpoint_refuses_impossible_paths(tmp_path, name, problem):
+    with pytest.raises(UserError, match=f"^--output_dir .*{problem}"):
+        make_trainer(tmp_path / name)
+    resumable(tmp_path, max_steps=1).train()
+    with pytest.raises(UserError, match=f"^--resume_from_checkpoint .*{problem}"):
+        resumable(tmp_path, resume_from_checkpoint=str(tmp_path / name))
+
+
+def test_impossible_output_dir_is_one_line_for_the_user(tmp_path, monkeypatch, capfd):
+    options = tmp_path / "options.yaml"
+    options.write_text(r'output_dir: "a\0b"')  # a command line cannot contain it, a file can
+    arguments = ["--config", str(options), *small("model", "data.jsonl", "x", *PRIVACY)]
+    position = arguments.index("--output_dir")
+    status, stderr = run_here(monkeypatch, capfd, *arguments[:position], *arguments[position + 2 :])
+    assert status == 2 and "--output_dir" in stderr and "null character" in stderr and "Traceback" not in stderr, stderr

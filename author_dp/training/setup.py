@@ -103,7 +103,7 @@ def set_up_run(
     check_same_start(plan, train_dataset, model, args.bf16)
     hidden_count = broadcast(read_private_count(folder))
     check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
-    check_counts_hidden(folder, ledger, privacy.hide_counts)
+    check_counts_hidden(ledger, privacy.hide_counts)
     budget = Budget(plan, ledger, is_main_process=args.process_index == 0)
     budget.by_metrics, budget.split = metric_driven_option(args), split_id
     norms = NormStatistics(plan.clip_norm, args.device)
