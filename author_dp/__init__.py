@@ -1,14 +1,21 @@
-"""Author-level differential privacy as a library, one promise a module; it needs nothing beside this folder.
+"""Author-level differential privacy as a library. It needs no other file of this repository.
 
-Read `mechanism` first (a step, in order), then `clipping` (per-author clipping), `noise`, `accounting`, `plan`, `ledger` and
-`budget`; the rest when you need it: `readers` and `authors` (files as they are written), `hub`, `model_folders`, `evaluation`,
-`dry_run`, `pld` (where the accountant rounds), `selfcheck` (a run checks its own noise), `guards` (what is refused),
-`checkpoints` (how a run ends early and goes on), `audit`, `report`, `processes` and `errors`.
+Packages, each of which imports only those below it:
 
-As programs: `python -m author_dp.ledger FOLDER`, `python -m author_dp.report FOLDER`.
+    outputs      reports, model cards, synthetic texts and their privacy statements
+    training     the Trainer around the mechanism: setup, checkpoints, evaluation, the released loss
+    guards       what is refused, and how a run monitors its own sampling, clipping and noise
+    mechanism    one step: sampling, microbatches, noise, optimizer, sharding
+    clipping     per-author gradient norms and clipped sums
+    data         files, authors, tokens, splits
+    models       base models, adapters, quantization, certified weights
+    accounting   epsilon, the plan of a run, its ledger and its budget
+
+Read `mechanism` first, then `clipping` and `accounting`. Programs: `python -m author_dp.X FOLDER`, where X is ledger, report,
+generate, publish or synthetic_report.
 """
 
 import logging
 
-# It would warn each run on some CPUs, with 4 bits or without, that it could not fetch a faster kernel from the hub.
+# On some CPUs it warns in every run, even without 4-bit weights, that it cannot fetch a faster kernel from the Hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
