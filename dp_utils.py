@@ -266,8 +266,8 @@ class DPTrainer(UploadingTrainer):
             signals.restore()
             self.engine.close()
             self.model_wrapped = self.model
-        if signals.agreed:
-            raise SignalError(signals.agreed)
+        if signals.synced_signal:
+            raise SignalError(signals.synced_signal)
         if self.canaries is not None:
             self.run_report.audit = self.canaries.finish(self)
         return result

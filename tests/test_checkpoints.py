@@ -72,7 +72,7 @@ def test_only_an_impatient_second_ctrl_c_acts_at_once(monkeypatch):
     callback.receive(signal.SIGTERM, None)
     for number in (signal.SIGTERM, signal.SIGINT):
         callback.receive(number, None)  # from a launcher: too soon for people
-    callback.when -= 10
+    callback.received_at -= 10
     callback.receive(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         callback.receive(signal.SIGINT, None)
@@ -87,7 +87,7 @@ def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
     callback.on_step_end(arguments, None, control)
     assert not control.should_training_stop
     callback.on_step_end(arguments, None, control)
-    assert control.should_training_stop and control.should_save and callback.agreed == signal.SIGTERM
+    assert control.should_training_stop and control.should_save and callback.synced_signal == signal.SIGTERM
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, how):
     make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
     damage(tmp_path / "checkpoint-4", how)
     assert find_corruption(tmp_path / "checkpoint-4") and latest_complete(tmp_path).name == "checkpoint-2"
-    with pytest.raises(UserError, match=r"checkpoint-4.*give an earlier checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint-4.*Give an earlier checkpoint"):
         make_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer = make_trainer(tmp_path, max_steps=4, resume_from_checkpoint=True, save_strategy="steps", save_steps=2)
     trainer.train()
