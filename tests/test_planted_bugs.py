@@ -561,7 +561,7 @@ BUGS = [
     Bug("a place that another author takes is free", "author_dp.training.public_loss.release_eval_loss",
         "GRID * (2 if limited else 1)", "GRID",
         lambda path, patch: test_release.test_noise_has_the_scale_of_what_one_author_can_change(path, patch, True, 2)),
-    Bug("noise that is zero twice as often", "author_dp.training.public_loss.discrete_laplace", "if size or not negative:",
+    Bug("noise that is zero twice as often", "author_dp.training.public_loss.discrete_laplace", "if magnitude or not negative:",
         "if True:",
         lambda *_: test_release.test_noise_is_discrete_laplace(test_release.Fraction(1))),
     Bug("a public loss that no ledger holds", "author_dp.training.public_loss.release_eval_loss",

@@ -125,7 +125,7 @@ def remove_checkpoint(path: Path) -> None:
 
 @contextmanager
 def atomic_checkpoint(output_dir: Path, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
-    """Mark the checkpoint complete that the Trainer writes inside; only then delete older ones."""
+    """Mark the checkpoint that the Trainer writes inside as complete; only then delete older ones."""
     checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if args.should_save and checkpoint.exists():  # from before a restart: the step with this number was lost
         remove_checkpoint(checkpoint)
