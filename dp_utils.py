@@ -259,8 +259,8 @@ class DPTrainer(UploadingTrainer):
             if not self.privacy.disable_dp:
                 self.engine = None
             self.model_wrapped = self.model
-        if signals.agreed:
-            raise SignalError(signals.agreed)
+        if signals.synced_signal:
+            raise SignalError(signals.synced_signal)
         if self.canaries is not None:
             self.run_report.audit = self.canaries.finish(self)
         return result

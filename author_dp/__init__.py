@@ -1,13 +1,21 @@
-"""Author-level differential privacy as a library, in eight packages; it needs nothing beside this folder.
+"""Author-level differential privacy as a library. It needs no other file of this repository.
 
-Read `mechanism` first (a step, in order), then `clipping` (per-author gradients), `accounting` (epsilon, noise, the ledger) and
-`guards` (checks before and during training). `data` and `models` are what a step works on, `training` surrounds the steps,
-`outputs` what comes out. Imports run in one direction (docs/architecture.md).
+Packages, each of which imports only those below it:
 
-Programs: `python -m author_dp.ledger | report | publish | generate | synthetic_report`.
+    outputs      reports, model cards, synthetic texts and their privacy statements
+    training     the Trainer around the mechanism: setup, checkpoints, evaluation, the released loss
+    guards       what is refused, and how a run monitors its own sampling, clipping and noise
+    mechanism    one step: sampling, microbatches, noise, optimizer, sharding
+    clipping     per-author gradient norms and clipped sums
+    data         files, authors, tokens, splits
+    models       base models, adapters, quantization, certified weights
+    accounting   epsilon, the plan of a run, its ledger and its budget
+
+Read `mechanism` first, then `clipping` and `accounting`. Programs: `python -m author_dp.X FOLDER`, where X is ledger, report,
+generate, publish or synthetic_report.
 """
 
 import logging
 
-# It would warn in each run on some CPUs, with 4 bits or without, that it could not fetch a faster kernel from the hub.
+# On some CPUs it warns in every run, even without 4-bit weights, that it cannot fetch a faster kernel from the Hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Command lines: options from a YAML file, errors as one line and an exit status, logs without noise.
+"""Parse command lines and YAML files of options, report errors as one line and an exit status, and filter logs.
 
 Exit statuses: 0 for success, 2 for an error that the user can fix (`UserError`), 3 where the run's mechanism is not what its
-ledger says (`MechanismError`), 128 + n after signal n. Other exceptions are ours and keep their traceback.
+ledger says (`MechanismError`), 128 + n after signal n. Other exceptions are bugs and keep their traceback.
 
 Example:
 
@@ -30,9 +30,9 @@ from transformers.utils import logging
 
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
 
-OTHER_RANKS_WAIT = 10  # seconds in which the first process, which prints the same error, ends the others
+OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and its exit ends the other ranks
 
-# Names by which other trainers, or people, know an option.
+# Names of options in other trainers, or that people guess.
 KNOWN_AS = {
     "epsilon": "target_epsilon", "eps": "target_epsilon", "delta": "target_delta", "sigma": "noise_multiplier",
     "clip_norm": "per_sample_max_grad_norm", "max_norm": "per_sample_max_grad_norm", "clip": "per_sample_max_grad_norm",
@@ -43,45 +43,45 @@ KNOWN_AS = {
     "resume": "resume_from_checkpoint", "load_in_8bit": "load_in_4bit",
 }  # fmt: skip
 
-# Log lines of transformers that inform nobody: padding is on the right, where causal attention does not look, and GPT-2's class
-# name, which nobody set in a config, selects the default loss.
+# Log lines of transformers that do not help. Padding is on the right, where causal attention ignores it. GPT-2's class name,
+# which is not set in a config, selects the default loss.
 NOISY_LOG_PREFIXES = (
     "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
-    "loading configuration file", "Model config ", "Generate config ",  # pages of them, at each save
+    "loading configuration file", "Model config ", "Generate config ",  # pages at each save
     "\n\nTraining completed. Do not forget to share",
 )  # fmt: skip
 NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "trainer")
-warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # by peft's calls of transformers
+warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
 
 
 # --- options ------------------------------------------------------------------------------------------
 
 
 class _ErrorParser(argparse.ArgumentParser):
-    """Raise UserError where argparse would print pages of usage and exit; --help shows these."""
+    """Raise UserError where argparse would print pages of usage and exit. --help still prints them."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 class ArgumentParser(_ErrorParser, HfArgumentParser):
-    """Hugging Face's parser of dataclasses, with errors as `UserError`."""
+    """Parser of dataclasses, from Hugging Face, that raises `UserError`."""
 
 
 def parse_options(groups: Sequence[Any], arguments: Optional[Sequence[str]] = None) -> tuple:
     """Return one instance of each of `groups`, dataclasses of options.
 
     Args:
-        arguments: words of the command line; default: `sys.argv[1:]`. `--config FILE` stands for the options in a YAML file;
-            options on the command line override those.
+        arguments: words of the command line; default: `sys.argv[1:]`. `--config FILE` stands for the options in a YAML file.
+            Options on the command line override those in the file.
     Raises:
-        UserError: for options that are unknown, or whose values cannot be used.
+        UserError: for unknown options and invalid values.
     """
     words = load_config_args(sys.argv[1:] if arguments is None else arguments)
     parser = ArgumentParser(groups)
     _, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UserError(f"unknown option {' '.join(unknown)}{suggest(unknown[0], parser)}; --help lists all options")
+        raise UserError(f"unknown option {' '.join(unknown)}{suggest(unknown[0], parser)}. --help lists all options")
     try:
         return parser.parse_args_into_dataclasses(words)
     except UserError:
@@ -91,45 +91,45 @@ def parse_options(groups: Sequence[Any], arguments: Optional[Sequence[str]] = No
 
 
 def suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
-    """Return a question that names the option which an unknown one may mean; empty where none is near."""
+    """Return a question that suggests an option in place of an unknown one; empty if none is similar."""
     word = unknown.partition("=")[0].lstrip("-").replace("-", "_")
     options = [name.removeprefix("--") for action in parser._actions for name in action.option_strings if name.startswith("--")]
-    near = [KNOWN_AS[word]] if word in KNOWN_AS else difflib.get_close_matches(word, options, 1, 0.75)
-    return f" (did you mean --{near[0]}?)" if near else ""
+    similar = [KNOWN_AS[word]] if word in KNOWN_AS else difflib.get_close_matches(word, options, 1, 0.75)
+    return f" (did you mean --{similar[0]}?)" if similar else ""
 
 
 def load_config_args(arguments: Sequence[str]) -> list[str]:
-    """Return the words of a command line with `--config FILE` replaced by the options in that YAML file, which come first."""
+    """Replace `--config FILE` in the words of a command line by the options in that YAML file, which come first."""
     parser = _ErrorParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    found, rest = parser.parse_known_args(list(arguments))
-    if found.config is None:
+    parsed, rest = parser.parse_known_args(list(arguments))
+    if parsed.config is None:
         return list(arguments)
     try:
-        options = yaml.compose(found.config.read_text(encoding="utf-8"))
+        options = yaml.compose(parsed.config.read_text(encoding="utf-8"))
         check_keys(options)
         words = [word for name, value in options.value for word in to_cli_args(name.value, value)] if options else []
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        reason = f"it must hold options, a line each, like 'target_epsilon: 8' ({error})"
-        raise UserError(f"--config {found.config} cannot be read: {reason}") from error
+        reason = f"{error}. It must hold one option per line, like 'target_epsilon: 8'"
+        raise UserError(f"--config {parsed.config}: it cannot be read: {reason}") from error
     return words + rest
 
 
 def check_keys(node: Optional[yaml.Node]) -> None:
-    """Raise ValueError where a mapping of a YAML document has a key twice: only the last one would count."""
+    """Raise ValueError where a YAML mapping has a key twice: only the last one would count."""
     children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"{twice[0]} stands there {keys.count(twice[0])} times")
+        if duplicates := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{duplicates[0]} is in it {keys.count(duplicates[0])} times")
         children = [value for _, value in node.value]
     for child in children:
         check_keys(child)
 
 
 def to_cli_args(name: str, value: yaml.Node) -> list[str]:
-    """Return the words of one option, its value as it is written ("no", "042"); none for null."""
-    if isinstance(value, yaml.MappingNode):  # Hugging Face wants JSON, with numbers
+    """Return the words of one option, with its value as written ("no", "042"); no words for null."""
+    if isinstance(value, yaml.MappingNode):  # Hugging Face expects JSON, with numbers
         return [f"--{name}", json.dumps(yaml.safe_load(yaml.serialize(value)), default=str)]
     if isinstance(value, yaml.SequenceNode):
         return [f"--{name}", *(str(item.value) for item in value.value)]
@@ -137,7 +137,7 @@ def to_cli_args(name: str, value: yaml.Node) -> list[str]:
 
 
 def name_offending_options(message: str, words: Sequence[str]) -> str:
-    """Name the options that an error may be about, where it names none: those whose values it quotes, or all."""
+    """Prefix an error that names no option with the options whose values it quotes, or with all."""
     given = [(option, value) for option, value in zip(words, [*words[1:], ""]) if option.startswith("--")]
     if any(option in message for option, _ in given):
         return message
@@ -149,12 +149,12 @@ def name_offending_options(message: str, words: Sequence[str]) -> str:
 
 
 def is_useful(record: Any) -> bool:
-    """Return whether a log record is none of NOISY_LOG_PREFIXES."""
+    """Return whether a log record starts with none of NOISY_LOG_PREFIXES."""
     return not record.getMessage().startswith(NOISY_LOG_PREFIXES)
 
 
 def configure_logging(args: TrainingArguments) -> None:
-    """Show progress bars where they are wanted, on the first process, and drop NOISY_LOG_PREFIXES."""
+    """Show progress bars on rank 0, unless disabled, and drop log lines with NOISY_LOG_PREFIXES."""
     if args.disable_tqdm or args.process_index > 0:
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
@@ -166,11 +166,11 @@ def configure_logging(args: TrainingArguments) -> None:
 
 
 def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> None:
-    """Call a training script's `main`, and exit as its errors ask for.
+    """Call a training script's `main`, and exit with the status that belongs to its error.
 
     Args:
-        name: the program's, for its messages.
-        cleanup: called before the exit, which skips what Python does at exit where there are several processes.
+        name: of the program, for its messages.
+        cleanup: called before the exit. With several processes, the exit skips Python's exit handlers.
     """
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -180,28 +180,28 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
             print(f"{name}: interrupted; resume with --resume_from_checkpoint True", file=sys.stderr)
         exit_process(128 + error.number, cleanup)
     except KeyboardInterrupt:
-        message = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
+        message = "interrupted without saving a checkpoint; every step taken stays recorded"
         print(f"{name}: {message}", file=sys.stderr)
         exit_process(130, cleanup)
     except MechanismError as error:
         exit_mechanism_error(error, name, rank, cleanup)
     except Exception as error:
-        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise here, for a data loader worker that is gone
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise here for a dead data loader worker
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         user_error = error if isinstance(error, UserError) else to_user_error(error)
         if user_error is None:
             raise
         exit_user_error(user_error, name, rank, cleanup)
-    if dist.is_initialized():  # a process that just ends may abort: gloo's threads are still there
+    if dist.is_initialized():  # otherwise gloo's threads may abort the process at its end
         dist.barrier()
         dist.destroy_process_group()
 
 
 def run_program(name: str, main: Callable[[list[str]], None], interrupted: str = "nothing more is written") -> None:
-    """Call the `main` of a program of one process with the words of the command line, and exit as its errors ask for.
+    """Call the `main` of a single-process program with the words of the command line; exit 2 on UserError, 130 on Ctrl-C.
 
     Args:
-        interrupted: what a Ctrl-C means for what is written.
+        interrupted: how Ctrl-C affects the output, for the message.
     """
     try:
         main(sys.argv[1:])
@@ -214,7 +214,7 @@ def run_program(name: str, main: Callable[[list[str]], None], interrupted: str =
 
 
 def exit_user_error(error: UserError, name: str, rank: int, cleanup: Callable[[], None]) -> NoReturn:
-    """Print what the user can fix, once, and exit with status 2."""
+    """Print a user's error, on one process only, and exit with status 2."""
     if rank > 0 and not isinstance(error, PeerLostError):
         time.sleep(OTHER_RANKS_WAIT)
     print(f"{name}: error: {error}", file=sys.stderr)
@@ -222,19 +222,19 @@ def exit_user_error(error: UserError, name: str, rank: int, cleanup: Callable[[]
 
 
 def exit_mechanism_error(error: MechanismError, name: str, rank: int, cleanup: Callable[[], None]) -> NoReturn:
-    """Print that the run is not what it promised to be, once, and exit with status 3."""
+    """Print that the guarantee is void, on one process only, and exit with status 3."""
     if rank > 0:
         time.sleep(OTHER_RANKS_WAIT)
     print(
-        f"{name}: the mechanism is not what the ledger says: {error}. Nothing more was saved, and what this run saved before has "
-        "no guarantee, as its privacy.json now say: do not publish it",
+        f"{name}: the mechanism is not what the ledger says: {error}. Nothing more was saved. What this run saved before has no "
+        "guarantee, and its privacy.json files now say so: do not publish it",
         file=sys.stderr,
     )
     exit_process(3, cleanup)
 
 
 def exit_process(status: int, cleanup: Callable[[], None]) -> NoReturn:
-    """Exit; at once where there are several processes, as gloo's threads may abort one that ends in the usual way."""
+    """Exit; with several processes at once, as gloo's threads may abort a process that ends normally."""
     sys.stdout.flush()
     sys.stderr.flush()
     cleanup()

@@ -1,6 +1,6 @@
-"""Share values between the processes of a run; with one process, or without torch.distributed, do what that one would.
+"""Share values between the processes of a run; without torch.distributed, act as the only process.
 
-Guarantees: the collective functions return the same result on all processes. All processes call them, in the same order.
+Guarantees: a collective function returns the same result on all processes, if all call it in the same order.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum the gradients over the processes, in one buffer; a process that had no author counts as zeros. Collective."""
+    """Sum the gradients over the processes, in one buffer; a missing gradient counts as zeros. Collective."""
     if not dist.is_initialized():
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -56,6 +56,6 @@ def is_main_process() -> bool:
 
 
 def barrier() -> None:
-    """Wait until all processes are here. Collective."""
+    """Wait until all processes call this. Collective."""
     if dist.is_initialized():
         dist.barrier()

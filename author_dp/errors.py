@@ -1,8 +1,7 @@
-"""What a user can mend.
+"""Errors that a user can fix, and how other faults are reported.
 
-Promise: whoever raises a `UserError` has named the option, file or column and the remedy, so that a program can say the message
-as it is and exit with status 2. `MechanismError` is what no user can mend, and ends a run with status 3. Every other exception
-is an error of ours, and deserves its traceback.
+A `UserError` names the option, file or column and the remedy. A program prints its message and exits with status 2. A
+`MechanismError` cannot be fixed by a user, and ends a run with status 3. Every other exception is a bug, and keeps its traceback.
 """
 
 import errno
@@ -10,43 +9,38 @@ from typing import Optional
 
 import torch.distributed as dist
 
+WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# Write errors of torch and safetensors, which have no errno.
+WRITE_ERROR_MESSAGES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
+PEER_LOST_MESSAGES = ("Connection closed by peer", "Connection reset by peer")
+RESUME_REMEDY = "No recorded step is lost: resume with --resume_from_checkpoint True"
+
+KNOWN_FAULTS = {  # part of an error's message, or of its type's name: what the user can do
+    "DataLoader worker": "--dataloader_num_workers: a worker died, perhaps for lack of memory. Lower the number. {resume}",
+    "to be installed. Run `pip": "--report_to: {text}",
+    "`metric_for_best_model` training argument": "--metric_for_best_model: no such metric. Leave it out for eval_loss",
+    "ConnectError": "--push_to_hub: the Hugging Face Hub cannot be reached. Leave it out, and later upload what "
+    "`python -m author_dp.publish OUTPUT_DIR OUT` copies, never --output_dir itself",
+}
+
 
 class UserError(ValueError):
-    """Something that the user can mend. The message, one line, names the option, file or column, and the remedy."""
+    """An error that the user can fix. The message, one line, names the option, file or column, and the remedy."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))
 
 
 class PeerLostError(UserError):
-    """Another process of the run is gone: every process that is left says so."""
+    """Another process of the run has ended. Every remaining process reports it."""
 
 
 class MechanismError(Exception):
-    """The run found that its own mechanism is not what its ledger says: what it has released has no known guarantee."""
-
-
-WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-
-
-PEER_LOST_MESSAGES = ("Connection closed by peer", "Connection reset by peer")
-
-
-KNOWN_FAULTS = {  # words of an error, or its name: what the user can do
-    "DataLoader worker": "--dataloader_num_workers: a worker ended, perhaps for want of memory; lower it, and {go_on}",
-    "to be installed. Run `pip": "--report_to: {text}",
-    "`metric_for_best_model` training argument": "--metric_for_best_model: there is no such metric; leave it out for eval_loss",
-    "ConnectError": "--push_to_hub: the Hugging Face hub cannot be reached. Leave it out, and later upload what "
-    "`python -m author_dp.publish OUTPUT_DIR OUT` copies, never --output_dir itself",
-}
-
-
-# In errors of torch and safetensors, which have no errno.
-WRITE_ERROR_MESSAGES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
+    """The run's mechanism is not what its ledger says: what it has released has no known guarantee."""
 
 
 class SignalError(Exception):
-    """A signal ended the training after a whole step; its checkpoint is saved.
+    """A signal ended the training after a complete step; its checkpoint is saved.
 
     Args:
         number: of the signal. The exit status is 128 + number.
@@ -58,16 +52,16 @@ class SignalError(Exception):
 
 
 def to_user_error(error: Exception) -> Optional[UserError]:
-    """Return what the user can do about a fault around the run; None for an error of ours."""
-    text, go_on = str(error), "nothing that was counted is lost: go on with --resume_from_checkpoint True"
-    if isinstance(error, dist.DistBackendError) or any(words in text for words in PEER_LOST_MESSAGES):
-        return PeerLostError(f"another process of this run has ended, see what it said or what killed it; {go_on}")
+    """Convert a fault of the environment into a UserError; return None for a bug."""
+    text = str(error)
+    if isinstance(error, dist.DistBackendError) or any(message in text for message in PEER_LOST_MESSAGES):
+        return PeerLostError(f"another process of this run has ended. Check what it wrote, or what killed it. {RESUME_REMEDY}")
     for words, message in KNOWN_FAULTS.items():
         if words in text or words in type(error).__name__:
-            return UserError(message.format(text=text.strip().splitlines()[0], go_on=go_on))
-    if getattr(error, "errno", None) in WRITE_ERRNOS or any(word in text for word in WRITE_ERROR_MESSAGES):
+            return UserError(message.format(text=first_line(error), resume=RESUME_REMEDY))
+    if getattr(error, "errno", None) in WRITE_ERRNOS or any(message in text for message in WRITE_ERROR_MESSAGES):
         reason = getattr(error, "strerror", None) or "the write failed"
-        return UserError(f"--output_dir cannot be written ({reason}): make it writable, with free space; {go_on}")
+        return UserError(f"--output_dir cannot be written ({reason}). Make it writable, with free space. {RESUME_REMEDY}")
     return None
 
 

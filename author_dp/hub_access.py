@@ -1,4 +1,4 @@
-"""Find out whether the Hugging Face Hub is reachable, and report where it is not."""
+"""Check whether the Hugging Face Hub is reachable, and make the error for when it is not."""
 
 from huggingface_hub import constants, get_session
 
@@ -6,7 +6,7 @@ from author_dp.errors import UserError
 
 
 def hub_is_reachable() -> bool:
-    """Ask the hub once. Without a network, the libraries would retry for a minute."""
+    """Return whether the Hub answers one request. Without a network, the libraries would retry for a minute."""
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception:  # depends on the HTTP library, its proxy and offline mode
@@ -15,8 +15,8 @@ def hub_is_reachable() -> bool:
 
 
 def hub_error(option: str, name: str) -> UserError:
-    """Return the error for a name that is no local path while the hub is unreachable."""
+    """Return the error for a name that is no local path while the Hub is unreachable."""
     return UserError(
-        f"{option} {name}: it is no local path, and the Hugging Face hub cannot be reached. Give local files with --train_file "
+        f"{option} {name}: it is no local path, and the Hugging Face Hub cannot be reached. Give local files with --train_file "
         "and a local folder with --model_name, or run the demo (README.md)"
     )

@@ -1,4 +1,4 @@
-"""Make what a run writes readable by its owner only, unless it is meant for others.
+"""Make files that a run writes readable by their owner only.
 
 Within `owner_only` the umask is 0o077: new files get mode 0600 and directories 0700, also from libraries and child processes,
 unless they call chmod. The umask holds for all threads of the process.

@@ -1,4 +1,4 @@
-"""checkpoints.py in one process: what may be resumed, what is whole, what a signal does. Real faults are in test_faults.py."""
+"""checkpointing.py and interruption.py: resuming, complete checkpoints, signals. test_faults.py has real faults."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_dataset, make_trainer, resumable, sample
+from test_fine_tune_dp import PRIVACY, run_here, small
 from transformers import TrainerControl
 
 from author_dp.accounting.accountant import MechanismEvent
@@ -21,40 +22,40 @@ from author_dp.training.checkpointing import check_ledger_covers, find_corruptio
 from author_dp.training.interruption import StopOnSignal
 
 
-def test_a_checkpoint_is_not_resumed_away_from_its_ledger(tmp_path):
-    """The steps behind it would be spent, and forgotten."""
+def test_find_checkpoint_requires_the_ledger_of_the_checkpoint(tmp_path):
+    """Otherwise its steps would be forgotten."""
     resumable(tmp_path / "a", max_steps=2).train()
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
-    elsewhere = "what it has spent is not in"
+    elsewhere = "its privacy cost is not in"
     with pytest.raises(UserError, match=elsewhere):
         resumable(tmp_path / "b", resume_from_checkpoint=checkpoint)
     with pytest.raises(UserError, match=elsewhere):
         resumable(tmp_path / "b").train(resume_from_checkpoint=checkpoint)
     (tmp_path / "a" / "privacy_ledger.jsonl").unlink()
-    with pytest.raises(UserError, match="lacks records"):  # the checkpoint's report knows better
+    with pytest.raises(UserError, match="lacks records"):  # but the checkpoint's report names them
         resumable(tmp_path / "a", resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_without_privacy_is_not_resumed_with_it(tmp_path):
+def test_find_checkpoint_refuses_a_checkpoint_without_privacy(tmp_path):
     plain = {"privacy": {"disable_dp": True, "noise_multiplier": None}, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     make_trainer(tmp_path / "plain", **plain).train()
     resumable(tmp_path, max_steps=1).train()
     shutil.copytree(tmp_path / "plain" / "checkpoint-2", tmp_path / "checkpoint-2")
     with pytest.raises(UserError, match=r"another kind of run \(checkpoint-2/privacy\.json\)"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(UserError, match=r"checkpoint-2 was trained with --disable_dp"):
+    with pytest.raises(UserError, match=r"checkpoint-2: it was trained with --disable_dp"):
         check_ledger_covers(tmp_path / "checkpoint-2", PrivacyLedger(tmp_path / "privacy_ledger.jsonl"))
     with pytest.raises(UserError, match="holds a private run"):
         make_trainer(tmp_path, **plain)
 
 
-def test_a_folder_with_a_ledger_is_not_started_afresh(tmp_path):
+def test_find_checkpoint_refuses_a_new_run_beside_a_ledger(tmp_path):
     resumable(tmp_path, max_steps=1).train()
     with pytest.raises(UserError, match="--resume_from_checkpoint"):
         resumable(tmp_path)
 
 
-def test_another_number_of_authors_needs_a_word(tmp_path):
+def test_check_author_count_requires_allow_other_authors(tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "dataset": make_dataset([1] * 60)}
     make_trainer(tmp_path, **options).train()
     options = {**options, "dataset": make_dataset([1] * 59), "max_steps": 3, "resume_from_checkpoint": True}
@@ -66,19 +67,19 @@ def test_another_number_of_authors_needs_a_word(tmp_path):
     assert trainer.budget.ledger.events == [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(1.0, 4 / 59, 1)]
 
 
-def test_only_an_impatient_second_ctrl_c_acts_at_once(monkeypatch):
+def test_stop_on_signal_stops_at_once_on_a_late_second_sigint(monkeypatch):
     callback = StopOnSignal()
     callback.receive(signal.SIGTERM, None)
     for number in (signal.SIGTERM, signal.SIGINT):
-        callback.receive(number, None)  # from a launcher: too soon for people
-    callback.when -= 10
+        callback.receive(number, None)  # forwarded by a launcher: sooner than a person would
+    callback.received_at -= 10
     callback.receive(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         callback.receive(signal.SIGINT, None)
     assert callback.received == signal.SIGTERM
 
 
-def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
+def test_stop_on_signal_keeps_a_signal_during_the_reduction(monkeypatch):
     callback, control = StopOnSignal(), TrainerControl()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: callback.receive(signal.SIGTERM, None))
@@ -86,21 +87,21 @@ def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
     callback.on_step_end(arguments, None, control)
     assert not control.should_training_stop
     callback.on_step_end(arguments, None, control)
-    assert control.should_training_stop and control.should_save and callback.agreed == signal.SIGTERM
+    assert control.should_training_stop and control.should_save and callback.synced_signal == signal.SIGTERM
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
+def test_prune_checkpoints_ignores_the_clock(tmp_path, monkeypatch):
     now = [2e9]
 
     def backwards() -> float:
         now[0] -= 3_600
         return now[0]
 
-    def seal_and_age(folder: Path) -> None:
+    def mark_and_age(folder: Path) -> None:
         mark_complete(folder)
         os.utime(folder, (backwards(),) * 2)
 
-    monkeypatch.setattr("author_dp.training.checkpointing.mark_complete", seal_and_age)
+    monkeypatch.setattr("author_dp.training.checkpointing.mark_complete", mark_and_age)
     monkeypatch.setattr(time, "time", backwards)
     trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
     trainer.train()
@@ -108,32 +109,32 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
     assert latest_complete(tmp_path).name == "checkpoint-5" and trainer.budget.ledger.steps == 5
 
 
-def damage(checkpoint: Path, how: str) -> None:
-    if how == "unsealed":
+def corrupt(checkpoint: Path, how: str) -> None:
+    if how == "marker missing":
         (checkpoint / COMPLETE_MARKER).unlink()
-    elif how == "seal cut short":
+    elif how == "marker truncated":
         (checkpoint / COMPLETE_MARKER).write_text('{"files": ')
-    elif how == "optimizer cut short":
+    elif how == "optimizer truncated":
         path = checkpoint / "optimizer.pt"
         path.write_bytes(path.read_bytes()[:-7])
     else:
         (checkpoint / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("how", sample(["unsealed", "seal cut short", "optimizer cut short", "model gone"]))
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, how):
+@pytest.mark.parametrize("how", sample(["marker missing", "marker truncated", "optimizer truncated", "model missing"]))
+def test_latest_complete_skips_corrupt_checkpoints(tmp_path, how):
     make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
-    damage(tmp_path / "checkpoint-4", how)
+    corrupt(tmp_path / "checkpoint-4", how)
     assert find_corruption(tmp_path / "checkpoint-4") and latest_complete(tmp_path).name == "checkpoint-2"
-    with pytest.raises(UserError, match=r"checkpoint-4.*give an earlier checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint-4.*Give an earlier checkpoint"):
         make_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer = make_trainer(tmp_path, max_steps=4, resume_from_checkpoint=True, save_strategy="steps", save_steps=2)
     trainer.train()
     assert trainer.state.global_step == 4 and trainer.budget.ledger.steps == 6
-    assert latest_complete(tmp_path).name == "checkpoint-4"  # sealed anew
+    assert latest_complete(tmp_path).name == "checkpoint-4"  # complete again
 
 
-def test_a_crash_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, monkeypatch):
+def test_crash_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1)
 
     def crash(folder):
@@ -146,7 +147,7 @@ def test_a_crash_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, mon
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and latest_complete(tmp_path).name == "checkpoint-2"
 
 
-def test_without_a_whole_checkpoint_a_run_starts_anew_with_its_steps_counted(tmp_path):
+def test_restart_without_complete_checkpoint_counts_earlier_steps(tmp_path):
     make_trainer(tmp_path, max_steps=3).train()
     trainer = make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=True)
     assert trainer.checkpoint is None
@@ -154,7 +155,7 @@ def test_without_a_whole_checkpoint_a_run_starts_anew_with_its_steps_counted(tmp
     assert trainer.state.global_step == 2 and trainer.budget.ledger.steps == 5
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path):
+def test_resuming_a_finished_run_takes_no_step(tmp_path):
     first = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     first.train()
     again = make_trainer(tmp_path, max_steps=2, resume_from_checkpoint=True)
@@ -164,7 +165,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_the_folder_is_free_again_after_a_mistake(tmp_path, monkeypatch):
+def test_user_error_releases_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("author_dp.accounting.hash_chain.LOCK_SECONDS", 0)
     make_trainer(tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}).train()
     spent = make_trainer(
@@ -175,3 +176,21 @@ def test_the_folder_is_free_again_after_a_mistake(tmp_path, monkeypatch):
         spent.train()
     with spent.budget.ledger.locked():
         pass
+
+
+@pytest.mark.parametrize(("name", "problem"), [("a\0b", "null character"), ("a" * 300, "too long"), ("a/" * 2_500, "too long")])
+def test_find_checkpoint_refuses_impossible_paths(tmp_path, name, problem):
+    with pytest.raises(UserError, match=f"^--output_dir .*{problem}"):
+        make_trainer(tmp_path / name)
+    resumable(tmp_path, max_steps=1).train()
+    with pytest.raises(UserError, match=f"^--resume_from_checkpoint .*{problem}"):
+        resumable(tmp_path, resume_from_checkpoint=str(tmp_path / name))
+
+
+def test_impossible_output_dir_is_one_line_for_the_user(tmp_path, monkeypatch, capfd):
+    options = tmp_path / "options.yaml"
+    options.write_text(r'output_dir: "a\0b"')  # a file can contain it, a command line cannot
+    arguments = ["--config", str(options), *small("model", "data.jsonl", "x", *PRIVACY)]
+    position = arguments.index("--output_dir")
+    status, stderr = run_here(monkeypatch, capfd, *arguments[:position], *arguments[position + 2 :])
+    assert status == 2 and "--output_dir" in stderr and "null character" in stderr and "Traceback" not in stderr, stderr

@@ -56,7 +56,7 @@ def test_parse_options_overrides_the_file_by_the_command_line(tmp_path):
 def test_load_config_args_refuses_a_key_twice(tmp_path, text):
     path = tmp_path / "options.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"--config .*stands there 2 times"):
+    with pytest.raises(UserError, match=r"--config .*is in it 2 times"):
         cli.load_config_args(["--config", str(path)])
 
 

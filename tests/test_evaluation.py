@@ -1,4 +1,4 @@
-"""evaluation.py: losses equal to a naive loop over the texts, whatever the batch, the processes and the model's class."""
+"""evaluation.py: losses equal a loop over single texts, for any batch size, number of processes and model class."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 COUNTS = [1, 3, 2, 1]
 
 
-def naive_losses(model, dataset) -> tuple[float, float]:
-    """Mean over all target tokens, and mean over authors of each author's mean; one text at a time."""
+def reference_losses(model, dataset) -> tuple[float, float]:
+    """Return the mean over target tokens, and the mean over authors of each author's mean, from one text at a time."""
     model.eval()
     authors = []
     for a, b in zip(dataset.offsets, dataset.offsets[1:]):
@@ -33,20 +33,20 @@ def naive_losses(model, dataset) -> tuple[float, float]:
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_losses_equal_a_naive_loop_for_any_batch(tmp_path, family, batch):
+def test_evaluate_equals_the_reference_for_any_batch_size(tmp_path, family, batch):
     model, held_out = make_model(family, "untied"), make_dataset(COUNTS, seed=3)
-    with torch.no_grad():  # losses that differ between texts
+    with torch.no_grad():  # larger differences between texts
         model.lm_head.weight.mul_(10)
     trainer = make_trainer(tmp_path, model, per_device_eval_batch_size=batch)
     metrics = trainer.evaluate(held_out)
-    loss, author_loss = naive_losses(model, held_out)
+    loss, author_loss = reference_losses(model, held_out)
     assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-4)
     assert metrics["eval_author_loss"] == pytest.approx(author_loss, abs=1e-4)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
-    assert abs(loss - author_loss) > 1e-4  # or the test would not tell one from the other
+    assert abs(loss - author_loss) > 1e-4  # otherwise the test could not distinguish them
 
 
-def test_the_loss_of_training_is_the_mean_over_authors(tmp_path):
+def test_training_loss_is_the_mean_over_authors(tmp_path):
     dataset = make_dataset([1, 2, 3])
     trainer = make_trainer(
         tmp_path, dataset=dataset, learning_rate=0.0, per_device_train_batch_size=3,
@@ -59,11 +59,11 @@ def test_the_loss_of_training_is_the_mean_over_authors(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_losses(tmp_path):
+def test_evaluate_is_the_same_with_two_processes(tmp_path):
     options = {"model": {}, "counts": [1] * 9, "privacy": {"noise_multiplier": 1.0}, "per_device": 2, "evaluate": COUNTS}
     found = run_processes(tmp_path, 2, **options)
     model = tiny_gpt2()
-    expected = naive_losses(model, make_dataset(COUNTS, seed=3))
+    expected = reference_losses(model, make_dataset(COUNTS, seed=3))
     for process in found:
         assert process["evaluation"] == pytest.approx(list(expected), abs=1e-4)
 
@@ -77,9 +77,9 @@ from conftest import make_dataset, make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 model = GPT2LMHeadModel(GPT2Config(vocab_size=30_000, n_positions=64, n_embd=16, n_layer=1, n_head=1))
 dataset = make_dataset([1] * 64, longest=64)
-plain = {{"disable_dp": True, "noise_multiplier": None}}  # without the proof at the start, whose peak would hide the others
+plain = {{"disable_dp": True, "noise_multiplier": None}}  # without the model check, whose peak would hide the others
 trainer = make_trainer({folder!r}, model, dataset, privacy=plain, per_device_train_batch_size=64, per_device_eval_batch_size=64)
-def peak():  # getrusage's begins with that of the process that started this one
+def peak():  # getrusage would start at the parent process's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 trainer.{what}
@@ -88,7 +88,7 @@ print(json.dumps(peak() - before))
 
 
 @pytest.mark.slow
-def test_evaluation_takes_no_more_memory_than_training(tmp_path):
+def test_evaluate_needs_no_more_memory_than_training(tmp_path):
     peaks = {}
     for what in ("train()", "evaluate(dataset)"):
         code = PEAK.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path / what[:5]), what=what)
@@ -97,7 +97,7 @@ def test_evaluation_takes_no_more_memory_than_training(tmp_path):
     assert 0 < peaks["evaluate(dataset)"] <= peaks["train()"]
 
 
-def test_a_progress_bar_knows_how_far_it_is(tmp_path):
+def test_evaluate_reports_progress(tmp_path):
     trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
     lengths = []
 

@@ -110,14 +110,14 @@ def test_resume_checks_hidden_author_count(tmp_path):
     (tmp_path / "_counts.json").unlink()
     hidden_trainer(tmp_path, 41, resume_from_checkpoint=True)  # q and delta do not depend on the number
     not_hidden = {**HIDDEN, "hide_counts": False}
-    with pytest.raises(UserError, match="--hide_counts was given"):
+    with pytest.raises(UserError, match="--hide_counts: the resumed run was started with it"):
         make_trainer(tmp_path, dataset=make_dataset([3] * 40), privacy=not_hidden, resume_from_checkpoint=True, max_steps=6)
 
 
 def test_disclosed_counts_cannot_be_hidden_later(tmp_path):
     options = {"dataset": make_dataset([3] * 40), "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     make_trainer(tmp_path, privacy={**HIDDEN, "hide_counts": False}, **options).train()
-    with pytest.raises(UserError, match="--hide_counts was not given"):
+    with pytest.raises(UserError, match="--hide_counts: the resumed run was started without it"):
         make_trainer(tmp_path, privacy=HIDDEN, resume_from_checkpoint=True, **{**options, "max_steps": 6})
 
 
@@ -151,7 +151,7 @@ def test_a_run_that_took_no_step_has_told_the_number_too(tmp_path):
     options = {"dataset": make_dataset([3] * 40), "max_steps": 4}
     make_trainer(tmp_path, privacy={**HIDDEN, "hide_counts": False}, **options).budget.start()
     assert '"num_authors": 40' in (tmp_path / "privacy_ledger.jsonl").read_text()
-    with pytest.raises(UserError, match=r"--hide_counts: .*privacy_ledger\.jsonl tells the number of authors"):
+    with pytest.raises(UserError, match=r"--hide_counts: .*privacy_ledger\.jsonl discloses the number of authors"):
         make_trainer(tmp_path, privacy=HIDDEN, **options)
 
 

@@ -68,7 +68,7 @@ def test_make_microbatches_refuses_a_sample_beyond_the_longest_length():
 
 
 def test_trainer_refuses_samples_beyond_its_sequence_len_before_the_first_step(tmp_path):
-    with pytest.raises(UserError, match=r"needs sequence_len=\d\d: a sample is longer than 16 tokens"):
+    with pytest.raises(UserError, match=r"a sample is longer than 16 tokens. Give sequence_len=\d\d"):
         make_trainer(tmp_path, dataset=make_dataset([1] * 9, longest=20))
 
 

@@ -1,4 +1,4 @@
-"""release.py: the law of its noise, what an author can change, what it costs, and what is refused."""
+"""public_loss.py: the distribution of its noise, its sensitivity, its cost, and what is refused."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import MODELS, make_dataset, make_trainer, read_report, run_script, tiny_gpt2, within
 from scipy import stats
-from test_evaluation import naive_losses
+from test_evaluation import reference_losses
 from test_fine_tune_dp import PRIVACY, run_here, small
 from test_ledger import make_ledger
 
@@ -40,46 +40,46 @@ COUNTS = [1, 3, 2, 1, 7]
 
 
 @pytest.mark.parametrize("scale", [Fraction(1, 3), Fraction(1), Fraction(7, 2)])
-def test_noise_is_discrete_laplace(scale):
-    draws = np.array([discrete_laplace(scale) for _ in range(6_000)])
+def test_discrete_laplace_has_its_distribution(scale):
+    samples = np.array([discrete_laplace(scale) for _ in range(6_000)])
     ratio = math.exp(-1 / scale)
     values = np.arange(-40, 41)
-    law = (1 - ratio) / (1 + ratio) * ratio ** np.abs(values)
-    counted = np.array([(draws == value).sum() for value in values])
-    likely = law * len(draws) >= 5
-    observed = [*counted[likely], len(draws) - counted[likely].sum()]
-    expected = [*(law * len(draws))[likely], len(draws) * (1 - law[likely].sum())]
+    probabilities = (1 - ratio) / (1 + ratio) * ratio ** np.abs(values)
+    counted = np.array([(samples == value).sum() for value in values])
+    likely = probabilities * len(samples) >= 5
+    observed = [*counted[likely], len(samples) - counted[likely].sum()]
+    expected = [*(probabilities * len(samples))[likely], len(samples) * (1 - probabilities[likely].sum())]
     assert stats.chisquare(observed, expected).pvalue > 1e-6
 
 
-def test_noise_of_the_size_that_is_used_is_exact_in_scale():
-    draws = np.array([discrete_laplace(Fraction(GRID) / Fraction(0.3)) for _ in range(2_000)]) / (GRID / 0.3)
-    assert within(np.abs(draws).mean(), 1.0, 1 / 2_000**0.5) and within(draws.mean(), 0.0, (2 / 2_000) ** 0.5)
+def test_discrete_laplace_has_its_scale():
+    samples = np.array([discrete_laplace(Fraction(GRID) / Fraction(0.3)) for _ in range(2_000)]) / (GRID / 0.3)
+    assert within(np.abs(samples).mean(), 1.0, 1 / 2_000**0.5) and within(samples.mean(), 0.0, (2 / 2_000) ** 0.5)
 
 
 @pytest.mark.parametrize("rate", [Fraction(0), Fraction(1, 7), Fraction(1)])
-def test_coins_have_their_probability(rate):
+def test_bernoulli_exp_has_its_probability(rate):
     heads = sum(bernoulli_exp(rate) for _ in range(3_000))
     p = math.exp(-rate)
     assert within(heads, 3_000 * p, (3_000 * p * (1 - p)) ** 0.5 + 1e-9)
 
 
-def test_noise_follows_no_seed():
-    """Who knows --seed would take the noise of a published loss away."""
+def test_discrete_laplace_follows_no_seed():
+    """Otherwise anyone who knows --seed could subtract the noise of a published loss."""
     first, second = replay_global_rng(lambda: [discrete_laplace(Fraction(GRID)) for _ in range(20)])
     assert first != second
 
 
-# --- what an author can change ------------------------------------------------------------------------------
+# --- sensitivity --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [0.0, 1e-9, 2.5, 4.0, 4.1, 1e300, -3.0, math.inf, -math.inf, math.nan])
-def test_an_author_moves_the_sums_by_the_grid_whatever_the_loss(loss):
+def test_quantize_loss_has_constant_l1_norm(loss):
     first, second = quantize_loss(loss, 4.0)
     assert min(first, second) >= 0 and first + second == GRID
 
 
-def shares_of(trainer, dataset, which=None) -> list[int]:
+def sums_of(trainer, dataset, which=None) -> list[int]:
     authors = range(len(dataset)) if which is None else which
     bounds = list(zip(dataset.offsets, dataset.offsets[1:]))
     indices = np.concatenate([dataset.indices[slice(*bounds[a])] for a in authors])
@@ -88,14 +88,14 @@ def shares_of(trainer, dataset, which=None) -> list[int]:
     return local_loss_sums(trainer, upper=5.0).tolist()
 
 
-def test_nobody_changes_what_another_adds_not_even_in_the_last_bit(tmp_path):
+def test_local_loss_sums_are_bitwise_independent_of_other_authors(tmp_path):
     dataset = make_dataset(COUNTS, seed=3)
     trainer = make_trainer(tmp_path, per_device_eval_batch_size=4)
-    alone = np.array([shares_of(trainer, dataset, [author]) for author in range(len(COUNTS))])
-    assert len(np.unique(alone[:, 0])) == len(COUNTS)  # their losses differ
+    alone = np.array([sums_of(trainer, dataset, [author]) for author in range(len(COUNTS))])
+    assert len(np.unique(alone[:, 0])) == len(COUNTS)  # the losses of authors differ
     seen = []
-    trainer.data_collator = spy(trainer.data_collator, seen)
-    assert shares_of(trainer, dataset) == alone.sum(0).tolist()
+    trainer.data_collator = recording(trainer.data_collator, seen)
+    assert sums_of(trainer, dataset) == alone.sum(0).tolist()
     owner = {row.tobytes(): a for a in range(len(COUNTS)) for row in rows_of(dataset, a)}
     assert all(len({owner[row] for row in batch}) == 1 and len(batch) <= 4 for batch in seen)
 
@@ -105,25 +105,25 @@ def rows_of(dataset, author) -> list[np.ndarray]:
     return [row["input_ids"] for row in rows]
 
 
-def spy(collate, seen):
-    def collate_and_note(samples):
+def recording(collate, seen):
+    def collate_and_record(samples):
         seen.append([np.asarray(sample["input_ids"]).tobytes() for sample in samples])
         return collate(samples)
 
-    return collate_and_note
+    return collate_and_record
 
 
-def test_little_noise_gives_the_mean_over_authors(tmp_path):
+def test_release_with_little_noise_equals_the_mean_over_authors(tmp_path):
     dataset, model = make_dataset(COUNTS, seed=3), tiny_gpt2()
-    trainer = ready(make_trainer(tmp_path, model), dataset)
+    trainer = with_eval_data(make_trainer(tmp_path, model), dataset)
     found = release_eval_loss(trainer, 1e7, 9.0, limited=False)
-    assert found["loss"] == pytest.approx(naive_losses(model, dataset)[1], abs=1e-3)
+    assert found["loss"] == pytest.approx(reference_losses(model, dataset)[1], abs=1e-3)
     assert found["authors"] == len(COUNTS) and found["range"] == [0.0, 9.0]
     assert f"{found['loss']:.3f}" in format_release(found)
 
 
-def ready(trainer, dataset):
-    """A trainer with a ledger of a run, as after training."""
+def with_eval_data(trainer, dataset):
+    """Give a trainer evaluation data, and a ledger with a run, as after training."""
     trainer.budget.ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "split": "s"})
     trainer.budget.ledger.record_step()
     trainer.eval_dataset, trainer.budget.split = dataset, "s"
@@ -131,15 +131,15 @@ def ready(trainer, dataset):
 
 
 @pytest.mark.parametrize(("limited", "factor"), [(False, 1), (True, 2)])
-def test_noise_has_the_scale_of_what_one_author_can_change(tmp_path, monkeypatch, limited, factor):
+def test_release_noise_has_the_scale_of_the_sensitivity(tmp_path, monkeypatch, limited, factor):
     scales = []
     monkeypatch.setattr(release, "discrete_laplace", lambda scale: scales.append(scale) or 0)
-    found = release_eval_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), 0.5, 5.0, limited)
+    found = release_eval_loss(with_eval_data(make_trainer(tmp_path), make_dataset(COUNTS)), 0.5, 5.0, limited)
     assert scales == [Fraction(GRID * factor * 2)] * 2
     assert found["standard_error"] > 0
 
 
-def test_the_standard_error_is_that_of_the_noise():
+def test_noisy_mean_has_the_standard_error_of_the_noise():
     sums = [300 * GRID, 700 * GRID]
     error = noisy_mean(sums, 6.0, GRID / 1.0)["standard_error"]
     generator = np.random.default_rng(0)
@@ -147,48 +147,48 @@ def test_the_standard_error_is_that_of_the_noise():
     assert error == pytest.approx((noisy[:, 0] / noisy.sum(1) * 6.0).std(), rel=0.05)
 
 
-def test_too_few_authors_have_no_loss():
+def test_noisy_mean_of_too_few_authors_is_none():
     found = noisy_mean([-5 * GRID, 2 * GRID], 6.0, GRID)
     assert found["loss"] is None and found["authors"] == 0 and "too few" in format_release(found)
 
 
-def test_one_author_less_lets_at_most_one_other_in(tmp_path, comments):
+def test_subsample_authors_replaces_at_most_one(tmp_path, comments):
     path = tmp_path / "data.jsonl"
     rows = [{"author": f"a{i % 40}", "content": f"text {i}"} for i in range(200)]
     taken = []
     for gone in [None, *range(40)]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["author"] != f"a{gone}"))
-        samples = load_samples_of(path)
+        samples = load_file(path)
         taken.append({str(author) for author in subsample_authors(samples, "author", 10, seed=1)["author"]})
-    whole = taken[0]
-    assert len(whole) == 10 and len(subsample_authors(samples, "author", 10, seed=1)) == 50  # all texts of each
+    reference = taken[0]
+    assert len(reference) == 10 and len(subsample_authors(samples, "author", 10, seed=1)) == 50  # all texts of each author
     for gone, others in enumerate(taken[1:]):
-        assert len(whole ^ others) == (2 if f"a{gone}" in whole else 0)
+        assert len(reference ^ others) == (2 if f"a{gone}" in reference else 0)
 
 
-def load_samples_of(path):
+def load_file(path):
     return load_files([str(path)], ColumnSpec("--train_file", "content", "author"))
 
 
-def test_nobody_is_held_out_by_force_for_a_number_that_is_published(tmp_path):
+def test_split_by_author_forces_no_author_for_a_release(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"author": f"a{i}", "content": "some text"}) + "\n" for i in range(5)))
-    samples = load_samples_of(path)
+    samples = load_file(path)
     assert len(split_by_author(samples, "author", 1e-6, seed=1)[1]) == 1
     with pytest.raises(UserError, match="--eval_fraction 1e-06: it holds out none"):
         split_by_author(samples, "author", 1e-6, seed=1, hold_out_at_least_one=False)
 
 
-# --- what it costs ------------------------------------------------------------------------------------------
+# --- cost ---------------------------------------------------------------------------------------------------
 
 
-def test_what_was_released_is_in_the_ledger_before_it_is_told(tmp_path, monkeypatch):
-    # So little noise that no loss falls on an end of the range, where two would be equal.
-    trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
+def test_release_is_recorded_before_it_is_disclosed(tmp_path, monkeypatch):
+    # With little noise: no loss is at an end of the range, where two losses would be equal.
+    trainer = with_eval_data(make_trainer(tmp_path), make_dataset(COUNTS))
     found = release_eval_loss(trainer, 20.0, 8.0, limited=False)
     again = PrivacyLedger(trainer.budget.ledger.path)
     assert again.releases == [{**found, "split": "s"}] and again.current_release == again.releases[0] and again.steps == 1
-    monkeypatch.setattr(release, "discrete_laplace", lambda scale: pytest.fail("noise was drawn for the same number once more"))
+    monkeypatch.setattr(release, "discrete_laplace", lambda scale: pytest.fail("noise was sampled again for the same loss"))
     assert release_eval_loss(trainer, 20.0, 8.0, limited=False)["loss"] == found["loss"]
     monkeypatch.undo()
     trainer.budget.ledger.record_step()
@@ -202,13 +202,13 @@ def test_what_was_released_is_in_the_ledger_before_it_is_told(tmp_path, monkeypa
         (["s"], ["s"], 8.0),
         (["s", "s"], ["s", "s"], 8.0),
         (["s"], ["s"] * 5, 10.0),  # five times the release's 2
-        (["s", "t"], ["s"], 10.0),  # whom one run holds out, another may train on
+        (["s", "t"], ["s"], 10.0),  # one run may train on authors that another holds out
         (["s"], ["t"], 10.0),
         ([None], [None], 10.0),  # a validation file
         (["s"], ["s", None], 12.0),
     ],
 )
-def test_epsilon_of_models_and_losses_together(tmp_path, runs, releases, expected):
+def test_epsilon_with_releases_depends_on_the_splits(tmp_path, runs, releases, expected):
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
     for split in runs:
         ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "split": split})
@@ -217,13 +217,13 @@ def test_epsilon_of_models_and_losses_together(tmp_path, runs, releases, expecte
     assert PrivacyLedger(ledger.path).epsilon_with_releases(8.0) == expected
 
 
-def test_a_ledger_from_before_adds_up(tmp_path):
-    ledger = make_ledger(tmp_path)  # no word of its split
+def test_epsilon_with_releases_adds_up_for_old_ledgers(tmp_path):
+    ledger = make_ledger(tmp_path)  # without a split
     ledger.record_release({"epsilon": 2.0, "split": "s"})
     assert ledger.epsilon_with_releases(8.0) == 10.0
 
 
-# --- options and whole runs ---------------------------------------------------------------------------------
+# --- options and complete runs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_ledger_from_before_adds_up(tmp_path):
     [
         (["--release_eval_epsilon", "0"], "--release_eval_epsilon 0.0"),
         (["--release_eval_epsilon", "nan"], "--release_eval_epsilon nan"),
-        (["--release_eval_epsilon", "1e-310"], "--release_eval_epsilon 1e-310"),  # its noise is larger than any number
+        (["--release_eval_epsilon", "1e-310"], "--release_eval_epsilon 1e-310"),  # its noise would overflow
         (["--release_eval_epsilon", "1", "--release_eval_range", "1e308"], "--release_eval_range 1e+308"),
         (["--release_eval_range", "5"], "--release_eval_range"),
         (["--release_eval_epsilon", "1", "--eval_fraction", "0"], "--eval_fraction above 0"),
@@ -242,12 +242,12 @@ def test_a_ledger_from_before_adds_up(tmp_path):
          "--load_best_model_at_end"),
     ],
 )  # fmt: skip
-def test_what_would_not_be_paid_for_is_refused(tmp_path, monkeypatch, capfd, options, named):
+def test_check_release_refuses_what_no_epsilon_covers(tmp_path, monkeypatch, capfd, options, named):
     status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *options))
     assert status == 2 and named in stderr and "Traceback" not in stderr, stderr
 
 
-def test_no_release_without_privacy(tmp_path, monkeypatch, capfd):
+def test_check_release_requires_privacy(tmp_path, monkeypatch, capfd):
     options = ["--disable_dp", "--release_eval_epsilon", "1"]
     status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *options))
     assert status == 2 and "--disable_dp" in stderr
@@ -255,7 +255,7 @@ def test_no_release_without_privacy(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
-def test_a_run_says_its_public_loss_and_no_other(checkpoint, comments, tmp_path, processes):
+def test_script_prints_only_the_released_loss(checkpoint, comments, tmp_path, processes):
     done = run_script(*small(checkpoint, comments, tmp_path, *PRIVACY, "--release_eval_epsilon", "2"), processes=processes)
     assert done.returncode == 0, done.stderr
     report, ledger = read_report(tmp_path), PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
@@ -268,7 +268,7 @@ def test_a_run_says_its_public_loss_and_no_other(checkpoint, comments, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_validation_file_adds_up(checkpoint, comments, tmp_path):
+def test_release_on_a_validation_file_adds_up(checkpoint, comments, tmp_path):
     some = tmp_path / "some.jsonl"
     some.write_text("".join(comments.read_text().splitlines(keepends=True)[:100]))
     options = small(checkpoint, comments, tmp_path, *PRIVACY, "--release_eval_epsilon", "2", "--validation_file", str(some))
@@ -278,13 +278,13 @@ def test_a_validation_file_adds_up(checkpoint, comments, tmp_path):
     assert report["epsilon_with_evaluation"] == report["epsilon"] + 2.0
 
 
-def test_models_of_all_kinds_have_a_range(tmp_path):
+def test_release_range_defaults_to_the_log_of_the_vocabulary(tmp_path):
     for kind, options in MODELS.items():
-        trainer = ready(make_trainer(tmp_path / kind, tiny_gpt2(**options)), make_dataset([1]))
+        trainer = with_eval_data(make_trainer(tmp_path / kind, tiny_gpt2(**options)), make_dataset([1]))
         assert release_eval_loss(trainer, 1.0, None, limited=False)["range"][1] == pytest.approx(math.log(61)), kind
 
 
-def test_max_eval_samples_takes_authors(tmp_path):
+def test_max_eval_samples_limits_authors_for_a_release(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [{"author": f"a{i % 50}", "content": f"text {i}"} for i in range(500)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -295,75 +295,91 @@ def test_max_eval_samples_takes_authors(tmp_path):
 
 
 @pytest.mark.parametrize("epsilon", [-5.0, 0.0, math.inf, math.nan])
-def test_a_release_that_gives_privacy_back_is_no_record(tmp_path, epsilon):
+def test_record_release_writes_no_invalid_epsilon(tmp_path, epsilon):
     ledger = make_ledger(tmp_path)
+    content = ledger.path.read_bytes()
     with pytest.raises(ValueError, match="must be above 0 and finite"):
         ledger.record_release({"epsilon": epsilon, "split": None})
+    assert ledger.path.read_bytes() == content and ledger.releases == PrivacyLedger(ledger.path).releases == []
+
+
+@pytest.mark.parametrize("epsilon", [-5.0, 0.0, math.inf, math.nan])
+def test_ledger_refuses_a_release_that_gives_privacy_back(tmp_path, epsilon):
+    ledger = make_ledger(tmp_path)
+    ledger._chain.append({"record": "release", "epsilon": epsilon, "split": None})  # as another program would write it
     with pytest.raises(UserError, match="was changed"):
         PrivacyLedger(ledger.path)
 
 
-# --- models that held-out authors have chosen ---------------------------------------------------------------
+def test_start_run_writes_no_invalid_header(tmp_path):
+    ledger = make_ledger(tmp_path)
+    content = ledger.path.read_bytes()
+    with pytest.raises(KeyError):
+        ledger.start_run({"noise_multiplier": 1.0})
+    assert ledger.path.read_bytes() == content
+
+
+# --- models that held-out authors chose ---------------------------------------------------------------------
 
 BEST = ["--save_strategy", "best", "--eval_strategy", "epoch"]
 
 
-def folder_of_a_run(folder, **header) -> PrivacyLedger:
+def make_run(folder, **header) -> PrivacyLedger:
     ledger = PrivacyLedger(folder / "privacy_ledger.jsonl")
     ledger.start_run({"noise_multiplier": 1.0, "sample_rate": 0.1, "split": "s", "num_authors": 5, **header})
     ledger.record_step()
     return ledger
 
 
-def test_no_release_of_a_model_that_held_out_authors_chose_earlier(tmp_path, monkeypatch, capfd):
-    folder_of_a_run(tmp_path, by_metrics="--save_strategy best")
+def test_release_is_refused_after_metrics_chose_the_model(tmp_path, monkeypatch, capfd):
+    make_run(tmp_path, by_metrics="--save_strategy best")
     options = ["--release_eval_epsilon", "1", "--resume_from_checkpoint", "True"]
     status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *options))
     assert status == 2 and "an earlier run" in stderr and "--save_strategy best" in stderr, stderr
 
 
-def test_after_a_release_held_out_authors_choose_nothing(tmp_path, monkeypatch, capfd):
-    folder_of_a_run(tmp_path).record_release({"epsilon": 2.0, "split": "s"})
+def test_metrics_choose_no_model_after_a_release(tmp_path, monkeypatch, capfd):
+    make_run(tmp_path).record_release({"epsilon": 2.0, "split": "s"})
     options = [*BEST, "--resume_from_checkpoint", "True"]
     status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *options))
     assert status == 2 and "--save_strategy best" in stderr and "was released" in stderr, stderr
 
 
-def test_the_ledger_says_by_which_metrics_a_model_was_chosen(tmp_path, monkeypatch):
+def test_ledger_records_which_metrics_chose_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr("author_dp.training.setup.metric_driven_option", lambda args: "--some option")
     trainer = make_trainer(tmp_path)
     trainer.budget.start()
     ledger = PrivacyLedger(trainer.budget.ledger.path)
-    assert ledger.runs[-1].get("by_metrics") == "--some option" and ledger.by_metrics is None  # of no step, no model
+    assert ledger.runs[-1].get("by_metrics") == "--some option" and ledger.by_metrics is None  # without steps there is no model
     trainer.budget.record_step()
     assert PrivacyLedger(ledger.path).by_metrics == "--some option"
 
 
-def test_training_authors_do_not_choose_the_model_by_losses_without_noise(tmp_path, monkeypatch, capfd):
+def test_shared_authors_choose_no_model_by_exact_losses(tmp_path, monkeypatch, capfd):
     shared = ["--validation_file", "data.jsonl", "--allow_shared_authors"]
     status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *shared, *BEST))
     assert status == 2 and "--allow_shared_authors" in stderr and "--save_strategy best" in stderr, stderr
 
 
-# --- a release that a crash or a full disk cut short ---------------------------------------------------------
+# --- truncated records of releases --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("then", ["release", "run", "alarm"])
-def test_a_torn_release_is_paid_for_and_leaves_the_ledger_whole(tmp_path, then):
-    """What of it is on disk may hold the loss: it counts, and what comes next does not stick to it."""
-    ledger = folder_of_a_run(tmp_path)
+def test_truncated_release_counts_and_leaves_the_ledger_readable(tmp_path, then):
+    """The part on disk may hold the loss, so it counts. The next record starts on a new line."""
+    ledger = make_run(tmp_path)
     Budget(make_trainer(tmp_path / "other").plan, ledger, True).record_release({"epsilon": 2.0, "unit": "u", "loss": 3.25})
     ledger.path.write_bytes(ledger.path.read_bytes()[:-20])
     assert b'"loss": 3.25' in ledger.path.read_bytes()
-    torn = PrivacyLedger(ledger.path)
-    with torn.locked():
-        assert torn.steps == 1 and torn.current_release is None
+    truncated = PrivacyLedger(ledger.path)
+    with truncated.locked():
+        assert truncated.steps == 1 and truncated.current_release is None
         if then == "release":
-            torn.record_release({"epsilon": 0.5, "split": None})
+            truncated.record_release({"epsilon": 0.5, "split": None})
         elif then == "run":
-            torn.start_run(torn.runs[0])
+            truncated.start_run(truncated.runs[0])
         else:
-            torn.record_failure("something")
+            truncated.record_failure("something")
     try:
         again = PrivacyLedger(ledger.path)
     except UserError as error:
@@ -373,34 +389,34 @@ def test_a_torn_release_is_paid_for_and_leaves_the_ledger_whole(tmp_path, then):
 
 
 @pytest.mark.parametrize("length", [15, 33, 40])
-def test_a_release_torn_before_its_loss_told_nothing(tmp_path, length):
-    ledger = folder_of_a_run(tmp_path)
+def test_release_truncated_before_its_loss_counts_as_a_step(tmp_path, length):
+    ledger = make_run(tmp_path)
     with open(ledger.path, "a") as file:
         file.write('{"record": "release", "epsilon": 2.0, "split": null, "loss": 3.25'[:length])
-    torn = PrivacyLedger(ledger.path)
-    assert torn.releases == [] and torn.steps == 2  # and is taken for a step, as any record of which little is known
+    truncated = PrivacyLedger(ledger.path)
+    assert truncated.releases == [] and truncated.steps == 2  # it counts as a step, like any unknown truncated record
 
 
-def test_a_loss_is_published_for_the_model_of_its_step_only(tmp_path):
-    trainer = ready(make_trainer(tmp_path), make_dataset(COUNTS))
+def test_release_is_reused_for_the_same_step_only(tmp_path):
+    trainer = with_eval_data(make_trainer(tmp_path), make_dataset(COUNTS))
     trainer.state.global_step = 4
     found = release_eval_loss(trainer, 20.0, 8.0, limited=False)
     assert found["step"] == 4 and "at step 4" in format_release(found)
-    trainer.state.global_step = 2  # an earlier checkpoint, to which nothing is left to do
+    trainer.state.global_step = 2  # an earlier checkpoint
     assert release_eval_loss(trainer, 20.0, 8.0, limited=False)["loss"] != found["loss"]
     assert [one["step"] for one in PrivacyLedger(trainer.budget.ledger.path).releases] == [4, 2]
 
 
 @pytest.mark.parametrize("epsilon", LIMITS["release_eval_epsilon"])
 @pytest.mark.parametrize("upper", LIMITS["release_eval_range"])
-def test_the_extremes_that_are_allowed_are_numbers_in_all_files(tmp_path, epsilon, upper):
-    found = release_eval_loss(ready(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
+def test_release_limits_give_finite_numbers(tmp_path, epsilon, upper):
+    found = release_eval_loss(with_eval_data(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
     assert json.loads(json.dumps(found, allow_nan=False)) == found and format_release(found)
     assert found == {k: v for k, v in PrivacyLedger(tmp_path / "privacy_ledger.jsonl").current_release.items() if k != "split"}
 
 
-def test_a_split_has_another_name_with_another_rule():
-    """By another column the same people are others, and who was held out may be trained on: it adds up."""
+def test_split_id_depends_on_every_rule():
+    """With another column or rule, held-out authors may be trained on, so the epsilons add up."""
     options = [{}, {"eval_fraction": 0.1}, {"author_column": "device"}, {"author_column": "a:b"}]
     names = [DataArguments(train_file=["x"], **more).split_id(seed) for more in options for seed in (1, 2)]
     assert len(set(names)) == 8 and DataArguments(train_file=["x"], validation_file=["y"]).split_id(1) is None

@@ -250,7 +250,7 @@ def test_the_best_checkpoint_is_one_of_this_run(tmp_path):
     trainer = resumable(tmp_path / "run", max_steps=2)
     trainer.train()
     trainer.state.best_model_checkpoint = str(tmp_path / "out" / "checkpoint-2")
-    with pytest.raises(UserError, match="what it has spent is not in"):
+    with pytest.raises(UserError, match="its privacy cost is not in"):
         trainer._load_best_model()
     trainer.state.best_model_checkpoint = str(tmp_path / "run" / "checkpoint-2")
     trainer._load_best_model()

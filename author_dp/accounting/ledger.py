@@ -84,15 +84,13 @@ class PrivacyLedger:
 
     def _apply(self, record: dict[str, Any]) -> None:
         """Update the attributes by one record; raise ValueError, KeyError, TypeError or IndexError for an invalid one."""
+        check_record(record)
         if record["record"] == "run":
-            event_of_run(record, 0)  # raises if the header has no mechanism
             self.steps_per_run.append(0)
             self.runs.append(record)
         elif record["record"] == "alarm":
             self.failure = str(record["found"])
         elif record["record"] == "release":
-            if not 0 < record["epsilon"] < math.inf:
-                raise ValueError("the epsilon of a release must be above 0 and finite")
             release = {name: value for name, value in record.items() if name != "record"}
             self.current_release = None if "torn" in release else release
             self.releases.append(release)
@@ -217,9 +215,18 @@ class PrivacyLedger:
         self._append({**cost, **release})
 
     def _append(self, record: dict[str, Any]) -> None:
+        check_record(record)  # before it is written: the ledger could not be read again
         self._chain.repair_tail(self._replacement)
         self._chain.append(record)
         self._apply(record)
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError for a header without a mechanism, or a release without a valid epsilon."""
+    if record["record"] == "run":
+        event_of_run(record, 0)
+    elif record["record"] == "release" and not 0 < record["epsilon"] < math.inf:
+        raise ValueError("the epsilon of a release must be above 0 and finite")
 
 
 def interpret_truncated(tail: bytes, next_step: int) -> dict[str, Any]:

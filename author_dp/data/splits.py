@@ -1,7 +1,7 @@
 """Choose authors by hashes of their values, and summarize for privacy.json which data was used.
 
 An author's hash does not depend on which other authors exist. So adding or removing one author moves no other author between
-training and evaluation.
+training and evaluation. `assign_sides` has one exception.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def assign_sides(
     """Hold out about `eval_fraction` of the authors; train on `train_fraction` of the others.
 
     An author's side depends on the author's value and `seed` only. Adding or removing one author moves no other author between
-    the sides, so neighboring data sets stay neighboring. If chance holds out no author, one is held out, or an error is raised
-    without `hold_out_at_least_one`.
+    the sides, so neighboring data sets stay neighboring. Exception: if no author's hash is below `eval_fraction`, the author with
+    the smallest hash is held out, which depends on the other authors. Without `hold_out_at_least_one`, this is an error.
 
     Args:
         authors: values, each once.

@@ -16,7 +16,7 @@ import torch
 from author_dp.clipping import ENGINES
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
-from author_dp.guards.probing import as_user_error, random_tokens, tolerance_factor
+from author_dp.guards.probing import model_errors_as_user_error, random_tokens, tolerance_factor
 from author_dp.mechanism.fsdp import (
     FSDP_REMEDY,
     autograd_gradients,
@@ -181,7 +181,7 @@ def activation_checkpointing(model: Any, options: Optional[dict[str, Any]]) -> I
         return
     for_transformers = {name: value for name, value in options.items() if name in TRANSFORMERS_MODULE}
     for_torch = {name: value for name, value in options.items() if name not in TRANSFORMERS_MODULE}
-    with as_user_error("--activation_checkpointing: this model does not support it. Leave it out"):
+    with model_errors_as_user_error("--activation_checkpointing: this model does not support it. Leave it out"):
         model.activation_checkpointing_enable(for_torch or None, **for_transformers)
     try:
         yield

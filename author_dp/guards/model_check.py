@@ -23,7 +23,13 @@ from author_dp.clipping import ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import check_engine, clipping_remedy, freeze_unused, make_random_microbatch, shorten
-from author_dp.guards.probing import MIN_LEN, as_user_error, deterministic_train_mode, perturb_zero_params, resolve_sequence_len
+from author_dp.guards.probing import (
+    MIN_LEN,
+    deterministic_train_mode,
+    model_errors_as_user_error,
+    perturb_zero_params,
+    resolve_sequence_len,
+)
 from author_dp.guards.sample_independence import MAX_LEN, check_sample_independence
 from author_dp.mechanism.fsdp import is_finite
 from author_dp.models.quantization import check_quantized_frozen
@@ -84,7 +90,7 @@ def verify_model(
     max_len = resolve_sequence_len(model, sequence_len)
     check_sample_independence(model, max_len, bf16)
     cannot_run = f"--clipping {clipping}: the engine fails on this model. {clipping_remedy(clipping, model.parameters())}"
-    with deterministic_train_mode(model), perturb_zero_params(model), as_user_error(cannot_run):
+    with deterministic_train_mode(model), perturb_zero_params(model), model_errors_as_user_error(cannot_run):
         batches = [make_random_microbatch(model, length) for length in MICROBATCH_LENS]
         batches.append(make_random_microbatch(model, max(MIN_LEN, min(max_len, MAX_LEN)), samples_per_author=(1, 1)))
         unused = freeze_unused(model, batches[0])

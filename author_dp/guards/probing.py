@@ -45,7 +45,7 @@ def tolerance_factor(model: nn.Module) -> float:
 
 
 @contextmanager
-def as_user_error(problem: str) -> Iterator[None]:
+def model_errors_as_user_error(problem: str) -> Iterator[None]:
     """Turn an exception of the model's own code into a UserError that says what to change."""
     try:
         yield

@@ -18,9 +18,9 @@ import torch
 
 from author_dp.errors import UserError
 from author_dp.guards.probing import (
-    as_user_error,
     deterministic_train_mode,
     float32_train_mode,
+    model_errors_as_user_error,
     perturb_zero_params,
     random_tokens,
     resolve_sequence_len,
@@ -45,7 +45,7 @@ def check_sample_independence(model: Any, sequence_len: Optional[int] = None, bf
     """
     max_len = resolve_sequence_len(model, sequence_len)
     cannot_run = f"--model_name: this model fails on {max_len} plain token ids. Lower --sequence_len, or choose another model"
-    with perturb_zero_params(model), as_user_error(cannot_run):
+    with perturb_zero_params(model), model_errors_as_user_error(cannot_run):
         ids = random_tokens(model, BATCH_SIZE * min(max_len, RANDOM_OPS_LEN), 5).view(BATCH_SIZE, -1)
         with float32_train_mode(model):
             tolerance = LOGIT_TOLERANCE * (100.0 if bf16 else tolerance_factor(model))

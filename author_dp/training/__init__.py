@@ -1,1 +1,1 @@
-"""What surrounds the optimizer's steps: data loading, checkpoints, evaluation, signals."""
+"""Run the training around the optimizer's steps: setup, data loading, checkpoints, evaluation, signals."""

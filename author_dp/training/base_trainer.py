@@ -1,6 +1,6 @@
-"""Adapt Hugging Face's Trainer to logical batches of authors: its hooks that count, schedule and evaluate.
+"""Adapt the methods of Hugging Face's Trainer that count, schedule and evaluate to logical batches of authors.
 
-Nothing here touches per-author gradients; `dp_utils.DPTrainer` does.
+`dp_utils.DPTrainer` computes per-author gradients; this module does not.
 """
 
 from typing import Any, Optional
@@ -19,7 +19,7 @@ from author_dp.training.evaluation import EvalBatches, evaluate
 
 
 class LogicalBatchTrainer(Trainer):
-    """Count, schedule and evaluate as author-level training needs it.
+    """Trainer that counts, schedules and evaluates in logical batches.
 
     Attributes:
         plan: the public parameters of the run.
@@ -30,13 +30,13 @@ class LogicalBatchTrainer(Trainer):
     plan: PrivacyPlan
 
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
-        """Name the option where the Trainer's scheduler does not take its arguments."""
-        kind, options = SchedulerType(self.args.lr_scheduler_type).value, self.args.lr_scheduler_kwargs
-        with as_user_error(f"--lr_scheduler_type {kind}, with --lr_scheduler_kwargs {options}"):
+        """Create the Trainer's scheduler; raise UserError if it does not accept its arguments."""
+        name, options = SchedulerType(self.args.lr_scheduler_type).value, self.args.lr_scheduler_kwargs
+        with as_user_error(f"--lr_scheduler_type {name}, with --lr_scheduler_kwargs {options}"):
             return super().create_scheduler(*args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Optional[torch.Tensor] = None) -> Optional[torch.Tensor]:
-        """Skip the norm that the Trainer logs: before the optimizer's step there is no gradient that could be shown."""
+        """Return no norm with privacy: before the optimizer's step there is no gradient that could be disclosed."""
         return super()._get_grad_norm(model, grad_norm) if self.plan.disable_dp else None
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
@@ -44,25 +44,25 @@ class LogicalBatchTrainer(Trainer):
         return self.plan.expected_batch_size
 
     def floating_point_ops(self, inputs: LogicalBatch) -> int:  # type: ignore[override]
-        """Sum over the microbatches."""
+        """Return the sum over the microbatches."""
         return sum(super(LogicalBatchTrainer, self).floating_point_ops(microbatch) for microbatch in inputs.microbatches)
 
     def hyperparameter_search(self, *args, **kwargs) -> Any:
-        """Refuse: each trial would spend, and the best one be chosen by losses."""
+        """Raise UserError: each trial would cost privacy, and losses would choose the best one."""
         check_no_trial("all")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return this process' share of the evaluation texts, in batches of --per_device_eval_batch_size."""
+        """Return this process's share of the evaluation texts, in batches of --per_device_eval_batch_size."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
         return DataLoader(EvalBatches(dataset, size, self.data_collator, rank, world_size), batch_size=None)
 
     def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
-        """Return losses that depend neither on the batch nor on the number of processes; see training/evaluation.py."""
+        """Return losses that depend neither on the batch size nor on the number of processes (evaluation.py)."""
 
         def on_batch() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        self.callback_handler.eval_dataloader = dataloader  # the progress bar asks for its length
+        self.callback_handler.eval_dataloader = dataloader  # the progress bar reads its length
         with self.accelerator.autocast():
             return evaluate(self.model, dataloader, on_batch, metric_key_prefix)

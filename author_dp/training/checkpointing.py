@@ -1,16 +1,17 @@
-"""How a run ends early and goes on: whole checkpoints, signals, faults, and what may be resumed.
+"""Save complete checkpoints only, and decide whether and from where a run may resume.
 
-Promise: a checkpoint counts only when all its files are on disk, so that what a crash left half written is passed over; a
-checkpoint is resumed only beside the ledger that holds its steps; Ctrl-C and SIGTERM save one before the run ends. Nothing here
-decides about epsilon: the ledger alone does.
+Guarantees: a checkpoint counts only when all its files are on disk, so a checkpoint that a crash left half written is skipped.
+A checkpoint is resumed only beside the ledger that holds its steps. This module decides nothing about epsilon: the ledger alone
+does.
 
 Example:
 
-    >>> seal(Path("scratch/checkpoint-100"))
-    >>> newest_whole(Path("scratch"))
+    >>> mark_complete(Path("scratch/checkpoint-100"))
+    >>> latest_complete(Path("scratch"))
     PosixPath('scratch/checkpoint-100')
 """
 
+import errno
 import json
 import os
 import re
@@ -44,14 +45,14 @@ from author_dp.models.weights import (
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
-# --- whole checkpoints ------------------------------------------------------------------------------------
+# --- complete checkpoints ---------------------------------------------------------------------------------
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Put every file of `checkpoint` on disk, then say so in a file of its own, with their sizes.
+    """Flush every file of `checkpoint` to disk, then write the marker file with their sizes.
 
-    All but the report are for their owner only: the Trainer's state tells losses, how much was computed, and when. The
-    optimizer's state is hashed, as privacy.json does with weights: another run's would be applied without noise.
+    All files but the report become readable by their owner only: the Trainer's state discloses losses, how much was computed,
+    and when. The optimizer's state is hashed, as weights are in privacy.json. Another run's state would be applied without noise.
     """
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.name != REPORT_NAME:
@@ -68,38 +69,38 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def find_corruption(checkpoint: Path) -> Optional[str]:
-    """Return what is missing in `checkpoint`, or None where it is whole."""
+    """Return what is missing in `checkpoint`, or None if it is complete."""
     try:
         sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text())["files"]
     except FileNotFoundError:
-        return f"it was not written to its end ({COMPLETE_MARKER} is missing)"
+        return f"it is incomplete ({COMPLETE_MARKER} is missing)"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{COMPLETE_MARKER} cannot be read"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
-            return f"{name} is missing or was cut short"
+            return f"{name} is missing or truncated"
     return None
 
 
 def latest_complete(output_dir: Path) -> Optional[Path]:
-    """Return the checkpoint of the highest step that is whole; pass over the others with a warning."""
+    """Return the complete checkpoint of the highest step; skip incomplete ones with a warning."""
     for checkpoint in reversed(checkpoints_by_step(output_dir)):
-        damage = find_corruption(checkpoint)
-        if damage is None:
+        corruption = find_corruption(checkpoint)
+        if corruption is None:
             return checkpoint
-        logger.warning_once(f"Passed over {checkpoint}: {damage}.")
+        logger.warning_once(f"Skipped {checkpoint}: {corruption}.")
     return None
 
 
 def checkpoints_by_step(output_dir: Path) -> list[Path]:
-    """Return the checkpoints in the order of their steps, not of their times: a clock may go backwards."""
-    found = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in output_dir.glob("*"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    """Return the checkpoints in order of step, not of time: a clock may go backwards."""
+    matches = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in output_dir.glob("*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def prune_checkpoints(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
-    """Delete whole checkpoints beside `newest` but for `limit` of them; never `newest` itself, nor `best`."""
+    """Delete the oldest complete checkpoints until `limit` are left, `newest` included; never `newest` or `best`."""
     if limit is None or limit <= 0:
         return
     others = [path for path in checkpoints_by_step(newest.parent) if path != newest and find_corruption(path) is None]
@@ -109,9 +110,10 @@ def prune_checkpoints(newest: Path, limit: Optional[int], best: Optional[str]) -
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint: the Trainer's state first, as one without privacy.json would be another program's.
+    """Delete a checkpoint, in an order that is safe if it is interrupted.
 
-    Weights go before a privacy.json that certifies nothing: without it they would pass for those of a base model.
+    The Trainer's state goes first: a checkpoint with it and without privacy.json counts as another program's. Weights go before a
+    privacy.json that certifies nothing: without it they would pass for those of a base model.
     """
     (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
     if not has_no_guarantee(path):
@@ -123,20 +125,20 @@ def remove_checkpoint(path: Path) -> None:
 
 @contextmanager
 def atomic_checkpoint(output_dir: Path, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
-    """Within, the Trainer writes the checkpoint of its step; it is sealed at the end, and only then are older ones deleted."""
+    """Mark the checkpoint that the Trainer writes inside as complete; only then delete older ones."""
     checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    if args.should_save and checkpoint.exists():  # of a lost step of the same number
+    if args.should_save and checkpoint.exists():  # from before a restart: the step with this number was lost
         remove_checkpoint(checkpoint)
-    barrier()  # or another process could write its files before
-    keep, args.save_total_limit = args.save_total_limit, None
+    barrier()  # no process writes files before the old ones are gone
+    limit, args.save_total_limit = args.save_total_limit, None
     try:
         yield
     finally:
-        args.save_total_limit = keep
-    barrier()  # every process has its files in there
+        args.save_total_limit = limit
+    barrier()  # all processes have written their files
     if args.should_save:
         mark_complete(checkpoint)
-        prune_checkpoints(checkpoint, keep, state.best_model_checkpoint)
+        prune_checkpoints(checkpoint, limit, state.best_model_checkpoint)
 
 
 def load_trainer_state(checkpoint: Path) -> TrainerState:
@@ -148,165 +150,206 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
 
 
 def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Optional[Path]:
-    """Return the checkpoint to go on from; None where the run starts with the model as it was given.
+    """Return the checkpoint to resume from; None if the run starts with the model as given.
 
     Args:
-        args: Hugging Face's; of interest are output_dir and resume_from_checkpoint (a path, or True for the newest).
+        args: Hugging Face's. Used are output_dir and resume_from_checkpoint (a path, or True for the newest).
         privacy: dp_utils.PrivacyArguments.
         adapter: whether the run trains an adapter.
     Raises:
-        UserError: where spent steps would be forgotten, the folder holds results of another run, or there is nothing to resume.
+        UserError: where recorded steps would be forgotten, the folder holds results of another run, or there is no checkpoint.
     """
-    folder, resume = Path(str(args.output_dir)), args.resume_from_checkpoint
-    if is_checkpoint(folder):
-        raise UserError(f"--output_dir {folder}: this is the name of a checkpoint, not of a run. Choose another --output_dir")
-    ledger = PrivacyLedger(folder / LEDGER_NAME)
-    if args.process_index == 0 and ledger.path.exists():
-        with ledger.locked():  # or say at once that another run is in there
-            pass
-    ledger.check_no_failure()
-    check_not_released(ledger, metric_driven_option(args))
-    if ledger.steps and privacy.disable_dp:
-        raise UserError(f"--output_dir {folder} holds a private run: choose another --output_dir for one with --disable_dp")
-    if not resume:
-        if ledger.steps:
-            raise UserError(
-                f"--output_dir {folder} holds the privacy ledger of an earlier run: continue that run with "
-                "--resume_from_checkpoint True, or choose another --output_dir"
-            )
-        check_empty(folder)
+    folder, is_main_process = Path(str(args.output_dir)), args.process_index == 0
+    check_path(folder, "--output_dir")
+    ledger = open_ledger(folder, metric_driven_option(args), privacy.disable_dp, is_main_process)
+    if not args.resume_from_checkpoint:
+        check_unused(folder, ledger)
         return None
-    check_own_results(folder, ledger, privacy.disable_dp, adapter, is_first_process=args.process_index == 0)
-    checkpoint = latest_complete(folder) if resume is True else Path(resume)
-    if checkpoint is None:
-        if ledger.steps or (privacy.disable_dp and checkpoints_by_step(folder)):
-            logger.warning_once(
-                f"No checkpoint in {folder} is whole: starting anew, with the {ledger.steps} steps of its ledger counted."
-            )
-            return None
-        raise UserError(f"--resume_from_checkpoint: there is no checkpoint in --output_dir {folder}; leave it out to start")
-    if not checkpoint.is_dir():
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: there is no such folder; give a checkpoint folder, or True for the newest"
-        )
-    if damage := find_corruption(checkpoint):
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: {damage}; give an earlier checkpoint, or True for the newest whole one"
-        )
-    if not (checkpoint / "scheduler.pt").exists():
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: it holds the model alone (--save_only_model), so the learning rate and the "
-            "optimizer would begin anew; resume from a checkpoint that was saved without --save_only_model"
-        )
-    if not privacy.disable_dp:
-        check_ledger_covers(checkpoint, ledger, is_first_process=args.process_index == 0)
+    check_own_results(folder, ledger, privacy.disable_dp, adapter, is_main_process)
+    checkpoint = choose_checkpoint(args.resume_from_checkpoint, folder, ledger, privacy.disable_dp)
+    if checkpoint is not None and not privacy.disable_dp:
+        check_ledger_covers(checkpoint, ledger, is_main_process)
     return checkpoint
 
 
-def check_empty(folder: Path) -> None:
-    """Raise UserError where `folder` holds a model, a checkpoint or a privacy.json: they could pass for results of this run."""
-    if results := [*weight_files(folder), *find_reports(folder), *checkpoints_by_step(folder)]:
+def check_path(path: Path, option: str) -> None:
+    """Raise UserError where the operating system accepts no such path: it is too long, or contains a null character."""
+    problem = None
+    try:
+        os.stat(path / LEDGER_NAME)
+    except ValueError:
+        problem = "a path cannot contain a null character"
+    except OSError as error:  # a path that does not exist yet is accepted; others fail where they are used
+        problem = "the path is too long" if error.errno == errno.ENAMETOOLONG else None
+    if problem:
+        raise UserError(f"{option} {str(path)[:80]!r}: {problem}. Choose another path")
+
+
+def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_process: bool) -> PrivacyLedger:
+    """Return the ledger of `folder`, after checks that the run may use this folder.
+
+    Args:
+        option: by which evaluation metrics choose the model, if any.
+    Raises:
+        UserError: for a checkpoint's folder, one in use or with a failed mechanism, or a ledger that this run would contradict.
+    """
+    if is_checkpoint(folder):
+        raise UserError(f"--output_dir {folder}: this is the name of a checkpoint, not of a run. Choose another --output_dir")
+    ledger = PrivacyLedger(folder / LEDGER_NAME)
+    if is_main_process and ledger.path.exists():
+        with ledger.locked():  # fails at once if another run uses the folder
+            pass
+    ledger.check_no_failure()
+    check_not_released(ledger, option)
+    if ledger.steps and disable_dp:
+        raise UserError(f"--output_dir {folder}: it holds a private run. Choose another --output_dir for one with --disable_dp")
+    return ledger
+
+
+def check_unused(folder: Path, ledger: PrivacyLedger) -> None:
+    """Raise UserError where `folder` holds steps, a model, a checkpoint or a privacy.json.
+
+    They could pass for results of a run that starts there.
+    """
+    if ledger.steps:
+        raise UserError(
+            f"--output_dir {folder}: it holds the privacy ledger of an earlier run. Resume that run with "
+            "--resume_from_checkpoint True, or choose another --output_dir"
+        )
+    results = [*weight_files(folder), *find_reports(folder), *checkpoints_by_step(folder)]
+    if results:
         raise UserError(
             f"--output_dir {folder}: it holds results of another run or other weights ({list_names(results, folder)}). Choose "
-            "another --output_dir, or continue that run with --resume_from_checkpoint True"
+            "another --output_dir, or resume that run with --resume_from_checkpoint True"
         )
 
 
-def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, adapter: bool, is_first_process: bool) -> None:
-    """Raise UserError where `folder` holds results of another kind than those of the run that is resumed.
+def choose_checkpoint(resume: str | bool, folder: Path, ledger: PrivacyLedger, disable_dp: bool) -> Optional[Path]:
+    """Return the checkpoint that `resume` names, or the newest complete one in `folder` for True.
+
+    Returns:
+        None where the run was interrupted before its first complete checkpoint.
+    Raises:
+        UserError: where there is no checkpoint, or it cannot be resumed.
+    """
+    checkpoint = latest_complete(folder) if resume is True else Path(str(resume))
+    if checkpoint is not None:
+        check_resumable(checkpoint)
+    elif ledger.steps or (disable_dp and checkpoints_by_step(folder)):
+        logger.warning_once(f"No complete checkpoint in {folder}: restarting; the {ledger.steps} recorded steps still count.")
+    else:
+        raise UserError(f"--resume_from_checkpoint: no checkpoint in --output_dir {folder}. Leave the option out to start")
+    return checkpoint
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Raise UserError unless `checkpoint` is a complete folder that holds the optimizer and the scheduler too."""
+    name = f"--resume_from_checkpoint {checkpoint}"
+    check_path(checkpoint, "--resume_from_checkpoint")
+    if not checkpoint.is_dir():
+        raise UserError(f"{name}: no such folder. Give a checkpoint folder, or True for the newest")
+    if corruption := find_corruption(checkpoint):
+        raise UserError(f"{name}: {corruption}. Give an earlier checkpoint, or True for the newest complete one")
+    if not (checkpoint / "scheduler.pt").exists():
+        raise UserError(
+            f"{name}: it holds the model alone (--save_only_model), so the learning rate and the optimizer would start afresh. "
+            "Resume from a checkpoint that was saved without --save_only_model"
+        )
+
+
+def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, adapter: bool, is_main_process: bool) -> None:
+    """Raise UserError where `folder` holds results of another kind of run than the resumed one.
 
     Args:
-        disable_dp, adapter: the run's kind: whether it is without privacy, and whether it trains an adapter.
-        is_first_process: which alone hashes weights.
+        disable_dp, adapter: the kind of run: whether it is without privacy, and whether it trains an adapter.
+        is_main_process: only this process hashes weights.
     """
     checkpoints, foreign = checkpoints_by_step(folder), []
-    for place in (folder, *checkpoints):
-        foreign += [path for path in weight_files(place) if not weight_name_pattern(adapter).fullmatch(path.name)]
+    for directory in (folder, *checkpoints):
+        foreign += [path for path in weight_files(directory) if not weight_name_pattern(adapter).fullmatch(path.name)]
     foreign += [path for path in find_reports(folder) if ledger.check_report(path)["disable_dp"] != disable_dp]
-    # Of our own, privacy.json is written before the Trainer's state, and removed after it.
+    # This program writes privacy.json before the Trainer's state, and removes it after that.
     foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
     if foreign:
         kind = f"{'an adapter' if adapter else 'a full model'} {'without' if disable_dp else 'with'} privacy"
         raise UserError(
-            f"--output_dir {folder}: it holds results of another kind of run ({list_names(foreign, folder)}) than the one that "
-            f"is resumed ({kind}). Move them away, or choose another --output_dir"
+            f"--output_dir {folder}: it holds results of another kind of run ({list_names(foreign, folder)}) than the resumed "
+            f"one ({kind}). Move them away, or choose another --output_dir"
         )
-    if is_first_process and not disable_dp and (folder / REPORT_NAME).exists():
+    if is_main_process and not disable_dp and (folder / REPORT_NAME).exists():
         check_weights(folder, ledger.check_report(folder / REPORT_NAME), base=False)
 
 
 def list_names(paths: list[Path], folder: Path) -> str:
-    """Return the first few names, for an error."""
+    """Return the first four names relative to `folder`, for an error."""
     names = sorted(str(path.relative_to(folder)) for path in paths)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def check_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
-    """Raise UserError where metrics would choose a model (by `option`) whose held-out authors' loss was released."""
+    """Raise UserError where `option` chooses a model by authors whose evaluation loss was released."""
     if ledger.releases and option is not None:
         raise UserError(
-            f"{option} lets held-out authors choose what is saved or trained, and --output_dir {ledger.path.parent} holds an "
-            "evaluation loss that was released of them: leave it out, or choose another --output_dir"
+            f"{option}: it lets held-out authors choose what is saved or trained, but their evaluation loss was released from "
+            f"--output_dir {ledger.path.parent}. Leave it out, or choose another --output_dir"
         )
 
 
-def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_first_process: bool = True) -> None:
-    """Raise UserError unless the steps behind `checkpoint` are in `ledger`, and its weights are those that were saved.
+def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_main_process: bool = True) -> None:
+    """Raise UserError unless `ledger` holds the steps behind `checkpoint`, and its weights are those that were saved.
 
     Args:
-        is_first_process: which alone hashes weights.
+        is_main_process: only this process hashes weights.
     """
     if checkpoint.resolve().parent != ledger.path.resolve().parent or not ledger.path.exists():
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: what it has spent is not in {ledger.path}; resume in the --output_dir that "
-            "the checkpoint was made in, with its ledger"
+            f"--resume_from_checkpoint {checkpoint}: its privacy cost is not in {ledger.path}. Resume in the --output_dir that "
+            "the checkpoint was saved in, with its ledger"
         )
     report = ledger.check_report(checkpoint / REPORT_NAME)
     if report["disable_dp"]:
-        raise UserError(f"--resume_from_checkpoint {checkpoint} was trained with --disable_dp: start anew, or add --disable_dp")
-    if is_first_process:
-        check_weights(checkpoint, report, base=False)  # the run compares its own base, wherever that lies now
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: it was trained with --disable_dp. Start a new run, or add --disable_dp"
+        )
+    if is_main_process:
+        check_weights(checkpoint, report, base=False)  # the run compares its base itself, wherever the base is stored now
         known = json.loads((checkpoint / COMPLETE_MARKER).read_text()).get("sha256") or {}
         for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
             if sha256_of(checkpoint / name) != known.get(name):
                 raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {COMPLETE_MARKER}. Restore the file")
 
 
-def check_author_count(runs: list[dict[str, Any]], kept: Optional[int], num_authors: int, hidden: bool, allowed: bool) -> None:
-    """Raise UserError for another number of authors than in the run before, unless the user says that it is meant.
+def check_author_count(
+    runs: list[dict[str, Any]], private_count: Optional[int], num_authors: int, hidden: bool, allowed: bool
+) -> None:
+    """Raise UserError for another number of authors than in the previous run, unless `allowed`.
 
     Args:
-        runs: the ledger's headers. Other sample rates, noise, clip norms or samples per author compose as they ran; so do other
+        runs: the ledger's headers. Other sample rates, noise, clip norms or samples per author compose as they ran. So do other
             authors, but these are more likely a mistake.
-        kept: the number before, where the headers do not tell it.
-        hidden: --hide_counts, which is for a whole folder: one header that tells the number would tell it for all.
+        private_count: the previous number of authors, where the headers do not disclose it.
+        hidden: --hide_counts. It holds for a folder: one header that discloses the number would disclose it for all runs.
         allowed: --allow_other_authors.
     """
     if not runs:
         return
-    before = runs[-1]["num_authors"]
-    if hidden != (before is None):
-        remedy = "add it again" if before is None else "leave it out, or start in a new --output_dir"
+    previous = runs[-1]["num_authors"]
+    if hidden != (previous is None):
+        fix = "Add it again" if previous is None else "Leave it out, or start in a new --output_dir"
+        raise UserError(f"--hide_counts: the resumed run was started {'with' if previous is None else 'without'} it. {fix}")
+    previous = private_count if previous is None else previous
+    if previous not in (None, num_authors) and not allowed:
         raise UserError(
-            f"--hide_counts was {'' if before is None else 'not '}given to the run that this one goes on with: {remedy}"
-        )
-    before = kept if before is None else before
-    if before not in (None, num_authors) and not allowed:
-        raise UserError(
-            f"--resume_from_checkpoint: there are {num_authors:,} training authors now, {before:,} before; "
-            "give the same data and options, or add --allow_other_authors if it is meant"
+            f"--resume_from_checkpoint: there are {num_authors:,} training authors now, {previous:,} before. "
+            "Give the same data and options, or add --allow_other_authors if this is intended"
         )
 
 
-def check_counts_hidden(folder: Path, ledger: PrivacyLedger, hidden: bool) -> None:
-    """Raise UserError where a public file of `folder` tells the number of authors, and --hide_counts (`hidden`) is to keep it."""
-    if not hidden:
-        return
-    # Of headers those with steps are in check_same_authors, which knows a remedy.
+def check_counts_hidden(ledger: PrivacyLedger, hidden: bool) -> None:
+    """Raise UserError where the public ledger discloses the number of authors, despite --hide_counts (`hidden`)."""
+    # Headers with steps are checked by check_author_count, which knows a remedy.
     unused = (header for header, steps in zip(ledger.runs, ledger.steps_per_run) if not steps)
-    told = [ledger.path] if any(header.get("num_authors") is not None for header in unused) else []
-    if told:
-        raise UserError(f"--hide_counts: {told[0]} tells the number of authors, of an earlier run: choose another --output_dir")
-
-
-# --- how a run ends early ---------------------------------------------------------------------------------
+    if hidden and any(header.get("num_authors") is not None for header in unused):
+        raise UserError(
+            f"--hide_counts: {ledger.path} discloses the number of authors of an earlier run. Choose another --output_dir"
+        )

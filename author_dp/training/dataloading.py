@@ -1,6 +1,6 @@
-"""What the Trainer's own loop is given, and told otherwise: logical batches as the sampler draws them, one a step.
+"""Adapt the Trainer's loop to our sampler: one logical batch per optimizer step.
 
-Promise: keys of sampling and groups come from the operating system, are the same on all processes, and new for each training.
+Guarantees: keys of sampling and groups come from the operating system, agree on all processes, and are new for each training.
 """
 
 import copy
@@ -30,22 +30,22 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:
-    """Return a copy of `args` for a Trainer's loop that sees one logical batch a step, on one device a process."""
+    """Return a copy of `args` for one logical batch per step and one device per process."""
     args = copy.copy(args)
     if args.n_gpu > 1:
         logger.warning(
-            "Several GPUs in one process would need DataParallel, which mixes authors: using one. To use all, start a "
-            "process for each with torch.distributed.run."
+            "Using one GPU: several GPUs in one process need DataParallel, which mixes authors. To use all of them, start one "
+            "process per GPU with torch.distributed.run."
         )
         args._n_gpu = 1
-    args.ignore_data_skip = True  # batches are drawn afresh: there is nothing to skip
-    args.gradient_accumulation_steps = 1  # the logical batch is cut in training_step
+    args.ignore_data_skip = True  # batches are sampled afresh: there is nothing to skip
+    args.gradient_accumulation_steps = 1  # training_step splits the logical batch
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     return args
 
 
-def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, canaries: int) -> PoissonAuthorSampler:
-    """Return a sampler of this process' shares of draws, ceil(1 / q) of them an epoch, with keys of its own."""
+def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, num_canaries: int) -> PoissonAuthorSampler:
+    """Return a sampler of this process's shares of ceil(1 / q) batches per epoch, with new keys."""
     options: dict[str, Any] = dict(
         sample_rate=plan.sample_rate,
         samples_per_author=plan.samples_per_author,
@@ -53,7 +53,7 @@ def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, canar
         key=broadcast(secrets.randbits(128)),
         rank=args.process_index,
         world_size=args.world_size,
-        num_canaries=canaries,
+        num_canaries=num_canaries,
     )
     if plan.noise_bands == 1:
         return PoissonAuthorSampler(dataset.offsets, dataset.indices, **options)
@@ -69,10 +69,10 @@ def load_logical_batches(
     max_authors: int,
     shape: Optional[MicrobatchShape],
 ) -> DataLoader:
-    """Return the logical batches of an epoch, as the sampler draws them, padded in the workers."""
+    """Return a loader of the logical batches that `sampler` samples in an epoch, padded in the workers."""
     return DataLoader(
         LogicalBatchDataset(dataset, max_authors, collate, shape),
-        batch_sampler=sampler,  # type: ignore[arg-type]  # of AuthorBatch, which LogicalBatchDataset takes as they are
+        batch_sampler=sampler,  # type: ignore[arg-type]  # yields AuthorBatch, which LogicalBatchDataset accepts
         collate_fn=identity_collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
@@ -83,43 +83,45 @@ def load_logical_batches(
 
 
 def max_bands_in_memory(model: nn.Module, args: TrainingArguments) -> int:
-    """Return for how many noise bands half of the free memory suffices, on the first process; each but one takes what the
-    trained parameters take, over all processes."""
-    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * 4 / args.world_size
+    """Return how many noise bands fit into half of the free memory of rank 0. Collective.
+
+    Each band but one takes as many bytes as the trained parameters, divided over all processes.
+    """
+    band_bytes = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * 4 / args.world_size
     if args.device.type == "cuda":
         free = torch.cuda.mem_get_info(args.device)[0]
     else:
         free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return broadcast(1 + int(free / 2 / size))
+    return broadcast(1 + int(free / 2 / band_bytes))
 
 
 def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
-    """Move the model to where the Trainer will, unless it is spread over devices."""
+    """Move the model to the Trainer's device, unless it is spread over several devices."""
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
 
 
 class PlainEngine:
-    """Training without privacy, called as the clipping engines are: one path for both.
+    """Compute gradients without privacy, with the interface of the clipping engines.
 
     Args:
-        model: called as it is.
-        expected_batch_size: by which the sum of losses is divided.
+        model: called unchanged.
+        expected_batch_size: divides the sum of losses.
     """
 
     def __init__(self, model: nn.Module, expected_batch_size: int):
         self.module, self.expected_batch_size = model, expected_batch_size
 
     def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
-        """Add the gradients of the authors' losses, (authors,), to `grad`; return zeros for norms, which nobody reads."""
+        """Add the gradients of the authors' losses, (authors,), to `grad`; return zeros in place of norms."""
         (losses.sum() / self.expected_batch_size).backward()
         return torch.zeros_like(losses.detach())
 
     def close(self) -> None:
-        """Do nothing: there are no hooks."""
+        """Do nothing, as there are no hooks."""
 
 
 class NoDDPWrapper(nn.Module):
-    """Call the model, nothing else: accelerate adds DistributedDataParallel to a bare model only."""
+    """Call the model, nothing else. accelerate adds DistributedDataParallel only to a bare model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -130,13 +132,13 @@ class NoDDPWrapper(nn.Module):
 
 
 def identity_collate(batch: Any) -> Any:
-    """Collate nothing: the data set returns whole batches. A function by name, so that workers can be spawned."""
+    """Return a batch unchanged, as the data set returns complete ones. A named function, so that workers can be spawned."""
     return batch
 
 
 @contextmanager
 def as_user_error(option: str) -> Iterator[None]:
-    """Name the option that the Trainer's complaint is about."""
+    """Prefix an error of the Trainer with the option that it concerns, as a UserError."""
     try:
         yield
     except (ValueError, TypeError, ImportError, KeyError) as error:
@@ -144,7 +146,7 @@ def as_user_error(option: str) -> Iterator[None]:
 
 
 def broadcast_parameters(model: nn.Module) -> None:
-    """Give every process the first one's weights, frozen ones included."""
+    """Copy rank 0's weights, frozen ones included, to every process. Collective."""
     if dist.is_initialized():
         for parameter in model.parameters():
             for tensor in (parameter.data, *quant_scales(parameter)):

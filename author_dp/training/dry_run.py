@@ -1,6 +1,6 @@
-"""Take two steps of a run, with its noise, and estimate the time and memory of all of it.
+"""Take two steps of a run, with its noise, and estimate the time and memory of the full run.
 
-The plan, with its noise and epsilon, is that of the full run. The two steps are spent, and are in the ledger.
+The plan, with its noise and epsilon, is that of the full run. The ledger records the two steps, so they cost privacy.
 """
 
 import resource
@@ -16,11 +16,11 @@ from author_dp.accounting.accountant import format_guarantee
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-STEPS = 2  # the first one warms up, the second is timed
+STEPS = 2  # a warm-up step, and one that is timed
 
 
 def shorten_for_dry_run(args: TrainingArguments, has_evaluation: bool) -> None:
-    """Log and evaluate at each step, so that two steps show what these take."""
+    """Log and evaluate at each step, so that two steps measure both."""
     args.logging_steps = args.eval_steps = 1
     args.logging_strategy, args.eval_strategy = "steps", "steps" if has_evaluation else "no"
 
@@ -52,7 +52,7 @@ class DryRun(TrainerCallback):
         logger.info(self.summary())
 
     def summary(self) -> str:
-        """Return what was spent, and what the full run will take."""
+        """Return the privacy cost so far, and the time and memory of the full run."""
         plan, spent = self.trainer.plan, ""
         if not plan.disable_dp and self.trainer.is_world_process_zero():
             spent = f", which spent {format_guarantee(self.trainer.epsilon(), plan.delta)}"
@@ -62,6 +62,6 @@ class DryRun(TrainerCallback):
             peak = torch.cuda.max_memory_allocated() / 2**30
         return (
             f"Dry run: {self.steps} of {plan.steps:,} steps taken{spent}. The full run will take about {total} "
-            f"({self.seconds:.2g} s a step), and {self.evaluation_seconds:.2g} s for each evaluation; peak memory of a process: "
+            f"({self.seconds:.2g} s per step), and {self.evaluation_seconds:.2g} s per evaluation; peak memory of a process: "
             f"{peak:.1f} GiB"
         )

@@ -1,6 +1,6 @@
-"""What privacy.json says of a run: its guarantee, settings, data, base model and audit. All of it is public.
+"""Make the contents of privacy.json: guarantee, settings, data, base model and audit of a run. All of it is public.
 
-A training that is called again at its end, with whatever options, reports the run that took its steps.
+If a finished training is called again, with any options, it reports the run that took its steps.
 """
 
 import json
@@ -19,18 +19,18 @@ from author_dp.training.checkpointing import load_trainer_state
 
 
 class RunReport:
-    """The contents of privacy.json.
+    """Contents of privacy.json.
 
     Args:
         budget: of the run.
         settings: public options, for the model card.
-        data: how texts became samples, from `data.splits.data_summary`; None where it is not known.
-        base_model: the model that training starts from.
+        data: how texts became samples, from `data.splits.data_summary`; None if unknown.
+        base_model: description of the model that training starts from.
         secure_noise: as in PrivacyArguments.
     Attributes:
-        audit: the result of canaries.
-        adapter_base: the model under an adapter.
-        finished: the privacy.json of a training that is at its end; None before.
+        audit: the result of the canaries.
+        adapter_base: description of an adapter's base model.
+        finished: the privacy.json of a finished training; None before.
     """
 
     def __init__(
@@ -43,26 +43,26 @@ class RunReport:
         self.finished: Optional[dict[str, Any]] = None
 
     def find_finished(self, checkpoint: Optional[Path]) -> None:
-        """Where `checkpoint` is the end of the training, report the run that took its steps, whatever the options are now."""
+        """If `checkpoint` is the end of the training, report the run that took its steps, not the current options."""
         self.finished, self.audit, self.budget.plan = None, None, self.plan
         if not checkpoint or load_trainer_state(checkpoint).global_step < self.plan.steps:
             return
-        self.finished, final = json.loads((checkpoint / REPORT_NAME).read_text()), self.folder / REPORT_NAME
-        if final.exists() and (known := json.loads(final.read_text())).get("weights") == self.finished.get("weights"):
-            self.finished = known  # with an audit, if there was one
+        self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text()), self.folder / REPORT_NAME
+        if final_path.exists() and (final := json.loads(final_path.read_text())).get("weights") == self.finished.get("weights"):
+            self.finished = final  # also holds the audit, if there was one
         self.audit = self.finished.get("audit")
         if not self.plan.disable_dp:
-            self.budget.ledger.read()  # another run may have written it since
+            self.budget.ledger.read()  # another run may have written to it since
             plan = plan_of(self.budget.ledger.last_run)
-            if plan.hide_counts:  # then the header does not hold them, and nor will the report
+            if plan.hide_counts:  # then neither the header nor the report holds them
                 plan = replace(plan, num_authors=self.plan.num_authors, num_samples=self.plan.num_samples)
             self.budget.plan = plan
 
     def identify_base(self, model: Any, checkpoint: Optional[Path]) -> None:
-        """Hash an adapter's base, once; a checkpoint must have the same one, and knows the model that training started from.
+        """Hash an adapter's base once, and read from a checkpoint which model its training started from.
 
         Raises:
-            UserError: for another base.
+            UserError: if the checkpoint's adapter has another base.
         """
         if isinstance(model, PeftModel):
             name = model.peft_config[model.active_adapter].base_model_name_or_path
@@ -74,7 +74,7 @@ class RunReport:
             self.base_model = report.get("base_model")
 
     def to_dict(self, step: int) -> dict[str, Any]:
-        """Return what privacy.json holds at a step of the training; on the first process only."""
+        """Return the contents of privacy.json at a step of the training; on rank 0 only."""
         report = make_report(self.budget.plan, self.budget.ledger, step)
         if self.finished is not None and self.finished["disable_dp"] == self.plan.disable_dp:
             kept = {name: value for name, value in self.finished.items() if name != "weights"}

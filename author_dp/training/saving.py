@@ -1,7 +1,7 @@
-"""Trainer whose logs name epsilon, and whose files are complete, certified, and readable by their owner only.
+"""Log epsilon, and save complete, certified files that only their owner can read.
 
-Guarantees: weights are saved with a privacy.json that names their hashes; a checkpoint counts only when all of it is on disk; no
-file holds the state of a random generator that protects people. (What may be uploaded: author_dp/outputs/uploads.py.)
+Guarantees: weights are saved with a privacy.json that names their hashes. A checkpoint counts only when all of it is on disk. No
+file holds the state of a random generator that protects authors. (What may be uploaded: author_dp/outputs/uploads.py.)
 """
 
 from pathlib import Path
@@ -32,12 +32,12 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class CertifiedTrainer(LogicalBatchTrainer):
-    """Save checkpoints, models and metrics; `dp_utils.DPTrainer` adds the training.
+    """Trainer that saves checkpoints, models and metrics; `dp_utils.DPTrainer` adds the training.
 
     Attributes:
         folder: the output directory.
         full_shard: whether weights and optimizer state are sharded over the processes.
-        generators: of random numbers inside the model, while they are secret: training with privacy.
+        generators: of random numbers inside the model. Set during training with privacy, when they are secret.
     """
 
     folder: Path
@@ -51,17 +51,17 @@ class CertifiedTrainer(LogicalBatchTrainer):
     generators: Optional[SecretGenerators] = None
 
     def check_run(self, full: bool = False) -> None:
-        """Check sampling, clipping, noise and weights; with `full`, also frozen weights and the ledger's file.
+        """Check sampling, clipping, noise and weights; with `full`, also frozen weights and the ledger file.
 
         Raises:
-            MechanismError: where the mechanism is not what the ledger says.
-            UserError: for weights that are not finite.
+            MechanismError: if the mechanism is not what the ledger says.
+            UserError: if weights are not finite.
         """
         self.monitors.test(full)
         check_trained_weights(self.model, self.state.global_step)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the epsilon spent so far to every line, and statistics that are not private to those of training."""
+        """Add the epsilon spent so far to every line, and public statistics to those of training."""
         if not self.plan.disable_dp:
             if "loss" in logs:
                 self.check_run()
@@ -72,14 +72,14 @@ class CertifiedTrainer(LogicalBatchTrainer):
             super().log(logs, *args, **kwargs)
 
     def summary(self) -> str:
-        """Return what will happen, for the log before training."""
+        """Return what the run will do and cost, for the log before training."""
         steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
         steps, epsilon = self.budget.forecast(max(0, self.plan.steps - steps_before))
         offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
         return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps)
 
     def log_summary(self) -> None:
-        """Log what the run will do and cost, and warn of what may be a mistake."""
+        """Log what the run will do and cost, and warn of likely mistakes."""
         data = self.run_report.data
         logger.info("\n".join([self.summary(), *(format_data_summary(data) if data else [])]))
         for warning in (delta_warning(self.budget.plan), tuning_hint(self.budget.plan)):
@@ -87,11 +87,11 @@ class CertifiedTrainer(LogicalBatchTrainer):
                 logger.warning(warning)
 
     def epsilon(self, more_steps: int = 0) -> float:
-        """Return the epsilon spent by all steps in the ledger and `more_steps`; on the first process only."""
+        """Return the epsilon of all steps in the ledger and `more_steps`; on rank 0 only."""
         return self.budget.epsilon(more_steps)
 
     def privacy_report(self) -> dict[str, Any]:
-        """Return what privacy.json holds; on the first process only."""
+        """Return the contents of privacy.json; on rank 0 only."""
         return self.run_report.to_dict(self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -101,7 +101,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
-        """Save model and tokenizer, and the privacy report of these weights beside them."""
+        """Save model, tokenizer and the privacy.json of these weights."""
         if self.full_shard:
             state_dict = full_state_dict(self.model)
         if not self.args.should_save:
@@ -114,7 +114,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
             super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the full state of a sharded optimizer, as one without shards would be."""
+        """Save a sharded optimizer's state as an unsharded one's."""
         if not self.full_shard:
             return super()._save_optimizer_and_scheduler(output_dir)
         state = getattr(self.optimizer, "optimizer", self.optimizer).full_optim_state()
@@ -123,16 +123,17 @@ class CertifiedTrainer(LogicalBatchTrainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # type: ignore[union-attr]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the generators' states without privacy only: otherwise they are secret."""
+        """Save the generators' states, unless they are secret, as they are with privacy."""
         if self.generators is None:
             super()._save_rng_state(output_dir)
 
     def _load_rng_state(self, checkpoint: Optional[str]) -> None:
-        """Restore the generators' states without privacy only: otherwise each training has new ones."""
+        """Restore the generators' states, except with privacy: then each training has new ones."""
         if self.generators is None:
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Optional[nn.Module] = None) -> None:
+        """Load a checkpoint's weights, also into a sharded model."""
         if not self.full_shard:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights(self.model, Path(resume_from_checkpoint))
@@ -144,7 +145,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
         self._load_from_checkpoint(str(self.checkpoint))
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint after the checks of one that is resumed: trainer_state.json says where it lies."""
+        """Load the best checkpoint, checked like a resumed one: trainer_state.json, which can be edited, names its folder."""
         if self.budget.is_main_process and not self.plan.disable_dp:
             check_ledger_covers(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
         super()._load_best_model()

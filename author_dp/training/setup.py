@@ -1,6 +1,6 @@
 """Prepare a run: check options and model, read the ledger, plan the steps and their noise.
 
-All that can fail for the user's reasons fails here, before the first step is paid for.
+User errors are raised here, before the first step costs privacy.
 """
 
 from collections.abc import Callable
@@ -46,13 +46,13 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 @dataclass
 class RunSetup:
-    """All that is decided before a run's first step.
+    """Everything that is decided before a run's first step.
 
     Args:
-        model_check: the result of comparing the clipping engine with a plain loop on this model; None without privacy.
-        checkpoint: from which the run resumes; None where it starts with the model as given.
-        train_dataset, data_collator: with the gradient canaries, if any.
-        sequence_len: tokens of the longest sample, from which the shapes of microbatches follow.
+        model_check: how the clipping engine compares with the reference loop on this model; None without privacy.
+        checkpoint: where the run resumes; None if it starts with the model as given.
+        train_dataset, data_collator: including the gradient canaries, if any.
+        sequence_len: tokens of the longest sample; determines the shapes of microbatches.
     """
 
     model_check: Optional[ModelCheck]
@@ -78,33 +78,33 @@ def set_up_run(
     split_id: Optional[str],
     shared_authors: bool,
 ) -> RunSetup:
-    """Check and plan a run. Collective; the model moves to its device, sharded where `full_shard`.
+    """Check and plan a run; move the model to its device, sharded if `full_shard`. Collective.
 
     Args:
         privacy: dp_utils.PrivacyArguments.
-        others: as dp_utils.DPTrainer.
+        others: as in dp_utils.DPTrainer.
     Raises:
-        UserError: for options, a model, data or an output directory under which the guarantee would not hold.
+        UserError: if the guarantee would not hold for the options, the model, the data or the output directory.
     """
     validate_options(args, privacy, full_shard=full_shard, shared_authors=shared_authors)
     model_check = check_and_place_model(model, args, privacy, sequence_len, full_shard)
     longest = resolve_sequence_len(model, sequence_len)
     if sequence_len is None and (found := getattr(train_dataset, "longest", 0)) > longest:
-        raise UserError(f"DPTrainer needs sequence_len={found}: a sample is longer than {longest} tokens")
+        raise UserError(f"sequence_len of DPTrainer: a sample is longer than {longest} tokens. Give sequence_len={found}")
     checkpoint = find_checkpoint(args, privacy, isinstance(model, PeftModel))
     if canaries is not None:
         train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
     folder = Path(str(args.output_dir))
     ledger = PrivacyLedger(folder / LEDGER_NAME)
-    earlier = broadcast(ledger.runs if ledger.steps else [])  # a run that took no step binds nobody
+    earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
     max_bands = max_bands_in_memory(model, args)
     plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
     if plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
-        raise ValueError("noise bands need the hashes of all authors: AuthorDataset(..., hashes=author_hashes(authors))")
+        raise ValueError("noise bands need the hashes of all authors. Use AuthorDataset(..., hashes=author_hashes(authors))")
     check_same_start(plan, train_dataset, model, args.bf16)
     hidden_count = broadcast(read_private_count(folder))
     check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
-    check_counts_hidden(folder, ledger, privacy.hide_counts)
+    check_counts_hidden(ledger, privacy.hide_counts)
     budget = Budget(plan, ledger, is_main_process=args.process_index == 0)
     budget.by_metrics, budget.split = metric_driven_option(args), split_id
     norms = NormStatistics(plan.clip_norm, args.device)
@@ -115,10 +115,10 @@ def set_up_run(
 def check_and_place_model(
     model: PreTrainedModel, args: TrainingArguments, privacy: Any, sequence_len: Optional[int], full_shard: bool
 ) -> Optional[ModelCheck]:
-    """Refuse a model that cannot be clipped; return how the clipping engine compares with a plain loop.
+    """Check the model; return how the clipping engine compares with the reference loop.
 
     Raises:
-        UserError: naming the property that does not hold.
+        UserError: if per-author clipping would be wrong for this model. It names the property that does not hold.
     """
     check_model(model, call_model=False)
     if full_shard:
@@ -165,20 +165,20 @@ def make_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> AuthorD
 def make_secret_generators(
     model: PreTrainedModel, device: torch.device, disable_dp: bool
 ) -> AbstractContextManager[Optional[SecretGenerators]]:
-    """Return the context that makes random numbers inside the model secret; without privacy, one that does nothing."""
+    """Return a context that makes random numbers inside the model secret; one without effect if `disable_dp`."""
     if disable_dp:
         return nullcontext()
     return SecretGenerators({device, *(parameter.device for parameter in model.parameters())})
 
 
 def check_model_choice(trainer: Any, shared_authors: bool) -> None:
-    """Note, for the ledger, what lets metrics choose the model.
+    """Record, for the ledger, the option by which metrics choose the model.
 
     Args:
         trainer: dp_utils.DPTrainer, about to train.
         shared_authors: whether evaluation authors may be training authors.
     Raises:
-        UserError: where nothing would pay for that choice.
+        UserError: if no epsilon covers that choice.
     """
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
