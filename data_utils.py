@@ -30,9 +30,9 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from author_dp.data.authors import encode_authors, get_column, split_id, suspicious_author_warnings
-from author_dp.data.chat import TARGETS, ChatFormatter
+from author_dp.data.chat import TARGETS, ChatFormatter, set_chat_template
 from author_dp.data.columns import ColumnSpec
-from author_dp.data.loading import load_files, load_hub, set_chat_template
+from author_dp.data.loading import load_files, load_hub
 from author_dp.data.splits import assign_sides, check_author_overlap, data_summary, subsample_authors
 from author_dp.data.storage import exit_on_sigterm, filter_rows, temp_dirs
 from author_dp.data.tokenization import tokenize

@@ -13,8 +13,7 @@ from datasets import Dataset
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from author_dp.data.chat import ChatFormatter, Example, tokenize_examples
-from author_dp.data.loading import set_chat_template
+from author_dp.data.chat import ChatFormatter, Example, set_chat_template, tokenize_examples
 from author_dp.data.tokenization import tokenize
 from author_dp.errors import UserError
 from author_dp.guards.text_canaries import TextCanaries

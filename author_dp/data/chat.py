@@ -21,11 +21,13 @@ References:
 
 import json
 import re
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from author_dp.errors import UserError
 from author_dp.types import IGNORE_INDEX
 
 TARGETS = ("assistant", "all")
@@ -237,3 +239,13 @@ def tokenize_examples(
 def overlaps(span: tuple[int, int], targets: list[tuple[int, int]]) -> bool:
     """Return whether a span shares a character with one of the targets."""
     return any(span[0] < end and span[1] > start for start, end in targets)
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:
+    """Give the tokenizer the chat template in a file, if one is named."""
+    if path is None:
+        return
+    try:
+        tokenizer.chat_template = Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat_template {path}: it cannot be read ({error}). Name a file with a Jinja template") from error

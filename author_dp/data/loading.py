@@ -8,7 +8,6 @@ from typing import Optional
 
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from author_dp.data.columns import ColumnSpec, split_suffix
 from author_dp.data.hub import read_hub
@@ -95,13 +94,3 @@ def expand_files(option: str, patterns: list[str]) -> list[str]:
             f"{option} {name}: it is named {files.count(name)} times, so its samples would count as often. Name it once"
         )
     return files
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:
-    """Give the tokenizer the chat template in a file, if one is named."""
-    if path is None:
-        return
-    try:
-        tokenizer.chat_template = Path(path).read_text()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--chat_template {path}: it cannot be read ({error}). Name a file with a Jinja template") from error
