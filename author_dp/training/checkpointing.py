@@ -173,16 +173,13 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
 
 
 def check_path(path: Path, option: str) -> None:
-    """Raise UserError where the operating system accepts no such path: it is too long, or contains a null character."""
-    problem = None
+    """Raise UserError where the operating system rejects a path: a null byte, bad Unicode, or a name too long."""
     try:
         os.stat(path / LEDGER_NAME)
-    except ValueError:
-        problem = "a path cannot contain a null character"
-    except OSError as error:  # a path that does not exist yet is accepted; others fail where they are used
-        problem = "the path is too long" if error.errno == errno.ENAMETOOLONG else None
-    if problem:
-        raise UserError(f"{option} {str(path)[:80]!r}: {problem}. Choose another path")
+    except (ValueError, OSError) as error:  # a missing path is fine; others fail where they are used
+        problem = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{option} {ascii(str(path))[:80]}: not a valid path ({problem}). Choose another path") from error
 
 
 def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_process: bool) -> PrivacyLedger:
