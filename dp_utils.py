@@ -40,8 +40,8 @@ from author_dp.errors import SignalError, UserError
 from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.options import check_launch, use_adam_bc
-from author_dp.guards.precision import check_float32, full_precision_sums
+from author_dp.guards.options import check_launch
+from author_dp.guards.precision import full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
@@ -119,9 +119,9 @@ class PrivacyArguments:
         check_range("--target_epsilon", self.target_epsilon, "(0, inf)")
         check_range("--target_delta", self.target_delta, "(0, 1)")
         # Beyond these, float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps.
-        check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]")
+        check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]", "Often it is 0.1 to 10")
         if self.noise_multiplier != 0:  # 0 is for no privacy
-            check_range("--noise_multiplier", self.noise_multiplier, "[1e-6, 1e6]")
+            check_range("--noise_multiplier", self.noise_multiplier, "[1e-6, 1e6]", "Often it is near 1; 0 is for no privacy")
         check_range("--sample_rate", self.sample_rate, "[1e-12, 1]")
         check_range("--samples_per_author", self.samples_per_author, "[1, inf)")
         check_choice("--clipping", self.clipping, ENGINES)
@@ -164,13 +164,12 @@ class DPTrainer(UploadingTrainer):
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
         data_summary: how texts became samples, for privacy.json; public.
         split_id: of the rule that held authors out, from `DataArguments.split_id`.
-        shared_authors: whether evaluation authors may be training authors.
-        kwargs: the Trainer's.
+        shared_authors: whether evaluation authors may be training authors; other `kwargs` are the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
     """
 
-    engine: Any  # ClippingEngine while training with privacy, PlainEngine otherwise
+    engine: Any  # with privacy a ClippingEngine, and None unless it trains: no step may go unclipped; PlainEngine without
 
     def __init__(
         self,
@@ -191,25 +190,16 @@ class DPTrainer(UploadingTrainer):
     ):
         self.privacy, self.full_shard, self.shared_authors = privacy, full_shard, shared_authors
         self.canaries = canaries
-        self.gradient_canaries = canaries if isinstance(canaries, GradientCanaries) else None
+        self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
         setup = set_up_run(
-            model,
-            args,
-            privacy,
-            train_dataset,
-            data_collator,
-            sequence_len,
-            self.gradient_canaries,
-            full_shard,
-            split_id,
-            shared_authors,
+            model, args, privacy, train_dataset, data_collator, sequence_len, gradient, full_shard, split_id, shared_authors
         )
         self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
-        self.folder, self.engine = Path(str(args.output_dir)), PlainEngine(model, self.plan.expected_batch_size)
+        self.folder = Path(str(args.output_dir))
+        self.engine = PlainEngine(model, self.plan.expected_batch_size) if privacy.disable_dp else None
         name = model_name or model.name_or_path
-        base_model = starting_model(name) if args.process_index == 0 else None
-        settings = public_settings(args, model, name)
+        base_model, settings = starting_model(name) if args.process_index == 0 else None, public_settings(args, model, name)
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
         self.run_report.find_finished(self.checkpoint)
         self._step_loss = torch.zeros((), device=args.device)
@@ -264,7 +254,10 @@ class DPTrainer(UploadingTrainer):
             self.monitors.stop()
             self.remove_callback(signals)
             signals.restore()
-            self.engine.close()
+            if self.engine is not None:
+                self.engine.close()
+            if not self.privacy.disable_dp:
+                self.engine = None
             self.model_wrapped = self.model
         if signals.synced_signal:
             raise SignalError(signals.synced_signal)
@@ -294,20 +287,10 @@ class DPTrainer(UploadingTrainer):
             return optimizer
         noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
-            corrected = use_adam_bc(self.args, self.privacy, self.plan.noise_bands)
-            self.optimizer = noisy = make_dp_optimizer(
-                optimizer, self.plan, self.monitors, self.gradient_canaries, self._record_step,
-                corrected=corrected, secure_noise=self.privacy.secure_noise, sharded=self.full_shard,
-            )  # fmt: skip
+            self.optimizer = noisy = make_dp_optimizer(optimizer, self)
         noisy.start_training(self.plan.coefficients())
         self.dp_optimizer = noisy
         return self.optimizer
-
-    def _record_step(self) -> None:
-        """Record a step in the ledger; before the first one, check the precision that is in force by now."""
-        if not self.budget.steps:
-            check_float32(self.model, self.args.bf16)
-        self.budget.record_step()
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Optional[DataLoader] = None) -> nn.Module:
         """Return the clipping engine's module, for training only; wrapped, so that accelerate adds no DistributedDataParallel."""

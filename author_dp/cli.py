@@ -180,7 +180,7 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
             print(f"{name}: interrupted; resume with --resume_from_checkpoint True", file=sys.stderr)
         exit_process(128 + error.number, cleanup)
     except KeyboardInterrupt:
-        message = "interrupted without saving a checkpoint; every step taken stays recorded"
+        message = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
         print(f"{name}: {message}", file=sys.stderr)
         exit_process(130, cleanup)
     except MechanismError as error:

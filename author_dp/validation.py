@@ -27,10 +27,13 @@ def option(default: Any, help_text: str, choices: Optional[Collection[str]] = No
     return field(default=default, metadata={"help": help_text, **({"choices": list(choices)} if choices else {})})
 
 
-def check_range(option: str, value: Optional[float], interval: str) -> None:
+def check_range(option: str, value: Optional[float], interval: str, hint: str = "") -> None:
     """Raise UserError unless the value lies in an interval, such as "(0, 1]" or "[1, inf)".
 
     None, an option that is not given, passes. NaN never does.
+
+    Args:
+        hint: a sentence about usual values, for the error.
     """
     match = INTERVAL.fullmatch(interval)
     assert match is not None, interval
@@ -42,7 +45,9 @@ def check_range(option: str, value: Optional[float], interval: str) -> None:
         return
     bounds = [f"{'at least' if opening == '[' else 'above'} {low}"] if low != "-inf" else []
     bounds += [f"{'at most' if closing == ']' else 'below'} {high}"] if high != "inf" else []
-    raise UserError(f"{option} {value}: out of range. Give a value {' and '.join(bounds) or 'that is finite'}")
+    raise UserError(
+        f"{option} {value}: out of range. Give a value {' and '.join(bounds) or 'that is finite'}{hint and '. ' + hint}"
+    )
 
 
 def check_choice(option: str, value: Any, choices: Collection[Any]) -> None:

@@ -1,6 +1,6 @@
-"""How the time of a step grows: authors, samples per author, tokens, model width, processes. Prints tables, draws a plot.
+"""Measure how the time of a step grows with authors, samples per author, tokens, model width and processes.
 
-    python benchmarks/growth.py                    # writes growth.md and growth.png beside this file
+    python benchmarks/growth.py                    # writes its tables into docs/results.md, and growth.png beside this file
 
 A GPT-2 of 4 layers, by default 256 wide with 8,192 tokens in its vocabulary, random weights and ids; from 16 authors with one
 sample of 64 tokens each, one size grows at a time. Medians of steps with everything included; rows alternate. Needs matplotlib.
@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +23,8 @@ import torch
 import torch.distributed as dist
 from throughput import make_data, make_model, train, where
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+BEGIN, END = "<!-- growth.py: begin -->\n", "<!-- growth.py: end -->\n"
 ROWS = ("non-private", "ghost", "grad_sample")
 BASE = {"authors": 16, "samples per author": 1, "tokens": 64, "width": 256, "processes": 1}
 GROWTH = {
@@ -100,6 +103,18 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def with_tables(page: str, source: str, tables: str) -> str:
+    """Return the page with `tables` between its markers.
+
+    Args:
+        source: command, date and hardware.
+    """
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    assert after, f"{PAGE} lacks the markers"
+    return f"{before}{BEGIN}{source}; the last two columns are ratios to non-private.\n\n{tables}{END}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3)
@@ -122,12 +137,8 @@ def main() -> None:
                 measured[key] = {row: statistics.median(times) for row, times in seconds.items()}
             results.setdefault(name, {})[value] = measured[key]
             print(name, value, measured[key], file=sys.stderr, flush=True)
-    folder = Path(__file__).parent
-    plot(results, folder / "growth.png")
-    marker = "<!-- tables, by growth.py -->\n"
-    page = folder / "growth.md"
-    prose = page.read_text().split(marker)[0] if page.exists() else "# Growth\n\n"
-    page.write_text(f"{prose}{marker}\n{where()}; the last two columns are ratios to non-private.\n\n{table(results)}")
+    plot(results, Path(__file__).with_name("growth.png"))
+    PAGE.write_text(with_tables(PAGE.read_text(), f"`python benchmarks/growth.py`, {date.today()}, {where()}", table(results)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Then it asks the model for each code: is it what greedy decoding writes after "a
 Definition 5 and equation 1): log2 of their number less log2 of the rank of the true one, exact here, as all of them are ranked.
 13.3 bits are a code known for sure; chance gives 1.4 on average, as the codes of authors show who were left out of the training.
 
-Prints tables for docs/measurements.md, draws memorization.png beside this file. A training that is in the cache is not repeated.
+Prints tables for docs/results.md, draws memorization.png beside this file. A training that is in the cache is not repeated.
 """
 
 import argparse

@@ -64,7 +64,7 @@ your command. To check a model type in tiny form, name it: `python benchmarks/mo
 - **Long texts.** Rope that depends on the longest sample of a batch (dynamic, longrope) is refused if `--sequence_len` reaches its switch.
 - **Types.** Trained weights must be float32; `--bf16` computes in bfloat16. Under LoRA, the frozen base may be in bfloat16
   (`--base_dtype bfloat16`) or 4 bits (`--load_in_4bit`).
-- **Memory.** [measurements.md](measurements.md#memory-and-other-models) has the memory of models by their number of parameters.
+- **Memory.** [results.md](results.md#memory-by-model-size) has the memory of models by their number of parameters.
 
 ## Model types tried
 

@@ -1,4 +1,6 @@
-"""What a user can choose: epsilon, full or LoRA, batch, schedule, samples per author, clip norm. Prints tables, draws a plot.
+"""Measure what epsilon, LoRA, batch, schedule, samples per author and clip norm do to the evaluation loss.
+
+Prints the tables of docs/results.md: epsilon, recipe, LoRA, few authors.
 
 python benchmarks/results.py [--only epsilon|recipe|lora] [--repetitions 3] [--parallel 2] [--cache results.jsonl]
 python benchmarks/results.py --plays FILE       # few authors: any file of author and content; here the roles of plays

@@ -13,14 +13,16 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "options.md"
-HEAD = """# Which options are there?
+HEAD = """# Options
 
-Written by `python docs/write_options.py` from the options' help texts. Every option of Hugging Face's `TrainingArguments` works
-beside these, unless it would change the mechanism; then it is refused by name ([verification.md](verification.md#refused-options)). A mistake that you
-can mend ends with status 2 and a line that names the option and the remedy. (Under `torch.distributed.run` the launcher adds its
-own report, and its own status 1.)
+Which options are there, what do they mean, and what are their defaults? `python docs/write_options.py` writes this page from the
+options' help texts.
 
-`--config FILE` reads options from a YAML file; those on the command line come after it, and prevail.
+Every option of Hugging Face's `TrainingArguments` works beside these. Those that would change the mechanism are refused by name
+([verification.md](verification.md#refused-options)). An error that you can fix ends with status 2, and a line that names the
+option and the fix. (Under `torch.distributed.run` the launcher adds its own report, and its own status 1.)
+
+`--config FILE` reads options from a YAML file. Options on the command line override it.
 """
 
 

@@ -167,5 +167,5 @@ def test_trainer_resumes_with_adam_bc(tmp_path):
     make_trainer(tmp_path, privacy=privacy, **options).train()
     resumed = make_trainer(tmp_path, privacy=privacy, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **options)
     resumed.train()
-    states = resumed._noisy.original_optimizer.state.values()
+    states = resumed.dp_optimizer.original_optimizer.state.values()
     assert all(float(state["step"]) == 4 and state["noise_variance"] > 0 for state in states)

@@ -292,7 +292,7 @@ DOORS = {  # what a callback that follows training losses may lead to, by other 
     "scheduler.step": (lambda t: setattr(t.lr_scheduler, "step", lambda: None), "scheduler"),
     "inner hook": (lambda t: set_hook(innermost(t)), "optimizer"),
     "optimizer.step": (lambda t: setattr(innermost(t), "step", lambda: None), "optimizer"),
-    "sums": (lambda t: t._noisy.grad_buffer.sums.mul_(9.0), "optimizer"),
+    "sums": (lambda t: t.dp_optimizer.grad_buffer.sums.mul_(9.0), "optimizer"),
     "save_strategy": (lambda t: setattr(t.args, "save_strategy", SaveStrategy.NO), "args"),
     "save_total_limit": (lambda t: setattr(t.args, "save_total_limit", 1), "args"),
     "learning_rate": (lambda t: setattr(t.args, "learning_rate", 0.1), "args"),

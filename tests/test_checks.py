@@ -45,7 +45,7 @@ def run(folder, model=None, at_step_end=None, **options) -> None:
 def test_unrecorded_update_ends_the_run(tmp_path):
     with pytest.raises(MechanismError, match="updated 3 times, but the ledger has 2 steps"):
         run(tmp_path, at_step_end=lambda model, optimizer: optimizer.optimizer.original_optimizer.step())
-    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").alarm
+    assert PrivacyLedger(tmp_path / "privacy_ledger.jsonl").failure
 
 
 def test_nested_optimizer_step_counts_as_one_update(tmp_path):

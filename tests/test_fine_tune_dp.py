@@ -405,7 +405,7 @@ def test_resuming_from_a_model_alone_is_refused(checkpoint, comments, tmp_path, 
 @pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
 def test_the_recipe_of_the_readme_writes_text(checkpoint, comments, tmp_path, monkeypatch, capfd, lora):
     assert run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "mine", *PRIVACY, *lora))[0] == 0
-    recipe = re.search(r"<!-- the recipe -->\n```python\n(.*?)```", (ROOT / "docs" / "result.md").read_text(), re.S)[1]
+    recipe = re.search(r"<!-- the recipe -->\n```python\n(.*?)```", (ROOT / "docs" / "outputs.md").read_text(), re.S)[1]
     monkeypatch.chdir(tmp_path)
     exec(recipe.replace("max_new_tokens=60", "max_new_tokens=5").replace("num_return_sequences=8", "num_return_sequences=2"), {})
     written = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_text().splitlines()]

@@ -503,7 +503,8 @@ BUGS = [
         "if not p.requires_grad", "if False",
         lambda path, _: test_checks.test_changed_frozen_weights_end_the_run(path, test_checks.half_frozen)),
     # The precision.
-    Bug("no look at the precision when training starts", "dp_utils.DPTrainer._record_step", "if not self.budget.steps:",
+    Bug("no look at the precision when training starts", "author_dp.training.setup.make_dp_optimizer",
+        "if not trainer.budget.steps:",
         "if False:", lambda path, _: test_precision.test_a_run_with_rounded_products_does_not_start(path, "TF32")),
     Bug("no look at the precision at log lines", "author_dp.guards.monitors.RunMonitors.start", "(self._precision, ", "(",
         lambda path, _: test_precision.test_products_that_become_rounded_end_the_run(path, "no")),

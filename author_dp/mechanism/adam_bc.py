@@ -3,7 +3,7 @@
 Why: the square of a noisy gradient is, in expectation, the gradient's own square plus the noise variance Phi. Plain Adam divides
 by the root of both. Under noise all coordinates then move alike, as in SGD, and the more slowly the more noise a step has. With
 noise bands a step has two to five times the noise, most of which later steps take back. Dividing by that noise would give away
-what the bands gain (docs/choosing.md has the figures).
+what the bands gain (docs/hyperparameters.md has the figures).
 
 Guarantees: none is needed. This is post-processing of released gradients with public numbers.
 

@@ -210,7 +210,7 @@ def check_unused(folder: Path, ledger: PrivacyLedger) -> None:
     """
     if ledger.steps:
         raise UserError(
-            f"--output_dir {folder}: it holds the privacy ledger of an earlier run. Resume that run with "
+            f"--output_dir {folder} holds the privacy ledger of an earlier run. Resume that run with "
             "--resume_from_checkpoint True, or choose another --output_dir"
         )
     results = [*weight_files(folder), *find_reports(folder), *checkpoints_by_step(folder)]
@@ -235,7 +235,7 @@ def choose_checkpoint(resume: str | bool, folder: Path, ledger: PrivacyLedger, d
     elif ledger.steps or (disable_dp and checkpoints_by_step(folder)):
         logger.warning_once(f"No complete checkpoint in {folder}: restarting; the {ledger.steps} recorded steps still count.")
     else:
-        raise UserError(f"--resume_from_checkpoint: no checkpoint in --output_dir {folder}. Leave the option out to start")
+        raise UserError(f"--resume_from_checkpoint: there is no checkpoint in --output_dir {folder}. Leave the option out to start")
     return checkpoint
 
 

@@ -29,6 +29,7 @@ from author_dp.guards.options import (
     check_shared_authors,
     have_shared_authors,
     metric_driven_option,
+    use_adam_bc,
     validate_options,
 )
 from author_dp.guards.precision import check_float32
@@ -132,38 +133,32 @@ def check_and_place_model(
     return model_check
 
 
-def make_dp_optimizer(
-    optimizer: torch.optim.Optimizer,
-    plan: PrivacyPlan,
-    monitors: RunMonitors,
-    canaries: Optional[GradientCanaries],
-    before_release: Callable[[], None],
-    *,
-    corrected: bool,
-    secure_noise: bool,
-    sharded: bool,
-) -> AuthorDPOptimizer:
-    """Wrap an optimizer in one that adds the noise.
+def make_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> AuthorDPOptimizer:
+    """Wrap an optimizer in one that adds the noise, and records each step before its noisy gradient exists.
 
     Args:
-        before_release: records each step in the ledger, before its noisy gradient exists.
-        corrected: whether to subtract the noise variance from Adam's second moment (DP-AdamBC).
-        secure_noise: as in PrivacyArguments.
-        sharded: `full_shard` of DPTrainer.
+        trainer: dp_utils.DPTrainer.
     """
-    if corrected:
+    plan, args, privacy = trainer.plan, trainer.args, trainer.privacy
+
+    def record_step() -> None:
+        if not trainer.budget.steps:  # by now the precision is final
+            check_float32(trainer.model, args.bf16)
+        trainer.budget.record_step()
+
+    if use_adam_bc(args, privacy, plan.noise_bands):
         logger.info("Adam's second moment has the noise variance subtracted (--adam_noise_correction).")
         optimizer = AdamBC(optimizer)
-    monitors.count_updates(optimizer)
-    return (ShardedOptimizer if sharded else AuthorDPOptimizer)(
+    trainer.monitors.count_updates(optimizer)
+    return (ShardedOptimizer if trainer.full_shard else AuthorDPOptimizer)(
         optimizer,
         noise_multiplier=plan.noise_multiplier,
         clip_norm=plan.clip_norm,
         expected_batch_size=plan.expected_batch_size,
-        before_release=before_release,
-        after_release=monitors.on_release,
-        canaries=canaries,
-        secure_noise=secure_noise,
+        before_release=record_step,
+        after_release=trainer.monitors.on_release,
+        canaries=trainer.gradient_canaries,
+        secure_noise=privacy.secure_noise,
     )
 
 
