@@ -235,7 +235,7 @@ def choose_checkpoint(resume: str | bool, folder: Path, ledger: PrivacyLedger, d
     elif ledger.steps or (disable_dp and checkpoints_by_step(folder)):
         logger.warning_once(f"No complete checkpoint in {folder}: restarting; the {ledger.steps} recorded steps still count.")
     else:
-        raise UserError(f"--resume_from_checkpoint: there is no checkpoint in --output_dir {folder}. Leave the option out to start")
+        raise UserError(f"--resume_from_checkpoint: there is no checkpoint in --output_dir {folder}. Leave it out to start")
     return checkpoint
 
 
