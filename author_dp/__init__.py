@@ -1,6 +1,6 @@
 """Author-level differential privacy as a library. It needs no other file of this repository.
 
-Packages, each of which imports only those below it:
+Packages, each of which imports only those below it (docs/architecture.md):
 
     outputs      reports, model cards, synthetic texts and their privacy statements
     training     the Trainer around the mechanism: setup, checkpoints, evaluation, the released loss

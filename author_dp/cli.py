@@ -99,7 +99,7 @@ def suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
 
 
 def load_config_args(arguments: Sequence[str]) -> list[str]:
-    """Replace `--config FILE` in the words of a command line by the options in that YAML file, which come first."""
+    """Replace `--config FILE` in a command line by the options in that YAML file, which come first."""
     parser = _ErrorParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parsed, rest = parser.parse_known_args(list(arguments))
@@ -180,7 +180,7 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
             print(f"{name}: interrupted; resume with --resume_from_checkpoint True", file=sys.stderr)
         exit_process(128 + error.number, cleanup)
     except KeyboardInterrupt:
-        message = "interrupted without saving a checkpoint; every step taken stays recorded"
+        message = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
         print(f"{name}: {message}", file=sys.stderr)
         exit_process(130, cleanup)
     except MechanismError as error:
@@ -198,7 +198,9 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
 
 
 def run_program(name: str, main: Callable[[list[str]], None], interrupted: str = "nothing more is written") -> None:
-    """Call the `main` of a single-process program with the words of the command line; exit 2 on UserError, 130 on Ctrl-C.
+    """Call the `main` of a single-process program with the words of the command line.
+
+    The exit status is 2 after a UserError, and 130 after Ctrl-C.
 
     Args:
         interrupted: how Ctrl-C affects the output, for the message.

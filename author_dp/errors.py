@@ -16,10 +16,10 @@ PEER_LOST_MESSAGES = ("Connection closed by peer", "Connection reset by peer")
 RESUME_REMEDY = "No recorded step is lost: resume with --resume_from_checkpoint True"
 
 KNOWN_FAULTS = {  # part of an error's message, or of its type's name: what the user can do
-    "DataLoader worker": "--dataloader_num_workers: a worker died, perhaps for lack of memory. Lower the number. {resume}",
+    "DataLoader worker": "--dataloader_num_workers: a worker ended, perhaps for lack of memory. Lower the number. {resume}",
     "to be installed. Run `pip": "--report_to: {text}",
     "`metric_for_best_model` training argument": "--metric_for_best_model: no such metric. Leave it out for eval_loss",
-    "ConnectError": "--push_to_hub: the Hugging Face Hub cannot be reached. Leave it out, and later upload what "
+    "ConnectError": "--push_to_hub: the Hugging Face hub cannot be reached. Leave it out, and later upload what "
     "`python -m author_dp.publish OUTPUT_DIR OUT` copies, never --output_dir itself",
 }
 

@@ -17,6 +17,6 @@ def hub_is_reachable() -> bool:
 def hub_error(option: str, name: str) -> UserError:
     """Return the error for a name that is no local path while the Hub is unreachable."""
     return UserError(
-        f"{option} {name}: it is no local path, and the Hugging Face Hub cannot be reached. Give local files with --train_file "
+        f"{option} {name}: it is no local path, and the Hugging Face hub cannot be reached. Give local files with --train_file "
         "and a local folder with --model_name, or run the demo (README.md)"
     )

@@ -178,7 +178,10 @@ def test_user_error_releases_the_lock(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(("name", "problem"), [("a\0b", "null character"), ("a" * 300, "too long"), ("a/" * 2_500, "too long")])
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("a\0b", "null byte"), ("a\ud800b", "surrogates"), ("a" * 300, "too long"), ("a/" * 2_500, "too long")],
+)
 def test_find_checkpoint_refuses_impossible_paths(tmp_path, name, problem):
     with pytest.raises(UserError, match=f"^--output_dir .*{problem}"):
         make_trainer(tmp_path / name)
@@ -193,4 +196,4 @@ def test_impossible_output_dir_is_one_line_for_the_user(tmp_path, monkeypatch, c
     arguments = ["--config", str(options), *small("model", "data.jsonl", "x", *PRIVACY)]
     position = arguments.index("--output_dir")
     status, stderr = run_here(monkeypatch, capfd, *arguments[:position], *arguments[position + 2 :])
-    assert status == 2 and "--output_dir" in stderr and "null character" in stderr and "Traceback" not in stderr, stderr
+    assert status == 2 and "--output_dir" in stderr and "null byte" in stderr and "Traceback" not in stderr, stderr

@@ -170,6 +170,7 @@ def make_statement(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[st
 
 
 def statement_path(text: Path) -> Path:
+    """Return the path of the privacy statement of a file of text."""
     return text.with_name(text.name + SUFFIX)
 
 

@@ -173,16 +173,13 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
 
 
 def check_path(path: Path, option: str) -> None:
-    """Raise UserError where the operating system accepts no such path: it is too long, or contains a null character."""
-    problem = None
+    """Raise UserError where the operating system rejects a path: a null byte, bad Unicode, or a name too long."""
     try:
         os.stat(path / LEDGER_NAME)
-    except ValueError:
-        problem = "a path cannot contain a null character"
-    except OSError as error:  # a path that does not exist yet is accepted; others fail where they are used
-        problem = "the path is too long" if error.errno == errno.ENAMETOOLONG else None
-    if problem:
-        raise UserError(f"{option} {str(path)[:80]!r}: {problem}. Choose another path")
+    except (ValueError, OSError) as error:  # a missing path is fine; others fail where they are used
+        problem = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{option} {ascii(str(path))[:80]}: not a valid path ({problem}). Choose another path") from error
 
 
 def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_process: bool) -> PrivacyLedger:
@@ -213,7 +210,7 @@ def check_unused(folder: Path, ledger: PrivacyLedger) -> None:
     """
     if ledger.steps:
         raise UserError(
-            f"--output_dir {folder}: it holds the privacy ledger of an earlier run. Resume that run with "
+            f"--output_dir {folder} holds the privacy ledger of an earlier run. Resume that run with "
             "--resume_from_checkpoint True, or choose another --output_dir"
         )
     results = [*weight_files(folder), *find_reports(folder), *checkpoints_by_step(folder)]
@@ -238,7 +235,7 @@ def choose_checkpoint(resume: str | bool, folder: Path, ledger: PrivacyLedger, d
     elif ledger.steps or (disable_dp and checkpoints_by_step(folder)):
         logger.warning_once(f"No complete checkpoint in {folder}: restarting; the {ledger.steps} recorded steps still count.")
     else:
-        raise UserError(f"--resume_from_checkpoint: no checkpoint in --output_dir {folder}. Leave the option out to start")
+        raise UserError(f"--resume_from_checkpoint: there is no checkpoint in --output_dir {folder}. Leave it out to start")
     return checkpoint
 
 

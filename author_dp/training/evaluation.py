@@ -26,7 +26,9 @@ from author_dp.types import Batch
 
 
 class EvalBatches(Dataset):
-    """One process's share of the texts of a data set, in batches of texts of similar length, to avoid padding.
+    """One process's share of the texts of a data set, in batches.
+
+    A batch holds texts of similar length, to avoid padding.
 
     Args:
         dataset: `data_utils.AuthorDataset`.

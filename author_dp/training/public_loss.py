@@ -172,14 +172,14 @@ def format_release(release: Optional[dict[str, Any]]) -> str:
 
 
 def quantize_loss(loss: float, upper: float) -> tuple[int, int]:
-    """Return (g, GRID - g) for an author's mean loss, clipped to [0, upper]; a loss that is not finite counts as `upper`."""
+    """Return (g, GRID - g) for an author's mean loss, clipped to [0, upper]. A non-finite loss counts as `upper`."""
     clipped = min(max(loss, 0.0), upper) if math.isfinite(loss) else upper
     quantized = min(GRID, round(clipped / upper * GRID))
     return quantized, GRID - quantized
 
 
 def noisy_mean(noisy_sums: list[int], upper: float, scale: float) -> dict[str, Any]:
-    """Return loss, its standard error due to the noise, and the number of authors, from the two noisy sums.
+    """Compute loss, its standard error due to the noise, and the number of authors.
 
     Args:
         noisy_sums: sums of g and of GRID - g, with noise.

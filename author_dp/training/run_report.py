@@ -43,7 +43,7 @@ class RunReport:
         self.finished: Optional[dict[str, Any]] = None
 
     def find_finished(self, checkpoint: Optional[Path]) -> None:
-        """If `checkpoint` is the end of the training, report the run that took its steps, not the current options."""
+        """Report the run that took the steps, if `checkpoint` is the end of the training."""
         self.finished, self.audit, self.budget.plan = None, None, self.plan
         if not checkpoint or load_trainer_state(checkpoint).global_step < self.plan.steps:
             return

@@ -134,7 +134,7 @@ def check_and_place_model(
 
 
 def make_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> AuthorDPOptimizer:
-    """Wrap an optimizer in the one that adds the noise, and records each step before its noisy gradient exists.
+    """Wrap an optimizer in one that adds the noise, and records each step before its noisy gradient exists.
 
     Args:
         trainer: dp_utils.DPTrainer.
@@ -142,7 +142,7 @@ def make_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> AuthorD
     plan, args, privacy = trainer.plan, trainer.args, trainer.privacy
 
     def record_step() -> None:
-        if not trainer.budget.steps:  # the precision that is in force by now
+        if not trainer.budget.steps:  # by now the precision is final
             check_float32(trainer.model, args.bf16)
         trainer.budget.record_step()
 
