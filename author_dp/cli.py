@@ -175,6 +175,9 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
+        if dist.is_initialized():  # otherwise gloo's threads may abort the process at its end
+            dist.barrier()
+            dist.destroy_process_group()
     except SignalError as error:
         if rank == 0:
             print(f"{name}: interrupted; resume with --resume_from_checkpoint True", file=sys.stderr)
@@ -192,9 +195,6 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
         if user_error is None:
             raise
         exit_user_error(user_error, name, rank, cleanup)
-    if dist.is_initialized():  # otherwise gloo's threads may abort the process at its end
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def run_program(name: str, main: Callable[[list[str]], None], interrupted: str = "nothing more is written") -> None:

@@ -654,6 +654,9 @@ BUGS = [
             path, {"metric_for_best_model": "loss", "save_total_limit": 1}, "--metric_for_best_model loss")),
     Bug("callbacks that nobody watches", "dp_utils.DPTrainer.__init__", "self.callback_handler = WatchedCallbacks(self)", "pass",
         lambda path, _: test_callbacks.test_a_callback_that_has_declared_nothing_changes_nothing(path, "stop", "step_end")),
+    Bug("a callback that takes the sums away from the noise", "author_dp.guards.callbacks.snapshot_attributes",
+        "vars(thing).items()", "vars(thing).items() if name != 'sums'",
+        lambda path, _: test_callbacks.test_watched_callback_is_noticed_to_change_anything(path, "other sums", "log")),
     Bug("a callback that sets the learning rate", "author_dp.guards.callbacks.WatchedCallbacks.snapshot",
         "to_comparable(trainer.optimizer),", "id(trainer.optimizer),",
         lambda path, _: test_callbacks.test_a_callback_that_has_declared_nothing_changes_nothing(

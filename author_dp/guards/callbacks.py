@@ -26,6 +26,8 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
 from author_dp.errors import UserError
+from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
+from author_dp.mechanism.optimizer import GradBuffer
 
 STEPS, EVALUATION = "steps", "evaluation"
 TRANSFORMERS_CALLBACKS = {  # all others of transformers may only watch
@@ -40,6 +42,7 @@ EVENTS = {name for name in vars(TrainerCallback) if name.startswith("on_")}
 MODULE_STATE = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks", "forward", "scaling")  # scaling: LoRA's
 TRAINER_STATE = ("global_step", "max_steps", "save_steps", "best_model_checkpoint", "best_global_step")
 CONTROL = ("should_training_stop", "should_epoch_stop", "should_save")
+PARTS_OF_A_STEP = (Optimizer, GradBuffer, GaussianNoise, BandMFNoise)  # compared attribute by attribute
 SCALARS = {bool, int, float, str, type(None)}
 
 
@@ -189,7 +192,7 @@ def to_comparable(value: Any) -> Any:
         return [to_comparable(item) for item in value]
     if isinstance(value, dict):
         return [(id(key), to_comparable(item)) for key, item in value.items()]
-    if isinstance(value, Optimizer):
+    if isinstance(value, PARTS_OF_A_STEP):
         return id(value), snapshot_attributes(value)
     return id(value), repr(value) if isinstance(value, partial) else "", (value,)
 

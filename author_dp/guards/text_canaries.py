@@ -7,8 +7,8 @@ from below (one_run_audit.py). The result reveals nothing about any other author
 Example:
 
     >>> canaries = TextCanaries(1000, samples=1, tokens=128, vocab_size=50257, key=secrets.randbits(128))
-    >>> trainer = DPTrainer(..., train_dataset=AuthorDataset(*canaries.join(train, offsets, indices)))
-    >>> canaries.start(trainer); trainer.train(); trainer.audit = canaries.finish(trainer)
+    >>> trainer = DPTrainer(..., train_dataset=AuthorDataset(*canaries.join(train, offsets, indices)), canaries=canaries)
+    >>> trainer.train()  # with canaries=canaries it measures their losses before and after; the report has the audit
 """
 
 from collections.abc import Callable

@@ -136,8 +136,6 @@ class AuthorDPOptimizer(DPOptimizer):
         self.band_noise: Optional[BandMFNoise] = None
         self.batch_index: Optional[int] = None
         self.grad_buffer = self.buffer_class(self.params, canaries)
-        # As attributes of the optimizer, so that guards/callbacks.py notices a callback that writes to them.
-        self._buffer_tensors = [value for value in vars(self.grad_buffer).values() if isinstance(value, torch.Tensor)]
         self._used = False
 
     def start_training(self, coefficients: np.ndarray) -> None:
