@@ -99,7 +99,7 @@ BUGS: dict[str, tuple] = {
     "canaries drawn, real authors rarely": (
         f"{DRAW}.sample_batch", "authors = self.sample_authors()",
         "authors = self.sample_authors()\n    authors = authors[(authors >= self.num_real) | (authors % 2 == 0)]",
-        "number of sampled authors|batch size", {"steps": 40}),
+        "number of|batch size", {"steps": 40}),
     "division by the real batch size": (
         "dp_utils.DPTrainer.training_step", "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "scale"),
