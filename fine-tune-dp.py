@@ -53,6 +53,7 @@ from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.models.activations import fuse_activations
 from author_dp.models.loading import check_sequence_len, load_model
 from author_dp.models.lora import LoraArguments
+from author_dp.models.quantization import weight_bytes
 from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.checkpointing import find_checkpoint
@@ -134,17 +135,16 @@ def parse_arguments() -> tuple:
     """Return one object for each of GROUPS; refuse what would break the guarantee before anything is loaded."""
     groups = cli.parse_options(GROUPS)
     model_args, lora_args, data_args, privacy_args, _, release_args, training_args = groups
-    has_evaluation = data_args.validation_file is not None or data_args.eval_fraction > 0
     if model_args.dry_run:
         release_args.release_eval_epsilon = None  # of a model that nobody wants
-        shorten_for_dry_run(training_args, has_evaluation)
-    if training_args.eval_strategy != "no" and not has_evaluation:
+        shorten_for_dry_run(training_args, data_args.has_evaluation)
+    if training_args.eval_strategy != "no" and not data_args.has_evaluation:
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
     validate_options(
         training_args, privacy_args, full_shard=training_args.full_shard, shared_authors=data_args.allow_shared_authors,
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
-    check_release(release_args, training_args, privacy_args.disable_dp, has_evaluation)
+    check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
     find_checkpoint(training_args, privacy_args, lora_args.enable_lora)  # refuses a folder that cannot be used
     return groups
 
@@ -189,6 +189,8 @@ def main() -> None:
     )
     fuse_activations(model)
     logging.set_verbosity(training_args.get_process_log_level())  # not before: loading logs pages
+    if flag := lora_args.base_precision_flag():
+        logger.info(f"{flag}: all weights, adapters included, take {weight_bytes(model) / 2**20:,.1f} MiB.")
     check_sequence_len(model, data_args.sequence_len)
 
     train, evaluation = load_author_datasets(data_args, training_args, tokenizer, released)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.models.lora import add_lora_adapters
-from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers, weight_bytes
+from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -65,9 +65,6 @@ def load_model(
         model = add_lora_adapters(model, **lora)
     if base_precision == "nf4" and not quantized_layers(model):
         raise UserError(f"--load_in_4bit: {base} has no plain linear layer. Use --base_dtype bfloat16")
-    if base_precision != "float32":
-        size = weight_bytes(model) / 2**20
-        logger.warning(f"The base is in {base_precision}: all weights, adapters included, take {size:,.1f} MiB.")
     if base_precision != "float32" or quantized_layers(model):  # a folder may hold 4-bit layers and a compute dtype of its own
         model = cast_parameters(model, compute_dtype)
         if adapter_base is not None:
