@@ -52,6 +52,7 @@ import test_selfcheck
 import test_sharding
 import test_specimens
 import test_synthetic_report
+import test_tuning
 import test_weights
 import torch
 from planting import find, with_edit
@@ -83,6 +84,7 @@ RANDOM_OPS = "author_dp.guards.random_ops"
 SHARED_BUFFER = "author_dp.mechanism.fsdp.ShardedGradBuffer"
 LOGGERS = "author_dp.guards.loggers"
 PUBLISH = "author_dp.outputs.publish"
+TUNING = "author_dp.accounting.tuning"
 SHARED_SUMS = "author_dp.mechanism.fsdp_clipping.ShardedStore.sum_pass"
 
 
@@ -1003,6 +1005,20 @@ BUGS = [
         "in (HubStrategy.ALL_CHECKPOINTS,)",
         lambda path, patch: test_publish.test_uploads_of_more_or_without_a_guarantee_are_refused(
             path, patch, {"hub_strategy": "checkpoint"}, "--hub_strategy checkpoint")),
+    # The best of many runs.
+    Bug("a search that costs what a run costs", f"{TUNING}.search_rdp", "result = rdp + times + math.log(mean) / (ORDERS - 1)",
+        "result = rdp", lambda *_: test_tuning.test_search_epsilon_is_never_below_the_exact_law_of_the_best(0.0)),
+    Bug("a geometric number of runs at the price of a logarithmic one", f"{TUNING}.search_rdp", "(1 + count.eta) * np.min",
+        "np.min", lambda *_: test_tuning.test_search_epsilon_agrees_with_dp_accounting(1.0)),
+    Bug("a fixed number of runs", f"{TUNING}.RunCount.draw", "return self.quantile(Decimal(secrets.randbits(192)) / 2**192)",
+        "return round(self.expected)", lambda *_: test_tuning.test_run_count_draw_follows_the_law(0.0)),
+    Bug("scores that cost nothing", f"{TUNING}.run_rdp", "np.maximum(training, release.rdp())", "training",
+        lambda *_: test_tuning.test_run_rdp_counts_the_score()),
+    Bug("the noise of a single run", f"{TUNING}.calibrate_search",
+        "run_epsilon = compute_epsilon(sigma, sample_rate, steps, delta)",
+        "run_epsilon, noise_multiplier = target_epsilon, find_noise_multiplier(sample_rate, steps, target_epsilon, delta)\n"
+        "    return SearchNoise(count, run_epsilon, noise_multiplier, run_rdp([], release), target_epsilon)",
+        lambda *_: test_tuning.test_calibrate_search_ends_at_the_target(8.0)),
 ]  # fmt: skip
 
 
