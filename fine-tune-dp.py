@@ -136,7 +136,6 @@ def parse_arguments() -> tuple:
     groups = cli.parse_options(GROUPS)
     model_args, lora_args, data_args, privacy_args, _, release_args, training_args = groups
     if model_args.dry_run:
-        release_args.release_eval_epsilon = None  # of a model that nobody wants
         shorten_for_dry_run(training_args, data_args.has_evaluation)
     if training_args.eval_strategy != "no" and not data_args.has_evaluation:
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
@@ -145,6 +144,8 @@ def parse_arguments() -> tuple:
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
     check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
+    if model_args.dry_run:
+        release_args.release_eval_epsilon = None  # of a model that nobody wants
     find_checkpoint(training_args, privacy_args, lora_args.enable_lora)  # refuses a folder that cannot be used
     return groups
 

@@ -68,6 +68,7 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         model_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         name=name,
         needs_base_path=is_adapter and not base_model,
+        tuned=bool(report.get("tuning")),
         counts_are_hidden=report["num_authors"] is None,
         guarantee=table_rows(guarantee_rows(report)),
         settings=table_rows((option, value) for option, value in options.items() if value is not None),
