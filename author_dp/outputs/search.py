@@ -26,6 +26,7 @@ from author_dp.accounting.tradeoff import bounds_of_guarantee
 from author_dp.accounting.tuning import Release, SearchNoise, run_rdp
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
+from author_dp.outputs.guarantee import in_search
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_guarantee
 from author_dp.outputs.publish import check_out, copy_publishable
 from author_dp.outputs.tune_options import TuneArguments
@@ -48,7 +49,7 @@ class Search:
 
     def __init__(self, args: TuneArguments, out: Path, words: list[str]):
         self.args, self.out, self.words = args, out, words
-        self.folder = out.with_name(out.name + "-search")
+        self.folder = Path(f"{out}-search")
         self.plan: dict[str, Any] = {}
         self.options = {
             "search": args.grid, "expected_runs": args.expected_runs, "target_epsilon": args.target_epsilon, "law": args.law,
@@ -180,7 +181,9 @@ class Search:
         """
         try:
             guarantee = read_guarantee(folder)
-            if guarantee is None or guarantee["disable_dp"] or guarantee.get("alarm") or not guarantee["ledger_was_read"]:
+            if guarantee is None or guarantee["disable_dp"] or guarantee.get("alarm"):
+                return None
+            if not (guarantee["ledger_was_read"] and in_search(guarantee)):
                 return None
             ledger = PrivacyLedger(folder / LEDGER_NAME)
             splits = {record.get("split") for record in [*ledger.runs, *ledger.releases]}
@@ -198,6 +201,7 @@ class Search:
     def end(self) -> Optional[dict[str, Any]]:
         """Release the best run, then delete what is secret; return the released privacy.json, None if no run has a score."""
         assert len(self.plan["scores"]) == len(self.plan["runs"])
+        # Of equal scores the first is as good as any: runs are exchangeable.
         best = min((score, place) for place, score in enumerate([*self.plan["scores"], math.inf]) if score is not None)[1]
         report = None
         if best < len(self.plan["runs"]):
