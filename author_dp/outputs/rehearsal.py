@@ -10,6 +10,7 @@ Example:
     >>> trainer.train()
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from typing import Any, Optional
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
 from author_dp.accounting.output_dir import TRIAL_PREFIX, check_target, remove_trials
@@ -54,6 +56,8 @@ def rehearse(trainer: Any) -> None:
     """
     if trainer.args.should_save:
         check_room(trainer)
+    if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
+        align_special_tokens(trainer.model, trainer.processing_class)  # as training does: what it changes is checked more strictly
     with quiet():
         try_saving(trainer)
         try_evaluating(trainer)
@@ -141,8 +145,11 @@ def saving_error(error: Exception) -> UserError:
     if (known := to_user_error(error)) is not None:
         return known
     words = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
-    file = "generation_config.json" if "GenerationConfig" in str(error) else "the file that it names"
-    return UserError(f"--model_name: the trained model could not be saved ({words or type(error).__name__}). Correct {file}")
+    fix = "Correct the file, or choose another model"
+    if "GenerationConfig" in str(error):
+        words = " ".join(re.findall(r"(?m)^- (.*)", str(error))).replace("`", "")[:300] or words
+        fix = "Correct generation_config.json in its folder, or delete it"
+    return UserError(f"--model_name: the trained model could not be saved ({words or type(error).__name__}). {fix}")
 
 
 @contextmanager
