@@ -219,7 +219,8 @@ def main() -> None:
     )
     writes_texts = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
     texts = make_text_samples(tokenizer, held_out, data_args) if writes_texts else None
-    trainer.add_callback(statistics := RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts))
+    statistics = RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts, cli.command_line())
+    trainer.add_callback(statistics)
     if model_args.dry_run:
         trainer.add_callback(DryRun(trainer))
     trainer.log_summary()

@@ -14,6 +14,8 @@ import argparse
 import difflib
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -42,6 +44,9 @@ KNOWN_AS = {
     "lora": "enable_lora", "use_lora": "enable_lora", "lora_r": "lora_dim", "lora_rank": "lora_dim", "output": "output_dir",
     "resume": "resume_from_checkpoint", "load_in_8bit": "load_in_4bit",
 }  # fmt: skip
+
+SECRET_NAME = re.compile("token$|secret|password|key$")  # of options whose values no report shows
+HIDDEN = "HIDDEN"
 
 # Log lines of transformers that do not help. Padding is on the right, where causal attention ignores it. GPT-2's class name,
 # which is not set in a config, selects the default loss.
@@ -143,6 +148,25 @@ def name_offending_options(message: str, words: Sequence[str]) -> str:
         return message
     quoted = [option for option, value in given if value and (value in message or value.startswith("{"))]
     return f"{', '.join(quoted or [option for option, _ in given])}: {message}"
+
+
+def command_line() -> str:
+    """Return the command of this program as one would type it, without the values of options that may be secret."""
+    shown: list[str] = []
+    for word in (os.fsencode(word).decode(errors="replace") for word in sys.argv):  # a path need not be UTF-8
+        option, equals, _ = word.partition("=")
+        if shown and is_secret(shown[-1]) and not word.startswith("--"):
+            word = HIDDEN
+        elif equals and is_secret(option):
+            word = option + equals + HIDDEN
+        shown.append(word)
+    return f"python {shlex.join(shown)}"
+
+
+def is_secret(option: str) -> bool:
+    """Return whether a word of the command line is an option, perhaps abbreviated, whose value is secret."""
+    name = option.removeprefix("--").replace("-", "_")
+    return option.startswith("--") and bool(name) and ("hub_token".startswith(name) or SECRET_NAME.search(name) is not None)
 
 
 # --- logs ---------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """report.py, page.py, model_card.py: what the page and the card say, from the ledger, and that the card tells nothing private."""
 
+import html
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +14,10 @@ from matplotlib.image import imread
 
 from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, format_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.cli import command_line
 from author_dp.errors import UserError
 from author_dp.outputs.figures import first_steps, loss_points
-from author_dp.outputs.guarantee import guarantee_rows
+from author_dp.outputs.guarantee import attack_rows, decision_summary, guarantee_rows, percent_up
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report, write_report
 from author_dp.outputs.samples import TextSamples
@@ -49,6 +52,51 @@ def test_the_page_shows_the_guarantee_and_the_run(tmp_path):
     assert len(statistics["seconds_per_step"]) == 4 and sum(statistics["norms_over_clip_norm"]["counts"]) > 0
 
 
+def test_page_says_what_was_trained_and_by_which_command(tmp_path, monkeypatch):
+    typed = ["fine-tune-dp.py", "--train_file", "my <file>.jsonl", "--hub_token", "hf_1", "--hub_tok=hf_2", "--hub-token", "hf_3"]
+    monkeypatch.setattr(sys, "argv", typed)
+    statistics = RunStatistics(None, np.ones(3, int), command=command_line())
+    statistics.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(is_world_process_zero=True), None)
+    run(tmp_path)
+    after = {"eval_author_loss": 2.0, "eval_author_loss_stderr": 0.25, "eval_num_authors": 9, "eval_num_texts": 1234}
+    statistics.add(str(tmp_path), evaluation={"before": {}, "after": after})
+    write_report(tmp_path)
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "python fine-tune-dp.py --train_file 'my <file>.jsonl' --hub_token HIDDEN --hub_tok=HIDDEN --hub-token HIDDEN" in page
+    today = json.loads((tmp_path / "privacy_ledger.jsonl").read_text().splitlines()[0])["started"]
+    for name, value in {"Date": today, "architecture": "GPT2LMHeadModel", "learning_rate": "0.1", "optim": "sgd"}.items():
+        assert f"<tr><th>{name}</th><td>{value}</td></tr>" in page
+    assert re.search(r"<th>Software</th><td>torch \S+, transformers \S+, opacus", page) and "a local folder" in page
+    assert "Held out: 9 authors with 1,234 texts. So few" in page and "<td>2.000 \u00b1 0.500</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "strength"),
+    [(0.5, "strong"), (1.0, "strong"), (1.001, "reasonable"), (10.0, "reasonable"), (10.01, "weak by itself")],
+)
+def test_summary_says_what_epsilon_means_for_a_decision(epsilon, strength):
+    report = {"disable_dp": False, "epsilon": epsilon, "delta": 1e-5, "tpr_at_fpr": {"0.01": 0.0555, "0.001": 0.00286}}
+    words = decision_summary(report)
+    assert f"epsilon {format_epsilon(epsilon)} is {strength}." in words
+    assert (
+        "wrongly accuses 1 % of the authors who were not, finds at most 5.6 % of those who were; blind guessing finds 1 %"
+        in words
+    )
+    assert ("Membership inference", "TPR at most 5.6 % at 1 % FPR, at most 0.29 % at 0.1 % FPR") == (
+        attack_rows(report)[0][0], attack_rows(report)[0][1].partition(" (")[0],
+    )  # fmt: skip
+    for change in ({"disable_dp": True}, {"epsilon": None}, {"interrupted": True}):
+        assert decision_summary({**report, **change}) == ""
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.0555, "5.6 %"), (0.056, "5.6 %"), (0.0561, "5.7 %"), (0.00281, "0.29 %"), (0.01, "1 %"), (1.0, "100 %")],
+)
+def test_shares_are_rounded_up(share, words):
+    assert percent_up(share) == words
+
+
 def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
     """Without dropout and learning, all authors in each step with all texts: the loss of training is that of evaluation."""
     dataset = make_dataset([1, 1, 2, 9], seed=3)
@@ -59,7 +107,7 @@ def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
     metrics = trainer.evaluate(dataset)
     trainer.train()
     training, evaluated = loss_points(trainer.state.log_history, {"before": metrics, "after": metrics})
-    assert [step for step, _ in training] == [1, 2, 3] and [step for step, _ in evaluated] == [0, 3]
+    assert [step for step, _ in training] == [1, 2, 3] and [step for step, *_ in evaluated] == [0, 3]
     assert [loss for _, loss in training] == pytest.approx([evaluated[0][1]] * 3, abs=1e-4)
     assert abs(metrics["eval_loss"] - evaluated[0][1]) > 1e-3  # the mean over tokens is another
     assert loss_points([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], {})[0] == [(5.5, 2.0), (15.5, 1.0)]

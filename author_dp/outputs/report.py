@@ -9,6 +9,7 @@ publication: publish.py and --push_to_hub leave them out.
 
 import json
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
@@ -41,14 +42,21 @@ class RunStatistics(TrainerCallback):
         norms: statistics of the per-author gradient norms, read when training ends.
         samples_per_author: (authors,), number of samples of each author.
         text_samples: writes texts before and after training; None: the report shows none.
+        command: the command line, without secrets (`cli.command_line`).
     Attributes:
         before, after: metrics and texts of the evaluations before and after training.
     """
 
     follows = "steps"  # it changes nothing, so callbacks.py need not watch it
 
-    def __init__(self, norms: NormStatistics, samples_per_author: np.ndarray, text_samples: Optional[TextSamples] = None):
-        self.norms, self.text_samples = norms, text_samples
+    def __init__(
+        self,
+        norms: NormStatistics,
+        samples_per_author: np.ndarray,
+        text_samples: Optional[TextSamples] = None,
+        command: Optional[str] = None,
+    ):
+        self.norms, self.text_samples, self.command = norms, text_samples, command
         self.samples, self.authors = np.unique(samples_per_author, return_counts=True)
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
@@ -75,6 +83,9 @@ class RunStatistics(TrainerCallback):
             # The file may be that of another run in this directory, even of one without privacy.
             (Path(args.output_dir) / STATISTICS_NAME).unlink(missing_ok=True)
             self.add(args.output_dir, **self.before)
+        if state.is_world_process_zero and self.command is not None:
+            started = datetime.now(timezone.utc).date().isoformat()
+            self.add(args.output_dir, command=self.command, started=started)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_started = time.perf_counter()
@@ -167,7 +178,8 @@ def write_report(folder: Path) -> None:
     figures = draw_figures(folder / "report", report, ledger, statistics)
     path = folder / PAGE_NAME
     make_private(path)
-    path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")
+    header = ledger.last_run if ledger.runs else None
+    path.write_text(page(folder.resolve().name, report, figures, statistics, header), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
