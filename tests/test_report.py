@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from conftest import make_dataset, make_trainer
+from conftest import make_dataset, make_trainer, read_report
 from matplotlib.image import imread
 
 from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, format_epsilon
@@ -19,8 +19,10 @@ from author_dp.errors import UserError
 from author_dp.outputs.figures import first_steps, loss_points
 from author_dp.outputs.guarantee import attack_rows, decision_summary, guarantee_rows, percent_up
 from author_dp.outputs.model_card import model_card
+from author_dp.outputs.publish import publish
 from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report, write_report
 from author_dp.outputs.samples import TextSamples
+from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.public_loss import format_release
 
 
@@ -268,3 +270,20 @@ def test_first_steps_of_several_runs(tmp_path):
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="OUTPUT_DIR"):
         write_report(tmp_path)
+
+
+def test_dry_run_gets_no_card_of_a_finished_model_and_is_not_published(tmp_path, capsys):
+    folder, dataset = tmp_path / "dry", make_dataset([1, 2, 3] * 10)
+    trainer = make_trainer(folder, dataset=dataset, max_steps=50)
+    shorten_for_dry_run(args := SimpleNamespace(push_to_hub=True), has_evaluation=False)
+    assert not args.push_to_hub
+    trainer.add_callback(DryRun(trainer))
+    trainer.train()
+    save_and_report(trainer, RunStatistics(None, np.ones(3, int)))
+    assert read_report(folder)["dry_run"] and read_report(folder)["steps"] == 2
+    assert not (folder / "README.md").exists()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("dry run, not a finished model: epsilon ")
+    page = (folder / "report.html").read_text()
+    assert "is a dry run" in page and "What this means for a decision" not in page
+    with pytest.raises(UserError, match="--dry_run, not a finished model"):
+        publish(folder, tmp_path / "out")

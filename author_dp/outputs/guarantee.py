@@ -145,6 +145,8 @@ def plain_summary(report: dict[str, Any]) -> str:
         return "This model was trained without a privacy guarantee. It may repeat what its authors wrote."
     if report.get("interrupted"):
         return f"Certified: {INTERRUPTED}."
+    if report.get("dry_run"):
+        return "This is a dry run: the model has taken two steps of a longer training, and is not a finished one."
     if not has_guarantee(report):
         return (
             "This training has the guarantee above for its own authors, but it started from a model that has none: "
@@ -163,7 +165,7 @@ def decision_summary(report: dict[str, Any]) -> str:
 
     The scale is that of Ponomareva et al. 2023. It is about epsilon alone, so the bound on attackers is named first.
     """
-    if report["disable_dp"] or not has_guarantee(report):
+    if report["disable_dp"] or not has_guarantee(report) or report.get("dry_run"):
         return ""
     rates, attack = report.get("tpr_at_fpr") or {}, ""
     if "0.01" in rates:

@@ -98,6 +98,8 @@ def publishable_report(folder: Path) -> dict[str, Any]:
     assert guarantee is not None  # the file exists
     if reason := not_covered_reason(guarantee):
         raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. Train it with privacy, in a new folder")
+    if guarantee.get("dry_run"):
+        raise UserError(f"FOLDER {folder}: it holds the result of --dry_run, not a finished model. Give that of a full run")
     names = weight_name_pattern(adapter="adapter_base" in guarantee)
     if other := [name for name in guarantee["weights"] if not names.fullmatch(name)]:
         raise UserError(f"FOLDER {folder}: {REPORT_NAME} names {other[0]}, which is not a file that a run saves. Train again")

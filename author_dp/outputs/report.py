@@ -157,7 +157,8 @@ def save_and_report(trainer: Any, statistics: RunStatistics, release: Optional[d
     if release is not None:
         loss = f", {format_release(release)}, both public"
     audit = f", audit: epsilon {format_audit(report['audit'])}" if report.get("audit") else ""
-    print(f"{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
+    kind = "dry run, not a finished model: " if report.get("dry_run") else ""
+    print(f"{kind}{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
 
 
 # --- The report ---------------------------------------------------------------------------------------------

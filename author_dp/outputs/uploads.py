@@ -49,6 +49,6 @@ class UploadingTrainer(CertifiedTrainer):
         return upload(folder, str(self.hub_model_id), message, token, revision, in_background)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write a card of public values instead of the Trainer's, which would show private metrics."""
-        if self.is_world_process_zero():
+        """Write a card of public values instead of the Trainer's, which would show private metrics; none of a dry run."""
+        if self.is_world_process_zero() and not self.run_report.dry_run:
             (self.folder / "README.md").write_text(model_card(self.privacy_report()), encoding="utf-8")
