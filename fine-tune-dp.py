@@ -49,6 +49,7 @@ from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
 from author_dp.guards.options import validate_options
 from author_dp.guards.text_canaries import TextCanaries
+from author_dp.logs import get_logger
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.models.activations import fuse_activations
 from author_dp.models.loading import check_sequence_len, load_model
@@ -70,7 +71,7 @@ from dp_utils import DPTrainer, PrivacyArguments
 
 startup.end()
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 @dataclass

@@ -15,7 +15,6 @@ from typing import Any, Optional
 
 import numpy as np
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
@@ -24,13 +23,14 @@ from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError
 from author_dp.files import make_private, write_json
 from author_dp.guards.canaries import format_audit
+from author_dp.logs import get_logger
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.public_loss import format_release
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 # --- Recorded during the run --------------------------------------------------------------------------------
 

@@ -23,12 +23,12 @@ from typing import Any, Optional
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from author_dp.logs import get_logger
 from author_dp.models.modes import deterministic_eval
 from author_dp.types import IGNORE_INDEX
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 UNCONDITIONAL, CONTINUATION = "free", "continued"  # keys in the file of statistics
 NUM_TEXTS, MAX_TOKENS = 4, 40  # of each kind, and of each text

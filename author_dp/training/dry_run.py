@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from author_dp.accounting.accountant import format_guarantee
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 STEPS = 2  # a warm-up step, and one that is timed
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
-from transformers.utils import logging
 
-logger = logging.get_logger(f"transformers.{__name__}")
+from author_dp.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 class StopOnSignal(TrainerCallback):

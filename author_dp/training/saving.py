@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
@@ -19,6 +18,7 @@ from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
 from author_dp.guards.model_check import check_trained_weights
 from author_dp.guards.monitors import RunMonitors
+from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict, load_weights
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.quantization import model_sizes
@@ -28,7 +28,7 @@ from author_dp.training.base_trainer import LogicalBatchTrainer
 from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state
 from author_dp.training.run_report import RunReport
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class CertifiedTrainer(LogicalBatchTrainer):
