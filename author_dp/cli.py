@@ -53,9 +53,9 @@ HIDDEN = "HIDDEN"
 NOISY_LOG_PREFIXES = (
     "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
     "loading configuration file", "Model config ", "Generate config ",  # pages at each save
-    "\n\nTraining completed. Do not forget to share",
+    "Configuration saved in", "Model weights saved in", "tokenizer config file saved in", "Special tokens file saved in",
 )  # fmt: skip
-NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "trainer")
+NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "tokenization_utils_base", "trainer")
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
 
 
@@ -204,7 +204,7 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
             dist.destroy_process_group()
     except SignalError as error:
         if rank == 0:
-            print(f"{name}: interrupted; resume with --resume_from_checkpoint True", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         exit_process(128 + error.number, cleanup)
     except KeyboardInterrupt:
         message = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"

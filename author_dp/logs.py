@@ -11,6 +11,8 @@ Example:
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -40,6 +42,21 @@ class ConsoleHandler(logging.StreamHandler):
 def get_logger(name: str) -> Any:
     """Return the logger of a module of this project, with the methods that transformers adds (warning_once)."""
     return transformers_logging.get_logger(f"{ROOT}.{name.removeprefix(f'{PROJECT}.')}")
+
+
+@contextmanager
+def without_lines(logger: str, beginnings: tuple[str, ...]) -> Iterator[None]:
+    """Inside, drop the log lines of a logger of transformers, such as "trainer", that begin with one of `beginnings`."""
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginnings)
+
+    filtered: Any = transformers_logging.get_logger(f"transformers.{logger}")
+    filtered.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        filtered.removeFilter(is_kept)
 
 
 def replace_console_handler() -> None:

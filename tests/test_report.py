@@ -20,7 +20,7 @@ from author_dp.outputs.figures import first_steps, loss_points
 from author_dp.outputs.guarantee import attack_rows, decision_summary, guarantee_rows, percent_up
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.publish import publish
-from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report, write_report
+from author_dp.outputs.report import RunStatistics, evaluate_and_sample, report_result, write_report
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.public_loss import format_release
@@ -170,7 +170,8 @@ def report_run(folder, held_out, text_samples=None, release=None, resume=False):
         evaluate_and_sample(trainer, statistics, "before")
     trainer.train()
     metrics = evaluate_and_sample(trainer, statistics, "after")
-    save_and_report(trainer, statistics, release)
+    trainer.save_model()
+    report_result(trainer, statistics, release)
     return trainer, metrics
 
 
@@ -279,7 +280,8 @@ def test_dry_run_gets_no_card_of_a_finished_model_and_is_not_published(tmp_path,
     assert not args.push_to_hub
     trainer.add_callback(DryRun(trainer))
     trainer.train()
-    save_and_report(trainer, RunStatistics(None, np.ones(3, int)))
+    trainer.save_model()
+    report_result(trainer, RunStatistics(None, np.ones(3, int)))
     assert read_report(folder)["dry_run"] and read_report(folder)["steps"] == 2
     assert not (folder / "README.md").exists()
     assert capsys.readouterr().out.splitlines()[-1].startswith("dry run, not a finished model: epsilon ")

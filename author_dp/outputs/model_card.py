@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from author_dp.models.quantization import model_sizes
 from author_dp.outputs.guarantee import Row, decision_summary, fmt, guarantee_rows, has_guarantee, plain_summary
 
+CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 OPTIONS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "bf16")
 IMPORTS = {

@@ -26,6 +26,7 @@ from author_dp.guards.canaries import format_audit
 from author_dp.logs import get_logger
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
+from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.public_loss import format_release
@@ -138,16 +139,17 @@ def format_losses(metrics: dict[str, float]) -> str:
     )
 
 
-def save_and_report(trainer: Any, statistics: RunStatistics, release: Optional[dict[str, Any]] = None) -> None:
-    """Save the model. On the main process, also write model card and report, and print the guarantee as the last line.
+def report_result(trainer: Any, statistics: RunStatistics, release: Optional[dict[str, Any]] = None) -> None:
+    """On the main process, write model card and report of a saved model, and print the guarantee as the last line.
 
     Args:
         trainer: a dp_utils.DPTrainer.
         release: of the evaluation loss, from `release_eval_loss`; None: the last line shows the exact, private loss.
     """
-    trainer.save_model()
     if not trainer.is_world_process_zero():
         return
+    if release is not None:
+        trainer.update_report()
     folder = trainer.args.output_dir
     trainer.create_model_card()
     statistics.add(folder, **statistics.after)
@@ -157,6 +159,7 @@ def save_and_report(trainer: Any, statistics: RunStatistics, release: Optional[d
     if release is not None:
         loss = f", {format_release(release)}, both public"
     audit = f", audit: epsilon {format_audit(report['audit'])}" if report.get("audit") else ""
+    logger.info(f"Report: {Path(folder) / PAGE_NAME}, private. What may be published: python -m author_dp.publish {folder} OUT")
     kind = "dry run, not a finished model: " if report.get("dry_run") else ""
     print(f"{kind}{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
 
@@ -192,4 +195,6 @@ def main(arguments: list[str]) -> None:
         report = ledger.check_report(path)
         if path.parent == folder and not report["disable_dp"]:
             check_weights(folder, report)
+        if path.parent == folder and not report.get("dry_run"):
+            (folder / CARD_NAME).write_text(model_card(recompute_report(path, ledger)), encoding="utf-8")
     write_report(folder)
