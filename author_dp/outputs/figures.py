@@ -58,6 +58,7 @@ def draw_losses(axes: "Axes", training: list, evaluated: list) -> None:
             side = "right" if step == steps[-1] and step > 0 else "left"
             axes.annotate(f"{loss:.2f}", (step, loss), (0, 9), textcoords="offset points", color=BLUE, ha=side)
     axes.margins(y=0.18)  # room for the annotations
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.set(title="Loss, same scale for both", xlabel="step", ylabel="nats per token, mean over authors")
     put_legend_above(axes)
 

@@ -176,6 +176,6 @@ def decision_summary(report: dict[str, Any]) -> str:
     epsilon, strengths = report["epsilon"], ((1, "strong"), (10, "reasonable"), (math.inf, "weak by itself"))
     strength = next(word for limit, word in strengths if epsilon <= limit)
     return (
-        f"{attack}On a common scale (Ponomareva et al. 2023: up to 1 strong, up to 10 reasonable, above that weak by itself), "
-        f"epsilon {format_epsilon(epsilon)} is {strength}. It protects each author, not what many authors have written alike."
+        f"{attack}On a common scale of epsilon (Ponomareva et al. 2023: up to 1 strong, up to 10 reasonable, above 10 weak by "
+        f"itself), {format_epsilon(epsilon)} is {strength}. Each author is protected, not what many authors have written alike."
     )

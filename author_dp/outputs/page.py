@@ -64,13 +64,17 @@ def run_rows(report: dict, header: dict, statistics: dict) -> list[tuple[str, st
     """
     options = public_options(report)
     model, dataset = options.pop("base_model"), options.pop("dataset")
+    named = ", named in the command" if statistics.get("command") else ""
+    sizes = [options.pop(name, None) for name in ("architecture", "parameters", "trained_parameters")]
+    size = "" if None in sizes else f" ({sizes[0]}, {sizes[1]:,} parameters, {sizes[2]:,} of them trained)"
+    settings = (f"{name} {format_value(value)}" for name, value in options.items() if value is not None)
     rows = [
-        ("Base model", model or "a local folder, named in the command"),
-        ("Data", dataset or "local files, named in the command"),
+        ("Base model", (model or f"a local folder{named}") + size),
+        ("Data", dataset or f"local files{named}"),
         ("Date", header.get("started") or statistics.get("started")),
         ("Software", ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items())),
         ("Processes", report.get("world_size")),
-        *options.items(),
+        ("Settings", ", ".join(settings)),
     ]
     return [(name, format_value(value)) for name, value in rows if value not in (None, "")]
 
