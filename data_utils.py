@@ -27,7 +27,6 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.utils import logging
 
 from author_dp.data.authors import encode_authors, get_column, split_id, suspicious_author_warnings
 from author_dp.data.chat import TARGETS, ChatFormatter, set_chat_template
@@ -38,11 +37,11 @@ from author_dp.data.storage import exit_on_sigterm, filter_rows, temp_dirs
 from author_dp.data.tokenization import tokenize
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.types import IGNORE_INDEX
 from author_dp.validation import check_choice, check_exclusive, check_range, option
 
-# A child of transformers' logger, so that its handler and --log_level apply.
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 DEFAULT_DATASET, DEFAULT_DATASET_SAMPLES = "webis/tldr-17", 500_000
 

@@ -27,6 +27,7 @@ import test_clipping_two_pass
 import test_conversations
 import test_data_utils
 import test_dp_utils
+import test_figures
 import test_frozen
 import test_generate
 import test_guards
@@ -859,6 +860,14 @@ BUGS = [
         lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(False)),
     Bug("evaluation on another scale than training", "author_dp.outputs.figures.loss_points", "row[AUTHOR_LOSS]",
         'row["eval_loss"]', lambda path, _: test_report.test_losses_of_training_and_evaluation_are_on_one_scale(path)),
+    Bug("less epsilon drawn than was spent", "author_dp.outputs.figures.draw_epsilon", "for number in steps]",
+        "for number in [0, *steps[:-1]]]",
+        lambda path, patch: test_figures.test_epsilon_is_a_staircase_that_never_shows_less_than_was_spent(
+            path, patch, [(4, 10)])),
+    Bug("fewer are found than can be", "author_dp.outputs.guarantee.percent_up", "math.ceil(", "round(",
+        lambda *_: test_report.test_shares_are_rounded_up(0.0561, "5.7 %")),
+    Bug("a secret in the report's command", "author_dp.cli.command_line", "word = option + equals + HIDDEN", "pass",
+        lambda path, patch: test_report.test_page_says_what_was_trained_and_by_which_command(path, patch)),
     Bug("statistics for everybody", "author_dp.outputs.report.RunStatistics.add", "private=True", "private=False",
         lambda path, _: test_report.test_what_was_found_before_training_outlives_an_interruption(path)),
     Bug("a report on private text for everybody", "author_dp.outputs.synthetic_report.make_report", "private=True",

@@ -25,13 +25,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers.utils import logging
-
 from author_dp.accounting.accountant import MechanismEvent, cyclic_event, epsilon_of, round_up
 from author_dp.accounting.hash_chain import HashChain
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 LEDGER_NAME = "privacy_ledger.jsonl"
 REPORT_NAME = "privacy.json"

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from author_dp.data.chat import resolve_bos_token, tokenize_examples
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.types import IGNORE_INDEX
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class TokenizeSpec(NamedTuple):

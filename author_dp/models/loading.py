@@ -14,14 +14,14 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
+from author_dp.logs import get_logger
 from author_dp.models.lora import add_lora_adapters
 from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")

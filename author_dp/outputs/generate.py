@@ -27,13 +27,14 @@ from transformers.utils import logging
 
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
+from author_dp.logs import get_logger
 from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer
 from author_dp.models.weights import sha256_of
 from author_dp.outputs import privacy_statement, synthetic_report
 from author_dp.outputs.partial_file import PartialFile
 from author_dp.outputs.prompts import Prompt, Source, make_prompts, template_fields
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 128  # if the model does not say how long its training texts were
 # Options of transformers that would change the number of texts per prompt, or that have an option of their own here.

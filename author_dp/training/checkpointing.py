@@ -24,13 +24,13 @@ from typing import Any, Optional
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
 from author_dp.distributed import barrier
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, make_private, write_json
 from author_dp.guards.options import metric_driven_option
+from author_dp.logs import get_logger
 from author_dp.models.weights import (
     COMPLETE_MARKER,
     check_weights,
@@ -42,7 +42,7 @@ from author_dp.models.weights import (
     weight_name_pattern,
 )
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 # --- complete checkpoints ---------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class RunReport:
         secure_noise: as in PrivacyArguments.
     Attributes:
         audit: the result of the canaries.
+        dry_run: whether the run takes two steps only, so that its model is not a finished one.
         adapter_base: description of an adapter's base model.
         finished: the privacy.json of a finished training; None before.
     """
@@ -38,6 +39,7 @@ class RunReport:
     ):
         self.budget, self.plan, self.folder = budget, budget.plan, budget.ledger.path.parent
         self.settings, self.data, self.base_model, self.secure_noise = settings, data, base_model, secure_noise
+        self.dry_run = False
         self.audit: Optional[dict[str, Any]] = None
         self.adapter_base: Optional[dict[str, Any]] = None
         self.finished: Optional[dict[str, Any]] = None
@@ -82,6 +84,7 @@ class RunReport:
         if not self.plan.disable_dp:
             report["secure_noise"] = self.secure_noise
         more = {
+            "dry_run": self.dry_run,
             "settings": self.settings,
             "data": self.data,
             "audit": self.audit,

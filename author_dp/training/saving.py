@@ -4,6 +4,7 @@ Guarantees: weights are saved with a privacy.json that names their hashes. A che
 file holds the state of a random generator that protects authors. (What may be uploaded: author_dp/outputs/uploads.py.)
 """
 
+import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,14 +12,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
+from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
+from author_dp.files import write_json
 from author_dp.guards.model_check import check_trained_weights
 from author_dp.guards.monitors import RunMonitors
+from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict, load_weights
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.quantization import model_sizes
@@ -28,7 +31,7 @@ from author_dp.training.base_trainer import LogicalBatchTrainer
 from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state
 from author_dp.training.run_report import RunReport
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class CertifiedTrainer(LogicalBatchTrainer):
@@ -112,6 +115,11 @@ class CertifiedTrainer(LogicalBatchTrainer):
         folder, disable_dp = Path(output_dir or self.folder), self.plan.disable_dp
         with write_certified(folder, adapter, self.privacy_report, disable_dp), owner_only():
             super()._save(output_dir, state_dict)
+
+    def update_report(self) -> None:
+        """Write privacy.json again, for the weights that are saved, when its other contents have changed; on rank 0 only."""
+        path = self.folder / REPORT_NAME
+        write_json(path, {**self.privacy_report(), "weights": json.loads(path.read_text())["weights"]})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save a sharded optimizer's state as an unsharded one's."""
