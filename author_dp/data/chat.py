@@ -21,9 +21,12 @@ References:
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -226,7 +229,8 @@ def tokenize_examples(
         if not chosen:
             continue
         options = {"add_special_tokens": False, "split_special_tokens": not is_templated, "return_offsets_mapping": True}
-        encoded = tokenizer([parsed[i].text for i in chosen], **options, verbose=False)
+        with untrimmed_offsets(tokenizer):
+            encoded = tokenizer([parsed[i].text for i in chosen], **options, verbose=False)
         for i, row, spans in zip(chosen, encoded["input_ids"], encoded["offset_mapping"]):
             targets = [
                 token if overlaps(span, parsed[i].targets) else IGNORE_INDEX for token, span in zip(row, spans, strict=True)
@@ -234,6 +238,21 @@ def tokenize_examples(
             before, after = start * (row[:1] != start), end * (row[-1:] != end)
             ids[i], labels[i] = before + row + after, [IGNORE_INDEX] * len(before) + targets + after
     return ids, labels
+
+
+@contextmanager
+def untrimmed_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, a token's offsets include its white space, which some post-processors leave out of them.
+
+    A token of white space alone would have no character otherwise. Nothing else of a post-processor is needed: it adds special
+    tokens, which `tokenize_examples` does itself.
+    """
+    backend = tokenizer.backend_tokenizer
+    processor, backend.post_processor = backend.post_processor, ByteLevel(trim_offsets=False)
+    try:
+        yield
+    finally:
+        backend.post_processor = processor
 
 
 def overlaps(span: tuple[int, int], targets: list[tuple[int, int]]) -> bool:
@@ -246,6 +265,6 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -
     if path is None:
         return
     try:
-        tokenizer.chat_template = Path(path).read_text()
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--chat_template {path}: it cannot be read ({error}). Name a file with a Jinja template") from error

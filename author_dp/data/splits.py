@@ -4,6 +4,7 @@ An author's hash does not depend on which other authors exist. So adding or remo
 training and evaluation. `assign_sides` has one exception.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -19,10 +20,40 @@ from author_dp.data.chat import resolve_bos_token
 from author_dp.data.storage import filter_rows
 from author_dp.errors import UserError
 
+FEW_HELD_OUT = 30  # authors; below it, the log warns
+MAX_EVAL_FRACTION = 0.2  # that the log recommends
+
 
 def author_hashes(authors: Sequence | pa.ChunkedArray) -> np.ndarray:
     """Return a hash of each author's value, uint64 (authors,), in the order of `group_by_author`."""
     return hash_authors(encode_authors(authors).dictionary.to_pylist(), "author:").astype(np.uint64)
+
+
+def split_by_author(
+    samples: Dataset,
+    author_column: str,
+    eval_fraction: float,
+    seed: int,
+    train_fraction: float = 1.0,
+    folder: Optional[Path] = None,
+    hold_out_at_least_one: bool = True,
+) -> tuple[Dataset, Optional[Dataset]]:
+    """Hold out about `eval_fraction` of the authors, with all their samples, by the rule of `assign_sides`.
+
+    Args:
+        folder: where texts are kept while they are used; by default `make_private_temp_dir()`.
+    Returns:
+        (train, evaluation); evaluation is None where `eval_fraction` is 0.
+    """
+    values = encode_authors(get_column(samples, author_column))
+    codes, authors = values.indices.to_numpy(), values.dictionary.to_pylist()
+    if len(authors) < 2:
+        raise UserError(f"--author_column {author_column!r}: one author only, whom no noise can hide. Give data of many authors")
+    if eval_fraction == 0 and train_fraction == 1:
+        return samples, None
+    trained, held_out = assign_sides(authors, eval_fraction, seed, train_fraction, hold_out_at_least_one)
+    evaluation = filter_rows(samples, held_out[codes], folder) if eval_fraction > 0 else None
+    return filter_rows(samples, trained[codes], folder), evaluation
 
 
 def assign_sides(
@@ -65,6 +96,51 @@ def subsample_authors(samples: Dataset, author_column: str, limit: int, seed: in
     values = encode_authors(get_column(samples, author_column))
     lowest = np.argsort(hash_to_unit(values.dictionary.to_pylist(), f"evaluation:{seed}:"), kind="stable")[:limit]
     return filter_rows(samples, np.isin(values.indices.to_numpy(), lowest), folder)
+
+
+def limit_eval_texts(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
+    """Return all samples of authors whose hash is below a threshold: about `limit` samples, or all if there are no more.
+
+    The threshold is one of 1/2, 1/4, 1/8, ... It follows from the number of samples, so an author moves others only where that
+    author's samples take the number across one of a few limits. If no author's hash is below it, the one with the smallest hash
+    is returned.
+    """
+    if len(samples) <= limit:
+        return samples
+    values = encode_authors(get_column(samples, author_column))
+    scores = hash_to_unit(values.dictionary.to_pylist(), f"evaluation:{seed}:")
+    # 2^-1/2 is as far from the next limit on either side as possible, and irrational, so that round numbers are near none.
+    threshold = 2.0 ** math.floor(math.log2(limit / len(samples)) - 0.5)
+    chosen = scores < max(threshold, np.nextafter(scores.min(), 1))
+    return filter_rows(samples, chosen[values.indices.to_numpy()], folder)
+
+
+def describe_held_out(
+    held_out: pa.ChunkedArray, training: pa.ChunkedArray, validation_file: bool, eval_fraction: float, limit: Optional[int]
+) -> tuple[str, bool]:
+    """Return a line for the log about held-out authors, and whether it is a warning, as they are too few.
+
+    The numbers are exact counts of private data.
+
+    Args:
+        held_out, training: the author of each sample, from `get_column`.
+        validation_file: whether they are those of a file.
+        limit: --max_eval_samples.
+    """
+    num_authors, num_training = (pc.count_distinct(authors).as_py() for authors in (held_out, training))
+    counts = f"{num_authors:,} {'author' if num_authors == 1 else 'authors'} with {len(held_out):,} texts"
+    if num_authors >= FEW_HELD_OUT:
+        return f"Held out for evaluation: {counts}.", False
+    option = "--validation_file" if validation_file else f"--eval_fraction {eval_fraction:g}"
+    enough, fix = min(MAX_EVAL_FRACTION, FEW_HELD_OUT / (num_authors + num_training)), "give texts of more authors"
+    if limit is not None and len(held_out) > limit / 4:
+        option, fix = f"--max_eval_samples {limit}", f"raise it: about {FEW_HELD_OUT} authors are needed"
+    elif not validation_file and enough > eval_fraction:
+        fix = f"raise it to about {enough:.2g}"
+    return (
+        f"{option}: only {counts} are held out for evaluation, so their loss says little of others. To compare models, {fix}",
+        True,
+    )
 
 
 def check_author_overlap(train_authors: pa.ChunkedArray, eval_authors: pa.ChunkedArray) -> None:

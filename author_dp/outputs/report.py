@@ -121,9 +121,15 @@ def evaluate_and_sample(trainer: Any, statistics: RunStatistics, when: str) -> d
 
 
 def format_losses(metrics: dict[str, float]) -> str:
+    """Return the loss, then a line with its standard error, which a single author does not have, and the other metrics."""
+    error, author_error = (
+        f", standard error {metrics[name]:.2g}" if name in metrics else ""
+        for name in ("eval_loss_stderr", "eval_author_loss_stderr")
+    )
     return (
-        f"{metrics['eval_loss']:.2f}\n"
-        f"  perplexity {metrics['eval_perplexity']:,.1f}; mean over authors, as in training: {metrics['eval_author_loss']:.2f}"
+        f"{metrics['eval_loss']:.2f}\n  {metrics['eval_num_authors']:,} held-out authors{error}; "
+        f"perplexity {metrics['eval_perplexity']:,.1f}; mean over authors, as in training: {metrics['eval_author_loss']:.2f}"
+        f"{author_error}"
     )
 
 
