@@ -1,5 +1,6 @@
 """Data that would be trained on otherwise than it is written: missing texts, repeated rows, cuts and white space."""
 
+import ast
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from author_dp.data.authors import get_column, suspicious_author_warnings
-from author_dp.data.chat import ChatFormatter, tokenize_examples
+from author_dp.data.chat import ChatFormatter, set_chat_template, tokenize_examples
 from author_dp.data.columns import ColumnSpec
 from author_dp.data.loading import load_files
 from author_dp.data.readers import read_files, read_rows
@@ -255,3 +256,34 @@ def test_columns_of_tokens_are_no_authors_and_may_be_texts(tmp_path, name, demo_
     args = DataArguments(train_file=[path], text_column=name, eval_fraction=0.0)
     tokens = tokenize(load_train_and_eval(args, 0)[0], demo_tokenizer, text_column=name, sequence_len=8)
     assert {*tokens.column_names} == {"author", "input_ids"} and len(tokens) == 5
+
+
+# --- UTF-8 in any locale ----------------------------------------------------------------------------------
+
+
+def calls_without_encoding(source: str) -> list[int]:
+    """Return the lines that open a text file in the locale's encoding."""
+    lines = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        modes = [value.value for value in (*call.args[1:2], *(k.value for k in call.keywords)) if isinstance(value, ast.Constant)]
+        is_text = name in ("read_text", "write_text") or (isinstance(call.func, ast.Name) and name == "open")
+        if is_text and not any("b" in str(mode) for mode in modes if mode is not None and mode != "utf-8"):
+            lines += [call.lineno] * ("encoding" not in [k.arg for k in call.keywords])
+    return lines
+
+
+def test_every_text_file_is_utf8_whatever_the_locale():
+    assert calls_without_encoding("open('a')\nopen('a', 'rb')\nopen('a', 'w', encoding='utf-8')\np.read_text()") == [1, 4]
+    paths = [*ROOT.glob("*.py"), *(path for name in ("author_dp", "demo") for path in (ROOT / name).rglob("*.py"))]
+    found = {str(path): lines for path in paths if (lines := calls_without_encoding(path.read_text(encoding="utf-8")))}
+    assert len(paths) > 80 and not found
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_chat_template_is_utf8_without_a_byte_order_mark(tmp_path, mark):
+    template = "{{ 'Frage: \u00fcber \u2014 ' }}{{ messages[0].content }}"
+    (tmp_path / "t.jinja").write_bytes(mark + template.encode())
+    tokenizer = small_tokenizer(start=False)
+    set_chat_template(tokenizer, str(tmp_path / "t.jinja"))
+    assert tokenizer.chat_template == template

@@ -265,6 +265,6 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -
     if path is None:
         return
     try:
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"--chat_template {path}: it cannot be read ({error}). Name a file with a Jinja template") from error

@@ -67,7 +67,7 @@ class RunStatistics(TrainerCallback):
         """Merge `content` into the file, which may hold what was recorded before this run was resumed."""
         path = Path(folder) / STATISTICS_NAME
         finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-        write_json(path, deep_merge(json.loads(path.read_text()) if path.exists() else {}, finite), private=True)
+        write_json(path, deep_merge(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, finite), private=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Not earlier: only now does the run hold the lock of its output directory.
@@ -169,7 +169,7 @@ def write_report(folder: Path) -> None:
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
     report = recompute_report(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
-    statistics = json.loads(path.read_text()) if path.exists() else {}
+    statistics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     figures = draw_figures(folder / "report", report, ledger, statistics)
     path = folder / PAGE_NAME
     make_private(path)
