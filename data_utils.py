@@ -158,6 +158,9 @@ class DataArguments:
             prepend_bos=self.prepend_bos,
             append_eos=self.append_eos,
             targets=self.targets if self.has_loss_mask else None,
+            text_column=self.text_column,
+            messages_column=self.messages_column,
+            author_column=self.author_column,
         )
 
 

@@ -268,7 +268,7 @@ def calls_without_encoding(source: str) -> list[int]:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         modes = [value.value for value in (*call.args[1:2], *(k.value for k in call.keywords)) if isinstance(value, ast.Constant)]
         is_text = name in ("read_text", "write_text") or (isinstance(call.func, ast.Name) and name == "open")
-        if is_text and not any("b" in str(mode) for mode in modes if mode is not None and mode != "utf-8"):
+        if is_text and not any("b" in str(mode) for mode in modes):
             lines += [call.lineno] * ("encoding" not in [k.arg for k in call.keywords])
     return lines
 

@@ -168,6 +168,9 @@ def data_summary(
     prepend_bos: bool,
     append_eos: bool,
     targets: Optional[str],
+    text_column: str,
+    messages_column: Optional[str],
+    author_column: str,
 ) -> dict[str, Any]:
     """Return how samples were made, for privacy.json. All of it is public.
 
@@ -175,10 +178,13 @@ def data_summary(
         dataset: name of the hub data set, if there is one; a local path is left out.
         row_limit: number of rows that were used, whoever wrote them; None: all.
         targets: "assistant" or "all" of a prompt or conversation; None for plain texts.
+        text_column, messages_column, author_column: their names; without a column of messages, that of texts is used.
     """
     start = resolve_bos_token(tokenizer, prepend_bos)
     return {
         "dataset": dataset if dataset and not Path(dataset).exists() else None,
+        **({"text_column": text_column} if messages_column is None else {"messages_column": messages_column}),
+        "author_column": author_column,
         "row_limit": row_limit,
         "train_fraction": train_fraction,
         "sequence_len": sequence_len,

@@ -25,13 +25,14 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from author_dp.data.loading import expand_files
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer
 from author_dp.models.weights import sha256_of
 from author_dp.outputs import privacy_statement, synthetic_report
 from author_dp.outputs.partial_file import PartialFile
-from author_dp.outputs.prompts import Prompt, Source, make_prompts, template_fields
+from author_dp.outputs.prompts import Prompt, Source, make_prompts
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -56,7 +57,7 @@ def make_parser() -> synthetic_report.Parser:
     add("--number", type=int, help="number of texts; default: one for each row of --prompts, 1,000 without")
     add("--seed", type=int, default=0, help="of sampling; default: %(default)s")
     add("--batch_size", type=int, default=64, help="texts generated at a time; default: %(default)s")
-    add("--text_column", default="content", help="column of the text in the output; default: %(default)s")
+    add("--text_column", help="column of the text in the output; default: that of the training's text")
     add("--use_cpu", action="store_true", help="even if there is a GPU")
     add("--bf16", action="store_true", help="compute in bfloat16")
     prompts = parser.add_argument_group("prompts; without these options texts begin as in training")
@@ -118,9 +119,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, (words, is_valid) in ranges.items():
         if not is_valid:
             raise UserError(f"--{name} {getattr(args, name)} must be {words}")
-    for name in args.report or []:
-        if not Path(name).is_file():
-            raise UserError(f"--report {name}: there is no such file")
+    if args.report:
+        expand_files("--report", args.report)
     if args.public_prompts and args.private_prompts:
         raise UserError("--public_prompts and --private_prompts exclude each other: if any prompt is private, give the latter")
     if args.prompts and not (args.public_prompts or args.private_prompts):
@@ -138,8 +138,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--prompt_template and --messages_column exclude each other: give one of them")
     if args.with_prompt and (args.chat or args.messages_column):
         raise UserError("--with_prompt has no effect on conversations, whose output is complete anyway: leave it out")
-    if args.text_column in ("prompt", "messages", *args.keep_columns, *template_fields(args.prompt_template or "")):
-        raise UserError(f"--text_column {args.text_column!r} is the name of another column of the output: choose another")
 
 
 def prompt_source(args: argparse.Namespace) -> str:
@@ -285,6 +283,9 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         data.get("start_token"),
         Source(args.prompts, args.prompt_column, args.messages_column, args.prompt_template, tuple(args.keep_columns), args.chat),
     )
+    args.text_column = args.text_column or data.get("text_column") or "content"
+    if args.text_column in prompts[0].row and not (args.with_prompt and args.text_column == "prompt"):
+        raise UserError(f"--text_column {args.text_column!r} is the name of another column of the output: choose another")
     number = args.number or (len(prompts) if args.prompts else 1_000)
     tokens = token_budget(model, prompts, args.max_new_tokens, data.get("sequence_len"), bool(args.prompts))
     options = sampling_options(args, tokens)
@@ -358,4 +359,6 @@ def main(arguments: list[str]) -> None:
     ended = f"{content['rows_that_end']:,} of {content['rows']:,} texts reach their end"
     print(f"{content['file']}: {ended}. {content['statement']}")
     if args.report:
-        print(synthetic_report.format_report(synthetic_report.make_report(args.out, args.report, args)))
+        # Here the columns are those of the output, not of the real text.
+        options = argparse.Namespace(**{**vars(args), **dict.fromkeys(synthetic_report.COLUMN_OPTIONS)})
+        print(synthetic_report.format_report(synthetic_report.make_report(args.out, args.report, options)))
