@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from author_dp.data.authors import encode_authors, get_column, split_id, suspicious_author_warnings
-from author_dp.data.chat import TARGETS, ChatFormatter, set_chat_template
+from author_dp.data.chat import TARGETS, ChatFormatter, missing_end_warning, set_chat_template
 from author_dp.data.columns import ColumnSpec
 from author_dp.data.loading import load_files, load_hub
 from author_dp.data.splits import (
@@ -201,6 +201,9 @@ def write_tokens(args: DataArguments, seed: int, tokenizer: PreTrainedTokenizerB
     names = ("text_column", "sequence_len", "long_samples", "prepend_bos", "append_eos", "has_loss_mask")
     options: Any = {name: getattr(args, name) for name in names} | {"num_proc": args.preprocessing_num_workers}
     train, evaluation = load_train_and_eval(args, seed, folder, eval_is_public, tokenizer)
+    if args.has_loss_mask and not args.append_eos:
+        if warning := missing_end_warning(ChatFormatter(tokenizer, args.targets), train[0][args.text_column]):
+            logger.warning(warning)
     train = tokenize(train, tokenizer, **options)
     train.save_to_disk(folder / "train")
     if evaluation is not None:

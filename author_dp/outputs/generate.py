@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from author_dp.data.chat_template import ChatTemplate, TurnEnd
 from author_dp.data.loading import expand_files
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
@@ -209,10 +210,11 @@ def fingerprint_model(folder: str) -> str:
     return digest.hexdigest()
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of the model's generation_config.json."""
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn_end: Optional[TurnEnd]) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's, those of the model's generation_config.json, and that of a turn."""
     configured: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
     tokens = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    tokens += [None if turn_end is None else turn_end.token]
     return sorted({int(token) for token in tokens if token is not None})
 
 
@@ -299,10 +301,12 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     prompts_hash = hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest()
     output = PartialFile(args.out, {**settings, "texts of prompts": prompts_hash}, 0o666 if statement["covered"] else 0o600)
-    for warning in make_warnings(statement, data, args):
+    turn_end = ChatTemplate(tokenizer).turn_end if "messages" in prompts[0].row else None
+    for warning in make_warnings(statement, data, args, turn_end):
         logger.warning(warning)
     model.to(device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    write_texts(model, tokenizer, prompts, output, number, args, options)
+    ends = eos_token_ids(model, tokenizer, turn_end)
+    write_texts(model, tokenizer, prompts, output, number, args, GenerationConfig(**options, eos_token_id=ends or [-1]))
     public = {**settings, **({"sha256_of_prompts": prompts_hash} if source == privacy_statement.PUBLIC else {})}
     content = {**statement, "file": args.out.name, "rows": number, "rows_that_end": output.state["ended"], "generated": public}
     output.finish(content)
@@ -316,12 +320,10 @@ def write_texts(
     output: PartialFile,
     number: int,
     args: argparse.Namespace,
-    options: dict[str, Any],
+    config: GenerationConfig,
 ) -> None:
     """Write the remaining ones of `number` texts in batches."""
-    ends = eos_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    config = GenerationConfig(**options, eos_token_id=ends or [-1], pad_token_id=pad)
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else max(0, config.eos_token_id[0])
     is_useful: Any = lambda record: "attention_mask" not in record.getMessage()  # noqa: E731
     logging.get_logger("transformers.modeling_utils").addFilter(is_useful)
     model.generation_config = GenerationConfig()  # otherwise options that are unset above come from the folder
@@ -338,17 +340,22 @@ def write_texts(
             bar.update(len(batch))
 
 
-def make_warnings(statement: dict[str, Any], data: dict[str, Any], args: argparse.Namespace) -> list[str]:
+def make_warnings(
+    statement: dict[str, Any], data: dict[str, Any], args: argparse.Namespace, turn_end: Optional[TurnEnd]
+) -> list[str]:
     """Return warnings about a missing guarantee, and about texts that will not begin or end well.
 
     Args:
         statement: privacy statement of the text.
         data: how training texts became samples, from the model's privacy.json.
+        turn_end: what ends the answers; None where texts are generated.
     """
     warnings = [] if statement["covered"] else [statement["statement"]]
     if "start_token" in data and data["start_token"] is None and not args.prompts and args.prompt_template is None:
         warnings.append("The model never saw how a text begins: train with --prepend_bos, or give a --prompt_template")
-    if "end_token" in data and data["end_token"] is None and "targets" not in data:
+    learned_texts = "text_column" in data or "targets" not in data  # by an older version: not known
+    ends = turn_end.token is not None if turn_end is not None else "messages_column" in data or not learned_texts
+    if data.get("end_token", "") is None and not ends:
         warnings.append("The model never saw how a text ends, so texts end at --max_new_tokens: train with --append_eos")
     return warnings
 
