@@ -18,7 +18,6 @@ import secrets
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Optional
 
@@ -211,9 +210,8 @@ def write_tokens(args: DataArguments, seed: int, tokenizer: PreTrainedTokenizerB
         evaluation = tokenize(evaluation, tokenizer, **options, option=option)
         evaluation.save_to_disk(folder / "evaluation")
         held_out, others = (get_column(side, args.author_column) for side in (evaluation, train))
-        by_file = args.validation_file is not None
-        line, few = describe_held_out(held_out, others, by_file, args.eval_fraction, args.max_eval_samples)
-        logger.log(WARNING if few else INFO, line)
+        level, line = describe_held_out(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples)
+        logger.log(level, line)
 
 
 def load_train_and_eval(
@@ -291,6 +289,8 @@ class AuthorDataset(torch.utils.data.Dataset):
         samples: data set with a column `input_ids`, and `labels` where samples have a loss mask.
         offsets, indices: the grouping of its rows, from `group_by_author`.
         hashes: of the authors in that order, from `splits.author_hashes`; needed with noise bands only.
+    Raises:
+        UserError: for samples of fewer than two tokens, which predict nothing.
     """
 
     def __init__(self, samples: Dataset, offsets: np.ndarray, indices: np.ndarray, hashes: Optional[np.ndarray] = None):
@@ -299,6 +299,11 @@ class AuthorDataset(torch.utils.data.Dataset):
         self.offsets = offsets
         self.indices = indices
         self.hashes = hashes
+        if num_short := (pc.list_value_length(get_column(self.samples, "input_ids")).to_numpy() < 2).sum():
+            raise UserError(
+                f"AuthorDataset: {num_short:,} samples have fewer than two tokens, so nothing to predict. Drop them before you "
+                "group by author, or authors without other samples would count in N"
+            )
 
     def __len__(self) -> int:
         """Return the number of authors."""

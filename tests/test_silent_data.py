@@ -24,7 +24,7 @@ from author_dp.data.splits import describe_held_out, limit_eval_texts
 from author_dp.data.tokenization import tokenize
 from author_dp.errors import UserError
 from author_dp.types import IGNORE_INDEX
-from data_utils import DataArguments, group_by_author, load_train_and_eval
+from data_utils import AuthorDataset, DataArguments, group_by_author, load_train_and_eval
 
 COLUMNS = ColumnSpec("--train_file", "body", "user")
 
@@ -144,7 +144,7 @@ def test_the_limit_of_evaluation_takes_complete_authors_and_moves_nobody():
     samples = Dataset.from_dict({"author": authors, "content": [f"t{i}" for i in range(1_000)]})
     limited = limit_eval_texts(samples, "author", 100, seed=0)
     chosen = set(limited["author"])
-    assert 5 <= len(chosen) <= 25 and len(limited) == 5 * len(chosen)
+    assert 10 <= len(chosen) <= 40 and len(limited) == 5 * len(chosen)
     assert set(limit_eval_texts(samples, "author", 100, seed=1)["author"]) != chosen
     for gone in {*sorted(chosen), "u1", "u7"}:
         rest = samples.select([i for i, author in enumerate(authors) if author != gone])
@@ -163,14 +163,13 @@ def test_held_out_authors_are_counted_and_few_of_them_are_a_warning():
         )
         return describe_held_out(held_out, others, **options)
 
-    assert describe(30) == ("Held out for evaluation: 30 authors with 60 texts.", False)
-    line, is_warning = describe(2, 309)
-    assert (
-        is_warning and line.startswith("--eval_fraction 0.02: only 2 authors with 4 texts") and "raise it to about 0.096" in line
-    )
-    assert "1 author with 2 texts" in describe(1)[0]
-    assert describe(2, validation_file=True)[0].startswith("--validation_file: only 2") and "--eval" not in describe(2, 9)[0][20:]
-    assert describe(5, limit=10)[0].startswith("--max_eval_samples 10: only 5")
+    assert describe(30) == (logging.INFO, "Held out for evaluation: 30 authors with 60 texts.")
+    level, line = describe(2, 309)
+    assert level == logging.WARNING and line.startswith("--eval_fraction 0.02: only 2 authors with 4 texts")
+    assert "raise it to about 0.096" in line
+    assert "1 author with 2 texts" in describe(1)[1]
+    assert describe(2, validation_file=True)[1].startswith("--validation_file: only 2") and "--eval" not in describe(2, 9)[1][20:]
+    assert describe(5, limit=10)[1].startswith("--eval_fraction 0.02, --max_eval_samples 10: only 5")
 
 
 # --- cut from the end, with all white space ----------------------------------------------------------------
@@ -287,3 +286,11 @@ def test_a_chat_template_is_utf8_without_a_byte_order_mark(tmp_path, mark):
     tokenizer = small_tokenizer(start=False)
     set_chat_template(tokenizer, str(tmp_path / "t.jinja"))
     assert tokenizer.chat_template == template
+
+
+@pytest.mark.parametrize("short", [[], [5]])
+def test_an_author_dataset_of_your_own_has_no_samples_that_predict_nothing(short):
+    rows = {"input_ids": [[1, 2], short, [3, 4, 5], short]}
+    with pytest.raises(UserError, match=r"AuthorDataset: 2 samples have fewer than two tokens.*count in N"):
+        AuthorDataset(Dataset.from_dict(rows), *group_by_author(list("abca")))
+    assert len(AuthorDataset(Dataset.from_dict(rows).select([0, 2]), *group_by_author(list("ac")))) == 2

@@ -6,6 +6,7 @@ training and evaluation. `assign_sides` has one exception.
 
 import math
 from collections.abc import Sequence
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Optional
 
@@ -99,26 +100,26 @@ def subsample_authors(samples: Dataset, author_column: str, limit: int, seed: in
 
 
 def limit_eval_texts(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
-    """Return all samples of authors whose hash is below a threshold: about `limit` samples, or all if there are no more.
+    """Return all samples of authors whose hash is below a threshold: about `limit` samples.
 
-    The threshold is one of 1/2, 1/4, 1/8, ... It follows from the number of samples, so an author moves others only where that
-    author's samples take the number across one of a few limits. If no author's hash is below it, the one with the smallest hash
-    is returned.
+    The threshold is one of 1, 1/2, 1/4, 1/8, ... It follows from the number of samples, so an author moves others only where
+    that author's samples take the number across one of a few limits. If no author's hash is below it, the one with the smallest
+    hash is returned.
     """
-    if len(samples) <= limit:
+    # The nearest power in ratio. So the limits are irrational, and round numbers are near none.
+    threshold = 2.0 ** math.floor(math.log2(limit / len(samples)) + 0.5)
+    if threshold >= 1:
         return samples
     values = encode_authors(get_column(samples, author_column))
     scores = hash_to_unit(values.dictionary.to_pylist(), f"evaluation:{seed}:")
-    # 2^-1/2 is as far from the next limit on either side as possible, and irrational, so that round numbers are near none.
-    threshold = 2.0 ** math.floor(math.log2(limit / len(samples)) - 0.5)
     chosen = scores < max(threshold, np.nextafter(scores.min(), 1))
     return filter_rows(samples, chosen[values.indices.to_numpy()], folder)
 
 
 def describe_held_out(
     held_out: pa.ChunkedArray, training: pa.ChunkedArray, validation_file: bool, eval_fraction: float, limit: Optional[int]
-) -> tuple[str, bool]:
-    """Return a line for the log about held-out authors, and whether it is a warning, as they are too few.
+) -> tuple[int, str]:
+    """Return level and text of a line for the log about held-out authors: a warning, where they are too few.
 
     The numbers are exact counts of private data.
 
@@ -130,17 +131,14 @@ def describe_held_out(
     num_authors, num_training = (pc.count_distinct(authors).as_py() for authors in (held_out, training))
     counts = f"{num_authors:,} {'author' if num_authors == 1 else 'authors'} with {len(held_out):,} texts"
     if num_authors >= FEW_HELD_OUT:
-        return f"Held out for evaluation: {counts}.", False
+        return INFO, f"Held out for evaluation: {counts}."
     option = "--validation_file" if validation_file else f"--eval_fraction {eval_fraction:g}"
     enough, fix = min(MAX_EVAL_FRACTION, FEW_HELD_OUT / (num_authors + num_training)), "give texts of more authors"
-    if limit is not None and len(held_out) > limit / 4:
-        option, fix = f"--max_eval_samples {limit}", f"raise it: about {FEW_HELD_OUT} authors are needed"
+    if limit is not None:
+        option, fix = f"{option}, --max_eval_samples {limit}", "raise the latter or both"
     elif not validation_file and enough > eval_fraction:
         fix = f"raise it to about {enough:.2g}"
-    return (
-        f"{option}: only {counts} are held out for evaluation, so their loss says little of others. To compare models, {fix}",
-        True,
-    )
+    return WARNING, f"{option}: only {counts} are held out, so their loss says little of others. To compare models, {fix}"
 
 
 def check_author_overlap(train_authors: pa.ChunkedArray, eval_authors: pa.ChunkedArray) -> None:
