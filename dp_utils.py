@@ -36,7 +36,7 @@ from author_dp.accounting.budget import StopAtTargetEpsilon
 from author_dp.accounting.output_dir import failures_recorded, lock_output_dir
 from author_dp.clipping import ENGINES
 from author_dp.distributed import all_reduce_gradients
-from author_dp.errors import SignalError, UserError
+from author_dp.errors import UserError
 from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
@@ -53,6 +53,7 @@ from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.uploads import UploadingTrainer
 from author_dp.permissions import owner_only
+from author_dp.progress import track
 from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dataloading import (
     NoDDPWrapper,
@@ -264,8 +265,7 @@ class DPTrainer(UploadingTrainer):
             if not self.privacy.disable_dp:
                 self.engine = None
             self.model_wrapped = self.model
-        if signals.synced_signal:
-            raise SignalError(signals.synced_signal)
+        signals.check(self)
         if self.canaries is not None:
             self.run_report.audit = self.canaries.finish(self)
         return result
@@ -320,7 +320,7 @@ class DPTrainer(UploadingTrainer):
         self.optimizer.zero_grad()  # also what an interrupted step left
         total = torch.zeros_like(self._step_loss)
         missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
-        for microbatch in inputs.microbatches:
+        for microbatch in track(inputs.microbatches, f"Step {self.state.global_step + 1}", not self.args.disable_tqdm):
             real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():

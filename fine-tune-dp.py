@@ -51,15 +51,17 @@ from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
 from author_dp.guards.options import validate_options
 from author_dp.guards.text_canaries import TextCanaries
+from author_dp.logs import get_logger
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.models.activations import fuse_activations
 from author_dp.models.loading import check_sequence_len, load_model
 from author_dp.models.lora import LoraArguments
 from author_dp.models.quantization import weight_bytes
-from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report
+from author_dp.outputs.report import RunStatistics, evaluate_and_sample, report_result
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dry_run import DryRun, shorten_for_dry_run
+from author_dp.training.interruption import finished_training
 from author_dp.training.public_loss import ReleaseArguments, check_release, release_eval_loss
 from author_dp.training.resuming import program_options
 from data_utils import (
@@ -73,7 +75,7 @@ from dp_utils import DPTrainer, PrivacyArguments
 
 startup.end()
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -225,7 +227,8 @@ def main() -> None:
     )
     writes_texts = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
     texts = make_text_samples(tokenizer, held_out, data_args) if writes_texts else None
-    trainer.add_callback(statistics := RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts))
+    statistics = RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts, cli.command_line())
+    trainer.add_callback(statistics)
     if model_args.dry_run:
         trainer.add_callback(DryRun(trainer))
     trainer.log_summary()
@@ -233,13 +236,13 @@ def main() -> None:
     if not resumes:
         evaluate_and_sample(trainer, statistics, "before")
     trainer.train()
-    trainer.save_model()  # at once: nothing that follows may lose what the budget was spent on
-    evaluate_and_sample(trainer, statistics, "after")
-    release = None
-    if released:
-        limited = data_args.max_eval_samples is not None
-        release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
-    save_and_report(trainer, statistics, release, is_saved=True)
+    with finished_training(trainer):  # saves the model first
+        evaluate_and_sample(trainer, statistics, "after")
+        release = None
+        if released:
+            limited = data_args.max_eval_samples is not None
+            release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
+        report_result(trainer, statistics, release)
 
 
 if __name__ == "__main__":

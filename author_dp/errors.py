@@ -17,6 +17,7 @@ WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 WRITE_ERROR_MESSAGES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
 PEER_LOST_MESSAGES = ("Connection closed by peer", "Connection reset by peer")
 LITTLE = 2**16  # bytes; a file system with less free is full
+RESUME = "interrupted; resume with --resume_from_checkpoint True"
 RESUME_REMEDY = "No recorded step is lost: resume with --resume_from_checkpoint True"
 
 KNOWN_FAULTS = {  # part of an error's message, or of its type's name: what the user can do
@@ -45,14 +46,15 @@ class MechanismError(Exception):
 
 
 class SignalError(Exception):
-    """A signal ended the training after a complete step; its checkpoint is saved.
+    """A signal ended the program after a complete step, or after the training; what the message names is saved.
 
     Args:
         number: of the signal. The exit status is 128 + number.
+        message: what is saved, and how to continue.
     """
 
-    def __init__(self, number: int):
-        super().__init__(number)
+    def __init__(self, number: int, message: str = RESUME):
+        super().__init__(message)
         self.number = number
 
 

@@ -27,6 +27,7 @@ import test_clipping_two_pass
 import test_conversations
 import test_data_utils
 import test_dp_utils
+import test_figures
 import test_frozen
 import test_generate
 import test_guards
@@ -552,7 +553,7 @@ BUGS = [
     Bug("labels of another sample", "data_utils.AuthorDataset.__getitems__", "zip(*rows.values())",
         "zip(*(row[::-1] if name == 'labels' else row for name, row in rows.items()))",
         lambda *_: test_conversations.test_rows_of_labels_stay_beside_their_ids()),
-    Bug("targets found where none are", "author_dp.data.chat.ChatFormatter.prefix_length", "not text.startswith(prefix)",
+    Bug("targets found where none are", "author_dp.data.chat.common_length", "not text.startswith(prefix)",
         "False",
         lambda *_: test_conversations.test_what_is_no_beginning_is_refused()),
     Bug("a quote that swallows other authors", "author_dp.data.csv_reader.csv_records", "strict=True", "strict=False",
@@ -579,7 +580,8 @@ BUGS = [
     Bug("held-out authors who may be trained on", "author_dp.accounting.ledger.PrivacyLedger.epsilon_with_releases",
         "and None not in splits", "",
         lambda path, _: test_release.test_epsilon_with_releases_depends_on_the_splits(path, [None], [None], 10.0)),
-    Bug("held-out rows that others move up into", "data_utils.load_train_and_eval", "if eval_is_public:", "if False:",
+    Bug("held-out rows that others move up into", "data_utils.load_train_and_eval",
+        "subsample_authors if eval_is_public else", "",
         lambda path, _: test_release.test_max_eval_samples_limits_authors_for_a_release(path)),
     Bug("a hidden number of authors in the ledger", "author_dp.accounting.plan.PrivacyPlan.to_public_dict",
         "if self.hide_counts else {}",
@@ -863,6 +865,14 @@ BUGS = [
         lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(False)),
     Bug("evaluation on another scale than training", "author_dp.outputs.figures.loss_points", "row[AUTHOR_LOSS]",
         'row["eval_loss"]', lambda path, _: test_report.test_losses_of_training_and_evaluation_are_on_one_scale(path)),
+    Bug("less epsilon drawn than was spent", "author_dp.outputs.figures.draw_epsilon", "for number in steps]",
+        "for number in [0, *steps[:-1]]]",
+        lambda path, patch: test_figures.test_epsilon_is_a_staircase_that_never_shows_less_than_was_spent(
+            path, patch, [(4, 10)])),
+    Bug("fewer are found than can be", "author_dp.outputs.guarantee.percent_up", "math.ceil(", "round(",
+        lambda *_: test_report.test_shares_are_rounded_up(0.0561, "5.7 %")),
+    Bug("a secret in the report's command", "author_dp.cli.command_line", "word = option + equals + HIDDEN", "pass",
+        lambda path, patch: test_report.test_page_says_what_was_trained_and_by_which_command(path, patch)),
     Bug("statistics for everybody", "author_dp.outputs.report.RunStatistics.add", "private=True", "private=False",
         lambda path, _: test_report.test_what_was_found_before_training_outlives_an_interruption(path)),
     Bug("a report on private text for everybody", "author_dp.outputs.synthetic_report.make_report", "private=True",
@@ -994,7 +1004,7 @@ BUGS = [
         lambda path, _: test_publish.test_all_may_read_it_and_times_tell_nothing(a_result(path)[1], path / "new")),
     Bug("the time of day in the ledger", "author_dp.accounting.budget.Budget._write_header",
         ".date().isoformat()", ".isoformat()",
-        lambda path, _: test_publish.test_all_may_read_it_and_times_tell_nothing(a_result(path)[1], path / "new")),
+        lambda path, _: test_budget.test_the_ledger_tells_the_day_not_the_time(path)),
     Bug("the folder itself is uploaded", f"{PUBLISH}.upload", 'publish(folder, temporary / "model", repo)',
         'shutil.copytree(folder, temporary / "model")',
         lambda path, patch: test_publish.test_the_hub_gets_what_publish_copies(path, patch, "full")),

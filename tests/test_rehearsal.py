@@ -249,9 +249,10 @@ def test_a_report_that_fails_says_that_the_model_is_saved(tmp_path, monkeypatch)
     trainer = make_trainer(tmp_path / "out", max_steps=1)
     trainer.add_callback(statistics := report.RunStatistics(trainer.norms, [1]))
     trainer.train()
+    trainer.save_model()
     monkeypatch.setattr(report, "write_report", lambda _: (tmp_path / "out" / "README.md").mkdir())
     with pytest.raises(UserError, match=r"the model saved, but its report cannot be written .*python -m author_dp\.report"):
-        report.save_and_report(trainer, statistics)
+        report.report_result(trainer, statistics)
     assert (tmp_path / "out" / "privacy.json").exists()
 
 

@@ -165,7 +165,8 @@ def test_the_run_says_how_its_result_is_loaded(tmp_path, monkeypatch, options):
     trainer.add_callback(statistics := report.RunStatistics(trainer.norms, [1]))
     trainer.train()
     monkeypatch.setattr(report.logger, "warning", said.append)
-    report.save_and_report(trainer, statistics)
+    trainer.save_model()
+    report.report_result(trainer, statistics)
     expected = [f"Load the result with {PEFT_LOADER}.from_pretrained('{tmp_path / 'out'}')"] if options else []
     assert [line.split(". ")[0] for line in said] == expected
     loaded = class_named(trainer.loader).from_pretrained(tmp_path / "out")

@@ -38,12 +38,12 @@ from opacus.accountants.analysis.prv import (
 )
 from opacus.accountants.analysis.rdp import get_privacy_spent
 from scipy.special import erfcx, gammaln, logsumexp
-from transformers.utils import logging
 
 from author_dp.accounting.pld import ULP, LossDistribution
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 MAX_PRV_EPSILON = 1_000.0  # above, the grid of the PRV accountant would take minutes and gigabytes
 MAX_ERROR_SHARE = 1e-2  # of delta: the largest FFT rounding error with which the PRV accountant is used

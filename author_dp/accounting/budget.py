@@ -19,15 +19,15 @@ from importlib.metadata import version
 from typing import Any, Optional
 
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from author_dp.accounting.ledger import COUNTS_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
 from author_dp.files import write_json
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class Budget:

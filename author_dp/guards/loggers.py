@@ -15,11 +15,11 @@ import stat
 from pathlib import Path
 
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 LOGS_NAME = "_logs"
 DISABLED = "false"

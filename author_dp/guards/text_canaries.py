@@ -20,14 +20,14 @@ from accelerate.utils import send_to_device
 from datasets import Dataset, Features, concatenate_datasets
 from torch import nn
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.guards.one_run_audit import CONFIDENCE, lower_bound
+from author_dp.logs import get_logger
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import make_microbatches
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class AuditedTrainer(Protocol):

@@ -14,14 +14,14 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
+from author_dp.logs import get_logger
 from author_dp.models.lora import add_lora_adapters
 from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -135,7 +135,7 @@ def adapter_base_model(name: str) -> Optional[str]:
             "not clear which one to load. Move one of them to another folder"
         )
     try:
-        base = json.loads(path.read_text())["base_model_name_or_path"]
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -167,7 +167,7 @@ def check_folder(name: str) -> None:
     if not config.is_file():
         raise UserError(f"--model_name {name}: no config.json. Give a folder that save_pretrained wrote, or a hub name")
     try:
-        json.loads(config.read_text())
+        json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"--model_name {name}: config.json is not JSON ({error}). Copy it again") from error
     if not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
@@ -191,7 +191,7 @@ def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """
     folder = Path(name)
     check_lfs_pointers(folder)
-    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text()).get("peft_type")
+    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
     if peft_type != "LORA":
         raise UserError(f"--model_name {name}: it holds an adapter of type {peft_type}. Only LoRA adapters can be resumed")
     if not any((folder / f"adapter_model{suffix}").exists() for suffix in (".safetensors", ".bin")):

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from author_dp.accounting.output_dir import TRIAL_PREFIX, check_target, remove_trials
 from author_dp.errors import UserError, first_line, to_user_error
+from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict
 from author_dp.models.modes import deterministic_eval
 from author_dp.models.quantization import computes_in_float32, weight_bytes
@@ -36,7 +37,7 @@ from author_dp.training.evaluation import EvalBatches, evaluate
 from author_dp.training.rescue import check_saved, result_bytes
 from author_dp.training.saving import CertifiedTrainer
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 PLAIN_LOADER, PEFT_LOADER = "transformers.AutoModelForCausalLM", "peft.AutoPeftModelForCausalLM"
 LARGE = 2**30  # bytes; a larger model is neither saved nor loaded for a trial
@@ -57,7 +58,8 @@ def rehearse(trainer: Any) -> None:
     if trainer.args.should_save:
         check_room(trainer)
     if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
-        align_special_tokens(trainer.model, trainer.processing_class)  # as training does: what it changes is checked more strictly
+        # As training does; a configuration that has changed must be valid to be saved.
+        align_special_tokens(trainer.model, trainer.processing_class)
     with quiet():
         try_saving(trainer)
         try_evaluating(trainer)

@@ -26,7 +26,6 @@ from typing import Any, Optional
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
 from author_dp.accounting.output_dir import check_output_dir
@@ -34,6 +33,7 @@ from author_dp.distributed import barrier
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, make_private, write_json
 from author_dp.guards.options import metric_driven_option
+from author_dp.logs import get_logger
 from author_dp.models.weights import (
     COMPLETE_MARKER,
     check_weights,
@@ -46,7 +46,7 @@ from author_dp.models.weights import (
 )
 from author_dp.training.resuming import check_same_options
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 # --- complete checkpoints ---------------------------------------------------------------------------------
@@ -79,14 +79,14 @@ def mark_complete(checkpoint: Path, made_with: Optional[dict[str, Any]] = None) 
 def mark_newest(checkpoint: Path) -> None:
     """Make `checkpoint` the newest one of its folder, before a run continues from it: later ones are of another branch."""
     if find_corruption(checkpoint) is None and save_number(checkpoint) + 1 < next_number(checkpoint.parent):
-        marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())
+        marker = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
         write_json(checkpoint / COMPLETE_MARKER, {**marker, "saved": next_number(checkpoint.parent)}, private=True)
 
 
 def save_number(checkpoint: Path) -> float:
     """Return the place of `checkpoint` in the order of saving; 0 if an older version saved it, infinity if incomplete."""
     try:
-        return int(json.loads((checkpoint / COMPLETE_MARKER).read_text()).get("saved", 0))
+        return int(json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")).get("saved", 0))
     except (OSError, ValueError, TypeError, AttributeError):
         return math.inf
 
@@ -100,7 +100,7 @@ def next_number(output_dir: Path) -> int:
 def find_corruption(checkpoint: Path) -> Optional[str]:
     """Return what is missing in `checkpoint`, or None if it is complete."""
     try:
-        sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text())["files"]
+        sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return f"it is incomplete ({COMPLETE_MARKER} is missing)"
     except (OSError, ValueError, KeyError, TypeError):
@@ -356,7 +356,7 @@ def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_main_process
         )
     if is_main_process:
         check_weights(checkpoint, report, base=False)  # the run compares its base itself, wherever the base is stored now
-        known = json.loads((checkpoint / COMPLETE_MARKER).read_text()).get("sha256") or {}
+        known = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")).get("sha256") or {}
         for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
             if sha256_of(checkpoint / name) != known.get(name):
                 raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {COMPLETE_MARKER}. Restore the file")

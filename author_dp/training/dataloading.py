@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.utils import logging
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.mechanism.microbatches import LogicalBatchDataset, MicrobatchShape
 from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
 from author_dp.models.quantization import quant_scales
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:

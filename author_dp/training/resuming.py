@@ -120,7 +120,7 @@ def check_same_options(checkpoint: Path, options: dict[str, Any], training: Opti
         options: from `program_options`. Only names that the checkpoint knows too are compared.
         training: from `describe_training`; None where model and data are not loaded yet.
     """
-    marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())
+    marker = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
     before, others_allowed = marker.get("options"), bool(options.get("allow_other_authors"))
     if before is None:  # an older version wrote it
         return

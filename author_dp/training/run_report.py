@@ -30,6 +30,7 @@ class RunReport:
         secure_noise: as in PrivacyArguments.
     Attributes:
         audit: the result of the canaries.
+        dry_run: whether the run takes two steps only, so that its model is not a finished one.
         adapter_base: description of an adapter's base model.
         finished: the privacy.json of a finished training; None before.
     """
@@ -39,6 +40,7 @@ class RunReport:
     ):
         self.budget, self.plan, self.folder = budget, budget.plan, budget.ledger.path.parent
         self.settings, self.data, self.base_model, self.secure_noise = settings, data, base_model, secure_noise
+        self.dry_run = False
         self.audit: Optional[dict[str, Any]] = None
         self.adapter_base: Optional[dict[str, Any]] = None
         self.finished: Optional[dict[str, Any]] = None
@@ -57,8 +59,10 @@ class RunReport:
                 f"--max_steps or --num_train_epochs: {self.plan.steps} steps, but {checkpoint} has {steps} already. Give at "
                 "least as many, or resume from an earlier checkpoint by its name"
             )
-        self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text()), self.folder / REPORT_NAME
-        if final_path.exists() and (final := json.loads(final_path.read_text())).get("weights") == self.finished.get("weights"):
+        self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8")), self.folder / REPORT_NAME
+        if final_path.exists() and (final := json.loads(final_path.read_text(encoding="utf-8"))).get(
+            "weights"
+        ) == self.finished.get("weights"):
             self.finished = final  # also holds the audit, if there was one
         self.audit = self.finished.get("audit")
         if not self.plan.disable_dp:
@@ -78,7 +82,7 @@ class RunReport:
             name = model.peft_config[model.active_adapter].base_model_name_or_path
             self.adapter_base = describe_base(name, getattr(model.get_base_model().config, "_commit_hash", None))
         if checkpoint:
-            report = json.loads((checkpoint / REPORT_NAME).read_text())
+            report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
             if not self.plan.disable_dp:
                 check_same_base(self.adapter_base, report.get("adapter_base"))
             self.base_model = report.get("base_model")
@@ -92,6 +96,7 @@ class RunReport:
         if not self.plan.disable_dp:
             report["secure_noise"] = self.secure_noise
         more = {
+            "dry_run": self.dry_run,
             "settings": self.settings,
             "data": self.data,
             "audit": self.audit,

@@ -5,6 +5,7 @@ counts only when all of it is on disk. No file holds the state of a random gener
 saved in the output directory are saved beside it. (What may be uploaded: author_dp/outputs/uploads.py.)
 """
 
+import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,15 +13,17 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
+from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
 from author_dp.errors import to_user_error
+from author_dp.files import write_json
 from author_dp.guards.model_check import check_trained_weights
 from author_dp.guards.monitors import RunMonitors
+from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict, load_weights
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.quantization import model_sizes
@@ -31,7 +34,7 @@ from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_cov
 from author_dp.training.rescue import check_saved, rescue_message, rescue_weights
 from author_dp.training.run_report import RunReport
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class CertifiedTrainer(LogicalBatchTrainer):
@@ -124,6 +127,11 @@ class CertifiedTrainer(LogicalBatchTrainer):
         except Exception as error:  # of the system, transformers, safetensors, peft or a tokenizer
             rescued = rescue_weights(self, state_dict)
             raise (to_user_error(error) or error) if rescued is None else rescue_message(error, folder, rescued) from error
+
+    def update_report(self) -> None:
+        """Write privacy.json again, for the weights that are saved, when its other contents have changed; on rank 0 only."""
+        path = self.folder / REPORT_NAME
+        write_json(path, {**self.privacy_report(), "weights": json.loads(path.read_text())["weights"]})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save a sharded optimizer's state as an unsharded one's."""

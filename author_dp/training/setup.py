@@ -12,7 +12,6 @@ from typing import Any, Optional
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, read_private_count
@@ -35,6 +34,7 @@ from author_dp.guards.options import (
 )
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
+from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import ShardedOptimizer, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
@@ -43,7 +43,7 @@ from author_dp.training.checkpointing import check_author_count, check_counts_hi
 from author_dp.training.dataloading import max_bands_in_memory, to_device
 from author_dp.training.resuming import describe_training, program_options
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 @dataclass
