@@ -39,7 +39,7 @@ MAY_CHANGE = {
     "eval_accumulation_steps", "eval_do_concat_batches", "prediction_loss_only", "batch_eval_metrics", "max_eval_samples",
     "release_eval_epsilon", "release_eval_range",
     # Logs.
-    "logging_strategy", "logging_steps", "logging_first_step", "logging_dir", "logging_nan_inf_filter", "log_level",
+    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
     "log_level_replica", "log_on_each_node", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
     "trackio_static_space_id", "disable_tqdm", "include_num_input_tokens_seen", "skip_memory_metrics", "debug",
     # Saving and uploads.
