@@ -100,8 +100,7 @@ def save_weights_only(model: Any, place: Path, state_dict: Optional[dict[str, to
 def rescue_message(error: Exception, folder: Path, place: Path) -> UserError:
     """Return the error of a failed save, with the place where the weights are."""
     known = error if isinstance(error, UserError) else to_user_error(error)
-    reason = f"--output_dir {folder}: the model could not be saved ({first_line(error)})"
-    return UserError(
-        f"{reason if known is None else str(known).removesuffix(RESUME_REMEDY).strip()} The weights of this step are in {place}, "
-        f"with their privacy.json. {RESUME_REMEDY}"
-    )
+    if known is None:
+        known = UserError(f"--output_dir {folder}: the model could not be saved ({first_line(error).rstrip(': ')})")
+    reason = str(known).removesuffix(RESUME_REMEDY).strip().removesuffix(".")
+    return UserError(f"{reason}. The weights of this step are in {place}, with their privacy.json. {RESUME_REMEDY}")
