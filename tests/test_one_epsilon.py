@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, make_dataset, make_trainer, read_report, resumable
-from test_fine_tune_dp import PRIVACY, small
+from programs import PRIVACY, small
 from transformers import TrainerCallback
 
 from author_dp.accounting import ledger_report
