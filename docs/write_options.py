@@ -62,4 +62,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")

@@ -57,4 +57,4 @@ def void_guarantee(ledger: PrivacyLedger, failure: str) -> None:
     # The hash of the failure's record: a ledger from which that record was removed is refused.
     void |= {"alarm": failure, "ledger_link": ledger.record_hashes[-1]}
     for path in [*folder.glob(REPORT_NAME), *folder.glob(f"*/{REPORT_NAME}")]:
-        write_json(path, {**json.loads(path.read_text()), **void})
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **void})

@@ -134,7 +134,7 @@ def adapter_base_model(name: str) -> Optional[str]:
             "not clear which one to load. Move one of them to another folder"
         )
     try:
-        base = json.loads(path.read_text())["base_model_name_or_path"]
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -166,7 +166,7 @@ def check_folder(name: str) -> None:
     if not config.is_file():
         raise UserError(f"--model_name {name}: no config.json. Give a folder that save_pretrained wrote, or a hub name")
     try:
-        json.loads(config.read_text())
+        json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"--model_name {name}: config.json is not JSON ({error}). Copy it again") from error
     if not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
@@ -190,7 +190,7 @@ def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """
     folder = Path(name)
     check_lfs_pointers(folder)
-    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text()).get("peft_type")
+    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
     if peft_type != "LORA":
         raise UserError(f"--model_name {name}: it holds an adapter of type {peft_type}. Only LoRA adapters can be resumed")
     if not any((folder / f"adapter_model{suffix}").exists() for suffix in (".safetensors", ".bin")):

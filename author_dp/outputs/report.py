@@ -76,7 +76,7 @@ class RunStatistics(TrainerCallback):
         """Merge `content` into the file, which may hold what was recorded before this run was resumed."""
         path = Path(folder) / STATISTICS_NAME
         finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-        write_json(path, deep_merge(json.loads(path.read_text()) if path.exists() else {}, finite), private=True)
+        write_json(path, deep_merge(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, finite), private=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Not earlier: only now does the run hold the lock of its output directory.
@@ -133,9 +133,15 @@ def evaluate_and_sample(trainer: Any, statistics: RunStatistics, when: str) -> d
 
 
 def format_losses(metrics: dict[str, float]) -> str:
+    """Return the loss, then a line with its standard error, which a single author does not have, and the other metrics."""
+    error, author_error = (
+        f", standard error {metrics[name]:.2g}" if name in metrics else ""
+        for name in ("eval_loss_stderr", "eval_author_loss_stderr")
+    )
     return (
-        f"{metrics['eval_loss']:.2f}\n"
-        f"  perplexity {metrics['eval_perplexity']:,.1f}; mean over authors, as in training: {metrics['eval_author_loss']:.2f}"
+        f"{metrics['eval_loss']:.2f}\n  {metrics['eval_num_authors']:,} held-out authors{error}; "
+        f"perplexity {metrics['eval_perplexity']:,.1f}; mean over authors, as in training: {metrics['eval_author_loss']:.2f}"
+        f"{author_error}"
     )
 
 
@@ -178,7 +184,7 @@ def write_report(folder: Path) -> None:
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
     report = recompute_report(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
-    statistics = json.loads(path.read_text()) if path.exists() else {}
+    statistics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     figures = draw_figures(folder / "report", report, ledger, statistics)
     path = folder / PAGE_NAME
     make_private(path)

@@ -71,7 +71,7 @@ def mark_complete(checkpoint: Path) -> None:
 def find_corruption(checkpoint: Path) -> Optional[str]:
     """Return what is missing in `checkpoint`, or None if it is complete."""
     try:
-        sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text())["files"]
+        sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return f"it is incomplete ({COMPLETE_MARKER} is missing)"
     except (OSError, ValueError, KeyError, TypeError):
@@ -310,7 +310,7 @@ def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_main_process
         )
     if is_main_process:
         check_weights(checkpoint, report, base=False)  # the run compares its base itself, wherever the base is stored now
-        known = json.loads((checkpoint / COMPLETE_MARKER).read_text()).get("sha256") or {}
+        known = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")).get("sha256") or {}
         for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
             if sha256_of(checkpoint / name) != known.get(name):
                 raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {COMPLETE_MARKER}. Restore the file")

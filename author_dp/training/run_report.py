@@ -49,8 +49,10 @@ class RunReport:
         self.finished, self.audit, self.budget.plan = None, None, self.plan
         if not checkpoint or load_trainer_state(checkpoint).global_step < self.plan.steps:
             return
-        self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text()), self.folder / REPORT_NAME
-        if final_path.exists() and (final := json.loads(final_path.read_text())).get("weights") == self.finished.get("weights"):
+        self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8")), self.folder / REPORT_NAME
+        if final_path.exists() and (final := json.loads(final_path.read_text(encoding="utf-8"))).get(
+            "weights"
+        ) == self.finished.get("weights"):
             self.finished = final  # also holds the audit, if there was one
         self.audit = self.finished.get("audit")
         if not self.plan.disable_dp:
@@ -70,7 +72,7 @@ class RunReport:
             name = model.peft_config[model.active_adapter].base_model_name_or_path
             self.adapter_base = describe_base(name, getattr(model.get_base_model().config, "_commit_hash", None))
         if checkpoint:
-            report = json.loads((checkpoint / REPORT_NAME).read_text())
+            report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
             if not self.plan.disable_dp:
                 check_same_base(self.adapter_base, report.get("adapter_base"))
             self.base_model = report.get("base_model")
