@@ -4,6 +4,7 @@ import io
 import logging
 import re
 
+import pyarrow as pa
 import pytest
 import torch
 from conftest import make_dataset, make_trainer, tiny_gpt2
@@ -135,3 +136,14 @@ def test_trainers_bar_has_a_name_and_evaluations_have_none_of_it(tmp_path):
     assert type(bar) is TrainingBar
     bar.on_prediction_step(trainer.args, trainer.state, trainer.control, eval_dataloader=[1, 2])
     assert bar.prediction_bar is None
+
+
+def test_rows_are_counted_where_their_number_is_unknown(clock, lines, monkeypatch):
+    def batches():
+        for seconds in (3, 6, 7, 30):
+            clock.now = seconds
+            yield pa.record_batch({"text": ["x"] * 1_000})
+
+    with Progress("Read rows", total=None) as shown:
+        assert sum(batch.num_rows for batch in shown.count(batches())) == 4_000
+    assert lines == ["Read rows: 2,000 after 6 s", "Read rows: 4,000 after 30 s"]
