@@ -60,12 +60,12 @@ class Progress:
                 share = f"{self.done:,}" if self.total is None else f"{100 * self.done // self.total} %"
                 logger.info(f"{self.name}: {share} after {now - self.started:.0f} s")
                 self.next_line = now + min(now - self.started, LONGEST_WAIT)
-        elif self.bar is None:
-            self.bar = tqdm(total=self.total, desc=self.name, leave=False, bar_format=BAR_FORMAT, dynamic_ncols=True, smoothing=0)
-            self.bar.start_t -= now - self.started  # since when the remaining time is extrapolated
-            self.bar.update(self.done)
+        elif self.bar is None and self.done != self.total:
+            options: Any = {"leave": False, "bar_format": BAR_FORMAT, "dynamic_ncols": True, "smoothing": 0}
+            self.bar = tqdm(total=self.total, initial=self.done, desc=self.name, **options)
+            self.bar.initial, self.bar.start_t = 0, self.bar.start_t - (now - self.started)  # of which the remaining time is made
             self.bar.refresh()
-        else:
+        elif self.bar is not None:
             self.bar.update(self.done - self.bar.n)
 
     def count(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
