@@ -32,6 +32,13 @@ def command(*arguments: str, processes: int = 0) -> list[str]:
     return [sys.executable, *launcher, str(SCRIPT), *arguments]
 
 
+def leave_out_figures() -> None:
+    """Drawing them is half the time of a run on a tiny model; tests/test_report.py draws them."""
+    from author_dp.outputs import report
+
+    report.draw_figures = lambda *_: {}
+
+
 def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outputs: Path) -> None:
     """Be `python fine-tune-dp.py arguments`, which writes into outputs/1 and outputs/2."""
     os.environ.clear()
@@ -43,6 +50,7 @@ def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outp
     np.random.seed()
     # torch read it before this; and its pool is made anew here, not by several threads at a time, which can fail after a fork
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()))
+    leave_out_figures()
     sys.argv = [str(SCRIPT), *arguments]
     sys.path.insert(0, str(SCRIPT.parent))
     try:

@@ -67,6 +67,7 @@ def small(checkpoint, comments, folder, *more) -> list[str]:
 def run_here(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
     """Run the script in this process; return its exit status and what it wrote on stderr."""
     monkeypatch.setattr(sys, "argv", ["fine-tune-dp.py", *arguments])
+    monkeypatch.setattr("author_dp.outputs.report.draw_figures", lambda *_: {})  # half the time of a run on a tiny model
     capfd.readouterr()
     try:
         runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="__main__")
@@ -544,15 +545,15 @@ def test_mistakes_end_with_status_2_and_name_option_and_remedy(
 
 @pytest.mark.slow
 def test_a_flood_and_a_very_long_text_are_samples_like_any_other(checkpoint, comments, tmp_path, monkeypatch, capfd):
-    """100,000 samples of one author, and a text of 10 MB."""
+    """20,000 samples of one author, and a text of 2 MB."""
     rows = [*comments.read_text().splitlines()[:200]]
-    rows += [json.dumps({"author": "flood", "content": f"the flood {i}"}) for i in range(100_000)]
-    rows += [json.dumps({"author": "long", "content": "a very long text " * 600_000})]
+    rows += [json.dumps({"author": "flood", "content": f"the flood {i}"}) for i in range(20_000)]
+    rows += [json.dumps({"author": "long", "content": "a very long text " * 120_000})]
     (tmp_path / "many.jsonl").write_text("\n".join(rows) + "\n")
     arguments = small(checkpoint, tmp_path / "many.jsonl", tmp_path / "out", *PRIVACY, "--eval_fraction", "0")
     status, stderr = run_here(monkeypatch, capfd, *arguments, "--samples_per_author", "4", "--per_device_train_batch_size", "512")
     assert status == 0, stderr
-    assert read_report(tmp_path / "out")["num_samples"] > 100_100
+    assert read_report(tmp_path / "out")["num_samples"] > 20_100
 
 
 @pytest.mark.slow

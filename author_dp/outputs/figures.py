@@ -185,20 +185,17 @@ def draw_figures(folder: Path, report: dict, ledger: PrivacyLedger, statistics: 
             drawings["norms"] = (draw_norms, (np.array(norms["edges"]), np.array(norms["counts"]), report["clip_norm"]), True)
         if statistics["seconds_per_step"]:
             drawings["time"] = (draw_times, (statistics["seconds_per_step"],), True)
-    import matplotlib  # slow: not before a run's first step
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context  # slow: not before a run's first step
+    from matplotlib.figure import Figure  # pyplot would take a second more, and change the backend of a notebook
 
     folder.mkdir(exist_ok=True)
     files = {}
-    with pyplot.rc_context(STYLE):
+    with rc_context(STYLE):
         for name, (draw, data, is_private) in drawings.items():
-            figure, axes = pyplot.subplots()
-            draw(axes, *data)
+            figure = Figure()
+            draw(figure.subplots(), *data)
             files[name] = (folder / f"{name}.png", is_private)
             if is_private:
                 make_private(files[name][0])
             figure.savefig(files[name][0])
-            pyplot.close(figure)
     return files
