@@ -64,7 +64,7 @@ from author_dp.training.dataloading import (
     load_logical_batches,
     make_sampler,
 )
-from author_dp.training.interruption import StopOnSignal
+from author_dp.training.interruption import StopOnSignal, signals_end_with_message
 from author_dp.training.run_report import RunReport
 from author_dp.training.setup import check_model_choice, make_dp_optimizer, make_secret_generators, set_up_run
 from author_dp.validation import check_choice, check_range, option
@@ -262,7 +262,8 @@ class DPTrainer(UploadingTrainer):
             self.model_wrapped = self.model
         signals.check(self)
         if self.canaries is not None:
-            self.run_report.audit = self.canaries.finish(self)
+            with signals_end_with_message(self, saved=False):
+                self.run_report.audit = self.canaries.finish(self)
         return result
 
     def get_train_dataloader(self) -> DataLoader:

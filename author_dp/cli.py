@@ -30,7 +30,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
+from author_dp.errors import NOT_SAVED, MechanismError, PeerLostError, SignalError, UserError, to_user_error
 
 OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and its exit ends the other ranks
 
@@ -207,8 +207,7 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
             print(f"{name}: {error}", file=sys.stderr)
         exit_process(128 + error.number, cleanup)
     except KeyboardInterrupt:
-        message = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {NOT_SAVED}", file=sys.stderr)
         exit_process(130, cleanup)
     except MechanismError as error:
         exit_mechanism_error(error, name, rank, cleanup)

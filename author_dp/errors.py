@@ -14,6 +14,7 @@ WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 WRITE_ERROR_MESSAGES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
 PEER_LOST_MESSAGES = ("Connection closed by peer", "Connection reset by peer")
 RESUME = "interrupted; resume with --resume_from_checkpoint True"
+NOT_SAVED = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
 RESUME_REMEDY = "No recorded step is lost: resume with --resume_from_checkpoint True"
 
 KNOWN_FAULTS = {  # part of an error's message, or of its type's name: what the user can do
