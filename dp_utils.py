@@ -117,7 +117,7 @@ class PrivacyArguments:
 
     def __post_init__(self):
         check_range("--target_epsilon", self.target_epsilon, "(0, inf)")
-        check_range("--target_delta", self.target_delta, "(0, 1)")
+        check_range("--target_delta", self.target_delta, "[1e-100, 1)", "Often it is 1e-5, or 1 / N")
         # Beyond these, float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps.
         check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]", "Often it is 0.1 to 10")
         if self.noise_multiplier != 0:  # 0 is for no privacy

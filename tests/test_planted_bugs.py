@@ -38,6 +38,7 @@ import test_mechanism
 import test_microbatches
 import test_noise
 import test_one_epsilon
+import test_plan
 import test_pld
 import test_precision
 import test_processes
@@ -438,6 +439,22 @@ BUGS = [
     Bug("epsilon rounded to the nearest", "author_dp.accounting.accountant.round_up", "FOUR_DIGITS.",
         "decimal.Context(prec=4).",
         lambda *_: test_one_epsilon.test_round_up_rounds_once(7.9951, 7.996, "7.996")),
+    Bug("delta compared with the wrong probability", "author_dp.accounting.accountant.is_empty_promise", "2 * delta >",
+        "0.5 * delta >",
+        lambda *_: test_plan.test_make_plan_refuses_a_delta_that_promises_nothing({"sample_rate": 0.05, "target_delta": 0.3})),
+    Bug("no noise under an epsilon that holds without", "author_dp.accounting.accountant.EpsilonAccountant.__init__",
+        "if any(event.noise_multiplier == 0", "if prob_ever_sampled(events) > delta and any(event.noise_multiplier == 0",
+        lambda *_: test_accounting.test_compute_epsilon_edge_cases()),
+    Bug("a noise multiplier given with a delta that promises nothing", "author_dp.accounting.plan.make_plan",
+        "check_delta([MechanismEvent(0.0, sample_rate, steps)], delta)", "pass",
+        lambda *_: test_plan.test_make_plan_refuses_a_delta_that_promises_nothing(
+            {"sample_rate": 1e-9, "target_delta": 1e-5, "noise_multiplier": 1.0})),
+    Bug("resumed under a delta that promises nothing", "author_dp.accounting.budget.Budget.start",
+        "check_delta([*self.ledger.events, self.plan.event(self.plan.steps)], self.plan.delta)", "pass",
+        lambda path, _: test_budget.test_resumed_run_refuses_a_delta_that_promises_nothing(path, 0.9)),
+    Bug("calibrated to hardly any noise", "author_dp.accounting.accountant.find_noise_multiplier", "low < LEAST_NOISE",
+        "low < 1e-9",
+        lambda *_: test_plan.test_make_plan_refuses_an_epsilon_that_needs_no_noise(1e8)),
     Bug("calibrated for another number than is shown", "author_dp.accounting.accountant.find_noise_multiplier",
         "epsilon = compute_epsilon(sigma, sample_rate, steps, target_delta)",
         "epsilon = EpsilonAccountant([MechanismEvent(sigma, sample_rate, steps)], target_delta).epsilon",
@@ -584,7 +601,7 @@ BUGS = [
     Bug("a divisor that follows the number of authors", "author_dp.accounting.plan.make_plan", "expected_batch_size=batch_size",
         "expected_batch_size=round(sample_rate * num_authors)",
         lambda *_: test_hidden_counts.test_plan_follows_from_options_alone()),
-    Bug("steps that follow the number of authors", "author_dp.accounting.plan.make_plan",
+    Bug("steps that follow the number of authors", "author_dp.accounting.plan.planned_steps",
         "math.ceil(args.num_train_epochs / sample_rate)",
         "math.ceil(args.num_train_epochs * num_authors / batch_size)",
         lambda *_: test_hidden_counts.test_plan_follows_from_options_alone()),

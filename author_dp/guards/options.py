@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
+from author_dp.accounting.plan import check_planned_delta
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
@@ -83,6 +84,8 @@ class PrivacyOptions(Protocol):
     disable_dp: bool
     clipping: str
     noise_multiplier: Optional[float]
+    sample_rate: Optional[float]
+    target_delta: Optional[float]
     adam_noise_correction: Optional[bool]
 
 
@@ -115,6 +118,7 @@ def validate_options(
         check_uploads(args, privacy)
     check_gradients(args, privacy)
     use_adam_bc(args, privacy, num_bands=1)
+    check_planned_delta(privacy, args)
     if full_shard:
         check_fsdp(args, privacy, base_precision_flag)
     check_shared_authors(shared_authors, metric_driven_option(args), privacy)

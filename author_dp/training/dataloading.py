@@ -95,6 +95,12 @@ def max_bands_in_memory(model: nn.Module, args: TrainingArguments) -> int:
     return broadcast(1 + int(free / 2 / band_bytes))
 
 
+def format_devices(args: TrainingArguments) -> str:
+    """Return the number of processes, and the device of this one, for the summary."""
+    name = f" ({torch.cuda.get_device_name(args.device)})" if args.device.type == "cuda" else ""
+    return f"{args.world_size}, each on its own {args.device.type}{name}" if args.world_size > 1 else f"1, on {args.device}{name}"
+
+
 def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
     """Move the model to the Trainer's device, unless it is spread over several devices."""
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
