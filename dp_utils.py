@@ -43,6 +43,7 @@ from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch
 from author_dp.guards.precision import full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
+from author_dp.guards.trainer_options import check_adapted, check_optimizer, check_trainer_arguments
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
@@ -188,6 +189,7 @@ class DPTrainer(UploadingTrainer):
         shared_authors: bool = False,
         **kwargs,
     ):
+        check_trainer_arguments(kwargs)
         self.privacy, self.full_shard, self.shared_authors = privacy, full_shard, shared_authors
         self.canaries = canaries
         self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
@@ -226,6 +228,7 @@ class DPTrainer(UploadingTrainer):
             MechanismError: where the noise is not what the ledger says; the output directory then says so, and nothing is saved.
         """
         check_no_trial(args[0] if args else kwargs.get("trial"))
+        check_adapted(self)
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
             self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel))
@@ -283,9 +286,10 @@ class DPTrainer(UploadingTrainer):
         """Wrap the Trainer's optimizer in the one that adds the noise."""
         with as_user_error(f"--optim {OptimizerNames(self.args.optim).value}, with --optim_args {self.args.optim_args}"):
             optimizer = super().create_optimizer(*args, **kwargs)
+        noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
+        check_optimizer(getattr(noisy, "original_optimizer", noisy), self.args)
         if self.privacy.disable_dp:
             return optimizer
-        noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
             self.optimizer = noisy = make_dp_optimizer(optimizer, self)
         noisy.start_training(self.plan.coefficients())

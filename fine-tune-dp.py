@@ -28,7 +28,6 @@ Options may come from a YAML file; others override it: fine-tune-dp.py --config 
 from author_dp import startup  # first: imports are a fifth faster, and Ctrl-C ends them
 
 # ruff: isort: split
-import os
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -47,7 +46,7 @@ from author_dp.data.splits import author_hashes
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
-from author_dp.guards.options import validate_options
+from author_dp.guards.options import check_launcher_variables, validate_options
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.models.activations import fuse_activations
@@ -113,8 +112,9 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if not set((self.fsdp or "").split()) <= {"full_shard", "auto_wrap"}:
             raise UserError(f"--fsdp {self.fsdp} does not work here: give full_shard, or leave it out")
-        if self.fsdp and (self.fsdp_config or os.environ.get("ACCELERATE_USE_FSDP")):
-            raise UserError("--fsdp_config, or accelerate's own, has no part in --fsdp full_shard here: leave it out")
+        if self.fsdp and self.fsdp_config:
+            raise UserError("--fsdp_config: it has no part in --fsdp full_shard here. Leave it out")
+        check_launcher_variables(self.bf16)  # before Hugging Face's code follows them
         # The Trainer must not see it: accelerate would share gradients that are not per author.
         self.full_shard, self.fsdp = bool(self.fsdp), None
         if self.evaluation_strategy is not None:

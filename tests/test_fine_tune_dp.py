@@ -220,7 +220,7 @@ def test_full_shard_on_two_processes(checkpoint, comments, tmp_path):
 
 @pytest.mark.slow
 def test_disable_dp_on_two_processes(checkpoint, comments, tmp_path):
-    done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp"), processes=2)
+    done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp", "--ddp_backend", "gloo"), processes=2)
     assert done.returncode == 0 and done.stderr.count("NO PRIVACY") == 1, done.stderr
     assert read_report(tmp_path / "out")["world_size"] == 2
 

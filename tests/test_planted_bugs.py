@@ -53,6 +53,7 @@ import test_selfcheck
 import test_sharding
 import test_specimens
 import test_synthetic_report
+import test_trainer_options
 import test_weights
 import torch
 from planting import find, with_edit
@@ -299,6 +300,17 @@ BUGS = [
     Bug("a second pass of other gradients that nobody notices", f"{TWO_PASS}.sum_pass",
         "not self._replay.is_same()", "False",
         lambda *_: test_clipping_two_pass.test_other_dropout_in_the_second_pass_ends_the_run("tied")),
+    Bug("accelerate told to accumulate", "author_dp.guards.trainer_options.is_set", "return value != AcceleratorConfig()",
+        "return False",
+        lambda path, _: test_trainer_options.test_options_that_reach_behind_the_loop_are_refused(
+            path, "accelerator_config", {"gradient_accumulation_kwargs": {"num_steps": 4}})),
+    Bug("a new option of transformers taken for harmless", "author_dp.guards.trainer_options.check_trainer_options",
+        "and is_set(args, field.name)", "and False",
+        lambda path, patch: test_trainer_options.test_option_that_the_table_does_not_know_is_refused(
+            *test_trainer_options.make_arguments(path), patch)),
+    Bug("batches thrown away by a later change", "author_dp.guards.trainer_options.check_adapted",
+        "trainer.args.gradient_accumulation_steps != 1 or ", "",
+        lambda path, _: test_trainer_options.test_accumulation_changed_after_the_plan_is_refused(path)),
     Bug("masks that are not replayed", "author_dp.guards.options.check_checkpointing",
         'if not options.get("preserve_rng_state", True)',
         "if False",
@@ -538,8 +550,8 @@ BUGS = [
     Bug("sums in bfloat16 allowed on a GPU", "author_dp.guards.precision.full_precision_sums",
         "flags.allow_fp16_reduced_precision_reduction = False", "flags.allow_fp16_reduced_precision_reduction",
         lambda path, _: test_precision.test_train_sums_bfloat16_products_in_float32(path, True)),
-    Bug("a compiler that switches TF32 on", "author_dp.guards.options.check_environment",
-        '.lower() != "no"', '.lower() == "none"',
+    Bug("a compiler that switches TF32 on", "author_dp.guards.options.check_launcher_variables",
+        '(without, "", "false", "0")', '(without, "", "false", "0", "inductor")',
         lambda path, patch: test_precision.test_trainer_refuses_settings_of_accelerate(path, patch, "inductor")),
     # The ranges of options.
     Bug("a clip norm whose noise float32 does not hold", "dp_utils.PrivacyArguments.__post_init__",
