@@ -1,5 +1,7 @@
 """budget.py: no step exceeds the target, and each is recorded before its update, across runs."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,11 @@ def test_the_ledger_is_ahead_of_every_update(tmp_path):
     trainer.optimizer = Watched(trainer.model.parameters(), lr=1.0)
     trainer.train()
     assert seen == [1, 2, 3]
+
+
+def test_the_ledger_tells_the_day_not_the_time(tmp_path):
+    make_trainer(tmp_path, max_steps=1).train()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", PrivacyLedger(tmp_path / "privacy_ledger.jsonl").runs[0]["started"])
 
 
 def test_failing_ledger_stops_before_the_update(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from author_dp.accounting.accountant import (
     epsilon_of,
     find_noise_multiplier,
     format_epsilon,
+    merge_events,
     round_up,
 )
 from author_dp.accounting.budget import Budget
@@ -143,6 +144,7 @@ CASES = [
 @pytest.mark.parametrize(("events", "delta"), CASES)
 def test_epsilon_of_ignores_order_and_splits_of_runs(events, delta):
     pieces = [MechanismEvent(sigma, rate, steps) for sigma, rate, all_ in events for steps in (1, all_ - 3, 0, 2)]
+    assert merge_events(events) == merge_events(pieces) == merge_events(pieces[::-1])  # sums in another order round otherwise
     assert epsilon_of(events, delta) == epsilon_of(pieces, delta) == epsilon_of(pieces[::-1], delta)
     assert attack_bounds(events, delta) == attack_bounds(pieces, delta) == attack_bounds(pieces[::-1], delta)
 

@@ -1019,7 +1019,7 @@ BUGS = [
         lambda path, _: test_publish.test_all_may_read_it_and_times_tell_nothing(a_result(path)[1], path / "new")),
     Bug("the time of day in the ledger", "author_dp.accounting.budget.Budget._write_header",
         ".date().isoformat()", ".isoformat()",
-        lambda path, _: test_publish.test_all_may_read_it_and_times_tell_nothing(a_result(path)[1], path / "new")),
+        lambda path, _: test_budget.test_the_ledger_tells_the_day_not_the_time(path)),
     Bug("the folder itself is uploaded", f"{PUBLISH}.upload", 'publish(folder, temporary / "model", repo)',
         'shutil.copytree(folder, temporary / "model")',
         lambda path, patch: test_publish.test_the_hub_gets_what_publish_copies(path, patch, "full")),
