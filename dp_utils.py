@@ -50,6 +50,7 @@ from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
+from author_dp.option_names import find_missing
 from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.uploads import UploadingTrainer
@@ -67,7 +68,7 @@ from author_dp.training.dataloading import (
 from author_dp.training.interruption import StopOnSignal
 from author_dp.training.run_report import RunReport
 from author_dp.training.setup import check_model_choice, make_dp_optimizer, make_secret_generators, set_up_run
-from author_dp.validation import check_choice, check_range, option
+from author_dp.validation import check_choice, check_exclusive, check_range, option
 
 __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
 
@@ -136,10 +137,9 @@ class PrivacyArguments:
             raise UserError("--noise_bands auto: it minimizes the noise for a --target_epsilon. Give one, or a number of bands")
         if self.disable_dp:
             return
-        if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise UserError("--target_epsilon, --noise_multiplier: give exactly one of them (or --disable_dp for no privacy)")
-        if self.per_sample_max_grad_norm is None:
-            raise UserError("--per_sample_max_grad_norm: the clip norm of an author's gradient is missing. Give it; try 1.0")
+        if missing := find_missing(lambda name: getattr(self, name) is not None and getattr(self, name) is not False):
+            raise UserError(missing)
+        check_exclusive(self, "target_epsilon", "noise_multiplier")
 
 
 # --- the Trainer ----------------------------------------------------------------------------------------

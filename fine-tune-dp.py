@@ -25,7 +25,14 @@ Options may come from a YAML file; others override it: fine-tune-dp.py --config 
 `data_utils.py` turns a data set into samples of authors, `dp_utils.py` holds the Trainer, `author_dp/` the library behind both.
 """
 
+import os
+import sys
+
 from author_dp import startup  # first: imports are a fifth faster, and Ctrl-C ends them
+from author_dp.option_names import exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing("fine-tune-dp.py", sys.argv[1:], rank=int(os.environ.get("RANK", 0)))  # before seconds of imports
 
 # ruff: isort: split
 from dataclasses import dataclass, field

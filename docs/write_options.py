@@ -44,6 +44,8 @@ def table(group: type, names: set[str]) -> str:
             text = field.metadata["help"].replace("|", "\\|")
             if choices and field.name != "log_level":
                 text += f" One of: {', '.join(choices)}."
+            if aliases := field.metadata.get("aliases"):
+                text += f" Also `{aliases[-1]}`."
             rows.append(f"| `--{field.name}` | {text} | {default_of(field)} |")
     title = (group.__doc__ or "").strip().splitlines()[0]
     return "\n".join([f"## {group.__name__}", "", title, "", "| option | meaning | default |", "|---|---|---|", *rows])
