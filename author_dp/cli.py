@@ -162,6 +162,7 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
         name: of the program, for its messages.
         cleanup: called before the exit. With several processes, the exit skips Python's exit handlers.
     """
+    UserError.on_command_line = True
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
@@ -195,6 +196,7 @@ def run_program(name: str, main: Callable[[list[str]], None], interrupted: str =
     Args:
         interrupted: how Ctrl-C affects the output, for the message.
     """
+    UserError.on_command_line = True
     try:
         main(sys.argv[1:])
     except UserError as error:

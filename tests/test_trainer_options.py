@@ -196,6 +196,25 @@ def test_accumulation_changed_after_the_plan_is_refused(tmp_path):
     assert trainer.budget.ledger.steps == 0
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS 8: srun started"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE 2: mpirun started"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "accelerate launch --cpu: it starts one process"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"}, None),  # one torch.distributed.run for each machine
+        ({"SLURM_STEP_NUM_TASKS": "1", "MASTER_ADDR": "127.0.0.1"}, None),
+    ],
+)
+def test_processes_that_know_nothing_of_each_other_are_refused(args, privacy, monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if words is None:
+        return validate_options(args, privacy)
+    with pytest.raises(UserError, match=f"^{words}"):
+        validate_options(args, privacy)
+
+
 @pytest.mark.parametrize("name", LAUNCHER_VARIABLES)
 def test_what_a_launcher_asks_for_by_the_environment_is_refused(args, privacy, monkeypatch, name):
     option, without, _ = LAUNCHER_VARIABLES[name]

@@ -147,7 +147,25 @@ def check_environment(args: TrainingArguments) -> None:
     """Raise UserError where a launcher would start unconnected processes, or asks for what the run does not know."""
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("--use_cpu: the processes of torch.distributed.run are not connected. On CPUs add --use_cpu")
+    check_processes_connected()
     check_launcher_variables(args.bf16)
+
+
+def check_processes_connected() -> None:
+    """Raise UserError where a launcher was asked for several processes that know nothing of each other."""
+    if "RANK" in os.environ:
+        return
+    for variable, launcher in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun")):
+        if (number := os.environ.get(variable, "1")).isdecimal() and int(number) > 1:
+            raise UserError(
+                f"{variable} {number}: {launcher} started that many processes, each a run of its own. Start one "
+                "torch.distributed.run for each machine (docs/distributed.md)"
+            )
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "accelerate launch --cpu: it starts one process, whatever --num_processes says. On CPUs start them with "
+            "torch.distributed.run; for one process give --num_processes 1, and unset MASTER_ADDR"
+        )
 
 
 def check_launcher_variables(bf16: bool) -> None:

@@ -98,7 +98,9 @@ def max_bands_in_memory(model: nn.Module, args: TrainingArguments) -> int:
 def format_devices(args: TrainingArguments) -> str:
     """Return the number of processes, and the device of this one, for the summary."""
     name = f" ({torch.cuda.get_device_name(args.device)})" if args.device.type == "cuda" else ""
-    return f"{args.world_size}, each on its own {args.device.type}{name}" if args.world_size > 1 else f"1, on {args.device}{name}"
+    if args.world_size == 1:
+        return f"1, on {args.device}{name}"
+    return f"{args.world_size}, {'on' if args.device.type == 'cpu' else 'one per device:'} {args.device.type}{name}"
 
 
 def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
