@@ -3,7 +3,9 @@
 This module imports no library, so that a command line without a required option is refused at once, before seconds of imports.
 """
 
-import difflib
+import ast
+import importlib.util
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -43,23 +45,49 @@ def find_missing(is_given: Callable[[str], bool]) -> str:
 
 
 def exit_if_missing(program: str, words: Sequence[str], rank: int) -> None:
-    """Exit with status 2 where a command line lacks required options; return where that is not certain.
+    """Exit with status 2 where a command line lacks required options; return if the parser may have more to say.
 
     Args:
+        program: its file name; the file is beside this package.
         words: of the command line. Options may be abbreviated, or stand in the YAML file of --config.
     """
-    names = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-    files = [value for name, value in zip(words, words[1:]) if name == "--config"]
-    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    given = {}  # value by name; "" for one in a file, or alone
+    for word, following in zip(words, [*words[1:], ""]):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            given[name.replace("-", "_")] = value or ("" if following.startswith("--") else following)
     try:
-        names += [name for file in files for name in re.findall(r"(\w+)[\"']?\s*:", Path(file).read_text("utf-8"))]
-    except (OSError, ValueError):
-        return  # the parser says what is wrong with the file
-    error = find_missing(lambda option: any(option.startswith(name) for name in names))
-    if not error or rank > 0 or "-h" in words or any("help".startswith(name) for name in names):
+        text = Path(given.pop("config")).read_text("utf-8") if "config" in given else ""
+        known = {"config", *read_option_names(program)}
+    except (OSError, ValueError, SyntaxError, AttributeError):
         return
-    required = error.partition(":")[0].replace("--", "").split(", ")
-    if any(name in KNOWN_AS or difflib.get_close_matches(name, required) for name in names):
-        return  # an unknown option, for which the parser suggests another
-    print(f"{program}: error: {error}", file=sys.stderr)
-    sys.exit(2)
+    given |= dict.fromkeys(re.findall(r"(\w+)[\"']?\s*:", text), "")
+    error = find_missing(lambda option: any(option.startswith(name) for name in given))
+    required = ("target_epsilon", "noise_multiplier", "per_sample_max_grad_norm")
+    may_fail = any(value and not is_number(value) for name, value in given.items() if any(r.startswith(name) for r in required))
+    is_known = all(any(option.startswith(name) for option in known) for name in given)
+    if error and is_known and not may_fail and rank == 0 and not {"-h", "--h", "--he", "--hel", "--help"} & set(words):
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def read_option_names(program: str) -> set[str]:
+    """Return the names of all options, and of more, from the source of their classes: importing them takes seconds."""
+    root, spec = Path(__file__).parent, importlib.util.find_spec("transformers")
+    library = ["models/lora.py", "guards/canaries.py", "training/public_loss.py"]
+    paths = [root.parent / name for name in (program, "data_utils.py", "dp_utils.py")] + [root / name for name in library]
+    paths.append(Path(spec.origin).with_name("training_args.py"))  # type: ignore[union-attr, arg-type]
+    names = set()
+    for source in (path.read_text("utf-8") for path in paths):
+        classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+        fields = [node.target for one in classes for node in one.body if isinstance(node, ast.AnnAssign)]
+        names |= {field.id for field in fields if isinstance(field, ast.Name)} | set(re.findall(r'alias="(\w+)"', source))
+    return names
+
+
+def is_number(value: str) -> bool:
+    """Return whether a word can be read as a number."""
+    try:
+        return not math.isnan(float(value))
+    except ValueError:
+        return False

@@ -1,5 +1,6 @@
 """cli.py: options from a file, suggestions for unknown ones, errors as an exit status."""
 
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,8 +40,6 @@ def test_parse_options_suggests_a_name(words, suggestion):
 
 def test_known_names_are_options():
     """Each name that others use leads to an option that there is."""
-    import runpy
-
     script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
     options = {name for group in script["GROUPS"] for name in group.__dataclass_fields__}
     assert set(cli.KNOWN_AS.values()) <= options and not set(cli.KNOWN_AS) & options
@@ -68,6 +67,9 @@ MISSING = "--target_epsilon, --per_sample_max_grad_norm: missing. Give "
         # What the parser says better.
         ("--help", None),
         ("--epsilon 8", None),
+        ("--target_epsilon eight", None),
+        ("--no_such_option 3", None),
+        ("--lora_r 3 --max_len 8 --fp16 --bf16 True", MISSING),
         ("--target_epsilonn 8", None),
         ("--config missing.yaml", None),
     ],
@@ -76,11 +78,17 @@ def test_missing_options_are_named_together_before_libraries_are_imported(tmp_pa
     (tmp_path / "options.yaml").write_text("{per_sample_max_grad_norm: 1, seed: 3}")
     words = words.replace("FILE", str(tmp_path / "options.yaml")).split()
     if error is None:
-        return option_names.exit_if_missing("program", words, rank=0)
-    option_names.exit_if_missing("program", words, rank=1)  # rank 0 says it
+        return option_names.exit_if_missing("fine-tune-dp.py", words, rank=0)
+    option_names.exit_if_missing("fine-tune-dp.py", words, rank=1)  # rank 0 says it
     with pytest.raises(SystemExit) as status:
-        option_names.exit_if_missing("program", words, rank=0)
-    assert status.value.code == 2 and capsys.readouterr().err.startswith(f"program: error: {error}")
+        option_names.exit_if_missing("fine-tune-dp.py", words, rank=0)
+    assert status.value.code == 2 and capsys.readouterr().err.startswith(f"fine-tune-dp.py: error: {error}")
+
+
+def test_option_names_knows_all_options():
+    script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
+    options = {name for group in script["GROUPS"] for name in group.__dataclass_fields__} | {"lora_r", "max_length"}
+    assert options <= option_names.read_option_names("fine-tune-dp.py")
 
 
 def test_option_names_imports_no_library():

@@ -93,7 +93,8 @@ def test_the_published_commands_on_two_processes(checkpoint, comments, tmp_path,
     assert PrivacyLedger(tmp_path / "scratch" / "privacy_ledger.jsonl").steps == report["steps"]
     # What the user sees: once, in this order.
     output = done.stdout + done.stderr
-    summary = re.search(r"authors \(N\) +(\d+) .*\n.*sample rate.*\n.*steps.*\n.*trained parameters.*\n.*clip norm", done.stderr)
+    assert "Without effect here: --eval_accumulation_steps, --label_names, --prediction_loss_only (" in done.stderr
+    summary = re.search(r"processes +2, on cpu\n +authors \(N\) +(\d+) .*\n.*sample rate.*\n.*steps.*\n.*trained parameters.*\n.*clip norm", done.stderr)
     assert summary and int(summary[1]) == report["num_authors"]
     last = done.stdout.strip().splitlines()[-1]
     assert re.fullmatch(
