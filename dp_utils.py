@@ -43,12 +43,14 @@ from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch
 from author_dp.guards.precision import full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
+from author_dp.guards.trainer_options import check_adapted, check_optimizer, check_trainer_arguments
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
+from author_dp.option_names import find_missing
 from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.uploads import UploadingTrainer
@@ -67,7 +69,7 @@ from author_dp.training.dataloading import (
 from author_dp.training.interruption import StopOnSignal, signals_end_with_message
 from author_dp.training.run_report import RunReport
 from author_dp.training.setup import check_model_choice, make_dp_optimizer, make_secret_generators, set_up_run
-from author_dp.validation import check_choice, check_range, option
+from author_dp.validation import check_choice, check_exclusive, check_range, option
 
 __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
 
@@ -118,7 +120,7 @@ class PrivacyArguments:
 
     def __post_init__(self):
         check_range("--target_epsilon", self.target_epsilon, "(0, inf)")
-        check_range("--target_delta", self.target_delta, "(0, 1)")
+        check_range("--target_delta", self.target_delta, "[1e-100, 1)", "Often it is 1e-5, or 1 / N")
         # Beyond these, float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps.
         check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]", "Often it is 0.1 to 10")
         if self.noise_multiplier != 0:  # 0 is for no privacy
@@ -136,10 +138,9 @@ class PrivacyArguments:
             raise UserError("--noise_bands auto: it minimizes the noise for a --target_epsilon. Give one, or a number of bands")
         if self.disable_dp:
             return
-        if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise UserError("--target_epsilon, --noise_multiplier: give exactly one of them (or --disable_dp for no privacy)")
-        if self.per_sample_max_grad_norm is None:
-            raise UserError("--per_sample_max_grad_norm: the clip norm of an author's gradient is missing. Give it; try 1.0")
+        if missing := find_missing(lambda name: getattr(self, name) is not None and getattr(self, name) is not False):
+            raise UserError(missing)
+        check_exclusive(self, "target_epsilon", "noise_multiplier")
 
 
 # --- the Trainer ----------------------------------------------------------------------------------------
@@ -189,6 +190,7 @@ class DPTrainer(UploadingTrainer):
         shared_authors: bool = False,
         **kwargs,
     ):
+        check_trainer_arguments(kwargs)
         self.privacy, self.full_shard, self.shared_authors = privacy, full_shard, shared_authors
         self.canaries = canaries
         self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
@@ -227,6 +229,7 @@ class DPTrainer(UploadingTrainer):
             MechanismError: where the noise is not what the ledger says; the output directory then says so, and nothing is saved.
         """
         check_no_trial(args[0] if args else kwargs.get("trial"))
+        check_adapted(self)
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
             self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel))
@@ -284,9 +287,10 @@ class DPTrainer(UploadingTrainer):
         """Wrap the Trainer's optimizer in the one that adds the noise."""
         with as_user_error(f"--optim {OptimizerNames(self.args.optim).value}, with --optim_args {self.args.optim_args}"):
             optimizer = super().create_optimizer(*args, **kwargs)
+        noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
+        check_optimizer(getattr(noisy, "original_optimizer", noisy), self.args)
         if self.privacy.disable_dp:
             return optimizer
-        noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
             self.optimizer = noisy = make_dp_optimizer(optimizer, self)
         noisy.start_training(self.plan.coefficients())

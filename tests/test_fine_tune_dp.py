@@ -74,7 +74,12 @@ def test_the_published_commands_on_two_processes(checkpoint, comments, tmp_path,
     assert PrivacyLedger(tmp_path / "scratch" / "privacy_ledger.jsonl").steps == report["steps"]
     # What the user sees: once, in this order.
     output = done.stdout + done.stderr
-    summary = re.search(r"authors \(N\) +(\d+) .*\n.*sample rate.*\n.*steps.*\n.*trained parameters.*\n.*clip norm", done.stderr)
+    assert "Without effect here: --eval_accumulation_steps, --label_names, --prediction_loss_only (" in done.stderr
+    summary = re.search(
+        r"processes +2, on cpu\n +authors \(N\) +(\d+) .*\n.*sample rate.*"
+        r"\n.*steps.*\n.*trained parameters.*\n.*clip norm",
+        done.stderr,
+    )
     assert summary and int(summary[1]) == report["num_authors"]
     last = done.stdout.strip().splitlines()[-1]
     assert re.fullmatch(
@@ -201,7 +206,7 @@ def test_full_shard_on_two_processes(checkpoint, comments, tmp_path):
 
 @pytest.mark.slow
 def test_disable_dp_on_two_processes(checkpoint, comments, tmp_path):
-    done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp"), processes=2)
+    done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp", "--ddp_backend", "gloo"), processes=2)
     assert done.returncode == 0 and done.stderr.count("NO PRIVACY") == 1, done.stderr
     assert read_report(tmp_path / "out")["world_size"] == 2
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.logs import get_logger
+from author_dp.wording import format_count
 
 logger = get_logger(__name__)
 
@@ -64,7 +65,7 @@ class DryRun(TrainerCallback):
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**30
         return (
-            f"Dry run: {self.steps} of {plan.steps:,} steps taken{spent}. The full run will take about {total} "
+            f"Dry run: {self.steps} of {format_count(plan.steps, 'step')} taken{spent}. The full run will take about {total} "
             f"({self.seconds:.2g} s per step), and {self.evaluation_seconds:.2g} s per evaluation; peak memory of a process: "
             f"{peak:.1f} GiB"
         )

@@ -15,7 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
-from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
+from author_dp.accounting.plan_text import format_plan, plan_warnings, tuning_hint
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
 from author_dp.files import write_json
@@ -29,6 +29,7 @@ from author_dp.models.weights import write_certified
 from author_dp.permissions import owner_only
 from author_dp.training.base_trainer import LogicalBatchTrainer
 from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state
+from author_dp.training.dataloading import format_devices
 from author_dp.training.run_report import RunReport
 
 logger = get_logger(__name__)
@@ -79,13 +80,14 @@ class CertifiedTrainer(LogicalBatchTrainer):
         steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
         steps, epsilon = self.budget.forecast(max(0, self.plan.steps - steps_before))
         offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
-        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps)
+        devices = format_devices(self.args)
+        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps, devices)
 
     def log_summary(self) -> None:
         """Log what the run will do and cost, and warn of likely mistakes."""
         data = self.run_report.data
         logger.info("\n".join([self.summary(), *(format_data_summary(data) if data else [])]))
-        for warning in (delta_warning(self.budget.plan), tuning_hint(self.budget.plan)):
+        for warning in (*plan_warnings(self.budget.plan), tuning_hint(self.budget.plan)):
             if warning and not self.plan.disable_dp and self.is_world_process_zero():
                 logger.warning(warning)
 
