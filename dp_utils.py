@@ -18,7 +18,7 @@ References: Abadi et al. 2016, Deep Learning with Differential Privacy (DP-SGD);
 Private Recurrent Language Models (user-level DP).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -166,7 +166,8 @@ class DPTrainer(UploadingTrainer):
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
         data_summary: how texts became samples, for privacy.json; public.
         split_id: of the rule that held authors out, from `DataArguments.split_id`.
-        shared_authors: whether evaluation authors may be training authors; other `kwargs` are the Trainer's.
+        shared_authors: whether evaluation authors may be training authors.
+        program_args: dataclasses of further options, compared when a run resumes; other `kwargs` are the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
     """
@@ -188,20 +189,22 @@ class DPTrainer(UploadingTrainer):
         data_summary: Optional[dict[str, Any]] = None,
         split_id: Optional[str] = None,
         shared_authors: bool = False,
+        program_args: Sequence[Any] = (),
         **kwargs,
     ):
         check_trainer_arguments(kwargs)
         self.privacy, self.full_shard, self.shared_authors = privacy, full_shard, shared_authors
         self.canaries = canaries
         self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
+        name, tokenizer = model_name or model.name_or_path, kwargs.get("processing_class")
         setup = set_up_run(
-            model, args, privacy, train_dataset, data_collator, sequence_len, gradient, full_shard, split_id, shared_authors
-        )
+            model, args, privacy, train_dataset, data_collator, sequence_len, gradient, full_shard, split_id, shared_authors,
+            program_args, tokenizer, name,
+        )  # fmt: skip
         self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
-        self.folder = Path(str(args.output_dir))
+        self.folder, self.made_with = Path(str(args.output_dir)), setup.made_with
         self.engine = PlainEngine(model, self.plan.expected_batch_size) if privacy.disable_dp else None
-        name = model_name or model.name_or_path
         base_model, settings = starting_model(name) if args.process_index == 0 else None, public_settings(args, model, name)
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
         self.run_report.find_finished(self.checkpoint)
@@ -232,7 +235,7 @@ class DPTrainer(UploadingTrainer):
         check_adapted(self)
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
-            self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel))
+            self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel), **self.made_with)
         if self.args.process_index == 0:
             self.run_report.identify_base(self.model, self.checkpoint)
         self.run_report.find_finished(self.checkpoint)
@@ -244,11 +247,13 @@ class DPTrainer(UploadingTrainer):
         self.add_callback(signals := StopOnSignal())
         try:
             with lock_output_dir(self.budget), failures_recorded(self.budget, self.create_model_card):
+                self.rehearse()
                 with (
                     make_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
                     full_precision_sums(),
                 ):
                     self.budget.start()
+                    self.continue_from_checkpoint()
                     self.monitors.start(self._sampler, self.budget, self.args.device, self.privacy.secure_noise)
                     with owner_only():
                         result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)

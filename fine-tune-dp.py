@@ -36,6 +36,7 @@ if __name__ == "__main__":
 
 # ruff: isort: split
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -47,6 +48,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from author_dp import cli
+from author_dp.accounting.output_dir import check_not_model
 from author_dp.data.authors import get_column
 from author_dp.data.chat import resolve_bos_token
 from author_dp.data.splits import author_hashes
@@ -67,6 +69,7 @@ from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.interruption import finished_training
 from author_dp.training.public_loss import ReleaseArguments, check_release, release_eval_loss
+from author_dp.training.resuming import program_options
 from data_utils import (
     AuthorDataset,
     DataArguments,
@@ -154,7 +157,9 @@ def parse_arguments() -> tuple:
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
     check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
-    find_checkpoint(training_args, privacy_args, lora_args.enable_lora)  # refuses a folder that cannot be used
+    options = program_options(*groups)
+    find_checkpoint(training_args, privacy_args, lora_args.enable_lora, options)  # refuses a folder that cannot be used
+    check_not_model(Path(training_args.output_dir), model_args.model_name)
     return groups
 
 
@@ -224,6 +229,7 @@ def main() -> None:
         data_summary=data_args.summary(tokenizer),
         split_id=data_args.split_id(training_args.seed),
         shared_authors=data_args.allow_shared_authors,
+        program_args=(model_args, lora_args, data_args, audit_args),
         processing_class=tokenizer,
     )
     writes_texts = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run

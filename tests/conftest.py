@@ -100,16 +100,17 @@ def clipped_sum(model, batch: dict, clip_norm: float, clipping: str) -> tuple[to
 
 
 def make_trainer(
-    folder, model=None, dataset=None, *, privacy=None, full_shard=False, canaries=None, eval_dataset=None, **options
-) -> DPTrainer:
-    """A trainer whose update is minus the gradient: SGD with learning rate 1."""
+    folder, model=None, dataset=None, *, privacy=None, full_shard=False, canaries=None, eval_dataset=None, rehearsal=False,
+    **options,
+) -> DPTrainer:  # fmt: skip
+    """A trainer whose update is minus the gradient: SGD with learning rate 1. Tests of `rehearsal` and of the script have one."""
     privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, **(privacy or {})}
     defaults = {
         "output_dir": str(folder), "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant",
         "max_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
         "per_device_train_batch_size": 4, "remove_unused_columns": False,
     }  # fmt: skip
-    return DPTrainer(
+    trainer = DPTrainer(
         model if model is not None else tiny_gpt2(),
         TrainingArguments(**{**defaults, **options}),
         PrivacyArguments(**privacy),
@@ -119,6 +120,9 @@ def make_trainer(
         canaries=canaries,
         eval_dataset=eval_dataset,
     )
+    if not rehearsal:
+        trainer.rehearse = lambda: None
+    return trainer
 
 
 def sample(cases, of: int = 4) -> list:

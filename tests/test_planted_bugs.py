@@ -47,6 +47,7 @@ import test_proof
 import test_publish
 import test_random_ops
 import test_readers
+import test_rehearsal
 import test_release
 import test_report
 import test_secret_generators
@@ -475,6 +476,9 @@ BUGS = [
     Bug("a checkpoint without its ledger", "author_dp.training.checkpointing.find_checkpoint",
         "check_ledger_covers(checkpoint, ledger, is_main_process)", "pass",
         lambda path, _: test_checkpoints.test_find_checkpoint_requires_the_ledger_of_the_checkpoint(path)),
+    Bug("rescued weights under a certificate that names none", "author_dp.training.rescue.rescue_weights",
+        "trainer.plan.disable_dp)", "True)",
+        lambda path, patch: test_rehearsal.test_weights_that_cannot_be_saved_are_saved_beside(path, patch)),
     Bug("a half-written checkpoint taken", "author_dp.training.checkpointing.latest_complete", "if corruption is None:",
         "if True:",
         lambda path, _: test_checkpoints.test_latest_complete_skips_corrupt_checkpoints(path, "marker missing")),

@@ -47,6 +47,13 @@ class LogicalBatchTrainer(Trainer):
         with as_user_error(f"--lr_scheduler_type {name}, with --lr_scheduler_kwargs {options}"):
             return super().create_scheduler(*args, **kwargs)
 
+    def _init_training_state(self, max_steps: int, *args, **kwargs) -> tuple[int, int]:
+        """Restore a checkpoint's state, but save, evaluate and log as often as the options of this run say."""
+        with without_lines("trainer_utils", ("Warning: The following arguments do not match",)):  # they take effect
+            restored = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return restored
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Optional[torch.Tensor] = None) -> Optional[torch.Tensor]:
         """Return no norm with privacy: before the optimizer's step there is no gradient that could be disclosed."""
         return super()._get_grad_norm(model, grad_norm) if self.plan.disable_dp else None
