@@ -46,7 +46,7 @@ from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
+from author_dp.mechanism.microbatches import LogicalBatch, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
 from author_dp.outputs.model_card import public_settings
@@ -316,14 +316,13 @@ class DPTrainer(UploadingTrainer):
         total = torch.zeros_like(self._step_loss)
         missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
         for microbatch in inputs.microbatches:
-            real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
                 losses = author_losses(model, microbatch)
             if self.gradient_canaries is not None:
                 losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
-            norms = self.engine.backward(losses, microbatch["author"])
-            self.norms.add(norms, real)
+            norms = self.engine.backward(losses, microbatch["author"], microbatch["samples_each"])
+            self.norms.add(norms, microbatch["is_real"], microbatch["num_real"])
             total += losses.detach().nan_to_num(posinf=0.0).sum()
             del losses  # and what of its graph is not freed yet
         for _round in range(missing):

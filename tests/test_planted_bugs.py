@@ -140,9 +140,10 @@ BUGS = [
     Bug("the noise of one rank alone, short of its share", ADD_NOISE, "if std > 0:",
         "if std > 0 and torch.distributed.get_rank() == 0:",
         lambda path, _: test_processes.test_processes_together_add_the_noise_of_one(path), spawned=True),
-    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(norms, real)",
-        "self.norms.add(norms, real); self.optimizer.optimizer.grad_buffer.sums.add_("
-        "torch.randn_like(self.optimizer.optimizer.grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm)",
+    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(",
+        "self.optimizer.optimizer.grad_buffer.sums.add_("
+        "torch.randn_like(self.optimizer.optimizer.grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); "
+        "self.norms.add(",
         lambda path, _: test_dp_utils.test_noise_is_drawn_once_per_step_whatever_the_microbatches(path)),
     Bug("noise that does not scale with the clip norm", ADD_NOISE, "self.noise_multiplier * self.max_grad_norm",
         "self.noise_multiplier",

@@ -31,7 +31,7 @@ from author_dp.guards.probing import (
     resolve_sequence_len,
 )
 from author_dp.guards.sample_independence import MAX_LEN, check_sample_independence
-from author_dp.mechanism.fsdp import is_finite
+from author_dp.mechanism.fsdp import find_non_finite
 from author_dp.models.quantization import check_quantized_frozen
 
 MICROBATCH_LENS = (9, 7)  # tokens of the longest of seven samples: once more than samples, and once as many
@@ -137,6 +137,5 @@ def check_trained_weights(model: nn.Module, step: int) -> None:
 
 def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], prefix: str, remedy: str) -> None:
     """Raise UserError if a weight is not finite. Weights are public, so the error discloses nothing about an author."""
-    for name, parameter in parameters:
-        if not is_finite(parameter):
-            raise UserError(f"{prefix}{name} holds weights that are not finite. {remedy}")
+    if (name := find_non_finite(parameters)) is not None:
+        raise UserError(f"{prefix}{name} holds weights that are not finite. {remedy}")

@@ -75,7 +75,8 @@ class PrecisionMonitor:
         """Raise MechanismError if float32 products are rounded, or may have been."""
         self.record_settings()
         problems = sorted(self._settings)
-        if not all(torch.equal(matmul(left, right), product) for left, right, product in self._factors.values()):
+        rounded = [(matmul(left, right) != product).any() for left, right, product in self._factors.values()]
+        if torch.stack(rounded).any():
             problems.append("float32 matrix products are rounded")
         if problems:
             raise MechanismError(f"{', '.join(problems)}: authors may have exceeded the clip norm since the last log line")

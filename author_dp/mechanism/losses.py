@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from author_dp.models.modes import one_text_per_row
 from author_dp.types import IGNORE_INDEX, Batch
 
 
@@ -46,7 +47,8 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Te
     Returns:
         losses, float32 (samples, tokens), 0 without a target; has_target, bool (samples, tokens).
     """
-    logits = model(input_ids=batch["input_ids"]).logits  # (samples, tokens, vocabulary)
+    with one_text_per_row():
+        logits = model(input_ids=batch["input_ids"]).logits  # (samples, tokens, vocabulary)
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (samples, tokens): the next token
     losses = TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
     return losses, targets != IGNORE_INDEX
