@@ -1,5 +1,6 @@
 """The authors of a microbatch: sums over their samples, and their clipping factors."""
 
+from functools import cached_property
 from typing import Optional
 
 import torch
@@ -68,6 +69,11 @@ class ClipFactors:
         self.non_finite = None if norms.isfinite().all() else ~norms.isfinite()
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
+    @cached_property
+    def _of_samples(self) -> torch.Tensor:
+        """The factor of each sample's author, (samples, 1, 1)."""
+        return self.factors[self.authors.author].view(-1, 1, 1)
+
     def scale(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return (samples, tokens, ...) times the factor of each sample's author; the next call overwrites it.
 
@@ -77,5 +83,4 @@ class ClipFactors:
         scratch = self._scratch.get(tensor.dtype)
         if scratch is None or len(scratch) < tensor.numel():
             scratch = self._scratch[tensor.dtype] = torch.empty_like(tensor).flatten()
-        factors = self.factors[self.authors.author].view(-1, 1, 1)
-        return torch.mul(tensor, factors, out=scratch[: tensor.numel()].view_as(tensor))
+        return torch.mul(tensor, self._of_samples, out=scratch[: tensor.numel()].view_as(tensor))
