@@ -19,7 +19,7 @@ class TokenLosses(torch.autograd.Function):
         """Compute -log softmax(logits)[target] in float32."""
         indices = targets.clamp(min=0)[:, None]
         chunks = zip(*(t.split(TokenLosses.chunk_rows(logits)) for t in (logits, indices)))
-        losses = torch.cat([-logit.float().log_softmax(1).gather(1, index)[:, 0] for logit, index in chunks])
+        losses = -torch.cat([logit.float().log_softmax(1).gather(1, index)[:, 0] for logit, index in chunks])
         ctx.save_for_backward(logits, targets, losses + logits.gather(1, indices)[:, 0].float())
         return torch.where(targets == IGNORE_INDEX, 0.0, losses)
 
