@@ -19,6 +19,7 @@ Private Recurrent Language Models (user-level DP).
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -41,7 +42,7 @@ from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch
-from author_dp.guards.precision import full_precision_sums
+from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
@@ -243,6 +244,7 @@ class DPTrainer(UploadingTrainer):
                 with (
                     make_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
                     full_precision_sums(),
+                    deterministic_kernels(self.args.device) if self.args.activation_checkpointing else nullcontext(),
                 ):
                     self.budget.start()
                     self.monitors.start(self._sampler, self.budget, self.args.device, self.privacy.secure_noise)

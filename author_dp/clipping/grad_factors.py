@@ -132,7 +132,8 @@ def add_clipped(grad: GradFactors, total: torch.Tensor, clip: ClipFactors) -> No
 
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return the product of matrices, or of batches of them, summed in float32 and float32 whatever the factors' dtype."""
-    if left.dtype == torch.float32 or left.device.type != "cuda":
+    # ROCm's device is "cuda", too, and like other devices it has no product with another type of result.
+    if left.dtype == torch.float32 or left.device.type != "cuda" or torch.version.hip is not None:
         return left.float() @ right.float()
     return (torch.bmm if left.dim() == 3 else torch.mm)(left, right, out_dtype=torch.float32)
 

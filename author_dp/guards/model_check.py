@@ -94,7 +94,7 @@ def verify_model(
         batches = [make_random_microbatch(model, length) for length in MICROBATCH_LENS]
         batches.append(make_random_microbatch(model, max(MIN_LEN, min(max_len, MAX_LEN)), samples_per_author=(1, 1)))
         unused = freeze_unused(model, batches[0])
-        error, fallback_params = check_engine(model, clipping, batches, checkpointing)
+        error, fallback_params = check_engine(model, clipping, batches, checkpointing, bf16)
     return ModelCheck(error, fallback_params, unused)
 
 

@@ -63,6 +63,8 @@ class DeviceNames(TorchFunctionMode):
             dtype = torch.get_autocast_dtype("gpu") if func in LOWER else torch.float32
             args = tuple([autocast(value, dtype) for value in args])
             kwargs = {name: autocast(value, dtype) for name, value in kwargs.items()}
+        if kwargs.pop("pin_memory", False):
+            return pin_memory(func(*args, **kwargs))
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == torch.device(BACKEND):  # made below all modes
             return func(*args, **{**kwargs, "device": "cpu"}).to(BACKEND)
         return func(*args, **kwargs)
