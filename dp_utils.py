@@ -19,6 +19,7 @@ Private Recurrent Language Models (user-level DP).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -41,13 +42,13 @@ from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch
-from author_dp.guards.precision import full_precision_sums
+from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.guards.trainer_options import check_adapted, check_optimizer, check_trainer_arguments
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
+from author_dp.mechanism.microbatches import LogicalBatch, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
 from author_dp.option_names import find_missing
@@ -251,6 +252,7 @@ class DPTrainer(UploadingTrainer):
                 with (
                     make_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
                     full_precision_sums(),
+                    deterministic_kernels(self.args.device) if self.args.activation_checkpointing else nullcontext(),
                 ):
                     self.budget.start()
                     self.continue_from_checkpoint()
@@ -326,14 +328,13 @@ class DPTrainer(UploadingTrainer):
         total = torch.zeros_like(self._step_loss)
         missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
         for microbatch in track(inputs.microbatches, f"Step {self.state.global_step + 1}", not self.args.disable_tqdm):
-            real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
                 losses = author_losses(model, microbatch)
             if self.gradient_canaries is not None:
                 losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
-            norms = self.engine.backward(losses, microbatch["author"])
-            self.norms.add(norms, real)
+            norms = self.engine.backward(losses, microbatch["author"], microbatch["samples_each"])
+            self.norms.add(norms, microbatch["is_real"], microbatch["num_real"])
             total += losses.detach().nan_to_num(posinf=0.0).sum()
             del losses  # and what of its graph is not freed yet
         for _round in range(missing):

@@ -74,7 +74,8 @@ class LogicalBatchTrainer(Trainer):
         """Return this process's share of the evaluation texts, in batches of --per_device_eval_batch_size."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        return DataLoader(EvalBatches(dataset, size, self.data_collator, rank, world_size), batch_size=None)
+        batches = EvalBatches(dataset, size, self.data_collator, rank, world_size)
+        return DataLoader(batches, batch_size=None, pin_memory=self.args.dataloader_pin_memory)
 
     def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
         """Return losses that depend neither on the batch size nor on the number of processes (evaluation.py)."""

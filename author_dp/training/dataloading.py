@@ -41,6 +41,7 @@ def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:
     args.ignore_data_skip = True  # batches are sampled afresh: there is nothing to skip
     args.gradient_accumulation_steps = 1  # training_step splits the logical batch
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    args.logging_nan_inf_filter = False  # it waits for the device at each step; training_step counts such losses as 0
     return args
 
 
@@ -119,7 +120,7 @@ class PlainEngine:
     def __init__(self, model: nn.Module, expected_batch_size: int):
         self.module, self.expected_batch_size = model, expected_batch_size
 
-    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+    def backward(self, losses: torch.Tensor, author: torch.Tensor, samples_each: Optional[int] = None) -> torch.Tensor:
         """Add the gradients of the authors' losses, (authors,), to `grad`; return zeros in place of norms."""
         (losses.sum() / self.expected_batch_size).backward()
         return torch.zeros_like(losses.detach())

@@ -62,7 +62,7 @@ class DryRun(TrainerCallback):
             spent = f", which spent {format_guarantee(self.trainer.epsilon(), plan.delta)}"
         total = timedelta(seconds=round(self.seconds * plan.steps))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if torch.cuda.is_available():
+        if self.trainer.args.device.type == "cuda":  # not with --use_cpu
             peak = torch.cuda.max_memory_allocated() / 2**30
         return (
             f"Dry run: {self.steps} of {format_count(plan.steps, 'step')} taken{spent}. The full run will take about {total} "
