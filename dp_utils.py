@@ -160,8 +160,7 @@ class DPTrainer(UploadingTrainer):
         privacy: the guarantee, and how it is kept.
         train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
         data_collator: pads a list of samples to input_ids and labels of shape (samples, tokens).
-        sequence_len: tokens of the longest sample, from which the shapes of microbatches follow; default: 128, or the model's
-            positions.
+        sequence_len: tokens of the longest sample, and so of microbatches; default: 128, or the model's positions.
         canaries: by which the run audits itself: GradientCanaries, not yet in the data set, or TextCanaries, which are.
         full_shard: shard weights, gradients, noise and optimizer state over the processes (author_dp/mechanism/fsdp.py).
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
@@ -194,8 +193,7 @@ class DPTrainer(UploadingTrainer):
         **kwargs,
     ):
         check_trainer_arguments(kwargs)
-        self.privacy, self.full_shard, self.shared_authors = privacy, full_shard, shared_authors
-        self.canaries = canaries
+        self.privacy, self.full_shard, self.shared_authors, self.canaries = privacy, full_shard, shared_authors, canaries
         self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
         name, tokenizer = model_name or model.name_or_path, kwargs.get("processing_class")
         setup = set_up_run(
@@ -267,8 +265,7 @@ class DPTrainer(UploadingTrainer):
             signals.restore()
             if self.engine is not None:
                 self.engine.close()
-            if not self.privacy.disable_dp:
-                self.engine = None
+            self.engine = self.engine if self.privacy.disable_dp else None
             self.model_wrapped = self.model
         signals.check(self)
         if self.canaries is not None:

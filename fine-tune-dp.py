@@ -70,13 +70,7 @@ from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.interruption import finished_training
 from author_dp.training.public_loss import ReleaseArguments, check_release, release_eval_loss
 from author_dp.training.resuming import program_options
-from data_utils import (
-    AuthorDataset,
-    DataArguments,
-    collate,
-    group_by_author,
-    load_author_datasets,
-)
+from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
 from dp_utils import DPTrainer, PrivacyArguments
 
 startup.end()
