@@ -53,7 +53,7 @@ from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.uploads import UploadingTrainer
 from author_dp.permissions import owner_only
-from author_dp.progress import track
+from author_dp.progress import Progress
 from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dataloading import (
     NoDDPWrapper,
@@ -316,7 +316,8 @@ class DPTrainer(UploadingTrainer):
         self.optimizer.zero_grad()  # also what an interrupted step left
         total = torch.zeros_like(self._step_loss)
         missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
-        for microbatch in track(inputs.microbatches, f"Step {self.state.global_step + 1}", not self.args.disable_tqdm):
+        progress = Progress(f"Step {self.state.global_step + 1}", len(inputs.microbatches), not self.args.disable_tqdm)
+        for microbatch in inputs.microbatches:
             real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
@@ -327,6 +328,8 @@ class DPTrainer(UploadingTrainer):
             self.norms.add(norms, real)
             total += losses.detach().nan_to_num(posinf=0.0).sum()
             del losses  # and what of its graph is not freed yet
+            progress.update()
+        progress.close()
         for _round in range(missing):
             with self.accelerator.autocast():
                 self.engine.dummy_backward()

@@ -72,6 +72,7 @@ class LogicalBatchTrainer(Trainer):
     def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
         """Return losses that depend neither on the batch size nor on the number of processes (evaluation.py)."""
 
+        self.callback_handler.eval_dataloader = dataloader  # for callbacks that read its length
         with self.accelerator.autocast(), Progress("Evaluate", len(dataloader), not self.args.disable_tqdm) as progress:
 
             def on_batch() -> None:
