@@ -12,12 +12,15 @@ from typing import Optional
 
 import torch.distributed as dist
 
+from author_dp.wording import to_python_names
+
 WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # Write errors of torch and safetensors, which have no errno.
 WRITE_ERROR_MESSAGES = ("PytorchStreamWriter", "iostream error", "unexpected pos", "file write failed", "I/O error")
 PEER_LOST_MESSAGES = ("Connection closed by peer", "Connection reset by peer")
 LITTLE = 2**16  # bytes; a file system with less free is full
 RESUME = "interrupted; resume with --resume_from_checkpoint True"
+NOT_SAVED = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
 RESUME_REMEDY = "No recorded step is lost: resume with --resume_from_checkpoint True"
 
 KNOWN_FAULTS = {  # part of an error's message, or of its type's name: what the user can do
@@ -31,10 +34,18 @@ KNOWN_FAULTS = {  # part of an error's message, or of its type's name: what the 
 
 
 class UserError(ValueError):
-    """An error that the user can fix. The message, one line, names the option, file or column, and the remedy."""
+    """An error that the user can fix. The message, one line, names the option, file or column, and the remedy.
+
+    Attributes:
+        on_command_line: whether options are named as a command line has them, --target_epsilon. A program sets it. For others who
+            call the library they are named as Python's arguments, target_epsilon.
+    """
+
+    on_command_line = False
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
+        line = " ".join(message.splitlines())
+        super().__init__(line if self.on_command_line else to_python_names(line))
 
 
 class PeerLostError(UserError):

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, Trainer
 
 from author_dp.clipping import ENGINES
 from author_dp.data.splits import author_hashes
+from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, make_microbatches
 from data_utils import AuthorDataset, collate, group_by_author
@@ -37,6 +38,7 @@ torch.set_num_threads(1)  # of tiny models; two workers share two cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 datasets.disable_progress_bars()
+UserError.on_command_line = True  # errors name options as the script does; test_wording.py tests Python's arguments
 
 
 @pytest.fixture(autouse=True)

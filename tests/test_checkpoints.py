@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_dataset, make_trainer, resumable, sample
-from test_fine_tune_dp import PRIVACY, run_here, small
+from programs import PRIVACY, run_here, small
 from transformers import TrainerControl
 
 from author_dp.accounting.accountant import MechanismEvent

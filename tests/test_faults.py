@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import of_a_terminal, read_report, run_script
-from programs import Program, command
-from test_fine_tune_dp import small
+from programs import Program, command, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from author_dp.accounting.ledger import PrivacyLedger

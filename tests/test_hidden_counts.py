@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, make_trainer, read_report, within
+from programs import run_here
 from safetensors.numpy import load_file
-from test_fine_tune_dp import run_here
 
 from author_dp.accounting.accountant import compute_epsilon
 from author_dp.accounting.ledger import PrivacyLedger

@@ -36,7 +36,7 @@ class LoraArguments:
     """Train low-rank adapters instead of all weights (Hu et al. 2021, arXiv 2106.09685)."""
 
     enable_lora: bool = option(False, "Train LoRA adapters; the base model stays frozen.")
-    lora_dim: int = option(8, "Rank of the adapters.")
+    lora_dim: int = option(8, "Rank of the adapters.", alias="lora_r")
     lora_alpha: int = option(8, "Scale the adapters' output by lora_alpha / lora_dim.")
     lora_dropout: float = option(0.0, "Dropout before the adapters.")
     lora_target_modules: Optional[list[str]] = option(

@@ -16,7 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
-from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
+from author_dp.accounting.plan_text import format_plan, plan_warnings, tuning_hint
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
 from author_dp.errors import to_user_error
@@ -31,6 +31,7 @@ from author_dp.models.weights import write_certified
 from author_dp.permissions import owner_only
 from author_dp.training.base_trainer import LogicalBatchTrainer
 from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state, mark_newest
+from author_dp.training.dataloading import format_devices
 from author_dp.training.rescue import check_saved, rescue_message, rescue_weights
 from author_dp.training.run_report import RunReport
 
@@ -86,13 +87,14 @@ class CertifiedTrainer(LogicalBatchTrainer):
         steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
         steps, epsilon = self.budget.forecast(max(0, self.plan.steps - steps_before))
         offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
-        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps)
+        devices = format_devices(self.args)
+        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps, devices)
 
     def log_summary(self) -> None:
         """Log what the run will do and cost, and warn of likely mistakes."""
         data = self.run_report.data
         logger.info("\n".join([self.summary(), *(format_data_summary(data) if data else [])]))
-        for warning in (delta_warning(self.budget.plan), tuning_hint(self.budget.plan)):
+        for warning in (*plan_warnings(self.budget.plan), tuning_hint(self.budget.plan)):
             if warning and not self.plan.disable_dp and self.is_world_process_zero():
                 logger.warning(warning)
 
@@ -131,7 +133,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
     def update_report(self) -> None:
         """Write privacy.json again, for the weights that are saved, when its other contents have changed; on rank 0 only."""
         path = self.folder / REPORT_NAME
-        write_json(path, {**self.privacy_report(), "weights": json.loads(path.read_text())["weights"]})
+        write_json(path, {**self.privacy_report(), "weights": json.loads(path.read_text(encoding="utf-8"))["weights"]})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save a sharded optimizer's state as an unsharded one's."""

@@ -34,6 +34,7 @@ from author_dp.guards.options import (
 )
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
+from author_dp.guards.trainer_options import options_without_effect
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import ShardedOptimizer, shard_model
@@ -95,6 +96,8 @@ def set_up_run(
         UserError: if the guarantee would not hold for the options, the model, the data or the output directory.
     """
     validate_options(args, privacy, full_shard=full_shard, shared_authors=shared_authors)
+    if names := options_without_effect(args):
+        logger.info(f"Without effect here: {', '.join(names)} (docs/options.md).")
     made_with = {
         "options": program_options(*program_args, privacy, args),
         "training": describe_training(model, train_dataset, tokenizer, model_name),
