@@ -56,7 +56,6 @@ from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.uploads import UploadingTrainer
 from author_dp.permissions import owner_only
-from author_dp.progress import track
 from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dataloading import (
     NoDDPWrapper,
@@ -324,7 +323,8 @@ class DPTrainer(UploadingTrainer):
         self.optimizer.zero_grad()  # also what an interrupted step left
         total = torch.zeros_like(self._step_loss)
         missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
-        for microbatch in track(inputs.microbatches, f"Step {self.state.global_step + 1}", not self.args.disable_tqdm):
+        inputs = inputs._replace(microbatches=self.tracked(inputs.microbatches))
+        for microbatch in inputs.microbatches:
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
                 losses = author_losses(model, microbatch)

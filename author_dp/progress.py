@@ -43,10 +43,10 @@ class Progress:
         self.is_shown = is_main_process() and total != 0
         self.has_bar = bars and logging.is_progress_bar_enabled() and total is not None
         self.bar: Optional[tqdm] = None
-
-    def __enter__(self) -> "Progress":
         self.started = time.monotonic()
         self.next_line = self.started + DELAY
+
+    def __enter__(self) -> "Progress":
         return self
 
     def update(self, done: int = 1) -> None:
@@ -74,9 +74,13 @@ class Progress:
             yield batch
             self.update(batch.num_rows)
 
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
 
 def track(items: Collection[Any], name: str, bars: bool = True) -> Iterator[Any]:
@@ -85,6 +89,20 @@ def track(items: Collection[Any], name: str, bars: bool = True) -> Iterator[Any]
         for item in items:
             yield item
             progress.update()
+
+
+class TrackedList(list):
+    """A list that shows progress when it is iterated over; name and bars as for `Progress`."""
+
+    def __init__(self, items: Iterable[Any], name: str, bars: bool = True):
+        super().__init__(items)
+        self.name, self.bars = name, bars
+
+    def __iter__(self) -> Iterator[Any]:
+        with Progress(self.name, len(self), self.bars) as progress:
+            for item in super().__iter__():
+                yield item
+                progress.update()
 
 
 @contextmanager

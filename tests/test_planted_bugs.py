@@ -53,6 +53,7 @@ import test_report
 import test_secret_generators
 import test_selfcheck
 import test_sharding
+import test_silent_data
 import test_specimens
 import test_synthetic_report
 import test_trainer_options
@@ -588,6 +589,14 @@ BUGS = [
         lambda *_: test_conversations.test_what_is_no_beginning_is_refused()),
     Bug("a quote that swallows other authors", "author_dp.data.csv_reader.csv_records", "strict=True", "strict=False",
         lambda path, _: test_readers.test_a_quote_that_does_not_close_is_refused_with_its_line(path)),
+    Bug("an author without a text counts", "author_dp.data.loading.write_arrow_dataset", "batch.filter(pc.invert(is_blank))",
+        "batch",
+        lambda path, _: test_silent_data.test_an_author_without_texts_is_neither_held_out_nor_the_last_to_train_on(path)),
+    Bug("one file by two names", "author_dp.data.columns.check_distinct_files", "(status.st_dev, status.st_ino)", "(name, 0)",
+        lambda path, _: test_silent_data.test_one_file_by_two_names_is_refused(path, "symlink")),
+    Bug("evaluated authors who move others", "author_dp.data.splits.limit_eval_texts",
+        "scores < max(threshold, np.nextafter(scores.min(), 1))", "scores.argsort().argsort() < 20",
+        lambda *_: test_silent_data.test_the_limit_of_evaluation_takes_complete_authors_and_moves_nobody()),
     Bug("1 and '1' are one author", "author_dp.data.columns.check_author_type", "in author_types.items():", "in []:",
         lambda path, _: test_readers.test_authors_of_two_kinds_are_refused(path)),
     Bug("a public loss that is not clipped", "author_dp.training.public_loss.quantize_loss", "min(max(loss, 0.0), upper)", "loss",

@@ -9,7 +9,6 @@ from typing import Optional
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers.utils import logging
 
 from author_dp.data.authors import get_column
 from author_dp.data.columns import ColumnSpec, check_distinct_files, split_suffix
@@ -17,9 +16,10 @@ from author_dp.data.hub import read_hub
 from author_dp.data.readers import FORMATS, read_files
 from author_dp.data.storage import write_arrow
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.progress import Progress
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 def load_files(

@@ -15,10 +15,11 @@ from author_dp.accounting.plan import PrivacyPlan
 from author_dp.guards.callbacks import check_no_trial
 from author_dp.logs import without_lines
 from author_dp.mechanism.microbatches import LogicalBatch
-from author_dp.progress import Progress
+from author_dp.progress import Progress, TrackedList
 from author_dp.training.console import TRAINER_LINES, set_up_console
 from author_dp.training.dataloading import as_user_error
 from author_dp.training.evaluation import EvalBatches, evaluate
+from author_dp.types import Batch
 
 
 class LogicalBatchTrainer(Trainer):
@@ -66,6 +67,10 @@ class LogicalBatchTrainer(Trainer):
         """Return the sum over the microbatches."""
         return sum(super(LogicalBatchTrainer, self).floating_point_ops(microbatch) for microbatch in inputs.microbatches)
 
+    def tracked(self, microbatches: list[Batch]) -> list[Batch]:
+        """Return the microbatches of the next step as a list that shows progress when it is iterated over."""
+        return TrackedList(microbatches, f"Step {self.state.global_step + 1}", not self.args.disable_tqdm)
+
     def hyperparameter_search(self, *args, **kwargs) -> Any:
         """Raise UserError: each trial would cost privacy, and losses would choose the best one."""
         check_no_trial("all")
@@ -80,6 +85,7 @@ class LogicalBatchTrainer(Trainer):
     def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
         """Return losses that depend neither on the batch size nor on the number of processes (evaluation.py)."""
 
+        self.callback_handler.eval_dataloader = dataloader  # for callbacks that read its length
         with self.accelerator.autocast(), Progress("Evaluate", len(dataloader), not self.args.disable_tqdm) as progress:
 
             def on_batch() -> None:

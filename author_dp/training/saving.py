@@ -133,7 +133,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
     def update_report(self) -> None:
         """Write privacy.json again, for the weights that are saved, when its other contents have changed; on rank 0 only."""
         path = self.folder / REPORT_NAME
-        write_json(path, {**self.privacy_report(), "weights": json.loads(path.read_text())["weights"]})
+        write_json(path, {**self.privacy_report(), "weights": json.loads(path.read_text(encoding="utf-8"))["weights"]})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save a sharded optimizer's state as an unsharded one's."""
