@@ -69,7 +69,7 @@ class DataArguments:
     messages_column: Optional[str] = option(None, "Column of conversations, lists of {role, content}, instead of --text_column.")
     targets: str = option("assistant", "Learn completions and the assistant's turns only, or all of a sample.", TARGETS)
     chat_template: Optional[str] = option(None, "File with a chat template, for a tokenizer that has none; saved with the model.")
-    sequence_len: int = option(128, "Tokens per sample; see --long_samples for longer texts.")
+    sequence_len: int = option(128, "Tokens per sample; see --long_samples for longer texts.", alias="max_length")
     prepend_bos: bool = option(
         False, "Begin each text with a start (or end-of-text) token if the tokenizer does not; generators learn to begin."
     )

@@ -30,20 +30,10 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
+from author_dp.errors import NOT_SAVED, MechanismError, PeerLostError, SignalError, UserError, to_user_error
+from author_dp.option_names import KNOWN_AS
 
 OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and its exit ends the other ranks
-
-# Names of options in other trainers, or that people guess.
-KNOWN_AS = {
-    "epsilon": "target_epsilon", "eps": "target_epsilon", "delta": "target_delta", "sigma": "noise_multiplier",
-    "clip_norm": "per_sample_max_grad_norm", "max_norm": "per_sample_max_grad_norm", "clip": "per_sample_max_grad_norm",
-    "model": "model_name", "model_name_or_path": "model_name", "dataset": "dataset_name", "data": "train_file",
-    "user_column": "author_column", "max_length": "sequence_len", "max_seq_length": "sequence_len", "block_size": "sequence_len",
-    "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "steps": "max_steps", "lr": "learning_rate",
-    "lora": "enable_lora", "use_lora": "enable_lora", "lora_r": "lora_dim", "lora_rank": "lora_dim", "output": "output_dir",
-    "resume": "resume_from_checkpoint", "load_in_8bit": "load_in_4bit",
-}  # fmt: skip
 
 SECRET_NAME = re.compile("token$|secret|password|key$")  # of options whose values no report shows
 HIDDEN = "HIDDEN"
@@ -196,6 +186,7 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
         name: of the program, for its messages.
         cleanup: called before the exit. With several processes, the exit skips Python's exit handlers.
     """
+    UserError.on_command_line = True
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
@@ -207,8 +198,7 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
             print(f"{name}: {error}", file=sys.stderr)
         exit_process(128 + error.number, cleanup)
     except KeyboardInterrupt:
-        message = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {NOT_SAVED}", file=sys.stderr)
         exit_process(130, cleanup)
     except MechanismError as error:
         exit_mechanism_error(error, name, rank, cleanup)
@@ -229,6 +219,7 @@ def run_program(name: str, main: Callable[[list[str]], None], interrupted: str =
     Args:
         interrupted: how Ctrl-C affects the output, for the message.
     """
+    UserError.on_command_line = True
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -11,10 +11,11 @@ Example:
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
+import pyarrow as pa
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -33,42 +34,53 @@ class Progress:
 
     Args:
         name: what is done, a verb and its object.
-        total: number of updates. More than these change nothing.
+        total: number of updates, more than which change nothing; None if unknown: log lines then say how many there were.
         bars: whether a bar is allowed; log lines are written otherwise.
     """
 
-    def __init__(self, name: str, total: int, bars: bool = True):
+    def __init__(self, name: str, total: Optional[int], bars: bool = True):
         self.name, self.total, self.done = name, total, 0
-        self.is_shown = is_main_process() and total > 0
-        self.has_bar = bars and logging.is_progress_bar_enabled()
+        self.is_shown = is_main_process() and total != 0
+        self.has_bar = bars and logging.is_progress_bar_enabled() and total is not None
         self.bar: Optional[tqdm] = None
-
-    def __enter__(self) -> "Progress":
         self.started = time.monotonic()
         self.next_line = self.started + DELAY
+
+    def __enter__(self) -> "Progress":
         return self
 
     def update(self, done: int = 1) -> None:
         """Count `done` more."""
-        self.done = min(self.done + done, self.total)
+        self.done = self.done + done if self.total is None else min(self.done + done, self.total)
         now = time.monotonic()
         if not self.is_shown or now < self.started + DELAY:
             return
         if not self.has_bar:
             if now >= self.next_line:
-                logger.info(f"{self.name}: {100 * self.done // self.total} % after {now - self.started:.0f} s")
+                share = f"{self.done:,}" if self.total is None else f"{100 * self.done // self.total} %"
+                logger.info(f"{self.name}: {share} after {now - self.started:.0f} s")
                 self.next_line = now + min(now - self.started, LONGEST_WAIT)
-        elif self.bar is None:
-            self.bar = tqdm(total=self.total, desc=self.name, leave=False, bar_format=BAR_FORMAT, dynamic_ncols=True, smoothing=0)
-            self.bar.start_t -= now - self.started  # since when the remaining time is extrapolated
-            self.bar.update(self.done)
+        elif self.bar is None and self.done != self.total:
+            options: Any = {"leave": False, "bar_format": BAR_FORMAT, "dynamic_ncols": True, "smoothing": 0}
+            self.bar = tqdm(total=self.total, initial=self.done, desc=self.name, **options)
+            self.bar.initial, self.bar.start_t = 0, self.bar.start_t - (now - self.started)  # of which the remaining time is made
             self.bar.refresh()
-        else:
+        elif self.bar is not None:
             self.bar.update(self.done - self.bar.n)
 
-    def __exit__(self, *_: Any) -> None:
+    def count(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the batches, and count their rows."""
+        for batch in batches:
+            yield batch
+            self.update(batch.num_rows)
+
+    def close(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
 
 def track(items: Collection[Any], name: str, bars: bool = True) -> Iterator[Any]:
@@ -77,6 +89,20 @@ def track(items: Collection[Any], name: str, bars: bool = True) -> Iterator[Any]
         for item in items:
             yield item
             progress.update()
+
+
+class TrackedList(list):
+    """A list that shows progress when it is iterated over; name and bars as for `Progress`."""
+
+    def __init__(self, items: Iterable[Any], name: str, bars: bool = True):
+        super().__init__(items)
+        self.name, self.bars = name, bars
+
+    def __iter__(self) -> Iterator[Any]:
+        with Progress(self.name, len(self), self.bars) as progress:
+            for item in super().__iter__():
+                yield item
+                progress.update()
 
 
 @contextmanager

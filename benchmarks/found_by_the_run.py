@@ -1,8 +1,8 @@
 """Which mistakes in the mechanism does a run find by itself, and how soon? python benchmarks/found_by_the_run.py
 
-Plants the bugs of tests/test_gradient_audit.py, and some of tests/test_selfcheck.py, in a run of the demo at epsilon 8 with
-gradient canaries, one at a time, after the proof at the start (which finds wrong clips before anything is trained). Prints the
-table of docs/verification.md. The run tests itself every five steps.
+Plants the bugs of tests/test_gradient_audit.py, and some of tests/test_selfcheck.py,
+in a run of the demo at epsilon 8 with gradient canaries, one at a time, after the model check (which finds wrong clips before
+anything is trained). Prints the table of docs/verification.md. The run tests itself every five steps.
 """
 
 import json

@@ -19,11 +19,31 @@ import numpy as np
 import torch
 
 SCRIPT = Path(__file__).parent.parent / "fine-tune-dp.py"
+PRIVACY = ["--target_epsilon", "8", "--per_sample_max_grad_norm", "1.0"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     "accelerate datasets opacus.accountants opacus.grad_sample pandas peft transformers.trainer transformers.models.auto "
     "transformers.models.gpt2.modeling_gpt2 transformers.models.gpt2.tokenization_gpt2".split()
 )
+
+
+def small(checkpoint, comments, folder, *more) -> list[str]:
+    return [
+        "--model_name", str(checkpoint), "--train_file", str(comments), "--output_dir", str(folder), "--sequence_len", "32",
+        "--max_steps", "3", "--disable_tqdm", "True", "--max_eval_samples", "20", "--eval_fraction", "0.1", *more,
+    ]  # fmt: skip
+
+
+def run_here(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
+    """Run the script in this process; return its exit status and what it wrote on stderr."""
+    monkeypatch.setattr(sys, "argv", ["fine-tune-dp.py", *arguments])
+    monkeypatch.setattr("author_dp.outputs.report.draw_figures", lambda *_: {})  # half the time of a run on a tiny model
+    capfd.readouterr()
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code or 0, capfd.readouterr().err
+    return 0, capfd.readouterr().err
 
 
 def command(*arguments: str, processes: int = 0) -> list[str]:

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from conftest import COUNTS, make_dataset, make_trainer, tiny_gpt2
-from test_fine_tune_dp import PRIVACY, run_here, small
+from programs import PRIVACY, run_here, small
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (

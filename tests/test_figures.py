@@ -10,6 +10,7 @@ from author_dp.outputs import figures
 from author_dp.outputs.figures import (
     draw_epsilon,
     draw_losses,
+    draw_norms,
     draw_samples,
     first_steps,
     loss_points,
@@ -100,3 +101,15 @@ def test_losses_are_drawn_with_two_standard_errors():
     (bars,) = axes.collections
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[2.0, 4.0], [0.5, 1.5]]
     draw_losses(Figure().add_subplot(), training, evaluated)  # of an older run: without errors
+
+
+def test_single_norms_are_visible():
+    counts = np.zeros(82)
+    counts[[30, 41, 70]] = 1, 9_000, 1
+    draw_norms(axes := Figure().add_subplot(), np.logspace(-4, 4, 81), counts, 1.0)
+    (stairs,) = axes.patches
+    bottom, top = axes.get_ylim()
+    assert stairs.get_data().values[[29, 40, 69, 50]].tolist() == [1, 9_000, 1, bottom]
+    assert np.log(1 / bottom) / np.log(top / bottom) > 0.05
+    assert axes.get_legend_handles_labels()[1] == ["clip norm 1: 100 % are clipped"]
+    assert axes.get_xlim()[0] < 1e-4 * 10**2.9 and axes.get_xlim()[1] > 1e-4 * 10**7

@@ -5,10 +5,11 @@ import signal
 
 import pytest
 from conftest import make_dataset, make_trainer, read_report
-from test_fine_tune_dp import PRIVACY, run_here, small
+from programs import PRIVACY, run_here, small
 from transformers import TrainerCallback
 
-from author_dp.errors import RESUME, SignalError
+from author_dp.errors import NOT_SAVED, RESUME, SignalError
+from author_dp.guards.text_canaries import TextCanaries
 from author_dp.models.weights import check_weights
 from author_dp.outputs.report import main as report_main
 from author_dp.outputs.samples import TextSamples
@@ -98,3 +99,11 @@ def test_interrupted_end_of_a_run_is_written_by_the_same_command(checkpoint, com
     status, stderr = run_here(monkeypatch, capfd, *arguments, "--resume_from_checkpoint", "True")
     assert status == 0 and (folder / "report.html").exists() and (folder / "README.md").exists(), stderr
     assert read_report(folder)["epsilon"] == spent["epsilon"]
+
+
+@pytest.mark.parametrize(("strategy", "words"), [("steps", "training is finished.*checkpoint-2"), ("no", NOT_SAVED)])
+def test_signal_while_the_audit_is_made_says_what_is_saved(tmp_path, monkeypatch, strategy, words):
+    canaries = TextCanaries(number=4, samples=1, tokens=8, vocab_size=20, key=1)
+    monkeypatch.setattr(TextCanaries, "finish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SignalError, match=words):
+        trained(tmp_path, canaries=canaries, save_strategy=strategy)

@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from conftest import MODELS, make_dataset, make_trainer, read_report, run_script, tiny_gpt2, within
+from programs import PRIVACY, run_here, small
 from scipy import stats
 from test_evaluation import reference_losses
-from test_fine_tune_dp import PRIVACY, run_here, small
 from test_ledger import make_ledger
 
 from author_dp.accounting.budget import Budget

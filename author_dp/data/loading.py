@@ -17,6 +17,7 @@ from author_dp.data.readers import FORMATS, read_files
 from author_dp.data.storage import write_arrow
 from author_dp.errors import UserError
 from author_dp.logs import get_logger
+from author_dp.progress import Progress
 
 logger = get_logger(__name__)
 
@@ -81,7 +82,8 @@ def write_arrow_dataset(batches: Iterable[pa.RecordBatch], columns: ColumnSpec, 
         blank_authors.append(batch.column(columns.author).filter(is_blank))
         return batch.filter(pc.invert(is_blank)).select(names)
 
-    samples = write_arrow(map(drop_blank, batches), schema, folder)
+    with Progress(f"Read rows of {columns.option}", total=None) as progress:
+        samples = write_arrow(map(drop_blank, progress.count(batches)), schema, folder)
     dropped = pa.chunked_array(blank_authors, pa.large_string())
     if not len(samples):
         reason = f"all {len(dropped):,} texts in {columns.text!r} are missing or blank" if len(dropped) else "it holds no rows"

@@ -26,6 +26,7 @@ from author_dp.guards.one_run_audit import CONFIDENCE, lower_bound
 from author_dp.logs import get_logger
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import make_microbatches
+from author_dp.progress import track
 
 logger = get_logger(__name__)
 
@@ -97,7 +98,8 @@ class TextCanaries:
         trainer.model.eval()
         losses = []
         with torch.no_grad():
-            for batch in make_microbatches(authors, trainer.args.per_device_eval_batch_size, trainer.data_collator):
+            batches = make_microbatches(authors, trainer.args.per_device_eval_batch_size, trainer.data_collator)
+            for batch in track(batches, "Score the canaries", not trainer.args.disable_tqdm):
                 batch = send_to_device(batch, trainer.args.device)
                 losses.append(author_losses(trainer.model, batch).cpu())
         return torch.cat(losses).double().numpy()

@@ -16,6 +16,7 @@ from author_dp.outputs.page import AUTHOR_LOSS, BLUE, GRAY, RED, STANDARD_ERRORS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LOG_BOTTOM = 0.5  # of axes of counts, where no bar stands
 STYLE: Any = {
     "figure.figsize": (6.4, 3.4), "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 11,
     "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
@@ -116,7 +117,7 @@ def draw_samples(axes: "Axes", samples: list[int], authors: list[int], bound: in
     starts = sample_bins(max(samples), bound)
     counts = np.histogram(samples, [*starts, max(samples) + 1], weights=authors)[0].astype(int)
     bars = axes.bar(range(len(starts)), counts, width=0.85, color=BLUE)
-    axes.bar_label(bars, [f"{count:,}" if count else "" for count in counts], fontsize=8)
+    axes.bar_label(bars, [f"{count:,}" if count else "" for count in counts], fontsize=7)
     labels = [f"{a:,}" if a == b else f"{a:,}\u2013{b:,}" for a, b in zip(starts, [*(s - 1 for s in starts[1:]), max(samples)])]
     crowded = max(map(len, labels)) > 4
     axes.set_xticks(range(len(starts)), labels, rotation=45 if crowded else 0, ha="right" if crowded else "center", fontsize=8)
@@ -124,9 +125,14 @@ def draw_samples(axes: "Axes", samples: list[int], authors: list[int], bound: in
         axes.axvline(starts.index(bound + 1) - 0.5, color=RED, linestyle=":", label=f"used per step: up to {bound:,} (k)")
         put_legend_above(axes)
     axes.set(title="Samples per author", xlabel="samples of an author", ylabel="authors", yscale="log")
-    axes.set_ylim(0.5, 3 * max(counts))  # a single author is visible, and a number fits above the highest bar
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}" if value >= 1 else "")
+    scale_counts(axes, max(counts))
     axes.grid(visible=False, axis="x")
+
+
+def scale_counts(axes: "Axes", largest: float) -> None:
+    """Scale a logarithmic axis of counts: 1 is visible, and a number fits above the highest bar."""
+    axes.set_ylim(LOG_BOTTOM, 3 * max(1, largest))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}" if value >= 1 else "")
 
 
 def sample_bins(largest: int, bound: int, bins: int = 14) -> list[int]:
@@ -148,9 +154,10 @@ def draw_norms(axes: "Axes", edges: np.ndarray, counts: np.ndarray, clip_norm: f
     edges = edges * clip_norm
     clipped = counts[np.searchsorted(edges, clip_norm * (1 - 1e-9)) + 1 :].sum() / max(1, counts.sum())
     shown = np.flatnonzero(counts[1:-1])
-    axes.stairs(counts[1:-1], edges, fill=True, color=BLUE)
+    axes.stairs(np.maximum(counts[1:-1], LOG_BOTTOM), edges, baseline=LOG_BOTTOM, fill=True, color=BLUE)
     axes.axvline(clip_norm, color=RED, linestyle=":", label=f"clip norm {clip_norm:g}: {100 * clipped:.0f} % are clipped")
-    axes.set(title="Author gradient norms", xlabel="norm before clipping", ylabel="sampled authors", xscale="log")
+    axes.set(title="Author gradient norms", xlabel="norm before clipping", ylabel="sampled authors", xscale="log", yscale="log")
+    scale_counts(axes, max(counts))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if len(shown):
         axes.set_xlim(min(edges[shown[0]], clip_norm) / 1.5, max(edges[shown[-1] + 1], clip_norm) * 1.5)

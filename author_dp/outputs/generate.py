@@ -31,6 +31,7 @@ from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.logs import get_logger
 from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer
+from author_dp.models.lora import adapts_tied_weights
 from author_dp.models.weights import sha256_of
 from author_dp.outputs import privacy_statement, synthetic_report
 from author_dp.outputs.partial_file import PartialFile
@@ -173,7 +174,7 @@ def sampling_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str,
 
 
 def load_model(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load the model of a folder, with a LoRA adapter merged into its base, and the tokenizer.
+    """Load the model of a folder, with a LoRA adapter merged into its base where that is the same model, and the tokenizer.
 
     Args:
         revision: commit of a base from the hub; default: the newest.
@@ -187,8 +188,9 @@ def load_model(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTra
         local_only = base is not None and not os.path.isdir(base) and not hub_is_reachable()
         model: Any = load_base(base or folder, local_files_only=local_only, **options)
         if base is not None:
-            adapted: Any = load_adapter(model, folder)
-            model = adapted.merge_and_unload()
+            model = load_adapter(model, folder)
+            if not adapts_tied_weights(model):
+                model = model.merge_and_unload()
         model.eval()
         return model, load_tokenizer(folder)
     except UserError as error:

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from author_dp.accounting.accountant import format_epsilon, format_guarantee, round_up
 from author_dp.training.public_loss import format_release
+from author_dp.wording import format_count
 
 Row = tuple[str, str]
 
@@ -104,7 +105,7 @@ def noise_band_rows(report: dict[str, Any]) -> list[Row]:
     """Return a row if noise is correlated over steps; reports of older versions do not say."""
     if report.get("noise_bands", 1) == 1:
         return []
-    accounted = f"{report['accounted_steps']:,} steps at sample rate {fmt(report['accounted_sample_rate'])}"
+    accounted = f"{format_count(report['accounted_steps'], 'step')} at sample rate {fmt(report['accounted_sample_rate'])}"
     return [("Noise bands", f"{report['noise_bands']}: noise correlated over steps, groups in turn; accounted as {accounted}")]
 
 

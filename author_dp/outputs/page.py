@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from author_dp.data.splits import FEW_HELD_OUT
 from author_dp.outputs.guarantee import decision_summary, guarantee_rows, has_guarantee, plain_summary
 from author_dp.outputs.model_card import format_value, public_options
 from author_dp.outputs.samples import CONTINUATION, UNCONDITIONAL
@@ -16,7 +17,6 @@ BLUE, RED, GRAY = "#1b6ca8", "#c8553d", "#8a8f98"
 PRIVATE, PUBLIC, COVERED = "private", "public", "covered"  # marks of what the page shows
 AUTHOR_LOSS = "eval_author_loss"
 STANDARD_ERRORS = {"eval_loss": "eval_loss_stderr", AUTHOR_LOSS: "eval_author_loss_stderr"}  # metrics, over authors
-FEW_HELD_OUT = 100  # authors: below it, the page warns that their losses say little
 EVALUATION_LABELS = (
     (AUTHOR_LOSS, "Held-out authors: mean over authors"),
     ("eval_loss", "Held-out authors: mean over tokens"),

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+from peft import PeftModel
 from transformers import TrainerCallback
 
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
 from author_dp.accounting.privacy_report import recompute_report
 from author_dp.clipping.norm_stats import NormStatistics
-from author_dp.errors import UserError
+from author_dp.errors import UserError, first_line
 from author_dp.files import make_private, write_json
 from author_dp.guards.canaries import format_audit
 from author_dp.logs import get_logger
@@ -28,6 +29,7 @@ from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
+from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.public_loss import format_release
 
@@ -151,15 +153,25 @@ def report_result(trainer: Any, statistics: RunStatistics, release: Optional[dic
     Args:
         trainer: a dp_utils.DPTrainer.
         release: of the evaluation loss, from `release_eval_loss`; None: the last line shows the exact, private loss.
+    Raises:
+        UserError: if the report cannot be written. The model is saved.
     """
     if not trainer.is_world_process_zero():
         return
     if release is not None:
         trainer.update_report()
     folder = trainer.args.output_dir
-    trainer.create_model_card()
-    statistics.add(folder, **statistics.after)
-    write_report(Path(folder))
+    try:
+        trainer.create_model_card()
+        statistics.add(folder, **statistics.after)
+        write_report(Path(folder))
+    except Exception as error:  # of the system, or of a library that draws
+        raise UserError(
+            f"--output_dir {folder}: training is finished and the model saved, but its report cannot be written "
+            f"({first_line(error)}). Fix that, then python -m author_dp.report {folder}"
+        ) from error
+    if (loader := loader_of(trainer)) != PLAIN_LOADER:
+        logger.warning(f"Load the result with {loader}.from_pretrained({folder!r}). Other classes may lose weights of it.")
     report, metrics = trainer.privacy_report(), statistics.after.get("evaluation", {}).get("after")
     loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
     if release is not None:
@@ -168,6 +180,11 @@ def report_result(trainer: Any, statistics: RunStatistics, release: Optional[dic
     logger.info(f"Report: {Path(folder) / PAGE_NAME}, private. What may be published: python -m author_dp.publish {folder} OUT")
     kind = "dry run, not a finished model: " if report.get("dry_run") else ""
     print(f"{kind}{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
+
+
+def loader_of(trainer: Any) -> str:
+    """Return the class that loads the result as it was trained: as tried before training, or peft's for an adapter."""
+    return trainer.loader or (PEFT_LOADER if isinstance(trainer.model, PeftModel) else PLAIN_LOADER)
 
 
 # --- The report ---------------------------------------------------------------------------------------------

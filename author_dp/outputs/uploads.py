@@ -11,11 +11,16 @@ from transformers.utils import PushInProgress
 
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.publish import upload
+from author_dp.outputs.rehearsal import rehearse
 from author_dp.training.saving import CertifiedTrainer
 
 
 class UploadingTrainer(CertifiedTrainer):
     """Replace the Trainer's uploads and its model card, which would publish private losses."""
+
+    def rehearse(self) -> None:
+        """Try what follows the last step, before the first one."""
+        rehearse(self)
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.logs import get_logger
+from author_dp.wording import format_count
 
 logger = get_logger(__name__)
 
@@ -61,10 +62,10 @@ class DryRun(TrainerCallback):
             spent = f", which spent {format_guarantee(self.trainer.epsilon(), plan.delta)}"
         total = timedelta(seconds=round(self.seconds * plan.steps))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if torch.cuda.is_available():
+        if self.trainer.args.device.type == "cuda":  # not with --use_cpu
             peak = torch.cuda.max_memory_allocated() / 2**30
         return (
-            f"Dry run: {self.steps} of {plan.steps:,} steps taken{spent}. The full run will take about {total} "
+            f"Dry run: {self.steps} of {format_count(plan.steps, 'step')} taken{spent}. The full run will take about {total} "
             f"({self.seconds:.2g} s per step), and {self.evaluation_seconds:.2g} s per evaluation; peak memory of a process: "
             f"{peak:.1f} GiB"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -90,13 +91,13 @@ def evaluate(model: nn.Module, loader: DataLoader, on_batch: Callable[[], None],
     num_dummies = missing_rounds(model, len(loader))
     with torch.no_grad():
         for batch in loader:
-            batch = send_to_device(batch, device)
-            losses, has_target = token_losses(model, batch)
-            for row, values in zip(sums, (losses, has_target)):
-                row.index_add_(0, batch["author"].cpu(), values.sum(1, dtype=torch.float64).cpu())
+            author = batch.pop("author")
+            losses, has_target = token_losses(model, send_to_device(batch, device, non_blocking=True))
+            # (2, samples, tokens): one copy, and float64 on the CPU only, as Macs' GPUs have none.
+            sums.index_add_(1, author, torch.stack([losses, has_target]).cpu().sum(2, dtype=torch.float64))
             on_batch()
     dummy_forwards(model, num_dummies)
-    losses, tokens = all_reduce_sum(sums.to(device)).cpu()
+    losses, tokens = all_reduce_sum(sums.to(device)).cpu() if dist.is_initialized() else sums
     results = summarize_losses(losses[tokens > 0], tokens[tokens > 0]) | {"num_texts": len(batches.authors)}
     metrics = {f"{prefix}_{name}": value for name, value in results.items()}
     return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(batches.authors))

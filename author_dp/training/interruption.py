@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from author_dp.errors import RESUME, SignalError
+from author_dp.errors import NOT_SAVED, RESUME, SignalError
 from author_dp.logs import get_logger
 from author_dp.training.checkpointing import latest_complete, load_trainer_state
 
@@ -26,13 +26,14 @@ class SignalReceiver:
 
     Args:
         plan: what happens next, for the log.
+        ends_at_once: whether the first signal raises KeyboardInterrupt, too.
     Attributes:
         received: the first signal; 0 if none.
-        ends_at_once: whether the first signal raises KeyboardInterrupt, too.
     """
 
-    def __init__(self, plan: str):
-        self.plan, self.received, self.received_at, self.ends_at_once = plan, 0, 0.0, False
+    def __init__(self, plan: str, ends_at_once: bool = False):
+        self.plan, self.ends_at_once = plan, ends_at_once
+        self.received, self.received_at = 0, 0.0
         self.previous_handlers: dict[int, Any] = {}
 
     def start(self) -> None:
@@ -104,6 +105,26 @@ class StopOnSignal(SignalReceiver, TrainerCallback):
 
 
 @contextmanager
+def signals_end_with_message(trainer: Any, saved: bool) -> Iterator[None]:
+    """Inside, after the last step, let a signal end the program with a message that says where the model is.
+
+    Args:
+        trainer: dp_utils.DPTrainer.
+        saved: whether the model is saved in the output directory.
+    Raises:
+        SignalError: after a signal.
+    """
+    signals = SignalReceiver("", ends_at_once=True)
+    signals.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SignalError(signals.received or signal.SIGINT, describe_interruption(trainer, saved)) from None
+    finally:
+        signals.restore()
+
+
+@contextmanager
 def finished_training(trainer: Any) -> Iterator[None]:
     """Save the model, then run what follows. A signal ends that, and the error says where the model is.
 
@@ -120,14 +141,8 @@ def finished_training(trainer: Any) -> Iterator[None]:
         signals.restore()
     if received := signals.sync(trainer.args.device):
         raise SignalError(received, describe_interruption(trainer, saved=True))
-    signals.ends_at_once = True
-    signals.start()
-    try:
+    with signals_end_with_message(trainer, saved=True):
         yield
-    except KeyboardInterrupt:
-        raise SignalError(signals.received or signal.SIGINT, describe_interruption(trainer, saved=True)) from None
-    finally:
-        signals.restore()
 
 
 def describe_interruption(trainer: Any, saved: bool = False) -> str:
@@ -141,7 +156,7 @@ def describe_interruption(trainer: Any, saved: bool = False) -> str:
     checkpoint = latest_complete(folder)
     resumable = checkpoint is not None and load_trainer_state(checkpoint).global_step >= trainer.plan.steps
     if not saved and not resumable:
-        return RESUME
+        return RESUME if checkpoint else NOT_SAVED
     words = f"interrupted; training is finished, and its model is saved in {folder if saved else checkpoint}. "
     if resumable:
         return f"{words}The same command with --resume_from_checkpoint True writes the rest, and spends no privacy budget"

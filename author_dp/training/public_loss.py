@@ -153,7 +153,9 @@ def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
             batch = send_to_device(trainer.data_collator(samples), device)
             with torch.no_grad(), trainer.accelerator.autocast():
                 losses, has_target = token_losses(trainer.model, batch)
-            loss, num_targets = loss + losses.double().sum().item(), num_targets + int(has_target.sum())
+            # One copy, and float64 on the CPU only, as Macs' GPUs have none.
+            sums = torch.stack([losses, has_target]).cpu().sum((1, 2), dtype=torch.float64).tolist()
+            loss, num_targets = loss + sums[0], num_targets + int(sums[1])
         if num_targets:
             totals += torch.tensor(quantize_loss(loss / num_targets, upper))
     dummy_forwards(trainer.model, num_dummies)

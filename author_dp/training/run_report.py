@@ -14,6 +14,7 @@ from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import plan_of
 from author_dp.accounting.privacy_report import make_report
+from author_dp.errors import UserError
 from author_dp.models.weights import check_same_base, describe_base
 from author_dp.training.checkpointing import load_trainer_state
 
@@ -45,10 +46,19 @@ class RunReport:
         self.finished: Optional[dict[str, Any]] = None
 
     def find_finished(self, checkpoint: Optional[Path]) -> None:
-        """Report the run that took the steps, if `checkpoint` is the end of the training."""
+        """Report the run that took the steps, if `checkpoint` is the end of the training.
+
+        Raises:
+            UserError: if `checkpoint` is beyond the end.
+        """
         self.finished, self.audit, self.budget.plan = None, None, self.plan
-        if not checkpoint or load_trainer_state(checkpoint).global_step < self.plan.steps:
+        if not checkpoint or (steps := load_trainer_state(checkpoint).global_step) < self.plan.steps:
             return
+        if steps > self.plan.steps:
+            raise UserError(
+                f"--max_steps or --num_train_epochs: {self.plan.steps} steps, but {checkpoint} has {steps} already. Give at "
+                "least as many, or resume from an earlier checkpoint by its name"
+            )
         self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8")), self.folder / REPORT_NAME
         if final_path.exists() and (final := json.loads(final_path.read_text(encoding="utf-8"))).get(
             "weights"
