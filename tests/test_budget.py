@@ -1,5 +1,7 @@
 """budget.py: no step exceeds the target, and each is recorded before its update, across runs."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,11 @@ def test_the_ledger_is_ahead_of_every_update(tmp_path):
     trainer.optimizer = Watched(trainer.model.parameters(), lr=1.0)
     trainer.train()
     assert seen == [1, 2, 3]
+
+
+def test_the_ledger_tells_the_day_not_the_time(tmp_path):
+    make_trainer(tmp_path, max_steps=1).train()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", PrivacyLedger(tmp_path / "privacy_ledger.jsonl").runs[0]["started"])
 
 
 def test_failing_ledger_stops_before_the_update(tmp_path, monkeypatch):
@@ -59,6 +66,25 @@ def test_resumed_run_counts_lost_steps_and_samples_again(tmp_path):
     assert abs(np.corrcoef(before.gradients[2], after.gradients[0])[0, 1]) < 0.3
     with pytest.raises(UserError, match=r"--target_epsilon 3\.0: used up"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
+
+
+@pytest.mark.parametrize("delta", [0.3, 0.9])  # 60 authors at q = 1/15: in any of six steps with a probability of 0.34
+def test_resumed_run_refuses_a_delta_that_promises_nothing(tmp_path, delta):
+    budget = resumable(tmp_path).budget
+    budget.start()
+    budget.record_step()
+    object.__setattr__(budget.plan, "delta", delta)
+    with pytest.raises(UserError, match=f"--target_delta {delta}: .* probability of 0.38"):  # with the step before
+        budget.start()
+
+
+def test_run_without_noise_is_no_start_for_one_with_a_target(tmp_path):
+    budget = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy={"noise_multiplier": 0.0, "sample_rate": 1e-9}).budget
+    budget.start()
+    budget.record_step()
+    object.__setattr__(budget.plan, "target_epsilon", 8.0)
+    with pytest.raises(UserError, match=r"--target_epsilon 8\.0: used up"):
+        budget.start()
 
 
 def test_run_without_steps_does_not_bind_later_runs(tmp_path):

@@ -338,8 +338,9 @@ def test_at_the_ends_of_the_ranges_nothing_raises_an_alarm(tmp_path, clip_norm, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "--target_epsilon, --noise_multiplier: give exactly one"),
-        ({"target_epsilon": 8.0, "noise_multiplier": 1.0}, "exactly one"),
+        ({}, "^--target_epsilon: missing"),
+        ({"per_sample_max_grad_norm": None}, "^--target_epsilon, --per_sample_max_grad_norm: missing"),
+        ({"target_epsilon": 8.0, "noise_multiplier": 1.0}, "--target_epsilon, --noise_multiplier: they exclude each other"),
         ({"target_epsilon": 0.0}, "--target_epsilon"),
         ({"target_epsilon": math.inf}, "--target_epsilon"),
         ({"target_epsilon": math.nan}, "--target_epsilon"),

@@ -14,7 +14,6 @@ from conftest import ROOT, make_dataset, make_trainer, read_report, sample, tiny
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.models.weights import check_weights, hash_weights
 from author_dp.outputs.publish import main, publish
@@ -87,8 +86,6 @@ def test_all_may_read_it_and_times_tell_nothing(full, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in paths if path.is_file()} == {0o644}
     assert paths[0].stat().st_mode & 0o777 == 0o755
     assert len({path.stat().st_mtime for path in paths}) == 1
-    started = PrivacyLedger(full / "privacy_ledger.jsonl").runs[0]["started"]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", started)  # the day alone
 
 
 def test_the_code_in_the_card_loads_and_runs_the_model(result, tmp_path, monkeypatch, capsys):
@@ -115,7 +112,13 @@ def test_the_card_tells_library_base_settings_and_guarantee(result, tmp_path):
     assert (
         metadata["pipeline_tag"] == "text-generation" and "differential-privacy" in metadata["tags"] and "license" not in metadata
     )
-    for row in ("| learning_rate | 1 |", "| optim | sgd |", "| sequence_len | 64 |", "| Privacy unit |", "| Attacker at 1.0% |"):
+    for row in (
+        "| learning_rate | 1 |",
+        "| optim | sgd |",
+        "| sequence_len | 64 |",
+        "| Privacy unit |",
+        "| Membership inference |",
+    ):
         assert row in card
     assert ("| lora_target_modules | ['c_attn'] |" in card) is (kind == "lora")
 

@@ -4,11 +4,11 @@ Guarantees: nothing here enters an update. All statistics are computed on privat
 """
 
 import torch
-from transformers.utils import logging
 
 from author_dp.distributed import all_reduce_sum
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class NormStatistics:

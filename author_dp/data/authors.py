@@ -91,7 +91,13 @@ def suspicious_author_warnings(samples: Dataset, text_column: str, author_column
             "samples. Check that it is one author"
         )
     texts = samples.select_columns([text_column]).with_format("arrow").iter(BATCH_ROWS)
-    hashes = np.concatenate([hash_texts(batch[text_column]) for batch in texts])
+    hashes, is_long = (np.concatenate(parts) for parts in zip(*(hash_texts(batch[text_column]) for batch in texts)))
+    if repeated := count_repeated(hashes, codes, placeholders):
+        warnings.append(
+            f"--text_column {text_column!r}: {repeated:,} of {len(samples):,} samples repeat a text of the same author, and "
+            "count again. Remove them if they are copies, as of a file that was joined twice"
+        )
+    hashes[~is_long] = 0
     if len(shared := hashes_of_several_authors(hashes, codes)):
         warnings.append(
             f"--text_column {text_column!r}: {len(shared):,} texts of {MIN_WORDS} words or more have several authors each, in "
@@ -113,6 +119,21 @@ def hashes_of_several_authors(hashes: np.ndarray, codes: np.ndarray) -> np.ndarr
     return np.unique(hashes[1:][repeats])
 
 
-def hash_texts(texts: pa.ChunkedArray) -> np.ndarray:
-    """Return int64 (texts,): equal for equal texts, 0 for texts of fewer than MIN_WORDS words."""
-    return np.array([hash(text) if text.count(" ") >= MIN_WORDS - 1 else 0 for text in texts.to_pylist()], np.int64)
+def count_repeated(hashes: np.ndarray, codes: np.ndarray, placeholders: np.ndarray) -> int:
+    """Return the number of samples whose text the same author has in an earlier sample too.
+
+    Args:
+        hashes, codes: as for `hashes_of_several_authors`.
+        placeholders: numbers of authors who may be many people, whose texts may be equal by chance.
+    """
+    order = np.lexsort((codes, hashes))
+    hashes, codes = hashes[order], codes[order]
+    is_repeated = (hashes[1:] == hashes[:-1]) & (codes[1:] == codes[:-1])
+    return int((is_repeated & ~np.isin(codes[1:], placeholders)).sum())
+
+
+def hash_texts(texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return hashes, int64 (texts,), equal for equal texts, and whether each text has MIN_WORDS words or more, bool (texts,)."""
+    values = texts.to_pylist()
+    is_long = [text.count(" ") >= MIN_WORDS - 1 for text in values]
+    return np.array([hash(text) for text in values], np.int64), np.array(is_long, bool)

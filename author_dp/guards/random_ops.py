@@ -82,7 +82,8 @@ class RandomOpMode(TorchDispatchMode):
 
     def _set_seed(self, offset: int) -> None:
         self._seeds.add(SEED + offset)
-        torch.manual_seed(SEED + offset)
+        # without an accelerator, torch.manual_seed would only queue calls for one, each with a trace of the stack
+        (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(SEED + offset)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
         kwargs = kwargs or {}

@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.utils import logging
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.mechanism.microbatches import LogicalBatchDataset, MicrobatchShape
 from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
 from author_dp.models.quantization import quant_scales
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:
@@ -94,6 +94,14 @@ def max_bands_in_memory(model: nn.Module, args: TrainingArguments) -> int:
     else:
         free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return broadcast(1 + int(free / 2 / band_bytes))
+
+
+def format_devices(args: TrainingArguments) -> str:
+    """Return the number of processes, and the device of this one, for the summary."""
+    name = f" ({torch.cuda.get_device_name(args.device)})" if args.device.type == "cuda" else ""
+    if args.world_size == 1:
+        return f"1, on {args.device}{name}"
+    return f"{args.world_size}, {'on' if args.device.type == 'cpu' else 'one per device:'} {args.device.type}{name}"
 
 
 def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:

@@ -54,8 +54,30 @@ class EvalBatches(Dataset):
         return {**self.collate(samples), "author": torch.from_numpy(self.authors[texts])}
 
 
+def summarize_losses(losses: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
+    """Return the metrics of held-out authors, and their standard errors where there are two authors or more.
+
+    The authors are taken for a random sample of all authors. The texts of one author are not independent, so the error of `loss`
+    is that of a ratio of two sums over authors [1].
+
+    Args:
+        losses, tokens: sum of losses, and number of target tokens, of each author, float64 (authors,).
+
+    References:
+        [1] Cochran 1977, Sampling Techniques, third edition, chapter 6 (ratio estimators)
+    """
+    num_authors, means = len(tokens), losses / tokens
+    loss = (losses.sum() / tokens.sum()).item()
+    results = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "author_loss": means.mean().item()}
+    if num_authors > 1:
+        residuals = (losses - loss * tokens) / tokens.mean()
+        for name, values in (("loss", residuals), ("author_loss", means)):
+            results[f"{name}_stderr"] = values.std().item() / math.sqrt(num_authors)
+    return {**results, "num_authors": num_authors}
+
+
 def evaluate(model: nn.Module, loader: DataLoader, on_batch: Callable[[], None], prefix: str) -> EvalLoopOutput:
-    """Return loss, perplexity and author_loss of the model, the same on every process. Collective.
+    """Return the metrics of `summarize_losses` and num_texts, the same on every process. Collective.
 
     Args:
         loader: of `EvalBatches`.
@@ -76,8 +98,6 @@ def evaluate(model: nn.Module, loader: DataLoader, on_batch: Callable[[], None],
             on_batch()
     dummy_forwards(model, num_dummies)
     losses, tokens = all_reduce_sum(sums.to(device)).cpu() if dist.is_initialized() else sums
-    loss = (losses.sum() / tokens.sum()).item()
-    author_loss = (losses / tokens)[tokens > 0].mean().item()
-    results = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "author_loss": author_loss}
+    results = summarize_losses(losses[tokens > 0], tokens[tokens > 0]) | {"num_texts": len(batches.authors)}
     metrics = {f"{prefix}_{name}": value for name, value in results.items()}
     return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(batches.authors))

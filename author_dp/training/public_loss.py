@@ -42,6 +42,7 @@ from author_dp.errors import UserError
 from author_dp.guards.options import metric_driven_option
 from author_dp.mechanism.fsdp import dummy_forwards, missing_rounds
 from author_dp.mechanism.losses import token_losses
+from author_dp.progress import track
 
 GRID = 2**20  # steps between a loss of 0 and one of R
 LIMITS = {"release_eval_epsilon": (1e-9, 1e9), "release_eval_range": (1e-6, 1e6)}  # beyond, floats lose the result
@@ -144,7 +145,7 @@ def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
     local_authors = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
     texts_per_author = np.diff(dataset.offsets)[local_authors.start :: local_authors.step]
     num_dummies = missing_rounds(trainer.model, int((-(-texts_per_author // size)).clip(min=1).sum()))
-    for author in local_authors:
+    for author in track(local_authors, "Release the evaluation loss", not trainer.args.disable_tqdm):
         texts = dataset.indices[dataset.offsets[author] : dataset.offsets[author + 1]]
         loss, num_targets = 0.0, 0
         for chunk in np.split(texts, range(size, len(texts), size)):
