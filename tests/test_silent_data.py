@@ -267,10 +267,10 @@ def calls_without_encoding(source: str) -> list[int]:
     lines = []
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        modes = [value.value for value in (*call.args[1:2], *(k.value for k in call.keywords)) if isinstance(value, ast.Constant)]
+        values = [value.value for value in (*call.args, *(k.value for k in call.keywords)) if isinstance(value, ast.Constant)]
         is_text = name in ("read_text", "write_text") or (isinstance(call.func, ast.Name) and name == "open")
-        if is_text and not any("b" in str(mode) for mode in modes):
-            lines += [call.lineno] * ("encoding" not in [k.arg for k in call.keywords])
+        if is_text and not any(value in ("rb", "wb", "ab", "utf-8", "utf-8-sig") for value in values):
+            lines.append(call.lineno)
     return lines
 
 
