@@ -40,7 +40,7 @@ def check_saved(folder: Path, model: Any, state_dict: Optional[dict[str, torch.T
         UserError: if a saved tensor differs, or a trained parameter was not saved.
     """
     if isinstance(model, PeftModel):
-        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        expected = get_peft_model_state_dict(model, state_dict, save_embedding_layers=False)
     else:
         expected = model.state_dict() if state_dict is None else state_dict
     saved, others = set[int](), 0
