@@ -48,6 +48,8 @@ LIBRARIES = ("transformers/", "accelerate/", "peft/", "opacus/")
 
 def map_nested(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to what tuples, lists and dictionaries hold. (torch's own takes most of a test's time.)"""
+    if value is None or isinstance(value, torch.Tensor):
+        return function(value)
     if isinstance(value, tuple | list):
         items = [map_nested(function, item) for item in value]
         return items if isinstance(value, list) else tuple(items)
@@ -58,9 +60,11 @@ def map_nested(function: Callable[[Any], Any], value: Any) -> Any:
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested arguments."""
-    found: list[torch.Tensor] = []
-    map_nested(lambda item: found.append(item) if isinstance(item, torch.Tensor) else None, value)
-    return found
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return [tensor for item in value.values() for tensor in tensors_of(item)] if isinstance(value, dict) else []
 
 
 class Operand(NamedTuple):
@@ -125,7 +129,7 @@ class GpuTensor(torch.Tensor):
 
     def __init__(self, inner: torch.Tensor, requires_grad: bool = False):
         self.inner = inner
-        if GpuTensor.current is not None:
+        if GpuTensor.current is not None and not GpuTensor.current.compute:  # of tiny models nobody asks
             GpuTensor.current.memory.hold(self, inner)
 
     device = property(lambda self: CUDA)
@@ -152,6 +156,7 @@ class SimulatedGpu(TorchDispatchMode):
         float64: where a float64 tensor was made on the device, which Macs (MPS) cannot.
         operations: those with a kernel, in order.
         phase: of the run, set by the test.
+        recording: whether operations are noted.
     """
 
     def __init__(self, compute: bool = True, answer: Callable[[str, str, tuple], Any] = lambda *_: 1, has_out_dtype: bool = True):
@@ -161,7 +166,7 @@ class SimulatedGpu(TorchDispatchMode):
         self.copies: Counter = Counter()
         self.float64: set[str] = set()
         self.operations: list[Operation] = []
-        self.phase, self.memory = "", MemoryMeter()
+        self.phase, self.memory, self.recording = "", MemoryMeter(), True
         self.generator = torch.Generator()  # the device's default one
 
     def reset(self) -> None:
@@ -206,7 +211,7 @@ class SimulatedGpu(TorchDispatchMode):
         outputs = tensors_of(out)
         if any(isinstance(t, GpuTensor) and t.dtype == torch.float64 for t in outputs):
             self.float64.add(where)
-        if name not in NO_KERNEL:
+        if self.recording and name not in NO_KERNEL:
             self.operations.append(Operation(name, [operand(t) for t in tensors], [operand(t) for t in outputs], where))
         return out
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_dataset, make_trainer, resumable, tiny_gpt2
-from runs import SAMPLES, make_gpu_trainer, train_on_gpu
+from runs import SAMPLES, make_gpu_trainer, one_layer, train_on_gpu
 from simulated_gpu import GpuTensor, simulated_gpu
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -12,7 +12,7 @@ from author_dp.outputs.generate import generate_batch
 from author_dp.training.public_loss import release_eval_loss
 
 SMALL_LLAMA = dict(
-    vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=16,
 )  # fmt: skip
 RUNS = {
@@ -21,15 +21,18 @@ RUNS = {
     "Opacus' engine": {"privacy": {"clipping": "grad_sample"}, "max_steps": 1},
     "no privacy": {"privacy": {"disable_dp": True, "noise_multiplier": None}, "bf16": True},
     "bands": {"privacy": {"noise_bands": "2"}, "optim": "adamw_torch", "learning_rate": 1e-3},
-    "secure noise, k = 2": {"privacy": {"secure_noise": True, "samples_per_author": 2}, "max_steps": 1},
-    "workers": {"dataloader_num_workers": 1, "max_steps": 1},
+    "secure noise, k = 2, a worker": {
+        "privacy": {"secure_noise": True, "samples_per_author": 2},
+        "dataloader_num_workers": 1,
+        "max_steps": 1,
+    },
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_training_stays_on_the_gpu(name):
     options = dict(RUNS[name])
-    run = train_on_gpu(tiny_gpt2(**options.pop("model", {})), **options)
+    run = train_on_gpu(one_layer(**options.pop("model", {})), **options)
     assert run.trainer.state.global_step == run.trainer.args.max_steps
     assert all(isinstance(p, GpuTensor) and p.dtype == torch.float32 for p in run.trainer.model.parameters())
     assert all(p.inner.isfinite().all() for p in run.trainer.model.parameters())
