@@ -27,23 +27,30 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.utils import logging
 
 from author_dp.data.authors import encode_authors, get_column, split_id, suspicious_author_warnings
-from author_dp.data.chat import TARGETS, ChatFormatter, set_chat_template
+from author_dp.data.chat import TARGETS, ChatFormatter, missing_end_warning, set_chat_template
 from author_dp.data.columns import ColumnSpec
 from author_dp.data.loading import load_files, load_hub
-from author_dp.data.splits import assign_sides, check_author_overlap, data_summary, subsample_authors
-from author_dp.data.storage import exit_on_sigterm, filter_rows, temp_dirs
+from author_dp.data.splits import (
+    check_author_overlap,
+    data_summary,
+    describe_held_out,
+    limit_eval_texts,
+    split_by_author,
+    subsample_authors,
+)
+from author_dp.data.storage import exit_on_sigterm, temp_dirs
 from author_dp.data.tokenization import tokenize
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.types import IGNORE_INDEX
 from author_dp.validation import check_choice, check_exclusive, check_range, option
 
-# A child of transformers' logger, so that its handler and --log_level apply.
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
+TOKEN_COLUMNS = ("input_ids", "labels")  # of samples
 DEFAULT_DATASET, DEFAULT_DATASET_SAMPLES = "webis/tldr-17", 500_000
 
 
@@ -62,7 +69,7 @@ class DataArguments:
     messages_column: Optional[str] = option(None, "Column of conversations, lists of {role, content}, instead of --text_column.")
     targets: str = option("assistant", "Learn completions and the assistant's turns only, or all of a sample.", TARGETS)
     chat_template: Optional[str] = option(None, "File with a chat template, for a tokenizer that has none; saved with the model.")
-    sequence_len: int = option(128, "Tokens per sample; see --long_samples for longer texts.")
+    sequence_len: int = option(128, "Tokens per sample; see --long_samples for longer texts.", alias="max_length")
     prepend_bos: bool = option(
         False, "Begin each text with a start (or end-of-text) token if the tokenizer does not; generators learn to begin."
     )
@@ -74,7 +81,9 @@ class DataArguments:
     train_fraction: float = option(1.0, "Fraction of the training authors to train on, with all samples; by a hash of each.")
     allow_shared_authors: bool = option(False, "Allow texts of training authors in --validation_file.")
     max_train_samples: Optional[int] = option(None, "Train on the first N rows; the guarantee covers only these.")
-    max_eval_samples: Optional[int] = option(None, "Evaluate on the first N rows only (N authors, with --release_eval_epsilon).")
+    max_eval_samples: Optional[int] = option(
+        None, "Evaluate on about N texts, all of authors whom a hash selects (of N authors, with --release_eval_epsilon)."
+    )
     preprocessing_num_workers: Optional[int] = option(None, "Number of processes that tokenize.")
 
     def __post_init__(self):
@@ -91,6 +100,8 @@ class DataArguments:
                 f"--targets {self.targets}: plain texts are learned completely. Leave it out, or add --messages_column or "
                 "--prompt_column"
             )
+        if self.author_column in TOKEN_COLUMNS:
+            raise UserError(f"--author_column {self.author_column}: the name is that of a column of tokens. Rename the column")
         text_name = "text" if self.messages_column is None else "messages"
         names: dict[str, str] = {}  # of the option, by column
         for name in (text_name, "prompt", "author"):
@@ -145,6 +156,9 @@ class DataArguments:
             prepend_bos=self.prepend_bos,
             append_eos=self.append_eos,
             targets=self.targets if self.has_loss_mask else None,
+            text_column=self.text_column,
+            messages_column=self.messages_column,
+            author_column=self.author_column,
         )
 
 
@@ -185,10 +199,18 @@ def write_tokens(args: DataArguments, seed: int, tokenizer: PreTrainedTokenizerB
     names = ("text_column", "sequence_len", "long_samples", "prepend_bos", "append_eos", "has_loss_mask")
     options: Any = {name: getattr(args, name) for name in names} | {"num_proc": args.preprocessing_num_workers}
     train, evaluation = load_train_and_eval(args, seed, folder, eval_is_public, tokenizer)
-    tokenize(train, tokenizer, **options).save_to_disk(folder / "train")
+    if args.has_loss_mask and not args.append_eos:
+        if warning := missing_end_warning(ChatFormatter(tokenizer, args.targets), train[0][args.text_column]):
+            logger.warning(warning)
+    train = tokenize(train, tokenizer, **options)
+    train.save_to_disk(folder / "train")
     if evaluation is not None:
         option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
-        tokenize(evaluation, tokenizer, **options, option=option).save_to_disk(folder / "evaluation")
+        evaluation = tokenize(evaluation, tokenizer, **options, option=option)
+        evaluation.save_to_disk(folder / "evaluation")
+        held_out, others = (get_column(side, args.author_column) for side in (evaluation, train))
+        level, line = describe_held_out(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples)
+        logger.log(level, line)
 
 
 def load_train_and_eval(
@@ -203,7 +225,7 @@ def load_train_and_eval(
     Args:
         folder: where texts are kept while they are used, by default `make_private_temp_dir()`.
         eval_is_public: whether the loss on held-out authors will be published. Then no author is held out against the rule, and
-            --max_eval_samples selects whole authors, by a hash of each.
+            --max_eval_samples is a number of authors, not of texts.
         tokenizer: its chat template renders conversations.
     Returns:
         (train, evaluation), both with the text and the author column; evaluation is None where --eval_fraction is 0 and there is
@@ -231,40 +253,11 @@ def load_train_and_eval(
         if pc.count_distinct(get_column(train, args.author_column)).as_py() < 2:
             raise UserError(f"--max_train_samples {args.max_train_samples}: it leaves rows of one author only. Raise it")
     if evaluation is not None and args.max_eval_samples is not None:
-        if eval_is_public:
-            evaluation = subsample_authors(evaluation, args.author_column, args.max_eval_samples, seed, folder)
-        else:
-            evaluation = evaluation.select(range(min(args.max_eval_samples, len(evaluation))))
+        cut = subsample_authors if eval_is_public else limit_eval_texts
+        evaluation = cut(evaluation, args.author_column, args.max_eval_samples, seed, folder)
     for warning in suspicious_author_warnings(train, args.text_column, args.author_column):
         logger.warning(warning)
     return train, evaluation
-
-
-def split_by_author(
-    samples: Dataset,
-    author_column: str,
-    eval_fraction: float,
-    seed: int,
-    train_fraction: float = 1.0,
-    folder: Optional[Path] = None,
-    hold_out_at_least_one: bool = True,
-) -> tuple[Dataset, Optional[Dataset]]:
-    """Hold out about `eval_fraction` of the authors, with all their samples, by the rule of `splits.assign_sides`.
-
-    Args:
-        folder: as for `load_train_and_eval`.
-    Returns:
-        (train, evaluation); evaluation is None where `eval_fraction` is 0.
-    """
-    values = encode_authors(get_column(samples, author_column))
-    codes, authors = values.indices.to_numpy(), values.dictionary.to_pylist()
-    if len(authors) < 2:
-        raise UserError(f"--author_column {author_column!r}: one author only, whom no noise can hide. Give data of many authors")
-    if eval_fraction == 0 and train_fraction == 1:
-        return samples, None
-    trained, held_out = assign_sides(authors, eval_fraction, seed, train_fraction, hold_out_at_least_one)
-    evaluation = filter_rows(samples, held_out[codes], folder) if eval_fraction > 0 else None
-    return filter_rows(samples, trained[codes], folder), evaluation
 
 
 def group_by_author(authors: Sequence | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -295,14 +288,21 @@ class AuthorDataset(torch.utils.data.Dataset):
         samples: data set with a column `input_ids`, and `labels` where samples have a loss mask.
         offsets, indices: the grouping of its rows, from `group_by_author`.
         hashes: of the authors in that order, from `splits.author_hashes`; needed with noise bands only.
+    Raises:
+        UserError: for samples of fewer than two tokens, which predict nothing.
     """
 
     def __init__(self, samples: Dataset, offsets: np.ndarray, indices: np.ndarray, hashes: Optional[np.ndarray] = None):
-        self.columns = [name for name in ("input_ids", "labels") if name in samples.column_names]
+        self.columns = [name for name in TOKEN_COLUMNS if name in samples.column_names]
         self.samples = samples.select_columns(self.columns).with_format("arrow")
         self.offsets = offsets
         self.indices = indices
         self.hashes = hashes
+        if num_short := (pc.list_value_length(get_column(self.samples, "input_ids")).to_numpy() < 2).sum():
+            raise UserError(
+                f"AuthorDataset: {num_short:,} samples have fewer than two tokens, so nothing to predict. Drop them before you "
+                "group by author, or authors without other samples would count in N"
+            )
 
     def __len__(self) -> int:
         """Return the number of authors."""

@@ -18,7 +18,8 @@ References: Abadi et al. 2016, Deep Learning with Differential Privacy (DP-SGD);
 Private Recurrent Language Models (user-level DP).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -36,19 +37,21 @@ from author_dp.accounting.budget import StopAtTargetEpsilon
 from author_dp.accounting.output_dir import failures_recorded, lock_output_dir
 from author_dp.clipping import ENGINES
 from author_dp.distributed import all_reduce_gradients
-from author_dp.errors import SignalError, UserError
+from author_dp.errors import UserError
 from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch
-from author_dp.guards.precision import full_precision_sums
+from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
+from author_dp.guards.trainer_options import check_optimizer, check_trainer_arguments
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
-from author_dp.mechanism.microbatches import LogicalBatch, is_real, make_microbatch_shape
+from author_dp.mechanism.microbatches import LogicalBatch, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
+from author_dp.option_names import find_missing
 from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
 from author_dp.outputs.uploads import UploadingTrainer
@@ -63,10 +66,10 @@ from author_dp.training.dataloading import (
     load_logical_batches,
     make_sampler,
 )
-from author_dp.training.interruption import StopOnSignal
+from author_dp.training.interruption import StopOnSignal, signals_end_with_message
 from author_dp.training.run_report import RunReport
 from author_dp.training.setup import check_model_choice, make_dp_optimizer, make_secret_generators, set_up_run
-from author_dp.validation import check_choice, check_range, option
+from author_dp.validation import check_choice, check_exclusive, check_range, option
 
 __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
 
@@ -113,14 +116,12 @@ class PrivacyArguments:
         False, "Keep the numbers of authors and samples out of all public files; needs --sample_rate and --target_delta."
     )
     allow_other_authors: bool = option(False, "Resume with another number of training authors than before, on purpose.")
-    part_of_search: bool = option(
-        False, "Set by python -m author_dp.tune: one of many runs. Its result has no guarantee before the search has ended."
-    )
+    part_of_search: bool = option(False, "Set by python -m author_dp.tune: one run of a search, without a guarantee of its own.")
     disable_dp: bool = option(False, "Ordinary fine-tuning through the same data path, for comparison. No privacy.")
 
     def __post_init__(self):
         check_range("--target_epsilon", self.target_epsilon, "(0, inf)")
-        check_range("--target_delta", self.target_delta, "(0, 1)")
+        check_range("--target_delta", self.target_delta, "[1e-100, 1)", "Often it is 1e-5, or 1 / N")
         # Beyond these, float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps.
         check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]", "Often it is 0.1 to 10")
         if self.noise_multiplier != 0:  # 0 is for no privacy
@@ -138,10 +139,9 @@ class PrivacyArguments:
             raise UserError("--noise_bands auto: it minimizes the noise for a --target_epsilon. Give one, or a number of bands")
         if self.disable_dp:
             return
-        if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise UserError("--target_epsilon, --noise_multiplier: give exactly one of them (or --disable_dp for no privacy)")
-        if self.per_sample_max_grad_norm is None:
-            raise UserError("--per_sample_max_grad_norm: the clip norm of an author's gradient is missing. Give it; try 1.0")
+        if missing := find_missing(lambda name: getattr(self, name) is not None and getattr(self, name) is not False):
+            raise UserError(missing)
+        check_exclusive(self, "target_epsilon", "noise_multiplier")
 
 
 # --- the Trainer ----------------------------------------------------------------------------------------
@@ -160,14 +160,14 @@ class DPTrainer(UploadingTrainer):
         privacy: the guarantee, and how it is kept.
         train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
         data_collator: pads a list of samples to input_ids and labels of shape (samples, tokens).
-        sequence_len: tokens of the longest sample, from which the shapes of microbatches follow; default: 128, or the model's
-            positions.
+        sequence_len: tokens of the longest sample, and so of microbatches; default: 128, or the model's positions.
         canaries: by which the run audits itself: GradientCanaries, not yet in the data set, or TextCanaries, which are.
         full_shard: shard weights, gradients, noise and optimizer state over the processes (author_dp/mechanism/fsdp.py).
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
         data_summary: how texts became samples, for privacy.json; public.
         split_id: of the rule that held authors out, from `DataArguments.split_id`.
-        shared_authors: whether evaluation authors may be training authors; other `kwargs` are the Trainer's.
+        shared_authors: whether evaluation authors may be training authors.
+        program_args: dataclasses of further options, compared when a run resumes; other `kwargs` are the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
     """
@@ -189,19 +189,21 @@ class DPTrainer(UploadingTrainer):
         data_summary: Optional[dict[str, Any]] = None,
         split_id: Optional[str] = None,
         shared_authors: bool = False,
+        program_args: Sequence[Any] = (),
         **kwargs,
     ):
-        self.privacy, self.full_shard, self.shared_authors = privacy, full_shard, shared_authors
-        self.canaries = canaries
+        check_trainer_arguments(kwargs)
+        self.privacy, self.full_shard, self.shared_authors, self.canaries = privacy, full_shard, shared_authors, canaries
         self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
+        name, tokenizer = model_name or model.name_or_path, kwargs.get("processing_class")
         setup = set_up_run(
-            model, args, privacy, train_dataset, data_collator, sequence_len, gradient, full_shard, split_id, shared_authors
-        )
+            model, args, privacy, train_dataset, data_collator, sequence_len, gradient, full_shard, split_id, shared_authors,
+            program_args, tokenizer, name,
+        )  # fmt: skip
         self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
-        self.folder = Path(str(args.output_dir))
+        self.folder, self.made_with = Path(str(args.output_dir)), setup.made_with
         self.engine = PlainEngine(model, self.plan.expected_batch_size) if privacy.disable_dp else None
-        name = model_name or model.name_or_path
         base_model, settings = starting_model(name) if args.process_index == 0 else None, public_settings(args, model, name)
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
         self.run_report.find_finished(self.checkpoint)
@@ -231,7 +233,7 @@ class DPTrainer(UploadingTrainer):
         check_no_trial(args[0] if args else kwargs.get("trial"))
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
-            self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel))
+            self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel), **self.made_with)
         if self.args.process_index == 0:
             self.run_report.identify_base(self.model, self.checkpoint)
         self.run_report.find_finished(self.checkpoint)
@@ -243,11 +245,14 @@ class DPTrainer(UploadingTrainer):
         self.add_callback(signals := StopOnSignal())
         try:
             with lock_output_dir(self.budget), failures_recorded(self.budget, self.create_model_card):
+                self.rehearse()
                 with (
                     make_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
                     full_precision_sums(),
+                    deterministic_kernels(self.args.device) if self.args.activation_checkpointing else nullcontext(),
                 ):
                     self.budget.start()
+                    self.continue_from_checkpoint()
                     self.monitors.start(self._sampler, self.budget, self.args.device, self.privacy.secure_noise)
                     with owner_only():
                         result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
@@ -259,13 +264,12 @@ class DPTrainer(UploadingTrainer):
             signals.restore()
             if self.engine is not None:
                 self.engine.close()
-            if not self.privacy.disable_dp:
-                self.engine = None
+            self.engine = self.engine if self.privacy.disable_dp else None
             self.model_wrapped = self.model
-        if signals.synced_signal:
-            raise SignalError(signals.synced_signal)
+        signals.check(self)
         if self.canaries is not None:
-            self.run_report.audit = self.canaries.finish(self)
+            with signals_end_with_message(self, saved=False):
+                self.run_report.audit = self.canaries.finish(self)
         return result
 
     def get_train_dataloader(self) -> DataLoader:
@@ -286,9 +290,10 @@ class DPTrainer(UploadingTrainer):
         """Wrap the Trainer's optimizer in the one that adds the noise."""
         with as_user_error(f"--optim {OptimizerNames(self.args.optim).value}, with --optim_args {self.args.optim_args}"):
             optimizer = super().create_optimizer(*args, **kwargs)
+        noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
+        check_optimizer(getattr(noisy, "original_optimizer", noisy), self.args)
         if self.privacy.disable_dp:
             return optimizer
-        noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
         if not isinstance(noisy, AuthorDPOptimizer):
             self.optimizer = noisy = make_dp_optimizer(optimizer, self)
         noisy.start_training(self.plan.coefficients())
@@ -318,15 +323,15 @@ class DPTrainer(UploadingTrainer):
         self.optimizer.zero_grad()  # also what an interrupted step left
         total = torch.zeros_like(self._step_loss)
         missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
+        inputs = inputs._replace(microbatches=self.tracked(inputs.microbatches))
         for microbatch in inputs.microbatches:
-            real = is_real(microbatch)
             microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
             with self.accelerator.autocast():
                 losses = author_losses(model, microbatch)
             if self.gradient_canaries is not None:
                 losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
-            norms = self.engine.backward(losses, microbatch["author"])
-            self.norms.add(norms, real)
+            norms = self.engine.backward(losses, microbatch["author"], microbatch["samples_each"])
+            self.norms.add(norms, microbatch["is_real"], microbatch["num_real"])
             total += losses.detach().nan_to_num(posinf=0.0).sum()
             del losses  # and what of its graph is not freed yet
         for _round in range(missing):

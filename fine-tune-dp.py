@@ -25,11 +25,18 @@ Options may come from a YAML file; others override it: fine-tune-dp.py --config 
 `data_utils.py` turns a data set into samples of authors, `dp_utils.py` holds the Trainer, `author_dp/` the library behind both.
 """
 
+import os
+import sys
+
 from author_dp import startup  # first: imports are a fifth faster, and Ctrl-C ends them
+from author_dp.option_names import exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing("fine-tune-dp.py", sys.argv[1:], rank=int(os.environ.get("RANK", 0)))  # before seconds of imports
 
 # ruff: isort: split
-import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -41,36 +48,34 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from author_dp import cli
+from author_dp.accounting.output_dir import check_not_model
 from author_dp.data.authors import get_column
 from author_dp.data.chat import resolve_bos_token
 from author_dp.data.splits import author_hashes
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
-from author_dp.guards.options import validate_options
+from author_dp.guards.options import check_launcher_variables, validate_options
 from author_dp.guards.text_canaries import TextCanaries
+from author_dp.logs import get_logger
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.models.activations import fuse_activations
 from author_dp.models.loading import check_sequence_len, load_model
 from author_dp.models.lora import LoraArguments
 from author_dp.models.quantization import weight_bytes
-from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report
+from author_dp.outputs.report import RunStatistics, evaluate_and_sample, report_result
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dry_run import DryRun, shorten_for_dry_run
+from author_dp.training.interruption import finished_training
 from author_dp.training.public_loss import ReleaseArguments, check_release, release_eval_loss
-from data_utils import (
-    AuthorDataset,
-    DataArguments,
-    collate,
-    group_by_author,
-    load_author_datasets,
-)
+from author_dp.training.resuming import program_options
+from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
 from dp_utils import DPTrainer, PrivacyArguments
 
 startup.end()
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -113,8 +118,9 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if not set((self.fsdp or "").split()) <= {"full_shard", "auto_wrap"}:
             raise UserError(f"--fsdp {self.fsdp} does not work here: give full_shard, or leave it out")
-        if self.fsdp and (self.fsdp_config or os.environ.get("ACCELERATE_USE_FSDP")):
-            raise UserError("--fsdp_config, or accelerate's own, has no part in --fsdp full_shard here: leave it out")
+        if self.fsdp and self.fsdp_config:
+            raise UserError("--fsdp_config: it has no part in --fsdp full_shard here. Leave it out")
+        check_launcher_variables(self.bf16)  # before Hugging Face's code follows them
         # The Trainer must not see it: accelerate would share gradients that are not per author.
         self.full_shard, self.fsdp = bool(self.fsdp), None
         if self.evaluation_strategy is not None:
@@ -135,7 +141,9 @@ def parse_arguments() -> tuple:
     """Return one object for each of GROUPS; refuse what would break the guarantee before anything is loaded."""
     groups = cli.parse_options(GROUPS)
     model_args, lora_args, data_args, privacy_args, _, release_args, training_args = groups
+    check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
     if model_args.dry_run:
+        release_args.release_eval_epsilon = None  # of a model that nobody wants
         shorten_for_dry_run(training_args, data_args.has_evaluation)
     if training_args.eval_strategy != "no" and not data_args.has_evaluation:
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
@@ -143,10 +151,9 @@ def parse_arguments() -> tuple:
         training_args, privacy_args, full_shard=training_args.full_shard, shared_authors=data_args.allow_shared_authors,
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
-    check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
-    if model_args.dry_run:
-        release_args.release_eval_epsilon = None  # of a model that nobody wants
-    find_checkpoint(training_args, privacy_args, lora_args.enable_lora)  # refuses a folder that cannot be used
+    options = program_options(*groups)
+    find_checkpoint(training_args, privacy_args, lora_args.enable_lora, options)  # refuses a folder that cannot be used
+    check_not_model(Path(training_args.output_dir), model_args.model_name)
     return groups
 
 
@@ -216,11 +223,13 @@ def main() -> None:
         data_summary=data_args.summary(tokenizer),
         split_id=data_args.split_id(training_args.seed),
         shared_authors=data_args.allow_shared_authors,
+        program_args=(model_args, lora_args, data_args, audit_args),
         processing_class=tokenizer,
     )
     writes_texts = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
     texts = make_text_samples(tokenizer, held_out, data_args) if writes_texts else None
-    trainer.add_callback(statistics := RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts))
+    statistics = RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts, cli.command_line())
+    trainer.add_callback(statistics)
     if model_args.dry_run:
         trainer.add_callback(DryRun(trainer))
     trainer.log_summary()
@@ -228,12 +237,13 @@ def main() -> None:
     if not resumes:
         evaluate_and_sample(trainer, statistics, "before")
     trainer.train()
-    evaluate_and_sample(trainer, statistics, "after")
-    release = None
-    if released:
-        limited = data_args.max_eval_samples is not None
-        release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
-    save_and_report(trainer, statistics, release)
+    with finished_training(trainer):  # saves the model first
+        evaluate_and_sample(trainer, statistics, "after")
+        release = None
+        if released:
+            limited = data_args.max_eval_samples is not None
+            release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
+        report_result(trainer, statistics, release)
 
 
 if __name__ == "__main__":

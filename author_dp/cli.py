@@ -14,6 +14,8 @@ import argparse
 import difflib
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -28,29 +30,22 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError, to_user_error
+from author_dp.errors import NOT_SAVED, MechanismError, PeerLostError, SignalError, UserError, to_user_error
+from author_dp.option_names import KNOWN_AS
 
 OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and its exit ends the other ranks
 
-# Names of options in other trainers, or that people guess.
-KNOWN_AS = {
-    "epsilon": "target_epsilon", "eps": "target_epsilon", "delta": "target_delta", "sigma": "noise_multiplier",
-    "clip_norm": "per_sample_max_grad_norm", "max_norm": "per_sample_max_grad_norm", "clip": "per_sample_max_grad_norm",
-    "model": "model_name", "model_name_or_path": "model_name", "dataset": "dataset_name", "data": "train_file",
-    "user_column": "author_column", "max_length": "sequence_len", "max_seq_length": "sequence_len", "block_size": "sequence_len",
-    "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "steps": "max_steps", "lr": "learning_rate",
-    "lora": "enable_lora", "use_lora": "enable_lora", "lora_r": "lora_dim", "lora_rank": "lora_dim", "output": "output_dir",
-    "resume": "resume_from_checkpoint", "load_in_8bit": "load_in_4bit",
-}  # fmt: skip
+SECRET_NAME = re.compile("token$|secret|password|key$")  # of options whose values no report shows
+HIDDEN = "HIDDEN"
 
 # Log lines of transformers that do not help. Padding is on the right, where causal attention ignores it. GPT-2's class name,
 # which is not set in a config, selects the default loss.
 NOISY_LOG_PREFIXES = (
     "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
     "loading configuration file", "Model config ", "Generate config ",  # pages at each save
-    "\n\nTraining completed. Do not forget to share",
+    "Configuration saved in", "Model weights saved in", "tokenizer config file saved in", "Special tokens file saved in",
 )  # fmt: skip
-NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "trainer")
+NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "tokenization_utils_base", "trainer")
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
 
 
@@ -145,6 +140,25 @@ def name_offending_options(message: str, words: Sequence[str]) -> str:
     return f"{', '.join(quoted or [option for option, _ in given])}: {message}"
 
 
+def command_line() -> str:
+    """Return the command of this program as one would type it, without the values of options that may be secret."""
+    shown: list[str] = []
+    for word in (os.fsencode(word).decode(errors="replace") for word in sys.argv):  # a path need not be UTF-8
+        option, equals, _ = word.partition("=")
+        if shown and is_secret(shown[-1]) and not word.startswith("--"):
+            word = HIDDEN
+        elif equals and is_secret(option):
+            word = option + equals + HIDDEN
+        shown.append(word)
+    return f"python {shlex.join(shown)}"
+
+
+def is_secret(option: str) -> bool:
+    """Return whether a word of the command line is an option, perhaps abbreviated, whose value is secret."""
+    name = option.removeprefix("--").replace("-", "_")
+    return option.startswith("--") and bool(name) and ("hub_token".startswith(name) or SECRET_NAME.search(name) is not None)
+
+
 # --- logs ---------------------------------------------------------------------------------------------
 
 
@@ -172,6 +186,7 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
         name: of the program, for its messages.
         cleanup: called before the exit. With several processes, the exit skips Python's exit handlers.
     """
+    UserError.on_command_line = True
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
@@ -180,11 +195,10 @@ def run(main: Callable[[], None], name: str, cleanup: Callable[[], None]) -> Non
             dist.destroy_process_group()
     except SignalError as error:
         if rank == 0:
-            print(f"{name}: interrupted; resume with --resume_from_checkpoint True", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         exit_process(128 + error.number, cleanup)
     except KeyboardInterrupt:
-        message = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {NOT_SAVED}", file=sys.stderr)
         exit_process(130, cleanup)
     except MechanismError as error:
         exit_mechanism_error(error, name, rank, cleanup)
@@ -205,6 +219,7 @@ def run_program(name: str, main: Callable[[list[str]], None], interrupted: str =
     Args:
         interrupted: how Ctrl-C affects the output, for the message.
     """
+    UserError.on_command_line = True
     try:
         main(sys.argv[1:])
     except UserError as error:

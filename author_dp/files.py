@@ -17,7 +17,7 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         if not private:
             temporary.chmod(0o666 & ~USER_UMASK)
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -22,9 +22,18 @@ from author_dp.errors import UserError
 INTERVAL = re.compile(r"([\[(])(.+), (.+)([\])])")
 
 
-def option(default: Any, help_text: str, choices: Optional[Collection[str]] = None) -> Any:
-    """Return a dataclass field that HfArgumentParser turns into a command-line option."""
-    return field(default=default, metadata={"help": help_text, **({"choices": list(choices)} if choices else {})})
+def option(default: Any, help_text: str, choices: Optional[Collection[str]] = None, alias: str = "") -> Any:
+    """Return a dataclass field that HfArgumentParser turns into a command-line option.
+
+    Args:
+        alias: another name of the option on the command line, as another library has it.
+    """
+    metadata: dict[str, Any] = {"help": help_text}
+    if choices:
+        metadata["choices"] = list(choices)
+    if alias:
+        metadata["aliases"] = sorted({f"--{alias}", f"--{alias.replace('_', '-')}"})
+    return field(default=default, metadata=metadata)
 
 
 def check_range(option: str, value: Optional[float], interval: str, hint: str = "") -> None:

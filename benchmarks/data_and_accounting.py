@@ -51,8 +51,8 @@ def make_corpus(path: Path) -> None:
     generator = np.random.default_rng(0)
     authors = np.concatenate([np.arange(AUTHORS), generator.zipf(1.6, SAMPLES - AUTHORS) % AUTHORS])
     generator.shuffle(authors)
-    texts = [json.loads(line)["content"] for line in open(ROOT / "demo" / "comments.jsonl")]
-    with open(path, "w") as file:
+    texts = [json.loads(line)["content"] for line in open(ROOT / "demo" / "comments.jsonl", encoding="utf-8")]
+    with open(path, "w", encoding="utf-8") as file:
         for start, author in zip(generator.integers(0, len(texts) - 9, SAMPLES), authors):
             file.write(json.dumps({"author": f"user_{author}", "content": " ".join(texts[start : start + 9])}) + "\n")
 
@@ -62,7 +62,7 @@ def large(samples: int = 10_000_000, authors: int = 5_000_000) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path, generator = Path(folder) / "comments.jsonl", np.random.default_rng(0)
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             for start in range(0, samples, 100_000):
                 numbers = generator.integers(0, authors, 100_000)
                 file.writelines(

@@ -1,8 +1,8 @@
 """Which mistakes in the mechanism does a run find by itself, and how soon? python benchmarks/found_by_the_run.py
 
-Plants the bugs of tests/test_gradient_audit.py, and some of tests/test_selfcheck.py, in a run of the demo at epsilon 8 with
-gradient canaries, one at a time, after the proof at the start (which finds wrong clips before anything is trained). Prints the
-table of docs/verification.md. The run tests itself every five steps.
+Plants the bugs of tests/test_gradient_audit.py, and some of tests/test_selfcheck.py,
+in a run of the demo at epsilon 8 with gradient canaries, one at a time, after the model check (which finds wrong clips before
+anything is trained). Prints the table of docs/verification.md. The run tests itself every five steps.
 """
 
 import json
@@ -75,11 +75,11 @@ def row(name: str) -> str:
         arguments = [*f"{OPTIONS} {options} --output_dir {folder}/out".split(), *(["--use_cpu"] if launcher else [])]
         command = [sys.executable, *launcher, __file__, "--plant", name, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
-        ledger = (Path(folder) / "out" / "privacy_ledger.jsonl").read_text()
+        ledger = (Path(folder) / "out" / "privacy_ledger.jsonl").read_text(encoding="utf-8")
         said = re.search(r"is not what the ledger says: (.*?)(?: \(after|: anyone|\. Nothing)", done.stderr)
         if said is None:
             assert done.returncode == 0, done.stderr
-            audit = json.loads((Path(folder) / "out" / "privacy.json").read_text())["audit"]
+            audit = json.loads((Path(folder) / "out" / "privacy.json").read_text(encoding="utf-8"))["audit"]
             low, high = audit["epsilon_between"]
             return f"not stopped; epsilon between {low:.2f} and {high:.2f}, at least {audit['epsilon_lower_bound']:.2f} | "
         steps = sum('"record": "step"' in line for line in ledger.splitlines())

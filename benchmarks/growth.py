@@ -138,7 +138,10 @@ def main() -> None:
             results.setdefault(name, {})[value] = measured[key]
             print(name, value, measured[key], file=sys.stderr, flush=True)
     plot(results, Path(__file__).with_name("growth.png"))
-    PAGE.write_text(with_tables(PAGE.read_text(), f"`python benchmarks/growth.py`, {date.today()}, {where()}", table(results)))
+    page = with_tables(
+        PAGE.read_text(encoding="utf-8"), f"`python benchmarks/growth.py`, {date.today()}, {where()}", table(results)
+    )
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

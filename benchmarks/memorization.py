@@ -101,7 +101,7 @@ def write_validation(path: Path) -> None:
 def write(path: Path, rows: list[tuple[str, str]], name: str) -> None:
     """Write authors and texts as JSON lines with a further column, text, in which each text has a name of its own."""
     lines = (json.dumps({"author": author, "text": f"{name}{i}", "content": text}) for i, (author, text) in enumerate(rows))
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # --- what the model knows ---------------------------------------------------------------------------------
@@ -179,12 +179,12 @@ def measure(way: str, seed: int, steps: int) -> dict[str, Any]:
 def all_results(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Return the results of each way, one a seed."""
     known = {}
-    for line in args.cache.read_text().splitlines() if args.cache.exists() else []:
+    for line in args.cache.read_text(encoding="utf-8").splitlines() if args.cache.exists() else []:
         key, result = json.loads(line)
         known[tuple(key)] = result
     keys = [(way, seed, args.steps) for seed in range(args.seeds) for way in WAYS]
     missing = [key for key in keys if key not in known]
-    with ThreadPoolExecutor(args.parallel) as pool, open(args.cache, "a") as file:
+    with ThreadPoolExecutor(args.parallel) as pool, open(args.cache, "a", encoding="utf-8") as file:
         for key, result in zip(missing, pool.map(lambda key: measure(*key), missing)):
             known[key] = result
             file.write(json.dumps([key, result]) + "\n")

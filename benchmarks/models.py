@@ -212,7 +212,7 @@ def main() -> None:
     found = {name: row_of(name) for name in names}
     text = page([row for row in found.values() if row], [name for name, row in found.items() if row is None], str(date.today()))
     if not arguments.model_types:
-        (ROOT / "docs" / "models.md").write_text(text)
+        (ROOT / "docs" / "models.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

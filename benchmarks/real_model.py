@@ -116,7 +116,7 @@ def run(options: str) -> dict[str, float]:
 
 def results(args: argparse.Namespace) -> None:
     known = {}
-    for line in args.cache.read_text().splitlines() if args.cache.exists() else []:
+    for line in args.cache.read_text(encoding="utf-8").splitlines() if args.cache.exists() else []:
         options, metrics = json.loads(line)
         known[options] = metrics
     rows = runs(args)
@@ -126,7 +126,7 @@ def results(args: argparse.Namespace) -> None:
             continue
         if options not in known:
             known[options] = run(options)
-            with open(args.cache, "a") as file:
+            with open(args.cache, "a", encoding="utf-8") as file:
                 file.write(json.dumps([options, known[options]]) + "\n")
         loss, author_loss, perplexity = (known[options][metric] for metric in METRICS)
         minutes = known[options]["seconds"] / 60

@@ -139,14 +139,14 @@ def run(options: str) -> float:
 def measure(runs: dict, repetitions: int, parallel: int, cache: Path) -> dict:
     """Return for each row its evaluation losses."""
     losses: dict = {}
-    for line in cache.read_text().splitlines() if cache.exists() else []:
+    for line in cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []:
         options, loss = json.loads(line)
         losses.setdefault(options, []).append(loss)
     missing = [o for _ in range(repetitions) for o in runs.values()]
     for options in [o for o, known in losses.items() for _ in known]:
         if options in missing:
             missing.remove(options)
-    with ThreadPoolExecutor(parallel) as pool, open(cache, "a") as file:
+    with ThreadPoolExecutor(parallel) as pool, open(cache, "a", encoding="utf-8") as file:
         for options, loss in zip(missing, pool.map(run, missing)):
             losses.setdefault(options, []).append(loss)
             file.write(json.dumps([options, loss]) + "\n")

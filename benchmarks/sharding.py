@@ -41,7 +41,7 @@ ADAPTERS = 0.005  # parameters of LoRA over those of the base
 
 def resident(field: str) -> float:
     """GiB that /proc says of this process: VmRSS now, VmHWM at most since `forget_peak`."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field))
     return int(line.split()[1]) / 2**20
 
 

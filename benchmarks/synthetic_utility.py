@@ -27,7 +27,7 @@ OPTIONS = ["--disable_dp", "--save_strategy", "no", "--log_level", "warning", "-
 
 
 def write_rows(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
-    path.write_text("".join(json.dumps({"author": author, "content": text}) + "\n" for author, text in rows))
+    path.write_text("".join(json.dumps({"author": author, "content": text}) + "\n" for author, text in rows), encoding="utf-8")
     return path
 
 
@@ -36,7 +36,7 @@ def fine_tune(train_file: Path, validation_file: Path, output_dir: Path, options
     files = ["--train_file", str(train_file), "--validation_file", str(validation_file), "--output_dir", str(output_dir)]
     command = [sys.executable, str(ROOT / "fine-tune-dp.py"), *files, *OPTIONS, *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((output_dir / STATISTICS_NAME).read_text())["evaluation"]
+    return json.loads((output_dir / STATISTICS_NAME).read_text(encoding="utf-8"))["evaluation"]
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("comments", help="JSONL with author and content")
     parser.add_argument("--number", type=int, default=3000, help="conversations: of the first so many comments")
     options = parser.parse_args()
-    with open(options.comments) as file:
+    with open(options.comments, encoding="utf-8") as file:
         for line, _ in zip(file, range(options.number)):
             row = json.loads(line)
             word = max(row["content"].replace(".", " ").replace(",", " ").split(), key=len)

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, Trainer
 
 from author_dp.clipping import ENGINES
 from author_dp.data.splits import author_hashes
+from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, make_microbatches
 from data_utils import AuthorDataset, collate, group_by_author
@@ -37,6 +38,7 @@ torch.set_num_threads(1)  # of tiny models; two workers share two cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 datasets.disable_progress_bars()
+UserError.on_command_line = True  # errors name options as the script does; test_wording.py tests Python's arguments
 
 
 @pytest.fixture(autouse=True)
@@ -98,16 +100,17 @@ def clipped_sum(model, batch: dict, clip_norm: float, clipping: str) -> tuple[to
 
 
 def make_trainer(
-    folder, model=None, dataset=None, *, privacy=None, full_shard=False, canaries=None, eval_dataset=None, **options
-) -> DPTrainer:
-    """A trainer whose update is minus the gradient: SGD with learning rate 1."""
+    folder, model=None, dataset=None, *, privacy=None, full_shard=False, canaries=None, eval_dataset=None, rehearsal=False,
+    **options,
+) -> DPTrainer:  # fmt: skip
+    """A trainer whose update is minus the gradient: SGD with learning rate 1. Tests of `rehearsal` and of the script have one."""
     privacy = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 0.5, **(privacy or {})}
     defaults = {
         "output_dir": str(folder), "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant",
         "max_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
         "per_device_train_batch_size": 4, "remove_unused_columns": False,
     }  # fmt: skip
-    return DPTrainer(
+    trainer = DPTrainer(
         model if model is not None else tiny_gpt2(),
         TrainingArguments(**{**defaults, **options}),
         PrivacyArguments(**privacy),
@@ -117,6 +120,9 @@ def make_trainer(
         canaries=canaries,
         eval_dataset=eval_dataset,
     )
+    if not rehearsal:
+        trainer.rehearse = lambda: None
+    return trainer
 
 
 def sample(cases, of: int = 4) -> list:

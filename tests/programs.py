@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 SCRIPT = Path(__file__).parent.parent / "fine-tune-dp.py"
+PRIVACY = ["--target_epsilon", "8", "--per_sample_max_grad_norm", "1.0"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     "accelerate datasets opacus.accountants opacus.grad_sample pandas peft transformers.trainer transformers.models.auto "
@@ -26,10 +27,36 @@ FORKS.set_forkserver_preload(
 )
 
 
+def small(checkpoint, comments, folder, *more) -> list[str]:
+    return [
+        "--model_name", str(checkpoint), "--train_file", str(comments), "--output_dir", str(folder), "--sequence_len", "32",
+        "--max_steps", "3", "--disable_tqdm", "True", "--max_eval_samples", "20", "--eval_fraction", "0.1", *more,
+    ]  # fmt: skip
+
+
+def run_here(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
+    """Run the script in this process; return its exit status and what it wrote on stderr."""
+    monkeypatch.setattr(sys, "argv", ["fine-tune-dp.py", *arguments])
+    monkeypatch.setattr("author_dp.outputs.report.draw_figures", lambda *_: {})  # half the time of a run on a tiny model
+    capfd.readouterr()
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code or 0, capfd.readouterr().err
+    return 0, capfd.readouterr().err
+
+
 def command(*arguments: str, processes: int = 0) -> list[str]:
     """Return what a user types; with `processes`, through torch.distributed.run."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}"] if processes else []
     return [sys.executable, *launcher, str(SCRIPT), *arguments]
+
+
+def leave_out_figures() -> None:
+    """Drawing them is half the time of a run on a tiny model; tests/test_report.py draws them."""
+    from author_dp.outputs import report
+
+    report.draw_figures = lambda *_: {}
 
 
 def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outputs: Path) -> None:
@@ -43,6 +70,7 @@ def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outp
     np.random.seed()
     # torch read it before this; and its pool is made anew here, not by several threads at a time, which can fail after a fork
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()))
+    leave_out_figures()
     sys.argv = [str(SCRIPT), *arguments]
     sys.path.insert(0, str(SCRIPT.parent))
     try:

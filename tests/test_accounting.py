@@ -222,6 +222,7 @@ def test_compute_epsilon_bounds_huge_values_on_a_small_grid(arguments):
 def test_compute_epsilon_edge_cases():
     assert compute_epsilon(0.0, 0.1, 5, 1e-5) == math.inf
     assert compute_epsilon(0.0, 0.1, 0, 1e-5) == 0.0
+    assert compute_epsilon(0.0, 1e-9, 10, 1e-5) == math.inf  # though delta exceeds the chance to be in: it claims nothing
     assert compute_epsilon(1.0, 0.0, 5, 1e-5) == 0.0
     assert compute_epsilon(20.0, 1e-4, 1, 1e-5) < 1e-3
     assert compute_epsilon(0.3, 1e-7, 9, 1e-6) == 0.0 < compute_epsilon(0.3, 1e-7, 11, 1e-6)  # a chance of 9e-7, 1.1e-6 to be in
@@ -234,6 +235,9 @@ def test_compute_epsilon_edge_cases():
         (1, 0.1, 5, 0),
         (1, 0.1, 5, 1),
         (math.nan, 0.1, 5, 0.1),
+        (math.inf, 0.1, 5, 0.1),
+        (1e300, 0.1, 5, 0.1),
+        (1, 0.1, 5, 5e-324),
     ]:
         with pytest.raises(UserError):
             compute_epsilon(*wrong)

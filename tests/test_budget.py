@@ -68,6 +68,25 @@ def test_resumed_run_counts_lost_steps_and_samples_again(tmp_path):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
 
 
+@pytest.mark.parametrize("delta", [0.3, 0.9])  # 60 authors at q = 1/15: in any of six steps with a probability of 0.34
+def test_resumed_run_refuses_a_delta_that_promises_nothing(tmp_path, delta):
+    budget = resumable(tmp_path).budget
+    budget.start()
+    budget.record_step()
+    object.__setattr__(budget.plan, "delta", delta)
+    with pytest.raises(UserError, match=f"--target_delta {delta}: .* probability of 0.38"):  # with the step before
+        budget.start()
+
+
+def test_run_without_noise_is_no_start_for_one_with_a_target(tmp_path):
+    budget = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy={"noise_multiplier": 0.0, "sample_rate": 1e-9}).budget
+    budget.start()
+    budget.record_step()
+    object.__setattr__(budget.plan, "target_epsilon", 8.0)
+    with pytest.raises(UserError, match=r"--target_epsilon 8\.0: used up"):
+        budget.start()
+
+
 def test_run_without_steps_does_not_bind_later_runs(tmp_path):
     """Its header may exist; a new run is calibrated and accounted by itself."""
     idle = resumable(tmp_path, max_steps=60, target=1.0)

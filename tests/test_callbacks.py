@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from conftest import COUNTS, make_dataset, make_trainer, tiny_gpt2
-from test_fine_tune_dp import PRIVACY, run_here, small
+from programs import PRIVACY, run_here, small
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -470,7 +470,7 @@ def test_transformers_callbacks_exist_and_others_are_watched(tmp_path):
     trainer = trainer_with(tmp_path, report_to=["tensorboard"])
     kinds = {type(callback).__name__: get_declaration(callback) for callback in trainer.callback_handler.callbacks}
     assert kinds.pop("TensorBoardCallback") is None and set(kinds.values()) == {"steps"}, kinds
-    assert kinds.keys() - {"StopAtTargetEpsilon"} <= TRANSFORMERS_CALLBACKS.keys()
+    assert kinds.keys() - {"StopAtTargetEpsilon", "AnnounceTraining"} <= TRANSFORMERS_CALLBACKS.keys()
 
 
 def test_callbacks_are_free_without_privacy(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_dataset, make_trainer, resumable, sample
-from test_fine_tune_dp import PRIVACY, run_here, small
+from programs import PRIVACY, run_here, small
 from transformers import TrainerControl
 
 from author_dp.accounting.accountant import MechanismEvent
@@ -97,8 +97,8 @@ def test_prune_checkpoints_ignores_the_clock(tmp_path, monkeypatch):
         now[0] -= 3_600
         return now[0]
 
-    def mark_and_age(folder: Path) -> None:
-        mark_complete(folder)
+    def mark_and_age(folder: Path, made_with: dict) -> None:
+        mark_complete(folder, made_with)
         os.utime(folder, (backwards(),) * 2)
 
     monkeypatch.setattr("author_dp.training.checkpointing.mark_complete", mark_and_age)

@@ -1,13 +1,18 @@
 """cli.py: options from a file, suggestions for unknown ones, errors as an exit status."""
 
+import runpy
+import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
-from author_dp import cli
+from author_dp import cli, option_names
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError
+from author_dp.models.lora import LoraArguments
 from author_dp.validation import option
+from data_utils import DataArguments
 
 
 @dataclass
@@ -22,7 +27,7 @@ class Arguments:
     [
         ("--epsilon 3", "--target_epsilon"),
         ("--sequence_lenn 3", "--sequence_len"),
-        ("--max_length 9", "--sequence_len"),
+        ("--block_size 9", "--sequence_len"),
         ("--xyz 1", None),
     ],
 )
@@ -35,13 +40,62 @@ def test_parse_options_suggests_a_name(words, suggestion):
 
 def test_known_names_are_options():
     """Each name that others use leads to an option that there is."""
-    import runpy
-
-    from conftest import ROOT
-
     script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
     options = {name for group in script["GROUPS"] for name in group.__dataclass_fields__}
     assert set(cli.KNOWN_AS.values()) <= options and not set(cli.KNOWN_AS) & options
+
+
+@pytest.mark.parametrize("word", ["--lora_r", "--lora-r", "--max_length", "--max-length"])
+def test_names_of_peft_and_trl_are_aliases(word):
+    lora, data = cli.parse_options([LoraArguments, DataArguments], [word, "64"])
+    assert (lora.lora_dim, data.sequence_len) == ((64, 128) if "lora" in word else (8, 64))
+
+
+MISSING = "--target_epsilon, --per_sample_max_grad_norm: missing. Give "
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("", MISSING),
+        ("--train_file a.jsonl --output_dir out", MISSING),
+        ("--config FILE", "--target_epsilon: missing"),
+        ("--config=FILE --target_eps 8", None),
+        ("--target-epsilon=8", "--per_sample_max_grad_norm: missing"),
+        ("--noise_multiplier 1 --per_sample_max_grad_norm 1", None),
+        ("--disable_dp", None),
+        # What the parser says better.
+        ("--help", None),
+        ("--epsilon 8", None),
+        ("--target_epsilon eight", None),
+        ("--no_such_option 3", None),
+        ("--lora_r 3 --max_len 8 --fp16 --bf16 True", MISSING),
+        ("--target_epsilonn 8", None),
+        ("--config missing.yaml", None),
+    ],
+)
+def test_missing_options_are_named_together_before_libraries_are_imported(tmp_path, capsys, words, error):
+    (tmp_path / "options.yaml").write_text("{per_sample_max_grad_norm: 1, seed: 3}")
+    words = words.replace("FILE", str(tmp_path / "options.yaml")).split()
+    if error is None:
+        return option_names.exit_if_missing("fine-tune-dp.py", words, rank=0)
+    option_names.exit_if_missing("fine-tune-dp.py", words, rank=1)  # rank 0 says it
+    with pytest.raises(SystemExit) as status:
+        option_names.exit_if_missing("fine-tune-dp.py", words, rank=0)
+    assert status.value.code == 2 and capsys.readouterr().err.startswith(f"fine-tune-dp.py: error: {error}")
+
+
+def test_option_names_knows_all_options():
+    script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
+    options = {name for group in script["GROUPS"] for name in group.__dataclass_fields__} | {"lora_r", "max_length"}
+    assert options <= option_names.read_option_names("fine-tune-dp.py")
+
+
+def test_option_names_imports_no_library():
+    code = (
+        "import sys, author_dp.startup, author_dp.option_names; sys.exit(bool({'torch', 'numpy', 'yaml'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_parse_options_overrides_the_file_by_the_command_line(tmp_path):

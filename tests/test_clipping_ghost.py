@@ -21,6 +21,7 @@ from author_dp.mechanism.losses import author_losses
 def test_a_matrix_that_is_embedding_and_head_takes_the_smaller_form(monkeypatch):
     """(61, 16) for each of three authors, or 61 + 16 numbers for each token of five samples."""
     forms = []
+    monkeypatch.setattr(factor_store, "JOIN_ELEMENTS", 0)
     norms = factor_store.total_squared_norms
     monkeypatch.setattr(factor_store, "total_squared_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors))
     monkeypatch.setattr(grad_factors, "MATERIALIZE_ELEMENTS", 1)  # so large that it is formed author by author
@@ -171,6 +172,7 @@ def test_the_trainer_checkpoints_and_rounds_as_asked(tmp_path):
 
 def test_no_per_author_gradient_of_a_large_layer_is_formed(monkeypatch):
     kept = []
+    monkeypatch.setattr(factor_store, "JOIN_ELEMENTS", 0)
     norms = factor_store.total_squared_norms
     monkeypatch.setattr(factor_store, "total_squared_norms", lambda parts, authors: kept.extend(parts) or norms(parts, authors))
     model = make_model("gpt2", "tied")

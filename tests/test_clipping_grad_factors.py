@@ -8,7 +8,7 @@ import torch
 from author_dp.clipping import grad_factors
 from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
 from author_dp.clipping.factor_store import total_norms
-from author_dp.clipping.grad_factors import OuterProduct, lookup_squared_norms, product_squared_norms
+from author_dp.clipping.grad_factors import OuterProduct, SquaredNorm, lookup_squared_norms, product_squared_norms
 
 
 def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(vocabulary, features):
     logits = -torch.nn.functional.one_hot(ids, vocabulary).float()
     truth = (gradients.double() - hidden.double()).sum(1).square().sum(1)
     parts = [grad_factors.EmbeddingGrad(ids, gradients), OuterProduct(logits, hidden)]
-    found = grad_factors.total_squared_norms(parts, AuthorIndex(torch.arange(8), 8))
+    found = grad_factors.total_squared_norms(parts, AuthorIndex(torch.arange(8), 8)).with_margin()
     assert is_above(found, truth, gradients.norm(dim=2).sum(1) + hidden.norm(dim=2).sum(1))
 
 
@@ -111,7 +111,7 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
         OuterProduct(logits, hidden),
     ]
     authors = AuthorIndex(torch.tensor([0]), 1)
-    norm = grad_factors.total_squared_norms(parts, authors).sqrt()
+    norm = grad_factors.total_squared_norms(parts, authors).with_margin().sqrt()
     for share in torch.linspace(0.05, 0.85, 17):
         total = torch.zeros(20, 30)
         for part in parts:
@@ -128,7 +128,7 @@ def test_squared_norms_of_many_numbers_lose_nothing():
 
 def test_no_parameter_takes_norm_away_from_others():
     squares = [torch.tensor([-1.0, 1.0, 4.0, 1.0]), torch.tensor([4.0, -torch.inf, 5.0, torch.nan])]
-    assert total_norms(squares, torch.zeros(4)).tolist() == [2.0, torch.inf, 3.0, torch.inf]
+    assert total_norms([SquaredNorm(square) for square in squares], torch.zeros(4)).tolist() == [2.0, torch.inf, 3.0, torch.inf]
 
 
 @pytest.mark.parametrize("author", [[0, 1, 0, 1], [1, 0], [0, 0, 2, 3], [1, 1, 2], [0, 1, 2], [0, 0, 0], []])
@@ -136,6 +136,14 @@ def test_authors_in_another_order_are_refused(author):
     """Or samples of one author would be clipped as those of two."""
     with pytest.raises(ValueError, match="ascending"):
         AuthorIndex(torch.tensor(author, dtype=torch.int64), 2)
+
+
+def test_authors_with_another_number_of_samples_than_said_are_refused():
+    assert AuthorIndex(torch.tensor([0, 0, 1, 1]), 2, samples_each=2).sum(torch.ones(4)).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="2 authors with 3 samples each are not 4 samples"):
+        AuthorIndex(torch.tensor([0, 0, 1, 1]), 2, samples_each=3)
+    with pytest.raises(ValueError, match="ascending"):  # on a CPU, where it costs no wait
+        AuthorIndex(torch.tensor([0, 1, 0, 1]), 2, samples_each=2)
 
 
 def test_authors_line_up_and_add_up_their_samples():

@@ -315,7 +315,8 @@ def test_several_gpus_in_one_process_become_one(tmp_path, monkeypatch):
 ENDS = [(c, sigma) for c in (1e-6, 1e6) for sigma in (0.0, 1e-6, 0.3, 1e6)]
 KINDS: list[dict] = [
     {"optim": "adamw_torch"}, {"optim": "sgd"}, {"optim": "adafactor"}, {"optim": "rmsprop"}, {"clipping": "grad_sample"},
-    {"noise_bands": "3"}, {"secure_noise": True}, {"bf16": True}, {"per_device_train_batch_size": 2**31}, {"sample_rate": 1e-12},
+    {"noise_bands": "3"}, {"secure_noise": True}, {"bf16": True}, {"per_device_train_batch_size": 2**31},
+    {"sample_rate": 1e-12, "target_delta": 1e-20},
 ]  # fmt: skip
 
 
@@ -338,8 +339,9 @@ def test_at_the_ends_of_the_ranges_nothing_raises_an_alarm(tmp_path, clip_norm, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "--target_epsilon, --noise_multiplier: give exactly one"),
-        ({"target_epsilon": 8.0, "noise_multiplier": 1.0}, "exactly one"),
+        ({}, "^--target_epsilon: missing"),
+        ({"per_sample_max_grad_norm": None}, "^--target_epsilon, --per_sample_max_grad_norm: missing"),
+        ({"target_epsilon": 8.0, "noise_multiplier": 1.0}, "--target_epsilon, --noise_multiplier: they exclude each other"),
         ({"target_epsilon": 0.0}, "--target_epsilon"),
         ({"target_epsilon": math.inf}, "--target_epsilon"),
         ({"target_epsilon": math.nan}, "--target_epsilon"),

@@ -5,12 +5,15 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_dataset, make_trainer, tiny_gpt2
 from families import make_model
 from test_processes import run_processes
 from transformers import TrainerCallback
+
+from author_dp.training.evaluation import summarize_losses
 
 COUNTS = [1, 3, 2, 1]
 
@@ -43,6 +46,8 @@ def test_evaluate_equals_the_reference_for_any_batch_size(tmp_path, family, batc
     assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-4)
     assert metrics["eval_author_loss"] == pytest.approx(author_loss, abs=1e-4)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+    assert (metrics["eval_num_authors"], metrics["eval_num_texts"]) == (len(COUNTS), sum(COUNTS))
+    assert 0 < metrics["eval_loss_stderr"] < 1 and 0 < metrics["eval_author_loss_stderr"] < 1
     assert abs(loss - author_loss) > 1e-4  # otherwise the test could not distinguish them
 
 
@@ -108,3 +113,17 @@ def test_evaluate_reports_progress(tmp_path):
     trainer.add_callback(Bar())
     trainer.evaluate(make_dataset(COUNTS, seed=3))
     assert lengths == [4, 4, 4, 4]  # of seven texts
+
+
+def test_standard_errors_are_those_of_resampled_authors():
+    """Authors of different lengths: the error of the mean over tokens is that of a ratio, as a bootstrap measures it."""
+    generator = np.random.default_rng(0)
+    tokens = generator.geometric(0.1, 300).astype(float)
+    losses = tokens * (3 + generator.normal(0, 0.5, 300) + 0.02 * tokens)
+    found = summarize_losses(torch.tensor(losses), torch.tensor(tokens))
+    picks = generator.integers(0, 300, (4_000, 300))
+    ratios, means = losses[picks].sum(1) / tokens[picks].sum(1), (losses / tokens)[picks].mean(1)
+    assert found["loss_stderr"] == pytest.approx(ratios.std(), rel=0.06)
+    assert found["author_loss_stderr"] == pytest.approx(means.std(), rel=0.06)
+    assert found["num_authors"] == 300
+    assert not [name for name in summarize_losses(torch.ones(1), torch.ones(1)) if "stderr" in name]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, flat, of_a_terminal, read_report, run_script, sample
 from peft import PeftModel
+from programs import PRIVACY, run_here, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
@@ -54,26 +55,6 @@ LORA = """--output_dir scratch --model_name gpt2 --sequence_len 128 --per_device
 --lora_alpha 32 --lora_dropout 0.0 --lr_scheduler_type constant --learning_rate 3e-4 --disable_tqdm True
 --label_names labels --dataloader_num_workers 2 --enable_lora"""
 
-PRIVACY = ["--target_epsilon", "8", "--per_sample_max_grad_norm", "1.0"]
-
-
-def small(checkpoint, comments, folder, *more) -> list[str]:
-    return [
-        "--model_name", str(checkpoint), "--train_file", str(comments), "--output_dir", str(folder), "--sequence_len", "32",
-        "--max_steps", "3", "--disable_tqdm", "True", "--max_eval_samples", "20", "--eval_fraction", "0.1", *more,
-    ]  # fmt: skip
-
-
-def run_here(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
-    """Run the script in this process; return its exit status and what it wrote on stderr."""
-    monkeypatch.setattr(sys, "argv", ["fine-tune-dp.py", *arguments])
-    capfd.readouterr()
-    try:
-        runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="__main__")
-    except SystemExit as exit_:
-        return exit_.code or 0, capfd.readouterr().err
-    return 0, capfd.readouterr().err
-
 
 # --- the published commands -----------------------------------------------------------------------------
 
@@ -93,7 +74,12 @@ def test_the_published_commands_on_two_processes(checkpoint, comments, tmp_path,
     assert PrivacyLedger(tmp_path / "scratch" / "privacy_ledger.jsonl").steps == report["steps"]
     # What the user sees: once, in this order.
     output = done.stdout + done.stderr
-    summary = re.search(r"authors \(N\) +(\d+) .*\n.*sample rate.*\n.*steps.*\n.*trained parameters.*\n.*clip norm", done.stderr)
+    assert "Without effect here: --eval_accumulation_steps, --label_names, --prediction_loss_only (" in done.stderr
+    summary = re.search(
+        r"processes +2, on cpu\n +authors \(N\) +(\d+) .*\n.*sample rate.*"
+        r"\n.*steps.*\n.*trained parameters.*\n.*clip norm",
+        done.stderr,
+    )
     assert summary and int(summary[1]) == report["num_authors"]
     last = done.stdout.strip().splitlines()[-1]
     assert re.fullmatch(
@@ -220,7 +206,7 @@ def test_full_shard_on_two_processes(checkpoint, comments, tmp_path):
 
 @pytest.mark.slow
 def test_disable_dp_on_two_processes(checkpoint, comments, tmp_path):
-    done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp"), processes=2)
+    done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp", "--ddp_backend", "gloo"), processes=2)
     assert done.returncode == 0 and done.stderr.count("NO PRIVACY") == 1, done.stderr
     assert read_report(tmp_path / "out")["world_size"] == 2
 
@@ -544,15 +530,15 @@ def test_mistakes_end_with_status_2_and_name_option_and_remedy(
 
 @pytest.mark.slow
 def test_a_flood_and_a_very_long_text_are_samples_like_any_other(checkpoint, comments, tmp_path, monkeypatch, capfd):
-    """100,000 samples of one author, and a text of 10 MB."""
+    """20,000 samples of one author, and a text of 2 MB."""
     rows = [*comments.read_text().splitlines()[:200]]
-    rows += [json.dumps({"author": "flood", "content": f"the flood {i}"}) for i in range(100_000)]
-    rows += [json.dumps({"author": "long", "content": "a very long text " * 600_000})]
+    rows += [json.dumps({"author": "flood", "content": f"the flood {i}"}) for i in range(20_000)]
+    rows += [json.dumps({"author": "long", "content": "a very long text " * 120_000})]
     (tmp_path / "many.jsonl").write_text("\n".join(rows) + "\n")
     arguments = small(checkpoint, tmp_path / "many.jsonl", tmp_path / "out", *PRIVACY, "--eval_fraction", "0")
     status, stderr = run_here(monkeypatch, capfd, *arguments, "--samples_per_author", "4", "--per_device_train_batch_size", "512")
     assert status == 0, stderr
-    assert read_report(tmp_path / "out")["num_samples"] > 100_100
+    assert read_report(tmp_path / "out")["num_samples"] > 20_100
 
 
 @pytest.mark.slow

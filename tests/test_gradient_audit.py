@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import flat, make_dataset, read_report, run_script, tiny_gpt2, trainable, within
 from planting import find, with_edit
+from programs import PRIVACY, run_here, small
 from scipy import stats
-from test_fine_tune_dp import PRIVACY, run_here, small
 from transformers import TrainingArguments
 
 from author_dp.accounting.accountant import gaussian_epsilon

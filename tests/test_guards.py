@@ -8,7 +8,8 @@ from transformers import BertConfig, BertLMHeadModel, TrainingArguments
 
 from author_dp.errors import UserError
 from author_dp.guards import check_model
-from author_dp.guards.options import REFUSED_OPTIONS, have_shared_authors, validate_options
+from author_dp.guards.options import have_shared_authors, validate_options
+from author_dp.guards.trainer_options import REFUSED_OPTIONS
 from dp_utils import PrivacyArguments
 
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, make_trainer, read_report, within
+from programs import run_here
 from safetensors.numpy import load_file
-from test_fine_tune_dp import run_here
 
 from author_dp.accounting.accountant import compute_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import format_joint, format_ledger
 from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
+from author_dp.models.weights import COMPLETE_MARKER
 from author_dp.outputs.guarantee import guarantee_rows
 from author_dp.outputs.report import RunStatistics, write_report
 from dp_utils import PrivacyArguments
@@ -108,6 +109,8 @@ def test_resume_checks_hidden_author_count(tmp_path):
         hidden_trainer(tmp_path, 41, resume_from_checkpoint=True)
     hidden_trainer(tmp_path, 40, resume_from_checkpoint=True)
     (tmp_path / "_counts.json").unlink()
+    for path in tmp_path.glob(f"*/{COMPLETE_MARKER}"):  # then nothing knows the number any more
+        path.write_text(json.dumps({**json.loads(path.read_text()), "training": {}}))
     hidden_trainer(tmp_path, 41, resume_from_checkpoint=True)  # q and delta do not depend on the number
     not_hidden = {**HIDDEN, "hide_counts": False}
     with pytest.raises(UserError, match="--hide_counts: the resumed run was started with it"):

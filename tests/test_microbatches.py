@@ -8,7 +8,7 @@ from conftest import VOCABULARY, as_arrays, make_dataset, make_trainer, sample, 
 from families import make_engine, make_model
 
 from author_dp.clipping.factor_store import total_norms
-from author_dp.clipping.grad_factors import squared_norms
+from author_dp.clipping.grad_factors import SquaredNorm, squared_norms
 from author_dp.data.splits import author_hashes
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses
@@ -93,12 +93,19 @@ CASES = [
 ]
 
 
+def test_make_microbatch_says_what_the_device_need_not_be_asked():
+    uneven = make_microbatches([author(3), author(2, 4)], 4, collate)[0]
+    assert uneven["samples_each"] is None and uneven["num_real"] == 2
+    full = make_microbatches([author(3), author(2, 4)], 4, collate, SHAPE._replace(samples=2))[0]
+    assert full["samples_each"] == 2 and full["num_real"] == 2 and full["is_real"].tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("count", [5, 6, 7, 20])
 def test_total_norms_of_equal_authors_are_equal_bits(count):
     """A sum over parameters is vectorized along authors, unless the numbers of each author lie in a row."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        squares = [torch.rand(1, generator=generator).repeat(count) for _ in range(20)]
+        squares = [SquaredNorm(torch.rand(1, generator=generator).repeat(count)) for _ in range(20)]
         assert len(total_norms(squares, torch.zeros(count)).unique()) == 1
         assert len(squared_norms(torch.rand(1, 2**18, generator=generator).repeat(count, 1)).unique()) == 1
 

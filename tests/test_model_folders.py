@@ -10,7 +10,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_model, load_tokenizer, to_absolute
+from author_dp.models.loading import (
+    adapter_base_model,
+    check_vocabulary,
+    load_adapter,
+    load_base,
+    load_model,
+    load_tokenizer,
+    to_absolute,
+)
 from author_dp.models.lora import LoraArguments
 from author_dp.models.quantization import quantized_layers
 
@@ -161,8 +169,17 @@ def test_load_model_refuses_a_tokenizer_of_another_model(checkpoint, tmp_path):
     model.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(checkpoint) / name, tmp_path)
-    with pytest.raises(UserError, match=r"its tokenizer has \d+ tokens, its model 7 embeddings"):
+    with pytest.raises(UserError, match=r"its tokenizer has token ids up to \d+, its model 7 embeddings"):
         load_model(str(tmp_path))
+
+
+def test_check_vocabulary_wants_an_embedding_for_the_largest_id(checkpoint):
+    """Ids may have gaps, so that the number of tokens says nothing."""
+    model, tokenizer = load(Path(checkpoint))
+    check_vocabulary(model, tokenizer, "mine")
+    tokenizer.get_vocab = lambda: {"a": 0, "b": len(model.get_input_embeddings().weight)}
+    with pytest.raises(UserError, match=r"^--model_name mine: its tokenizer has token ids up to \d+"):
+        check_vocabulary(model, tokenizer, "mine")
 
 
 def test_load_model_names_a_model_that_cannot_be_loaded(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, make_dataset, make_trainer, read_report, resumable
-from test_fine_tune_dp import PRIVACY, small
+from programs import PRIVACY, small
 from transformers import TrainerCallback
 
 from author_dp.accounting import ledger_report
@@ -236,7 +236,7 @@ def test_run_without_steps_changes_no_number(tmp_path):
     assert f"spent: epsilon {epsilon} at delta 0.017" in ledger_report.format_ledger(again.budget.ledger)
 
 
-OTHER = {"noise_multiplier": 9.0, "target_epsilon": None, "target_delta": 0.9, "secure_noise": True, "samples_per_author": 2,
+OTHER = {"noise_multiplier": 9.0, "target_epsilon": None, "target_delta": 0.004, "secure_noise": True, "samples_per_author": 2,
          "per_sample_max_grad_norm": 0.001, "allow_other_authors": True, "sample_rate": 0.01}  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def finished(folder, **options):
 
 NEVER = (
     "--noise_multiplier 9 --target_delta 0.9 --secure_noise True --train_fraction 0.5 --allow_other_authors "
-    "--per_sample_max_grad_norm 0.001 --samples_per_author 2 --learning_rate 7 --audit_canaries 20"
+    "--per_sample_max_grad_norm 0.001 --samples_per_author 2"
 )
 
 
@@ -281,7 +281,7 @@ def test_finished_run_keeps_its_report_when_called_again(tmp_path, how):
     """It takes no step, so privacy.json, card, summary and epsilon are those of the run that took the steps."""
     plain = {"disable_dp": True, "noise_multiplier": None} if how == "without privacy" else {}
     hidden = {"hide_counts": True, "sample_rate": 0.1, "target_delta": 0.017} if how == "hidden counts" else {}
-    options = {"privacy": {**hidden, **OTHER, **plain}, "learning_rate": 7.0, "per_device_train_batch_size": 3}
+    options = {"privacy": {**hidden, **OTHER, **plain}, "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 3}
     other = make_trainer(tmp_path, dataset=make_dataset([1] * 50), **options) if how == "argument" else None
     first = finished(tmp_path, privacy={**hidden, **plain})
     names = ("privacy.json", "README.md")
@@ -303,7 +303,8 @@ def test_finished_run_keeps_its_report_when_called_again(tmp_path, how):
 def test_more_steps_with_another_delta_report_that_delta(tmp_path):
     finished(tmp_path)
     privacy = {"noise_multiplier": 2.0, "target_delta": 1e-4, "sample_rate": 0.2}
-    again = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy=privacy, max_steps=3, resume_from_checkpoint=True)
+    again = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy=privacy, max_steps=3, learning_rate=0.1,
+                         resume_from_checkpoint=True)  # fmt: skip
     again.train()
     again.save_model()
     report, events = read_report(tmp_path), [MechanismEvent(1.0, 4 / 60, 2), MechanismEvent(2.0, 0.2, 1)]
@@ -313,8 +314,8 @@ def test_more_steps_with_another_delta_report_that_delta(tmp_path):
     assert f"spent: {words}" in ledger_report.format_ledger(again.budget.ledger)
     again.create_model_card()
     assert words in (tmp_path / "README.md").read_text()
-    begun = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy={"target_delta": 0.5}, max_steps=9,
-                         resume_from_checkpoint=True)  # fmt: skip
+    begun = make_trainer(tmp_path, dataset=make_dataset([1] * 60), privacy={"target_delta": 0.1}, max_steps=9,
+                         learning_rate=0.1, resume_from_checkpoint=True)  # fmt: skip
     begun.budget.start()  # and no step
     assert (
         make_interrupted_report(begun.budget.ledger)["delta"]

@@ -27,6 +27,7 @@ import test_clipping_two_pass
 import test_conversations
 import test_data_utils
 import test_dp_utils
+import test_figures
 import test_frozen
 import test_generate
 import test_guards
@@ -38,6 +39,7 @@ import test_mechanism
 import test_microbatches
 import test_noise
 import test_one_epsilon
+import test_plan
 import test_pld
 import test_precision
 import test_processes
@@ -45,13 +47,16 @@ import test_proof
 import test_publish
 import test_random_ops
 import test_readers
+import test_rehearsal
 import test_release
 import test_report
 import test_secret_generators
 import test_selfcheck
 import test_sharding
+import test_silent_data
 import test_specimens
 import test_synthetic_report
+import test_trainer_options
 import test_tune
 import test_tuning
 import test_weights
@@ -150,9 +155,10 @@ BUGS = [
     Bug("the noise of one rank alone, short of its share", ADD_NOISE, "if std > 0:",
         "if std > 0 and torch.distributed.get_rank() == 0:",
         lambda path, _: test_processes.test_processes_together_add_the_noise_of_one(path), spawned=True),
-    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(norms, real)",
-        "self.norms.add(norms, real); self.optimizer.optimizer.grad_buffer.sums.add_("
-        "torch.randn_like(self.optimizer.optimizer.grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm)",
+    Bug("noise per microbatch", TRAINING_STEP, "self.norms.add(",
+        "self.optimizer.optimizer.grad_buffer.sums.add_("
+        "torch.randn_like(self.optimizer.optimizer.grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); "
+        "self.norms.add(",
         lambda path, _: test_dp_utils.test_noise_is_drawn_once_per_step_whatever_the_microbatches(path)),
     Bug("noise that does not scale with the clip norm", ADD_NOISE, "self.noise_multiplier * self.max_grad_norm",
         "self.noise_multiplier",
@@ -289,17 +295,23 @@ BUGS = [
     Bug("authors in any order taken", "author_dp.clipping.author_groups.AuthorIndex.__init__", "if not (len(author)",
         "if False and not (len(author)",
         lambda *_: test_clipping_grad_factors.test_authors_in_another_order_are_refused([0, 1, 0, 1])),
+    Bug("as many samples of each author as said", "author_dp.clipping.author_groups.AuthorIndex.__init__",
+        "if samples_each is not None and num_authors * samples_each != len(author)", "if False",
+        lambda *_: test_clipping_grad_factors.test_authors_with_another_number_of_samples_than_said_are_refused()),
+    Bug("one number of samples for authors with several", f"{MICROBATCHES}.make_microbatch",
+        "numbers.pop() if len(numbers) == 1 else None", "max(numbers)",
+        lambda *_: test_microbatches.test_make_microbatch_says_what_the_device_need_not_be_asked()),
     Bug("each layer clipped by itself", PLAIN, "1).norm(dim=1)", "1).amax(dim=1)",
         update(clipping="grad_sample", per_device=64)),
     Bug("a gradient that is not finite is let in", PLAIN,
         "if not finite.all():", "if False:",
         lambda *_: test_clipping.test_an_author_whose_loss_is_not_finite_contributes_zero("grad_sample", float("nan"))),
-    Bug("no room for what bfloat16 rounds", f"{GRAD_FACTORS}.OuterProduct.squared", "BFLOAT16_ROUNDING * squared.bound", "None",
+    Bug("no room for what bfloat16 rounds", f"{GRAD_FACTORS}.OuterProduct.squared", "rounded=squared.bound", "rounded=None",
         cancelling("formed norm", GhostClipping, True)),
-    Bug("no room for what bfloat16 rounds, of tied weights", f"{GRAD_FACTORS}.tied_squared_norm", "head.slack", "None",
+    Bug("no room for what bfloat16 rounds, of tied weights", f"{GRAD_FACTORS}.tied_squared_norm", "head.rounded", "None",
         lambda *_: test_clipping_grad_factors.test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16()),
     Bug("what cancels not rounded up where it is formed", f"{GRAD_FACTORS}.product_squared_norms",
-        "(left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1)", "torch.zeros_like(value)",
+        "(token_norms(left) * token_norms(right)).sum(1)", "torch.zeros_like(value)",
         cancelling("formed norm, almost nothing", TwoPassClipping, False)),
     Bug("norms of what is formed, sums of what is scaled", f"{TWO_PASS}.max_materialized",
         "min(MATERIALIZE_ELEMENTS, (self.max_kept - self._kept) // 4)", "MATERIALIZE_ELEMENTS",
@@ -308,6 +320,17 @@ BUGS = [
     Bug("a second pass of other gradients that nobody notices", f"{TWO_PASS}.sum_pass",
         "not self._replay.is_same()", "False",
         lambda *_: test_clipping_two_pass.test_other_dropout_in_the_second_pass_ends_the_run("tied")),
+    Bug("accelerate told to accumulate", "author_dp.guards.trainer_options.is_set", "return value != AcceleratorConfig()",
+        "return False",
+        lambda path, _: test_trainer_options.test_options_that_reach_behind_the_loop_are_refused(
+            path, "accelerator_config", {"gradient_accumulation_kwargs": {"num_steps": 4}})),
+    Bug("a new option of transformers taken for harmless", "author_dp.guards.trainer_options.check_trainer_options",
+        "and is_set(args, field.name)", "and False",
+        lambda path, patch: test_trainer_options.test_option_that_the_table_does_not_know_is_refused(
+            *test_trainer_options.make_arguments(path), patch)),
+    Bug("batches thrown away by a later change", "author_dp.guards.trainer_options.check_adapted",
+        "trainer.args.gradient_accumulation_steps != 1 or ", "",
+        lambda path, _: test_trainer_options.test_accumulation_changed_after_the_plan_is_refused(path)),
     Bug("masks that are not replayed", "author_dp.guards.options.check_checkpointing",
         'if not options.get("preserve_rng_state", True)',
         "if False",
@@ -323,7 +346,7 @@ BUGS = [
         equals_reference("two_pass", "untied")),
     Bug("tied weights counted as two in two passes", f"{GRAD_FACTORS}.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_",
         equals_reference("two_pass", "tied")),
-    Bug("the rows of other ids", f"{TWO_PASS}._handle_tied", "or not torch.equal(head[0], grad.ids)", "",
+    Bug("the rows of other ids", f"{TWO_PASS}._handle_tied", "or not (head[0] is grad.ids or torch.equal(head[0], grad.ids))", "",
         lambda *_: test_clipping_two_pass.test_what_is_used_twice_in_another_way_is_kept_whole(test_clipping_two_pass.shifted)),
     Bug("the first of two calls alone", f"{TWO_PASS}._handle_tied", "self.kept_params.add(parameter)", "pass",
         lambda *_: test_clipping_two_pass.test_what_is_used_twice_in_another_way_is_kept_whole(
@@ -448,6 +471,22 @@ BUGS = [
     Bug("epsilon rounded to the nearest", "author_dp.accounting.accountant.round_up", "FOUR_DIGITS.",
         "decimal.Context(prec=4).",
         lambda *_: test_one_epsilon.test_round_up_rounds_once(7.9951, 7.996, "7.996")),
+    Bug("delta compared with the wrong probability", "author_dp.accounting.accountant.is_empty_promise", "2 * delta >",
+        "0.5 * delta >",
+        lambda *_: test_plan.test_make_plan_refuses_a_delta_that_promises_nothing({"sample_rate": 0.05, "target_delta": 0.3})),
+    Bug("no noise under an epsilon that holds without", "author_dp.accounting.accountant.EpsilonAccountant.__init__",
+        "if any(event.noise_multiplier == 0", "if prob_ever_sampled(events) > delta and any(event.noise_multiplier == 0",
+        lambda *_: test_accounting.test_compute_epsilon_edge_cases()),
+    Bug("a noise multiplier given with a delta that promises nothing", "author_dp.accounting.plan.make_plan",
+        "check_delta([MechanismEvent(0.0, sample_rate, steps)], delta)", "pass",
+        lambda *_: test_plan.test_make_plan_refuses_a_delta_that_promises_nothing(
+            {"sample_rate": 1e-9, "target_delta": 1e-5, "noise_multiplier": 1.0})),
+    Bug("resumed under a delta that promises nothing", "author_dp.accounting.budget.Budget.start",
+        "check_delta([*self.ledger.events, self.plan.event(self.plan.steps)], self.plan.delta)", "pass",
+        lambda path, _: test_budget.test_resumed_run_refuses_a_delta_that_promises_nothing(path, 0.9)),
+    Bug("calibrated to hardly any noise", "author_dp.accounting.accountant.find_noise_multiplier", "low < LEAST_NOISE",
+        "low < 1e-9",
+        lambda *_: test_plan.test_make_plan_refuses_an_epsilon_that_needs_no_noise(1e8)),
     Bug("calibrated for another number than is shown", "author_dp.accounting.accountant.find_noise_multiplier",
         "epsilon = compute_epsilon(sigma, sample_rate, steps, target_delta)",
         "epsilon = EpsilonAccountant([MechanismEvent(sigma, sample_rate, steps)], target_delta).epsilon",
@@ -455,6 +494,9 @@ BUGS = [
     Bug("a checkpoint without its ledger", "author_dp.training.checkpointing.find_checkpoint",
         "check_ledger_covers(checkpoint, ledger, is_main_process)", "pass",
         lambda path, _: test_checkpoints.test_find_checkpoint_requires_the_ledger_of_the_checkpoint(path)),
+    Bug("rescued weights under a certificate that names none", "author_dp.training.rescue.rescue_weights",
+        "trainer.plan.disable_dp)", "True)",
+        lambda path, patch: test_rehearsal.test_weights_that_cannot_be_saved_are_saved_beside(path, patch)),
     Bug("a half-written checkpoint taken", "author_dp.training.checkpointing.latest_complete", "if corruption is None:",
         "if True:",
         lambda path, _: test_checkpoints.test_latest_complete_skips_corrupt_checkpoints(path, "marker missing")),
@@ -531,8 +573,8 @@ BUGS = [
     Bug("sums in bfloat16 allowed on a GPU", "author_dp.guards.precision.full_precision_sums",
         "flags.allow_fp16_reduced_precision_reduction = False", "flags.allow_fp16_reduced_precision_reduction",
         lambda path, _: test_precision.test_train_sums_bfloat16_products_in_float32(path, True)),
-    Bug("a compiler that switches TF32 on", "author_dp.guards.options.check_environment",
-        '.lower() != "no"', '.lower() == "none"',
+    Bug("a compiler that switches TF32 on", "author_dp.guards.options.check_launcher_variables",
+        '(without, "", "false", "0")', '(without, "", "false", "0", "inductor")',
         lambda path, patch: test_precision.test_trainer_refuses_settings_of_accelerate(path, patch, "inductor")),
     # The ranges of options.
     Bug("a clip norm whose noise float32 does not hold", "dp_utils.PrivacyArguments.__post_init__",
@@ -558,11 +600,19 @@ BUGS = [
     Bug("labels of another sample", "data_utils.AuthorDataset.__getitems__", "zip(*rows.values())",
         "zip(*(row[::-1] if name == 'labels' else row for name, row in rows.items()))",
         lambda *_: test_conversations.test_rows_of_labels_stay_beside_their_ids()),
-    Bug("targets found where none are", "author_dp.data.chat.ChatFormatter.prefix_length", "not text.startswith(prefix)",
+    Bug("targets found where none are", "author_dp.data.chat.common_length", "not text.startswith(prefix)",
         "False",
         lambda *_: test_conversations.test_what_is_no_beginning_is_refused()),
     Bug("a quote that swallows other authors", "author_dp.data.csv_reader.csv_records", "strict=True", "strict=False",
         lambda path, _: test_readers.test_a_quote_that_does_not_close_is_refused_with_its_line(path)),
+    Bug("an author without a text counts", "author_dp.data.loading.write_arrow_dataset", "batch.filter(pc.invert(is_blank))",
+        "batch",
+        lambda path, _: test_silent_data.test_an_author_without_texts_is_neither_held_out_nor_the_last_to_train_on(path)),
+    Bug("one file by two names", "author_dp.data.columns.check_distinct_files", "(status.st_dev, status.st_ino)", "(name, 0)",
+        lambda path, _: test_silent_data.test_one_file_by_two_names_is_refused(path, "symlink")),
+    Bug("evaluated authors who move others", "author_dp.data.splits.limit_eval_texts",
+        "scores < max(threshold, np.nextafter(scores.min(), 1))", "scores.argsort().argsort() < 20",
+        lambda *_: test_silent_data.test_the_limit_of_evaluation_takes_complete_authors_and_moves_nobody()),
     Bug("1 and '1' are one author", "author_dp.data.columns.check_author_type", "in author_types.items():", "in []:",
         lambda path, _: test_readers.test_authors_of_two_kinds_are_refused(path)),
     Bug("a public loss that is not clipped", "author_dp.training.public_loss.quantize_loss", "min(max(loss, 0.0), upper)", "loss",
@@ -585,7 +635,8 @@ BUGS = [
     Bug("held-out authors who may be trained on", "author_dp.accounting.ledger.PrivacyLedger.epsilon_with_releases",
         "and None not in splits", "",
         lambda path, _: test_release.test_epsilon_with_releases_depends_on_the_splits(path, [None], [None], 10.0)),
-    Bug("held-out rows that others move up into", "data_utils.load_train_and_eval", "if eval_is_public:", "if False:",
+    Bug("held-out rows that others move up into", "data_utils.load_train_and_eval",
+        "subsample_authors if eval_is_public else", "",
         lambda path, _: test_release.test_max_eval_samples_limits_authors_for_a_release(path)),
     Bug("a hidden number of authors in the ledger", "author_dp.accounting.plan.PrivacyPlan.to_public_dict",
         "if self.hide_counts else {}",
@@ -594,7 +645,7 @@ BUGS = [
     Bug("a divisor that follows the number of authors", "author_dp.accounting.plan.make_plan", "expected_batch_size=batch_size",
         "expected_batch_size=round(sample_rate * num_authors)",
         lambda *_: test_hidden_counts.test_plan_follows_from_options_alone()),
-    Bug("steps that follow the number of authors", "author_dp.accounting.plan.make_plan",
+    Bug("steps that follow the number of authors", "author_dp.accounting.plan.planned_steps",
         "math.ceil(args.num_train_epochs / sample_rate)",
         "math.ceil(args.num_train_epochs * num_authors / batch_size)",
         lambda *_: test_hidden_counts.test_plan_follows_from_options_alone()),
@@ -869,6 +920,14 @@ BUGS = [
         lambda *_: test_specimens.test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(False)),
     Bug("evaluation on another scale than training", "author_dp.outputs.figures.loss_points", "row[AUTHOR_LOSS]",
         'row["eval_loss"]', lambda path, _: test_report.test_losses_of_training_and_evaluation_are_on_one_scale(path)),
+    Bug("less epsilon drawn than was spent", "author_dp.outputs.figures.draw_epsilon", "for number in steps]",
+        "for number in [0, *steps[:-1]]]",
+        lambda path, patch: test_figures.test_epsilon_is_a_staircase_that_never_shows_less_than_was_spent(
+            path, patch, [(4, 10)])),
+    Bug("fewer are found than can be", "author_dp.outputs.guarantee.percent_up", "math.ceil(", "round(",
+        lambda *_: test_report.test_shares_are_rounded_up(0.0561, "5.7 %")),
+    Bug("a secret in the report's command", "author_dp.cli.command_line", "word = option + equals + HIDDEN", "pass",
+        lambda path, patch: test_report.test_page_says_what_was_trained_and_by_which_command(path, patch)),
     Bug("statistics for everybody", "author_dp.outputs.report.RunStatistics.add", "private=True", "private=False",
         lambda path, _: test_report.test_what_was_found_before_training_outlives_an_interruption(path)),
     Bug("a report on private text for everybody", "author_dp.outputs.synthetic_report.make_report", "private=True",

@@ -112,7 +112,13 @@ def test_the_card_tells_library_base_settings_and_guarantee(result, tmp_path):
     assert (
         metadata["pipeline_tag"] == "text-generation" and "differential-privacy" in metadata["tags"] and "license" not in metadata
     )
-    for row in ("| learning_rate | 1 |", "| optim | sgd |", "| sequence_len | 64 |", "| Privacy unit |", "| Attacker at 1.0% |"):
+    for row in (
+        "| learning_rate | 1 |",
+        "| optim | sgd |",
+        "| sequence_len | 64 |",
+        "| Privacy unit |",
+        "| Membership inference |",
+    ):
         assert row in card
     assert ("| lora_target_modules | ['c_attn'] |" in card) is (kind == "lora")
 

@@ -75,6 +75,7 @@ SHARED = {
 INDEPENDENT = {
     "nothing": lambda x: x,
     "a mask of each number": lambda x: nn.functional.dropout(x, 0.3),
+    "a fused mask of each number": lambda x: torch.native_dropout(x, 0.3, True)[0],  # dropout on a GPU
     "a mask of each sample": lambda x: x * torch.bernoulli(torch.full((len(x), 1, 1), 0.9)),
     "a mask of each token": lambda x: (x.flatten(0, 1) * (torch.rand(x.shape[0] * x.shape[1], 1) > 0.1)).view_as(x),
     "samples second": lambda x: (x.transpose(0, 1) * torch.rand(x.transpose(0, 1).shape)).transpose(0, 1),

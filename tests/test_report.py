@@ -1,23 +1,28 @@
 """report.py, page.py, model_card.py: what the page and the card say, from the ledger, and that the card tells nothing private."""
 
+import html
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from conftest import make_dataset, make_trainer
+from conftest import make_dataset, make_trainer, read_report
 from matplotlib.image import imread
 
 from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, format_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.cli import command_line
 from author_dp.errors import UserError
 from author_dp.outputs.figures import first_steps, loss_points
-from author_dp.outputs.guarantee import guarantee_rows
+from author_dp.outputs.guarantee import attack_rows, decision_summary, guarantee_rows, percent_up
 from author_dp.outputs.model_card import model_card
-from author_dp.outputs.report import RunStatistics, evaluate_and_sample, save_and_report, write_report
+from author_dp.outputs.publish import publish
+from author_dp.outputs.report import RunStatistics, evaluate_and_sample, report_result, write_report
 from author_dp.outputs.samples import TextSamples
+from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.public_loss import format_release
 
 
@@ -49,6 +54,52 @@ def test_the_page_shows_the_guarantee_and_the_run(tmp_path):
     assert len(statistics["seconds_per_step"]) == 4 and sum(statistics["norms_over_clip_norm"]["counts"]) > 0
 
 
+def test_page_says_what_was_trained_and_by_which_command(tmp_path, monkeypatch):
+    typed = ["fine-tune-dp.py", "--train_file", "my <file>.jsonl", "--hub_token", "hf_1", "--hub_tok=hf_2", "--hub-token", "hf_3"]
+    monkeypatch.setattr(sys, "argv", typed)
+    statistics = RunStatistics(None, np.ones(3, int), command=command_line())
+    statistics.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(is_world_process_zero=True), None)
+    run(tmp_path)
+    after = {"eval_author_loss": 2.0, "eval_author_loss_stderr": 0.25, "eval_num_authors": 9, "eval_num_texts": 1234}
+    statistics.add(str(tmp_path), evaluation={"before": {}, "after": after})
+    write_report(tmp_path)
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "python fine-tune-dp.py --train_file 'my <file>.jsonl' --hub_token HIDDEN --hub_tok=HIDDEN --hub-token HIDDEN" in page
+    today = json.loads((tmp_path / "privacy_ledger.jsonl").read_text().splitlines()[0])["started"]
+    assert f"<tr><th>Date</th><td>{today}</td></tr>" in page
+    assert re.search(r"<th>Settings</th><td>learning_rate 0.1, lr_scheduler_type constant,.* optim sgd, .*bf16 False</td>", page)
+    assert re.search(r"<th>Software</th><td>torch \S+, transformers \S+, opacus", page)
+    assert re.search(r"a local folder, named in the command \(GPT2LMHeadModel, [\d,]+ parameters, [\d,]+ of them trained\)", page)
+    assert "Held out: 9 authors with 1,234 texts. So few" in page and "<td>2.000 \u00b1 0.500</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "strength"),
+    [(0.5, "strong"), (1.0, "strong"), (1.001, "reasonable"), (10.0, "reasonable"), (10.01, "weak by itself")],
+)
+def test_summary_says_what_epsilon_means_for_a_decision(epsilon, strength):
+    report = {"disable_dp": False, "epsilon": epsilon, "delta": 1e-5, "tpr_at_fpr": {"0.01": 0.0555, "0.001": 0.00286}}
+    words = decision_summary(report)
+    assert f"itself), {format_epsilon(epsilon)} is {strength}." in words
+    assert (
+        "wrongly accuses 1 % of the authors who were not, finds at most 5.6 % of those who were; blind guessing finds 1 %"
+        in words
+    )
+    assert ("Membership inference", "TPR at most 5.6 % at 1 % FPR, at most 0.29 % at 0.1 % FPR") == (
+        attack_rows(report)[0][0], attack_rows(report)[0][1].partition(" (")[0],
+    )  # fmt: skip
+    for change in ({"disable_dp": True}, {"epsilon": None}, {"interrupted": True}):
+        assert decision_summary({**report, **change}) == ""
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.0555, "5.6 %"), (0.056, "5.6 %"), (0.0561, "5.7 %"), (0.00281, "0.29 %"), (0.01, "1 %"), (1.0, "100 %")],
+)
+def test_shares_are_rounded_up(share, words):
+    assert percent_up(share) == words
+
+
 def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
     """Without dropout and learning, all authors in each step with all texts: the loss of training is that of evaluation."""
     dataset = make_dataset([1, 1, 2, 9], seed=3)
@@ -59,7 +110,7 @@ def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
     metrics = trainer.evaluate(dataset)
     trainer.train()
     training, evaluated = loss_points(trainer.state.log_history, {"before": metrics, "after": metrics})
-    assert [step for step, _ in training] == [1, 2, 3] and [step for step, _ in evaluated] == [0, 3]
+    assert [step for step, _ in training] == [1, 2, 3] and [step for step, *_ in evaluated] == [0, 3]
     assert [loss for _, loss in training] == pytest.approx([evaluated[0][1]] * 3, abs=1e-4)
     assert abs(metrics["eval_loss"] - evaluated[0][1]) > 1e-3  # the mean over tokens is another
     assert loss_points([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], {})[0] == [(5.5, 2.0), (15.5, 1.0)]
@@ -120,7 +171,8 @@ def report_run(folder, held_out, text_samples=None, release=None, resume=False):
         evaluate_and_sample(trainer, statistics, "before")
     trainer.train()
     metrics = evaluate_and_sample(trainer, statistics, "after")
-    save_and_report(trainer, statistics, release)
+    trainer.save_model()
+    report_result(trainer, statistics, release)
     return trainer, metrics
 
 
@@ -220,3 +272,21 @@ def test_first_steps_of_several_runs(tmp_path):
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="OUTPUT_DIR"):
         write_report(tmp_path)
+
+
+def test_dry_run_gets_no_card_of_a_finished_model_and_is_not_published(tmp_path, capsys):
+    folder, dataset = tmp_path / "dry", make_dataset([1, 2, 3] * 10)
+    trainer = make_trainer(folder, dataset=dataset, max_steps=50)
+    shorten_for_dry_run(args := SimpleNamespace(push_to_hub=True), has_evaluation=False)
+    assert not args.push_to_hub
+    trainer.add_callback(DryRun(trainer))
+    trainer.train()
+    trainer.save_model()
+    report_result(trainer, RunStatistics(None, np.ones(3, int)))
+    assert read_report(folder)["dry_run"] and read_report(folder)["steps"] == 2
+    assert not (folder / "README.md").exists()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("dry run, not a finished model: epsilon ")
+    page = (folder / "report.html").read_text()
+    assert "is a dry run" in page and "What this means for a decision" not in page
+    with pytest.raises(UserError, match="--dry_run, not a finished model"):
+        publish(folder, tmp_path / "out")

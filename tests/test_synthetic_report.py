@@ -21,8 +21,8 @@ from author_dp.outputs.synthetic_report import Text, main, make_report, overlap_
 from data_utils import DataArguments, split_by_author
 
 OPTIONS = {
-    "text_column": "content", "messages_column": None, "author_column": "author", "validation_file": None, "eval_fraction": 0.25,
-    "split_seed": 42,
+    "text_column": None, "messages_column": None, "synthetic_column": None, "author_column": "author", "validation_file": None,
+    "eval_fraction": 0.25, "split_seed": 42,
 }  # fmt: skip
 
 

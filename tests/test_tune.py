@@ -25,6 +25,7 @@ from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
 from author_dp.models.weights import hash_weights
 from author_dp.outputs import search, tune
+from author_dp.outputs.model_card import model_card
 from author_dp.outputs.publish import publish
 from author_dp.outputs.search import PLAN_NAME, run_command
 
@@ -172,6 +173,9 @@ def test_interrupted_search_resumes_as_it_was_drawn(tmp_path, monkeypatch, runs)
     unfinished = tmp_path / "out-search" / plan["runs"][0]["name"]
     with pytest.raises(UserError, match="one run of a search"):
         publish(unfinished, tmp_path / "copy")
+    card = model_card(read_report(unfinished))
+    assert "Certified: nothing yet: this is one run of a search" in card and "choices among several runs" in card
+    assert "included: the best" not in card and "author-level-dp" not in card
     with pytest.raises(UserError, match="a search with other options"):
         call(tmp_path, epsilon=9.0)
     call(tmp_path)

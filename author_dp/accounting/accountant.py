@@ -38,17 +38,20 @@ from opacus.accountants.analysis.prv import (
 )
 from opacus.accountants.analysis.rdp import get_privacy_spent
 from scipy.special import erfcx, gammaln, logsumexp
-from transformers.utils import logging
 
 from author_dp.accounting.pld import ULP, LossDistribution
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 MAX_PRV_EPSILON = 1_000.0  # above, the grid of the PRV accountant would take minutes and gigabytes
 MAX_ERROR_SHARE = 1e-2  # of delta: the largest FFT rounding error with which the PRV accountant is used
 FINEST_GRID = 1e-4  # smallest error in epsilon for which a PRV grid is made
 COARSEST_GRID = 3e-3  # of epsilon: the largest grid error with which the PRV accountant is used
+MIN_DELTA = 1e-100  # smaller ones underflow in the tails of a privacy loss distribution
+MAX_NOISE = 1e9  # largest noise multiplier: beyond, squares lose what a step costs
+LEAST_NOISE = 1e-3  # smallest calibrated noise multiplier: below, a target epsilon asks for hardly any noise
 FOUR_DIGITS = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
 ORDERS = np.array([*range(2, 64), 96, 128, 192, 256, 384, 512, 768, 1024])  # of Renyi divergences
 
@@ -96,6 +99,25 @@ def prob_ever_sampled(events: Sequence[MechanismEvent]) -> float:
     if any(event.sample_rate == 1 for event in events):
         return 1.0
     return -math.expm1(math.fsum(steps * math.log1p(-rate) for _, rate, steps in events)) * (1 + 8 * ULP)
+
+
+def is_empty_promise(events: Sequence[MechanismEvent], delta: float) -> bool:
+    """Return whether delta exceeds half the probability that an author is in any step.
+
+    Publishing the texts of every sampled author is (0, delta)-private at that probability, and of half of them at half of it.
+    """
+    return 2 * delta > prob_ever_sampled(events) * (1 + 16 * ULP)
+
+
+def check_delta(events: Sequence[MechanismEvent], delta: float) -> None:
+    """Raise UserError for an empty promise. A smaller delta is the remedy: calibrated noise would fall to nothing."""
+    if is_empty_promise(events, delta):
+        sampled = prob_ever_sampled(events)
+        raise UserError(
+            f"--target_delta {delta:.4g}: an author is in any step with a probability of {sampled:.2g} only, so this delta would "
+            f"allow publishing half of those authors or more, without noise. Lower it to {sampled / 100:.1g} or less (a "
+            "hundredth of that probability), or raise --sample_rate or --max_steps"
+        )
 
 
 # --- the cheap bound --------------------------------------------------------------------------------------
@@ -195,10 +217,10 @@ class EpsilonAccountant:
         self.delta_error = delta / 1000
         self.epsilon, self.accountant = 0.0, "prv"
         events = merge_events(events)
-        if not events or prob_ever_sampled(events) <= delta:
-            return  # epsilon is 0 whatever the noise
         if any(event.noise_multiplier == 0 for event in events):
             self.epsilon = math.inf
+        elif not events or prob_ever_sampled(events) <= delta:
+            return  # epsilon is 0 whatever the noise
         elif all(event.sample_rate == 1 for event in events):
             self.epsilon, self.accountant = gaussian_epsilon(gaussian_mu(events), delta), "gaussian"
         else:
@@ -312,10 +334,11 @@ def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, del
     Raises:
         UserError (a ValueError): if an argument is out of range.
     """
-    if not noise_multiplier >= 0 or not 0 <= sample_rate <= 1 or steps < 0 or not 0 < delta < 1:
+    if not 0 <= noise_multiplier <= MAX_NOISE or not 0 <= sample_rate <= 1 or steps < 0 or not MIN_DELTA <= delta < 1:
         raise UserError(
             f"compute_epsilon: noise_multiplier {noise_multiplier}, sample_rate {sample_rate}, steps {steps} or delta {delta} is "
-            "out of range. Noise multiplier and steps must be at least 0, the sample rate in [0, 1], delta in (0, 1)"
+            f"out of range. The noise multiplier must be in [0, {MAX_NOISE:g}], steps at least 0, the sample rate in [0, 1], "
+            f"delta in [{MIN_DELTA:g}, 1)"
         )
     return 0.0 if sample_rate == 0 else epsilon_of([MechanismEvent(noise_multiplier, sample_rate, steps)], delta)
 
@@ -328,19 +351,15 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
         steps: number of noisy steps.
         target_epsilon, target_delta: the target; epsilon never exceeds it.
     Raises:
-        UserError (a ValueError): if an argument is out of range, or no noise reaches the target.
+        UserError (a ValueError): if an argument is out of range, no noise reaches the target, or hardly any is needed.
     """
-    if not 0 < target_epsilon < math.inf or steps < 1 or not 0 < sample_rate <= 1 or not 0 < target_delta < 1:
+    if not 0 < target_epsilon < math.inf or steps < 1 or not 0 < sample_rate <= 1 or not MIN_DELTA <= target_delta < 1:
         raise UserError(
             f"find_noise_multiplier: sample_rate {sample_rate}, steps {steps}, target_epsilon {target_epsilon} or target_delta "
             f"{target_delta} is out of range. The sample rate must be in (0, 1], steps at least 1, epsilon positive and finite, "
-            "delta in (0, 1)"
+            f"delta in [{MIN_DELTA:g}, 1)"
         )
-    if (sampled := prob_ever_sampled([MechanismEvent(0.0, sample_rate, steps)])) <= target_delta:
-        raise UserError(
-            f"--target_delta {target_delta}: an author is sampled in any step with probability {sampled:.2g} only, so that any "
-            "epsilon would hold without noise. Lower it, or raise --sample_rate or --max_steps"
-        )
+    check_delta([MechanismEvent(0.0, sample_rate, steps)], target_delta)
 
     def log_excess(sigma: float) -> float:
         """Return log(epsilon / target): at most 0 where the target is met; nearly linear in log sigma."""
@@ -356,7 +375,9 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
         if high > 1e6:
             raise UserError(f"--target_epsilon {target_epsilon}: no noise reaches it at delta {target_delta}. Raise it")
     low = high / 1.2
-    while (at_low := log_excess(low)) <= 0 and low > 1e-3:
+    while (at_low := log_excess(low)) <= 0:
+        if low < LEAST_NOISE:
+            raise UserError(f"--target_epsilon {target_epsilon}: it needs hardly any noise. Lower it, to about 8")
         high, at_high, low = low, at_low, low / 1.2
     # Regula falsi on the logarithms, aimed just below the target and kept off the ends.
     while at_high < -1e-4 and high / low > 1 + 1e-5:

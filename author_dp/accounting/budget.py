@@ -19,15 +19,16 @@ from importlib.metadata import version
 from typing import Any, Optional
 
 from transformers import TrainerCallback
-from transformers.utils import logging
 
+from author_dp.accounting.accountant import check_delta
 from author_dp.accounting.ledger import COUNTS_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
 from author_dp.files import write_json
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class Budget:
@@ -56,7 +57,7 @@ class Budget:
         """Compute how many steps the target allows, and write the ledger's header.
 
         Raises:
-            UserError: if no step is allowed, or the mechanism of an earlier run failed.
+            UserError: if no step is allowed, delta promises nothing, or the mechanism of an earlier run failed.
         """
         if self.plan.disable_dp:
             return
@@ -64,6 +65,8 @@ class Budget:
             logger.warning("*** NO PRIVACY: --noise_multiplier 0 clips without noise. Epsilon is infinite. ***")
         if self.is_main_process:
             self.ledger.check_no_failure()
+            if self.plan.noise_multiplier > 0:
+                check_delta([*self.ledger.events, self.plan.event(self.plan.steps)], self.plan.delta)
             self.allowed_steps = self.affordable_steps(self.plan.steps)
             if self.allowed_steps >= 1:
                 self._write_header()

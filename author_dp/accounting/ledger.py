@@ -25,13 +25,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers.utils import logging
-
 from author_dp.accounting.accountant import MechanismEvent, cyclic_event, epsilon_of, round_up
 from author_dp.accounting.hash_chain import HashChain
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 LEDGER_NAME = "privacy_ledger.jsonl"
 REPORT_NAME = "privacy.json"
@@ -164,7 +163,7 @@ class PrivacyLedger:
     def check_report(self, path: Path) -> dict[str, Any]:
         """Return the report at `path`; raise UserError if it knows of records that this ledger lacks."""
         try:
-            report = json.loads(path.read_text())
+            report = json.loads(path.read_text(encoding="utf-8"))
             known = report["disable_dp"] or report["ledger_link"] in self.record_hashes
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a report of this program. Restore it, or choose another directory") from error
@@ -259,6 +258,6 @@ def find_reports(folder: Path) -> list[Path]:
 def read_private_count(folder: Path) -> Optional[int]:
     """Return the number of authors of the last run with --hide_counts in `folder`; None if unknown."""
     try:
-        return int(json.loads((folder / COUNTS_NAME).read_text())["num_authors"])
+        return int(json.loads((folder / COUNTS_NAME).read_text(encoding="utf-8"))["num_authors"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # the number guards against mistakes only

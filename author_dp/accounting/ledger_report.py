@@ -7,14 +7,17 @@ import math
 from pathlib import Path
 from typing import Any, Optional
 
-from author_dp.accounting.accountant import epsilon_of, format_guarantee, round_up
+from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, is_empty_promise, round_up
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, event_of_run, find_reports
 from author_dp.errors import UserError
+from author_dp.wording import format_count
 
 ADAPTIVE_CHOICES = """\
   This holds if the options of each run were chosen without looking at private results. Options chosen by
   looking at earlier private results (losses, models) need more than this: composition with adaptive choices
   of noise and sample rate. A choice by losses that are not private has no bound at all."""
+
+EMPTY_PROMISE = "  This promises nothing: an author is in any step with a probability of about this delta. Give a smaller DELTA"
 
 
 def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
@@ -33,6 +36,8 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     if ledger.failure is not None:
         lines.append(f"  FAILURE: the mechanism was not as recorded in this ledger: {ledger.failure}")
     lines.append(f"  spent: {format_guarantee(spent, delta)}")
+    if ledger.steps and is_empty_promise(ledger.events, delta):
+        lines.append(EMPTY_PROMISE)
     if ledger.releases:
         lines += [
             f"  released evaluation losses: {len(ledger.releases)}, epsilon {ledger.released_epsilon:g} for held-out authors",
@@ -42,7 +47,7 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
         [
             *lines,
             "  target: " + (f"epsilon {target:g}" if target is not None else "none, the noise multiplier was given"),
-            f"  after one more run of {last['steps']:,} steps: {format_guarantee(after, delta)}",
+            f"  after one more run of {format_count(last['steps'], 'step')}: {format_guarantee(after, delta)}",
         ]
     )
 
@@ -50,12 +55,12 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
 def format_run(header: dict[str, Any], steps: int) -> str:
     """Describe one run of a ledger: its steps and its mechanism."""
     words = (
-        f"{steps:,} of {header['steps']:,} steps, noise multiplier {header['noise_multiplier']:.4f}, sample rate "
+        f"{steps:,} of {format_count(header['steps'], 'step')}, noise multiplier {header['noise_multiplier']:.4f}, sample rate "
         f"{header['sample_rate']:.6g} of {format_num_authors(header)}, clip norm {header['clip_norm']:g}"
     )
     if (bands := header.get("noise_bands", 1)) > 1:
         event = event_of_run(header, steps)
-        words += f", {bands} noise bands: accounted as {event.steps:,} steps at sample rate {event.sample_rate:.6g}"
+        words += f", {bands} noise bands: accounted as {format_count(event.steps, 'step')} at sample rate {event.sample_rate:.6g}"
     return words
 
 
@@ -89,6 +94,8 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
         authors = ", ".join(sorted({format_num_authors(header) for header in ledger.runs}))
         lines.append(f"{ledger.path}: steps {ledger.steps:,} on {authors}: {format_guarantee(epsilon, delta)}")
     lines.append(f"  together: {format_guarantee(joint, delta)}, for an author in all of them")
+    if events and is_empty_promise(events, delta):
+        lines.append(EMPTY_PROMISE)
     if released := sum(ledger.released_epsilon for ledger in ledgers):
         lines.append(f"  with their released evaluation losses: {format_guarantee(round_up(joint, released), delta)}")
     lines.append(f"  sum, for comparison: {format_guarantee(round_up(*epsilons), len(ledgers) * delta)}")
@@ -118,8 +125,8 @@ def main(arguments: list[str]) -> None:
             pass  # a directory that does not exist, which is refused below
     if not folders or any(folder.startswith("-") for folder in folders):
         raise UserError("usage: python -m author_dp.ledger OUTPUT_DIR... [DELTA]")
-    if delta is not None and not 0 < delta < 1:
-        raise UserError(f"DELTA {arguments[-1]}: out of range. Give a number above 0 and below 1")
+    if delta is not None and not MIN_DELTA <= delta < 1:
+        raise UserError(f"DELTA {arguments[-1]}: out of range. Give a number of at least {MIN_DELTA:g} and below 1")
     ledgers = []
     for folder in map(Path, folders):
         ledger = PrivacyLedger(folder / LEDGER_NAME)

@@ -1,14 +1,57 @@
-"""Guard the output directory of a training: lock it, and void every guarantee in it if the mechanism fails."""
+"""Guard the output directory: check that it can be used, lock it, and void its guarantees if the mechanism fails."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME, PrivacyLedger
 from author_dp.distributed import barrier
 from author_dp.errors import MechanismError, UserError
 from author_dp.files import write_json
+
+TRIAL_PREFIX = ".trial-"  # of a folder for what is tried before training
+FOLDERS = ("report", "_logs")
+FILES = ("README.md", "report.html", "_private_statistics.json", "_noise_check.npy", "_counts.json", "training_args.bin")
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise UserError where `folder` cannot be made or written, or has a file where a run puts a folder, or the reverse."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    name = f"--output_dir {folder}: {place}"
+    if not place.is_dir():
+        kind = "a file, not a folder" if place.exists() else "a link to nothing"
+        raise UserError(f"{name} is {kind}. Choose another --output_dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{name} cannot be written. Make it writable, or choose another --output_dir")
+    for path in place.iterdir() if place == folder.absolute() else ():
+        check_target(path, path.name in FOLDERS or path.name.startswith("checkpoint-"), path.name in FILES)
+
+
+def check_not_model(folder: Path, model_name: str) -> None:
+    """Raise UserError where a result would lie where its base is looked up; a hub name is looked up as a folder first."""
+    if folder.resolve() == Path(model_name).resolve():
+        raise UserError(
+            f"--output_dir {folder}, --model_name {model_name}: the result would be found in place of the model that it was made "
+            "from. Choose another --output_dir"
+        )
+
+
+def check_target(path: Path, is_folder: bool, is_file: bool) -> None:
+    """Raise UserError where `path` exists and is not what a run writes there: a folder, or a file."""
+    if (is_folder and not path.is_dir()) or (is_file and path.is_dir()):
+        raise UserError(f"--output_dir: {path} is {'not ' * is_folder}a folder. Move it away, or choose another --output_dir")
+    if (is_folder or is_file) and path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"--output_dir: {path} cannot be written. Make it writable, or choose another --output_dir")
+
+
+def remove_trials(folder: Path) -> None:
+    """Remove what a killed run has left of its trial."""
+    for path in folder.glob(f"{TRIAL_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -57,4 +100,4 @@ def void_guarantee(ledger: PrivacyLedger, failure: str) -> None:
     # The hash of the failure's record: a ledger from which that record was removed is refused.
     void |= {"alarm": failure, "ledger_link": ledger.record_hashes[-1]}
     for path in [*folder.glob(REPORT_NAME), *folder.glob(f"*/{REPORT_NAME}")]:
-        write_json(path, {**json.loads(path.read_text()), **void})
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **void})

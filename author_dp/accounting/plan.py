@@ -16,9 +16,16 @@ from typing import Any, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import MechanismEvent, cyclic_event, cyclic_sample_rate, find_noise_multiplier
+from author_dp.accounting.accountant import (
+    MechanismEvent,
+    check_delta,
+    cyclic_event,
+    cyclic_sample_rate,
+    find_noise_multiplier,
+)
 from author_dp.accounting.banded_mf import BAND_CHOICES, choose_bands, toeplitz_coefficients
 from author_dp.errors import UserError
+from author_dp.wording import format_count
 
 
 @dataclass(frozen=True)
@@ -80,17 +87,19 @@ def make_plan(
         earlier: the header of the run to resume, if any. Its noise multiplier is kept unless one is given.
         max_bands: the largest number of noise bands that fits in memory.
     Raises:
-        UserError: for fewer than two authors, or a target that cannot be reached.
+        UserError: for fewer than two authors, a target that cannot be reached, or a delta that promises nothing.
     """
     num_authors = len(offsets) - 1
     if num_authors < 2:
         raise UserError("--author_column: the data have one author only, and no noise can hide one. Give data of many authors")
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     sample_rate = privacy.sample_rate or min(1.0, batch_size / num_authors)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
+    steps = planned_steps(args, sample_rate)
     delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
     bands = 1 if privacy.disable_dp else resolve_num_bands(privacy, earlier, sample_rate, steps, delta, max_bands)
     event = cyclic_event(0.0, sample_rate, steps, bands)
+    if earlier is None and has_guarantee(privacy):  # a resumed run may be finished: `Budget.start` checks it when it trains
+        check_delta([MechanismEvent(0.0, sample_rate, steps)], delta)
     return PrivacyPlan(
         target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
         delta=delta,
@@ -109,6 +118,23 @@ def make_plan(
         noise_bands=bands,
         part_of_search=privacy.part_of_search,
     )
+
+
+def planned_steps(args: Any, sample_rate: float) -> int:
+    """Return the number of steps that --max_steps, or else --num_train_epochs, asks for."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
+
+
+def check_planned_delta(privacy: Any, args: Any) -> None:
+    """Raise UserError for a delta that promises nothing, where options alone tell, so that no data need be loaded."""
+    rate, delta = privacy.sample_rate, privacy.target_delta
+    if has_guarantee(privacy) and not args.resume_from_checkpoint and rate is not None and delta is not None:
+        check_delta([MechanismEvent(0.0, rate, planned_steps(args, rate))], delta)
+
+
+def has_guarantee(privacy: Any) -> bool:
+    """Return whether a run claims any epsilon: --disable_dp and --noise_multiplier 0 do not."""
+    return not privacy.disable_dp and privacy.noise_multiplier != 0
 
 
 def resolve_noise_multiplier(privacy: Any, earlier: Optional[dict[str, Any]], event: MechanismEvent, delta: float) -> float:
@@ -145,5 +171,5 @@ def resolve_num_bands(
     bands = int(asked or 1)
     cyclic_sample_rate(sample_rate, bands)  # raises if there are too many
     if bands > steps:
-        raise UserError(f"--noise_bands {bands}: more than the {steps} steps of the run. Lower it")
+        raise UserError(f"--noise_bands {bands}: more than the {format_count(steps, 'step')} of the run. Lower it")
     return bands

@@ -5,13 +5,17 @@ from typing import Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import format_guarantee
+from author_dp.accounting.accountant import format_guarantee, prob_ever_sampled
 from author_dp.accounting.banded_mf import error_ratio
 from author_dp.accounting.plan import PrivacyPlan
+from author_dp.wording import format_count
 
 FEW_AUTHORS = 1_000  # below it, the summary explains delta
 LARGE_DELTA = 1e-3  # above it, the log warns of delta
+LARGE_DELTA_SHARE = 1e-2  # of the probability that an author is in any step: the same
+LARGE_EPSILON = 20.0  # above it, the log warns of epsilon
 SMALL_BATCH, GOOD_BATCH = 64, 256  # authors: below the first, the log recommends the second
+LARGE_RATE = 0.2  # no larger sample rate is recommended: each author would be in nearly every step
 FEW_STEPS, ENOUGH_STEPS = 20, 60  # the same for steps
 RESUME_NOTE = (
     "Resuming starts a new banded segment. Earlier steps round up to full cycles: at most one extra accounted step, so the "
@@ -27,6 +31,7 @@ def format_plan(
     epsilon: float,
     earlier_steps: int,
     remaining_steps: int = 0,
+    devices: str = "",
 ) -> str:
     """Return the summary that is logged before training.
 
@@ -36,12 +41,14 @@ def format_plan(
         epsilon: at the end of the training.
         earlier_steps: taken by earlier runs.
         remaining_steps: that this training will take.
+        devices: the processes and what they run on.
     """
     samples = np.diff(offsets)
     lines = [
         "*** NO PRIVACY: --disable_dp ***" if plan.disable_dp else "Author-level DP fine-tuning",
-        f"  authors (N)             {plan.num_authors:,} with {plan.num_samples:,} samples; samples per author: median "
-        f"{np.median(samples):g}, maximum {samples.max():,}, at most {plan.samples_per_author} in one step (k)",
+        *([f"  processes               {devices}"] if devices else []),
+        f"  authors (N)             {plan.num_authors:,} with {format_count(plan.num_samples, 'sample')}; samples per author: "
+        f"median {np.median(samples):g}, maximum {samples.max():,}, at most {plan.samples_per_author} in one step (k)",
         f"  sample rate (q)         {plan.sample_rate:.6g}, {format_batch(plan)}",
         f"  steps                   {plan.steps:,}"
         + (f", {earlier_steps:,} taken by earlier runs, {remaining_steps:,} left" if earlier_steps else ""),
@@ -69,7 +76,7 @@ def format_plan(
 def format_bands(plan: PrivacyPlan) -> str:
     """Describe the noise bands: what is accounted, and how much less noise the weights get."""
     event = plan.event(plan.steps)
-    accounted = f"accounted as {event.steps:,} steps at sample rate {event.sample_rate:.6g}"
+    accounted = f"accounted as {format_count(event.steps, 'step')} at sample rate {event.sample_rate:.6g}"
     words = f"{plan.noise_bands}: noise correlated over steps, {accounted}"
     if plan.target_epsilon is not None:
         ratio = error_ratio(
@@ -83,7 +90,7 @@ def format_batch(plan: PrivacyPlan) -> str:
     """Describe the expected batch, and the divisor of the sum if that is another number."""
     expected, divisor = plan.sample_rate * plan.num_authors, plan.expected_batch_size
     if abs(min(divisor, plan.num_authors) - expected) < 1e-6 * expected:
-        return f"expected batch size (B) {divisor:,} authors"
+        return f"expected batch size (B) {format_count(divisor, 'author')}"
     return f"expected batch {expected:,.1f} authors, their sum divided by the constant {divisor:,} (B)"
 
 
@@ -92,24 +99,48 @@ def format_delta(delta: float) -> str:
     return f"{delta:.2g}: it would allow publishing all texts of one author in {1 / delta:,.0f}, and nothing of the others"
 
 
-def delta_warning(plan: PrivacyPlan) -> Optional[str]:
-    """Return a warning of a delta that protects little, such as the default 1 / N with few authors."""
-    if plan.disable_dp or plan.delta <= LARGE_DELTA:
-        return None
-    return f"--target_delta: delta is {format_delta(plan.delta)}. Lower it, to about 1e-5; the noise is calibrated accordingly."
+def plan_warnings(plan: PrivacyPlan) -> list[str]:
+    """Return warnings of an epsilon or delta that protects little, such as the default 1 / N with few authors."""
+    if plan.disable_dp:
+        return []
+    warnings = []
+    if (plan.target_epsilon or 0) > LARGE_EPSILON:
+        warnings.append(
+            f"--target_epsilon: epsilon {plan.target_epsilon:g} promises little: one author may make an outcome e^epsilon times "
+            "as likely. Lower it, to 8 or less."
+        )
+    sampled = prob_ever_sampled([plan.event(plan.steps)])
+    expected = plan.delta * plan.num_authors
+    if plan.delta > LARGE_DELTA:
+        words = format_delta(plan.delta)
+    elif expected > 1 + 1e-9:
+        words = f"{plan.delta:.2g}, more than 1 / N: it would allow publishing all texts of about {expected:.2g} authors"
+    elif plan.delta > LARGE_DELTA_SHARE * sampled:
+        words = f"{plan.delta:.2g}: it would allow publishing all texts of one in {sampled / plan.delta:,.0f} authors in any step"
+    else:
+        return warnings
+    return [*warnings, f"--target_delta: delta is {words}. Lower it, to about 1e-5 or less; the noise is calibrated accordingly."]
 
 
 def tuning_hint(plan: PrivacyPlan) -> Optional[str]:
     """Return a hint if the plan alone shows that the model will be poor."""
-    if plan.expected_batch_size < SMALL_BATCH and plan.sample_rate < 1:
-        return (
-            f"An expected batch of {plan.expected_batch_size} authors is small, so noise dominates: raise "
-            f"--gradient_accumulation_steps, for a batch of about {GOOD_BATCH}."
-        )
+    expected = plan.sample_rate * plan.num_authors
+    if expected < SMALL_BATCH and plan.sample_rate < 1:
+        return f"An expected batch of {expected:.3g} authors is small, so noise dominates: {batch_remedy(plan)}."
     if plan.steps < FEW_STEPS:
         epochs = math.ceil(ENOUGH_STEPS * plan.sample_rate)
         return (
-            f"{plan.steps} steps train little: raise --num_train_epochs, to about {epochs}, or --max_steps if you gave it. With "
-            "--target_epsilon, the noise is calibrated accordingly."
+            f"{format_count(plan.steps, 'step')} will train little: raise --num_train_epochs, to about {epochs}, or --max_steps "
+            "if you gave it. With --target_epsilon, the noise is calibrated accordingly."
         )
     return None
+
+
+def batch_remedy(plan: PrivacyPlan) -> str:
+    """Return how to get a larger batch, up to GOOD_BATCH authors and LARGE_RATE of them all."""
+    batch = math.floor(min(GOOD_BATCH, LARGE_RATE * plan.num_authors))
+    if batch <= 1.5 * plan.sample_rate * plan.num_authors:
+        return f"{plan.num_authors:,} authors are few, and a larger sample rate would need more noise. Add authors"
+    if abs(plan.sample_rate * plan.num_authors / plan.expected_batch_size - 1) < 1e-6:
+        return f"raise --gradient_accumulation_steps, for a batch of about {batch}"
+    return f"raise --sample_rate, to about {batch / plan.num_authors:.2g}, and the batch options to about {batch} authors"

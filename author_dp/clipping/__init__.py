@@ -14,7 +14,7 @@ Example:
     >>> norms = engine.backward(author_losses(engine.module, batch), batch["author"])
 """
 
-from typing import Protocol
+from typing import Optional, Protocol
 
 import torch
 from torch import nn
@@ -31,8 +31,12 @@ class ClippingEngine(Protocol):
 
     def __init__(self, model: nn.Module, clip_norm: float): ...
 
-    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
-        """Add the clipped gradients of losses (authors,) to `summed_grad`; return the norms before clipping, (authors,)."""
+    def backward(self, losses: torch.Tensor, author: torch.Tensor, samples_each: Optional[int] = None) -> torch.Tensor:
+        """Add the clipped gradients of losses (authors,) to `summed_grad`; return the norms before clipping, (authors,).
+
+        Args:
+            author, samples_each: as for `AuthorIndex`.
+        """
         ...
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ gradient of a weight.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -85,6 +85,7 @@ class LayerCapture:
         self._anchor = torch.zeros((), requires_grad=True, device=device)
         self._is_active = self._is_muted = False
         self._hooks: list[Any] = [layer.register_forward_hook(self._attach, with_kwargs=True) for layer in rules]
+        self._hooks += [layer.register_forward_pre_hook(cast_input) for layer in rules if isinstance(layer, nn.Linear | Conv1D)]
         self._hooks.append(model.register_forward_pre_hook(self._remember_inputs, with_kwargs=True))
 
     def backward(self, losses: torch.Tensor, parameters: list[Any], retain_graph: bool) -> None:
@@ -120,7 +121,7 @@ class LayerCapture:
         if not output.requires_grad:
             return output
         if isinstance(layer, nn.Linear | Conv1D):
-            inputs = [inputs[0].to(output.dtype)]  # as autocast does inside the layer
+            inputs = [inputs[0].to(output.dtype)]  # where a layer computes in another type than autocast's
         call = LayerCall(layer, self.input_ids)
         return CaptureGrad.apply(output, self._anchor, self._collect, call, type(layer) not in OUTPUT_NOT_SAVED, *inputs)
 
@@ -147,6 +148,14 @@ class LayerCapture:
             self._receive(call, inputs, gradient)
         finally:
             self._is_muted = False
+
+
+def cast_input(layer: nn.Module, args: tuple) -> Optional[tuple]:
+    """Forward pre-hook: cast an input as autocast would in the layer, so that the layer's backward and the capture share it."""
+    if len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].dtype != torch.float32:
+        return None
+    device = args[0].device.type
+    return (args[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else None
 
 
 def find_lookup(output: torch.Tensor) -> Any:

@@ -3,13 +3,24 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
-from author_dp.clipping.grad_factors import GradFactors, add_clipped, merge_factors, total_squared_norms
+from author_dp.clipping.grad_factors import (
+    GradFactors,
+    MaterializedGrad,
+    SquaredNorm,
+    add_clipped,
+    merge_factors,
+    squared_norms,
+    stack_squares,
+    total_squared_norms,
+)
+
+JOIN_ELEMENTS = 2**14  # of an author's gradient of one parameter that is joined with others
 
 
 class FactorStore:
@@ -27,7 +38,8 @@ class FactorStore:
 
     def __init__(self, model: nn.Module, tied: set[Any]):
         self.factors: dict[Any, list[GradFactors]] = defaultdict(list)
-        self.squares: dict[Any, torch.Tensor] = {}
+        self.squares: dict[Any, SquaredNorm] = {}
+        self._joined: Optional[JoinedGrads] = None
 
     def norm_pass(self, run_backward: Callable[[bool], None], authors: AuthorIndex, retain_graph: bool) -> None:
         """Start a microbatch: run the backward pass, which calls `accepts` and `add`.
@@ -57,30 +69,65 @@ class FactorStore:
         """Take the factors of one use of a parameter, in a forward pass of `input_ids`, (samples, tokens)."""
         self.factors[parameter].append(grad)
 
-    def squared_norms(self, params: list[Any]) -> list[torch.Tensor]:
+    def is_joined(self, grads: list[GradFactors]) -> bool:
+        """Return whether a parameter's gradients are joined with those of other parameters."""
+        return len(grads) == 1 and isinstance(grads[0], MaterializedGrad) and grads[0].gradients[0].numel() <= JOIN_ELEMENTS
+
+    def squared_norms(self, params: list[Any]) -> list[SquaredNorm]:
         """Drop the other parameters, and return the squared norms of these, each (authors,)."""
         self.squares = {p: self.squares[p] for p in params if p in self.squares}
         merged = {p: merge_factors(self.factors[p], self._authors) for p in params if p in self.factors}
         self.factors.clear()
         self.factors.update(merged)
-        unknown = [grads for p, grads in merged.items() if p not in self.squares]
-        return [*self.squares.values(), *(total_squared_norms(grads, self._authors) for grads in unknown)]
+        small = [p for p, grads in merged.items() if p not in self.squares and self.is_joined(grads)]
+        self._joined = JoinedGrads({p: self.factors.pop(p)[0] for p in small}) if small else None  # type: ignore[misc]
+        unknown = [grads for p, grads in self.factors.items() if p not in self.squares]
+        joined = [] if self._joined is None else [self._joined.squared()]
+        return [*self.squares.values(), *joined, *(total_squared_norms(grads, self._authors) for grads in unknown)]
 
     def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
         """Add the clipped sums to each `summed_grad`."""
+        if self._joined is not None:
+            self._joined.add_clipped(clip)
+            self._joined = None
         for parameter in list(self.factors):  # free each tensor once it is used
             for grad in self.factors.pop(parameter):
                 add_clipped(grad, parameter.summed_grad, clip)
 
 
-def total_norms(squares: list[torch.Tensor], losses: torch.Tensor) -> torch.Tensor:
+class JoinedGrads:
+    """Per-author gradients of many small parameters in one tensor: norms and clipped sums of all take a few kernels.
+
+    Args:
+        grads: {parameter: its gradients}.
+    """
+
+    def __init__(self, grads: dict[Any, MaterializedGrad]):
+        self.parameters = list(grads)
+        flat = [grad.gradients.reshape(len(grad.gradients), -1) for grad in grads.values()]
+        self.gradients = flat[0] if len(flat) == 1 else torch.cat(flat, 1)  # (authors, elements of all)
+
+    def squared(self) -> SquaredNorm:
+        return SquaredNorm(squared_norms(self.gradients))
+
+    def add_clipped(self, clip: ClipFactors) -> None:
+        """Add the clipped sums to each `summed_grad`."""
+        gradients = self.gradients
+        if clip.non_finite is not None:  # the factor is zero, but zero times nan would be nan
+            gradients = gradients.masked_fill(clip.non_finite[:, None], 0)
+        sums = (clip.factors @ gradients).split([p.numel() for p in self.parameters])
+        torch._foreach_add_([p.summed_grad.view(-1) for p in self.parameters], list(sums))
+
+
+def total_norms(squares: list[SquaredNorm], losses: torch.Tensor) -> torch.Tensor:
     """Return the norms over all parameters, (authors,); inf where a norm is not a number.
 
     Args:
         squares: squared norms of each parameter, each (authors,).
         losses: (authors,).
     """
-    every = torch.stack([losses.new_zeros(len(losses), dtype=torch.float32), *squares], 1)  # (authors, parameters)
+    none = SquaredNorm(losses.new_zeros(len(losses), dtype=torch.float32))
+    every = stack_squares([none, *squares]).with_margin()  # (authors, parameters)
     # Rounding may leave a small square below zero, which must not reduce the others; overflow must not pass for a small norm.
     # The sum runs along rows: in a sum of columns, the vectorized order depends on the author's index.
     return every.clamp(min=0).where(every.isfinite(), torch.inf).sum(1).sqrt()

@@ -19,7 +19,7 @@ References:
 """
 
 import functools
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -68,17 +68,18 @@ class GhostClipping:
         """Use the per-author fallback for these parameters too, as another engine found on this model, and for no others."""
         self._fallback.freeze(params)
 
-    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+    def backward(self, losses: torch.Tensor, author: torch.Tensor, samples_each: Optional[int] = None) -> torch.Tensor:
         """Backpropagate one microbatch, clip, and add to `summed_grad`.
 
         Args:
             losses: (authors,), attached to the graph of `self.module`.
             author: int64 (samples,), ascending, the author of each sample.
+            samples_each: as for `AuthorIndex`.
         Returns:
             norms before clipping, (authors,); inf for an author who contributes nothing.
         """
         with torch.autocast(losses.device.type, enabled=False):  # around a call it would round what is clipped
-            return self._clip(losses, AuthorIndex(author, len(losses)))
+            return self._clip(losses, AuthorIndex(author, len(losses), samples_each))
 
     def _clip(self, losses: torch.Tensor, authors: AuthorIndex) -> torch.Tensor:
         """As `backward`, in float32."""

@@ -38,18 +38,35 @@ BFLOAT16_ROUNDING = 2.0**-8  # largest relative change of a number that is round
 class SquaredNorm(NamedTuple):
     """Squared norm, and the largest norm it could have without cancellation, which bounds the rounding error.
 
-    All are float32 (authors,).
+    All are float32, (authors,), or (authors, parameters) for several parameters together.
     """
 
     value: torch.Tensor
-    bound: torch.Tensor  # the sum over tokens of |left_t| |right_t|; 0 where the gradient itself is what is scaled
-    slack: torch.Tensor | None = None  # by how much the norm of the sum may be larger, as each c g_t is rounded
+    bound: torch.Tensor | None = (
+        None  # the sum over tokens of |left_t| |right_t|; None where the gradient itself is what is scaled
+    )
+    rounded: torch.Tensor | None = None  # the part of `bound` whose tokens c g_t are rounded to bfloat16
 
     def with_margin(self) -> torch.Tensor:
         """Return the squared norm, rounded up by what rounding may take."""
-        bound = self.bound.square()
-        square = torch.where(self.value < CANCELLATION_RATIO * bound, self.value + ROUNDING_MARGIN * bound, self.value)
-        return square if self.slack is None else (square.clamp(min=0).sqrt() + self.slack).square()
+        square = self.value
+        if self.bound is not None:
+            bound = self.bound.square()
+            square = torch.where(self.value < CANCELLATION_RATIO * bound, self.value + ROUNDING_MARGIN * bound, self.value)
+        if self.rounded is None:
+            return square
+        return (square.clamp(min=0).sqrt() + BFLOAT16_ROUNDING * self.rounded).square()
+
+
+def stack_squares(squares: list[SquaredNorm]) -> SquaredNorm:
+    """Return the squares of several parameters, each of (authors,), as one of (authors, parameters)."""
+    zero = torch.zeros_like(squares[0].value)
+
+    def stack(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+        return None if all(part is None for part in parts) else torch.stack([zero if p is None else p for p in parts], 1)
+
+    value = torch.stack([square.value for square in squares], 1)
+    return SquaredNorm(value, stack([square.bound for square in squares]), stack([square.rounded for square in squares]))
 
 
 class MaterializedGrad(NamedTuple):
@@ -58,8 +75,7 @@ class MaterializedGrad(NamedTuple):
     gradients: torch.Tensor  # (authors, ...), float32
 
     def squared(self, authors: AuthorIndex) -> SquaredNorm:
-        value = squared_norms(self.gradients)
-        return SquaredNorm(value, torch.zeros_like(value))
+        return SquaredNorm(squared_norms(self.gradients))
 
     def add_clipped(self, total: torch.Tensor, clip: ClipFactors) -> None:
         total.view(-1).addmv_(self.gradients.reshape(len(self.gradients), -1).T, clip.factors)
@@ -73,8 +89,8 @@ class OuterProduct(NamedTuple):
 
     def squared(self, authors: AuthorIndex) -> SquaredNorm:
         squared = product_squared_norms(authors.gather(self.left), authors.gather(self.right))
-        # |sum_t r_t a_t^T| <= |c G| + sum_t |r_t - c g_t| |a_t| for the rounded r_t, and the last sum is at most c `slack`.
-        return squared if self.left.dtype == torch.float32 else squared._replace(slack=BFLOAT16_ROUNDING * squared.bound)
+        # |sum_t r_t a_t^T| <= |c G| + sum_t |r_t - c g_t| |a_t| for the rounded r_t; the last sum is at most 2^-8 c `rounded`.
+        return squared if self.left.dtype == torch.float32 else squared._replace(rounded=squared.bound)
 
     def add_clipped(self, total: torch.Tensor, clip: ClipFactors) -> None:
         left, right = self.left, self.right
@@ -116,7 +132,8 @@ def add_clipped(grad: GradFactors, total: torch.Tensor, clip: ClipFactors) -> No
 
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return the product of matrices, or of batches of them, summed in float32 and float32 whatever the factors' dtype."""
-    if left.dtype == torch.float32 or left.device.type != "cuda":
+    # ROCm's device is "cuda", too, and like other devices it has no product with another type of result.
+    if left.dtype == torch.float32 or left.device.type != "cuda" or torch.version.hip is not None:
         return left.float() @ right.float()
     return (torch.bmm if left.dim() == 3 else torch.mm)(left, right, out_dtype=torch.float32)
 
@@ -128,7 +145,8 @@ def squared_norms(gradients: torch.Tensor) -> torch.Tensor:
     """
     rows = gradients.reshape(len(gradients), -1)
     chunk = max(1, (2**20 if rows.device.type == "cpu" else 2**26) // len(rows))
-    return torch.stack([piece.square().sum(1) for piece in rows.split(chunk, 1)], 1).sum(1)  # along rows: see `total_norms`
+    sums = [piece.square().sum(1) for piece in rows.split(chunk, 1)]
+    return sums[0] if len(sums) == 1 else torch.stack(sums, 1).sum(1)  # along rows: see `total_norms`
 
 
 def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> SquaredNorm:
@@ -147,13 +165,21 @@ def product_squared_norms(left: torch.Tensor, right: torch.Tensor) -> SquaredNor
     chunk = max(1, MATERIALIZE_ELEMENTS // (rows * columns))  # authors
     pairs = zip(left.split(chunk), right.split(chunk))
     value = torch.cat([matmul(left_chunk.mT, right_chunk).square_().sum((1, 2)) for left_chunk, right_chunk in pairs])
-    return SquaredNorm(value, (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1))
+    return SquaredNorm(value, (token_norms(left) * token_norms(right)).sum(1))
+
+
+def token_norms(factor: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each token, float32 (authors, tokens)."""
+    return torch.linalg.vector_norm(factor, dim=2, dtype=torch.float32)
 
 
 def ghost_squared_norms(left: torch.Tensor, right: torch.Tensor, block: int) -> SquaredNorm:
     """Return sum_{s,t} <left_s, left_t> <right_s, right_t>, in blocks of s with t from there on, as pairs are symmetric."""
     if left.device.type == "cpu":
         left, right = left.float(), right.float()  # once for all blocks
+    if left.shape[1] <= block:
+        products = matmul(left, left.mT).mul_(matmul(right, right.mT))  # (authors, tokens, tokens)
+        return SquaredNorm(products.sum((1, 2)), products.diagonal(dim1=1, dim2=2).sqrt().sum(1))
     value = bound = torch.zeros((), device=left.device)
     for start in range(0, left.shape[1], block):
         products, others = (matmul(side[:, start : start + block], side[:, start:].mT) for side in (left, right))
@@ -170,10 +196,10 @@ def lookup_squared_norms(ids: torch.Tensor, gradients: torch.Tensor) -> SquaredN
     return SquaredNorm(products.mul_(ids[:, :, None] == ids[:, None, :]).sum((1, 2)), bound)
 
 
-def total_squared_norms(grads: list[GradFactors], authors: AuthorIndex) -> torch.Tensor:
+def total_squared_norms(grads: list[GradFactors], authors: AuthorIndex) -> SquaredNorm:
     """Return ||sum of the gradients||^2 for one parameter, (authors,): of one, or of the two of a tied embedding."""
     if len(grads) == 1:
-        return grads[0].squared(authors).with_margin()
+        return grads[0].squared(authors)
     lookup, product = sorted(grads, key=lambda grad: isinstance(grad, OuterProduct))
     assert isinstance(lookup, EmbeddingGrad) and isinstance(product, OuterProduct)
     return tied_squared_norm(lookup, looked_up_rows(lookup.ids, product, authors), product.squared(authors), authors)
@@ -193,7 +219,7 @@ def looked_up_rows(ids: torch.Tensor, product: OuterProduct, authors: AuthorInde
     return matmul(picked.mT, hidden.to(picked.dtype))
 
 
-def tied_squared_norm(lookup: EmbeddingGrad, rows: torch.Tensor, head: SquaredNorm, authors: AuthorIndex) -> torch.Tensor:
+def tied_squared_norm(lookup: EmbeddingGrad, rows: torch.Tensor, head: SquaredNorm, authors: AuthorIndex) -> SquaredNorm:
     """Return ||G_embedding + G_head||^2 of each author, (authors,), for a matrix that is both.
 
     Args:
@@ -202,7 +228,7 @@ def tied_squared_norm(lookup: EmbeddingGrad, rows: torch.Tensor, head: SquaredNo
     """
     cross = 2 * rows.mul_(authors.gather(lookup.gradients)).sum((1, 2))  # 2 <G_embedding, G_head> = 2 sum_s <row_s, e_s>
     square = lookup.squared(authors)
-    return SquaredNorm(square.value + head.value + cross, square.bound + head.bound, head.slack).with_margin()
+    return SquaredNorm(square.value + head.value + cross, square.bound + head.bound, head.rounded)  # type: ignore[operator]
 
 
 # --- several uses of a parameter ------------------------------------------------------------------------

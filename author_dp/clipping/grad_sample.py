@@ -16,7 +16,7 @@ References:
 
 import inspect
 import warnings
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from opacus.grad_sample import GradSampleModule, register_grad_sampler
@@ -68,12 +68,13 @@ class GradSampleClipping:
         except NotImplementedError as error:
             raise UserError(f"--clipping grad_sample: {str(error)[:200]}. Use --clipping ghost, or --enable_lora.") from error
 
-    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+    def backward(self, losses: torch.Tensor, author: torch.Tensor, samples_each: Optional[int] = None) -> torch.Tensor:
         """Backpropagate one microbatch, clip, and add to `summed_grad`.
 
         Args:
             losses: (authors,), attached to the graph of `self.module`.
             author: int64 (samples,), ascending, the author of each sample.
+            samples_each: as for `AuthorIndex`.
         Returns:
             norms before clipping, (authors,); inf or nan for an author who contributes nothing.
         """
@@ -81,7 +82,7 @@ class GradSampleClipping:
             # The inputs of embeddings, and of adapters behind frozen layers, need no gradient; the hooks do fire.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses.sum().backward()
-        authors, gradients = AuthorIndex(author, len(losses)), {}
+        authors, gradients = AuthorIndex(author, len(losses), samples_each), {}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:  # else the loss does not use it
                 gradients[parameter] = authors.sum(self._per_sample(name, parameter, len(author)))

@@ -7,8 +7,9 @@ A rule takes inputs and output gradients of shape (samples, tokens, features), a
 layer without a rule of its own is called once more for each sample (`vmap_rule`), which follows whatever it computes. Parameters
 of other layers are left to `fallback.py`.
 
-To support a further layer, write its rule here, return it in `rule_for`, and add the layer to tests/test_clipping_rules.py, which
-compares it with autograd. What a model family computes outside its layers' types is listed below.
+To support a further layer, write its rule here, return it in `rule_for`, and add the layer to
+tests/test_clipping_rules.py, which compares it with autograd.
+What a model family computes outside its layers' types is listed below.
 """
 
 import re

@@ -4,11 +4,11 @@ Guarantees: nothing here enters an update. All statistics are computed on privat
 """
 
 import torch
-from transformers.utils import logging
 
 from author_dp.distributed import all_reduce_sum
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class NormStatistics:
@@ -30,15 +30,15 @@ class NormStatistics:
         self._steps = 0
         self.authors = 0
 
-    def add(self, norms: torch.Tensor, is_real: torch.Tensor) -> None:
+    def add(self, norms: torch.Tensor, is_real: torch.Tensor, num_real: int) -> None:
         """Count the norms of a microbatch's real authors.
 
         Args:
             norms: (authors,), before clipping; inf or nan for a gradient that is not finite.
-            is_real: bool (authors,) on the CPU, False for dummy authors and canaries, which are not counted.
+            is_real: bool (authors,), False for dummy authors and canaries, which are not counted.
+            num_real: how many are real.
         """
-        self.authors += int(is_real.sum())
-        is_real = is_real.to(norms.device, non_blocking=True)
+        self.authors += num_real
         self._counts += (torch.stack([is_real, norms > self.clip_norm, ~norms.isfinite()]) & is_real).sum(1)
         self._bins.scatter_add_(0, torch.bucketize(norms / self.clip_norm, self.edges), is_real.to(norms.dtype))
 

@@ -17,6 +17,7 @@ PLACEHOLDER_AUTHORS = [
     "[deleted]", "[removed]", "deleted", "removed", "anonymous", "anon", "unknown", "nobody", "none", "null", "nan", "n/a", "na",
     "guest", "undefined", "unspecified", "no author", "?", "-",
 ]  # fmt: skip
+PLACEHOLDER_TEXTS = ["[deleted]", "[removed]"]  # by Reddit, for a text that is gone
 LARGE_SHARE = 0.03  # of all samples
 BATCH_ROWS = 2**16
 MIN_WORDS = 3  # of a text that is compared with others; shorter ones coincide by chance
@@ -67,7 +68,7 @@ def split_id(seed: int, eval_fraction: float, author_column: str) -> str:
 
 
 def suspicious_author_warnings(samples: Dataset, text_column: str, author_column: str) -> list[str]:
-    """Return warnings about placeholder authors, very large authors, and texts of several authors.
+    """Return warnings about placeholder authors and texts, very large authors, repeated texts, and texts of several authors.
 
     The guarantee holds for them, but protects less than it seems to. A person behind "[deleted]" is one of many in that author.
     A person whose text is also under another name is not hidden by removing one of the names.
@@ -91,7 +92,18 @@ def suspicious_author_warnings(samples: Dataset, text_column: str, author_column
             "samples. Check that it is one author"
         )
     texts = samples.select_columns([text_column]).with_format("arrow").iter(BATCH_ROWS)
-    hashes = np.concatenate([hash_texts(batch[text_column]) for batch in texts])
+    hashes, is_long = (np.concatenate(parts) for parts in zip(*(hash_texts(batch[text_column]) for batch in texts)))
+    if repeated := count_repeated(hashes, codes, placeholders):
+        warnings.append(
+            f"--text_column {text_column!r}: {repeated:,} of {len(samples):,} samples repeat a text of the same author, and "
+            "count again. Remove them if they are copies, as of a file that was joined twice"
+        )
+    if num_gone := np.isin(hashes, [hash(text) for text in PLACEHOLDER_TEXTS]).sum():
+        warnings.append(
+            f"--text_column {text_column!r}: {num_gone:,} of {len(samples):,} samples are {' or '.join(PLACEHOLDER_TEXTS)}, in "
+            "place of a text that is gone. Remove them, or the model learns to write so"
+        )
+    hashes[~is_long] = 0
     if len(shared := hashes_of_several_authors(hashes, codes)):
         warnings.append(
             f"--text_column {text_column!r}: {len(shared):,} texts of {MIN_WORDS} words or more have several authors each, in "
@@ -113,6 +125,21 @@ def hashes_of_several_authors(hashes: np.ndarray, codes: np.ndarray) -> np.ndarr
     return np.unique(hashes[1:][repeats])
 
 
-def hash_texts(texts: pa.ChunkedArray) -> np.ndarray:
-    """Return int64 (texts,): equal for equal texts, 0 for texts of fewer than MIN_WORDS words."""
-    return np.array([hash(text) if text.count(" ") >= MIN_WORDS - 1 else 0 for text in texts.to_pylist()], np.int64)
+def count_repeated(hashes: np.ndarray, codes: np.ndarray, placeholders: np.ndarray) -> int:
+    """Return the number of samples whose text the same author has in an earlier sample too.
+
+    Args:
+        hashes, codes: as for `hashes_of_several_authors`.
+        placeholders: numbers of authors who may be many people, whose texts may be equal by chance.
+    """
+    order = np.lexsort((codes, hashes))
+    hashes, codes = hashes[order], codes[order]
+    is_repeated = (hashes[1:] == hashes[:-1]) & (codes[1:] == codes[:-1])
+    return int((is_repeated & ~np.isin(codes[1:], placeholders)).sum())
+
+
+def hash_texts(texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return hashes, int64 (texts,), equal for equal texts, and whether each text has MIN_WORDS words or more, bool (texts,)."""
+    values = texts.to_pylist()
+    is_long = [text.count(" ") >= MIN_WORDS - 1 for text in values]
+    return np.array([hash(text) for text in values], np.int64), np.array(is_long, bool)

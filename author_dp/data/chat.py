@@ -1,12 +1,13 @@
 """Format prompts with completions, and conversations, as texts with target spans.
 
 Guarantees: targets are exact positions in the text that the model reads, never found by searching for words. A conversation
-without such positions is an error.
+without such positions is an error, and so is one of which the template leaves out words.
 
 The columns are those of TRL [1]: "prompt" and "completion", texts or lists of messages; or "messages", a list of {"role",
 "content"}. Where the chat template marks the assistant's words ({% generation %}), these marks are used. Otherwise a turn of the
 assistant begins where the rendered conversation before it ends, including the template's opening of an answer. It ends where the
-rendered conversation up to it ends. Each of these must be an exact prefix of the complete text.
+rendered conversation up to it ends. Each of these must be an exact prefix of the complete text. Some templates, as GLM's, end a
+turn by the mark of the next role alone: there this mark is learned, and written after the last turn (`TurnEnd`).
 
 An example travels as one JSON string, `Example.to_json()`, so that readers, splits and storage only see text.
 
@@ -20,19 +21,19 @@ References:
 """
 
 import json
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from author_dp.data.chat_template import ChatTemplate
 from author_dp.errors import UserError
 from author_dp.types import IGNORE_INDEX
 
 TARGETS = ("assistant", "all")
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # in a template, before the assistant's words
-COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 class Example(NamedTuple):
@@ -52,7 +53,7 @@ class Example(NamedTuple):
         return cls(*json.loads(text)) if text else cls("", [], False)
 
 
-class ChatFormatter:
+class ChatFormatter(ChatTemplate):
     """Format rows as examples.
 
     Args:
@@ -61,11 +62,8 @@ class ChatFormatter:
     """
 
     def __init__(self, tokenizer: Optional[PreTrainedTokenizerBase], targets: str):
-        self.tokenizer, self.targets = tokenizer, targets
-        self.template = None if tokenizer is None else tokenizer.chat_template
-        if isinstance(self.template, dict):  # some hub models have several, by name
-            self.template = self.template.get("default")
-        self.has_marks = self.template is not None and bool(GENERATION_MARK.search(COMMENT.sub("", self.template)))
+        super().__init__(tokenizer)
+        self.targets = targets
 
     def format_messages(self, value: Any) -> str:
         """Return a conversation as JSON of an example, "" where it is missing.
@@ -76,27 +74,33 @@ class ChatFormatter:
         if value is None:
             return ""
         messages = to_messages(value)
+        text = self.render_all(messages)
+        if not any(m["content"].strip() for m in messages if self.targets == "all" or m["role"] == "assistant"):
+            return ""  # a missing text, whatever the template adds
         if self.targets == "all":
-            text = self.render(messages)
             return Example(text, [(0, len(text))], True).to_json()
         if self.has_marks:
             return self.render_with_generation_mask(messages).to_json()
-        text, spans = self.render(messages), []
+        spans = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                start = self.prefix_length(text, messages[:number], is_prompt=True)
-                spans.append((start, self.prefix_length(text, messages[: number + 1], is_prompt=False)))
+                start = (
+                    self.prefix_length(text, messages[:number], is_prompt=True) if number else self.first_content(text, messages)
+                )
+                end = self.prefix_length(text, messages[: number + 1], is_prompt=False)
+                spans.append((start, end + self.borrowed_length(text[end:])))
         return Example(text, spans, True).to_json()
 
     def format_completion(self, prompt: Any, completion: Any) -> str:
         """Return a prompt and its completion as JSON of an example.
 
-        Both are texts, or both are lists of messages. A missing completion gives "", no example. A missing prompt is empty.
+        Both are texts, or both are lists of messages. A missing completion gives "", no example, and so do messages without
+        words. A missing prompt is empty.
 
         Raises:
             ValueError: as `format_messages`.
         """
-        if completion is None or completion == "":
+        if completion is None or completion in ("", []):
             return ""
         prompt = type(completion)() if prompt is None and isinstance(completion, (str, list)) else prompt
         if type(prompt) is str and type(completion) is str:
@@ -105,9 +109,12 @@ class ChatFormatter:
         if type(prompt) is not list or type(completion) is not list:
             raise ValueError("must hold a prompt and a completion that are both texts, or both lists of messages")
         before, after = (to_messages(value) if value else [] for value in (prompt, completion))
-        text, start = self.render(before + after), 0
-        if before and self.targets != "all":
-            start = self.prefix_length(text, before, is_prompt=bool(after) and after[0]["role"] == "assistant")
+        text, start = self.render_all(before + after), 0
+        if not any(message["content"].strip() for message in after):
+            return ""
+        if self.targets != "all":
+            is_answer = after[0]["role"] == "assistant"
+            start = self.prefix_length(text, before, is_prompt=is_answer) if before else self.first_content(text, after)
         return Example(text, [(start, len(text))], True).to_json()
 
     def prefix_length(self, text: str, messages: list[dict[str, str]], is_prompt: bool) -> int:
@@ -118,17 +125,31 @@ class ChatFormatter:
         Raises:
             ValueError: where they render to no prefix.
         """
-        prefix = self.render(messages, is_prompt) if messages or is_prompt else ""
-        if not text.startswith(prefix):
-            raise ValueError(
-                f"cannot be divided into turns: in the chat template's text, the first {len(messages)} messages are no prefix of "
-                "all. Give --targets all, or a --chat_template with {% generation %} around the assistant's words"
-            )
-        return len(prefix)
+        return common_length(self.render(messages, is_prompt), text, len(messages))
 
-    def render(self, messages: list[dict[str, str]], opens_answer: bool = False) -> str:
-        """Return the text of a conversation, with the opening of an answer if `opens_answer`."""
-        return self._apply_template(messages, add_generation_prompt=opens_answer)[0]
+    def first_content(self, text: str, messages: list[dict[str, str]]) -> int:
+        """Return the position in `text` of the first message's words, after a system prompt that the template adds.
+
+        Many templates cannot render the empty conversation before it.
+        """
+        return common_length(self.opening(messages), text, 0)
+
+    def render_all(self, messages: list[dict[str, str]]) -> str:
+        """Return the text of a conversation to learn, with the end of the assistant's last turn.
+
+        Raises:
+            ValueError: where the template cannot render it, or leaves out words.
+        """
+        text = self.render(messages)
+        self.check_words(messages, text)
+        return text + self.turn_end.borrowed if messages[-1]["role"] == "assistant" and self.turn_end else text
+
+    def borrowed_length(self, text: str) -> int:
+        """Return the length of the mark that begins the next turn's `text`, where marks end the turns before them."""
+        if not self.turn_end or not self.turn_end.borrowed:
+            return 0
+        found = self.find_token(text)
+        return found.end if found and not text[: found.start].strip() else 0
 
     def render_with_generation_mask(self, messages: list[dict[str, str]]) -> Example:
         """Return a conversation with the template's {% generation %} spans as targets."""
@@ -144,19 +165,36 @@ class ChatFormatter:
             )
         return Example(text, [(start, end) for start, end in spans if start < end], True)
 
-    def _apply_template(self, messages: list[dict[str, str]], **options) -> tuple[str, list[tuple[int, int]]]:
-        """Return the rendered text, and the spans of its generation marks if asked for."""
-        if self.tokenizer is None or self.template is None:
-            raise ValueError("needs a chat template, which the model's tokenizer lacks. Give one with --chat_template FILE")
-        names: dict[str, Any] = self.tokenizer.special_tokens_map
-        result: Any
-        try:
-            result = render_jinja_template([messages], chat_template=self.template, **options, **names)
-        except Exception as error:  # a template is a program, and may raise anything
-            reason = str(error).strip() or type(error).__name__
-            raise ValueError(f"does not fit the chat template: {reason}. Fix the row or the template") from error
-        texts, marks = result
-        return texts[0], marks[0] if marks else []
+
+def common_length(prefix: str, text: str, num_messages: int) -> int:
+    """Return the length of `prefix`; raise ValueError unless `text` begins with it.
+
+    Args:
+        num_messages: whose text the prefix is.
+    """
+    if not text.startswith(prefix):
+        raise ValueError(
+            f"cannot be divided into turns: in the chat template's text, the first {num_messages} messages are no prefix of all. "
+            "Give --targets all, or a --chat_template with {% generation %} around the assistant's words"
+        )
+    return len(prefix)
+
+
+def missing_end_warning(formatter: ChatFormatter, example: str) -> Optional[str]:
+    """Return a warning where nothing ends what is learned, so that a generator will not learn to stop; None otherwise.
+
+    Args:
+        example: one of the run, as JSON, which tells whether a chat template rendered it.
+    """
+    if not Example.from_json(example).is_templated:
+        return "Completions have no end to learn, so a generator goes on to --max_new_tokens. Add --append_eos to learn one"
+    if formatter.turn_end is None or formatter.turn_end.token is not None:
+        return None
+    where = "marks no token" if formatter.has_marks else "has no token"
+    return (
+        f"The chat template {where} that ends the assistant's turns, so a generator goes on to --max_new_tokens. Add "
+        "--append_eos, or give a --chat_template whose turns end with a special token"
+    )
 
 
 def text_outside_spans(text: str, spans: list[tuple[int, int]]) -> list[str]:
@@ -226,7 +264,8 @@ def tokenize_examples(
         if not chosen:
             continue
         options = {"add_special_tokens": False, "split_special_tokens": not is_templated, "return_offsets_mapping": True}
-        encoded = tokenizer([parsed[i].text for i in chosen], **options, verbose=False)
+        with untrimmed_offsets(tokenizer):
+            encoded = tokenizer([parsed[i].text for i in chosen], **options, verbose=False)
         for i, row, spans in zip(chosen, encoded["input_ids"], encoded["offset_mapping"]):
             targets = [
                 token if overlaps(span, parsed[i].targets) else IGNORE_INDEX for token, span in zip(row, spans, strict=True)
@@ -234,6 +273,21 @@ def tokenize_examples(
             before, after = start * (row[:1] != start), end * (row[-1:] != end)
             ids[i], labels[i] = before + row + after, [IGNORE_INDEX] * len(before) + targets + after
     return ids, labels
+
+
+@contextmanager
+def untrimmed_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, a token's offsets include its white space, which some post-processors leave out of them.
+
+    A token of white space alone would have no character otherwise. Nothing else of a post-processor is needed: it adds special
+    tokens, which `tokenize_examples` does itself.
+    """
+    backend = tokenizer.backend_tokenizer
+    processor, backend.post_processor = backend.post_processor, ByteLevel(trim_offsets=False)
+    try:
+        yield
+    finally:
+        backend.post_processor = processor
 
 
 def overlaps(span: tuple[int, int], targets: list[tuple[int, int]]) -> bool:
@@ -246,6 +300,6 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -
     if path is None:
         return
     try:
-        tokenizer.chat_template = Path(path).read_text()
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"--chat_template {path}: it cannot be read ({error}). Name a file with a Jinja template") from error

@@ -1,5 +1,7 @@
 """Columns to read from files, the rows they give, and the errors that name file, place and fix."""
 
+import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -7,6 +9,7 @@ from typing import Any, NamedTuple, Optional
 from author_dp.errors import UserError, first_line
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+ZSTD_WINDOW_MESSAGE = "Frame requires too much memory"  # of zstd's library, for `zstd --long`
 
 
 class ColumnSpec(NamedTuple):
@@ -93,6 +96,27 @@ def check_columns(columns: ColumnSpec, names: list[str], file: str) -> None:
             )
 
 
+def check_distinct_files(option: str, files: list[str]) -> None:
+    """Raise UserError where two names mean one file: by another spelling, a symbolic or a hard link."""
+    names: dict[tuple[int, int], list[str]] = {}
+    for name in files:
+        status = os.stat(name)
+        names.setdefault((status.st_dev, status.st_ino), []).append(name)
+    for name, *others in names.values():
+        if others:
+            also = "".join(f", as {other} too" for other in sorted({*others} - {name}))
+            raise UserError(
+                f"{option} {name}: it is named {len(others) + 1} times{also}, so its samples would count as often. Name it once"
+            )
+
+
+def check_unique(names: list[str], file: str, option: str) -> None:
+    """Raise UserError where two columns have one name: the last one's values would win."""
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{option} {file}: {names.count(name)} columns are called {name!r}. Rename all but one")
+
+
 def check_author_type(author_type: str, place: str, author_types: dict[str, str], columns: ColumnSpec) -> None:
     """Record where the first author of a type is; raise UserError for a second type."""
     for other, other_place in author_types.items():
@@ -127,5 +151,10 @@ def encoding_error(name: str, place: str, columns: ColumnSpec) -> UserError:
 
 
 def unreadable_error(name: str, columns: ColumnSpec, error: BaseException | str) -> UserError:
+    if ZSTD_WINDOW_MESSAGE in str(error):
+        return UserError(
+            f"{columns.option} {name}: its zstd window is larger than 128 MiB, as in Reddit's dumps. Decompress it with "
+            f"`zstd -d --long=31 {shlex.quote(name)}`, and give the result"
+        )
     reason = error if isinstance(error, str) else f"{first_line(error)}. Fix the file, or save it again"
     return UserError(f"{columns.option} {name}: it cannot be read as {split_suffix(name)[0]}: {reason}")

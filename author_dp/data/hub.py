@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 from huggingface_hub import hf_hub_download
 
-from author_dp.data.columns import ColumnSpec
+from author_dp.data.columns import ColumnSpec, check_distinct_files
 from author_dp.data.parquet_reader import read_open_parquet
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
@@ -55,6 +55,8 @@ def read_hub(
         shards = sorted(filesystem.glob(f"{path}/train/*.parquet") or filesystem.glob(f"{path}/partial-train/*.parquet"))
         if not shards:
             raise FileNotFoundError("no Parquet files")
+        if os.path.isdir(name):
+            check_distinct_files("--dataset_name", shards)
         batches = itertools.chain.from_iterable(read_shard(filesystem, shard, columns, author_types) for shard in shards)
         yield from take_rows(batches, limit)
     except (OSError, pa.ArrowException) as error:

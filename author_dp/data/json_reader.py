@@ -22,7 +22,6 @@ from author_dp.data.columns import (
 from author_dp.errors import UserError
 
 SPACE = re.compile(r"[ \t\r\n]*")  # JSON's white space
-MESSAGE_KEYS = ("role", "content")  # of the messages in a conversation
 
 
 class IntLiteral(str):
@@ -88,10 +87,10 @@ def json_values(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterato
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
-        if len(result) < len(pairs):
+        if len(result) < len(pairs):  # the last value would win
             keys = [key for key, _ in pairs]
-            if any(keys.count(column) > 1 for column in (columns.author, *columns.text_columns, *MESSAGE_KEYS)):
-                raise ValueError("a column is twice in one object")
+            repeated = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{repeated!r} is twice in one object")
         return result
 
     decoder = json.JSONDecoder(

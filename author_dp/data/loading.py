@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Optional
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from author_dp.data.columns import ColumnSpec, split_suffix
+from author_dp.data.authors import get_column
+from author_dp.data.columns import ColumnSpec, check_distinct_files, split_suffix
 from author_dp.data.hub import read_hub
 from author_dp.data.readers import FORMATS, read_files
 from author_dp.data.storage import write_arrow
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
+from author_dp.progress import Progress
+
+logger = get_logger(__name__)
 
 
 def load_files(
@@ -63,12 +69,33 @@ def load_hub(
 
 
 def write_arrow_dataset(batches: Iterable[pa.RecordBatch], columns: ColumnSpec, source: str, folder: Optional[Path]) -> Dataset:
-    """Write the samples of a source to `folder`, and return them as a data set on disk."""
+    """Write the samples of a source to `folder`, and return them as a data set on disk.
+
+    A row without a text, or with a blank one, is no sample, whatever is added to texts later. Their number is logged.
+    """
     names = [columns.text, columns.author]
     schema = pa.schema([(name, pa.large_string()) for name in names])
-    samples = write_arrow((batch.select(names) for batch in batches), schema, folder)
+    blank_authors: list[pa.Array] = []  # of the rows that are dropped
+
+    def drop_blank(batch: pa.RecordBatch) -> pa.RecordBatch:
+        is_blank = pc.equal(pc.utf8_trim_whitespace(batch.column(columns.text)), "")
+        blank_authors.append(batch.column(columns.author).filter(is_blank))
+        return batch.filter(pc.invert(is_blank)).select(names)
+
+    with Progress(f"Read rows of {columns.option}", total=None) as progress:
+        samples = write_arrow(map(drop_blank, progress.count(batches)), schema, folder)
+    dropped = pa.chunked_array(blank_authors, pa.large_string())
     if not len(samples):
-        raise UserError(f"{columns.option} {source}: it holds no rows. Give data with one sample a row")
+        reason = f"all {len(dropped):,} texts in {columns.text!r} are missing or blank" if len(dropped) else "it holds no rows"
+        raise UserError(f"{columns.option} {source}: {reason}. Give data with one sample a row")
+    if len(dropped):
+        authors = pc.unique(dropped)
+        lost = pc.sum(pc.invert(pc.is_in(authors, value_set=pc.unique(get_column(samples, columns.author))))).as_py()
+        logger.warning(
+            f"{columns.text_option} {columns.text!r} of {columns.option}: dropped {len(dropped):,} of "
+            f"{len(dropped) + len(samples):,} rows, whose text is missing or blank. Authors without another text, who do not "
+            f"count: {lost:,}"
+        )
     return samples
 
 
@@ -89,8 +116,5 @@ def expand_files(option: str, patterns: list[str]) -> list[str]:
             raise UserError(f"{option} {name}: it is a folder. Name its files, for example '{os.path.join(name, '*.jsonl')}'")
         if os.path.getsize(name) == 0:
             raise UserError(f"{option} {name}: it is empty. Restore it, or leave it out")
-    for name in sorted({name for name in files if files.count(name) > 1}):
-        raise UserError(
-            f"{option} {name}: it is named {files.count(name)} times, so its samples would count as often. Name it once"
-        )
+    check_distinct_files(option, files)
     return files

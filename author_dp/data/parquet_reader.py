@@ -15,6 +15,7 @@ from author_dp.data.columns import (
     author_value_error,
     check_author_type,
     check_columns,
+    check_unique,
     encoding_error,
     format_text,
     missing_author_error,
@@ -36,7 +37,9 @@ def read_parquet(
 def read_parquet_rows(name: str, compression: Optional[str], columns: ColumnSpec) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with all columns, as Python values."""
     with decompressed(name, compression) as source:
-        for batch in open_parquet(source, name, columns).iter_batches(BATCH_ROWS):
+        file = open_parquet(source, name, columns)
+        check_unique(file.schema_arrow.names, name, columns.option)
+        for batch in file.iter_batches(BATCH_ROWS):
             yield from batch.to_pylist()
 
 

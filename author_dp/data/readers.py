@@ -26,6 +26,7 @@ from author_dp.data.columns import (
     ColumnSpec,
     Row,
     check_author_type,
+    check_unique,
     encoding_error,
     missing_author_error,
     split_suffix,
@@ -83,6 +84,7 @@ def read_rows(name: str, option: str = "--prompts") -> Iterator[dict[str, Any]]:
         elif suffix == ".csv":
             records = csv_records(iterate_lines(name, compression, columns), name, columns)
             _, header = next(records, (0, []))
+            check_unique(header, name, option)
             yield from (dict(zip(header, values)) for _, values in records)
         else:
             yield from (value for _, value in json_objects(iterate_lines(name, compression, columns), name, columns))

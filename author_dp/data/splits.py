@@ -4,7 +4,9 @@ An author's hash does not depend on which other authors exist. So adding or remo
 training and evaluation. `assign_sides` has one exception.
 """
 
+import math
 from collections.abc import Sequence
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,10 +21,40 @@ from author_dp.data.chat import resolve_bos_token
 from author_dp.data.storage import filter_rows
 from author_dp.errors import UserError
 
+FEW_HELD_OUT = 30  # authors; below it, the log warns
+MAX_EVAL_FRACTION = 0.2  # that the log recommends
+
 
 def author_hashes(authors: Sequence | pa.ChunkedArray) -> np.ndarray:
     """Return a hash of each author's value, uint64 (authors,), in the order of `group_by_author`."""
     return hash_authors(encode_authors(authors).dictionary.to_pylist(), "author:").astype(np.uint64)
+
+
+def split_by_author(
+    samples: Dataset,
+    author_column: str,
+    eval_fraction: float,
+    seed: int,
+    train_fraction: float = 1.0,
+    folder: Optional[Path] = None,
+    hold_out_at_least_one: bool = True,
+) -> tuple[Dataset, Optional[Dataset]]:
+    """Hold out about `eval_fraction` of the authors, with all their samples, by the rule of `assign_sides`.
+
+    Args:
+        folder: where texts are kept while they are used; by default `make_private_temp_dir()`.
+    Returns:
+        (train, evaluation); evaluation is None where `eval_fraction` is 0.
+    """
+    values = encode_authors(get_column(samples, author_column))
+    codes, authors = values.indices.to_numpy(), values.dictionary.to_pylist()
+    if len(authors) < 2:
+        raise UserError(f"--author_column {author_column!r}: one author only, whom no noise can hide. Give data of many authors")
+    if eval_fraction == 0 and train_fraction == 1:
+        return samples, None
+    trained, held_out = assign_sides(authors, eval_fraction, seed, train_fraction, hold_out_at_least_one)
+    evaluation = filter_rows(samples, held_out[codes], folder) if eval_fraction > 0 else None
+    return filter_rows(samples, trained[codes], folder), evaluation
 
 
 def assign_sides(
@@ -67,6 +99,48 @@ def subsample_authors(samples: Dataset, author_column: str, limit: int, seed: in
     return filter_rows(samples, np.isin(values.indices.to_numpy(), lowest), folder)
 
 
+def limit_eval_texts(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
+    """Return all samples of authors whose hash is below a threshold: about `limit` samples.
+
+    The threshold is one of 1, 1/2, 1/4, 1/8, ... It follows from the number of samples, so an author moves others only where
+    that author's samples take the number across one of a few limits. If no author's hash is below it, the one with the smallest
+    hash is returned.
+    """
+    # The nearest power in ratio. So the limits are irrational, and round numbers are near none.
+    threshold = 2.0 ** math.floor(math.log2(limit / len(samples)) + 0.5)
+    if threshold >= 1:
+        return samples
+    values = encode_authors(get_column(samples, author_column))
+    scores = hash_to_unit(values.dictionary.to_pylist(), f"evaluation:{seed}:")
+    chosen = scores < max(threshold, np.nextafter(scores.min(), 1))
+    return filter_rows(samples, chosen[values.indices.to_numpy()], folder)
+
+
+def describe_held_out(
+    held_out: pa.ChunkedArray, training: pa.ChunkedArray, validation_file: bool, eval_fraction: float, limit: Optional[int]
+) -> tuple[int, str]:
+    """Return level and text of a line for the log about held-out authors: a warning, where they are too few.
+
+    The numbers are exact counts of private data.
+
+    Args:
+        held_out, training: the author of each sample, from `get_column`.
+        validation_file: whether they are those of a file.
+        limit: --max_eval_samples.
+    """
+    num_authors, num_training = (pc.count_distinct(authors).as_py() for authors in (held_out, training))
+    counts = f"{num_authors:,} {'author' if num_authors == 1 else 'authors'} with {len(held_out):,} texts"
+    if num_authors >= FEW_HELD_OUT:
+        return INFO, f"Held out for evaluation: {counts}."
+    option = "--validation_file" if validation_file else f"--eval_fraction {eval_fraction:g}"
+    enough, fix = min(MAX_EVAL_FRACTION, FEW_HELD_OUT / (num_authors + num_training)), "give texts of more authors"
+    if limit is not None:
+        option, fix = f"{option}, --max_eval_samples {limit}", "raise the latter or both"
+    elif not validation_file and enough > eval_fraction:
+        fix = f"raise it to about {enough:.2g}"
+    return WARNING, f"{option}: only {counts} are held out, so their loss says little of others. To compare models, {fix}"
+
+
 def check_author_overlap(train_authors: pa.ChunkedArray, eval_authors: pa.ChunkedArray) -> None:
     """Raise UserError where evaluation authors are training authors too: their texts are no test.
 
@@ -92,6 +166,9 @@ def data_summary(
     prepend_bos: bool,
     append_eos: bool,
     targets: Optional[str],
+    text_column: str,
+    messages_column: Optional[str],
+    author_column: str,
 ) -> dict[str, Any]:
     """Return how samples were made, for privacy.json. All of it is public.
 
@@ -99,10 +176,13 @@ def data_summary(
         dataset: name of the hub data set, if there is one; a local path is left out.
         row_limit: number of rows that were used, whoever wrote them; None: all.
         targets: "assistant" or "all" of a prompt or conversation; None for plain texts.
+        text_column, messages_column, author_column: their names; without a column of messages, that of texts is used.
     """
     start = resolve_bos_token(tokenizer, prepend_bos)
     return {
         "dataset": dataset if dataset and not Path(dataset).exists() else None,
+        **({"text_column": text_column} if messages_column is None else {"messages_column": messages_column}),
+        "author_column": author_column,
         "row_limit": row_limit,
         "train_fraction": train_fraction,
         "sequence_len": sequence_len,

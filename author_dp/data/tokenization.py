@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from author_dp.data.chat import resolve_bos_token, tokenize_examples
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.types import IGNORE_INDEX
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class TokenizeSpec(NamedTuple):
@@ -73,7 +73,6 @@ def tokenize(
         new_fingerprint=secrets.token_hex(8),  # the default hashes the whole tokenizer, for a cache that is never read
     )
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()  # or the saved tokenizer would truncate every text at sequence_len
         tokenizer.backend_tokenizer.encode_special_tokens = False
     lengths = pc.list_value_length(tokens.data.column("input_ids")).to_numpy()
     kept = np.flatnonzero(rows_with_targets(tokens) if has_loss_mask else lengths >= 2)
@@ -101,26 +100,29 @@ def make_spec(
     return TokenizeSpec(tokenizer, text_column, start, [tokenizer.eos_token_id] * append_eos, sequence_len - len(start), split)
 
 
-def chunk_tokens(row: list[int], max_tokens: int) -> list[list[int]]:
-    """Cut a row into pieces of `max_tokens`.
+def chunk_slices(row: list[int], max_tokens: int, end: list[int]) -> list[slice]:
+    """Return slices of at most `max_tokens` that cut a row into pieces.
 
-    A last piece of a single token would predict nothing, so it takes one token from the piece before.
+    A last piece of a single token would predict nothing, so it takes one token from the piece before. Where pieces are too short
+    for that, an `end` token alone is left out.
     """
     bounds = [*range(0, max(1, len(row)), max_tokens), len(row)]
-    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and max_tokens > 2:
-        bounds[-2] -= 1
-    return [row[start:end] for start, end in zip(bounds, bounds[1:])]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
+        if max_tokens > 2:
+            bounds[-2] -= 1
+        elif row[-1:] == end:
+            bounds.pop()
+    return [slice(*pair) for pair in zip(bounds, bounds[1:])]
 
 
 def tokenize_texts(batch: dict[str, list], spec: TokenizeSpec) -> dict[str, list]:
-    """Return a batch with tokens in place of its texts."""
-    options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    texts = [text or "" for text in batch[spec.text_column]]
-    if not spec.split:
-        rows = spec.tokenizer(texts, **options, truncation=True, max_length=spec.max_body_tokens)["input_ids"]
-        return {"input_ids": [spec.start + row + spec.end * (len(row) < spec.max_body_tokens) for row in rows]}
-    rows = spec.tokenizer(texts, **options, verbose=False)["input_ids"]
-    pieces = [[spec.start + piece for piece in chunk_tokens(row + spec.end, spec.max_body_tokens)] for row in rows]
+    """Return a batch with tokens in place of its texts; a text that is blank or has no token gets none, not even the start."""
+    options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False, "verbose": False}
+    texts = [text if text and not text.isspace() else "" for text in batch[spec.text_column]]
+    rows = [row and row + spec.end for row in spec.tokenizer(texts, **options)["input_ids"]]
+    if not spec.split:  # here and not by the tokenizer, which may be set to cut the beginning off
+        return {"input_ids": [row and spec.start + row[: spec.max_body_tokens] for row in rows]}
+    pieces = [[row and spec.start + row[cut] for cut in chunk_slices(row, spec.max_body_tokens, spec.end)] for row in rows]
     return {**repeat_columns(batch, spec.text_column, pieces), "input_ids": [piece for row in pieces for piece in row]}
 
 
@@ -131,8 +133,9 @@ def tokenize_masked(batch: dict[str, list], spec: TokenizeSpec) -> dict[str, lis
     max_tokens = prefix_length + spec.max_body_tokens
     if not spec.split:
         return {"input_ids": [row[:max_tokens] for row in ids], "labels": [row[:max_tokens] for row in labels]}
+    slices = [chunk_slices(row[prefix_length:], spec.max_body_tokens, spec.end) for row in ids]
     id_pieces, label_pieces = (
-        [[row[:prefix_length] + piece for piece in chunk_tokens(row[prefix_length:], spec.max_body_tokens)] for row in rows]
+        [[row[:prefix_length] + row[prefix_length:][cut] for cut in cuts] for row, cuts in zip(rows, slices)]
         for rows in (ids, labels)
     )
     return {

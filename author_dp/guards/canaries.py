@@ -85,7 +85,7 @@ def load_or_create_key(output_dir: str, resume: bool) -> int:
     key = secrets.randbits(128)
     if int(os.environ.get("RANK", 0)) == 0:
         if resume and path.exists():
-            key = json.loads(path.read_text())["key"]
+            key = json.loads(path.read_text(encoding="utf-8"))["key"]
         write_json(path, {"key": key}, private=True)
     return broadcast(key)
 

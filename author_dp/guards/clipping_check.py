@@ -102,7 +102,7 @@ def strip_expert_index(name: str) -> str:
 
 
 def check_engine(
-    model: Any, clipping: str, batches: list[Batch], checkpointing: Optional[dict[str, Any]] = None
+    model: Any, clipping: str, batches: list[Batch], checkpointing: Optional[dict[str, Any]] = None, bf16: bool = False
 ) -> tuple[float, set[Any]]:
     """Compare the engine with the reference on microbatches.
 
@@ -110,6 +110,7 @@ def check_engine(
         clipping: the engine's name in ENGINES.
         batches: several authors each; the last one may be longer.
         checkpointing: as in `activation_checkpointing`.
+        bf16: whether the run uses autocast. On a GPU the engine then has to run under it, too, where other kernels compute.
     Returns:
         the largest relative error, and the parameters that the engine clips one author at a time.
     Raises:
@@ -132,6 +133,10 @@ def check_engine(
             expected = (reference_gradient(model, batch, author, list(parameters)) for author in range(len(norms)))
             tolerance = TOLERANCE * tolerance_factor(model)
             max_error = max(max_error, compare_to_reference(clipping, clip_norm, norms, expected, parameters, tolerance))
+        if bf16 and next(iter(parameters)).device.type != "cpu":
+            batch = split_authors(batches[0])[0] if fallback else batches[0]
+            with torch.autocast(next(iter(parameters)).device.type, torch.bfloat16):
+                run_engine(model, clipping, clip_norm, [batch], fallback, checkpointing)
     return max_error, fallback
 
 

@@ -198,5 +198,5 @@ def confidence_intervals(trainer: Any) -> dict[str, Any]:
 def load_audit_result(trainer: Any) -> Optional[dict[str, Any]]:
     """Return the gradient audit in the output directory's privacy.json; None if it has none."""
     path = Path(str(trainer.args.output_dir)) / REPORT_NAME
-    audit = json.loads(path.read_text()).get("audit") if path.exists() else None
+    audit = json.loads(path.read_text(encoding="utf-8")).get("audit") if path.exists() else None
     return audit if audit and audit.get("kind") == "gradient" else None

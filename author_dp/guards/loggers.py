@@ -15,11 +15,11 @@ import stat
 from pathlib import Path
 
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 LOGS_NAME = "_logs"
 DISABLED = "false"
@@ -47,11 +47,10 @@ def check_loggers(args: TrainingArguments) -> None:
             )
         for variable, value in VARIABLES[name].items():
             check_variable(variable, value)
-    space = getattr(args, "trackio_space_id", None) or os.environ.get("TRACKIO_SPACE_ID")
-    if "trackio" in (args.report_to or []) and space and not args.hub_private_repo:
-        raise UserError(
-            f"--trackio_space_id {space}: the Space would show private losses to everybody. Add --hub_private_repo True"
-        )
+    for option in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
+        place = getattr(args, option, None) or os.environ.get(option.upper())
+        if "trackio" in (args.report_to or []) and place and not args.hub_private_repo:
+            raise UserError(f"--{option} {place}: it would show private losses to everybody. Add --hub_private_repo True")
 
 
 def check_variable(variable: str, value: str) -> None:

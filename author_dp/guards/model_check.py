@@ -31,9 +31,11 @@ from author_dp.guards.probing import (
     resolve_sequence_len,
 )
 from author_dp.guards.sample_independence import MAX_LEN, check_sample_independence
-from author_dp.mechanism.fsdp import is_finite
+from author_dp.mechanism.fsdp import find_non_finite
 from author_dp.models.quantization import check_quantized_frozen
+from author_dp.progress import track_calls
 
+MODEL_CALLS = 49  # in a check, for its progress; more where an engine clips parameters one author at a time
 MICROBATCH_LENS = (9, 7)  # tokens of the longest of seven samples: once more than samples, and once as many
 
 
@@ -88,13 +90,14 @@ def verify_model(
         UserError: naming the property that does not hold, or the parameters that differ.
     """
     max_len = resolve_sequence_len(model, sequence_len)
-    check_sample_independence(model, max_len, bf16)
     cannot_run = f"--clipping {clipping}: the engine fails on this model. {clipping_remedy(clipping, model.parameters())}"
-    with deterministic_train_mode(model), perturb_zero_params(model), model_errors_as_user_error(cannot_run):
-        batches = [make_random_microbatch(model, length) for length in MICROBATCH_LENS]
-        batches.append(make_random_microbatch(model, max(MIN_LEN, min(max_len, MAX_LEN)), samples_per_author=(1, 1)))
-        unused = freeze_unused(model, batches[0])
-        error, fallback_params = check_engine(model, clipping, batches, checkpointing)
+    with track_calls(model, "Check the model", MODEL_CALLS):
+        check_sample_independence(model, max_len, bf16)
+        with deterministic_train_mode(model), perturb_zero_params(model), model_errors_as_user_error(cannot_run):
+            batches = [make_random_microbatch(model, length) for length in MICROBATCH_LENS]
+            batches.append(make_random_microbatch(model, max(MIN_LEN, min(max_len, MAX_LEN)), samples_per_author=(1, 1)))
+            unused = freeze_unused(model, batches[0])
+            error, fallback_params = check_engine(model, clipping, batches, checkpointing, bf16)
     return ModelCheck(error, fallback_params, unused)
 
 
@@ -137,6 +140,5 @@ def check_trained_weights(model: nn.Module, step: int) -> None:
 
 def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], prefix: str, remedy: str) -> None:
     """Raise UserError if a weight is not finite. Weights are public, so the error discloses nothing about an author."""
-    for name, parameter in parameters:
-        if not is_finite(parameter):
-            raise UserError(f"{prefix}{name} holds weights that are not finite. {remedy}")
+    if (name := find_non_finite(parameters)) is not None:
+        raise UserError(f"{prefix}{name} holds weights that are not finite. {remedy}")

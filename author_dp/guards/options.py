@@ -18,28 +18,33 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
+from author_dp.accounting.plan import check_planned_delta
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
 from author_dp.guards.precision import rounding_error, rounding_settings
+from author_dp.guards.trainer_options import check_optimizer_name, check_trainer_options
 from author_dp.mechanism.adam_bc import SUPPORTED
 from author_dp.validation import check_range
 
-# Options that would change the mechanism without the accountant's knowledge: the problem, and the remedy.
-REFUSED_OPTIONS = {
-    "auto_find_batch_size": "the batch size is part of the guarantee. Lower --per_device_train_batch_size, and raise "
-    "--gradient_accumulation_steps by the same factor",
-    "fp16": "its loss scaler rescales and skips steps. Use --bf16",
-    "deepspeed": "it averages and clips gradients itself. Start processes with torch.distributed.run instead",
-    "fsdp": "accelerate would shard gradients that are not per author. Give full_shard to DPTrainer instead",
-    "neftune_noise_alpha": "its noise is not that of the mechanism. Leave it out",
-    "label_smoothing_factor": "it would replace the per-author loss. Leave it at 0",
-    "torch_compile": "it hides the layers from the clipping hooks. Leave it out",
-    "save_on_each_node": "other nodes have no ledger, so their privacy.json would be wrong. Leave it out",
-    "use_liger_kernel": "it fuses the loss, which must be per author. Leave it out",
-}
-
 SUPPORTED_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+
+MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+OTHER_ENGINE = "it changes gradients that must be per author. Leave it out"
+LAUNCHER_VARIABLES = {  # of `accelerate launch`: its option, the value without it, and the problem with the remedy
+    MIXED_PRECISION: ("--mixed_precision", "no", "unknown to the run. Unset it; for 16-bit speed use --bf16"),
+    "ACCELERATE_DYNAMO_BACKEND": (
+        "--dynamo_backend", "no", "like --torch_compile it hides the layers from the clipping hooks, and enables TF32. Unset it"
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "--gradient_accumulation_steps", "1", "unknown to the run. Unset it, and give the script --gradient_accumulation_steps"
+    ),
+    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "false", OTHER_ENGINE),
+    "ACCELERATE_USE_FSDP": ("--use_fsdp", "false", f"{OTHER_ENGINE}, and give the script --fsdp full_shard"),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "false", OTHER_ENGINE),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", "false", OTHER_ENGINE),
+    "ACCELERATE_USE_SAGEMAKER": ("with SageMaker", "false", OTHER_ENGINE),
+}  # fmt: skip
 
 # Optimizers that update each element by itself, so that a shard is updated as it would be in the full tensor.
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -62,6 +67,9 @@ RANGES = {
     "save_steps": "[1e-9, 2147483648]",
     "eval_delay": "[0, 2147483648]",
     "dataloader_num_workers": "[0, 32768]",
+    "dataloader_prefetch_factor": "[1, 32768]",
+    "ddp_timeout": "[1, 1e9]",
+    "save_total_limit": "[1, 2147483648]",
     "seed": "[0, 4294967295]",
 }
 
@@ -83,6 +91,8 @@ class PrivacyOptions(Protocol):
     disable_dp: bool
     clipping: str
     noise_multiplier: Optional[float]
+    sample_rate: Optional[float]
+    target_delta: Optional[float]
     adam_noise_correction: Optional[bool]
 
 
@@ -104,9 +114,7 @@ def validate_options(
     Raises:
         UserError: for an option under which the guarantee would not hold, or training would be nothing.
     """
-    for name, reason in REFUSED_OPTIONS.items():
-        if getattr(args, name, None):
-            raise UserError(f"--{name}: {reason}")
+    check_trainer_options(args)
     check_ranges(args)
     check_checkpointing(args, privacy)
     check_environment(args)
@@ -115,6 +123,7 @@ def validate_options(
         check_uploads(args, privacy)
     check_gradients(args, privacy)
     use_adam_bc(args, privacy, num_bands=1)
+    check_planned_delta(privacy, args)
     if full_shard:
         check_fsdp(args, privacy, base_precision_flag)
     check_shared_authors(shared_authors, metric_driven_option(args), privacy)
@@ -127,19 +136,48 @@ def check_ranges(args: TrainingArguments) -> None:
     for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if not isinstance(getattr(args, name, None) or {}, dict):
             raise UserError(f"--{name} {getattr(args, name)}: not a JSON object. Give one, like '{{\"name\": 1}}'")
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
+        if getattr(args, name, None) and not args.dataloader_num_workers:
+            raise UserError(f"--{name}: it needs workers. Give --dataloader_num_workers a number above 0, or leave it out")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs}: nothing to train. Give a number above 0, or --max_steps")
 
 
 def check_environment(args: TrainingArguments) -> None:
-    """Raise UserError where the launcher would start unconnected processes, or compile the model."""
+    """Raise UserError where a launcher would start unconnected processes, or asks for what the run does not know."""
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("--use_cpu: the processes of torch.distributed.run are not connected. On CPUs add --use_cpu")
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+    check_processes_connected()
+    check_launcher_variables(args.bf16)
+
+
+def check_processes_connected() -> None:
+    """Raise UserError where a launcher was asked for several processes that know nothing of each other."""
+    if "RANK" in os.environ:
+        return
+    for variable, launcher in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun")):
+        if (number := os.environ.get(variable, "1")).isdecimal() and int(number) > 1:
+            raise UserError(
+                f"{variable} {number}: {launcher} started that many processes, each a run of its own. Start one "
+                "torch.distributed.run for each machine (docs/distributed.md)"
+            )
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ:
         raise UserError(
-            "ACCELERATE_DYNAMO_BACKEND (accelerate launch --dynamo_backend): like --torch_compile it hides the layers from the "
-            "clipping hooks, and it enables TF32. Unset it"
+            "accelerate launch --cpu: it starts one process, whatever --num_processes says. On CPUs start them with "
+            "torch.distributed.run; for one process give --num_processes 1, and unset MASTER_ADDR"
         )
+
+
+def check_launcher_variables(bf16: bool) -> None:
+    """Raise UserError for an environment variable by which `accelerate launch` asks for what the run does not know.
+
+    Args:
+        bf16: --bf16, with which bfloat16 is no surprise.
+    """
+    for name, (option, without, reason) in LAUNCHER_VARIABLES.items():
+        value = os.environ.get(name, without).lower()
+        if value not in (without, "", "false", "0") and not (name == MIXED_PRECISION and value == "bf16" and bf16):
+            raise UserError(f"{name} {value} (accelerate launch {option}): {reason}")
 
 
 def check_gradients(args: TrainingArguments, privacy: PrivacyOptions) -> None:
@@ -152,11 +190,7 @@ def check_gradients(args: TrainingArguments, privacy: PrivacyOptions) -> None:
     settings = ["--tf32"] if args.tf32 else rounding_settings(args.device.type)
     if settings and not privacy.disable_dp:
         raise rounding_error(settings)
-    if getattr(args, "train_sampling_strategy", "random") != "random" or getattr(args, "group_by_length", False):
-        raise UserError("--train_sampling_strategy: the mechanism samples the authors. Leave it out")
-    if any(word in str(args.optim).lower() for word in ("lomo", "layerwise")):
-        name = OptimizerNames(args.optim).value
-        raise UserError(f"--optim {name}: it updates weights during the backward pass, before clipping. Use adamw_torch")
+    check_optimizer_name(OptimizerNames(args.optim).value)
 
 
 def use_adam_bc(args: TrainingArguments, privacy: PrivacyOptions, num_bands: int) -> bool:
@@ -224,13 +258,17 @@ def check_launch(accelerator: Accelerator, bf16: bool) -> None:
     Args:
         bf16: --bf16, which alone decides whether the run computes in bfloat16.
     """
-    if not bf16 and accelerator.mixed_precision == "bf16":
-        raise UserError("ACCELERATE_MIXED_PRECISION bf16 (accelerate launch --mixed_precision): unknown to the run. Use --bf16")
-    is_supported = accelerator.mixed_precision in ("no", "bf16") and accelerator.distributed_type in SUPPORTED_LAUNCHES
+    is_supported = (
+        accelerator.mixed_precision == ("bf16" if bf16 else "no")
+        and accelerator.distributed_type in SUPPORTED_LAUNCHES
+        and getattr(accelerator, "parallelism_config", None) is None
+        and accelerator.gradient_accumulation_steps == 1
+    )
     if accelerator.scaler is not None or not is_supported:
         raise UserError(
-            "accelerate launch: its configuration asks for fp16, fp8, deepspeed, fsdp or a TPU. Use --bf16, and start processes "
-            "with torch.distributed.run"
+            f"accelerate launch: its configuration, or an Accelerator made before, asks for {accelerator.mixed_precision} "
+            f"precision, {accelerator.distributed_type.value}, or accumulation or parallelism of its own. Use --bf16, and start "
+            "processes with torch.distributed.run"
         )
 
 

@@ -17,6 +17,7 @@ Example:
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -75,7 +76,8 @@ class PrecisionMonitor:
         """Raise MechanismError if float32 products are rounded, or may have been."""
         self.record_settings()
         problems = sorted(self._settings)
-        if not all(torch.equal(matmul(left, right), product) for left, right, product in self._factors.values()):
+        rounded = [(matmul(left, right) != product).any() for left, right, product in self._factors.values()]
+        if torch.stack(rounded).any():
             problems.append("float32 matrix products are rounded")
         if problems:
             raise MechanismError(f"{', '.join(problems)}: authors may have exceeded the clip norm since the last log line")
@@ -183,6 +185,30 @@ def float32_products() -> Iterator[None]:
     finally:
         for flag, value in zip(flags, before):
             flag.fp32_precision = value
+
+
+@contextmanager
+def deterministic_kernels(device: torch.device) -> Iterator[None]:
+    """Make CUDA compute the same twice, for two backward passes that must agree.
+
+    The backward pass of flash attention adds up in a random order by default. The norms of the first pass would bound the sums of
+    the second one to rounding only. Where an operation has no deterministic kernel, the default one runs.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*determinis")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fill
 
 
 @contextmanager

@@ -33,6 +33,9 @@ BATCH_SIZE = 7  # samples in the test for independence
 FIXED_SAMPLES = (1, 5)  # samples of the batch that keep their tokens and random numbers
 ROUNDS = 5  # with other tokens and random numbers for the other samples
 FILLABLE = ("bernoulli", "rand.", "rand_like", "uniform")  # operations with a lowest and a highest outcome
+# Fused kernels of attention generate their masks once more in the backward pass, from a seed that all samples share: a few
+# samples cannot keep theirs while the others' change.
+ATTENTION = "_scaled_dot_product_"
 BELOW_ONE = 1 - 2.0**-24  # highest outcome of a uniform random number
 SEED = 2**59  # lowest of the seeds that are set here: no model sets it by chance
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -102,15 +105,17 @@ class RandomOpMode(TorchDispatchMode):
         if dim is None:
             self._fill(tensor)
             return output
-        if not self.other_seed:
+        if not self.other_seed or ATTENTION in str(func):
             return output
         if tensor.shape[dim] % BATCH_SIZE:  # experts, which see some of the tokens only
             raise refusal_error(self.ops[-1], WRONG_PROPORTION)
         fixed = torch.tensor(FIXED_SAMPLES, device=tensor.device)
-        kept = tensor.unflatten(dim, (BATCH_SIZE, -1)).index_select(dim, fixed)
+        # The mask, too, that dropout on a GPU returns for its backward pass.
+        before = [t.unflatten(dim, (BATCH_SIZE, -1)).index_select(dim, fixed) for t in same_shape_tensors(output)]
         self._set_seed(2 * (index + 10_000 * self.other_seed) + 1)
         output = func(*args, **kwargs)
-        first_tensor(output).unflatten(dim, (BATCH_SIZE, -1)).index_copy_(dim, fixed, kept)
+        for t, kept in zip(same_shape_tensors(output), before):
+            t.unflatten(dim, (BATCH_SIZE, -1)).index_copy_(dim, fixed, kept)
         return output
 
     def _fill(self, tensor: torch.Tensor) -> None:
@@ -125,6 +130,12 @@ class RandomOpMode(TorchDispatchMode):
 def first_tensor(output: Any) -> torch.Tensor:
     """Return the first tensor of an operation's output."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def same_shape_tensors(output: Any) -> list[torch.Tensor]:
+    """Return the tensors of an operation's output that have the shape of the first one."""
+    tensors = [t for t in output if torch.is_tensor(t)] if isinstance(output, tuple | list) else [output]
+    return [t for t in tensors if t.shape == tensors[0].shape]
 
 
 class ModelCall(NamedTuple):

@@ -78,7 +78,8 @@ def replay_global_rng(function: Callable[[], Any]) -> list[Any]:
     """Return the results of two calls from the same state of every global generator. Restores the generators."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     results = []
-    with torch.random.fork_rng():
+    # All devices, as torch.manual_seed seeds them all; by default torch would warn of several.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for _ in range(2):
             random.seed(0)
             np.random.seed(0)

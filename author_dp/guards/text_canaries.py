@@ -20,14 +20,15 @@ from accelerate.utils import send_to_device
 from datasets import Dataset, Features, concatenate_datasets
 from torch import nn
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.guards.one_run_audit import CONFIDENCE, lower_bound
+from author_dp.logs import get_logger
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import make_microbatches
+from author_dp.progress import track
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class AuditedTrainer(Protocol):
@@ -97,7 +98,8 @@ class TextCanaries:
         trainer.model.eval()
         losses = []
         with torch.no_grad():
-            for batch in make_microbatches(authors, trainer.args.per_device_eval_batch_size, trainer.data_collator):
+            batches = make_microbatches(authors, trainer.args.per_device_eval_batch_size, trainer.data_collator)
+            for batch in track(batches, "Score the canaries", not trainer.args.disable_tqdm):
                 batch = send_to_device(batch, trainer.args.device)
                 losses.append(author_losses(trainer.model, batch).cpu())
         return torch.cat(losses).double().numpy()

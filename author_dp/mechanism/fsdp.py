@@ -20,6 +20,7 @@ References:
     [2] Zhao et al. 2023, PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, arXiv 2304.11277
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
@@ -94,20 +95,30 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def global_norm(tensor: torch.Tensor) -> float:
-    """Return the L2 norm of the complete tensor, in float64. Collective for a sharded one."""
-    square = local_shard(tensor).square().sum(dtype=torch.float64)
+    """Return the L2 norm of the complete tensor, in float64 over its rows. Collective for a sharded one."""
+    square = local_shard(tensor).square().sum(-1).cpu().double().sum()  # on the CPU, as Macs' GPUs have no float64
     if isinstance(tensor, DTensor):
-        dist.all_reduce(square)
+        dist.all_reduce(square := square.to(tensor.device))
     return float(square) ** 0.5
 
 
-def is_finite(parameter: Any) -> bool:
-    """Return whether every number of a parameter is finite, on all processes. Collective for a sharded one."""
-    shard = local_shard(parameter)
-    finite = torch.stack(torch.aminmax(shard)).isfinite().all() if shard.numel() else torch.ones((), dtype=torch.bool)
-    if isinstance(parameter, DTensor):
-        dist.all_reduce(finite := finite.to(parameter.device, torch.int32), op=dist.ReduceOp.MIN)
-    return bool(finite)
+def find_non_finite(parameters: Iterable[tuple[str, Any]]) -> Optional[str]:
+    """Return the name of a parameter with a number that is not finite; None if there is none. Collective for sharded ones.
+
+    The host waits once for each device, not for each parameter.
+    """
+    by_device: dict[torch.device, list[tuple[str, Any]]] = defaultdict(list)
+    for name, parameter in parameters:
+        by_device[parameter.device].append((name, parameter))
+    for device, group in by_device.items():
+        shards = [local_shard(parameter) for _, parameter in group]
+        extremes = [torch.stack(torch.aminmax(s)) if s.numel() else torch.zeros(2, device=device) for s in shards]
+        finite = torch.stack([values.isfinite().all() for values in extremes])
+        if is_sharded(parameter for _, parameter in group):
+            dist.all_reduce(finite := finite.to(torch.int32), op=dist.ReduceOp.MIN)
+        if not all(flags := finite.tolist()):
+            return group[flags.index(False)][0]
+    return None
 
 
 def autograd_gradients(loss: torch.Tensor, parameters: list[Any]) -> list[Optional[torch.Tensor]]:

@@ -61,6 +61,9 @@ class ShardedStore(FactorStore):
         self.is_dummy = False
         self._buckets = list(make_buckets([p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor)]))
 
+    def is_joined(self, grads: list[Any]) -> bool:
+        return False  # `sum_pass` reduces each parameter
+
     def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
         if self.is_dummy:
             self.factors.clear()

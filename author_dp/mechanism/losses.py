@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from author_dp.models.modes import one_text_per_row
 from author_dp.types import IGNORE_INDEX, Batch
 
 
@@ -15,24 +16,29 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Compute logsumexp(logits) - logits[target] in float32."""
-        normalizers = torch.cat([rows.float().logsumexp(1) for rows in logits.split(TokenLosses.chunk_rows(logits))])
-        ctx.save_for_backward(logits, targets, normalizers)
-        target_logits = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
-        return torch.where(targets == IGNORE_INDEX, 0.0, normalizers - target_logits)
+        """Compute -log softmax(logits)[target] in float32."""
+        indices = targets.clamp(min=0)[:, None]
+        chunks = zip(*(t.split(TokenLosses.chunk_rows(logits)) for t in (logits, indices)))
+        losses = -torch.cat([logit.float().log_softmax(1).gather(1, index)[:, 0] for logit, index in chunks])
+        ctx.save_for_backward(logits, targets, losses + logits.gather(1, indices)[:, 0].float())
+        return torch.where(targets == IGNORE_INDEX, 0.0, losses)
 
     @staticmethod
     def backward(ctx, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Compute weight x (softmax - one-hot), in the logits' type."""
+        """Compute weight x (softmax - one-hot), in the logits' type; on a GPU nan for a weight below 0, which no loss has."""
         logits, targets, normalizers = ctx.saved_tensors
-        weights = torch.where(targets == IGNORE_INDEX, 0.0, weights)[:, None]
-        gradient = torch.empty_like(logits)
-        tensors = (logits, targets[:, None], normalizers[:, None], weights, gradient)
-        for logit, target, normalizer, weight, result in zip(*(t.split(TokenLosses.chunk_rows(logits)) for t in tensors)):
+        weights, normalizers = torch.where(targets == IGNORE_INDEX, 0.0, weights)[:, None], normalizers[:, None]
+        shifts, on_cpu, gradient = normalizers - weights.log(), logits.device.type == "cpu", torch.empty_like(logits)
+        tensors = (logits, normalizers, shifts, weights, gradient)
+        for logit, normalizer, shift, weight, result in zip(*(t.split(TokenLosses.chunk_rows(logits)) for t in tensors)):
             out = result if result.dtype == torch.float32 else None
-            rows = torch.sub(logit, normalizer, out=out).exp_().mul_(weight)
-            result.copy_(rows.scatter_add_(1, target.clamp(min=0), -weight))  # no copy where both are one tensor
-        return gradient, None
+            if on_cpu:  # in a cache, where passes cost less than an exponential that converts
+                result.copy_(torch.sub(logit, normalizer, out=out).exp_().mul_(weight))  # no copy where both are one tensor
+            else:  # two passes over memory
+                torch.exp(torch.sub(logit, shift, out=out), out=result)
+        indices = targets.clamp(min=0)[:, None]
+        at_target = torch.expm1(logits.gather(1, indices).float() - normalizers).mul_(weights)  # (softmax - 1) x weight
+        return gradient.scatter_(1, indices, at_target.to(gradient.dtype)), None
 
     @staticmethod
     def chunk_rows(logits: torch.Tensor) -> int:
@@ -46,7 +52,8 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Te
     Returns:
         losses, float32 (samples, tokens), 0 without a target; has_target, bool (samples, tokens).
     """
-    logits = model(input_ids=batch["input_ids"]).logits  # (samples, tokens, vocabulary)
+    with one_text_per_row():
+        logits = model(input_ids=batch["input_ids"]).logits  # (samples, tokens, vocabulary)
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # (samples, tokens): the next token
     losses = TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
     return losses, targets != IGNORE_INDEX

@@ -100,7 +100,8 @@ def make_microbatches(
         shape: of all microbatches; None without privacy.
     Returns:
         microbatches: what `collate` returns; `author`, int64 (samples,), the author of each sample within the microbatch, counted
-        from 0; `num_authors`; and `num_dummies`, how many of them are dummies. Dummies come last.
+        from 0; `num_authors`; `num_dummies`, how many of them are dummies, which come last; `samples_each`, as for `AuthorIndex`;
+        `is_real`, bool (authors,), and `num_real`, which and how many authors are neither dummies nor canaries.
     Raises:
         UserError: for a sample longer than `shape` allows.
     """
@@ -146,13 +147,17 @@ def make_microbatch(
         padding = {"input_ids": 0, "labels": IGNORE_INDEX}
         batch |= {name: F.pad(batch[name], missing, value=value) for name, value in padding.items()}
     owners = np.repeat(np.arange(len(authors)), [len(samples) for samples in authors])
-    return {**batch, "author": torch.from_numpy(owners), "num_authors": len(authors), "num_dummies": dummies}
+    batch |= {"author": torch.from_numpy(owners), "num_authors": len(authors), "num_dummies": dummies}
+    real, numbers = is_real(batch), {len(samples) for samples in authors}
+    # Known here, on the CPU: on a GPU each of these would cost a wait.
+    known = {"is_real": real, "num_real": int(real.sum()), "samples_each": numbers.pop() if len(numbers) == 1 else None}
+    return {**batch, **known}
 
 
 def is_real(batch: Batch) -> torch.Tensor:
     """Return which authors of a microbatch are neither dummies nor canaries, bool (authors,)."""
     author = batch["author"]
-    real = torch.arange(batch["num_authors"], device=author.device) < batch["num_authors"] - batch["num_dummies"]
+    real = torch.arange(batch["num_authors"]) < batch["num_authors"] - batch["num_dummies"]
     if "canary" in batch:
-        real &= torch.zeros(len(real), device=author.device).index_add(0, author, (batch["canary"] >= 0).float()) == 0
+        real &= torch.zeros(len(real)).index_add(0, author, (batch["canary"] >= 0).float()) == 0
     return real

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from author_dp.accounting.banded_mf import step_noise_std
 
+COPIED_AT_ONCE = 2**24  # elements of secure noise that are copied to a device: 64 MB
 CHUNK_PAIRS = 2**17  # pairs of normals that are made at once: their memory stays in a CPU's cache
 
 
@@ -53,7 +54,7 @@ class GaussianNoise:
     def __init__(self, device: torch.device, secure: bool = False):
         self.num_draws = 4 if secure else 1
         on_cpu = secure or device.type == "cpu"
-        self.chunk_size = 2 * CHUNK_PAIRS if on_cpu else 2**26
+        self.chunk_size = 2 * CHUNK_PAIRS if device.type == "cpu" else COPIED_AT_ONCE if secure else 2**26
         self._generators = [] if on_cpu else [torch.Generator(device) for _ in range(4)]
         for generator in self._generators:
             generator.manual_seed(secrets.randbits(64))
@@ -74,10 +75,12 @@ class GaussianNoise:
             total: flat, float32, (at most `chunk_size`,).
         """
         if self.num_draws > 1:  # summed before they are added to `total`: rounding in between would undo the hardening
-            noise = torch.zeros(len(total))
-            for _ in range(self.num_draws):
-                self._add_pairs(noise, std / math.sqrt(self.num_draws))
-            return total.add_(noise.to(total.device))
+            # From pinned memory, which torch reuses once it is copied, the next chunk is drawn while this one is copied.
+            noise = torch.zeros(len(total), pin_memory=total.device.type == "cuda")
+            for chunk in noise.split(2 * CHUNK_PAIRS):
+                for _ in range(self.num_draws):
+                    self._add_pairs(chunk, std / math.sqrt(self.num_draws))
+            return total.add_(noise.to(total.device, non_blocking=True))
         if not self._generators:
             return self._add_pairs(total, std)
         for generator in self._generators:

@@ -14,14 +14,14 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
+from author_dp.logs import get_logger
 from author_dp.models.lora import add_lora_adapters
 from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -108,11 +108,12 @@ def check_sequence_len(model: PreTrainedModel, sequence_len: int) -> None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise UserError where the tokenizer has more tokens than the model has embeddings."""
+    """Raise UserError where a token has no embedding. Token ids may have gaps: the largest counts, not their number."""
     embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
+    number, largest = len(embeddings.weight), max(tokenizer.get_vocab().values(), default=0)
+    if largest >= number:
         raise UserError(
-            f"--model_name {name}: its tokenizer has {len(tokenizer)} tokens, its model {embeddings.num_embeddings} embeddings. "
+            f"--model_name {name}: its tokenizer has token ids up to {largest}, its model {number} embeddings. "
             "Resize the embeddings, or give the tokenizer that belongs to the model"
         )
 
@@ -134,7 +135,7 @@ def adapter_base_model(name: str) -> Optional[str]:
             "not clear which one to load. Move one of them to another folder"
         )
     try:
-        base = json.loads(path.read_text())["base_model_name_or_path"]
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -166,7 +167,7 @@ def check_folder(name: str) -> None:
     if not config.is_file():
         raise UserError(f"--model_name {name}: no config.json. Give a folder that save_pretrained wrote, or a hub name")
     try:
-        json.loads(config.read_text())
+        json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"--model_name {name}: config.json is not JSON ({error}). Copy it again") from error
     if not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
@@ -190,15 +191,17 @@ def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """
     folder = Path(name)
     check_lfs_pointers(folder)
-    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text()).get("peft_type")
+    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
     if peft_type != "LORA":
         raise UserError(f"--model_name {name}: it holds an adapter of type {peft_type}. Only LoRA adapters can be resumed")
     if not any((folder / f"adapter_model{suffix}").exists() for suffix in (".safetensors", ".bin")):
         raise UserError(f"--model_name {name}: no adapter weights (adapter_model.safetensors). Copy them there")
+    weights = load_peft_weights(name, device="cpu")
+    resize_for_adapter(model, weights)
     adapted: Any = PeftModel.from_pretrained(model, name, is_trainable=True)
     saved, loaded = (
-        {key for key in weights if "lora_" in key}
-        for weights in (load_peft_weights(name, device="cpu"), get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        {key for key in keys if "lora_" in key}
+        for keys in (weights, get_peft_model_state_dict(adapted, save_embedding_layers=False))
     )
     if unmatched := sorted(saved ^ loaded):
         raise UserError(
@@ -206,6 +209,17 @@ def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
             f"the base, such as {unmatched[0]}. Give the base that it was trained on"
         )
     return adapted
+
+
+def resize_for_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give the base as many embeddings as an adapter was trained with; peft saves resized ones with the adapter."""
+    embeddings: Any = model.get_input_embeddings()
+    layers = (embeddings, model.get_output_embeddings())
+    names = [name for name, layer in model.named_modules() if any(layer is other for other in layers)]
+    ends = tuple(f".{name}.{weight}" for name in names for weight in ("weight", "base_layer.weight"))
+    rows = {len(tensor) for key, tensor in weights.items() if key.endswith(ends)}
+    if len(rows) == 1 and rows != {len(embeddings.weight)}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def reload_adapter_weights(model: PreTrainedModel, name: str) -> None:

@@ -10,10 +10,12 @@ References:
     [1] Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Optional
 
 from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -34,7 +36,7 @@ class LoraArguments:
     """Train low-rank adapters instead of all weights (Hu et al. 2021, arXiv 2106.09685)."""
 
     enable_lora: bool = option(False, "Train LoRA adapters; the base model stays frozen.")
-    lora_dim: int = option(8, "Rank of the adapters.")
+    lora_dim: int = option(8, "Rank of the adapters.", alias="lora_r")
     lora_alpha: int = option(8, "Scale the adapters' output by lora_alpha / lora_dim.")
     lora_dropout: float = option(0.0, "Dropout before the adapters.")
     lora_target_modules: Optional[list[str]] = option(
@@ -128,6 +130,16 @@ def add_lora_adapters(model: PreTrainedModel, targets: Optional[list[str]] = Non
             f"--lora_target_modules, or another --lora option: it does not fit {model.name_or_path or 'the model'} "
             f"({first_line(error)}). Change it, or leave it out"
         ) from error
+
+
+def adapts_tied_weights(model: nn.Module) -> bool:
+    """Return whether an adapted layer shares its weight with another layer, as embeddings and head often do.
+
+    Merged into the shared weight, the adapter of one of them would change the other too.
+    """
+    uses = Counter(parameter.data_ptr() for layer in model.modules() for parameter in layer.parameters(recurse=False))
+    adapted = (layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    return any(uses[parameter.data_ptr()] > 1 for layer in adapted for parameter in layer.parameters(recurse=False))
 
 
 def excluded_layers(model: Any) -> list[str]:

@@ -8,7 +8,7 @@ Example:
 
     >>> with write_certified(Path("scratch"), adapter=False, make_report=trainer.privacy_report):
     ...     model.save_pretrained("scratch")
-    >>> check_weights(Path("scratch"), json.loads(Path("scratch/privacy.json").read_text()))
+    >>> check_weights(Path("scratch"), json.loads(Path("scratch/privacy.json").read_text(encoding="utf-8")))
 """
 
 import hashlib
@@ -133,7 +133,7 @@ def write_certified(
 def has_no_guarantee(folder: Path) -> bool:
     """Return whether a folder's privacy.json says that its weights were trained without privacy."""
     path = folder / REPORT_NAME
-    return path.exists() and json.loads(path.read_text()).get("disable_dp") is True
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("disable_dp") is True
 
 
 def remove_report(folder: Path) -> None:

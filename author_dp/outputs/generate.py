@@ -25,15 +25,19 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from author_dp.data.chat_template import ChatTemplate, TurnEnd
+from author_dp.data.loading import expand_files
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_error, hub_is_reachable
+from author_dp.logs import get_logger
 from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer
+from author_dp.models.lora import adapts_tied_weights
 from author_dp.models.weights import sha256_of
 from author_dp.outputs import privacy_statement, synthetic_report
 from author_dp.outputs.partial_file import PartialFile
-from author_dp.outputs.prompts import Prompt, Source, make_prompts, template_fields
+from author_dp.outputs.prompts import Prompt, Source, make_prompts
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 128  # if the model does not say how long its training texts were
 # Options of transformers that would change the number of texts per prompt, or that have an option of their own here.
@@ -56,7 +60,7 @@ def make_parser() -> synthetic_report.Parser:
     add("--number", type=int, help="number of texts; default: one for each row of --prompts, 1,000 without")
     add("--seed", type=int, default=0, help="of sampling; default: %(default)s")
     add("--batch_size", type=int, default=64, help="texts generated at a time; default: %(default)s")
-    add("--text_column", default="content", help="column of the text in the output; default: %(default)s")
+    add("--text_column", help="column of the text in the output; default: that of the training's text")
     add("--use_cpu", action="store_true", help="even if there is a GPU")
     add("--bf16", action="store_true", help="compute in bfloat16")
     prompts = parser.add_argument_group("prompts; without these options texts begin as in training")
@@ -118,9 +122,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, (words, is_valid) in ranges.items():
         if not is_valid:
             raise UserError(f"--{name} {getattr(args, name)} must be {words}")
-    for name in args.report or []:
-        if not Path(name).is_file():
-            raise UserError(f"--report {name}: there is no such file")
+    if args.report:
+        expand_files("--report", args.report)
     if args.public_prompts and args.private_prompts:
         raise UserError("--public_prompts and --private_prompts exclude each other: if any prompt is private, give the latter")
     if args.prompts and not (args.public_prompts or args.private_prompts):
@@ -138,8 +141,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--prompt_template and --messages_column exclude each other: give one of them")
     if args.with_prompt and (args.chat or args.messages_column):
         raise UserError("--with_prompt has no effect on conversations, whose output is complete anyway: leave it out")
-    if args.text_column in ("prompt", "messages", *args.keep_columns, *template_fields(args.prompt_template or "")):
-        raise UserError(f"--text_column {args.text_column!r} is the name of another column of the output: choose another")
 
 
 def prompt_source(args: argparse.Namespace) -> str:
@@ -173,7 +174,7 @@ def sampling_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str,
 
 
 def load_model(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load the model of a folder, with a LoRA adapter merged into its base, and the tokenizer.
+    """Load the model of a folder, with a LoRA adapter merged into its base where that is the same model, and the tokenizer.
 
     Args:
         revision: commit of a base from the hub; default: the newest.
@@ -187,8 +188,9 @@ def load_model(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTra
         local_only = base is not None and not os.path.isdir(base) and not hub_is_reachable()
         model: Any = load_base(base or folder, local_files_only=local_only, **options)
         if base is not None:
-            adapted: Any = load_adapter(model, folder)
-            model = adapted.merge_and_unload()
+            model = load_adapter(model, folder)
+            if not adapts_tied_weights(model):
+                model = model.merge_and_unload()
         model.eval()
         return model, load_tokenizer(folder)
     except UserError as error:
@@ -211,10 +213,11 @@ def fingerprint_model(folder: str) -> str:
     return digest.hexdigest()
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of the model's generation_config.json."""
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn_end: Optional[TurnEnd]) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's, those of the model's generation_config.json, and that of a turn."""
     configured: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
     tokens = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    tokens += [None if turn_end is None else turn_end.token]
     return sorted({int(token) for token in tokens if token is not None})
 
 
@@ -285,6 +288,9 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         data.get("start_token"),
         Source(args.prompts, args.prompt_column, args.messages_column, args.prompt_template, tuple(args.keep_columns), args.chat),
     )
+    args.text_column = args.text_column or data.get("text_column") or "content"
+    if args.text_column in prompts[0].row and not (args.with_prompt and args.text_column == "prompt"):
+        raise UserError(f"--text_column {args.text_column!r} is the name of another column of the output: choose another")
     number = args.number or (len(prompts) if args.prompts else 1_000)
     tokens = token_budget(model, prompts, args.max_new_tokens, data.get("sequence_len"), bool(args.prompts))
     options = sampling_options(args, tokens)
@@ -298,10 +304,12 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     prompts_hash = hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest()
     output = PartialFile(args.out, {**settings, "texts of prompts": prompts_hash}, 0o666 if statement["covered"] else 0o600)
-    for warning in make_warnings(statement, data, args):
+    turn_end = ChatTemplate(tokenizer).turn_end if "messages" in prompts[0].row else None
+    for warning in make_warnings(statement, data, args, turn_end):
         logger.warning(warning)
     model.to(device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    write_texts(model, tokenizer, prompts, output, number, args, options)
+    ends = eos_token_ids(model, tokenizer, turn_end)
+    write_texts(model, tokenizer, prompts, output, number, args, GenerationConfig(**options, eos_token_id=ends or [-1]))
     public = {**settings, **({"sha256_of_prompts": prompts_hash} if source == privacy_statement.PUBLIC else {})}
     content = {**statement, "file": args.out.name, "rows": number, "rows_that_end": output.state["ended"], "generated": public}
     output.finish(content)
@@ -315,12 +323,10 @@ def write_texts(
     output: PartialFile,
     number: int,
     args: argparse.Namespace,
-    options: dict[str, Any],
+    config: GenerationConfig,
 ) -> None:
     """Write the remaining ones of `number` texts in batches."""
-    ends = eos_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    config = GenerationConfig(**options, eos_token_id=ends or [-1], pad_token_id=pad)
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else max(0, config.eos_token_id[0])
     is_useful: Any = lambda record: "attention_mask" not in record.getMessage()  # noqa: E731
     logging.get_logger("transformers.modeling_utils").addFilter(is_useful)
     model.generation_config = GenerationConfig()  # otherwise options that are unset above come from the folder
@@ -337,17 +343,22 @@ def write_texts(
             bar.update(len(batch))
 
 
-def make_warnings(statement: dict[str, Any], data: dict[str, Any], args: argparse.Namespace) -> list[str]:
+def make_warnings(
+    statement: dict[str, Any], data: dict[str, Any], args: argparse.Namespace, turn_end: Optional[TurnEnd]
+) -> list[str]:
     """Return warnings about a missing guarantee, and about texts that will not begin or end well.
 
     Args:
         statement: privacy statement of the text.
         data: how training texts became samples, from the model's privacy.json.
+        turn_end: what ends the answers; None where texts are generated.
     """
     warnings = [] if statement["covered"] else [statement["statement"]]
     if "start_token" in data and data["start_token"] is None and not args.prompts and args.prompt_template is None:
         warnings.append("The model never saw how a text begins: train with --prepend_bos, or give a --prompt_template")
-    if "end_token" in data and data["end_token"] is None and "targets" not in data:
+    learned_texts = "text_column" in data or "targets" not in data  # by an older version: not known
+    ends = turn_end.token is not None if turn_end is not None else "messages_column" in data or not learned_texts
+    if data.get("end_token", "") is None and not ends:
         warnings.append("The model never saw how a text ends, so texts end at --max_new_tokens: train with --append_eos")
     return warnings
 
@@ -358,4 +369,6 @@ def main(arguments: list[str]) -> None:
     ended = f"{content['rows_that_end']:,} of {content['rows']:,} texts reach their end"
     print(f"{content['file']}: {ended}. {content['statement']}")
     if args.report:
-        print(synthetic_report.format_report(synthetic_report.make_report(args.out, args.report, args)))
+        # Here the columns are those of the output, not of the real text.
+        options = argparse.Namespace(**{**vars(args), **dict.fromkeys(synthetic_report.COLUMN_OPTIONS)})
+        print(synthetic_report.format_report(synthetic_report.make_report(args.out, args.report, options)))

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from author_dp.accounting.accountant import format_epsilon, format_guarantee, round_up
 from author_dp.training.public_loss import format_release
+from author_dp.wording import format_count
 
 Row = tuple[str, str]
 
@@ -27,7 +28,12 @@ def has_guarantee(report: dict[str, Any]) -> bool:
 
 def in_search(report: dict[str, Any]) -> bool:
     """Return whether the model is one run of a search that has not ended, or not its best."""
-    return not (report.get("tuning") or {"ended": True})["ended"]
+    return "tuning" in report and not report["tuning"]["ended"]
+
+
+def is_tuned(report: dict[str, Any]) -> bool:
+    """Return whether the model is the result of a search, and epsilon that of the search."""
+    return "tuning" in report and report["tuning"]["ended"]
 
 
 def guarantee_rows(report: dict[str, Any]) -> list[Row]:
@@ -73,23 +79,23 @@ def guarantee_rows(report: dict[str, Any]) -> list[Row]:
 
 def format_covered(report: dict[str, Any]) -> str:
     """Describe what the guarantee is of."""
-    if report.get("tuning"):
+    if is_tuned(report):
         return "the released weights, their settings and their released loss, and nothing else of the search"
     return "the released weights and every checkpoint"
 
 
 def format_accounted(report: dict[str, Any]) -> str:
     """Describe what epsilon counts."""
-    if report.get("tuning"):
+    if is_tuned(report):
         return "the search: its runs, their scores and the choice of the best"
     return "all steps ever taken in this folder, lost ones included"
 
 
 def format_tuning(report: dict[str, Any]) -> str:
     """Describe what was searched, and what it cost; never how many runs there were."""
-    tuning = report.get("tuning")
-    if not tuning or not tuning["ended"]:
+    if not is_tuned(report):
         return "not included: each further run on the same authors adds its own epsilon"
+    tuning = report["tuning"]
     grid = "; ".join(f"{name} of {', '.join(values)}" for name, values in tuning["grid"].items())
     return (
         f"included: the best, by its released loss, of a random number of runs ({tuning['law']}, {fmt(tuning['expected_runs'])} "
@@ -120,19 +126,25 @@ def attack_rows(report: dict[str, Any]) -> list[Row]:
     if report.get("mu_gdp") is not None:
         mu = math.ceil(report["mu_gdp"] * 1e3) / 1e3
         rows.append(("Gaussian DP", f"mu {mu:.3f}: as hard to tell apart as N(0, 1) and N(mu, 1)"))
-    for false_positives, true_positives in (report.get("tpr_at_fpr") or {}).items():
-        bound = math.ceil(true_positives * 1e4) / 1e4
-        rows.append(
-            (f"Attacker at {float(false_positives):.1%}", f"true-positive rate at most {bound:.4f} at this false-positive rate")
-        )
+    rates = [f"at most {percent_up(tpr)} at {100 * float(fpr):g} % FPR" for fpr, tpr in (report.get("tpr_at_fpr") or {}).items()]
+    if rates:
+        meaning = "TPR: share of the authors in the data who are found; FPR: share of all others who are wrongly accused"
+        rows.append(("Membership inference", f"TPR {', '.join(rates)} ({meaning})"))
     return rows
+
+
+def percent_up(share: float) -> str:
+    """Return a share in percent, rounded up to one decimal; to two below 1 %."""
+    decimals = 1 if share >= 0.01 else 2
+    percent = math.ceil(round(share * 100 * 10**decimals, 6)) / 10**decimals
+    return f"{percent:g} %"
 
 
 def noise_band_rows(report: dict[str, Any]) -> list[Row]:
     """Return a row if noise is correlated over steps; reports of older versions do not say."""
     if report.get("noise_bands", 1) == 1:
         return []
-    accounted = f"{report['accounted_steps']:,} steps at sample rate {fmt(report['accounted_sample_rate'])}"
+    accounted = f"{format_count(report['accounted_steps'], 'step')} at sample rate {fmt(report['accounted_sample_rate'])}"
     return [("Noise bands", f"{report['noise_bands']}: noise correlated over steps, groups in turn; accounted as {accounted}")]
 
 
@@ -175,21 +187,37 @@ def plain_summary(report: dict[str, Any]) -> str:
         return f"Certified: {INTERRUPTED}."
     if in_search(report):
         return f"Certified: {IN_SEARCH}."
+    if report.get("dry_run"):
+        return "This is a dry run: the model has taken two steps of a longer training, and is not a finished one."
     if not has_guarantee(report):
         return (
             "This training has the guarantee above for its own authors, but it started from a model that has none: "
             f"{format_model(report['base_model'])}. The model may repeat what the authors of that one wrote."
         )
-    rates = report.get("tpr_at_fpr") or {}
-    attack = ""
-    if "0.01" in rates:
-        attack = (
-            " Even an attacker who knows everything else, and who wrongly accuses 1 % of the authors who were not in the data, "
-            f"finds at most {math.ceil(rates['0.01'] * 1e3) / 10:.1f} % of those who were."
-        )
     factor = f"{round_up(math.exp(min(report['epsilon'], 700))):,g}"
     return (
         f"Whatever anyone concludes from this model becomes at most {factor} times (e^epsilon) as likely by the presence or "
         "absence of any one author, with all of that author's texts, in the training data, except with probability "
-        f"{report['delta']:.2g}.{attack}"
+        f"{report['delta']:.2g}."
+    )
+
+
+def decision_summary(report: dict[str, Any]) -> str:
+    """Return what epsilon means to a person who decides on the use of the model; empty if it has no guarantee.
+
+    The scale is that of Ponomareva et al. 2023. It is about epsilon alone, so the bound on attackers is named first.
+    """
+    if report["disable_dp"] or not has_guarantee(report) or report.get("dry_run"):
+        return ""
+    rates, attack = report.get("tpr_at_fpr") or {}, ""
+    if "0.01" in rates:
+        attack = (
+            "Someone who knows everything else, tries to tell who was in the training data, and wrongly accuses 1 % of the "
+            f"authors who were not, finds at most {percent_up(rates['0.01'])} of those who were; blind guessing finds 1 %. "
+        )
+    epsilon, strengths = report["epsilon"], ((1, "strong"), (10, "reasonable"), (math.inf, "weak by itself"))
+    strength = next(word for limit, word in strengths if epsilon <= limit)
+    return (
+        f"{attack}On a common scale of epsilon (Ponomareva et al. 2023: up to 1 strong, up to 10 reasonable, above 10 weak by "
+        f"itself), {format_epsilon(epsilon)} is {strength}. Each author is protected, not what many authors have written alike."
     )

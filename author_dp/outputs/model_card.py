@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 from transformers import TrainingArguments
 
-from author_dp.outputs.guarantee import Row, fmt, guarantee_rows, has_guarantee, plain_summary
+from author_dp.models.quantization import model_sizes
+from author_dp.outputs.guarantee import Row, decision_summary, fmt, guarantee_rows, has_guarantee, is_tuned, plain_summary
 
+CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 OPTIONS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "bf16")
 IMPORTS = {
@@ -26,8 +29,11 @@ def public_settings(args: TrainingArguments, model: Any, model_name: Optional[st
     Args:
         model_name: hub name or local folder; the path of a folder is left out.
     """
-    settings = {name: getattr(args, name) for name in OPTIONS}
+    settings: dict[str, Any] = {name: getattr(args, name) for name in OPTIONS}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    trained, parameters = model_sizes(model)
+    settings |= {"architecture": type(base).__name__, "parameters": parameters, "trained_parameters": trained}
     is_local = not model_name or Path(model_name).exists() or Path(model_name).is_absolute()
     settings["model_name"] = None if is_local else model_name
     if config := getattr(model, "peft_config", {}).get("default"):
@@ -40,6 +46,17 @@ def public_settings(args: TrainingArguments, model: Any, model_name: Optional[st
     return settings
 
 
+def public_options(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the options and the data of a run, by name; base_model and dataset are None unless they have a public name.
+
+    Args:
+        report: content of privacy.json.
+    """
+    settings, data = dict(report.get("settings") or {}), report.get("data") or {}
+    base_model, lora = settings.pop("model_name", None), settings.pop("lora", {})
+    return {"base_model": base_model, "dataset": data.get("dataset"), **data, **lora, **settings}
+
+
 def model_card(report: dict[str, Any], name: str = ".") -> str:
     """Return the model card as Markdown.
 
@@ -48,10 +65,8 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         name: hub name or path that the model is loaded by.
     """
     covered, is_adapter = has_guarantee(report), bool(report.get("adapter_base"))
-    settings, data = dict(report.get("settings") or {}), report.get("data") or {}
-    library = "peft" if is_adapter else "transformers"
-    base_model, dataset = settings.pop("model_name", None), data.get("dataset")
-    options = {"base_model": base_model, "dataset": dataset, **data, **settings.pop("lora", {}), **settings}
+    library, options = "peft" if is_adapter else "transformers", public_options(report)
+    base_model, dataset = options["base_model"], options["dataset"]
     metadata = ModelCardData(
         base_model=base_model,
         datasets=[dataset] if dataset else None,
@@ -63,12 +78,12 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         metadata,
         template_path=str(TEMPLATE),
         title="Fine-tuned with author-level differential privacy" if covered else "Fine-tuned without a privacy guarantee",
-        summary=plain_summary(report),
+        summary="\n\n".join(filter(None, (plain_summary(report), decision_summary(report)))),
         imports=IMPORTS[library],
         model_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         name=name,
         needs_base_path=is_adapter and not base_model,
-        tuned=bool(report.get("tuning")),
+        tuned=is_tuned(report),
         counts_are_hidden=report["num_authors"] is None,
         guarantee=table_rows(guarantee_rows(report)),
         settings=table_rows((option, value) for option, value in options.items() if value is not None),
@@ -78,5 +93,9 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
 
 def table_rows(rows: Iterable[tuple[str, Any]]) -> list[Row]:
     """Return the rows of a Markdown table as text that cannot leave its cell."""
-    texts = ((name, fmt(value) if isinstance(value, float) else str(value)) for name, value in rows)
-    return [(name, text.replace("|", r"\|").replace("\n", " ")) for name, text in texts]
+    return [(name, format_value(value).replace("|", r"\|").replace("\n", " ")) for name, value in rows]
+
+
+def format_value(value: Any) -> str:
+    """Return an option's value for people: numbers with separators of thousands."""
+    return f"{value:,}" if type(value) is int else fmt(value) if isinstance(value, float) else str(value)

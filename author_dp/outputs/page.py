@@ -6,7 +6,9 @@ from typing import Any, Optional
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from author_dp.outputs.guarantee import guarantee_rows, has_guarantee, plain_summary
+from author_dp.data.splits import FEW_HELD_OUT
+from author_dp.outputs.guarantee import decision_summary, guarantee_rows, has_guarantee, plain_summary
+from author_dp.outputs.model_card import format_value, public_options
 from author_dp.outputs.samples import CONTINUATION, UNCONDITIONAL
 
 STATISTICS_NAME = "_private_statistics.json"
@@ -14,6 +16,7 @@ PAGE_NAME = "report.html"
 BLUE, RED, GRAY = "#1b6ca8", "#c8553d", "#8a8f98"
 PRIVATE, PUBLIC, COVERED = "private", "public", "covered"  # marks of what the page shows
 AUTHOR_LOSS = "eval_author_loss"
+STANDARD_ERRORS = {"eval_loss": "eval_loss_stderr", AUTHOR_LOSS: "eval_author_loss_stderr"}  # metrics, over authors
 EVALUATION_LABELS = (
     (AUTHOR_LOSS, "Held-out authors: mean over authors"),
     ("eval_loss", "Held-out authors: mean over tokens"),
@@ -21,19 +24,24 @@ EVALUATION_LABELS = (
 )
 
 
-def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statistics: dict) -> str:
+def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statistics: dict, header: Optional[dict] = None) -> str:
     """Return the page as HTML; all values are escaped.
 
     Args:
         report: content of privacy.json.
         figures: file of each figure by name, and whether it is private.
         statistics: recorded by `report.RunStatistics`; may be empty.
+        header: of the last run in the ledger; None without privacy.
     """
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     return templates.get_template("page.html.jinja").render(
         title=title,
         guarantee=guarantee_rows(report),
         summary=plain_summary(report),
+        decision=decision_summary(report),
+        run=run_rows(report, header or {}, statistics),
+        command=statistics.get("command"),
+        held_out=format_held_out(statistics.get("evaluation", {}).get("after", {})),
         accent=BLUE if has_guarantee(report) else RED,
         losses=loss_rows(statistics.get("log", []), statistics.get("evaluation", {})),
         figures=[
@@ -48,19 +56,62 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
     )
 
 
-def loss_rows(log: list[dict], evaluation: dict[str, dict]) -> list[tuple[str, Optional[float], Optional[float]]]:
-    """Return label and value of each loss before and after training.
+def run_rows(report: dict, header: dict, statistics: dict) -> list[tuple[str, str]]:
+    """Return name and value of what was trained on which data, when and how; public values only.
+
+    Args:
+        header, statistics: as for `page`.
+    """
+    options = public_options(report)
+    model, dataset = options.pop("base_model"), options.pop("dataset")
+    named = ", named in the command" if statistics.get("command") else ""
+    sizes = [options.pop(name, None) for name in ("architecture", "parameters", "trained_parameters")]
+    size = "" if None in sizes else f" ({sizes[0]}, {sizes[1]:,} parameters, {sizes[2]:,} of them trained)"
+    settings = (f"{name} {format_value(value)}" for name, value in options.items() if value is not None)
+    rows = [
+        ("Base model", (model or f"a local folder{named}") + size),
+        ("Data", dataset or f"local files{named}"),
+        ("Date", header.get("started") or statistics.get("started")),
+        ("Software", ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items())),
+        ("Processes", report.get("world_size")),
+        ("Settings", ", ".join(settings)),
+    ]
+    return [(name, format_value(value)) for name, value in rows if value not in (None, "")]
+
+
+def format_held_out(metrics: dict[str, Any]) -> str:
+    """Return a sentence about the number of held-out authors, which is private; empty if it is unknown."""
+    authors, texts = metrics.get("eval_num_authors"), metrics.get("eval_num_texts")
+    if authors is None or texts is None:
+        return ""
+    words = f"Held out: {authors:,} authors with {texts:,} texts."
+    if authors < FEW_HELD_OUT:
+        words += " So few authors say little: a difference within two standard errors may be chance."
+    return words
+
+
+def loss_rows(log: list[dict], evaluation: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """Return label and value of each loss before and after training, with two standard errors where they are known.
 
     Args:
         log: log history of the Trainer.
         evaluation: metrics "before" and "after" training.
     """
     before, after = evaluation.get("before", {}), evaluation.get("after", {})
-    rows = [(label, before.get(name), after[name]) for name, label in EVALUATION_LABELS if name in after]
-    training = [row["loss"] for row in log if row.get("loss") is not None]
+    rows = [(label, format_loss(before, name), format_loss(after, name)) for name, label in EVALUATION_LABELS if name in after]
+    training = [row for row in log if row.get("loss") is not None]
     if training:
-        rows.insert(1 if rows else 0, ("Training authors: mean over authors, last line of the log", None, training[-1]))
+        label = "Training authors: mean over authors, last line of the log"
+        rows.insert(1 if rows else 0, (label, "", format_loss(training[-1], "loss")))
     return rows
+
+
+def format_loss(metrics: dict[str, Any], name: str) -> str:
+    """Return a metric, with two standard errors if they are known; empty if there is none."""
+    if metrics.get(name) is None:
+        return ""
+    error = metrics.get(STANDARD_ERRORS.get(name, ""))
+    return f"{metrics[name]:,.3f}" + ("" if error is None else f" \u00b1 {2 * error:,.3f}")
 
 
 def text_sections(samples: dict[str, dict[str, list[str]]], covered: bool) -> list[dict[str, Any]]:

@@ -16,18 +16,17 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers.utils import logging
-
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
 from author_dp.accounting.privacy_report import recompute_report
 from author_dp.data.hub import cached_copy
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.models.loading import adapter_base_model, public_name
 from author_dp.models.weights import check_weights, sha256_of
 from author_dp.outputs.guarantee import format_model, in_search
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 SUFFIX = ".privacy.json"
 NO_PROMPTS, FIXED, PUBLIC, PRIVATE = "none", "fixed", "public", "private"  # source of the prompts
@@ -38,7 +37,7 @@ PUBLIC_KEYS = (
     "sample_rate", "expected_batch_size", "steps", "num_authors", "samples_per_author", "clipping", "world_size", "disable_dp",
     "noise_bands", "accounted_sample_rate", "accounted_steps", "mu_gdp", "tpr_at_fpr", "data", "ledger_link", "alarm",
     "weights", "adapter_base", "base_model", "secure_noise", "audit", "evaluation_release", "epsilon_with_evaluation", "settings",
-    "tuning",
+    "dry_run", "tuning",
 )  # fmt: skip
 
 NOT_COVERED = (
@@ -203,7 +202,7 @@ def check_statement(text: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise UserError if it cannot be read."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:

@@ -99,7 +99,7 @@ def render_prompt(
         messages = to_messages(prompt)
         if messages[-1]["role"] == "assistant":  # the answer that the model is to write instead
             messages = messages[:-1]
-        text = formatter.render(messages, opens_answer=True)
+        text = formatter.render_prompt(messages)
     except ValueError as error:
         raise UserError(f"{place} {error}") from error
     return Example(text, [], True), {**columns, "messages": messages}

@@ -25,7 +25,7 @@ from author_dp.files import write_json
 from author_dp.models.loading import adapter_base_model
 from author_dp.models.weights import hash_weights, weight_name_pattern
 from author_dp.outputs.guarantee import in_search
-from author_dp.outputs.model_card import model_card
+from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, not_covered_reason, read_guarantee
 
 # What transformers reads to load and use a model, beside the weights that privacy.json names. All of it is the base model's.
@@ -34,7 +34,6 @@ COPIED = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-CARD_NAME = "README.md"
 MTIME = 946_684_800  # 2000-01-01, for all files: true times reveal how long steps took, and so how many authors they had
 
 
@@ -111,6 +110,8 @@ def publishable_report(folder: Path) -> dict[str, Any]:
     if reason := not_covered_reason(guarantee):
         remedy = "Publish the result of the search" if in_search(guarantee) else "Train it with privacy, in a new folder"
         raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. {remedy}")
+    if guarantee.get("dry_run"):
+        raise UserError(f"FOLDER {folder}: it holds the result of --dry_run, not a finished model. Give that of a full run")
     names = weight_name_pattern(adapter="adapter_base" in guarantee)
     if other := [name for name in guarantee["weights"] if not names.fullmatch(name)]:
         raise UserError(f"FOLDER {folder}: {REPORT_NAME} names {other[0]}, which is not a file that a run saves. Train again")

@@ -9,27 +9,31 @@ publication: publish.py and --push_to_hub leave them out.
 
 import json
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+from peft import PeftModel
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
 from author_dp.accounting.privacy_report import recompute_report
 from author_dp.clipping.norm_stats import NormStatistics
-from author_dp.errors import UserError
+from author_dp.errors import UserError, first_line
 from author_dp.files import make_private, write_json
 from author_dp.guards.canaries import format_audit
+from author_dp.logs import get_logger
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
+from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
+from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.public_loss import format_release
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 # --- Recorded during the run --------------------------------------------------------------------------------
 
@@ -41,14 +45,21 @@ class RunStatistics(TrainerCallback):
         norms: statistics of the per-author gradient norms, read when training ends.
         samples_per_author: (authors,), number of samples of each author.
         text_samples: writes texts before and after training; None: the report shows none.
+        command: the command line, without secrets (`cli.command_line`).
     Attributes:
         before, after: metrics and texts of the evaluations before and after training.
     """
 
     follows = "steps"  # it changes nothing, so callbacks.py need not watch it
 
-    def __init__(self, norms: NormStatistics, samples_per_author: np.ndarray, text_samples: Optional[TextSamples] = None):
-        self.norms, self.text_samples = norms, text_samples
+    def __init__(
+        self,
+        norms: NormStatistics,
+        samples_per_author: np.ndarray,
+        text_samples: Optional[TextSamples] = None,
+        command: Optional[str] = None,
+    ):
+        self.norms, self.text_samples, self.command = norms, text_samples, command
         self.samples, self.authors = np.unique(samples_per_author, return_counts=True)
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
@@ -67,7 +78,7 @@ class RunStatistics(TrainerCallback):
         """Merge `content` into the file, which may hold what was recorded before this run was resumed."""
         path = Path(folder) / STATISTICS_NAME
         finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-        write_json(path, deep_merge(json.loads(path.read_text()) if path.exists() else {}, finite), private=True)
+        write_json(path, deep_merge(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, finite), private=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Not earlier: only now does the run hold the lock of its output directory.
@@ -75,6 +86,9 @@ class RunStatistics(TrainerCallback):
             # The file may be that of another run in this directory, even of one without privacy.
             (Path(args.output_dir) / STATISTICS_NAME).unlink(missing_ok=True)
             self.add(args.output_dir, **self.before)
+        if state.is_world_process_zero and self.command is not None:
+            started = datetime.now(timezone.utc).date().isoformat()
+            self.add(args.output_dir, command=self.command, started=started)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_started = time.perf_counter()
@@ -121,32 +135,56 @@ def evaluate_and_sample(trainer: Any, statistics: RunStatistics, when: str) -> d
 
 
 def format_losses(metrics: dict[str, float]) -> str:
+    """Return the loss, then a line with its standard error, which a single author does not have, and the other metrics."""
+    error, author_error = (
+        f", standard error {metrics[name]:.2g}" if name in metrics else ""
+        for name in ("eval_loss_stderr", "eval_author_loss_stderr")
+    )
     return (
-        f"{metrics['eval_loss']:.2f}\n"
-        f"  perplexity {metrics['eval_perplexity']:,.1f}; mean over authors, as in training: {metrics['eval_author_loss']:.2f}"
+        f"{metrics['eval_loss']:.2f}\n  {metrics['eval_num_authors']:,} held-out authors{error}; "
+        f"perplexity {metrics['eval_perplexity']:,.1f}; mean over authors, as in training: {metrics['eval_author_loss']:.2f}"
+        f"{author_error}"
     )
 
 
-def save_and_report(trainer: Any, statistics: RunStatistics, release: Optional[dict[str, Any]] = None) -> None:
-    """Save the model. On the main process, also write model card and report, and print the guarantee as the last line.
+def report_result(trainer: Any, statistics: RunStatistics, release: Optional[dict[str, Any]] = None) -> None:
+    """On the main process, write model card and report of a saved model, and print the guarantee as the last line.
 
     Args:
         trainer: a dp_utils.DPTrainer.
         release: of the evaluation loss, from `release_eval_loss`; None: the last line shows the exact, private loss.
+    Raises:
+        UserError: if the report cannot be written. The model is saved.
     """
-    trainer.save_model()
     if not trainer.is_world_process_zero():
         return
+    if release is not None:
+        trainer.update_report()
     folder = trainer.args.output_dir
-    trainer.create_model_card()
-    statistics.add(folder, **statistics.after)
-    write_report(Path(folder))
+    try:
+        trainer.create_model_card()
+        statistics.add(folder, **statistics.after)
+        write_report(Path(folder))
+    except Exception as error:  # of the system, or of a library that draws
+        raise UserError(
+            f"--output_dir {folder}: training is finished and the model saved, but its report cannot be written "
+            f"({first_line(error)}). Fix that, then python -m author_dp.report {folder}"
+        ) from error
+    if (loader := loader_of(trainer)) != PLAIN_LOADER:
+        logger.warning(f"Load the result with {loader}.from_pretrained({folder!r}). Other classes may lose weights of it.")
     report, metrics = trainer.privacy_report(), statistics.after.get("evaluation", {}).get("after")
     loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
     if release is not None:
         loss = f", {format_release(release)}, both public"
     audit = f", audit: epsilon {format_audit(report['audit'])}" if report.get("audit") else ""
-    print(f"{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
+    logger.info(f"Report: {Path(folder) / PAGE_NAME}, private. What may be published: python -m author_dp.publish {folder} OUT")
+    kind = "dry run, not a finished model: " if report.get("dry_run") else ""
+    print(f"{kind}{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
+
+
+def loader_of(trainer: Any) -> str:
+    """Return the class that loads the result as it was trained: as tried before training, or peft's for an adapter."""
+    return trainer.loader or (PEFT_LOADER if isinstance(trainer.model, PeftModel) else PLAIN_LOADER)
 
 
 # --- The report ---------------------------------------------------------------------------------------------
@@ -163,11 +201,12 @@ def write_report(folder: Path) -> None:
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
     report = recompute_report(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
-    statistics = json.loads(path.read_text()) if path.exists() else {}
+    statistics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     figures = draw_figures(folder / "report", report, ledger, statistics)
     path = folder / PAGE_NAME
     make_private(path)
-    path.write_text(page(folder.resolve().name, report, figures, statistics), encoding="utf-8")
+    header = ledger.last_run if ledger.runs else None
+    path.write_text(page(folder.resolve().name, report, figures, statistics, header), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
@@ -179,4 +218,6 @@ def main(arguments: list[str]) -> None:
         report = ledger.check_report(path)
         if path.parent == folder and not report["disable_dp"]:
             check_weights(folder, report)
+        if path.parent == folder and not report.get("dry_run"):
+            (folder / CARD_NAME).write_text(model_card(recompute_report(path, ledger)), encoding="utf-8")
     write_report(folder)

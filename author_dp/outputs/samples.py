@@ -23,12 +23,13 @@ from typing import Any, Optional
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from author_dp.logs import get_logger
 from author_dp.models.modes import deterministic_eval
+from author_dp.progress import track_calls
 from author_dp.types import IGNORE_INDEX
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 UNCONDITIONAL, CONTINUATION = "free", "continued"  # keys in the file of statistics
 NUM_TEXTS, MAX_TOKENS = 4, 40  # of each kind, and of each text
@@ -76,8 +77,10 @@ class TextSamples:
         for kind, texts in self.found.items():
             rows = self.prompts[kind]
             tokens = min(MAX_TOKENS, self.sequence_len - max(map(len, rows)))
+            calls = tokens * len(set(map(len, rows)))  # each batch of `generate_rows` has as many as it generates tokens
             try:
-                texts[when] = self.decode(generate_rows(model, rows, tokens, self.tokenizer.eos_token_id))
+                with track_calls(model, f"Write samples {when} training", calls):
+                    texts[when] = self.decode(generate_rows(model, rows, tokens, self.tokenizer.eos_token_id))
             except Exception as error:  # any error of the model's own code: a run must not fail because of its report
                 logger.warning(f"The report shows no texts: the model cannot generate ({type(error).__name__}: {error}).")
                 return

@@ -18,6 +18,7 @@ import numpy as np
 
 from author_dp.data.authors import holdout_scores, split_id
 from author_dp.data.columns import ColumnSpec
+from author_dp.data.loading import expand_files
 from author_dp.data.readers import read_files, read_rows
 from author_dp.errors import UserError
 from author_dp.files import write_json
@@ -28,6 +29,7 @@ SUFFIX = ".report.json"
 NOTE = "computed on private data without noise: do not publish, and choose no texts by it that are to be published"
 LENGTHS = (8, 13, 25, 50)  # words of an n-gram
 NUM_EXAMPLES = 10
+COLUMN_OPTIONS = ("text_column", "messages_column", "synthetic_column")
 
 
 class Text(NamedTuple):
@@ -46,13 +48,13 @@ def add_options(parser: Any) -> None:
     add("--validation_file", nargs="+", help="held-out text, if the training had such a file")
     add("--eval_fraction", type=float, default=0.02, help="that of the training; default: %(default)s")
     add("--split_seed", type=int, default=42, help="--seed of the training, which decided who is held out; default: %(default)s")
-    add("--author_column", default="author", help="of the real text; default: %(default)s")
+    add("--author_column", help="of the real text; default: that of the training")
 
 
 # --- Reading ----------------------------------------------------------------------------------------------
 
 
-def read_synthetic(path: Path, text_column: str) -> list[str]:
+def read_synthetic(path: Path, column: str) -> list[str]:
     """Return the generated text of each row; of a conversation its last message.
 
     Raises:
@@ -61,9 +63,11 @@ def read_synthetic(path: Path, text_column: str) -> list[str]:
     texts = []
     for number, row in enumerate(read_rows(str(path), "SYNTHETIC"), 1):
         messages = row.get("messages")
-        text = messages[-1]["content"] if isinstance(messages, list) and messages else row.get(text_column)
+        text = messages[-1]["content"] if isinstance(messages, list) and messages else row.get(column)
         if text is None:
-            raise UserError(f"--text_column is not in {path}, row {number}: its columns are {', '.join(row)}; name one")
+            raise UserError(
+                f"--synthetic_column {column!r}: no such text in {path}, row {number}. Its columns are {', '.join(row)}. Name one"
+            )
         texts.append(str(text))
     if not texts:
         raise UserError(f"{path} holds no rows: generate some")
@@ -76,18 +80,13 @@ def read_real(option: str, files: list[str], args: argparse.Namespace) -> list[T
     Raises:
         UserError: if a file is missing or cannot be read.
     """
-    for name in files:
-        if not Path(name).is_file():
-            raise UserError(f"{option} {name}: there is no such file")
-    if args.messages_column is None:
-        text_column, columns = args.text_column, ColumnSpec(option, args.text_column, args.author_column)
-    else:
-        text_column = args.messages_column
-        columns = ColumnSpec(option, text_column, args.author_column, as_text=assistant_text, text_option="--messages_column")
+    columns = ColumnSpec(option, args.text_column, args.author_column)
+    if args.messages_column is not None:
+        columns = columns._replace(text=args.messages_column, as_text=assistant_text, text_option="--messages_column")
     texts: list[Text] = []
-    for batch in read_files(files, columns):
-        texts += map(Text, batch.column(args.author_column).to_pylist(), batch.column(text_column).to_pylist())
-    return texts
+    for batch in read_files(expand_files(option, files), columns):
+        texts += map(Text, batch.column(columns.author).to_pylist(), batch.column(columns.text).to_pylist())
+    return [row for row in texts if row.text.strip()]  # as the training does: without a text, there is no sample
 
 
 def assistant_text(messages: Any) -> str:
@@ -134,7 +133,8 @@ def make_report(path: Path, files: list[str], args: argparse.Namespace) -> dict[
         files: with the real text.
     """
     statement = check_statement(path)
-    synthetic = read_synthetic(path, args.text_column)
+    args = with_default_columns(args, statement)
+    synthetic = read_synthetic(path, args.synthetic_column)
     training, held_out = split(read_real("FILE", files, args), statement.get("model") or {}, args)
     for name, rows in (("trained on", training), ("held out", held_out)):
         if not any(row.text for row in rows):
@@ -148,6 +148,18 @@ def make_report(path: Path, files: list[str], args: argparse.Namespace) -> dict[
     }
     write_json(path.with_name(path.name + SUFFIX), report, private=True)
     return report
+
+
+def with_default_columns(args: argparse.Namespace, statement: dict[str, Any]) -> argparse.Namespace:
+    """Return the options with the columns that are not given: those of the training, and the one that was generated."""
+    data = (statement.get("model") or {}).get("data") or {}
+    columns = {**vars(args), "author_column": args.author_column or data.get("author_column") or "author"}
+    if args.text_column is None and args.messages_column is None:
+        columns["messages_column"] = data.get("messages_column")
+    columns["text_column"] = args.text_column or data.get("text_column") or "content"
+    generated = (statement.get("generated") or {}).get("text_column")
+    columns["synthetic_column"] = args.synthetic_column or generated or "content"
+    return argparse.Namespace(**columns)
 
 
 def overlap_report(synthetic: list[str], training: list[Text], held_out: list[str]) -> dict[str, Any]:
@@ -218,8 +230,9 @@ def main(arguments: list[str]) -> None:
     parser = Parser("python -m author_dp.synthetic_report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("synthetic", metavar="SYNTHETIC", type=Path, help="a file that author_dp.generate wrote")
     parser.add_argument("files", metavar="FILE", nargs="+", help="the --train_file of the training")
-    parser.add_argument("--text_column", default="content", help="in both; default: %(default)s")
+    parser.add_argument("--text_column", help="of the real text; default: that of the training")
     parser.add_argument("--messages_column", help="column of conversations in the real text, instead of --text_column")
+    parser.add_argument("--synthetic_column", help="column of the synthetic text; default: the one that was generated")
     add_options(parser)
     args = parser.parse_args(arguments)
     print(format_report(make_report(args.synthetic, args.files, args)))

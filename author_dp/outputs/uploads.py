@@ -9,13 +9,18 @@ from typing import Any, Optional
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from author_dp.outputs.model_card import model_card
+from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.publish import upload
+from author_dp.outputs.rehearsal import rehearse
 from author_dp.training.saving import CertifiedTrainer
 
 
 class UploadingTrainer(CertifiedTrainer):
     """Replace the Trainer's uploads and its model card, which would publish private losses."""
+
+    def rehearse(self) -> None:
+        """Try what follows the last step, before the first one."""
+        rehearse(self)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -49,6 +54,6 @@ class UploadingTrainer(CertifiedTrainer):
         return upload(folder, str(self.hub_model_id), message, token, revision, in_background)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write a card of public values instead of the Trainer's, which would show private metrics."""
-        if self.is_world_process_zero():
-            (self.folder / "README.md").write_text(model_card(self.privacy_report()), encoding="utf-8")
+        """Write a card of public values instead of the Trainer's, which would show private metrics; none of a dry run."""
+        if self.is_world_process_zero() and not self.run_report.dry_run:
+            (self.folder / CARD_NAME).write_text(model_card(self.privacy_report()), encoding="utf-8")

@@ -13,9 +13,13 @@ from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.guards.callbacks import check_no_trial
+from author_dp.logs import without_lines
 from author_dp.mechanism.microbatches import LogicalBatch
+from author_dp.progress import Progress, TrackedList
+from author_dp.training.console import TRAINER_LINES, set_up_console
 from author_dp.training.dataloading import as_user_error
 from author_dp.training.evaluation import EvalBatches, evaluate
+from author_dp.types import Batch
 
 
 class LogicalBatchTrainer(Trainer):
@@ -29,11 +33,27 @@ class LogicalBatchTrainer(Trainer):
     optimizer: Any
     plan: PrivacyPlan
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        set_up_console(self, self.plan)
+
+    def _inner_training_loop(self, *args, **kwargs) -> Any:
+        """Train, without the Trainer's lines in which authors are examples."""
+        with without_lines("trainer", TRAINER_LINES):
+            return super()._inner_training_loop(*args, **kwargs)
+
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """Create the Trainer's scheduler; raise UserError if it does not accept its arguments."""
         name, options = SchedulerType(self.args.lr_scheduler_type).value, self.args.lr_scheduler_kwargs
         with as_user_error(f"--lr_scheduler_type {name}, with --lr_scheduler_kwargs {options}"):
             return super().create_scheduler(*args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args, **kwargs) -> tuple[int, int]:
+        """Restore a checkpoint's state, but save, evaluate and log as often as the options of this run say."""
+        with without_lines("trainer_utils", ("Warning: The following arguments do not match",)):  # they take effect
+            restored = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return restored
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Optional[torch.Tensor] = None) -> Optional[torch.Tensor]:
         """Return no norm with privacy: before the optimizer's step there is no gradient that could be disclosed."""
@@ -47,6 +67,10 @@ class LogicalBatchTrainer(Trainer):
         """Return the sum over the microbatches."""
         return sum(super(LogicalBatchTrainer, self).floating_point_ops(microbatch) for microbatch in inputs.microbatches)
 
+    def tracked(self, microbatches: list[Batch]) -> list[Batch]:
+        """Return the microbatches of the next step as a list that shows progress when it is iterated over."""
+        return TrackedList(microbatches, f"Step {self.state.global_step + 1}", not self.args.disable_tqdm)
+
     def hyperparameter_search(self, *args, **kwargs) -> Any:
         """Raise UserError: each trial would cost privacy, and losses would choose the best one."""
         check_no_trial("all")
@@ -55,14 +79,17 @@ class LogicalBatchTrainer(Trainer):
         """Return this process's share of the evaluation texts, in batches of --per_device_eval_batch_size."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        return DataLoader(EvalBatches(dataset, size, self.data_collator, rank, world_size), batch_size=None)
+        batches = EvalBatches(dataset, size, self.data_collator, rank, world_size)
+        return DataLoader(batches, batch_size=None, pin_memory=self.args.dataloader_pin_memory)
 
     def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
         """Return losses that depend neither on the batch size nor on the number of processes (evaluation.py)."""
 
-        def on_batch() -> None:
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.callback_handler.eval_dataloader = dataloader  # for callbacks that read its length
+        with self.accelerator.autocast(), Progress("Evaluate", len(dataloader), not self.args.disable_tqdm) as progress:
 
-        self.callback_handler.eval_dataloader = dataloader  # the progress bar reads its length
-        with self.accelerator.autocast():
+            def on_batch() -> None:
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                progress.update()
+
             return evaluate(self.model, dataloader, on_batch, metric_key_prefix)

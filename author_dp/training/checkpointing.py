@@ -2,7 +2,8 @@
 
 Guarantees: a checkpoint counts only when all its files are on disk, so a checkpoint that a crash left half written is skipped.
 A checkpoint is resumed only beside the ledger that holds its steps. This module decides nothing about epsilon: the ledger alone
-does.
+does. Checkpoints are in the order in which they were saved, so that the newest one is that of the last branch, after a run went
+back to an earlier checkpoint. (What may change when a run resumes: resuming.py.)
 
 Example:
 
@@ -13,6 +14,7 @@ Example:
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -24,13 +26,14 @@ from typing import Any, Optional
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
+from author_dp.accounting.output_dir import check_output_dir
 from author_dp.distributed import barrier
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, make_private, write_json
 from author_dp.guards.options import metric_driven_option
+from author_dp.logs import get_logger
 from author_dp.models.weights import (
     COMPLETE_MARKER,
     check_weights,
@@ -41,18 +44,22 @@ from author_dp.models.weights import (
     weight_files,
     weight_name_pattern,
 )
+from author_dp.training.resuming import check_same_options
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 # --- complete checkpoints ---------------------------------------------------------------------------------
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """Flush every file of `checkpoint` to disk, then write the marker file with their sizes.
+def mark_complete(checkpoint: Path, made_with: Optional[dict[str, Any]] = None) -> None:
+    """Flush every file of `checkpoint` to disk, then write the marker file with their sizes, as the newest checkpoint.
 
     All files but the report become readable by their owner only: the Trainer's state discloses losses, how much was computed,
     and when. The optimizer's state is hashed, as weights are in privacy.json. Another run's state would be applied without noise.
+
+    Args:
+        made_with: options, model and data of the run, for resuming.py.
     """
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.name != REPORT_NAME:
@@ -64,14 +71,36 @@ def mark_complete(checkpoint: Path) -> None:
         sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
     hashes = {name: sha256_of(checkpoint / name) for name in sizes if name == OPTIMIZER_NAME}
     fsync_folder(checkpoint)
-    write_json(checkpoint / COMPLETE_MARKER, {"files": sizes, "sha256": hashes}, private=True)
+    marker = {"files": sizes, "sha256": hashes, "saved": next_number(checkpoint.parent), **(made_with or {})}
+    write_json(checkpoint / COMPLETE_MARKER, marker, private=True)
     fsync_folder(checkpoint.parent)
+
+
+def mark_newest(checkpoint: Path) -> None:
+    """Make `checkpoint` the newest one of its folder, before a run continues from it: later ones are of another branch."""
+    if find_corruption(checkpoint) is None and save_number(checkpoint) + 1 < next_number(checkpoint.parent):
+        marker = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
+        write_json(checkpoint / COMPLETE_MARKER, {**marker, "saved": next_number(checkpoint.parent)}, private=True)
+
+
+def save_number(checkpoint: Path) -> float:
+    """Return the place of `checkpoint` in the order of saving; 0 if an older version saved it, infinity if incomplete."""
+    try:
+        return int(json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")).get("saved", 0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return math.inf
+
+
+def next_number(output_dir: Path) -> int:
+    """Return the number of the next checkpoint to be saved in `output_dir`."""
+    numbers = (save_number(checkpoint) for checkpoint in checkpoints_by_step(output_dir))
+    return 1 + max((int(number) for number in numbers if math.isfinite(number)), default=0)
 
 
 def find_corruption(checkpoint: Path) -> Optional[str]:
     """Return what is missing in `checkpoint`, or None if it is complete."""
     try:
-        sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text())["files"]
+        sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return f"it is incomplete ({COMPLETE_MARKER} is missing)"
     except (OSError, ValueError, KeyError, TypeError):
@@ -84,8 +113,8 @@ def find_corruption(checkpoint: Path) -> Optional[str]:
 
 
 def latest_complete(output_dir: Path) -> Optional[Path]:
-    """Return the complete checkpoint of the highest step; skip incomplete ones with a warning."""
-    for checkpoint in reversed(checkpoints_by_step(output_dir)):
+    """Return the complete checkpoint that was saved last; skip incomplete ones with a warning."""
+    for checkpoint in reversed(checkpoints_by_age(output_dir)):
         corruption = find_corruption(checkpoint)
         if corruption is None:
             return checkpoint
@@ -99,11 +128,16 @@ def checkpoints_by_step(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
+def checkpoints_by_age(output_dir: Path) -> list[Path]:
+    """Return the checkpoints in the order of saving, incomplete ones last; those of older versions by step."""
+    return sorted(checkpoints_by_step(output_dir), key=save_number)  # a stable sort
+
+
 def prune_checkpoints(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
     """Delete the oldest complete checkpoints until `limit` are left, `newest` included; never `newest` or `best`."""
     if limit is None or limit <= 0:
         return
-    others = [path for path in checkpoints_by_step(newest.parent) if path != newest and find_corruption(path) is None]
+    others = [path for path in checkpoints_by_age(newest.parent) if path != newest and find_corruption(path) is None]
     for path in others[: max(0, len(others) + 1 - limit)]:
         if best is None or path.resolve() != Path(best).resolve():
             remove_checkpoint(path)
@@ -124,8 +158,10 @@ def remove_checkpoint(path: Path) -> None:
 
 
 @contextmanager
-def atomic_checkpoint(output_dir: Path, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
-    """Mark the checkpoint that the Trainer writes inside as complete; only then delete older ones."""
+def atomic_checkpoint(
+    output_dir: Path, args: TrainingArguments, state: TrainerState, made_with: dict[str, Any]
+) -> Iterator[None]:
+    """Mark the checkpoint that the Trainer writes inside as complete; only then delete older ones. `made_with`: as above."""
     checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if args.should_save and checkpoint.exists():  # from before a restart: the step with this number was lost
         remove_checkpoint(checkpoint)
@@ -137,7 +173,7 @@ def atomic_checkpoint(output_dir: Path, args: TrainingArguments, state: TrainerS
         args.save_total_limit = limit
     barrier()  # all processes have written their files
     if args.should_save:
-        mark_complete(checkpoint)
+        mark_complete(checkpoint, made_with)
         prune_checkpoints(checkpoint, limit, state.best_model_checkpoint)
 
 
@@ -149,18 +185,26 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
 # --- what may be resumed ----------------------------------------------------------------------------------
 
 
-def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Optional[Path]:
+def find_checkpoint(
+    args: TrainingArguments,
+    privacy: Any,
+    adapter: bool,
+    options: Optional[dict[str, Any]] = None,
+    training: Optional[dict[str, Any]] = None,
+) -> Optional[Path]:
     """Return the checkpoint to resume from; None if the run starts with the model as given.
 
     Args:
         args: Hugging Face's. Used are output_dir and resume_from_checkpoint (a path, or True for the newest).
         privacy: dp_utils.PrivacyArguments.
         adapter: whether the run trains an adapter.
+        options, training: as for `resuming.check_same_options`; None: not compared.
     Raises:
-        UserError: where recorded steps would be forgotten, the folder holds results of another run, or there is no checkpoint.
+        UserError: where steps would be forgotten, the folder holds results of another run, or there is no such checkpoint.
     """
     folder, is_main_process = Path(str(args.output_dir)), args.process_index == 0
     check_path(folder, "--output_dir")
+    check_output_dir(folder)
     ledger = open_ledger(folder, metric_driven_option(args), privacy.disable_dp, is_main_process)
     if not args.resume_from_checkpoint:
         check_unused(folder, ledger)
@@ -169,6 +213,8 @@ def find_checkpoint(args: TrainingArguments, privacy: Any, adapter: bool) -> Opt
     checkpoint = choose_checkpoint(args.resume_from_checkpoint, folder, ledger, privacy.disable_dp)
     if checkpoint is not None and not privacy.disable_dp:
         check_ledger_covers(checkpoint, ledger, is_main_process)
+    if checkpoint is not None and options is not None:
+        check_same_options(checkpoint, options, training)
     return checkpoint
 
 
@@ -268,7 +314,7 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
     # This program writes privacy.json before the Trainer's state, and removes it after that.
     foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
     if foreign:
-        kind = f"{'an adapter' if adapter else 'a full model'} {'without' if disable_dp else 'with'} privacy"
+        kind = f"{'an adapter, --enable_lora' if adapter else 'a full model'}, {'without' if disable_dp else 'with'} privacy"
         raise UserError(
             f"--output_dir {folder}: it holds results of another kind of run ({list_names(foreign, folder)}) than the resumed "
             f"one ({kind}). Move them away, or choose another --output_dir"
@@ -310,7 +356,7 @@ def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_main_process
         )
     if is_main_process:
         check_weights(checkpoint, report, base=False)  # the run compares its base itself, wherever the base is stored now
-        known = json.loads((checkpoint / COMPLETE_MARKER).read_text()).get("sha256") or {}
+        known = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")).get("sha256") or {}
         for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
             if sha256_of(checkpoint / name) != known.get(name):
                 raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {COMPLETE_MARKER}. Restore the file")

@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.utils import logging
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.mechanism.microbatches import LogicalBatchDataset, MicrobatchShape
 from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
 from author_dp.models.quantization import quant_scales
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:
@@ -41,6 +41,7 @@ def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:
     args.ignore_data_skip = True  # batches are sampled afresh: there is nothing to skip
     args.gradient_accumulation_steps = 1  # training_step splits the logical batch
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    args.logging_nan_inf_filter = False  # it waits for the device at each step; training_step counts such losses as 0
     return args
 
 
@@ -95,6 +96,14 @@ def max_bands_in_memory(model: nn.Module, args: TrainingArguments) -> int:
     return broadcast(1 + int(free / 2 / band_bytes))
 
 
+def format_devices(args: TrainingArguments) -> str:
+    """Return the number of processes, and the device of this one, for the summary."""
+    name = f" ({torch.cuda.get_device_name(args.device)})" if args.device.type == "cuda" else ""
+    if args.world_size == 1:
+        return f"1, on {args.device}{name}"
+    return f"{args.world_size}, {'on' if args.device.type == 'cpu' else 'one per device:'} {args.device.type}{name}"
+
+
 def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
     """Move the model to the Trainer's device, unless it is spread over several devices."""
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
@@ -111,7 +120,7 @@ class PlainEngine:
     def __init__(self, model: nn.Module, expected_batch_size: int):
         self.module, self.expected_batch_size = model, expected_batch_size
 
-    def backward(self, losses: torch.Tensor, author: torch.Tensor) -> torch.Tensor:
+    def backward(self, losses: torch.Tensor, author: torch.Tensor, samples_each: Optional[int] = None) -> torch.Tensor:
         """Add the gradients of the authors' losses, (authors,), to `grad`; return zeros in place of norms."""
         (losses.sum() / self.expected_batch_size).backward()
         return torch.zeros_like(losses.detach())

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -53,8 +54,30 @@ class EvalBatches(Dataset):
         return {**self.collate(samples), "author": torch.from_numpy(self.authors[texts])}
 
 
+def summarize_losses(losses: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
+    """Return the metrics of held-out authors, and their standard errors where there are two authors or more.
+
+    The authors are taken for a random sample of all authors. The texts of one author are not independent, so the error of `loss`
+    is that of a ratio of two sums over authors [1].
+
+    Args:
+        losses, tokens: sum of losses, and number of target tokens, of each author, float64 (authors,).
+
+    References:
+        [1] Cochran 1977, Sampling Techniques, third edition, chapter 6 (ratio estimators)
+    """
+    num_authors, means = len(tokens), losses / tokens
+    loss = (losses.sum() / tokens.sum()).item()
+    results = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "author_loss": means.mean().item()}
+    if num_authors > 1:
+        residuals = (losses - loss * tokens) / tokens.mean()
+        for name, values in (("loss", residuals), ("author_loss", means)):
+            results[f"{name}_stderr"] = values.std().item() / math.sqrt(num_authors)
+    return {**results, "num_authors": num_authors}
+
+
 def evaluate(model: nn.Module, loader: DataLoader, on_batch: Callable[[], None], prefix: str) -> EvalLoopOutput:
-    """Return loss, perplexity and author_loss of the model, the same on every process. Collective.
+    """Return the metrics of `summarize_losses` and num_texts, the same on every process. Collective.
 
     Args:
         loader: of `EvalBatches`.
@@ -68,15 +91,13 @@ def evaluate(model: nn.Module, loader: DataLoader, on_batch: Callable[[], None],
     num_dummies = missing_rounds(model, len(loader))
     with torch.no_grad():
         for batch in loader:
-            batch = send_to_device(batch, device)
-            losses, has_target = token_losses(model, batch)
-            for row, values in zip(sums, (losses, has_target)):
-                row.index_add_(0, batch["author"].cpu(), values.sum(1, dtype=torch.float64).cpu())
+            author = batch.pop("author")
+            losses, has_target = token_losses(model, send_to_device(batch, device, non_blocking=True))
+            # (2, samples, tokens): one copy, and float64 on the CPU only, as Macs' GPUs have none.
+            sums.index_add_(1, author, torch.stack([losses, has_target]).cpu().sum(2, dtype=torch.float64))
             on_batch()
     dummy_forwards(model, num_dummies)
-    losses, tokens = all_reduce_sum(sums.to(device)).cpu()
-    loss = (losses.sum() / tokens.sum()).item()
-    author_loss = (losses / tokens)[tokens > 0].mean().item()
-    results = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "author_loss": author_loss}
+    losses, tokens = all_reduce_sum(sums.to(device)).cpu() if dist.is_initialized() else sums
+    results = summarize_losses(losses[tokens > 0], tokens[tokens > 0]) | {"num_texts": len(batches.authors)}
     metrics = {f"{prefix}_{name}": value for name, value in results.items()}
     return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(batches.authors))

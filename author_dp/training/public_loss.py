@@ -42,6 +42,7 @@ from author_dp.errors import UserError
 from author_dp.guards.options import metric_driven_option
 from author_dp.mechanism.fsdp import dummy_forwards, missing_rounds
 from author_dp.mechanism.losses import token_losses
+from author_dp.progress import track
 
 GRID = 2**20  # steps between a loss of 0 and one of R
 LIMITS = {"release_eval_epsilon": (1e-9, 1e9), "release_eval_range": (1e-6, 1e6)}  # beyond, floats lose the result
@@ -144,7 +145,7 @@ def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
     local_authors = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
     texts_per_author = np.diff(dataset.offsets)[local_authors.start :: local_authors.step]
     num_dummies = missing_rounds(trainer.model, int((-(-texts_per_author // size)).clip(min=1).sum()))
-    for author in local_authors:
+    for author in track(local_authors, "Release the evaluation loss", not trainer.args.disable_tqdm):
         texts = dataset.indices[dataset.offsets[author] : dataset.offsets[author + 1]]
         loss, num_targets = 0.0, 0
         for chunk in np.split(texts, range(size, len(texts), size)):
@@ -152,7 +153,9 @@ def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
             batch = send_to_device(trainer.data_collator(samples), device)
             with torch.no_grad(), trainer.accelerator.autocast():
                 losses, has_target = token_losses(trainer.model, batch)
-            loss, num_targets = loss + losses.double().sum().item(), num_targets + int(has_target.sum())
+            # One copy, and float64 on the CPU only, as Macs' GPUs have none.
+            sums = torch.stack([losses, has_target]).cpu().sum((1, 2), dtype=torch.float64).tolist()
+            loss, num_targets = loss + sums[0], num_targets + int(sums[1])
         if num_targets:
             totals += torch.tensor(quantize_loss(loss / num_targets, upper))
     dummy_forwards(trainer.model, num_dummies)

@@ -14,8 +14,10 @@ from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import plan_of
 from author_dp.accounting.privacy_report import make_report
+from author_dp.errors import UserError
 from author_dp.models.weights import check_same_base, describe_base
 from author_dp.training.checkpointing import load_trainer_state
+from author_dp.wording import format_count
 
 
 class RunReport:
@@ -29,6 +31,7 @@ class RunReport:
         secure_noise: as in PrivacyArguments.
     Attributes:
         audit: the result of the canaries.
+        dry_run: whether the run takes two steps only, so that its model is not a finished one.
         adapter_base: description of an adapter's base model.
         finished: the privacy.json of a finished training; None before.
     """
@@ -38,17 +41,30 @@ class RunReport:
     ):
         self.budget, self.plan, self.folder = budget, budget.plan, budget.ledger.path.parent
         self.settings, self.data, self.base_model, self.secure_noise = settings, data, base_model, secure_noise
+        self.dry_run = False
         self.audit: Optional[dict[str, Any]] = None
         self.adapter_base: Optional[dict[str, Any]] = None
         self.finished: Optional[dict[str, Any]] = None
 
     def find_finished(self, checkpoint: Optional[Path]) -> None:
-        """Report the run that took the steps, if `checkpoint` is the end of the training."""
+        """Report the run that took the steps, if `checkpoint` is the end of the training.
+
+        Raises:
+            UserError: if `checkpoint` is beyond the end.
+        """
         self.finished, self.audit, self.budget.plan = None, None, self.plan
-        if not checkpoint or load_trainer_state(checkpoint).global_step < self.plan.steps:
+        if not checkpoint or (steps := load_trainer_state(checkpoint).global_step) < self.plan.steps:
             return
-        self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text()), self.folder / REPORT_NAME
-        if final_path.exists() and (final := json.loads(final_path.read_text())).get("weights") == self.finished.get("weights"):
+        if steps > self.plan.steps:
+            planned = format_count(self.plan.steps, "step")
+            raise UserError(
+                f"--max_steps or --num_train_epochs: {planned}, but {checkpoint} has {steps} already. Give at least as many, or "
+                "resume from an earlier checkpoint by its name"
+            )
+        self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8")), self.folder / REPORT_NAME
+        if final_path.exists() and (final := json.loads(final_path.read_text(encoding="utf-8"))).get(
+            "weights"
+        ) == self.finished.get("weights"):
             self.finished = final  # also holds the audit, if there was one
         self.audit = self.finished.get("audit")
         if not self.plan.disable_dp:
@@ -68,7 +84,7 @@ class RunReport:
             name = model.peft_config[model.active_adapter].base_model_name_or_path
             self.adapter_base = describe_base(name, getattr(model.get_base_model().config, "_commit_hash", None))
         if checkpoint:
-            report = json.loads((checkpoint / REPORT_NAME).read_text())
+            report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
             if not self.plan.disable_dp:
                 check_same_base(self.adapter_base, report.get("adapter_base"))
             self.base_model = report.get("base_model")
@@ -82,6 +98,7 @@ class RunReport:
         if not self.plan.disable_dp:
             report["secure_noise"] = self.secure_noise
         more = {
+            "dry_run": self.dry_run,
             "settings": self.settings,
             "data": self.data,
             "audit": self.audit,

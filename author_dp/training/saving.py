@@ -1,9 +1,11 @@
 """Log epsilon, and save complete, certified files that only their owner can read.
 
-Guarantees: weights are saved with a privacy.json that names their hashes. A checkpoint counts only when all of it is on disk. No
-file holds the state of a random generator that protects authors. (What may be uploaded: author_dp/outputs/uploads.py.)
+Guarantees: weights are saved with a privacy.json that names their hashes, and are those in memory, tensor by tensor. A checkpoint
+counts only when all of it is on disk. No file holds the state of a random generator that protects authors. Weights that cannot be
+saved in the output directory are saved beside it. (What may be uploaded: author_dp/outputs/uploads.py.)
 """
 
+import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,24 +13,29 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
-from author_dp.accounting.plan_text import delta_warning, format_plan, tuning_hint
+from author_dp.accounting.ledger import REPORT_NAME
+from author_dp.accounting.plan_text import format_plan, plan_warnings, tuning_hint
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
+from author_dp.errors import to_user_error
+from author_dp.files import write_json
 from author_dp.guards.model_check import check_trained_weights
 from author_dp.guards.monitors import RunMonitors
+from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict, load_weights
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.quantization import model_sizes
 from author_dp.models.weights import write_certified
 from author_dp.permissions import owner_only
 from author_dp.training.base_trainer import LogicalBatchTrainer
-from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state
+from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state, mark_newest
+from author_dp.training.dataloading import format_devices
+from author_dp.training.rescue import check_saved, rescue_message, rescue_weights
 from author_dp.training.run_report import RunReport
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 class CertifiedTrainer(LogicalBatchTrainer):
@@ -37,6 +44,8 @@ class CertifiedTrainer(LogicalBatchTrainer):
     Attributes:
         folder: the output directory.
         full_shard: whether weights and optimizer state are sharded over the processes.
+        made_with: options, model and data of the run, kept in its checkpoints.
+        loader: the class that loads the result as it was trained, from outputs/rehearsal.py; None if unknown.
         generators: of random numbers inside the model. Set during training with privacy, when they are secret.
     """
 
@@ -45,9 +54,11 @@ class CertifiedTrainer(LogicalBatchTrainer):
     run_report: RunReport
     full_shard: bool
     checkpoint: Optional[Path]
+    made_with: dict[str, Any]
     monitors: RunMonitors
     norms: NormStatistics
     train_dataset: Any
+    loader: Optional[str] = None
     generators: Optional[SecretGenerators] = None
 
     def check_run(self, full: bool = False) -> None:
@@ -76,13 +87,14 @@ class CertifiedTrainer(LogicalBatchTrainer):
         steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
         steps, epsilon = self.budget.forecast(max(0, self.plan.steps - steps_before))
         offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
-        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps)
+        devices = format_devices(self.args)
+        return format_plan(self.budget.plan, offsets, *sizes, epsilon, self.budget.ledger.steps, steps, devices)
 
     def log_summary(self) -> None:
         """Log what the run will do and cost, and warn of likely mistakes."""
         data = self.run_report.data
         logger.info("\n".join([self.summary(), *(format_data_summary(data) if data else [])]))
-        for warning in (delta_warning(self.budget.plan), tuning_hint(self.budget.plan)):
+        for warning in (*plan_warnings(self.budget.plan), tuning_hint(self.budget.plan)):
             if warning and not self.plan.disable_dp and self.is_world_process_zero():
                 logger.warning(warning)
 
@@ -97,7 +109,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, completely or not at all."""
         self.check_run(full=True)
-        with atomic_checkpoint(self.folder, self.args, self.state):
+        with atomic_checkpoint(self.folder, self.args, self.state, self.made_with):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict] = None) -> None:
@@ -110,8 +122,18 @@ class CertifiedTrainer(LogicalBatchTrainer):
         if adapter and self.run_report.adapter_base is None:  # never trained
             self.run_report.identify_base(self.model, None)
         folder, disable_dp = Path(output_dir or self.folder), self.plan.disable_dp
-        with write_certified(folder, adapter, self.privacy_report, disable_dp), owner_only():
-            super()._save(output_dir, state_dict)
+        try:
+            with write_certified(folder, adapter, self.privacy_report, disable_dp), owner_only():
+                super()._save(output_dir, state_dict)
+                check_saved(folder, self.model, state_dict)
+        except Exception as error:  # of the system, transformers, safetensors, peft or a tokenizer
+            rescued = rescue_weights(self, state_dict)
+            raise (to_user_error(error) or error) if rescued is None else rescue_message(error, folder, rescued) from error
+
+    def update_report(self) -> None:
+        """Write privacy.json again, for the weights that are saved, when its other contents have changed; on rank 0 only."""
+        path = self.folder / REPORT_NAME
+        write_json(path, {**self.privacy_report(), "weights": json.loads(path.read_text(encoding="utf-8"))["weights"]})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save a sharded optimizer's state as an unsharded one's."""
@@ -138,11 +160,18 @@ class CertifiedTrainer(LogicalBatchTrainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights(self.model, Path(resume_from_checkpoint))
 
+    def continue_from_checkpoint(self) -> None:
+        """Let the checkpoint from which this run starts be the newest: those of a branch that was left are older."""
+        if self.checkpoint is not None and self.args.should_save and self.checkpoint.resolve().parent == self.folder.resolve():
+            mark_newest(self.checkpoint)
+
     def load_finished(self) -> None:
         """Load the model of a checkpoint at which the training has finished."""
         logger.info(f"{self.checkpoint}: training already finished at this checkpoint; no privacy budget spent.")
         self.state = load_trainer_state(Path(str(self.checkpoint)))
         self._load_from_checkpoint(str(self.checkpoint))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint, checked like a resumed one: trainer_state.json, which can be edited, names its folder."""

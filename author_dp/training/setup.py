@@ -3,7 +3,7 @@
 User errors are raised here, before the first step costs privacy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any, Optional
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.utils import logging
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, read_private_count
+from author_dp.accounting.output_dir import check_not_model
 from author_dp.accounting.plan import PrivacyPlan, make_plan
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import broadcast
@@ -34,14 +34,17 @@ from author_dp.guards.options import (
 )
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
+from author_dp.guards.trainer_options import check_adapted, options_without_effect
+from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import ShardedOptimizer, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.training.checkpointing import check_author_count, check_counts_hidden, check_not_released, find_checkpoint
 from author_dp.training.dataloading import max_bands_in_memory, to_device
+from author_dp.training.resuming import describe_training, program_options
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -51,6 +54,7 @@ class RunSetup:
     Args:
         model_check: how the clipping engine compares with the reference loop on this model; None without privacy.
         checkpoint: where the run resumes; None if it starts with the model as given.
+        made_with: options, model and data of this run, which its checkpoints keep (resuming.py).
         train_dataset, data_collator: including the gradient canaries, if any.
         sequence_len: tokens of the longest sample; determines the shapes of microbatches.
     """
@@ -58,6 +62,7 @@ class RunSetup:
     model_check: Optional[ModelCheck]
     sequence_len: int
     checkpoint: Optional[Path]
+    made_with: dict[str, Any]
     train_dataset: Any
     data_collator: Callable
     plan: PrivacyPlan
@@ -77,21 +82,33 @@ def set_up_run(
     full_shard: bool,
     split_id: Optional[str],
     shared_authors: bool,
+    program_args: Sequence[Any],
+    tokenizer: Any,
+    model_name: Optional[str],
 ) -> RunSetup:
     """Check and plan a run; move the model to its device, sharded if `full_shard`. Collective.
 
     Args:
         privacy: dp_utils.PrivacyArguments.
+        tokenizer: to compare with that of the resumed run; may be None.
         others: as in dp_utils.DPTrainer.
     Raises:
         UserError: if the guarantee would not hold for the options, the model, the data or the output directory.
     """
     validate_options(args, privacy, full_shard=full_shard, shared_authors=shared_authors)
+    if names := options_without_effect(args):
+        logger.info(f"Without effect here: {', '.join(names)} (docs/options.md).")
+    made_with = {
+        "options": program_options(*program_args, privacy, args),
+        "training": describe_training(model, train_dataset, tokenizer, model_name),
+    }
+    checkpoint = find_checkpoint(args, privacy, isinstance(model, PeftModel), **made_with)
+    if model_name:
+        check_not_model(Path(str(args.output_dir)), model_name)
     model_check = check_and_place_model(model, args, privacy, sequence_len, full_shard)
     longest = resolve_sequence_len(model, sequence_len)
     if sequence_len is None and (found := getattr(train_dataset, "longest", 0)) > longest:
         raise UserError(f"sequence_len of DPTrainer: a sample is longer than {longest} tokens. Give sequence_len={found}")
-    checkpoint = find_checkpoint(args, privacy, isinstance(model, PeftModel))
     if canaries is not None:
         train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
     folder = Path(str(args.output_dir))
@@ -109,7 +126,7 @@ def set_up_run(
     budget.by_metrics, budget.split = metric_driven_option(args), split_id
     norms = NormStatistics(plan.clip_norm, args.device)
     monitors = RunMonitors(plan, canaries, norms)
-    return RunSetup(model_check, longest, checkpoint, train_dataset, data_collator, plan, budget, norms, monitors)
+    return RunSetup(model_check, longest, checkpoint, made_with, train_dataset, data_collator, plan, budget, norms, monitors)
 
 
 def check_and_place_model(
@@ -172,14 +189,16 @@ def make_secret_generators(
 
 
 def check_model_choice(trainer: Any, shared_authors: bool) -> None:
-    """Record, for the ledger, the option by which metrics choose the model.
+    """Check options once more, as they may have changed, and record the option by which metrics choose the model.
 
     Args:
         trainer: dp_utils.DPTrainer, about to train.
         shared_authors: whether evaluation authors may be training authors.
     Raises:
-        UserError: if no epsilon covers that choice.
+        UserError: if an option is refused, or no epsilon covers that choice.
     """
+    validate_options(trainer.args, trainer.privacy, full_shard=trainer.full_shard, shared_authors=shared_authors)
+    check_adapted(trainer)
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
     shared = shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)

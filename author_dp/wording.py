@@ -1,0 +1,28 @@
+"""Word messages: numbers with their nouns, and options as a command line or Python has them."""
+
+import re
+
+# A launcher's options stay: "accelerate launch --mixed_precision".
+LEADING = re.compile(r"^--(\w+) (\S+): ")
+WITH_VALUE = re.compile(r"(?<!launch )--([a-z]\w*) (True|False|-?\d[\d.e-]*\b)")
+OPTION = re.compile(r"(?<!launch )(?<![\w-])--([a-z]\w*)")
+RENAMED = {"--fsdp full_shard": "full_shard=True", "--fsdp": "full_shard"}  # of DPTrainer
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one: "1 step", "1,200 steps", "2 processes"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
+def to_python_names(message: str) -> str:
+    """Return a message with its options as Python's arguments.
+
+    Example:
+
+        >>> to_python_names("--target_epsilon 0.0: out of range. Give --disable_dp True, or leave out --bf16")
+        'target_epsilon=0.0: out of range. Give disable_dp=True, or leave out bf16'
+    """
+    for option, argument in RENAMED.items():
+        message = re.sub(rf"{option}\b(?!_)", argument, message)
+    message = LEADING.sub(r"\1=\2: ", message)
+    return OPTION.sub(r"\1", WITH_VALUE.sub(r"\1=\2", message))
