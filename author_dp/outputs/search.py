@@ -245,26 +245,31 @@ def run_command(command: list[str], log: Path) -> int:
         UserError: if it cannot be started.
     """
     received: list[int] = []
-    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as output, owner_only():
-        try:
-            # In a session of its own: Ctrl-C reaches it once, from here.
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            raise UserError(f"--launch {command[0]}: it cannot be started ({error.strerror}). Fix it") from error
+    started: list[subprocess.Popen] = []
 
-        def forward(number: int, _: Any) -> None:
-            if not received:
+    def forward(number: int, _: Any) -> None:
+        if not received:
+            for process in started:
                 process.send_signal(signal.SIGTERM)
-            received.append(number)
+        received.append(number)
 
-        handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            status = process.wait()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as output, owner_only():
+            # In a session of its own: Ctrl-C reaches it once, from here.
+            started.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            )
+        if received:  # while it started
+            started[0].send_signal(signal.SIGTERM)
+        status = started[0].wait()
+    except OSError as error:
+        raise UserError(f"--launch {command[0]}: it cannot be started ({error.strerror}). Fix it") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if received:
         raise SignalError(received[0])
     return status
