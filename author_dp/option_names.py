@@ -1,6 +1,6 @@
 """Names of options: those that every run needs, and what people and other trainers call them.
 
-This module imports no library, so that a command line without a required option is refused at once, before seconds of imports.
+This module imports no large library, so that a command line without a required option is refused at once, before seconds of imports.
 """
 
 import ast
@@ -10,6 +10,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import yaml
 
 # What other trainers call options, or people guess: the option that is meant.
 KNOWN_AS = {
@@ -57,11 +59,11 @@ def exit_if_missing(program: str, words: Sequence[str], rank: int) -> None:
             name, _, value = word[2:].partition("=")
             given[name.replace("-", "_")] = value or ("" if following.startswith("--") else following)
     try:
-        text = Path(given.pop("config")).read_text("utf-8") if "config" in given else ""
+        text = Path(given.pop("config")).read_text("utf-8") if "config" in given else "{}"
+        given |= dict.fromkeys(map(str, dict(yaml.load(text, yaml.BaseLoader))), "")
         known = {"config", *read_option_names(program)}
-    except (OSError, ValueError, SyntaxError, AttributeError):
+    except (OSError, ValueError, TypeError, SyntaxError, AttributeError, yaml.YAMLError):
         return
-    given |= dict.fromkeys(re.findall(r"(\w+)[\"']?\s*:", text), "")
     error = find_missing(lambda option: any(option.startswith(name) for name in given))
     required = ("target_epsilon", "noise_multiplier", "per_sample_max_grad_norm")
     may_fail = any(value and not is_number(value) for name, value in given.items() if any(r.startswith(name) for r in required))
