@@ -44,7 +44,7 @@ from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch
 from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
-from author_dp.guards.trainer_options import check_adapted, check_optimizer, check_trainer_arguments
+from author_dp.guards.trainer_options import check_optimizer, check_trainer_arguments
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
@@ -230,7 +230,6 @@ class DPTrainer(UploadingTrainer):
             MechanismError: where the noise is not what the ledger says; the output directory then says so, and nothing is saved.
         """
         check_no_trial(args[0] if args else kwargs.get("trial"))
-        check_adapted(self)
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
             self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel), **self.made_with)

@@ -122,7 +122,13 @@ def test_band_mf_noise_reports_the_variance_of_each_step():
 @pytest.mark.parametrize("bands", ["1", "4"])
 def test_trainer_sets_the_variance_that_it_releases(tmp_path, bands):
     """In an empty batch the mean square of what is released is the noise variance."""
-    privacy = {"noise_multiplier": 5.0, "noise_bands": bands, "adam_noise_correction": True, "sample_rate": 0.01}
+    privacy = {
+        "noise_multiplier": 5.0,
+        "noise_bands": bands,
+        "adam_noise_correction": True,
+        "sample_rate": 0.01,
+        "target_delta": 1e-5,
+    }
     trainer = make_trainer(tmp_path, privacy=privacy, optim="adamw_torch", learning_rate=0.0, max_steps=8)
     seen = []
     step = AdamBC.step

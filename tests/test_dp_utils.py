@@ -315,7 +315,8 @@ def test_several_gpus_in_one_process_become_one(tmp_path, monkeypatch):
 ENDS = [(c, sigma) for c in (1e-6, 1e6) for sigma in (0.0, 1e-6, 0.3, 1e6)]
 KINDS: list[dict] = [
     {"optim": "adamw_torch"}, {"optim": "sgd"}, {"optim": "adafactor"}, {"optim": "rmsprop"}, {"clipping": "grad_sample"},
-    {"noise_bands": "3"}, {"secure_noise": True}, {"bf16": True}, {"per_device_train_batch_size": 2**31}, {"sample_rate": 1e-12},
+    {"noise_bands": "3"}, {"secure_noise": True}, {"bf16": True}, {"per_device_train_batch_size": 2**31},
+    {"sample_rate": 1e-12, "target_delta": 1e-20},
 ]  # fmt: skip
 
 

@@ -176,29 +176,32 @@ def test_full_temporary_folder_is_blamed_by_its_own_name(tmp_path, monkeypatch):
 # --- after the last step ----------------------------------------------------------------------------------
 
 
-def break_saving(monkeypatch, folder: Path) -> None:
-    """Let no weights be written to `folder`."""
-    save = GPT2LMHeadModel.save_pretrained
+def break_saving(monkeypatch, folder: Path) -> list[bool]:
+    """Let no weights be written to `folder`; return a list that notes if others are written beside a privacy.json."""
+    save, certified = GPT2LMHeadModel.save_pretrained, list[bool]()
 
     def save_pretrained(self, place, **options):
         if Path(place).resolve() == folder.resolve():
             raise OSError(28, "No space left on device")
+        certified.append((Path(place) / "privacy.json").exists())
         return save(self, place, **options)
 
     monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", save_pretrained)
+    return certified
 
 
 def test_weights_that_cannot_be_saved_are_saved_beside(tmp_path, monkeypatch):
     out = tmp_path / "out"
     trainer = make_trainer(out, max_steps=2)
     trainer.train()
-    break_saving(monkeypatch, out)
+    certified = break_saving(monkeypatch, out)
     with pytest.raises(UserError, match=r"^--output_dir cannot be written .*The weights of this step are in .*out-rescued-"):
         trainer.save_model()
     (rescued,) = tmp_path.glob("out-rescued-*")
     assert stat.S_IMODE(rescued.stat().st_mode) == 0o700 and not (out / "privacy.json").exists()
     certificate = json.loads((rescued / "privacy.json").read_text())
     check_weights(rescued, certificate)
+    assert certified == [False]  # it is written last
     assert certificate["epsilon"] == trainer.epsilon() and certificate["steps"] == 2
     assert torch.equal(flat(AutoModelForCausalLM.from_pretrained(rescued).parameters()), flat(trainer.model.parameters()))
 

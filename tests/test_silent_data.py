@@ -134,6 +134,8 @@ def test_repeated_texts_of_one_author_are_counted():
     (warning,) = warnings([*rows, *rows[:30], *rows[:30], ("new", "hi"), ("new", "hi")])
     assert "61 of 362 samples repeat a text of the same author" in warning
     assert not any("repeat" in warning for warning in warnings([*rows, *[("[deleted]", "thanks")] * 9]))
+    (warning,) = warnings([*rows, ("u1", "[removed]"), ("u2", "[deleted]"), ("u3", "[removed]")])
+    assert "3 of 303 samples are [deleted] or [removed]" in warning
 
 
 # --- who is evaluated -------------------------------------------------------------------------------------
@@ -265,10 +267,10 @@ def calls_without_encoding(source: str) -> list[int]:
     lines = []
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        modes = [value.value for value in (*call.args[1:2], *(k.value for k in call.keywords)) if isinstance(value, ast.Constant)]
+        values = [value.value for value in (*call.args, *(k.value for k in call.keywords)) if isinstance(value, ast.Constant)]
         is_text = name in ("read_text", "write_text") or (isinstance(call.func, ast.Name) and name == "open")
-        if is_text and not any("b" in str(mode) for mode in modes):
-            lines += [call.lineno] * ("encoding" not in [k.arg for k in call.keywords])
+        if is_text and not any(value in ("rb", "wb", "ab", "utf-8", "utf-8-sig") for value in values):
+            lines.append(call.lineno)
     return lines
 
 

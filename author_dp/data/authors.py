@@ -17,6 +17,7 @@ PLACEHOLDER_AUTHORS = [
     "[deleted]", "[removed]", "deleted", "removed", "anonymous", "anon", "unknown", "nobody", "none", "null", "nan", "n/a", "na",
     "guest", "undefined", "unspecified", "no author", "?", "-",
 ]  # fmt: skip
+PLACEHOLDER_TEXTS = ["[deleted]", "[removed]"]  # by Reddit, for a text that is gone
 LARGE_SHARE = 0.03  # of all samples
 BATCH_ROWS = 2**16
 MIN_WORDS = 3  # of a text that is compared with others; shorter ones coincide by chance
@@ -67,7 +68,7 @@ def split_id(seed: int, eval_fraction: float, author_column: str) -> str:
 
 
 def suspicious_author_warnings(samples: Dataset, text_column: str, author_column: str) -> list[str]:
-    """Return warnings about placeholder authors, very large authors, and texts of several authors.
+    """Return warnings about placeholder authors and texts, very large authors, repeated texts, and texts of several authors.
 
     The guarantee holds for them, but protects less than it seems to. A person behind "[deleted]" is one of many in that author.
     A person whose text is also under another name is not hidden by removing one of the names.
@@ -96,6 +97,11 @@ def suspicious_author_warnings(samples: Dataset, text_column: str, author_column
         warnings.append(
             f"--text_column {text_column!r}: {repeated:,} of {len(samples):,} samples repeat a text of the same author, and "
             "count again. Remove them if they are copies, as of a file that was joined twice"
+        )
+    if num_gone := np.isin(hashes, [hash(text) for text in PLACEHOLDER_TEXTS]).sum():
+        warnings.append(
+            f"--text_column {text_column!r}: {num_gone:,} of {len(samples):,} samples are {' or '.join(PLACEHOLDER_TEXTS)}, in "
+            "place of a text that is gone. Remove them, or the model learns to write so"
         )
     hashes[~is_long] = 0
     if len(shared := hashes_of_several_authors(hashes, codes)):

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -123,7 +123,7 @@ def try_saving(trainer: Any) -> None:
     remove_trials(trainer.folder)
     place: Optional[Path] = None
     try:
-        with owner_only(), perturbed_adapter(trainer.model):
+        with owner_only(), nullcontext() if trainer.full_shard else perturbed_adapter(trainer.model):
             trainer.folder.mkdir(parents=True, exist_ok=True)
             place = Path(tempfile.mkdtemp(prefix=TRIAL_PREFIX, dir=trainer.folder))
             model = place / "model"  # two levels deep, where nothing takes it for a result

@@ -40,7 +40,7 @@ def check_saved(folder: Path, model: Any, state_dict: Optional[dict[str, torch.T
         UserError: if a saved tensor differs, or a trained parameter was not saved.
     """
     if isinstance(model, PeftModel):
-        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        expected = get_peft_model_state_dict(model, state_dict, save_embedding_layers=False)
     else:
         expected = model.state_dict() if state_dict is None else state_dict
     saved, others = set[int](), 0
@@ -102,5 +102,5 @@ def rescue_message(error: Exception, folder: Path, place: Path) -> UserError:
     known = error if isinstance(error, UserError) else to_user_error(error)
     if known is None:
         known = UserError(f"--output_dir {folder}: the model could not be saved ({first_line(error).rstrip(': ')})")
-    reason = str(known).removesuffix(RESUME_REMEDY).strip().removesuffix(".")
+    reason = str(known).removesuffix(str(UserError(RESUME_REMEDY))).strip().removesuffix(".")
     return UserError(f"{reason}. The weights of this step are in {place}, with their privacy.json. {RESUME_REMEDY}")
