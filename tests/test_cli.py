@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT
 
-from author_dp import cli, option_names, option_names
+from author_dp import cli, option_names
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError
 from author_dp.models.lora import LoraArguments
 from author_dp.validation import option
@@ -92,8 +92,10 @@ def test_option_names_knows_all_options():
 
 
 def test_option_names_imports_no_large_library():
-    code = "import sys, author_dp.startup, author_dp.option_names\n"
+    code = (
+        "import sys, author_dp.startup, author_dp.option_names\n"
         "sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
