@@ -42,8 +42,8 @@ your command. To check a model type in tiny form, name it: `python benchmarks/mo
 - **Per-author fallback.** Some parameters have no clipping rule: the three-dimensional weights of stacked experts, the own parameters of
   some mixers (Mamba, RWKV), DoRA's magnitudes. They are clipped exactly, by the ordinary gradient of one author's loss.
   - Microbatches then have one author. Memory is that of one author's samples, and one more copy of these parameters' gradients.
-  - The speed is that of small batches. A GPT-2 of width 256 took 1.3 to 1.4 times as long as with rules (`python benchmarks/costs.py fallback`,
-    2026-11-25, one CPU thread).
+  - The speed is that of small batches. A GPT-2 of width 256 took 1.3 to 1.4 times as long as with rules
+    (`python benchmarks/costs.py fallback`, 2026-11-25, one CPU thread).
 - **Mixtures of experts.** They train like other models if the router handles each token by itself, as it then mixes no authors. The
   balancing losses of pre-training are not part of the loss. Routing statistics are private and are not released.
   - In full fine-tuning, stacked experts use the per-author fallback.
