@@ -135,6 +135,15 @@ def not_covered_reason(guarantee: dict[str, Any]) -> Optional[str]:
     return None
 
 
+def declared_prompt_source(private: bool, file: Optional[str], template: Optional[str]) -> str:
+    """Return where prompts come from, as the user declared: private ones, a public file, a fixed template, or none."""
+    if private:
+        return PRIVATE
+    if file:
+        return PUBLIC
+    return NO_PROMPTS if template is None else FIXED
+
+
 def make_statement(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:
     """Return the privacy statement of a text, without what identifies the text.
 
