@@ -327,10 +327,7 @@ def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, del
     Args:
         noise_multiplier: sigma, noise standard deviation over clip norm; 0 gives inf.
         sample_rate: q, probability that an author is in a step's batch; 1 is the Gaussian mechanism.
-        steps: number of noisy steps released.
-        delta: the delta of (epsilon, delta).
-    Returns:
-        The bound of the accountant that applies; see the module's docstring.
+        steps, delta: the number of noisy steps released, and the delta of (epsilon, delta).
     Raises:
         UserError (a ValueError): if an argument is out of range.
     """
@@ -347,8 +344,7 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
     """Return the smallest noise multiplier, to 0.01 % of epsilon, whose `compute_epsilon` is at most the target.
 
     Args:
-        sample_rate: q, probability that an author is in a step's batch.
-        steps: number of noisy steps.
+        sample_rate, steps: q, the probability that an author is in a step's batch, and the number of noisy steps.
         target_epsilon, target_delta: the target; epsilon never exceeds it.
     Raises:
         UserError (a ValueError): if an argument is out of range, no noise reaches the target, or hardly any is needed.
