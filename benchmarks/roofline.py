@@ -135,9 +135,10 @@ class Step(NamedTuple):
 # --- the steps ------------------------------------------------------------------------------------------------
 
 
-def make_model(shape: str, lora: bool) -> Any:
-    """Return a model in training mode, of shapes only."""
+def make_model(shape: str, lora: bool, overrides: dict[str, Any]) -> Any:
+    """Return a model in training mode, of shapes only; `overrides` are of its configuration."""
     config, options = SHAPES[shape]
+    options = {**options, **overrides}
     is_gpt2 = config is GPT2Config
     with torch.device("meta"):
         model = (GPT2LMHeadModel if is_gpt2 else LlamaForCausalLM)(config(**options, use_cache=False))
@@ -227,7 +228,7 @@ def run_plain_step(gpu: SimulatedGpu, model: Any, batch: LogicalBatch, bf16: boo
 
 def simulate(row: str, options: argparse.Namespace) -> Step:
     """Return the step of a row: its second microbatch, as a step has many of these."""
-    model = make_model(options.shape, options.kind == "LoRA")
+    model = make_model(options.shape, options.kind == "LoRA", options.config)
     if row != "plain":
         fuse_activations(model)
     with simulated_gpu(compute=False) as gpu:
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("--row", choices=ROWS, help="default: all")
     parser.add_argument("--kind", choices=KINDS, default="full")
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON that overrides the shape's configuration")
     parser.add_argument("--microbatch", type=int, default=128, help="authors in memory at once")
     parser.add_argument("--authors", type=int, default=1024, help="expected in a step")
     parser.add_argument("--tokens", type=int, default=128)

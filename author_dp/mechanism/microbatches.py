@@ -46,6 +46,11 @@ class MicrobatchShape(NamedTuple):
     lengths: tuple[int, ...]  # tokens, ascending: an author's microbatch has the shortest length that holds all its samples
 
 
+def max_microbatch_authors(expected: int) -> int:
+    """Return how many authors a microbatch has at most, if a process expects `expected` of them in a step."""
+    return min(MOST_AUTHORS, max(FEWEST_AUTHORS, expected // MIN_MICROBATCHES))
+
+
 def make_microbatch_shape(per_device: int, accumulation: int, samples_per_author: int, sequence_len: int) -> MicrobatchShape:
     """Return the shape of a run's microbatches, from options alone.
 
@@ -57,7 +62,7 @@ def make_microbatch_shape(per_device: int, accumulation: int, samples_per_author
         samples_per_author: k.
         sequence_len: tokens of the longest sample.
     """
-    authors = min(per_device, MOST_AUTHORS, max(FEWEST_AUTHORS, per_device * accumulation // MIN_MICROBATCHES))
+    authors = min(per_device, max_microbatch_authors(per_device * accumulation))
     lengths = sorted({math.ceil(sequence_len * eighths / 8) for eighths in LENGTH_EIGHTHS})
     return MicrobatchShape(authors, samples_per_author, tuple(lengths))
 

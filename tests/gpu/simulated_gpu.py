@@ -135,6 +135,9 @@ class GpuTensor(torch.Tensor):
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if spec else repr(self), spec)
+
     def __repr__(self) -> str:
         return f"GpuTensor({tuple(self.shape)}, {self.dtype})"
 

@@ -185,6 +185,7 @@ def cuda_functions(gpu: SimulatedGpu) -> dict[str, Any]:
         "is_bf16_supported": lambda *args, **kwargs: True, "synchronize": lambda device=None: None, "empty_cache": lambda: None,
         "get_device_capability": lambda device=None: (9, 0), "get_device_name": lambda device=None: "simulated",
         "max_memory_allocated": lambda device=None: gpu.memory.peak, "memory_allocated": lambda device=None: gpu.memory.now,
+        "memory_reserved": lambda device=None: gpu.memory.now,
         "reset_peak_memory_stats": lambda device=None: setattr(gpu.memory, "peak", gpu.memory.now),
         "is_current_stream_capturing": lambda: False, "_is_in_bad_fork": lambda: False, "_initialized": True,
         "device": lambda device: nullcontext(), "default_generators": (gpu.generator,),

@@ -1,6 +1,7 @@
 """What goes wrong on a GPU only: each case is noticed or handled."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from simulated_gpu import simulated_gpu
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.seed_checks import replay_global_rng
 from author_dp.mechanism import noise
-from author_dp.training.dry_run import DryRun
+from author_dp.training.dry_run import DryRun, largest_microbatch
 
 
 def test_rocm_has_no_product_with_another_type_of_result(tmp_path, monkeypatch):
@@ -50,7 +51,58 @@ def test_dry_run_on_the_cpu_of_a_gpu_machine_reports_the_process(tmp_path):
     with simulated_gpu():
         trainer = make_trainer(tmp_path, use_cpu=True)
         assert trainer.args.device.type == "cpu"
-        assert " 0.0 GiB" not in DryRun(trainer).summary()
+        trainer.add_callback(dry_run := DryRun(trainer))
+        trainer.train()
+        assert " 0.0 GiB" not in dry_run.summary() and dry_run.summary().endswith(" GiB")  # and proposes nothing
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("resident", "peak", "authors", "available", "most", "expected"),
+    [
+        (2, 6, 8, 20, 256, 32),  # 0.5 GiB an author; 18 - 2 GiB hold exactly 32
+        (2, 6, 8, 19.9, 256, 16),  # 31 fit
+        (2, 6, 8, 80, 64, 64),
+        (2, 6, 8, 80, 48, 32),
+        (2, 6, 8, 2.8, 256, 1),
+        (2, 6, 8, 2.7, 256, 0),
+        (2, 6, 8, 2, 256, 0),  # not even the weights
+        (2, 2, 1, 80, 256, 256),
+    ],
+)
+def test_largest_microbatch_fits_in_nine_tenths_of_the_memory(resident, peak, authors, available, most, expected):
+    found = largest_microbatch(resident * GIB, peak * GIB, authors, int(available * GIB), most)
+    assert found == expected
+    if found:
+        assert resident + found * (peak - resident) / authors <= 0.9 * available
+
+
+def test_dry_run_proposes_the_microbatch_of_the_gpu(tmp_path, monkeypatch):
+    with simulated_gpu():  # 100 GiB of its memory are free
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12 * GIB)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2 * GIB)
+        options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 9}
+        trainer = make_gpu_trainer(tmp_path, dataset=make_dataset([1] * 40), **options)
+        trainer.add_callback(dry_run := DryRun(trainer))
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert "12.0 GiB. Microbatches of 8 authors, as now, suit this GPU" in dry_run.summary()
+
+        def propose(peak: int, authors: int, batch: int) -> str:
+            dry_run.step_peak, dry_run.shape = peak * GIB, dry_run.shape._replace(authors=authors)
+            trainer.plan = replace(trainer.plan, expected_batch_size=batch)
+            return dry_run.proposal()
+
+        assert "For this GPU, give --per_device_train_batch_size 8 --gradient_accumulation_steps 2: the" in propose(12, 1, 16)
+        assert "--per_device_train_batch_size 32 --gradient_accumulation_steps 32:" in propose(20, 8, 1024)
+        assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 64:" in propose(99, 8, 256)
+        assert "8 authors, as now, suit" in propose(12, 8, 248)  # 16 do not divide it
+        assert "12 authors, as now, suit" in propose(12, 12, 192)  # 8 are a power of two, but not better
+        assert "consider --activation_checkpointing" in propose(99, 1, 32)
+        trainer.args.activation_checkpointing = True
+        assert "consider a shorter --sequence_len" in propose(99, 1, 32)
 
 
 def test_secure_noise_is_copied_in_few_pieces_without_waits(monkeypatch):

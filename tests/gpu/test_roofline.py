@@ -55,7 +55,9 @@ LIMITS = {
 
 @pytest.mark.parametrize(("row", "kind"), LIMITS)
 def test_microbatch_stays_within_its_limits(row, kind):
-    options = argparse.Namespace(shape="gpt2", kind=kind, microbatch=128, authors=1024, tokens=128, steps=894, bf16=True)
+    options = argparse.Namespace(
+        shape="gpt2", kind=kind, microbatch=128, authors=1024, tokens=128, steps=894, bf16=True, config={}
+    )
     step = roofline.simulate(row, options)
     result = roofline.result_of(row, step, roofline.Cost(1.0), options)
     most_kernels, waits, most_seconds = LIMITS[row, kind]
