@@ -151,9 +151,9 @@ def parse_arguments() -> tuple:
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
     check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
+    check_not_model(Path(training_args.output_dir), model_args.model_name)
     options = program_options(*groups)
     find_checkpoint(training_args, privacy_args, lora_args.enable_lora, options)  # refuses a folder that cannot be used
-    check_not_model(Path(training_args.output_dir), model_args.model_name)
     return groups
 
 

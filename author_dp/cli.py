@@ -44,6 +44,7 @@ NOISY_LOG_PREFIXES = (
     "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
     "loading configuration file", "Model config ", "Generate config ",  # pages at each save
     "Configuration saved in", "Model weights saved in", "tokenizer config file saved in", "Special tokens file saved in",
+    "chat template saved in", "max_steps is given, it will override",
 )  # fmt: skip
 NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "tokenization_utils_base", "trainer")
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls

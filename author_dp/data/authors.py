@@ -106,8 +106,8 @@ def suspicious_author_warnings(samples: Dataset, text_column: str, author_column
     hashes[~is_long] = 0
     if len(shared := hashes_of_several_authors(hashes, codes)):
         warnings.append(
-            f"--text_column {text_column!r}: {len(shared):,} texts of {MIN_WORDS} words or more have several authors each, in "
-            f"{np.isin(hashes, shared).sum():,} of {len(samples):,} samples. Leaving out one of these authors does not hide "
+            f"--text_column {text_column!r}: texts of {MIN_WORDS} words or more that have several authors each: {len(shared):,}, "
+            f"in {np.isin(hashes, shared).sum():,} of {len(samples):,} samples. Leaving out one of these authors does not hide "
             "the text"
         )
     return warnings
