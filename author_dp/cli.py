@@ -133,11 +133,12 @@ def to_cli_args(name: str, value: yaml.Node) -> list[str]:
 
 
 def name_offending_options(message: str, words: Sequence[str]) -> str:
-    """Prefix an error that names no option with the options whose values it quotes, or with all."""
+    """Prefix an error that names no option with the given ones whose names or values it quotes, or else with all."""
     given = [(option, value) for option, value in zip(words, [*words[1:], ""]) if option.startswith("--")]
     if any(option in message for option, _ in given):
         return message
-    quoted = [option for option, value in given if value and (value in message or value.startswith("{"))]
+    quoted = [option for option, _ in given if re.search(rf"\b{re.escape(option[2:])}\b", message)]
+    quoted = quoted or [option for option, value in given if value and (value in message or value.startswith("{"))]
     return f"{', '.join(quoted or [option for option, _ in given])}: {message}"
 
 
