@@ -351,7 +351,7 @@ def test_authors_for_nobody_and_texts_of_several_are_counted():
     texts[7] = texts[8] = "thanks"  # too short to be told from others
     nobody, large, texts = suspicious_author_warnings(Dataset.from_dict({"user": authors, "body": texts}), "body", "user")
     assert "'[deleted]', 'Anonymous '" in nobody and "4 of 244" in nobody and "'busy' has 16%" in large
-    assert "2 texts" in texts and "6 of 244" in texts
+    assert "each: 2, in 6 of 244" in texts
     assert (
         suspicious_author_warnings(
             Dataset.from_dict({"user": ["a", "b", "c"], "body": ["one two three"[:i] for i in (9, 11, 13)]}), "body", "user"
