@@ -44,7 +44,7 @@ from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch
 from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
-from author_dp.guards.trainer_options import check_adapted, check_optimizer, check_trainer_arguments
+from author_dp.guards.trainer_options import check_optimizer, check_trainer_arguments
 from author_dp.mechanism.fsdp import missing_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
@@ -116,6 +116,7 @@ class PrivacyArguments:
         False, "Keep the numbers of authors and samples out of all public files; needs --sample_rate and --target_delta."
     )
     allow_other_authors: bool = option(False, "Resume with another number of training authors than before, on purpose.")
+    part_of_search: bool = option(False, "Set by python -m author_dp.tune: one run of a search, without a guarantee of its own.")
     disable_dp: bool = option(False, "Ordinary fine-tuning through the same data path, for comparison. No privacy.")
 
     def __post_init__(self):
@@ -230,7 +231,6 @@ class DPTrainer(UploadingTrainer):
             MechanismError: where the noise is not what the ledger says; the output directory then says so, and nothing is saved.
         """
         check_no_trial(args[0] if args else kwargs.get("trial"))
-        check_adapted(self)
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
             self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel), **self.made_with)

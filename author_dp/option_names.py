@@ -1,15 +1,18 @@
 """Names of options: those that every run needs, and what people and other trainers call them.
 
-This module imports no library, so that a command line without a required option is refused at once, before seconds of imports.
+It imports no large library, so that a command line without a required option is refused at once, before seconds of imports.
 """
 
 import ast
+import difflib
 import importlib.util
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import yaml
 
 # What other trainers call options, or people guess: the option that is meant.
 KNOWN_AS = {
@@ -57,11 +60,11 @@ def exit_if_missing(program: str, words: Sequence[str], rank: int) -> None:
             name, _, value = word[2:].partition("=")
             given[name.replace("-", "_")] = value or ("" if following.startswith("--") else following)
     try:
-        text = Path(given.pop("config")).read_text("utf-8") if "config" in given else ""
+        text = Path(given.pop("config")).read_text("utf-8") if "config" in given else "{}"
+        given |= dict.fromkeys(map(str, dict(yaml.load(text, yaml.BaseLoader))), "")
         known = {"config", *read_option_names(program)}
-    except (OSError, ValueError, SyntaxError, AttributeError):
+    except (OSError, ValueError, TypeError, SyntaxError, AttributeError, yaml.YAMLError):
         return
-    given |= dict.fromkeys(re.findall(r"(\w+)[\"']?\s*:", text), "")
     error = find_missing(lambda option: any(option.startswith(name) for name in given))
     required = ("target_epsilon", "noise_multiplier", "per_sample_max_grad_norm")
     may_fail = any(value and not is_number(value) for name, value in given.items() if any(r.startswith(name) for r in required))
@@ -83,6 +86,13 @@ def read_option_names(program: str) -> set[str]:
         fields = [node.target for one in classes for node in one.body if isinstance(node, ast.AnnAssign)]
         names |= {field.id for field in fields if isinstance(field, ast.Name)} | set(re.findall(r'alias="(\w+)"', source))
     return names
+
+
+def suggest_option(unknown: str, options: Sequence[str]) -> str:
+    """Return a question that suggests an option in place of an unknown one; empty if none is similar."""
+    word = unknown.partition("=")[0].lstrip("-").replace("-", "_")
+    similar = [KNOWN_AS[word]] if word in KNOWN_AS else difflib.get_close_matches(word, options, 1, 0.75)
+    return f" (did you mean --{similar[0]}?)" if similar else ""
 
 
 def is_number(value: str) -> bool:

@@ -163,7 +163,8 @@ def make_step_trainer(row: str, model: Any, bf16: bool) -> Any:
         model=model, optimizer=optimizer, dp_optimizer=optimizer, engine=engine, norms=NormStatistics(1.0, device),
         privacy=SimpleNamespace(disable_dp=disable_dp), args=SimpleNamespace(device=device, world_size=1),
         accelerator=SimpleNamespace(autocast=lambda: torch.autocast("cuda", torch.bfloat16, enabled=bf16)),
-        gradient_canaries=None, generators=MagicMock(), monitors=MagicMock(), _step_loss=torch.zeros((), device=device),
+        gradient_canaries=None, tracked=lambda microbatches: microbatches, generators=MagicMock(), monitors=MagicMock(),
+        _step_loss=torch.zeros((), device=device),
     )  # fmt: skip
 
 

@@ -138,6 +138,14 @@ def test_authors_in_another_order_are_refused(author):
         AuthorIndex(torch.tensor(author, dtype=torch.int64), 2)
 
 
+def test_authors_with_another_number_of_samples_than_said_are_refused():
+    assert AuthorIndex(torch.tensor([0, 0, 1, 1]), 2, samples_each=2).sum(torch.ones(4)).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="2 authors with 3 samples each are not 4 samples"):
+        AuthorIndex(torch.tensor([0, 0, 1, 1]), 2, samples_each=3)
+    with pytest.raises(ValueError, match="ascending"):  # on a CPU, where it costs no wait
+        AuthorIndex(torch.tensor([0, 1, 0, 1]), 2, samples_each=2)
+
+
 def test_authors_line_up_and_add_up_their_samples():
     authors = AuthorIndex(torch.tensor([0, 0, 0, 1, 2, 2]), 3)
     tensor = torch.arange(1.0, 13).view(6, 2, 1)

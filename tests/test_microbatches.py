@@ -93,6 +93,13 @@ CASES = [
 ]
 
 
+def test_make_microbatch_says_what_the_device_need_not_be_asked():
+    uneven = make_microbatches([author(3), author(2, 4)], 4, collate)[0]
+    assert uneven["samples_each"] is None and uneven["num_real"] == 2
+    full = make_microbatches([author(3), author(2, 4)], 4, collate, SHAPE._replace(samples=2))[0]
+    assert full["samples_each"] == 2 and full["num_real"] == 2 and full["is_real"].tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("count", [5, 6, 7, 20])
 def test_total_norms_of_equal_authors_are_equal_bits(count):
     """A sum over parameters is vectorized along authors, unless the numbers of each author lie in a row."""

@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
         ({"dataset": make_dataset([1, 2, 3, 1, 1])}, "^--resume_from_checkpoint: there are 5 training authors now, 6 before"),
         ({"dataset": make_dataset([1, 2, 3, 1, 1, 5], seed=1)}, "--allow_other_authors if this is intended"),
         ({"model": tiny_gpt2(tied=False)}, "^--model_name: its config.json has tie_word_embeddings False: .*made with True"),
-        ({"max_steps": 1}, "^--max_steps or --num_train_epochs: 1 steps, but .*checkpoint-2 has 2 already"),
+        ({"max_steps": 1}, "^--max_steps or --num_train_epochs: 1 step, but .*checkpoint-2 has 2 already"),
     ],
 )
 def test_what_cannot_take_effect_is_refused_by_name(folders, options, words):

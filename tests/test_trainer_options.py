@@ -196,6 +196,14 @@ def test_accumulation_changed_after_the_plan_is_refused(tmp_path):
     assert trainer.budget.ledger.steps == 0
 
 
+def test_options_changed_after_the_plan_are_checked_again(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.args.max_grad_norm = 1.0
+    with pytest.raises(UserError, match="--max_grad_norm"):
+        trainer.train()
+    assert trainer.budget.ledger.steps == 0
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [

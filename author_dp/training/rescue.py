@@ -102,5 +102,5 @@ def rescue_message(error: Exception, folder: Path, place: Path) -> UserError:
     known = error if isinstance(error, UserError) else to_user_error(error)
     if known is None:
         known = UserError(f"--output_dir {folder}: the model could not be saved ({first_line(error).rstrip(': ')})")
-    reason = str(known).removesuffix(RESUME_REMEDY).strip().removesuffix(".")
+    reason = str(known).removesuffix(str(UserError(RESUME_REMEDY))).strip().removesuffix(".")
     return UserError(f"{reason}. The weights of this step are in {place}, with their privacy.json. {RESUME_REMEDY}")

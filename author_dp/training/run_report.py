@@ -17,6 +17,7 @@ from author_dp.accounting.privacy_report import make_report
 from author_dp.errors import UserError
 from author_dp.models.weights import check_same_base, describe_base
 from author_dp.training.checkpointing import load_trainer_state
+from author_dp.wording import format_count
 
 
 class RunReport:
@@ -55,9 +56,10 @@ class RunReport:
         if not checkpoint or (steps := load_trainer_state(checkpoint).global_step) < self.plan.steps:
             return
         if steps > self.plan.steps:
+            planned = format_count(self.plan.steps, "step")
             raise UserError(
-                f"--max_steps or --num_train_epochs: {self.plan.steps} steps, but {checkpoint} has {steps} already. Give at "
-                "least as many, or resume from an earlier checkpoint by its name"
+                f"--max_steps or --num_train_epochs: {planned}, but {checkpoint} has {steps} already. Give at least as many, or "
+                "resume from an earlier checkpoint by its name"
             )
         self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8")), self.folder / REPORT_NAME
         if final_path.exists() and (final := json.loads(final_path.read_text(encoding="utf-8"))).get(

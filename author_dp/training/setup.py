@@ -34,7 +34,7 @@ from author_dp.guards.options import (
 )
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
-from author_dp.guards.trainer_options import options_without_effect
+from author_dp.guards.trainer_options import check_adapted, options_without_effect
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import ShardedOptimizer, shard_model
@@ -189,14 +189,16 @@ def make_secret_generators(
 
 
 def check_model_choice(trainer: Any, shared_authors: bool) -> None:
-    """Record, for the ledger, the option by which metrics choose the model.
+    """Check options once more, as they may have changed, and record the option by which metrics choose the model.
 
     Args:
         trainer: dp_utils.DPTrainer, about to train.
         shared_authors: whether evaluation authors may be training authors.
     Raises:
-        UserError: if no epsilon covers that choice.
+        UserError: if an option is refused, or no epsilon covers that choice.
     """
+    validate_options(trainer.args, trainer.privacy, full_shard=trainer.full_shard, shared_authors=shared_authors)
+    check_adapted(trainer)
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
     shared = shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
