@@ -255,7 +255,8 @@ def load_train_and_eval(
     if evaluation is not None and args.max_eval_samples is not None:
         cut = subsample_authors if eval_is_public else limit_eval_texts
         evaluation = cut(evaluation, args.author_column, args.max_eval_samples, seed, folder)
-    for warning in suspicious_author_warnings(train, args.text_column, args.author_column):
+    text_option = "--text_column" if args.messages_column is None else "--messages_column"
+    for warning in suspicious_author_warnings(train, args.text_column, args.author_column, text_option):
         logger.warning(warning)
     return train, evaluation
 

@@ -151,9 +151,9 @@ def parse_arguments() -> tuple:
         training_args, privacy_args, full_shard=training_args.full_shard, shared_authors=data_args.allow_shared_authors,
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
+    check_not_model(Path(training_args.output_dir), model_args.model_name)
     options = program_options(*groups)
     find_checkpoint(training_args, privacy_args, lora_args.enable_lora, options)  # refuses a folder that cannot be used
-    check_not_model(Path(training_args.output_dir), model_args.model_name)
     return groups
 
 

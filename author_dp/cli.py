@@ -43,6 +43,7 @@ NOISY_LOG_PREFIXES = (
     "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
     "loading configuration file", "Model config ", "Generate config ",  # pages at each save
     "Configuration saved in", "Model weights saved in", "tokenizer config file saved in", "Special tokens file saved in",
+    "chat template saved in", "max_steps is given, it will override",
 )  # fmt: skip
 NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "tokenization_utils_base", "trainer")
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
@@ -130,11 +131,12 @@ def to_cli_args(name: str, value: yaml.Node) -> list[str]:
 
 
 def name_offending_options(message: str, words: Sequence[str]) -> str:
-    """Prefix an error that names no option with the options whose values it quotes, or with all."""
+    """Prefix an error that names no option with the given ones whose names or values it quotes, or else with all."""
     given = [(option, value) for option, value in zip(words, [*words[1:], ""]) if option.startswith("--")]
     if any(option in message for option, _ in given):
         return message
-    quoted = [option for option, value in given if value and (value in message or value.startswith("{"))]
+    quoted = [option for option, _ in given if re.search(rf"\b{re.escape(option[2:])}\b", message)]
+    quoted = quoted or [option for option, value in given if value and (value in message or value.startswith("{"))]
     return f"{', '.join(quoted or [option for option, _ in given])}: {message}"
 
 

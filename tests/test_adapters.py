@@ -78,6 +78,7 @@ def test_names_of_no_layer_are_refused_with_the_option():
         ({"lora_dropout": float("nan")}, "--lora_dropout nan"),
         ({"enable_lora": False, "base_dtype": "bfloat16"}, "--base_dtype bfloat16: .* Add --enable_lora"),
         ({"enable_lora": False, "load_in_4bit": True}, "--load_in_4bit: .* Add --enable_lora"),
+        ({"enable_lora": False, "lora_dim": 4, "lora_alpha": 9}, "^--lora_dim, --lora_alpha: .*all weights are trained. Add it"),
         ({"load_in_4bit": True, "base_dtype": "bfloat16"}, "contradict"),
         ({"load_in_4bit": True, "lora_bias": "all"}, "--lora_bias all: .* --base_dtype bfloat16"),
     ],

@@ -47,8 +47,15 @@ def test_known_names_are_options():
 
 @pytest.mark.parametrize("word", ["--lora_r", "--lora-r", "--max_length", "--max-length"])
 def test_names_of_peft_and_trl_are_aliases(word):
-    lora, data = cli.parse_options([LoraArguments, DataArguments], [word, "64"])
+    lora, data = cli.parse_options([LoraArguments, DataArguments], ["--enable_lora", word, "64"])
     assert (lora.lora_dim, data.sequence_len) == ((64, 128) if "lora" in word else (8, 64))
+
+
+def test_name_offending_options_finds_names_without_dashes():
+    words = ["--seed", "3", "--bf16", "--fp16"]
+    message = "At most one of fp16 and bf16 can be True"
+    assert cli.name_offending_options(message, words) == f"--bf16, --fp16: {message}"
+    assert cli.name_offending_options("of 3 devices", words) == "--seed: of 3 devices"
 
 
 MISSING = "--target_epsilon, --per_sample_max_grad_norm: missing. Give "

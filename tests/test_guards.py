@@ -93,7 +93,7 @@ def test_validate_options_checks_combinations(args, given, privacy, words):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", float("nan")), ("learning_rate", -1.0), ("seed", 2**32), ("lr_scheduler_kwargs", "x"),
-     ("num_train_epochs", 0), ("gradient_checkpointing_kwargs", "x")],
+     ("num_train_epochs", 0), ("max_steps", 0), ("gradient_checkpointing_kwargs", "x")],
 )  # fmt: skip
 def test_validate_options_names_values_out_of_range(args, name, value):
     args.gradient_checkpointing = True

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -124,6 +125,15 @@ def test_training_is_announced_in_authors_and_with_its_accumulation(tmp_path, mo
     text = "\n".join(record.getMessage() for record in records)
     assert "step 1 to 3, with a batch size (B) of 20 authors = 5 per device x 4 (accumulation) x 1 (processes)." in text
     assert not any(words in text for words in ("examples", "Accumulation steps = 1", "share your model"))
+
+
+def test_tied_weights_are_not_said_to_be_missing(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    trainer = make_trainer(tmp_path)
+    for missing in (["lm_head.weight"], ["lm_head.weight", "transformer.ln_f.bias"]):
+        trainer._issue_warnings_after_load(SimpleNamespace(missing_keys=missing, unexpected_keys=[]))
+    (said,) = {record.getMessage() for record in caplog.records if "missing keys" in record.getMessage()}
+    assert "ln_f.bias" in said and "lm_head" not in said
 
 
 def test_lines_are_dropped_inside_only():

@@ -1,5 +1,6 @@
 """outputs/rehearsal.py, training/rescue.py: what would fail after the last step fails before the first; rescued weights."""
 
+import errno
 import json
 import shutil
 import stat
@@ -152,6 +153,19 @@ def make_blocked(folder: Path, how: str) -> Path:
 def test_check_output_dir_refuses_what_cannot_be_written(tmp_path, how):
     with pytest.raises(UserError, match=r"^--output_dir"):
         check_output_dir(make_blocked(tmp_path, how))
+
+
+def test_check_output_dir_asks_the_file_system_itself(tmp_path, monkeypatch):
+    """Permissions alone say nothing of a read-only file system, or of the superuser's limits."""
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    check_output_dir(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("author_dp.accounting.output_dir.tempfile.mkdtemp", fail)
+    with pytest.raises(UserError, match=r"^--output_dir .*cannot be written \(Read-only file system\)"):
+        check_output_dir(tmp_path / "out")
 
 
 def test_check_output_dir_accepts_new_and_used_folders(tmp_path):

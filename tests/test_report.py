@@ -88,6 +88,8 @@ def test_summary_says_what_epsilon_means_for_a_decision(epsilon, strength):
     assert ("Membership inference", "TPR at most 5.6 % at 1 % FPR, at most 0.29 % at 0.1 % FPR") == (
         attack_rows(report)[0][0], attack_rows(report)[0][1].partition(" (")[0],
     )  # fmt: skip
+    assert "this one is large" not in decision_summary({**report, "delta": 1e-5})
+    assert "this one is large: 0.0026: it would allow" in decision_summary({**report, "delta": 0.0026})
     for change in ({"disable_dp": True}, {"epsilon": None}, {"interrupted": True}):
         assert decision_summary({**report, **change}) == ""
 

@@ -35,15 +35,18 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"learning_rate": 0.2}, "^--learning_rate 0.2: .*checkpoint-2 was made with 0.1, and keeps it"),
-        ({"weight_decay": 0.5, "adam_beta1": 0.5}, r"^--weight_decay 0\.5, --adam_beta1 0\.5: .*made with 0\.0, 0\.9"),
-        ({"optim": "sgd"}, "^--optim sgd: .*made with adamw_torch"),
+        ({"learning_rate": 0.2}, r"^--learning_rate 0\.2: .*checkpoint-2 was made with --learning_rate 0\.1\. Give"),
+        (
+            {"weight_decay": 0.5, "adam_beta1": 0.5},
+            r"^--weight_decay 0\.5, --adam_beta1 0\.5: .*with --weight_decay 0\.0, --adam_beta1",
+        ),
+        ({"optim": "sgd"}, "^--optim sgd: .*made with --optim adamw_torch"),
         ({"optim": "adafactor"}, "^--optim adafactor"),
-        ({"optim_args": "eps=1e-3"}, "^--optim_args eps=1e-3: .*made with .not given."),
-        ({"lr_scheduler_type": "cosine"}, "^--lr_scheduler_type cosine: .*made with constant"),
+        ({"optim_args": "eps=1e-3"}, "^--optim_args eps=1e-3: .*made with --optim_args .not given."),
+        ({"lr_scheduler_type": "cosine"}, "^--lr_scheduler_type cosine: .*made with --lr_scheduler_type constant"),
         ({"warmup_steps": 3}, "^--warmup_steps 3"),
         ({"seed": 7}, "^--seed 7"),
-        ({"privacy": {"adam_noise_correction": True}}, "^--adam_noise_correction True: .*made with .not given."),
+        ({"privacy": {"adam_noise_correction": True}}, "^--adam_noise_correction True: .*made with --adam_noise_corr"),
         ({"dataset": make_dataset([1, 2, 3, 1, 1, 6])}, "^--train_file, or another data option: the training samples are not"),
         ({"dataset": make_dataset([1, 2, 3, 1, 1])}, "^--resume_from_checkpoint: there are 5 training authors now, 6 before"),
         ({"dataset": make_dataset([1, 2, 3, 1, 1, 5], seed=1)}, "--allow_other_authors if this is intended"),
@@ -106,6 +109,7 @@ def test_what_may_change_takes_effect(tmp_path):
     wanted = ("noise_multiplier", "clip_norm", "samples_per_author", "delta", "expected_batch_size", "sample_rate")
     assert tuple(header[name] for name in wanted) == (2.0, 0.25, 2, 0.01, 2, 2 / 6)
     assert watch.steps[:2] == (3, 5)
+    assert other.state.epoch == 6 / 3  # 3 steps of q = 2 / 6 are an epoch; counted from the first run's beginning
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 6)]
 
 

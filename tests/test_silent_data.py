@@ -134,6 +134,7 @@ def test_repeated_texts_of_one_author_are_counted():
     (warning,) = warnings([*rows, *rows[:30], *rows[:30], ("new", "hi"), ("new", "hi")])
     assert "61 of 362 samples repeat a text of the same author" in warning
     assert not any("repeat" in warning for warning in warnings([*rows, *[("[deleted]", "thanks")] * 9]))
+    assert warning.startswith("--text_column 'body': ")
     (warning,) = warnings([*rows, ("u1", "[removed]"), ("u2", "[deleted]"), ("u3", "[removed]")])
     assert "3 of 303 samples are [deleted] or [removed]" in warning
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,12 @@ def check_output_dir(folder: Path) -> None:
     if not place.is_dir():
         kind = "a file, not a folder" if place.exists() else "a link to nothing"
         raise UserError(f"{name} is {kind}. Choose another --output_dir")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{name} cannot be written. Make it writable, or choose another --output_dir")
+    try:  # not os.access: it asks neither the file system nor the room
+        os.rmdir(tempfile.mkdtemp(prefix=TRIAL_PREFIX, dir=place))
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be written ({error.strerror}). Make it writable, or choose another --output_dir"
+        ) from None
     for path in place.iterdir() if place == folder.absolute() else ():
         check_target(path, path.name in FOLDERS or path.name.startswith("checkpoint-"), path.name in FILES)
 

@@ -67,11 +67,16 @@ def split_id(seed: int, eval_fraction: float, author_column: str) -> str:
     return hashlib.sha256(rule.encode()).hexdigest()[:16]
 
 
-def suspicious_author_warnings(samples: Dataset, text_column: str, author_column: str) -> list[str]:
+def suspicious_author_warnings(
+    samples: Dataset, text_column: str, author_column: str, text_option: str = "--text_column"
+) -> list[str]:
     """Return warnings about placeholder authors and texts, very large authors, repeated texts, and texts of several authors.
 
     The guarantee holds for them, but protects less than it seems to. A person behind "[deleted]" is one of many in that author.
     A person whose text is also under another name is not hidden by removing one of the names.
+
+    Args:
+        text_option: the option that names `text_column`.
     """
     values = encode_authors(get_column(samples, author_column))
     codes, counts = values.indices.to_numpy(), np.bincount(values.indices)
@@ -95,19 +100,19 @@ def suspicious_author_warnings(samples: Dataset, text_column: str, author_column
     hashes, is_long = (np.concatenate(parts) for parts in zip(*(hash_texts(batch[text_column]) for batch in texts)))
     if repeated := count_repeated(hashes, codes, placeholders):
         warnings.append(
-            f"--text_column {text_column!r}: {repeated:,} of {len(samples):,} samples repeat a text of the same author, and "
+            f"{text_option} {text_column!r}: {repeated:,} of {len(samples):,} samples repeat a text of the same author, and "
             "count again. Remove them if they are copies, as of a file that was joined twice"
         )
     if num_gone := np.isin(hashes, [hash(text) for text in PLACEHOLDER_TEXTS]).sum():
         warnings.append(
-            f"--text_column {text_column!r}: {num_gone:,} of {len(samples):,} samples are {' or '.join(PLACEHOLDER_TEXTS)}, in "
+            f"{text_option} {text_column!r}: {num_gone:,} of {len(samples):,} samples are {' or '.join(PLACEHOLDER_TEXTS)}, in "
             "place of a text that is gone. Remove them, or the model learns to write so"
         )
     hashes[~is_long] = 0
     if len(shared := hashes_of_several_authors(hashes, codes)):
         warnings.append(
-            f"--text_column {text_column!r}: {len(shared):,} texts of {MIN_WORDS} words or more have several authors each, in "
-            f"{np.isin(hashes, shared).sum():,} of {len(samples):,} samples. Leaving out one of these authors does not hide "
+            f"{text_option} {text_column!r}: texts of {MIN_WORDS} words or more that have several authors each: {len(shared):,}, "
+            f"in {np.isin(hashes, shared).sum():,} of {len(samples):,} samples. Leaving out one of these authors does not hide "
             "the text"
         )
     return warnings

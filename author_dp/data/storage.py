@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from author_dp.errors import UserError
+
 BATCH_ROWS = 2**16
 temp_dirs: list[Path] = []  # of this run, each with mode 0o700
 
@@ -48,7 +50,13 @@ def cleanup_temp_dirs() -> None:
 
 
 def make_private_temp_dir() -> Path:
-    """Create a directory for texts of this run, in TMPDIR."""
+    """Create a directory for texts of this run, in TMPDIR.
+
+    Raises:
+        UserError: if TMPDIR is no folder: Python would leave the texts elsewhere, without a word.
+    """
+    if (wanted := os.environ.get("TMPDIR")) and not os.path.isdir(wanted):
+        raise UserError(f"TMPDIR {wanted}: no such folder. Create it, or unset TMPDIR")
     temp_dirs.append(Path(tempfile.mkdtemp(prefix="author-texts-")))
     return temp_dirs[-1]
 

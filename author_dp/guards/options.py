@@ -139,7 +139,9 @@ def check_ranges(args: TrainingArguments) -> None:
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
         if getattr(args, name, None) and not args.dataloader_num_workers:
             raise UserError(f"--{name}: it needs workers. Give --dataloader_num_workers a number above 0, or leave it out")
-    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+    if args.max_steps == 0:  # the Trainer would follow --num_train_epochs
+        raise UserError("--max_steps 0: nothing to train. Give a number above 0, or leave it out for --num_train_epochs")
+    if args.max_steps < 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs}: nothing to train. Give a number above 0, or --max_steps")
 
 

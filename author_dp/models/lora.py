@@ -11,7 +11,7 @@ References:
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Optional
 
 from peft import LoraConfig, TaskType, get_peft_model
@@ -68,6 +68,9 @@ class LoraArguments:
         flag = self.base_precision_flag()
         if flag and not self.enable_lora:
             raise UserError(f"{flag}: it is for weights that are not trained. Add --enable_lora, or leave it out")
+        changed = [f"--{one.name}" for one in fields(self) if one.name[:5] == "lora_" and getattr(self, one.name) != one.default]
+        if changed and not self.enable_lora:
+            raise UserError(f"{', '.join(changed)}: without --enable_lora, all weights are trained. Add it, or leave this out")
         if self.load_in_4bit and self.lora_bias != "none":
             raise UserError(
                 f"--lora_bias {self.lora_bias}: it would train biases of layers that --load_in_4bit keeps in 4 bits. Leave it "

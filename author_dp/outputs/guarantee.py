@@ -7,6 +7,7 @@ import math
 from typing import Any, Optional
 
 from author_dp.accounting.accountant import format_epsilon, format_guarantee, round_up
+from author_dp.accounting.plan_text import LARGE_DELTA, format_delta
 from author_dp.training.public_loss import format_release
 from author_dp.wording import format_count
 
@@ -217,7 +218,10 @@ def decision_summary(report: dict[str, Any]) -> str:
         )
     epsilon, strengths = report["epsilon"], ((1, "strong"), (10, "reasonable"), (math.inf, "weak by itself"))
     strength = next(word for limit, word in strengths if epsilon <= limit)
+    delta = f"The scale supposes a small delta, and this one is large: {format_delta(report['delta'])}. "
+    delta = delta if report["delta"] > LARGE_DELTA else ""
     return (
         f"{attack}On a common scale of epsilon (Ponomareva et al. 2023: up to 1 strong, up to 10 reasonable, above 10 weak by "
-        f"itself), {format_epsilon(epsilon)} is {strength}. Each author is protected, not what many authors have written alike."
+        f"itself), {format_epsilon(epsilon)} is {strength}. {delta}Each author is protected, not "
+        "what many authors have written alike."
     )

@@ -221,3 +221,4 @@ def main(arguments: list[str]) -> None:
         if path.parent == folder and not report.get("dry_run"):
             (folder / CARD_NAME).write_text(model_card(recompute_report(path, ledger)), encoding="utf-8")
     write_report(folder)
+    print(f"{folder / PAGE_NAME}: private. What may be published: python -m author_dp.publish {folder} OUT")

@@ -55,6 +55,12 @@ class LogicalBatchTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         return restored
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of parameters that a checkpoint lacks, but not of tied ones: they are saved under one name only."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Optional[torch.Tensor] = None) -> Optional[torch.Tensor]:
         """Return no norm with privacy: before the optimizer's step there is no gradient that could be disclosed."""
         return super()._get_grad_norm(model, grad_norm) if self.plan.disable_dp else None

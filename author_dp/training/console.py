@@ -1,5 +1,6 @@
 """Say on the console what a training does. The Trainer's own lines call authors examples, and count no accumulation steps."""
 
+import math
 from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback
@@ -18,7 +19,9 @@ TRAINER_LINES = (
 
 
 class AnnounceTraining(TrainerCallback):
-    """Log the steps and the batch of a training when it begins.
+    """Log the steps and the batch of a training when it begins, and count its epochs from the first run's beginning.
+
+    The Trainer counts the epoch of a resumed run from its start: batches are sampled anew, and none is skipped.
 
     Args:
         plan: of the run.
@@ -35,6 +38,9 @@ class AnnounceTraining(TrainerCallback):
             f"Training: step {state.global_step + 1:,} to {state.max_steps:,}, with a batch size (B) of {batch:,} authors = "
             f"{per_device:,} per device x {batch // (per_device * processes):,} (accumulation) x {processes:,} (processes)."
         )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / math.ceil(1 / self.plan.sample_rate)
 
 
 class TrainingBar(ProgressCallback):

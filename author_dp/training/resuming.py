@@ -128,8 +128,8 @@ def check_same_options(checkpoint: Path, options: dict[str, Any], training: Opti
     changed = [name for name in options if name in before and name not in free and options[name] != before[name]]
     if changed:
         now = ", ".join(f"--{name} {format_value(options[name])}" for name in changed)
-        then = ", ".join(format_value(before[name]) for name in changed)
-        raise UserError(f"{now}: {checkpoint} was made with {then}, and keeps it. Give that, or start in a new --output_dir")
+        then = ", ".join(f"--{name} {format_value(before[name])}" for name in changed)
+        raise UserError(f"{now}: {checkpoint} was made with {then}. Give what it was made with, or start in a new --output_dir")
     if training is not None:
         check_same_training(checkpoint, marker.get("training") or {}, training, others_allowed)
 
