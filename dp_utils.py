@@ -116,6 +116,7 @@ class PrivacyArguments:
         False, "Keep the numbers of authors and samples out of all public files; needs --sample_rate and --target_delta."
     )
     allow_other_authors: bool = option(False, "Resume with another number of training authors than before, on purpose.")
+    part_of_search: bool = option(False, "Set by python -m author_dp.tune: one run of a search, without a guarantee of its own.")
     disable_dp: bool = option(False, "Ordinary fine-tuning through the same data path, for comparison. No privacy.")
 
     def __post_init__(self):

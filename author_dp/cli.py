@@ -11,7 +11,6 @@ Example:
 """
 
 import argparse
-import difflib
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
 from author_dp.errors import NOT_SAVED, MechanismError, PeerLostError, SignalError, UserError, to_user_error
-from author_dp.option_names import KNOWN_AS
+from author_dp.option_names import suggest_option
 
 OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and its exit ends the other ranks
 
@@ -76,7 +75,9 @@ def parse_options(groups: Sequence[Any], arguments: Optional[Sequence[str]] = No
     parser = ArgumentParser(groups)
     _, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UserError(f"unknown option {' '.join(unknown)}{suggest(unknown[0], parser)}. --help lists all options")
+        raise UserError(
+            f"unknown option {' '.join(unknown)}{suggest_option(unknown[0], option_strings(parser))}. --help lists all options"
+        )
     try:
         return parser.parse_args_into_dataclasses(words)
     except UserError:
@@ -85,12 +86,9 @@ def parse_options(groups: Sequence[Any], arguments: Optional[Sequence[str]] = No
         raise UserError(name_offending_options(str(error).strip().splitlines()[0], words)) from error
 
 
-def suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
-    """Return a question that suggests an option in place of an unknown one; empty if none is similar."""
-    word = unknown.partition("=")[0].lstrip("-").replace("-", "_")
-    options = [name.removeprefix("--") for action in parser._actions for name in action.option_strings if name.startswith("--")]
-    similar = [KNOWN_AS[word]] if word in KNOWN_AS else difflib.get_close_matches(word, options, 1, 0.75)
-    return f" (did you mean --{similar[0]}?)" if similar else ""
+def option_strings(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the names of a parser's options, without dashes."""
+    return [name.removeprefix("--") for action in parser._actions for name in action.option_strings if name.startswith("--")]
 
 
 def load_config_args(arguments: Sequence[str]) -> list[str]:

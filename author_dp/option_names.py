@@ -1,9 +1,10 @@
 """Names of options: those that every run needs, and what people and other trainers call them.
 
-This module imports no large library, so that a command line without a required option is refused at once, before seconds of imports.
+It imports no large library, so that a command line without a required option is refused at once, before seconds of imports.
 """
 
 import ast
+import difflib
 import importlib.util
 import math
 import re
@@ -85,6 +86,13 @@ def read_option_names(program: str) -> set[str]:
         fields = [node.target for one in classes for node in one.body if isinstance(node, ast.AnnAssign)]
         names |= {field.id for field in fields if isinstance(field, ast.Name)} | set(re.findall(r'alias="(\w+)"', source))
     return names
+
+
+def suggest_option(unknown: str, options: Sequence[str]) -> str:
+    """Return a question that suggests an option in place of an unknown one; empty if none is similar."""
+    word = unknown.partition("=")[0].lstrip("-").replace("-", "_")
+    similar = [KNOWN_AS[word]] if word in KNOWN_AS else difflib.get_close_matches(word, options, 1, 0.75)
+    return f" (did you mean --{similar[0]}?)" if similar else ""
 
 
 def is_number(value: str) -> bool:

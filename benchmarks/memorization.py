@@ -1,6 +1,6 @@
 """What a model repeats of a secret that somebody wrote again and again: without privacy, with it for each text, for each author.
 
-python benchmarks/memorization.py [--seeds 2] [--steps 500] [--parallel 1] [--cache FILE]
+    python benchmarks/memorization.py [--seeds 2] [--steps 500] [--parallel 1] [--cache FILE]
 
 Made-up authors, among those of the demo's corpus, write a code of four digits into 1, 10, 30 or 100 texts ("amber otter's code is
 4 9 2 7. ..."). The script trains the demo's model on all of it, in equally many steps of as many texts, in three ways:
@@ -20,32 +20,25 @@ Prints tables for docs/results.md, draws memorization.png beside this file. A tr
 import argparse
 import json
 import math
-import os
 import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
-import torch  # noqa: E402
-from make_corpus import PRIVATE_TOPICS, make_author, make_comment, make_corpus, parse_topic  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from common import ROOT, cache_option, cached, drawing, fine_tune, main, option, parallel_option, print_head, print_row, table
+from make_corpus import PRIVATE_TOPICS, make_author, make_comment, make_corpus, parse_topic
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DIGITS = 4
 CODES = 10**DIGITS
 REPETITIONS = (0, 1, 10, 30, 100)  # 0: left out of the training, for comparison
 SECRETS = 8  # of each
 AUTHORS = 3_000  # of the corpus around them
-COLOURS = (
+COLORS = (
     "amber azure beige black blue brown coral cyan green grey indigo ivory khaki lilac olive pink red rose teal white".split()
 )
 ANIMALS = "otter heron falcon badger lynx raven gecko hare moth newt".split()
@@ -74,7 +67,7 @@ class Secret(NamedTuple):
 
 def make_secrets(seed: int) -> list[Secret]:
     generator = random.Random(f"secrets {seed}")
-    names = generator.sample([f"{colour} {animal}" for colour in COLOURS for animal in ANIMALS], SECRETS * len(REPETITIONS))
+    names = generator.sample([f"{color} {animal}" for color in COLORS for animal in ANIMALS], SECRETS * len(REPETITIONS))
     codes = [f"{code:0{DIGITS}}" for code in generator.sample(range(CODES), len(names))]
     repetitions = [repetitions for repetitions in REPETITIONS for _ in range(SECRETS)]
     return [Secret(f"{name}'s code is", code, times) for name, code, times in zip(names, codes, repetitions)]
@@ -159,37 +152,17 @@ def measure(way: str, seed: int, steps: int) -> dict[str, Any]:
         texts, held_out, out = (Path(folder) / name for name in ("texts.jsonl", "held_out.jsonl", "out"))
         write_corpus(texts, secrets, seed)
         write_validation(held_out)
-        places = f"--model_name {ROOT / 'demo' / 'model'} --train_file {texts} --validation_file {held_out} --output_dir {out}"
+        places = f"--model_name {ROOT / 'demo' / 'model'} --train_file {texts} --validation_file {held_out}"
         options = f"{places} --max_steps {steps} {OPTIONS} {WAYS[way]}"
-        command = [sys.executable, str(ROOT / "fine-tune-dp.py"), *options.split()]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        loss = re.findall(r"'eval_loss': '?([\d.e+]+)", done.stdout)[-1]
+        loss = fine_tune(*options.split(), output_dir=out, threads=1)["after"]["eval_loss"]
         model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
         return {
             "exposures": [exposure(score_all_codes(model, tokenizer, one.beginning), one.code) for one in secrets],
             "completed": [completes(model, tokenizer, one) for one in secrets],
             "repetitions": [one.repetitions for one in secrets],
-            "loss": float(loss),
+            "loss": loss,
             "seconds": time.perf_counter() - start,
         }
-
-
-def all_results(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Return the results of each way, one a seed."""
-    known = {}
-    for line in args.cache.read_text(encoding="utf-8").splitlines() if args.cache.exists() else []:
-        key, result = json.loads(line)
-        known[tuple(key)] = result
-    keys = [(way, seed, args.steps) for seed in range(args.seeds) for way in WAYS]
-    missing = [key for key in keys if key not in known]
-    with ThreadPoolExecutor(args.parallel) as pool, open(args.cache, "a", encoding="utf-8") as file:
-        for key, result in zip(missing, pool.map(lambda key: measure(*key), missing)):
-            known[key] = result
-            file.write(json.dumps([key, result]) + "\n")
-            file.flush()
-    return {way: [known[key] for key in keys if key[0] == way] for way in WAYS}
 
 
 def by_repetitions(results: list[dict[str, Any]], what: str) -> dict[int, list[float]]:
@@ -201,9 +174,10 @@ def by_repetitions(results: list[dict[str, Any]], what: str) -> dict[int, list[f
 
 
 def print_tables(results: dict[str, list[dict[str, Any]]]) -> None:
-    head = " | ".join("left out" if times == 0 else f"{times} text{'s' * (times > 1)}" for times in REPETITIONS)
+    head = ["left out" if times == 0 else f"{times} text{'s' * (times > 1)}" for times in REPETITIONS]
     for what, title in (("exposures", "mean exposure (bits)"), ("completed", "codes completed by greedy decoding")):
-        print(f"\n| {title} | {head} | evaluation loss |\n|---" + "|---" * (len(REPETITIONS) + 1) + "|")
+        print()
+        print_head(title, *head, "evaluation loss")
         for way, runs in results.items():
             found = by_repetitions(runs, what)
             cells = [
@@ -212,27 +186,20 @@ def print_tables(results: dict[str, list[dict[str, Any]]]) -> None:
                 else f"{sum(found[times]):.0f} of {len(found[times])}"
                 for times in REPETITIONS
             ]
-            loss = statistics.mean(run["loss"] for run in runs)
-            print(f"| {NAMES[way]} | {' | '.join(cells)} | {loss:.2f} |")
+            print_row(NAMES[way], *cells, f"{statistics.mean(run['loss'] for run in runs):.2f}")
     seconds = statistics.mean(run["seconds"] for runs in results.values() for run in runs)
     print(f"\n{sum(map(len, results.values()))} trainings, {seconds:.0f} s each")
 
 
-def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.8, 3.9), layout="constrained")
+def draw(results: dict[str, list[dict[str, Any]]], axes: Any) -> None:
     places, told = range(1, len(REPETITIONS)), REPETITIONS[1:]
     looks = {"none": ("#c8553d", (2.1, 11.9)), "sample": ("#b98412", (1.95, 4.3)), "author": ("#1b6ca8", (2.35, 0.1))}
     for way, runs in results.items():
-        found, (colour, place_of_name) = by_repetitions(runs, "exposures"), looks[way]
-        axes.plot(places, [statistics.mean(found[times]) for times in told], "o-", color=colour)
-        axes.text(*place_of_name, NAMES[way], color=colour, fontweight="bold", fontsize=10)
+        found, (color, place_of_name) = by_repetitions(runs, "exposures"), looks[way]
+        axes.plot(places, [statistics.mean(found[times]) for times in told], "o-", color=color)
+        axes.text(*place_of_name, NAMES[way], color=color, fontweight="bold", fontsize=10)
         for place, times in zip(places, told):
-            axes.plot([place] * len(found[times]), found[times], ".", color=colour, alpha=0.3, markersize=5, zorder=1)
+            axes.plot([place] * len(found[times]), found[times], ".", color=color, alpha=0.3, markersize=5, zorder=1)
     lines = {math.log2(CODES): "known\nfor sure", 1 / math.log(2): "chance"}
     for height in lines:
         axes.axhline(height, color="#8a8f98", linewidth=1, linestyle=":", zorder=0)
@@ -243,21 +210,24 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     right.set_yticks(list(lines), list(lines.values()), fontsize=9)
     right.tick_params(length=0)
     right.spines["right"].set_visible(False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2, help="each with secrets, texts and trainings of its own")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--parallel", type=int, default=1, help="trainings at once, of one thread each")
-    parser.add_argument("--cache", type=Path, default=Path("memorization.jsonl"))
-    args = parser.parse_args()
-    results = all_results(args)
+@table(
+    option("--seeds", type=int, default=2, help="each with secrets, texts and trainings of its own"),
+    option("--steps", type=int, default=500),
+    parallel_option(),
+    cache_option("memorization.jsonl"),
+)
+def memorization(args: argparse.Namespace) -> None:
+    """What a model repeats of a secret that somebody wrote again and again."""
+    keys = [(way, seed, args.steps) for seed in range(args.seeds) for way in WAYS]
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for (way, *_), result in zip(keys, cached(args.cache, keys, lambda key: measure(*key), args.parallel)):
+        results[way].append(result)
     print_tables(results)
-    draw(results, Path(__file__).with_name("memorization.png"))
+    with drawing("memorization.png", figsize=(6.8, 3.9)) as (_, axes):
+        draw(results, axes)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, memorization)

@@ -7,29 +7,24 @@ Compares with a plain loop over authors that shares no code with the library, fo
 """
 
 import argparse
-import sys
 import warnings
 from collections import Counter
 from datetime import date
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from common import ROOT, format_row, main, option, table
+from tiny import VOCABULARY, build, classes
 from torch import nn
 from transformers.utils import logging
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from tiny import VOCABULARY, build, classes  # noqa: E402
-
-from author_dp.clipping import ENGINES  # noqa: E402
-from author_dp.errors import UserError  # noqa: E402
-from author_dp.guards.model_check import check_model, verify_model  # noqa: E402
-from author_dp.guards.probing import deterministic_train_mode  # noqa: E402
-from author_dp.mechanism.losses import author_losses  # noqa: E402
-from author_dp.models.lora import add_lora_adapters  # noqa: E402
+from author_dp.clipping import ENGINES
+from author_dp.errors import UserError
+from author_dp.guards.model_check import check_model, verify_model
+from author_dp.guards.probing import deterministic_train_mode
+from author_dp.mechanism.losses import author_losses
+from author_dp.models.lora import add_lora_adapters
 
 TOLERANCE = 2e-4
 KINDS = (("full", "ghost"), ("full", "grad_sample"), ("lora", "ghost"))
@@ -47,8 +42,8 @@ your command. To check a model type in tiny form, name it: `python benchmarks/mo
 - **Per-author fallback.** Some parameters have no clipping rule: the three-dimensional weights of stacked experts, the own parameters of
   some mixers (Mamba, RWKV), DoRA's magnitudes. They are clipped exactly, by the ordinary gradient of one author's loss.
   - Microbatches then have one author. Memory is that of one author's samples, and one more copy of these parameters' gradients.
-  - The speed is that of small batches. A GPT-2 of width 256 took 1.3 to 1.4 times as long as with rules (`python benchmarks/apart.py`,
-    2026-11-25, one CPU thread).
+  - The speed is that of small batches. A GPT-2 of width 256 took 1.3 to 1.4 times as long as with rules
+    (`python benchmarks/costs.py fallback`, 2026-11-25, one CPU thread).
 - **Mixtures of experts.** They train like other models if the router handles each token by itself, as it then mixes no authors. The
   balancing losses of pre-training are not part of the loss. Routing statistics are private and are not released.
   - In full fine-tuning, stacked experts use the per-author fallback.
@@ -195,25 +190,23 @@ def page(rows: list[list[str]], missing: list[str], day: str) -> str:
     """Return what docs/models.md is to hold."""
     counts = [Counter(row[column] for row in rows) for column in (1, 2, 3)]
     sums = ["; ".join(f"{kind} {count}" for kind, count in sorted(each.items())) for each in counts]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return HEAD.format(
-        classes=len(rows) + len(missing), rows=len(rows), version=transformers.__version__, sums=sums, table=table,
-        missing=", ".join(missing), date=day,
+        classes=len(rows) + len(missing), rows=len(rows), version=transformers.__version__, sums=sums,
+        table="\n".join(format_row(*row) for row in rows), missing=", ".join(missing), date=day,
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_types", nargs="*")
-    arguments = parser.parse_args()
+@table(option("model_types", nargs="*", help="print their rows alone"))
+def models(args: argparse.Namespace) -> None:
+    """Write docs/models.md, or print the rows of some model types."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    names = arguments.model_types or sorted(classes())
+    names = args.model_types or sorted(classes())
     found = {name: row_of(name) for name in names}
     text = page([row for row in found.values() if row], [name for name, row in found.items() if row is None], str(date.today()))
-    if not arguments.model_types:
+    if not args.model_types:
         (ROOT / "docs" / "models.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, models)

@@ -58,6 +58,8 @@ import test_silent_data
 import test_specimens
 import test_synthetic_report
 import test_trainer_options
+import test_tune
+import test_tuning
 import test_weights
 import torch
 from planting import find, with_edit
@@ -89,6 +91,8 @@ RANDOM_OPS = "author_dp.guards.random_ops"
 SHARED_BUFFER = "author_dp.mechanism.fsdp.ShardedGradBuffer"
 LOGGERS = "author_dp.guards.loggers"
 PUBLISH = "author_dp.outputs.publish"
+TUNING = "author_dp.accounting.tuning"
+SEARCH = "author_dp.outputs.search.Search"
 SHARED_SUMS = "author_dp.mechanism.fsdp_clipping.ShardedStore.sum_pass"
 
 
@@ -108,6 +112,12 @@ def equals_reference(engine: str, kind: str, batch: str = "ragged") -> Callable:
 def cancelling(case: str, engine_class: type, bf16: bool) -> Callable:
     test = test_clipping_ghost.test_where_tokens_cancel_rounding_carries_no_sum_above_the_clip_norm
     return lambda *_: test(case, engine_class, bf16)
+
+
+def fakes(patch) -> test_tune.FakeRuns:
+    """Runs of a search that are not run."""
+    patch.setattr(test_tune.search, "run_command", runs := test_tune.FakeRuns())
+    return runs
 
 
 def a_result(path) -> tuple[str, Path]:
@@ -822,7 +832,7 @@ BUGS = [
     Bug("an optimizer's state without a hash", "author_dp.training.checkpointing.check_ledger_covers",
         "[OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else []", "[]",
         lambda path, _: test_weights.test_an_optimizers_state_without_a_hash_is_not_resumed(path)),
-    Bug("a link is published", f"{PUBLISH}.publish", " and not path.is_symlink()", "",
+    Bug("a link is published", f"{PUBLISH}.copy_publishable", " and not path.is_symlink()", "",
         lambda path, _: test_publish.test_a_file_that_is_a_link_is_left_out(a_result(path)[1], path / "new")),
     Bug("a published model within the run", f"{PUBLISH}.check_out", "if out.resolve().is_relative_to(parent.resolve())",
         "if False",
@@ -1035,16 +1045,18 @@ BUGS = [
     Bug("an older checkpoint's files stay everybody's", "author_dp.training.checkpointing.mark_complete", "make_private(path)",
         "pass",
         lambda path, _: test_loggers.test_a_sealed_checkpoint_is_its_owners(path)),
-    Bug("the number of samples is published", f"{PUBLISH}.publish", "write_json(temporary / REPORT_NAME, report)",
+    Bug("the number of samples is published", f"{PUBLISH}.copy_publishable", "write_json(temporary / REPORT_NAME, report)",
         "shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)",
         lambda path, _: test_publish.test_nothing_private_is_in_what_is_published(a_result(path), path)),
-    Bug("a list of what is private instead", f"{PUBLISH}.publish", "for pattern in COPIED for path in folder.glob(pattern)",
+    Bug("a list of what is private instead", f"{PUBLISH}.copy_publishable",
+        "for pattern in COPIED for path in folder.glob(pattern)",
         "for path in folder.iterdir() if path.name not in ('trainer_state.json', 'training_args.bin', REPORT_NAME)",
         lambda path, _: test_publish.test_exactly_the_listed_files_are_copied(a_result(path), path, "")),
     Bug("publish without a look at the weights", "author_dp.outputs.privacy_statement.read_guarantee",
         "check_weights(folder, report)", "pass",
         lambda path, _: test_publish.test_other_weights_are_not_published(a_result(path)[1], path / "new")),
-    Bug("weights that changed meanwhile", f"{PUBLISH}.publish", 'if hash_weights(temporary) != report["weights"]:', "if False:",
+    Bug("weights that changed meanwhile", f"{PUBLISH}.copy_publishable",
+        'if hash_weights(temporary) != report["weights"]:', "if False:",
         lambda path, patch: test_publish.test_weights_that_change_while_they_are_copied_are_not_published(
             a_result(path)[1], path / "new", patch)),
     Bug("whatever privacy.json calls weights", f"{PUBLISH}.publishable_report", "if not names.fullmatch(name)", "if not name",
@@ -1070,6 +1082,48 @@ BUGS = [
         "in (HubStrategy.ALL_CHECKPOINTS,)",
         lambda path, patch: test_publish.test_uploads_of_more_or_without_a_guarantee_are_refused(
             path, patch, {"hub_strategy": "checkpoint"}, "--hub_strategy checkpoint")),
+    # The best of many runs.
+    Bug("a search that costs what a run costs", f"{TUNING}.search_rdp",
+        "result = rdp + times + math.log(mean) / (SEARCH_ORDERS - 1)",
+        "result = rdp", lambda *_: test_tuning.test_search_epsilon_is_never_below_the_exact_law_of_the_best(0.0)),
+    Bug("a geometric number of runs at the price of a logarithmic one", f"{TUNING}.search_rdp", "(1 + count.eta) * np.min",
+        "np.min", lambda *_: test_tuning.test_search_epsilon_agrees_with_dp_accounting(1.0)),
+    Bug("a fixed number of runs", f"{TUNING}.RunCount.draw", "return self.quantile(Decimal(secrets.randbits(192)) / 2**192)",
+        "return round(self.expected)", lambda *_: test_tuning.test_run_count_draw_follows_the_law(0.0)),
+    Bug("scores that cost nothing", f"{TUNING}.run_rdp", "np.maximum(training, release.rdp())", "training",
+        lambda *_: test_tuning.test_run_rdp_counts_the_score()),
+    Bug("the noise of a single run", f"{TUNING}.calibrate_search",
+        "run_epsilon = compute_epsilon(sigma, sample_rate, steps, delta)",
+        "run_epsilon, noise_multiplier = target_epsilon, find_noise_multiplier(sample_rate, steps, target_epsilon, delta)\n"
+        "    return SearchNoise(count, run_epsilon, noise_multiplier, run_rdp([], release), target_epsilon)",
+        lambda *_: test_tuning.test_calibrate_search_ends_at_the_target(8.0)),
+    Bug("settings without replacement", f"{SEARCH}.draw", "secrets.choice(values)", "values[_ % len(values)]",
+        lambda path, patch: test_tune.test_settings_are_drawn_with_replacement_before_the_first_run(path, patch, fakes(patch))),
+    Bug("a failed run drawn again", f"{SEARCH}.run_all", 'self.plan["scores"].append(self.score(folder))',
+        'self.plan["scores"].append(self.score(folder) or self.start(folder, run["settings"], own, folder.with_suffix(".log")))',
+        lambda path, patch: test_tune.test_failed_run_is_worst_and_not_replaced(path, patch, fakes(patch))),
+    Bug("the best of an unfinished search published", "author_dp.outputs.privacy_statement.not_covered_reason",
+        "if in_search(guarantee):", "if False:",
+        lambda path, patch: test_tune.test_interrupted_search_resumes_as_it_was_drawn(path, patch, fakes(patch))),
+    Bug("scores without noise", f"{SEARCH}.score", 'return guarantee["evaluation_release"]["loss"]',
+        'return json.loads((folder / "run_statistics.json").read_text())["evaluation"]["after"]["eval_loss"]',
+        lambda path, patch: test_tune.test_best_run_is_released_by_its_released_loss(path, patch, fakes(patch))),
+    Bug("a new draw after a crash", "author_dp.outputs.tune.tune", "if not search.plan:", 'if not search.plan.get("scores"):',
+        lambda path, patch: test_tune.test_search_interrupted_in_its_first_run_is_not_drawn_again(path, patch, fakes(patch))),
+    Bug("losers left behind", f"{SEARCH}.end", "self.delete_runs()", "pass",
+        lambda path, patch: test_tune.test_best_run_is_released_by_its_released_loss(path, patch, fakes(patch))),
+    Bug("losers left readable", f"{SEARCH}.open", "self.folder.chmod(0o700)", "self.folder.chmod(0o755)",
+        lambda path, patch: test_tune.test_kept_runs_are_private_and_refused(path, patch, fakes(patch))),
+    Bug("the number of runs in a public file", f"{SEARCH}.final_report", '{"tuning": self.plan["tuning"]}',
+        '{"tuning": {**self.plan["tuning"], "runs": len(self.plan["runs"])}}',
+        lambda path, patch: test_tune.test_nothing_public_depends_on_the_number_of_runs(path, patch, fakes(patch))),
+    Bug("settings chosen by earlier scores", f"{SEARCH}.run_all", 'self.start(folder, run["settings"], own',
+        'self.start(folder, (self.plan["runs"][0] if self.plan["scores"] else run)["settings"], own',
+        lambda path, patch: test_tune.test_failed_run_is_worst_and_not_replaced(path, patch, fakes(patch))),
+    Bug("a run that takes more than its share", f"{SEARCH}.score",
+        'if not np.all(run_rdp(ledger.events, release) <= np.array(self.plan["rdp"])):', "if False:",
+        lambda path, patch: test_tune.test_run_that_breaks_its_share_is_not_released(
+            path, patch, fakes(patch), {"noise_multiplier": 0.99})),
 ]  # fmt: skip
 
 

@@ -127,10 +127,15 @@ def rdp_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
     """Return a cheap upper bound on epsilon, by Renyi divergences at integer orders, which have a closed form [2]."""
     if any(event.noise_multiplier == 0 for event in events):
         return math.inf
+    with np.errstate(all="ignore"):
+        return epsilon_of_rdp(np.sum([steps * cached_rdp_of_step(sigma, rate) for sigma, rate, steps in events], axis=0), delta)
+
+
+def epsilon_of_rdp(divergences: np.ndarray, delta: float, orders: np.ndarray = ORDERS) -> float:
+    """Return an upper bound on epsilon from Renyi divergences at `orders`, both (orders,)."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # the best order is the smallest or largest one: still a bound
-        divergences = np.sum([steps * cached_rdp_of_step(sigma, rate) for sigma, rate, steps in events], axis=0)
-        epsilon, _ = get_privacy_spent(orders=ORDERS, rdp=divergences, delta=delta)
+        epsilon, _ = get_privacy_spent(orders=orders, rdp=divergences, delta=delta)
     return math.inf if math.isnan(epsilon) else max(0.0, float(epsilon))
 
 

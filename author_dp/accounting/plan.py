@@ -35,6 +35,7 @@ class PrivacyPlan:
     Attributes:
         steps: the number of steps that the noise is calibrated for.
         noise_bands: b, the number of steps over which the noise is correlated; 1 for independent noise.
+        part_of_search: whether the run is one of many, of which only the best will be released (tuning.py).
     """
 
     target_epsilon: Optional[float]
@@ -52,6 +53,7 @@ class PrivacyPlan:
     disable_dp: bool
     hide_counts: bool = False
     noise_bands: int = 1
+    part_of_search: bool = False
 
     def event(self, steps: int) -> MechanismEvent:
         """Return the mechanism event of `steps` steps of one training."""
@@ -114,6 +116,7 @@ def make_plan(
         disable_dp=privacy.disable_dp,
         hide_counts=privacy.hide_counts,
         noise_bands=bands,
+        part_of_search=privacy.part_of_search,
     )
 
 

@@ -71,6 +71,7 @@ def plan_entries(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
         "steps": steps,
         "accounted_steps": steps,
         "accounted_sample_rate": plan.event(0).sample_rate,
+        **({"tuning": {"ended": False}} if plan.part_of_search else {}),
     }
 
 

@@ -106,6 +106,15 @@ def _attack_bounds(events: tuple[MechanismEvent, ...], delta: float) -> dict[str
     }
 
 
+def bounds_of_guarantee(epsilon: float, delta: float) -> dict[str, Any]:
+    """Return the entries of `attack_bounds` where only (epsilon, delta) is known, no mechanism."""
+    rates = {
+        rate: min(math.exp(min(epsilon, 700)) * rate + delta, 1 - math.exp(-epsilon) * (1 - rate - delta), 1.0)
+        for rate in FALSE_POSITIVE_RATES
+    }
+    return {"mu_gdp": None, "tpr_at_fpr": {f"{rate:g}": bound for rate, bound in rates.items()}}
+
+
 def gdp_true_positive_rate(mu: float, false_positive_rate: float) -> float:
     """Return the largest true-positive rate against a Gaussian mechanism: Phi(mu + Phi^-1(rate))."""
     return float(ndtr(mu + ndtri(false_positive_rate)))

@@ -11,7 +11,6 @@ import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
@@ -88,11 +87,3 @@ def load_or_create_key(output_dir: str, resume: bool) -> int:
             key = json.loads(path.read_text(encoding="utf-8"))["key"]
         write_json(path, {"key": key}, private=True)
     return broadcast(key)
-
-
-def format_audit(audit: dict[str, Any]) -> str:
-    """Return epsilon's bounds for the run's last line."""
-    bounds = f"at least {audit['epsilon_lower_bound']:.2f}"
-    if None not in (between := audit.get("epsilon_between", [None])):
-        bounds += f", and between {between[0]:.2f} and {between[1]:.2f} from the measured noise"
-    return bounds

@@ -114,3 +114,11 @@ def rejects_mu(mu: float, canaries: int, guesses: int, correct: int, level: floa
         if right + wrong > guesses / canaries:
             return True
     return False
+
+
+def format_audit(audit: dict[str, Any]) -> str:
+    """Return epsilon's bounds for the run's last line."""
+    bounds = f"at least {audit['epsilon_lower_bound']:.2f}"
+    if None not in (between := audit.get("epsilon_between", [None])):
+        bounds += f", and between {between[0]:.2f} and {between[1]:.2f} from the measured noise"
+    return bounds

@@ -117,7 +117,7 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
 
 def is_set(args: transformers.TrainingArguments, name: str) -> bool:
     """Return whether an option has another value than its default."""
-    value, default = getattr(args, name, None), get_default(transformers.TrainingArguments, name)
+    value, default = getattr(args, name, None), default_trainer_option(transformers.TrainingArguments, name)
     if isinstance(value, AcceleratorConfig):
         return value != AcceleratorConfig()
     return value != default and not (is_empty(value) and is_empty(default))
@@ -128,7 +128,7 @@ def is_empty(value: Any) -> bool:
     return value in (None, False, "", "no", [], {})
 
 
-def get_default(arguments_class: type, name: str) -> Any:
+def default_trainer_option(arguments_class: type, name: str) -> Any:
     """Return the default of an option; None where it has none."""
     for field in dataclasses.fields(arguments_class):
         if field.name == name:
@@ -139,7 +139,7 @@ def get_default(arguments_class: type, name: str) -> Any:
 def options_without_effect(args: transformers.TrainingArguments) -> list[str]:
     """Return the options that were given and have no effect."""
     names = sorted(NO_EFFECT.keys() - set(SET_BY_OTHERS))
-    return [f"--{name}" for name in names if getattr(args, name, None) != get_default(type(args), name)]
+    return [f"--{name}" for name in names if getattr(args, name, None) != default_trainer_option(type(args), name)]
 
 
 def check_optimizer_name(name: str) -> None:

@@ -6,7 +6,7 @@ the author's samples alone. Adding or removing an author then changes no other a
 Why: the kernel of a matrix product, and so the rounding of every row, follows from the product's shape, and so does the way in
 which a norm is computed. Were microbatches as large as the batch happens to be, one author more or less would change the norms
 and clip factors of all others: by 0.23 C together in bfloat16 for identical texts, and by 81 C in float32 where the gradients of
-an author's tokens cancel (`python benchmarks/rounding.py`).
+an author's tokens cancel (`python benchmarks/checks.py rounding`).
 
 Not protected: the order in which float32 sums over authors are added up (docs/threat-model.md, "Rounding and shapes").
 

@@ -143,15 +143,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--with_prompt has no effect on conversations, whose output is complete anyway: leave it out")
 
 
-def prompt_source(args: argparse.Namespace) -> str:
-    """Return where prompts come from, as the user declared."""
-    if args.private_prompts:
-        return privacy_statement.PRIVATE
-    if args.prompts:
-        return privacy_statement.PUBLIC
-    return privacy_statement.NO_PROMPTS if args.prompt_template is None else privacy_statement.FIXED
-
-
 def sampling_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str, Any]:
     """Return the options of transformers' GenerationConfig."""
     others: dict[str, Any] = {}
@@ -279,7 +270,8 @@ def to_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[st
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """Write the file and its privacy statement; return the statement."""
     check_arguments(args)
-    guarantee, source = privacy_statement.read_guarantee(Path(args.folder)), prompt_source(args)
+    guarantee = privacy_statement.read_guarantee(Path(args.folder))
+    source = privacy_statement.declared_prompt_source(args.private_prompts, args.prompts, args.prompt_template)
     statement = privacy_statement.make_statement(guarantee, source)
     data = (guarantee or {}).get("data") or {}
     model, tokenizer = load_model(args.folder, (guarantee or {}).get("adapter_base", {}).get("revision"))

@@ -13,6 +13,7 @@ from author_dp.wording import format_count
 Row = tuple[str, str]
 
 INTERRUPTED = "nothing yet, as the run has not saved its model; epsilon is what the steps in its ledger have spent"
+IN_SEARCH = "nothing yet: this is one run of a search, and the choice among its runs costs more. Only the search's result counts"
 
 
 def fmt(value: Optional[float]) -> str:
@@ -22,7 +23,17 @@ def fmt(value: Optional[float]) -> str:
 def has_guarantee(report: dict[str, Any]) -> bool:
     """Return whether the model has a guarantee, and so has the one it started from, if this program trained that too."""
     base_is_covered = report.get("base_model", {"covered": True})["covered"]
-    return report["epsilon"] is not None and not report.get("interrupted") and base_is_covered
+    return report["epsilon"] is not None and not report.get("interrupted") and not in_search(report) and base_is_covered
+
+
+def in_search(report: dict[str, Any]) -> bool:
+    """Return whether the model is one run of a search that has not ended, or not its best."""
+    return "tuning" in report and not report["tuning"]["ended"]
+
+
+def is_tuned(report: dict[str, Any]) -> bool:
+    """Return whether the model is the result of a search, and epsilon that of the search."""
+    return "tuning" in report and report["tuning"]["ended"]
 
 
 def guarantee_rows(report: dict[str, Any]) -> list[Row]:
@@ -38,14 +49,15 @@ def guarantee_rows(report: dict[str, Any]) -> list[Row]:
     return [
         ("Guarantee", format_guarantee(report["epsilon"], report["delta"])),
         *([("Certified", INTERRUPTED)] if report.get("interrupted") else []),
+        *([("Certified", IN_SEARCH)] if in_search(report) else []),
         *([("Starting model", format_model(report["base_model"]))] if "base_model" in report else []),
         ("Setting", "central: the trainer sees the data, the public sees the model"),
         ("Definition", "approximate DP, (epsilon, delta)"),
         ("Privacy unit", "one author with all samples"),
         ("Adjacency", "add or remove one author"),
-        ("What is covered", "the released weights and every checkpoint; the training data only, not the base model's"),
+        ("What is covered", f"{format_covered(report)}; the training data only, not the base model's"),
         ("Mechanism", "DP-SGD on authors: Poisson sampling, per-author clipping, Gaussian noise"),
-        ("Accountant", f"{report['accountant'].upper()} (upper bound), all steps ever taken in this folder, lost ones included"),
+        ("Accountant", f"{report['accountant'].upper()} (upper bound), {format_accounted(report)}"),
         ("Epsilon", format_optional_epsilon(report["epsilon"])),
         ("Target epsilon", fmt(report["target_epsilon"])),
         ("Delta", fmt(report["delta"])),
@@ -60,7 +72,7 @@ def guarantee_rows(report: dict[str, Any]) -> list[Row]:
         ("Steps", fmt(report["steps"])),
         *mechanism_rows(report),
         *row_limit_row(report),
-        ("Tuning", "not included: each further run on the same authors adds its own epsilon"),
+        ("Tuning", format_tuning(report)),
         *release_rows(report),
         *audit_rows(report),
     ]
@@ -74,6 +86,33 @@ def mechanism_rows(report: dict[str, Any]) -> list[Row]:
         for one in report.get("mechanisms") or []
     ]
     return [("Mechanisms of all steps", "; ".join(found))] if found else []
+
+
+def format_covered(report: dict[str, Any]) -> str:
+    """Describe what the guarantee is of."""
+    if is_tuned(report):
+        return "the released weights, their settings and their released loss, and nothing else of the search"
+    return "the released weights and every checkpoint"
+
+
+def format_accounted(report: dict[str, Any]) -> str:
+    """Describe what epsilon counts."""
+    if is_tuned(report):
+        return "the search: its runs, their scores and the choice of the best"
+    return "all steps ever taken in this folder, lost ones included"
+
+
+def format_tuning(report: dict[str, Any]) -> str:
+    """Describe what was searched, and what it cost; never how many runs there were."""
+    if not is_tuned(report):
+        return "not included: each further run on the same authors adds its own epsilon"
+    tuning = report["tuning"]
+    grid = "; ".join(f"{name} of {', '.join(values)}" for name, values in tuning["grid"].items())
+    return (
+        f"included: the best, by its released loss, of a random number of runs ({tuning['law']}, {fmt(tuning['expected_runs'])} "
+        f"expected), each with settings drawn at random ({grid}). A single run would need the noise multiplier "
+        f"{fmt(tuning['single_noise_multiplier'])}"
+    )
 
 
 def format_optional_epsilon(epsilon: Optional[float]) -> str:
@@ -157,6 +196,8 @@ def plain_summary(report: dict[str, Any]) -> str:
         return "This model was trained without a privacy guarantee. It may repeat what its authors wrote."
     if report.get("interrupted"):
         return f"Certified: {INTERRUPTED}."
+    if in_search(report):
+        return f"Certified: {IN_SEARCH}."
     if report.get("dry_run"):
         return "This is a dry run: the model has taken two steps of a longer training, and is not a finished one."
     if not has_guarantee(report):

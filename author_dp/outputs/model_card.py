@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from author_dp.models.quantization import model_sizes
-from author_dp.outputs.guarantee import Row, decision_summary, fmt, guarantee_rows, has_guarantee, plain_summary
+from author_dp.outputs.guarantee import Row, decision_summary, fmt, guarantee_rows, has_guarantee, is_tuned, plain_summary
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -83,6 +83,7 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         model_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         name=name,
         needs_base_path=is_adapter and not base_model,
+        tuned=is_tuned(report),
         counts_are_hidden=report["num_authors"] is None,
         guarantee=table_rows(guarantee_rows(report)),
         settings=table_rows((option, value) for option, value in options.items() if value is not None),

@@ -24,7 +24,7 @@ from author_dp.errors import UserError
 from author_dp.logs import get_logger
 from author_dp.models.loading import adapter_base_model, public_name
 from author_dp.models.weights import check_weights, sha256_of
-from author_dp.outputs.guarantee import format_model
+from author_dp.outputs.guarantee import format_model, in_search
 
 logger = get_logger(__name__)
 
@@ -37,7 +37,7 @@ PUBLIC_KEYS = (
     "sample_rate", "expected_batch_size", "steps", "num_authors", "samples_per_author", "clipping", "world_size", "disable_dp",
     "noise_bands", "accounted_sample_rate", "accounted_steps", "mu_gdp", "tpr_at_fpr", "data", "ledger_link", "alarm",
     "weights", "adapter_base", "base_model", "secure_noise", "audit", "evaluation_release", "epsilon_with_evaluation", "settings",
-    "dry_run", "mechanisms",
+    "dry_run", "mechanisms", "tuning",
 )  # fmt: skip
 
 NOT_COVERED = (
@@ -128,9 +128,20 @@ def not_covered_reason(guarantee: dict[str, Any]) -> Optional[str]:
         return f"the run of its model found that its mechanism is not what its ledger says ({guarantee['alarm']})"
     if guarantee["epsilon"] is None:
         return "the epsilon of its model is infinite"
+    if in_search(guarantee):
+        return "it is one run of a search, of which only the best may be released, by python -m author_dp.tune at its end"
     if not guarantee.get("base_model", {"covered": True})["covered"]:
         return f"the training of its model started from another one: {format_model(guarantee['base_model'])}"
     return None
+
+
+def declared_prompt_source(private: bool, file: Optional[str], template: Optional[str]) -> str:
+    """Return where prompts come from, as the user declared: private ones, a public file, a fixed template, or none."""
+    if private:
+        return PRIVATE
+    if file:
+        return PUBLIC
+    return NO_PROMPTS if template is None else FIXED
 
 
 def make_statement(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str],
     Raises:
         UserError: for a file, row, column or template that makes no prompt.
     """
-    fields = template_fields(source.template) if source.template is not None else []
+    fields = prompt_template_fields(source.template) if source.template is not None else []
     if fields and source.file is None:
         raise UserError(f"--prompt_template names the column {fields[0]!r}, but there is no --prompts FILE that has it: give one")
     formatter = ChatFormatter(tokenizer, "assistant")
@@ -105,7 +105,7 @@ def render_prompt(
     return Example(text, [], True), {**columns, "messages": messages}
 
 
-def template_fields(template: str) -> list[str]:
+def prompt_template_fields(template: str) -> list[str]:
     """Return the columns that a template names, like {topic}; {{ and }} are literal braces."""
     try:
         parts = list(string.Formatter().parse(template))

@@ -24,6 +24,7 @@ from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.models.loading import adapter_base_model
 from author_dp.models.weights import hash_weights, weight_name_pattern
+from author_dp.outputs.guarantee import in_search
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, not_covered_reason, read_guarantee
 
@@ -47,7 +48,18 @@ def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
         UserError: if the result has no guarantee, privacy.json does not certify its weights, or `out` cannot be used.
     """
     check_out(folder, out)
-    report = publishable_report(folder)
+    return copy_publishable(folder, out, publishable_report(folder), name)
+
+
+def copy_publishable(folder: Path, out: Path, report: dict[str, Any], name: str = ".") -> list[str]:
+    """Copy weights and the files needed to load them to `out`, with `report` as privacy.json; return what was left out.
+
+    Args:
+        report: public, with a guarantee for the weights in `folder`.
+        folder, out, name: as for `publish`.
+    Raises:
+        UserError: if the weights are others, or `out` cannot be written.
+    """
     copied = [path for pattern in COPIED for path in folder.glob(pattern) if path.is_file() and not path.is_symlink()]
     copied += [folder / weights for weights in report["weights"]]
     try:
@@ -96,7 +108,8 @@ def publishable_report(folder: Path) -> dict[str, Any]:
     guarantee = read_guarantee(folder)
     assert guarantee is not None  # the file exists
     if reason := not_covered_reason(guarantee):
-        raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. Train it with privacy, in a new folder")
+        remedy = "Publish the result of the search" if in_search(guarantee) else "Train it with privacy, in a new folder"
+        raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. {remedy}")
     if guarantee.get("dry_run"):
         raise UserError(f"FOLDER {folder}: it holds the result of --dry_run, not a finished model. Give that of a full run")
     names = weight_name_pattern(adapter="adapter_base" in guarantee)

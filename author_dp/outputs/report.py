@@ -23,7 +23,7 @@ from author_dp.accounting.privacy_report import recompute_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError, first_line
 from author_dp.files import make_private, write_json
-from author_dp.guards.canaries import format_audit
+from author_dp.guards.one_run_audit import format_audit
 from author_dp.logs import get_logger
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures

@@ -36,7 +36,7 @@ def test_waits_of_the_rest_of_a_step(run):
 
 def test_waits_of_a_log_line(run):
     assert run.waits("log line") == {
-        ("_local_scalar_dense", "dp_utils.py:train"): 1,  # the Trainer's loss
+        ("_local_scalar_dense", "author_dp/training/base_trainer.py:_inner_training_loop"): 1,  # the loss, by the Trainer
         ("copy to the CPU", "author_dp/clipping/norm_stats.py:pop"): 1,
         ("copy to the CPU", "author_dp/guards/noise_monitor.py:flush"): 1,
         ("_local_scalar_dense", "author_dp/guards/precision.py:test"): 1,

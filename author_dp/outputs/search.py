@@ -1,0 +1,279 @@
+"""One search: draw it once, run what was drawn, release the best, delete the rest.
+
+Guarantees: the number of runs and all settings are drawn before the first run, by the operating system's random bits. They are
+never drawn again: an interrupted search resumes as it was drawn. A run that fails, takes more than its share of the budget, or
+releases no loss is worse than all others, and is not replaced. All is in a folder that its owner alone can read. What leaves it
+is the best run, when all have ended.
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, event_of_run
+from author_dp.accounting.tradeoff import bounds_of_guarantee
+from author_dp.accounting.tuning import Release, SearchNoise, run_rdp
+from author_dp.errors import SignalError, UserError
+from author_dp.files import write_json
+from author_dp.outputs.guarantee import in_search
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_guarantee
+from author_dp.outputs.publish import check_out, copy_publishable
+from author_dp.outputs.tune_options import TuneArguments
+from author_dp.permissions import owner_only
+
+PLAN_NAME = "search.json"
+SECONDS = re.compile(r"The full run will take about .*? \(([\d.e+-]+) s per step\)")
+
+
+class Search:
+    """A search in its private folder.
+
+    Args:
+        args: options of the search.
+        out: the folder that gets the result.
+        words: options of the script.
+    Attributes:
+        plan: contents of PLAN_NAME: what was drawn, and the scores so far; empty before.
+    """
+
+    def __init__(self, args: TuneArguments, out: Path, words: list[str]):
+        self.args, self.out, self.words = args, out, words
+        self.folder = Path(f"{out}-search")
+        self.plan: dict[str, Any] = {}
+        self.options = {
+            "search": args.grid, "expected_runs": args.expected_runs, "target_epsilon": args.target_epsilon, "law": args.law,
+            "release_eval_epsilon": args.release_eval_epsilon, "launch": args.launch, "script": args.script, "words": words,
+        }  # fmt: skip
+
+    def open(self) -> None:
+        """Create the folder, or read the plan of an interrupted search.
+
+        Raises:
+            UserError: if the folder belongs to another search, or to one that has ended.
+        """
+        path = self.folder / PLAN_NAME
+        if path.exists():
+            self.plan = json.loads(path.read_text())
+            if self.plan.get("ended"):
+                self.delete_runs()
+                raise UserError(
+                    f"--output_dir {self.out}: its search has ended. A further search would add its own epsilon for the same "
+                    "authors: choose another --output_dir for it"
+                )
+            if self.plan["options"] != self.options:
+                raise UserError(
+                    f"--output_dir {self.out}: {path} is of a search with other options. Give the same ones to resume it"
+                )
+            return
+        check_out(self.folder, self.out)
+        if self.folder.exists() and {entry.name for entry in self.folder.iterdir()} - {"lock", "probe", "probe.log"}:
+            raise UserError(f"--output_dir {self.out}: {self.folder} is in use for something else. Choose another --output_dir")
+        with owner_only():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+
+    def save(self) -> None:
+        write_json(self.folder / PLAN_NAME, self.plan, private=True)
+
+    # Before the first run.
+
+    def probe(self) -> tuple[dict[str, Any], float]:
+        """Return the ledger's header of a run, and an estimate of its seconds.
+
+        Dry runs try each value of the grid once: what fails for the user's reasons fails here.
+        """
+        headers, seconds = [], math.nan
+        for number in range(max(map(len, self.args.grid.values()))):
+            settings = {name: values[number % len(values)] for name, values in self.args.grid.items()}
+            folder, log, started = self.folder / "probe", self.folder / "probe.log", time.monotonic()
+            shutil.rmtree(folder, ignore_errors=True)
+            status = self.start(folder, settings, {"target_epsilon": self.args.target_epsilon, "dry_run": True}, log)
+            output = log.read_text(errors="replace")
+            runs = PrivacyLedger(folder / LEDGER_NAME).runs
+            if status or not runs:
+                lines = [line for line in output.splitlines() if "error:" in line] or output.splitlines()[-1:] or ["no output"]
+                raise UserError(f"--search: a dry run with {format_settings(settings)} failed with status {status}: {lines[0]}")
+            headers.append(runs[0])
+            if found := SECONDS.search(output):
+                seconds = max(
+                    0 if math.isnan(seconds) else seconds, time.monotonic() - started + float(found[1]) * runs[0]["steps"]
+                )
+        shutil.rmtree(folder, ignore_errors=True)
+        log.unlink()
+        for name in ("sample_rate", "steps", "delta", "noise_bands", "noise_multiplier", "split"):
+            if any(header[name] != headers[0][name] for header in headers):
+                raise UserError(f"--search: its settings change {name}, but all runs must cost the same. Fix them, after --")
+        return headers[0], seconds
+
+    def draw(self, header: dict[str, Any], noise: SearchNoise) -> None:
+        """Draw the number of runs and all of their settings, and write them: once in the life of a search."""
+        event = event_of_run(header, header["steps"])
+        grid = self.args.grid
+        runs = [
+            {"name": secrets.token_hex(8), "settings": {name: secrets.choice(values) for name, values in grid.items()}}
+            for _ in range(noise.run_count.draw())
+        ]
+        self.plan = {
+            "options": self.options,
+            "runs": runs,
+            "scores": [],  # of the runs that have ended: a loss, or None for a run that failed
+            "noise_multiplier": noise.noise_multiplier,
+            "run_epsilon": noise.run_epsilon,
+            "epsilon": noise.epsilon,
+            "delta": header["delta"],
+            "noise_bands": header["noise_bands"],
+            "accounted_sample_rate": event.sample_rate,
+            "accounted_steps": event.steps,
+            "both": header["split"] is None,
+            "rdp": noise.rdp.tolist(),
+            "tuning": {
+                "ended": True,
+                "method": "best of a random number of runs, arXiv 2110.03620",
+                "law": noise.run_count.name,
+                "expected_runs": noise.run_count.expected,
+                "eta": noise.run_count.eta if math.isfinite(noise.run_count.eta) else None,
+                "gamma": noise.run_count.gamma if math.isfinite(noise.run_count.eta) else None,
+                "grid": grid,
+                "score_epsilon": self.args.release_eval_epsilon,
+                "single_noise_multiplier": header["noise_multiplier"],
+            },
+        }
+        self.save()
+
+    # Runs.
+
+    def run_all(self) -> None:
+        """Run what was drawn and has not ended yet, in the order of the draw."""
+        for run in self.plan["runs"][len(self.plan["scores"]) :]:
+            folder = self.folder / run["name"]
+            if self.score(folder) is None:
+                ledger = PrivacyLedger(folder / LEDGER_NAME)
+                with ledger.locked():  # fails if an earlier call of this program left it running
+                    resumes = ledger.steps > 0
+                own = {"target_epsilon": self.plan["run_epsilon"], **({"resume_from_checkpoint": True} if resumes else {})}
+                own |= {"target_delta": self.plan["delta"], "noise_bands": self.plan["noise_bands"]}
+                self.start(folder, run["settings"], own, folder.with_suffix(".log"))
+            self.plan["scores"].append(self.score(folder))
+            self.save()
+
+    def start(self, folder: Path, settings: dict[str, str], own: dict[str, Any], log: Path) -> int:
+        """Run the script in `folder`, and return its exit status; see `run_command`."""
+        own |= {"output_dir": folder, "part_of_search": True, "report_to": "none"}
+        own["release_eval_epsilon"] = self.args.release_eval_epsilon
+        options = [word for name, value in {**settings, **own}.items() for word in (f"--{name}", str(value))]
+        return run_command([*shlex.split(self.args.launch), self.args.script, *self.words, *options], log)
+
+    def score(self, folder: Path) -> Optional[float]:
+        """Return the released loss of a finished run; None, the worst score, for a run that has none or broke its share.
+
+        The share is a bound on the Renyi divergences of all that the run's ledger holds.
+        """
+        try:
+            guarantee = read_guarantee(folder)
+            if guarantee is None or guarantee["disable_dp"] or guarantee.get("alarm"):
+                return None
+            if not (guarantee["ledger_was_read"] and in_search(guarantee)):
+                return None
+            ledger = PrivacyLedger(folder / LEDGER_NAME)
+            splits = {record.get("split") for record in [*ledger.runs, *ledger.releases]}
+            release = Release(self.args.release_eval_epsilon, len(splits) > 1 or None in splits, len(ledger.releases))
+            if any(record["epsilon"] != release.epsilon for record in ledger.releases):
+                return None
+            if not np.all(run_rdp(ledger.events, release) <= np.array(self.plan["rdp"])):
+                return None
+            return guarantee["evaluation_release"]["loss"]
+        except (UserError, KeyError):
+            return None
+
+    # At the end.
+
+    def end(self) -> Optional[dict[str, Any]]:
+        """Release the best run, then delete what is secret; return the released privacy.json, None if no run has a score."""
+        assert len(self.plan["scores"]) == len(self.plan["runs"])
+        # Of equal scores the first is as good as any: runs are exchangeable.
+        best = min((score, place) for place, score in enumerate([*self.plan["scores"], math.inf]) if score is not None)[1]
+        report = None
+        if best < len(self.plan["runs"]):
+            folder = self.folder / self.plan["runs"][best]["name"]
+            guarantee = read_guarantee(folder)
+            assert guarantee is not None  # it had a score
+            report = self.final_report(guarantee)
+            released = self.out / REPORT_NAME
+            if not (released.exists() and json.loads(released.read_text()) == report):  # otherwise an earlier call did it
+                check_out(self.folder, self.out)
+                copy_publishable(folder, self.out, report)
+        kept = self.plan if self.args.keep_runs else {}
+        self.plan = {**kept, "ended": True, "keep_runs": self.args.keep_runs}
+        self.save()
+        self.delete_runs()
+        return report
+
+    def final_report(self, guarantee: dict[str, Any]) -> dict[str, Any]:
+        """Return privacy.json of the best run, with the guarantee of the search in place of the run's."""
+        left_out = ("alarm", "ledger_link", "epsilon_with_evaluation", "audit")  # of one run
+        report = {name: guarantee[name] for name in PUBLIC_KEYS if name in guarantee and name not in left_out}
+        epsilon, delta = self.plan["epsilon"], self.plan["delta"]
+        report |= {"epsilon": epsilon, "delta": delta, "target_epsilon": self.args.target_epsilon, "accountant": "rdp"}
+        report["evaluation_release"] = {**report["evaluation_release"], "epsilon": epsilon}
+        return report | bounds_of_guarantee(epsilon, delta) | {"tuning": self.plan["tuning"]}
+
+    def delete_runs(self) -> None:
+        """Delete all but the plan, which says that the search has ended, unless runs are kept."""
+        for entry in [] if self.plan["keep_runs"] else self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name not in (PLAN_NAME, "lock"):
+                entry.unlink()
+
+
+def run_command(command: list[str], log: Path) -> int:
+    """Run a command with its output appended to `log`, which is private; return its exit status.
+
+    Raises:
+        SignalError: if a signal came, after the command has ended: a run saves a checkpoint.
+        UserError: if it cannot be started.
+    """
+    received: list[int] = []
+    started: list[subprocess.Popen] = []
+
+    def forward(number: int, _: Any) -> None:
+        if not received:
+            for process in started:
+                process.send_signal(signal.SIGTERM)
+        received.append(number)
+
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as output, owner_only():
+            # In a session of its own: Ctrl-C reaches it once, from here.
+            started.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            )
+        if received:  # while it started
+            started[0].send_signal(signal.SIGTERM)
+        status = started[0].wait()
+    except OSError as error:
+        raise UserError(f"--launch {command[0]}: it cannot be started ({error.strerror}). Fix it") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:
+        raise SignalError(received[0])
+    return status
+
+
+def format_settings(settings: dict[str, str]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
