@@ -18,6 +18,7 @@ import test_audit
 import test_bands
 import test_budget
 import test_callbacks
+import test_changed_runs
 import test_checkpoints
 import test_checks
 import test_clipping
@@ -437,8 +438,15 @@ BUGS = [
         "last = ledger.last_run",
         "last = ledger.runs[-1]", lambda path, _: test_one_epsilon.test_run_without_steps_changes_no_number(path)),
     Bug("a finished run called again reports the options of now", "author_dp.training.run_report.RunReport.find_finished",
-        "plan_of(self.budget.ledger.last_run)", "self.plan",
+        "replace(plan_of(self.budget.ledger.last_run), **made)", "self.plan",
         lambda path, _: test_one_epsilon.test_finished_run_keeps_its_report_when_called_again(path, "options")),
+    Bug("a finished run called again reports the last branch", "author_dp.training.run_report.RunReport.find_finished",
+        ", **made)", ")",
+        lambda path, _: test_changed_runs.test_a_finished_model_is_reported_with_the_mechanism_that_made_it(
+            test_changed_runs.leave_a_branch(path))),
+    Bug("noise called secure if that of the last steps is", "author_dp.training.run_report.RunReport.identify_base",
+        'self.secure_noise and report.get("secure_noise") is True', "self.secure_noise",
+        lambda path, _: test_changed_runs.test_noise_is_not_called_secure_where_that_of_earlier_steps_was_not(path)),
     Bug("settings of now in the report of a finished run", "author_dp.training.run_report.RunReport.to_dict",
         "if self.finished is not None and", "if False and",
         lambda path, _: test_one_epsilon.test_finished_run_keeps_its_report_when_called_again(path, "options")),

@@ -19,6 +19,7 @@ PLAN_KEYS = (
     "delta", "target_epsilon", "noise_multiplier", "clip_norm", "sample_rate", "expected_batch_size", "noise_bands",
     "num_authors", "num_samples", "samples_per_author", "clipping", "world_size", "disable_dp",
 )  # fmt: skip
+MECHANISM_KEYS = ("noise_multiplier", "sample_rate", "noise_bands", "clip_norm", "samples_per_author")
 
 
 def make_report(plan: PrivacyPlan, ledger: PrivacyLedger, steps: int = 0) -> dict[str, Any]:
@@ -86,12 +87,25 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
         "epsilon": finite_or_none(epsilon),
         "steps": ledger.steps,
         "accounted_steps": ledger.accounted_steps,
+        **mechanism_entry(ledger),
         **({} if ledger.failure is None else {"alarm": ledger.failure}),
         **attack_bounds(ledger.events if math.isfinite(epsilon) else [], delta),
     }
     if ledger.releases:
         entries["epsilon_with_evaluation"] = finite_or_none(ledger.epsilon_with_releases(epsilon))
     return entries
+
+
+def mechanism_entry(ledger: PrivacyLedger) -> dict[str, Any]:
+    """Return the entry `mechanisms`, each with its steps, where the ledger's steps had several: other entries are of one only."""
+    steps: dict[tuple, int] = {}
+    for header, number in zip(ledger.runs, ledger.steps_per_run):
+        if number:
+            mechanism = tuple(header.get(name) for name in MECHANISM_KEYS)
+            steps[mechanism] = steps.get(mechanism, 0) + number
+    if len(steps) < 2:
+        return {}
+    return {"mechanisms": [{"steps": number, **dict(zip(MECHANISM_KEYS, key))} for key, number in steps.items()]}
 
 
 def finite_or_none(epsilon: float) -> Optional[float]:

@@ -71,11 +71,22 @@ def guarantee_rows(report: dict[str, Any]) -> list[Row]:
         ("Expected batch", f"{fmt(report['expected_batch_size'])} authors"),
         ("Samples of an author per step", f"at most {report['samples_per_author']}"),
         ("Steps", fmt(report["steps"])),
+        *mechanism_rows(report),
         *row_limit_row(report),
         ("Tuning", format_tuning(report)),
         *release_rows(report),
         *audit_rows(report),
     ]
+
+
+def mechanism_rows(report: dict[str, Any]) -> list[Row]:
+    """Return a row where the steps in the folder had several mechanisms, which epsilon composes."""
+    found = [
+        f"{format_count(one['steps'], 'step')} with noise multiplier {fmt(one['noise_multiplier'])}, sample rate "
+        f"{fmt(one['sample_rate'])} and clip norm {fmt(one['clip_norm'])}"
+        for one in report.get("mechanisms") or []
+    ]
+    return [("Mechanisms of all steps", "; ".join(found))] if found else []
 
 
 def format_covered(report: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import plan_of
-from author_dp.accounting.privacy_report import make_report
+from author_dp.accounting.privacy_report import PLAN_KEYS, make_report
 from author_dp.errors import UserError
 from author_dp.models.weights import check_same_base, describe_base
 from author_dp.training.checkpointing import load_trainer_state
@@ -69,7 +69,9 @@ class RunReport:
         self.audit = self.finished.get("audit")
         if not self.plan.disable_dp:
             self.budget.ledger.read()  # another run may have written to it since
-            plan = plan_of(self.budget.ledger.last_run)
+            # Not the last run's: that may be a branch which was left, and made other weights.
+            made = {name: self.finished[name] for name in PLAN_KEYS if name in self.finished} | {"steps": steps}
+            plan = replace(plan_of(self.budget.ledger.last_run), **made)
             if plan.hide_counts:  # then neither the header nor the report holds them
                 plan = replace(plan, num_authors=self.plan.num_authors, num_samples=self.plan.num_samples)
             self.budget.plan = plan
@@ -87,6 +89,7 @@ class RunReport:
             report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
             if not self.plan.disable_dp:
                 check_same_base(self.adapter_base, report.get("adapter_base"))
+                self.secure_noise = self.secure_noise and report.get("secure_noise") is True  # of all steps behind the weights
             self.base_model = report.get("base_model")
 
     def to_dict(self, step: int) -> dict[str, Any]:
