@@ -45,7 +45,7 @@ from author_dp.errors import UserError
 from author_dp.validation import check_range
 
 MARGIN = 1e-5  # of the noise: the same calibration on another machine may round otherwise
-MOST_RUNS = 1_000_000  # beyond it, every law here has a probability below 1e-400
+MOST_RUNS = 10_000_000  # beyond it, every law here has a probability below 1e-400
 
 
 # --- the number of runs ------------------------------------------------------------------------------------
