@@ -108,9 +108,9 @@ def found_in(name: str) -> tuple[str, str | int]:
 def found_by_the_run(args: argparse.Namespace) -> None:
     """Which mistakes in the mechanism does a run find by itself, and how soon?
 
-    Plants the bugs of tests/test_gradient_audit.py, and some of tests/test_selfcheck.py, in a run of the demo at epsilon 8 with
-    gradient canaries, one at a time, after the model check (which finds wrong clips before anything is trained). The run tests
-    itself every five steps.
+    Plants the bugs of tests/test_gradient_audit.py, and some of tests/test_selfcheck.py,
+    in a run of the demo at epsilon 8 with gradient canaries, one at a time, after the model check (which finds wrong clips before
+    anything is trained). The run tests itself every five steps.
     """
     print_head("planted", "found", "after steps")
     for name in bugs():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import flat, make_dataset, make_trainer, tiny_gpt2, trainable
 from peft import LoraConfig, get_peft_model
-from test_fine_tune_dp import PRIVACY, run_here, small
+from programs import PRIVACY, run_here, small
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from author_dp.accounting.ledger import PrivacyLedger

@@ -7,7 +7,7 @@ import runpy
 import pytest
 from conftest import ROOT, make_dataset, make_trainer, read_report, tiny_gpt2
 from peft import LoraConfig, get_peft_model
-from test_fine_tune_dp import PRIVACY, run_here, small
+from programs import PRIVACY, run_here, small
 from transformers import TrainerCallback
 
 from author_dp.errors import UserError

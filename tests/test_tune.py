@@ -38,7 +38,7 @@ class FakeRuns:
     Attributes:
         started: the settings of each call, dry runs left out.
         before: called with the number of such calls so far, the folder and the options; may raise.
-        changes: of the plan of a run.
+        changes: of the plan of a run; the noise multiplier is a factor.
     """
 
     def __init__(self):
@@ -55,7 +55,8 @@ class FakeRuns:
         plan = PrivacyPlan(
             target, 1e-5, sigma, 1.0, 1.0, 100, 3, 100, 200, 1, "ghost", 1, False, False, 1, options["part_of_search"] == "True"
         )  # fmt: skip
-        plan = plan.__class__(**{**plan.__dict__, **({} if is_dry else self.changes)})
+        changes = {name: value * sigma if name == "noise_multiplier" else value for name, value in self.changes.items()}
+        plan = plan.__class__(**{**plan.__dict__, **({} if is_dry else changes)})
         ledger = PrivacyLedger(folder / LEDGER_NAME)
         budget = Budget(plan, ledger, True)
         budget.split = "a split"
@@ -224,7 +225,7 @@ def test_failed_run_is_worst_and_not_replaced(tmp_path, monkeypatch, runs):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"noise_multiplier": 1.4},
+        {"noise_multiplier": 0.99},
         {"sample_rate": 1.0, "steps": 9},
         {"disable_dp": True},
         {"part_of_search": False},

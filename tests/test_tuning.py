@@ -4,6 +4,7 @@ import math
 from decimal import Decimal, localcontext
 from itertools import islice
 
+import mpmath
 import numpy as np
 import pytest
 from conftest import within
@@ -12,8 +13,16 @@ from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
 from scipy.special import ndtr
 
-from author_dp.accounting.accountant import ORDERS, MechanismEvent, compute_epsilon, find_noise_multiplier
-from author_dp.accounting.tuning import Release, RunCount, calibrate_search, run_rdp, search_epsilon
+from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, find_noise_multiplier
+from author_dp.accounting.tuning import (
+    SEARCH_ORDERS,
+    Release,
+    RunCount,
+    calibrate_search,
+    rdp_of_run_step,
+    run_rdp,
+    search_epsilon,
+)
 from author_dp.errors import UserError
 
 ETAS = [0.0, 1.0, math.inf]
@@ -24,9 +33,9 @@ TINY = Release(1e-6)  # costs nothing beside a training
 def test_search_epsilon_agrees_with_dp_accounting(eta):
     for mean, sigma, rate, steps in [(2.0, 1.3, 0.02, 100), (6.0, 0.7, 0.02, 100), (20.0, 3.0, 1.0, 10)]:
         run = SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), steps)
-        judge = RdpAccountant(ORDERS.tolist()).compose(RepeatAndSelectDpEvent(run, mean, eta)).get_epsilon(1e-5)
+        judge = RdpAccountant(SEARCH_ORDERS.tolist()).compose(RepeatAndSelectDpEvent(run, mean, eta)).get_epsilon(1e-5)
         ours = search_epsilon(run_rdp([MechanismEvent(sigma, rate, steps)], TINY), RunCount(mean, eta), 1e-5)
-        assert judge * (1 - 1e-6) <= ours <= judge * 1.002, (mean, ours, judge)
+        assert judge * 0.999 <= ours <= judge * 1.002, (mean, ours, judge)  # the judge cuts its series early
 
 
 def density_of_best(count: RunCount, below: np.ndarray, density: np.ndarray) -> np.ndarray:
@@ -116,10 +125,30 @@ def test_run_count_draw_follows_the_law(eta):
         assert within(draws.count(k), 2_000 * probability, math.sqrt(2_000 * probability * (1 - probability)) + 1e-9)
 
 
+@pytest.mark.parametrize(("sigma", "rate"), [(0.3, 0.01), (0.6, 0.02), (1.5, 0.3), (4.0, 0.9)])
+def test_rdp_of_run_step_lies_between_the_integer_orders(sigma, rate):
+    """(order - 1) times the divergence is convex in the order: at each order below the chord, and above the neighbors' lines."""
+    log_mean = (SEARCH_ORDERS - 1) * rdp_of_run_step(sigma, rate)
+    slopes = np.diff(log_mean) / np.diff(SEARCH_ORDERS)
+    assert np.all(np.diff(slopes) >= -1e-7 * slopes[1:]) and np.all(slopes > 0)
+    exact = float(mpmath_log_mean(sigma, rate, 2.75))
+    assert exact <= log_mean[SEARCH_ORDERS == 2.75][0] <= exact * (1 + 1e-8) + 1e-11
+
+
+def mpmath_log_mean(sigma, rate, order):
+    """Return log E[(1 - q + q e^((2 x - 1) / (2 sigma^2)))^order] over x ~ N(0, sigma^2)."""
+
+    def integrand(x):
+        ratio = 1 - rate + rate * mpmath.exp((2 * x - 1) / (2 * sigma**2))
+        return mpmath.npdf(x, 0, sigma) * ratio**order
+
+    return mpmath.log(mpmath.quad(integrand, np.arange(-12 * sigma, order + 13 * sigma, sigma).tolist()))
+
+
 def test_release_rdp_is_that_of_randomized_response():
     for epsilon in (0.01, 0.5, 3.0):
         p = math.exp(epsilon) / (1 + math.exp(epsilon))
-        rdp = dict(zip(ORDERS.tolist(), Release(epsilon).rdp()))
+        rdp = dict(zip(SEARCH_ORDERS.tolist(), Release(epsilon).rdp()))
         for order in (2, 3, 8):
             exact = math.log(p**order * (1 - p) ** (1 - order) + (1 - p) ** order * p ** (1 - order)) / (order - 1)
             assert exact * (1 - 1e-12) <= rdp[order] <= exact * (1 + 1e-9)

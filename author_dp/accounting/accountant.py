@@ -131,11 +131,11 @@ def rdp_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
         return epsilon_of_rdp(np.sum([steps * cached_rdp_of_step(sigma, rate) for sigma, rate, steps in events], axis=0), delta)
 
 
-def epsilon_of_rdp(divergences: np.ndarray, delta: float) -> float:
-    """Return an upper bound on epsilon from Renyi divergences at ORDERS, (orders,)."""
+def epsilon_of_rdp(divergences: np.ndarray, delta: float, orders: np.ndarray = ORDERS) -> float:
+    """Return an upper bound on epsilon from Renyi divergences at `orders`, both (orders,)."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # the best order is the smallest or largest one: still a bound
-        epsilon, _ = get_privacy_spent(orders=ORDERS, rdp=divergences, delta=delta)
+        epsilon, _ = get_privacy_spent(orders=orders, rdp=divergences, delta=delta)
     return math.inf if math.isnan(epsilon) else max(0.0, float(epsilon))
 
 
@@ -327,10 +327,7 @@ def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, del
     Args:
         noise_multiplier: sigma, noise standard deviation over clip norm; 0 gives inf.
         sample_rate: q, probability that an author is in a step's batch; 1 is the Gaussian mechanism.
-        steps: number of noisy steps released.
-        delta: the delta of (epsilon, delta).
-    Returns:
-        The bound of the accountant that applies; see the module's docstring.
+        steps, delta: the number of noisy steps released, and the delta of (epsilon, delta).
     Raises:
         UserError (a ValueError): if an argument is out of range.
     """
@@ -347,8 +344,7 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
     """Return the smallest noise multiplier, to 0.01 % of epsilon, whose `compute_epsilon` is at most the target.
 
     Args:
-        sample_rate: q, probability that an author is in a step's batch.
-        steps: number of noisy steps.
+        sample_rate, steps: q, the probability that an author is in a step's batch, and the number of noisy steps.
         target_epsilon, target_delta: the target; epsilon never exceeds it.
     Raises:
         UserError (a ValueError): if an argument is out of range, no noise reaches the target, or hardly any is needed.

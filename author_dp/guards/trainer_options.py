@@ -1,7 +1,8 @@
 """Say of each option of Hugging Face's TrainingArguments whether it works here, is refused, or has no effect.
 
 Guarantees: an option that this table does not know, as of a later transformers, is refused unless it has its default. So no
-option reaches behind the training loop unexamined. tests/test_trainer_options.py compares the table with the installed version.
+option reaches behind the training loop unexamined.
+tests/test_trainer_options.py compares the table with the installed version.
 
 Example:
 
