@@ -59,6 +59,7 @@ import test_specimens
 import test_synthetic_report
 import test_trainer_options
 import test_tune
+import test_tune_attacks
 import test_tuning
 import test_weights
 import torch
@@ -901,7 +902,7 @@ BUGS = [
         lambda path, _: test_weights.test_the_model_that_training_started_from_is_named_with_its_guarantee(path)),
     Bug("text of a model that started from one without privacy is covered",
         "author_dp.outputs.privacy_statement.not_covered_reason",
-        'if not guarantee.get("base_model", {"covered": True})["covered"]:', "if False:",
+        "if not base_is_covered(guarantee):", "if False:",
         lambda path, _: test_weights.test_the_model_that_training_started_from_is_named_with_its_guarantee(path)),
     Bug("a ledger rolled back behind its checkpoints", "author_dp.accounting.ledger_report.main", "in find_reports(folder)",
         "in []",
@@ -1105,6 +1106,15 @@ BUGS = [
     Bug("the best of an unfinished search published", "author_dp.outputs.privacy_statement.not_covered_reason",
         "if in_search(guarantee):", "if False:",
         lambda path, patch: test_tune.test_interrupted_search_resumes_as_it_was_drawn(path, patch, fakes(patch))),
+    Bug("a run of a search restarted outside of it, published", "author_dp.accounting.privacy_report.spent_entries",
+        'any(header.get("part_of_search") for header in ledger.runs)', 'ledger.last_run.get("part_of_search")',
+        lambda path, patch: test_tune_attacks.test_run_of_a_search_that_restarts_outside_of_it_is_not_published(path)),
+    Bug("a search that starts from a model without a guarantee", f"{SEARCH}.score", "and base_is_covered(guarantee)", "",
+        lambda path, patch: test_tune_attacks.test_run_whose_base_has_no_guarantee_is_not_released(path, patch, fakes(patch))),
+    Bug("a search run again after another call ended it", "author_dp.outputs.tune.tune", "        with lock.acquire(timeout=0):\n"
+        "            search.open()", "        search.open()\n        with lock.acquire(timeout=0):",
+        lambda path, patch: test_tune_attacks.test_search_that_another_call_ends_meanwhile_is_not_run_again(
+            path, patch, fakes(patch))),
     Bug("scores without noise", f"{SEARCH}.score", 'return guarantee["evaluation_release"]["loss"]',
         'return json.loads((folder / "run_statistics.json").read_text())["evaluation"]["after"]["eval_loss"]',
         lambda path, patch: test_tune.test_best_run_is_released_by_its_released_loss(path, patch, fakes(patch))),
@@ -1112,7 +1122,7 @@ BUGS = [
         lambda path, patch: test_tune.test_search_interrupted_in_its_first_run_is_not_drawn_again(path, patch, fakes(patch))),
     Bug("losers left behind", f"{SEARCH}.end", "self.delete_runs()", "pass",
         lambda path, patch: test_tune.test_best_run_is_released_by_its_released_loss(path, patch, fakes(patch))),
-    Bug("losers left readable", f"{SEARCH}.open", "self.folder.chmod(0o700)", "self.folder.chmod(0o755)",
+    Bug("losers left readable", f"{SEARCH}.make_folder", "self.folder.chmod(0o700)", "self.folder.chmod(0o755)",
         lambda path, patch: test_tune.test_kept_runs_are_private_and_refused(path, patch, fakes(patch))),
     Bug("the number of runs in a public file", f"{SEARCH}.final_report", '{"tuning": self.plan["tuning"]}',
         '{"tuning": {**self.plan["tuning"], "runs": len(self.plan["runs"])}}',

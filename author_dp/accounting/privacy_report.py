@@ -71,7 +71,6 @@ def plan_entries(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
         "steps": steps,
         "accounted_steps": steps,
         "accounted_sample_rate": plan.event(0).sample_rate,
-        **({"tuning": {"ended": False}} if plan.part_of_search else {}),
     }
 
 
@@ -89,6 +88,8 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
         "accounted_steps": ledger.accounted_steps,
         **mechanism_entry(ledger),
         **({} if ledger.failure is None else {"alarm": ledger.failure}),
+        # Of any run: one that restarts without the option has the settings, and maybe steps, of one that a search ran.
+        **({"tuning": {"ended": False}} if any(header.get("part_of_search") for header in ledger.runs) else {}),
         **attack_bounds(ledger.events if math.isfinite(epsilon) else [], delta),
     }
     if ledger.releases:

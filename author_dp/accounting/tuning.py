@@ -48,7 +48,7 @@ from author_dp.validation import check_range
 MARGIN = 1e-5  # of the noise: the same calibration on another machine may round otherwise
 # Of Renyi divergences. The best ones of a search are small, where steps of 1 are coarse: they cost up to 8 % of epsilon.
 SEARCH_ORDERS = np.union1d(ORDERS, np.arange(1.25, 10, 0.25))
-MOST_RUNS = 1_000_000  # beyond it, every law here has a probability below 1e-400
+MOST_RUNS = 10_000_000  # beyond it, every law here has a probability below 1e-400
 
 
 # --- the number of runs ------------------------------------------------------------------------------------

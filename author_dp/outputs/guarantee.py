@@ -23,8 +23,12 @@ def fmt(value: Optional[float]) -> str:
 
 def has_guarantee(report: dict[str, Any]) -> bool:
     """Return whether the model has a guarantee, and so has the one it started from, if this program trained that too."""
-    base_is_covered = report.get("base_model", {"covered": True})["covered"]
-    return report["epsilon"] is not None and not report.get("interrupted") and not in_search(report) and base_is_covered
+    return report["epsilon"] is not None and not report.get("interrupted") and not in_search(report) and base_is_covered(report)
+
+
+def base_is_covered(report: dict[str, Any]) -> bool:
+    """Return whether the model that the training started from has a guarantee, if this program trained it."""
+    return report.get("base_model", {"covered": True})["covered"]
 
 
 def in_search(report: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from author_dp.errors import UserError
 from author_dp.logs import get_logger
 from author_dp.models.loading import adapter_base_model, public_name
 from author_dp.models.weights import check_weights, sha256_of
-from author_dp.outputs.guarantee import format_model, in_search
+from author_dp.outputs.guarantee import base_is_covered, format_model, in_search
 
 logger = get_logger(__name__)
 
@@ -130,7 +130,7 @@ def not_covered_reason(guarantee: dict[str, Any]) -> Optional[str]:
         return "the epsilon of its model is infinite"
     if in_search(guarantee):
         return "it is one run of a search, of which only the best may be released, by python -m author_dp.tune at its end"
-    if not guarantee.get("base_model", {"covered": True})["covered"]:
+    if not base_is_covered(guarantee):
         return f"the training of its model started from another one: {format_model(guarantee['base_model'])}"
     return None
 

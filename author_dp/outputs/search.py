@@ -26,13 +26,14 @@ from author_dp.accounting.tradeoff import bounds_of_guarantee
 from author_dp.accounting.tuning import Release, SearchNoise, run_rdp
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
-from author_dp.outputs.guarantee import in_search
-from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_guarantee
+from author_dp.outputs.guarantee import base_is_covered, format_model, in_search
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_guarantee, read_json
 from author_dp.outputs.publish import check_out, copy_publishable
 from author_dp.outputs.tune_options import TuneArguments
 from author_dp.permissions import owner_only
 
 PLAN_NAME = "search.json"
+BEFORE_THE_DRAW = {"lock", "probe", "probe.log", f"{PLAN_NAME}.tmp"}  # what an interrupted call may leave
 SECONDS = re.compile(r"The full run will take about .*? \(([\d.e+-]+) s per step\)")
 
 
@@ -56,32 +57,34 @@ class Search:
             "release_eval_epsilon": args.release_eval_epsilon, "launch": args.launch, "script": args.script, "words": words,
         }  # fmt: skip
 
+    def make_folder(self) -> None:
+        """Create the folder, and make it private; raise UserError if it is in use for something else."""
+        if not (self.folder / PLAN_NAME).exists():
+            check_out(self.folder, self.out)
+            if self.folder.exists() and {entry.name for entry in self.folder.iterdir()} - BEFORE_THE_DRAW:
+                raise UserError(
+                    f"--output_dir {self.out}: {self.folder} is in use for something else. Choose another --output_dir"
+                )
+        with owner_only():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+
     def open(self) -> None:
-        """Create the folder, or read the plan of an interrupted search.
+        """Read the plan of an interrupted search, if any. Only under the lock: another call may have drawn one, or ended it.
 
         Raises:
             UserError: if the folder belongs to another search, or to one that has ended.
         """
         path = self.folder / PLAN_NAME
-        if path.exists():
-            self.plan = json.loads(path.read_text())
-            if self.plan.get("ended"):
-                self.delete_runs()
-                raise UserError(
-                    f"--output_dir {self.out}: its search has ended. A further search would add its own epsilon for the same "
-                    "authors: choose another --output_dir for it"
-                )
-            if self.plan["options"] != self.options:
-                raise UserError(
-                    f"--output_dir {self.out}: {path} is of a search with other options. Give the same ones to resume it"
-                )
-            return
-        check_out(self.folder, self.out)
-        if self.folder.exists() and {entry.name for entry in self.folder.iterdir()} - {"lock", "probe", "probe.log"}:
-            raise UserError(f"--output_dir {self.out}: {self.folder} is in use for something else. Choose another --output_dir")
-        with owner_only():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
+        self.plan = read_json(path) if path.exists() else {}
+        if self.plan.get("ended"):
+            self.delete_runs()
+            raise UserError(
+                f"--output_dir {self.out}: its search has ended. A further search would add its own epsilon for the same "
+                "authors: choose another --output_dir for it"
+            )
+        if self.plan and self.plan.get("options") != self.options:
+            raise UserError(f"--output_dir {self.out}: {path} is of a search with other options. Give the same ones to resume it")
 
     def save(self) -> None:
         write_json(self.folder / PLAN_NAME, self.plan, private=True)
@@ -104,6 +107,9 @@ class Search:
             if status or not runs:
                 lines = [line for line in output.splitlines() if "error:" in line] or output.splitlines()[-1:] or ["no output"]
                 raise UserError(f"--search: a dry run with {format_settings(settings)} failed with status {status}: {lines[0]}")
+            report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
+            if not base_is_covered(report):
+                raise UserError(f"--model_name: {format_model(report['base_model'])}, and no search gives it one. Choose another")
             headers.append(runs[0])
             if found := SECONDS.search(output):
                 seconds = max(
@@ -183,7 +189,7 @@ class Search:
             guarantee = read_guarantee(folder)
             if guarantee is None or guarantee["disable_dp"] or guarantee.get("alarm"):
                 return None
-            if not (guarantee["ledger_was_read"] and in_search(guarantee)):
+            if not (guarantee["ledger_was_read"] and in_search(guarantee) and base_is_covered(guarantee)):
                 return None
             ledger = PrivacyLedger(folder / LEDGER_NAME)
             splits = {record.get("split") for record in [*ledger.runs, *ledger.releases]}

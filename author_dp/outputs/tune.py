@@ -58,10 +58,11 @@ def tune(args: TuneArguments, words: Sequence[str]) -> None:
         words: options of the script, with --output_dir.
     """
     search = Search(args, *split_script_options(words, args.grid))
-    search.open()
+    search.make_folder()
     lock = FileLock(search.folder / "lock", mode=0o600)
     try:
         with lock.acquire(timeout=0):
+            search.open()
             if not search.plan:
                 header, seconds = search.probe()
                 event = event_of_run(header, header["steps"])

@@ -31,7 +31,7 @@ ACCOUNTED = (
 # What the search decides itself, or would publish more of a run than its best.
 REFUSED = (
     "target_epsilon", "noise_multiplier", "release_eval_epsilon", "disable_dp", "dry_run", "part_of_search",
-    "resume_from_checkpoint", "push_to_hub", "report_to", "audit_canaries", "allow_other_authors",
+    "resume_from_checkpoint", "push_to_hub", "report_to", "audit_canaries", "allow_other_authors", "config",
 )  # fmt: skip
 
 
@@ -73,9 +73,10 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"--search {name}: it changes what a run costs, but all runs must cost the same. Fix it, after --")
         if name not in SEARCHABLE:
             raise UserError(f"--search {name}: not an option that can be searched. Choose among {', '.join(SEARCHABLE)}")
-        if name in grid or not values or len(set(values.split(","))) != len(values.split(",")) or "" in values.split(","):
+        choices = values.split(",")
+        if name in grid or len(set(choices)) != len(choices) or any(not value or value.startswith("--") for value in choices):
             raise UserError(f"--search {word}: give each option once, with different values, like learning_rate=1e-3,1e-2")
-        grid[name] = values.split(",")
+        grid[name] = choices
     return grid
 
 
