@@ -58,11 +58,11 @@ LEFT_OUT = {"an author who is never in"}  # who does not show in 100 steps at th
 
 
 def bugs() -> dict[str, tuple]:
-    import test_gradient_audit
-    import test_selfcheck
+    import test_gradient_canaries
+    import test_noise_monitor
 
-    further = {name: test_selfcheck.BUGS[name] for name in FURTHER}
-    return {"none": (), **test_gradient_audit.BUGS, **further, **ON_TWO}
+    further = {name: test_noise_monitor.BUGS[name] for name in FURTHER}
+    return {"none": (), **test_gradient_canaries.BUGS, **further, **ON_TWO}
 
 
 def plant_and_run(name: str, arguments: list[str]) -> None:
@@ -108,7 +108,7 @@ def found_in(name: str) -> tuple[str, str | int]:
 def found_by_the_run(args: argparse.Namespace) -> None:
     """Which mistakes in the mechanism does a run find by itself, and how soon?
 
-    Plants the bugs of tests/test_gradient_audit.py, and some of tests/test_selfcheck.py,
+    Plants the bugs of tests/guards/test_gradient_canaries.py, and some of tests/guards/test_noise_monitor.py,
     in a run of the demo at epsilon 8 with gradient canaries, one at a time, after the model check (which finds wrong clips before
     anything is trained). The run tests itself every five steps.
     """

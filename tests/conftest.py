@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import datasets
+import mutation
 import numpy as np
 import pytest
 import torch
@@ -126,9 +127,9 @@ def make_trainer(
 
 
 def sample(cases, of: int = 4) -> list:
-    """Every `of`-th of the cases, for the fast tests; the others are marked slow."""
+    """Every `of`-th of the cases, for unit tests; the others are integration tests."""
     cases = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*case, marks=[pytest.mark.slow] if number % of else []) for number, case in enumerate(cases)]
+    return [pytest.param(*case, marks=[pytest.mark.integration] if number % of else []) for number, case in enumerate(cases)]
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -233,3 +234,26 @@ def resumable(folder, max_steps: int = 6, target: float = 3.0, **options):
     privacy = {"noise_multiplier": None, "target_epsilon": target}
     return make_trainer(folder, dataset=make_dataset([1] * 60), max_steps=max_steps, privacy=privacy,
                         save_strategy="steps", save_steps=2, **options)  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", default="", help="all, or some of unit, integration and mutation, with commas")
+    parser.addoption("--cached", action="store_true", help="leave out bugs that were noticed since their test last changed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(mutation)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of the chosen tiers: by default unit tests, and of files that are named integration tests, too."""
+    named = any(Path(argument).resolve() not in (ROOT, ROOT / "tests") for argument in config.args)
+    chosen = config.option.tier or ("unit,integration" if named else "unit")
+    tiers = set(chosen.replace("all", "unit,integration,mutation").split(","))
+    mutants = list(mutation.make_mutants(items)) if "mutation" in tiers else []
+    if config.option.cached:
+        mutants = [mutant for mutant in mutants if not mutant.is_cached]
+    kept = [item for item in items if ("integration" if item.get_closest_marker("integration") else "unit") in tiers]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept + mutants

@@ -11,7 +11,7 @@ from conftest import as_arrays, flat, make_dataset, make_trainer, tiny_gpt2, tra
 from planting import find, with_edit
 
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-if "plant" in options:  # for test_planted_bugs.py
+if "plant" in options:  # for tests/mutation.py
     function = find(options["plant"][0])
     function.__code__ = with_edit(function, *options["plant"][1:])
 trainer = make_trainer(

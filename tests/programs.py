@@ -53,7 +53,7 @@ def command(*arguments: str, processes: int = 0) -> list[str]:
 
 
 def leave_out_figures() -> None:
-    """Drawing them is half the time of a run on a tiny model; tests/test_report.py draws them."""
+    """Drawing them is half the time of a run on a tiny model; tests/outputs/test_report.py draws them."""
     from author_dp.outputs import report
 
     report.draw_figures = lambda *_: {}

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from datasets import Dataset
+from mutation import catches
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split, Whitespace
@@ -60,6 +61,8 @@ def test_group_by_author(authors):
     assert groups == ([[0, 2], [1]] if len(authors) == 3 else [[0, 2], [1], [3]])
 
 
+@catches("authors without their blanks", "data.authors.encode_authors", "values.dictionary_encode()",
+    "(pc.utf8_trim_whitespace(values) if pa.types.is_string(values.type) else values).dictionary_encode()")  # fmt: skip
 def test_blanks_and_case_make_another_author():
     offsets, _ = group_by_author([" alice", "alice", "Alice", "alice "])
     assert len(offsets) - 1 == 4
@@ -273,6 +276,8 @@ def test_no_author_is_on_both_sides():
     assert 60 <= len(evaluation) <= 140  # 100 expected, standard deviation 9
 
 
+@catches("authors move when another one leaves", "data.authors.hash_authors", '{prefix}{author}".encode()',
+    '{len(authors)}:{author}".encode()')  # fmt: skip
 def test_split_depends_on_seed_and_author_alone():
     authors = [f"u{i}" for i in range(500)]
     _, evaluation, _ = split(authors)
@@ -283,6 +288,8 @@ def test_split_depends_on_seed_and_author_alone():
     assert split(authors[::-1])[1] == evaluation
 
 
+@catches("who is trained depends on who else is there", "data.splits.assign_sides", "scores < eval_fraction + train_fraction",
+    "np.argsort(np.argsort(scores)) / len(scores) < eval_fraction + train_fraction")  # fmt: skip
 def test_a_fraction_of_the_authors_depends_on_each_alone():
     """Whole authors; without one of them, no other one moves."""
     authors = [f"u{i % 300}" for i in range(900)]

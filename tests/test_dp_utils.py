@@ -25,6 +25,7 @@ from conftest import (
     trainable,
     within,
 )
+from mutation import catches
 from transformers import TrainerCallback
 
 import dp_utils
@@ -39,6 +40,18 @@ from dp_utils import PrivacyArguments
 # --- the Trainer ----------------------------------------------------------------------------------------
 
 
+@catches("no clip by the other engine", "clipping.grad_sample.GradSampleClipping.backward",
+    "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", clipping="grad_sample", kind="tied", k=1,
+    per_device=4, accumulation=1)  # fmt: skip
+@catches("a clip for each sample", "dp_utils.DPTrainer.training_step", "non_blocking=True)",
+    "non_blocking=True)\n        microbatch.update(author=torch.arange(len(microbatch['author'])), "
+    "num_authors=len(microbatch['author']));real = torch.arange(len(microbatch['author'])) < real.sum()",
+    clipping="ghost", kind="tied", k=3, per_device=64, accumulation=1)  # fmt: skip
+@catches("each layer clipped by itself", "clipping.grad_sample.GradSampleClipping.backward", "1).norm(dim=1)",
+    "1).amax(dim=1)", clipping="grad_sample", kind="tied", k=1, per_device=64, accumulation=1)  # fmt: skip
+@catches("division by the real batch size", "dp_utils.DPTrainer.training_step", "model.train()",
+    "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", clipping="ghost", kind="tied",
+    k=1, per_device=64, accumulation=1)  # fmt: skip
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize(("per_device", "accumulation"), [(4, 1), (2, 2), (1, 3), (64, 1)])
@@ -62,6 +75,9 @@ def test_the_update_of_a_step_equals_a_naive_loop_over_authors(tmp_path, clippin
         assert model.lm_head.weight is model.transformer.wte.weight
 
 
+@catches("noise per microbatch", "dp_utils.DPTrainer.training_step", "self.norms.add(",
+    "self.optimizer.optimizer.grad_buffer.sums.add_(torch.randn_like(self.optimizer.optimizer.grad_buffer.sums) "
+    "* self.plan.noise_multiplier * self.plan.clip_norm); self.norms.add(")  # fmt: skip
 def test_noise_is_drawn_once_per_step_whatever_the_microbatches(tmp_path):
     counts = []
     for per_device, accumulation in ((16, 1), (1, 16)):
@@ -96,6 +112,9 @@ def test_empty_draws_are_steps_of_noise_alone(tmp_path):
         assert within(gradient.var().item(), (0.5 / 4) ** 2, (0.5 / 4) ** 2 * math.sqrt(2 / len(gradient)))
 
 
+@catches("the same noise in every run, and on resume", "mechanism.noise.GaussianNoise.__init__", "secrets.token_bytes(16)",
+    "bytes(16)")  # fmt: skip
+@catches("sampling from --seed", "training.dataloading.make_sampler", "secrets.randbits(128)", "args.seed")
 def test_one_seed_shares_neither_noise_nor_batches(tmp_path):
     runs = []
     for run in "ab":
@@ -123,6 +142,7 @@ def test_training_and_gradients_never_touch_the_global_generators(tmp_path):
     assert torch.equal(states[0], states[1]) and torch.equal(states[2], states[3])
 
 
+@catches("what a broken step left is used", "dp_utils.DPTrainer.training_step", "self.optimizer.zero_grad()", "pass")
 def test_a_step_that_was_broken_off_leaves_nothing_for_the_next(tmp_path):
     """Or its authors would count twice."""
     trainer = make_trainer(tmp_path, privacy={"noise_multiplier": 0.0})
@@ -158,6 +178,8 @@ def test_report_and_ledger_say_what_was_done(tmp_path):
     assert epsilons == sorted(epsilons) and epsilons[-1] == pytest.approx(report["epsilon"])
 
 
+@catches("q miscounted: sampled at twice the rate", "training.dataloading.make_sampler", "sample_rate=plan.sample_rate",
+    "sample_rate=min(1.0, 2 * plan.sample_rate)")  # fmt: skip
 def test_the_trainer_samples_as_the_ledger_says(tmp_path):
     trainer = make_trainer(tmp_path, dataset=make_dataset([1, 3] * 100), per_device_train_batch_size=10,
                            gradient_accumulation_steps=2, privacy={"samples_per_author": 2})  # fmt: skip
@@ -336,6 +358,9 @@ def test_at_the_ends_of_the_ranges_nothing_raises_an_alarm(tmp_path, clip_norm, 
     assert sigma == 0 or kind.get("optim") == "sgd" or not torch.equal(before, after)
 
 
+@catches("a clip norm whose noise float32 does not hold", "dp_utils.PrivacyArguments.__post_init__",
+    'self.per_sample_max_grad_norm, "[1e-6, 1e6]"', 'self.per_sample_max_grad_norm, "(0, inf)"',
+    options={"noise_multiplier": 1.0, "per_sample_max_grad_norm": 1e-22}, words="--per_sample_max_grad_norm")  # fmt: skip
 @pytest.mark.parametrize(
     ("options", "words"),
     [

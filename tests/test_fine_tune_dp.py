@@ -59,7 +59,7 @@ LORA = """--output_dir scratch --model_name gpt2 --sequence_len 128 --per_device
 # --- the published commands -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("command", [FULL, LORA], ids=["full", "lora"])
 def test_the_published_commands_on_two_processes(checkpoint, comments, tmp_path, command):
     arguments = [checkpoint if word == "gpt2" else word for word in command.split()]
@@ -102,7 +102,7 @@ def test_the_published_commands_on_two_processes(checkpoint, comments, tmp_path,
     assert AutoTokenizer.from_pretrained(tmp_path / "scratch")("hello there")["input_ids"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_published_commands_without_a_hub(tmp_path):
     done = run_script(*FULL.split(), cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -111,7 +111,7 @@ def test_the_published_commands_without_a_hub(tmp_path):
     assert not (tmp_path / "scratch" / "privacy_ledger.jsonl").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_hub_data_set_as_a_local_folder(checkpoint, tmp_path, monkeypatch, capfd):
     shards = tmp_path / "tldr-17" / "default" / "partial-train"
     shards.mkdir(parents=True)
@@ -129,7 +129,7 @@ def test_a_hub_data_set_as_a_local_folder(checkpoint, tmp_path, monkeypatch, cap
 # --- own data -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_own_columns_and_whole_numbers_as_authors(checkpoint, tmp_path, suffix, monkeypatch, capfd):
     frame = pd.DataFrame({"user": [n % 40 for n in range(200)], "body": [f"comment {n} of mine" for n in range(200)]})
@@ -141,7 +141,7 @@ def test_own_columns_and_whole_numbers_as_authors(checkpoint, tmp_path, suffix, 
     assert 30 <= read_report(tmp_path / "out")["num_authors"] < 40
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_validation_file_bf16_and_several_samples_per_author(checkpoint, comments, tmp_path, monkeypatch, capfd):
     options = "--bf16 --samples_per_author 3 --per_device_train_batch_size 4 --noise_multiplier 1 --per_sample_max_grad_norm 0.5"
     arguments = small(checkpoint, comments, tmp_path / "out", "--validation_file", str(comments), *options.split())
@@ -153,7 +153,7 @@ def test_validation_file_bf16_and_several_samples_per_author(checkpoint, comment
     assert next(weights.parameters()).dtype == torch.float32
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_one_seed_shares_split_and_lora_but_neither_noise_nor_batches(checkpoint, comments, tmp_path, monkeypatch, capfd):
     runs = []
     for name, rate in (("a", "0"), ("b", "0"), ("c", "1e-3"), ("d", "1e-3")):
@@ -167,7 +167,7 @@ def test_one_seed_shares_split_and_lora_but_neither_noise_nor_batches(checkpoint
     assert not torch.equal(runs[2][1], runs[3][1])  # two steps of different batches and noise
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_resume_and_the_ways_on(checkpoint, comments, tmp_path, monkeypatch, capfd):
     first = small(
         checkpoint, comments, tmp_path / "out", "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--save_steps", "2"
@@ -180,7 +180,7 @@ def test_resume_and_the_ways_on(checkpoint, comments, tmp_path, monkeypatch, cap
     assert read_report(tmp_path / "out")["steps"] == 5
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_disable_dp(checkpoint, comments, tmp_path, monkeypatch, capfd):
     arguments = small(checkpoint, comments, tmp_path / "out", "--disable_dp", "--max_grad_norm", "1.0")
     status, stderr = run_here(monkeypatch, capfd, *arguments)
@@ -194,7 +194,7 @@ def test_fsdp_that_does_not_work_is_refused(checkpoint, comments, tmp_path, monk
     assert status == 2 and f"--fsdp {value}" in stderr and words in stderr and "Traceback" not in stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_full_shard_on_two_processes(checkpoint, comments, tmp_path):
     more = ["--fsdp", "full_shard", "--enable_lora", "--release_eval_epsilon", "2", "--activation_checkpointing"]
     done = run_script(*small(checkpoint, comments, tmp_path / "out", *PRIVACY, *more), processes=2)
@@ -204,14 +204,14 @@ def test_full_shard_on_two_processes(checkpoint, comments, tmp_path):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_disable_dp_on_two_processes(checkpoint, comments, tmp_path):
     done = run_script(*small(checkpoint, comments, tmp_path / "out", "--disable_dp", "--ddp_backend", "gloo"), processes=2)
     assert done.returncode == 0 and done.stderr.count("NO PRIVACY") == 1, done.stderr
     assert read_report(tmp_path / "out")["world_size"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "options", [["--clipping", "grad_sample"], ["--activation_checkpointing"]], ids=["grad_sample", "checkpointing"]
 )
@@ -233,7 +233,7 @@ def save_tiny(checkpoint, folder, model_class, config_class, **more) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("options", [[], ADAPTERS], ids=["full", "adapters"])
 def test_a_model_whose_norms_have_no_rule_of_their_own_trains(checkpoint, comments, tmp_path, monkeypatch, capfd, options):
     """Gemma's norms scale by 1 + weight."""
@@ -252,7 +252,7 @@ def test_an_encoder_decoder_is_refused_in_a_line(checkpoint, comments, tmp_path,
     assert status == 2 and "t5: it is no causal language model. Choose a decoder" in stderr, stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_model_that_sees_the_future_ends_in_a_line_and_writes_nothing(checkpoint, comments, tmp_path, monkeypatch, capfd):
     folder = save_tiny(checkpoint, tmp_path / "bert", BertLMHeadModel, BertConfig)
     status, stderr = run_here(monkeypatch, capfd, *small(folder, comments, tmp_path / "out", *PRIVACY))
@@ -295,7 +295,7 @@ def test_a_config_file_is_taken_as_it_is_written(tmp_path):
     assert load_config_args(["--config", str(path), "--more"]) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_config_file_is_read_and_the_command_line_prevails(checkpoint, comments, tmp_path, monkeypatch, capfd):
     options = ["model_name: nowhere", f"train_file: [{comments}]", "target_epsilon: 8", "per_sample_max_grad_norm: 1.0"]
     options += ["max_steps: 2", "lr_scheduler_kwargs: {}", "target_delta: null", "disable_tqdm: true", "learning_rate: 1e-4"]
@@ -331,7 +331,7 @@ def tiny(family: str, vocabulary: int):
     return AutoModelForCausalLM.from_config(configs[family]())
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["pythia", "opt", "llama", "mistral", "qwen2", "qwen3"])
 def test_other_families_train_by_name_alone(checkpoint, comments, tmp_path, monkeypatch, capfd, family, lora):
@@ -346,7 +346,7 @@ def test_other_families_train_by_name_alone(checkpoint, comments, tmp_path, monk
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_dry_run_plans_the_run_that_is_asked_for(checkpoint, comments, tmp_path):
     done = run_script(*small(checkpoint, comments, tmp_path / "out", *PRIVACY, "--max_steps", "400", "--dry_run"))
     stderr = done.stderr
@@ -363,7 +363,7 @@ def test_a_dry_run_plans_the_run_that_is_asked_for(checkpoint, comments, tmp_pat
     assert said and float(said[1]) == pytest.approx(report["epsilon"], abs=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_an_adapter_is_gone_on_with_or_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
     plain = ["--disable_dp", "--learning_rate", "0.1"]
     lora = ["--enable_lora", "--lora_dim", "3"]
@@ -379,7 +379,7 @@ def test_an_adapter_is_gone_on_with_or_refused(checkpoint, comments, tmp_path, m
     assert any(value.abs().sum() > 0 for name, value in again.items() if "lora_B" in name)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_resuming_from_a_model_alone_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
     arguments = small(checkpoint, comments, tmp_path / "out", "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1")
     assert run_here(monkeypatch, capfd, *arguments, "--save_steps", "1", "--save_only_model")[0] == 0
@@ -387,7 +387,7 @@ def test_resuming_from_a_model_alone_is_refused(checkpoint, comments, tmp_path, 
     assert status == 2 and "--save_only_model" in stderr and "learning rate" in stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
 def test_the_recipe_of_the_readme_writes_text(checkpoint, comments, tmp_path, monkeypatch, capfd, lora):
     assert run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "mine", *PRIVACY, *lora))[0] == 0
@@ -398,7 +398,7 @@ def test_the_recipe_of_the_readme_writes_text(checkpoint, comments, tmp_path, mo
     assert len(written) == 2 and all(isinstance(row["content"], str) for row in written)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_tensorboard_shows(checkpoint, comments, tmp_path, monkeypatch, capfd):
     arguments = ["--report_to", "tensorboard", "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "2"]
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
@@ -420,7 +420,7 @@ def test_what_tensorboard_shows(checkpoint, comments, tmp_path, monkeypatch, cap
     assert rates == pytest.approx([1e-3] * 3)  # this script's default, constant
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
 def test_the_best_checkpoint_is_loaded_at_the_end_and_every_step_counts(checkpoint, comments, tmp_path, monkeypatch, capfd, lora):
     # The first step has rate 0, the noise of the others ruins a model that is trained in full: checkpoint 1 is best.
@@ -440,7 +440,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_every_step_counts(checkpoi
     assert read_report(tmp_path / "out")["steps"] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -459,7 +459,7 @@ def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
 # --- what the user can mend -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -528,7 +528,7 @@ def test_mistakes_end_with_status_2_and_name_option_and_remedy(
     assert not Path("out/privacy_ledger.jsonl").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_flood_and_a_very_long_text_are_samples_like_any_other(checkpoint, comments, tmp_path, monkeypatch, capfd):
     """20,000 samples of one author, and a text of 2 MB."""
     rows = [*comments.read_text().splitlines()[:200]]
@@ -541,7 +541,7 @@ def test_a_flood_and_a_very_long_text_are_samples_like_any_other(checkpoint, com
     assert read_report(tmp_path / "out")["num_samples"] > 20_100
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_tokenizer_without_pad_or_eos_token_is_fine(checkpoint, comments, tmp_path, monkeypatch, capfd):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
@@ -561,7 +561,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(checkpoint, comments, tmp_
     assert status == 2 and "500 embeddings" in stderr and "Traceback" not in stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_model_that_is_broken_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.transformer.ln_f.weight.data[3] = float("nan")
@@ -571,7 +571,7 @@ def test_a_model_that_is_broken_is_refused(checkpoint, comments, tmp_path, monke
     assert status == 2 and "--model_name: transformer.ln_f.weight holds weights that are not finite" in stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_several_processes_complain_once(checkpoint, comments, tmp_path):
     done = run_script(*small(checkpoint, comments, tmp_path / "out", *PRIVACY, "--text_column", "body"), processes=2)
     assert done.returncode != 0 and done.stderr.count("fine-tune-dp.py: error:") == 1
@@ -601,7 +601,7 @@ def test_the_demo_is_what_its_script_makes():
     assert sum(path.stat().st_size for path in (ROOT / "demo").rglob("*") if path.is_file()) < 10e6
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_demo_learns(tmp_path):
     """A tenth of the README's demo, from the same files, at the same epsilon."""
     demo = ["--model_name", str(ROOT / "demo/model"), "--train_file", str(ROOT / "demo/comments.jsonl"), "--sequence_len", "64"]

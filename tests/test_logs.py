@@ -46,7 +46,7 @@ def test_handlers_and_formats_of_the_user_stay():
         root.removeHandler(own)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_console_handler_is_replaced_once_and_can_be_disabled():
     code = (
         "import author_dp.logs as logs, importlib; importlib.reload(logs); from transformers.utils import logging;"

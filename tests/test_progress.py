@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import make_dataset, make_trainer, tiny_gpt2
-from test_specimens import made
+from test_samples import made
 from tqdm import tqdm
 from transformers import ProgressCallback
 

@@ -8,7 +8,7 @@ layer without a rule of its own is called once more for each sample (`vmap_rule`
 of other layers are left to `fallback.py`.
 
 To support a further layer, write its rule here, return it in `rule_for`, and add the layer to
-tests/test_clipping_rules.py, which compares it with autograd.
+tests/clipping/test_layer_rules.py, which compares it with autograd.
 What a model family computes outside its layers' types is listed below.
 """
 

@@ -1,0 +1,135 @@
+"""guards/options.py, and check_model: options and models under which the guarantee would not hold are refused by name."""
+
+import numpy as np
+import pytest
+from conftest import make_dataset, make_trainer, tiny_gpt2
+from mutation import catches
+from torch import nn
+from transformers import BertConfig, BertLMHeadModel, TrainingArguments
+
+from author_dp.errors import UserError
+from author_dp.guards import check_model
+from author_dp.guards.options import have_shared_authors, validate_options
+from author_dp.guards.trainer_options import REFUSED_OPTIONS
+from dp_utils import PrivacyArguments
+
+
+@catches("the Trainer's clipping on top", "guards.options.check_gradients",
+    "if args.max_grad_norm and not privacy.disable_dp:", "if False:", options={"max_grad_norm": 1.0},
+    words="--max_grad_norm")  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_grad_norm": 1.0}, "--max_grad_norm.*--per_sample_max_grad_norm"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size.*--gradient_accumulation_steps"),
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
+        ({"torch_compile": True}, "--torch_compile"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel"),
+        ({"save_on_each_node": True}, "--save_on_each_node.*ledger"),
+        ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["c_attn"]}, "--optim"),
+    ],
+)
+def test_validate_options_names_what_would_change_the_mechanism(tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        make_trainer(tmp_path, **options)
+
+
+@catches("masks that are not replayed", "guards.options.check_checkpointing", 'if not options.get("preserve_rng_state", True)',
+    "if False", clipping="ghost",
+    options={"gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False}},
+    words="preserve")  # fmt: skip
+@pytest.mark.parametrize(
+    ("clipping", "options", "words"),
+    [
+        ("grad_sample", {}, "--(gradient|activation)_checkpointing.*--clipping ghost"),
+        ("ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+        ("ghost", {"gradient_checkpointing_kwargs": {"debug": True}}, "use_reentrant.*false"),  # torch's default beside others
+        ("ghost", {"gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}, "preserve_rng_state"),
+    ],
+)
+def test_check_checkpointing_refuses_what_hides_reruns(tmp_path, clipping, options, words):
+    with pytest.raises(UserError, match=words):
+        make_trainer(tmp_path, privacy={"clipping": clipping}, gradient_checkpointing=True, **options)
+
+
+PRIVACY = {"noise_multiplier": 1.0, "per_sample_max_grad_norm": 1.0}
+
+
+@pytest.fixture
+def args(tmp_path):
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("name", ["fp16", "deepspeed", "fsdp", "tf32"])
+def test_validate_options_names_options_of_a_gpu(args, name):
+    setattr(args, name, True)
+    with pytest.raises(UserError, match=f"--{name}: "):
+        validate_options(args, PrivacyArguments(**PRIVACY))
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIONS)
+def test_refused_options_have_a_problem_and_a_remedy(args, name):
+    setattr(args, name, True)
+    with pytest.raises(UserError, match=rf"^--{name}: .+\. [A-Z]") as error:
+        validate_options(args, PrivacyArguments(**PRIVACY))
+    assert not str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("given", "privacy", "words"),
+    [
+        ({"full_shard": True}, {}, r"--fsdp full_shard: .*torch\.distributed\.run"),
+        ({"full_shard": True, "base_precision_flag": "--load_in_4bit"}, {}, "--fsdp: .*--load_in_4bit"),
+        ({"shared_authors": True}, {}, "--allow_shared_authors: with --save_strategy best"),
+        ({}, {"clipping": "grad_sample"}, "--gradient_checkpointing: .*--clipping ghost"),
+        ({}, {"adam_noise_correction": True}, "--adam_noise_correction: .*--optim sgd"),
+        ({}, {}, None),
+        ({"shared_authors": True}, {"disable_dp": True}, None),
+        ({"base_precision_flag": "--load_in_4bit"}, {}, None),
+    ],
+)
+def test_validate_options_checks_combinations(args, given, privacy, words):
+    args.save_strategy, args.gradient_checkpointing, args.optim = "best", True, "sgd"
+    privacy = PrivacyArguments(**PRIVACY, **privacy)
+    if words is None:
+        return validate_options(args, privacy, **given)
+    with pytest.raises(UserError, match=words):
+        validate_options(args, privacy, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", float("nan")), ("learning_rate", -1.0), ("seed", 2**32), ("lr_scheduler_kwargs", "x"),
+     ("num_train_epochs", 0), ("max_steps", 0), ("gradient_checkpointing_kwargs", "x")],
+)  # fmt: skip
+def test_validate_options_names_values_out_of_range(args, name, value):
+    args.gradient_checkpointing = True
+    setattr(args, name, value)
+    with pytest.raises(UserError, match=f"--{name} {value}: "):
+        validate_options(args, PrivacyArguments(**PRIVACY))
+
+
+def test_check_model_refuses_a_model_that_sees_later_tokens():
+    config = BertConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(UserError, match="sees later tokens"):
+        check_model(BertLMHeadModel(config))
+    check_model(tiny_gpt2())
+
+
+def test_check_model_refuses_what_mixes_authors_or_rounds_noise(tmp_path):
+    batch_norm, encoder_decoder, half = tiny_gpt2(), tiny_gpt2(), tiny_gpt2().bfloat16()
+    batch_norm.transformer.h[0].norm = nn.BatchNorm1d(4)
+    encoder_decoder.config.is_encoder_decoder = True
+    for model, words in ((batch_norm, r"h\.0\.norm"), (encoder_decoder, "encoder-decoder"), (half, "bfloat16")):
+        with pytest.raises(UserError, match=words):
+            make_trainer(tmp_path, model)
+
+
+@catches("an author in common overlooked beside others", "guards.options.have_shared_authors", ".any()", ".all()")
+def test_have_shared_authors_finds_one_author_in_common():
+    train, held_out, nobody = make_dataset([1, 1, 1]), make_dataset([1, 1], seed=1), make_dataset([1], seed=2)
+    foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)
+    held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
+    assert have_shared_authors(train, held_out) and have_shared_authors(train, {"a": nobody, "b": held_out})
+    assert not have_shared_authors(train, nobody) and not have_shared_authors(train, None)

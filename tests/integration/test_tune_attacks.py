@@ -1,0 +1,129 @@
+"""tune: what an attacker, or a user in a hurry, tried against a search and its runs."""
+
+import json
+
+import pytest
+from mutation import catches
+from test_tune import FakeRuns, call, draws
+
+from author_dp.accounting.budget import Budget
+from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
+from author_dp.accounting.plan import PrivacyPlan
+from author_dp.accounting.privacy_report import make_report
+from author_dp.accounting.tuning import MOST_RUNS, RunCount
+from author_dp.errors import SignalError, UserError
+from author_dp.files import write_json
+from author_dp.models.weights import hash_weights
+from author_dp.outputs import search, tune
+from author_dp.outputs.publish import publish
+from author_dp.outputs.search import PLAN_NAME
+
+UNCOVERED = {"name": "m", "covered": False, "epsilon": None, "delta": None, "reason": "it is one run of a search"}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    monkeypatch.setattr(search, "run_command", fake := FakeRuns())
+    return fake
+
+
+def interrupt(*_):
+    raise SignalError(15)
+
+
+@catches("a run of a search restarted outside of it, published", "accounting.privacy_report.spent_entries",
+    'any(header.get("part_of_search") for header in ledger.runs)', 'ledger.last_run.get("part_of_search")')  # fmt: skip
+def test_run_of_a_search_that_restarts_outside_of_it_is_not_published(tmp_path):
+    """Without a checkpoint, no options are compared; the ledger still knows."""
+    for searched in (True, False):
+        plan = PrivacyPlan(8.0, 1e-5, 4.0, 1.0, 1.0, 100, 3, 100, 200, 1, "ghost", 1, False, False, 1, searched)
+        budget = Budget(plan, PrivacyLedger(tmp_path / LEDGER_NAME), True)
+        budget.start()
+        budget.record_step()
+    (tmp_path / "model.safetensors").write_text("weights")
+    write_json(tmp_path / "privacy.json", make_report(plan, budget.ledger) | {"weights": hash_weights(tmp_path)})
+    with pytest.raises(UserError, match="one run of a search"):
+        publish(tmp_path, tmp_path.with_name("copy"))
+
+
+def test_search_whose_base_has_no_guarantee_is_refused_before_the_draw(tmp_path, monkeypatch, runs):
+    def run(command, log):
+        status = runs(command, log)
+        (folder,) = (tmp_path / "out-search" / "probe",)
+        write_json(folder / "privacy.json", {"base_model": UNCOVERED})
+        return status
+
+    monkeypatch.setattr(search, "run_command", run)
+    with pytest.raises(UserError, match="--model_name: m has no guarantee"):
+        call(tmp_path)
+    assert not runs.started and not (tmp_path / "out-search" / PLAN_NAME).exists()
+
+
+@catches("a search that starts from a model without a guarantee", "outputs.search.Search.score",
+    "and base_is_covered(guarantee)", "")  # fmt: skip
+def test_run_whose_base_has_no_guarantee_is_not_released(tmp_path, monkeypatch, runs):
+    def run(command, log):
+        status = runs(command, log)
+        for path in tmp_path.glob("out-search/*/privacy.json"):
+            write_json(path, json.loads(path.read_text()) | {"base_model": UNCOVERED})
+        return status
+
+    monkeypatch.setattr(search, "run_command", run)
+    draws(monkeypatch, 1)
+    call(tmp_path)
+    assert runs.started and not (tmp_path / "out").exists()
+
+
+@catches("a search run again after another call ended it", "outputs.tune.tune",
+    "        with lock.acquire(timeout=0):\n            search.open()",
+    "        search.open()\n        with lock.acquire(timeout=0):")  # fmt: skip
+def test_search_that_another_call_ends_meanwhile_is_not_run_again(tmp_path, monkeypatch, runs):
+    class LateLock(tune.FileLock):
+        def acquire(self, *args, **kwargs):
+            write_json(tmp_path / "out-search" / PLAN_NAME, {"ended": True, "keep_runs": False})
+            return super().acquire(*args, **kwargs)
+
+    monkeypatch.setattr(tune, "FileLock", LateLock)
+    with pytest.raises(UserError, match="its search has ended"):
+        call(tmp_path)
+    assert not runs.started
+
+
+def test_plan_half_written_before_the_first_run_is_no_obstacle(tmp_path, monkeypatch, runs):
+    (tmp_path / "out-search").mkdir()
+    (tmp_path / "out-search" / f"{PLAN_NAME}.tmp").write_text("{")
+    draws(monkeypatch, 1)
+    call(tmp_path)
+    assert (tmp_path / "out" / "privacy.json").exists()
+
+
+def test_resumed_search_makes_its_folder_private_again(tmp_path, monkeypatch, runs):
+    runs.before = interrupt
+    draws(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        call(tmp_path)
+    (tmp_path / "out-search").chmod(0o755)  # as a copy to another disk may
+    with pytest.raises(SystemExit):
+        call(tmp_path)
+    assert (tmp_path / "out-search").stat().st_mode & 0o777 == 0o700
+
+
+def test_plan_that_cannot_be_read_is_an_error_of_the_user(tmp_path, runs):
+    (tmp_path / "out-search").mkdir()
+    (tmp_path / "out-search" / PLAN_NAME).write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        call(tmp_path)
+    assert not runs.started
+
+
+def test_options_hidden_in_values_and_files_are_refused(tmp_path, runs):
+    with pytest.raises(UserError, match="with different values"):
+        call(tmp_path, grid="adam_noise_correction=--allow_other_authors,True")
+    (tmp_path / "options.yaml").write_text("config: other.yaml\n")  # the script would read it, over what the search checked
+    with pytest.raises(UserError, match="sets --config"):
+        call(tmp_path, script=["--config", str(tmp_path / "options.yaml")])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_laws_end_beyond_all_draws(eta):
+    assert (1 - RunCount(1000.0, eta).gamma) ** MOST_RUNS < 1e-300
