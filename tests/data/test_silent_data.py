@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from datasets import Dataset
 from mutation import catches
-from test_data_utils import small_tokenizer
+from test_tokenization import small_tokenizer
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 

@@ -1,13 +1,10 @@
 """callbacks.py and metric_driven_option: what may follow losses without noise is recorded, or refused."""
 
-import inspect
-
 import peft
 import pytest
 import torch
 from conftest import COUNTS, make_dataset, make_trainer, tiny_gpt2
 from mutation import catches
-from programs import PRIVACY, run_here, small
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -15,102 +12,12 @@ from transformers import (
     EarlyStoppingCallback,
     ProgressCallback,
     TrainerCallback,
-    TrainingArguments,
-    get_scheduler,
 )
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import SaveStrategy
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.guards.callbacks import TRANSFORMERS_CALLBACKS, get_declaration
-from author_dp.guards.options import STEP_ONLY, metric_driven_option
-from author_dp.training.public_loss import release_eval_loss
-
-# --- options -------------------------------------------------------------------------------------------------
-
-SCHEDULER_KWARGS = {"cosine_with_min_lr": {"min_lr": 1e-5}, "cosine_warmup_with_min_lr": {"min_lr": 1e-5}}
-SCHEDULER_KWARGS["warmup_stable_decay"] = {"num_decay_steps": 3}
-
-
-def options(folder, **more) -> TrainingArguments:
-    return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], **more)
-
-
-@catches("a scheduler of a later version taken for harmless", "guards.options.metric_driven_option", "if value not in known:",
-    'if value in ("best", "reduce_lr_on_plateau"):', kind="greedy")  # fmt: skip
-@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
-def test_metric_driven_option_knows_each_scheduler_type(tmp_path, kind):
-    """In each version of transformers, listed schedulers step without metrics, by the number of steps alone."""
-    args = options(tmp_path, lr_scheduler_type=kind, eval_strategy="steps", eval_steps=1)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    scheduler = get_scheduler(kind, optimizer, 2, 10, SCHEDULER_KWARGS.get(kind))
-    if kind not in STEP_ONLY["lr_scheduler_type"]:
-        assert metric_driven_option(args) == f"--lr_scheduler_type {kind}"
-        return
-    assert metric_driven_option(args) is None
-    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-    required = [name for name, p in inspect.signature(scheduler.step).parameters.items() if p.default is p.empty]
-    assert not required
-    rates = []
-    for step in range(10):
-        rates.append(scheduler.get_last_lr()[0])
-        assert scheduler.lr_lambdas[0](step) * 1.0 == rates[-1]  # asked again, out of order, it says the same
-        optimizer.step()
-        scheduler.step()
-    assert rates == [scheduler.lr_lambdas[0](step) for step in range(10)]
-
-
-def test_step_only_lists_nothing_that_follows_metrics():
-    kinds = {kind.value for kind in SchedulerType}
-    assert {"greedy", "reduce_lr_on_plateau"} & kinds <= kinds - STEP_ONLY["lr_scheduler_type"]
-    for name, members in (
-        ("save_strategy", SaveStrategy),
-        ("eval_strategy", IntervalStrategy),
-        ("logging_strategy", IntervalStrategy),
-    ):
-        assert {member.value for member in members} - STEP_ONLY[name] <= {"best"}
-
-
-@catches("the best checkpoint spared, and nobody told", "guards.options.metric_driven_option",
-    "if args.metric_for_best_model is not None:", "if False:", given={"metric_for_best_model": "loss", "save_total_limit": 1},
-    said="--metric_for_best_model loss")  # fmt: skip
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"lr_scheduler_type": "greedy"}, "--lr_scheduler_type greedy"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "--lr_scheduler_type reduce_lr_on_plateau"),
-        ({"load_best_model_at_end": True, "save_steps": 1}, "--load_best_model_at_end"),
-        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "--save_strategy best"),
-        ({"metric_for_best_model": "loss", "save_total_limit": 1}, "--metric_for_best_model loss"),
-        ({}, None),
-    ],
-)
-def test_metric_driven_option_names_the_option(tmp_path, given, said):
-    given = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, **given}
-    assert metric_driven_option(options(tmp_path, **given)) == said
-
-
-def test_metric_driven_option_counts_unknown_values(tmp_path):
-    for name in STEP_ONLY:
-        args = options(tmp_path)
-        setattr(args, name, "new_in_a_later_version")
-        assert metric_driven_option(args) == f"--{name} new_in_a_later_version"
-
-
-GREEDY = ["--lr_scheduler_type", "greedy", "--eval_strategy", "epoch"]
-
-
-@pytest.mark.parametrize("more", [["--allow_shared_authors", "--validation_file", "x"], ["--release_eval_epsilon", "1"]])
-def test_script_refuses_greedy_with_shared_authors_or_a_release(tmp_path, monkeypatch, capfd, more):
-    status, stderr = run_here(monkeypatch, capfd, *small("model", "data.jsonl", tmp_path, *PRIVACY, *GREEDY, *more))
-    assert status == 2 and "--lr_scheduler_type greedy" in stderr and more[0] in stderr, stderr
-
-
-def test_train_records_greedy_in_the_header(tmp_path):
-    trainer = trainer_with(tmp_path, lr_scheduler_type="greedy")
-    trainer.train()
-    assert header(tmp_path)["by_metrics"] == "--lr_scheduler_type greedy" and trainer.budget.ledger.steps == 4
-
 
 # --- callbacks and schedulers that are given -----------------------------------------------------------------
 
@@ -393,106 +300,6 @@ def test_watched_callback_may_not_scale_an_adapter(tmp_path):
     trainer.add_callback(Door(lambda: layer.scaling.update(default=9.0), "log"))
     with pytest.raises(UserError, match="callback Door: it changed the model"):
         trainer.train()
-
-
-def given_scheduler(trainer):
-    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
-    trainer.optimizer = optimizer
-    trainer.lr_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-    trainer.lr_scheduler.follows = "evaluation"
-    trainer.args.metric_for_best_model = None
-
-
-@catches("a callback that follows metrics not in the header", "guards.callbacks.metric_driven_callback", "== EVALUATION",
-    "== 0", kind="callback", reason="shared authors")  # fmt: skip
-@catches("training data that evaluate", "training.setup.check_model_choice",
-    "shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)", "shared_authors", kind="option",
-    reason="same hashes")  # fmt: skip
-@catches("a callback chooses after a release", "training.setup.check_model_choice",
-    "check_not_released(trainer.budget.ledger, option)", "pass", kind="callback", reason="an earlier release")  # fmt: skip
-@pytest.mark.parametrize("kind", ["callback", "scheduler", "option"])
-@pytest.mark.parametrize("reason", ["shared authors", "same data", "same hashes", "an earlier release"])
-def test_where_nothing_pays_no_metrics_choose(tmp_path, kind, reason):
-    more = {"lr_scheduler_type": "greedy"} if kind == "option" else {}
-    trainer = trainer_with(tmp_path, *([declared("evaluation")] if kind == "callback" else []), **more)
-    if kind == "scheduler":
-        given_scheduler(trainer)
-    if reason == "shared authors":
-        trainer.shared_authors = True
-    elif reason == "same data":
-        trainer.eval_dataset = {"held-out": trainer.eval_dataset, "train": trainer.train_dataset}
-    elif reason == "same hashes":
-        trainer.eval_dataset.hashes = trainer.train_dataset.hashes[-1:]
-    else:
-        ledger = trainer.budget.ledger
-        ledger.start_run({**trainer.plan.to_public_dict(), "split": "s"})
-        ledger.record_release({"epsilon": 1.0, "split": "s"})
-    with pytest.raises(UserError, match="was released" if reason == "an earlier release" else "--allow_shared_authors"):
-        trainer.train()
-    assert trainer.budget.ledger.steps == 0
-
-
-@catches("a scheduler that was given taken for harmless", "guards.callbacks.metric_driven_scheduler",
-    "if scheduler is None or", "if True or", kind="scheduler")  # fmt: skip
-@catches("a loss released of a model that it chose", "training.public_loss.release_eval_loss",
-    "check_not_chosen(broadcast(trainer.budget.ledger.by_metrics))", "pass", kind="callback")  # fmt: skip
-@pytest.mark.parametrize("kind", ["callback", "scheduler"])
-def test_after_metrics_have_chosen_nothing_is_released(tmp_path, kind):
-    trainer = trainer_with(tmp_path, *([declared("evaluation")] if kind == "callback" else []), eval_strategy="no")
-    if kind == "scheduler":
-        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
-        trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1)
-        trainer.lr_scheduler.follows = "evaluation"
-    trainer.train()
-    said = "callback Declared" if kind == "callback" else "optimizers: StepLR"
-    assert header(tmp_path)["by_metrics"] == said
-    with pytest.raises(UserError, match=f"had {said}"):
-        release_eval_loss(trainer, 1.0, None, limited=False)
-
-
-def with_scheduler(folder, **more):
-    """Return a trainer with a given scheduler that reads the logged losses."""
-    trainer = trainer_with(folder, **more)
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
-    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-        trainer.optimizer, lambda step: 1.0 + sum(line.get("loss", 0.0) for line in trainer.state.log_history)
-    )
-    return trainer
-
-
-@catches("a given scheduler that reads training losses", "guards.callbacks.metric_driven_scheduler",
-    "declared not in (STEPS, EVALUATION)", "False", more={})  # fmt: skip
-@pytest.mark.parametrize("more", [{}, {"lr_scheduler_type": "greedy"}])  # an option in the header does not cover it
-def test_given_scheduler_must_declare_what_it_follows(tmp_path, more):
-    trainer = with_scheduler(tmp_path / "none", **more)
-    for kind in (None, "step", "training"):
-        trainer.lr_scheduler.follows = kind
-        with pytest.raises(UserError, match=r"optimizers: the scheduler LambdaLR .*scheduler\.follows"):
-            trainer.train()
-    assert trainer.budget.ledger.steps == 0
-
-
-def test_given_scheduler_is_held_to_its_declaration(tmp_path):
-    trainer = with_scheduler(tmp_path / "steps")
-    trainer.lr_scheduler.follows = "steps"
-    trainer.train()
-    assert header(tmp_path / "steps")["by_metrics"] is None
-    kind = type("Own", (torch.optim.lr_scheduler.StepLR,), {"follows": "evaluation"})
-    trainer = with_scheduler(tmp_path / "class")
-    trainer.lr_scheduler = kind(trainer.optimizer, 1)
-    trainer.train()
-    assert header(tmp_path / "class")["by_metrics"] == "optimizers: Own"
-    trainer.lr_scheduler, trainer._created_lr_scheduler = type("Inherits", (kind,), {})(trainer.optimizer, 1), False
-    with pytest.raises(UserError, match="the scheduler Inherits did not declare"):
-        trainer.train()
-    with_scheduler(tmp_path / "free", privacy={"disable_dp": True}).train()
-
-
-def test_second_training_has_no_given_scheduler(tmp_path):
-    trainer = trainer_with(tmp_path)
-    trainer.train()
-    trainer.train()
-    assert header(tmp_path)["by_metrics"] is None
 
 
 def test_trainer_refuses_a_hyperparameter_search(tmp_path):
