@@ -199,7 +199,7 @@ class Search:
             if not np.all(run_rdp(ledger.events, release) <= np.array(self.plan["rdp"])):
                 return None
             return guarantee["evaluation_release"]["loss"]
-        except (UserError, KeyError):
+        except (UserError, KeyError, TypeError):  # the last two without a release, or with a torn one only
             return None
 
     # At the end.

@@ -127,3 +127,16 @@ def test_options_hidden_in_values_and_files_are_refused(tmp_path, runs):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_laws_end_beyond_all_draws(eta):
     assert (1 - RunCount(1000.0, eta).gamma) ** MOST_RUNS < 1e-300
+
+
+def test_run_whose_only_release_is_torn_counts_as_failed(tmp_path, monkeypatch, runs):
+    def run(command, log):
+        status = runs(command, log)
+        for path in tmp_path.glob("out-search/*/privacy.json"):
+            write_json(path, json.loads(path.read_text()) | {"evaluation_release": None})
+        return status
+
+    monkeypatch.setattr(search, "run_command", run)
+    draws(monkeypatch, 1)
+    call(tmp_path)
+    assert runs.started and not (tmp_path / "out").exists()
