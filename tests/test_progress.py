@@ -52,6 +52,7 @@ def test_lines_come_after_five_seconds_and_at_growing_intervals(clock, lines):
 @pytest.mark.parametrize("seconds", [4.9, 5.1])
 def test_bar_comes_after_five_seconds_and_shows_no_count(clock, lines, monkeypatch, seconds):
     stream = io.StringIO()
+    monkeypatch.setattr(progress.logging, "is_progress_bar_enabled", lambda: True)  # whatever --disable_tqdm of other tests left
     monkeypatch.setattr(
         progress, "tqdm", lambda **options: tqdm(**{**options, "file": stream, "dynamic_ncols": False, "ncols": 60})
     )

@@ -27,7 +27,8 @@ def check_output_dir(folder: Path) -> None:
         kind = "a file, not a folder" if place.exists() else "a link to nothing"
         raise UserError(f"{name} is {kind}. Choose another --output_dir")
     try:  # not os.access: it asks neither the file system nor the room
-        os.rmdir(tempfile.mkdtemp(prefix=TRIAL_PREFIX, dir=place))
+        with tempfile.TemporaryFile(dir=place):  # not a folder, into which other processes would look
+            pass
     except OSError as error:
         raise UserError(
             f"{name} cannot be written ({error.strerror}). Make it writable, or choose another --output_dir"
@@ -38,7 +39,11 @@ def check_output_dir(folder: Path) -> None:
 
 def check_not_model(folder: Path, model_name: str) -> None:
     """Raise UserError where a result would lie where its base is looked up; a hub name is looked up as a folder first."""
-    if folder.resolve() == Path(model_name).resolve():
+    try:
+        is_model = folder.resolve() == Path(model_name).resolve()
+    except (OSError, ValueError):  # no path at all: what needs it says so
+        return
+    if is_model:
         raise UserError(
             f"--output_dir {folder}, --model_name {model_name}: the result would be found in place of the model that it was made "
             "from. Choose another --output_dir"

@@ -102,7 +102,7 @@ class Search:
             folder, log, started = self.folder / "probe", self.folder / "probe.log", time.monotonic()
             shutil.rmtree(folder, ignore_errors=True)
             status = self.start(folder, settings, {"target_epsilon": self.args.target_epsilon, "dry_run": True}, log)
-            output = log.read_text(errors="replace")
+            output = log.read_text("utf-8", errors="replace")
             runs = PrivacyLedger(folder / LEDGER_NAME).runs
             if status or not runs:
                 lines = [line for line in output.splitlines() if "error:" in line] or output.splitlines()[-1:] or ["no output"]
@@ -216,7 +216,7 @@ class Search:
             assert guarantee is not None  # it had a score
             report = self.final_report(guarantee)
             released = self.out / REPORT_NAME
-            if not (released.exists() and json.loads(released.read_text()) == report):  # otherwise an earlier call did it
+            if not (released.exists() and json.loads(released.read_text("utf-8")) == report):  # otherwise an earlier call did it
                 check_out(self.folder, self.out)
                 copy_publishable(folder, self.out, report)
         kept = self.plan if self.args.keep_runs else {}

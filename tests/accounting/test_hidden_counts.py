@@ -131,8 +131,8 @@ def test_disclosed_counts_cannot_be_hidden_later(tmp_path):
 
 @catches("a divisor that follows the number of authors", "accounting.plan.make_plan", "expected_batch_size=batch_size",
     "expected_batch_size=round(sample_rate * num_authors)")  # fmt: skip
-@catches("steps that follow the number of authors", "accounting.plan.planned_steps",
-    "math.ceil(args.num_train_epochs / sample_rate)", "math.ceil(args.num_train_epochs * num_authors / batch_size)")  # fmt: skip
+@catches("steps that follow the number of authors", "accounting.plan.make_plan",
+    "planned_steps(args, sample_rate)", "planned_steps(args, 16 / num_authors)")  # fmt: skip
 def test_plan_follows_from_options_alone():
     args = SimpleNamespace(
         per_device_train_batch_size=8, gradient_accumulation_steps=2, world_size=1, max_steps=-1, num_train_epochs=3

@@ -69,8 +69,8 @@ BUGS: dict[str, tuple] = {
         {"steps": 120}),
     "a clip for each sample": (
         "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
-        "microbatch.update(author=torch.arange(len(microbatch['author'])), num_authors=len(microbatch['author']));"
-        "real = torch.arange(len(microbatch['author'])) < real.sum()",
+        "n = len(microbatch['author']); microbatch.update(author=torch.arange(n), num_authors=n, samples_each=1, "
+        "is_real=torch.arange(n) < microbatch['num_real'])",
         "canaries fail", {"steps": 120}),
     "half the clip norm": (CLIP, "(clip_norm / norms)", "(0.5 * clip_norm / norms)", "canaries fail",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),

@@ -126,8 +126,8 @@ PLANTED = {
     "tied weights counted as two": ("author_dp.clipping.grad_factors.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_"),
     "tied weights counted as two, formed": ("author_dp.clipping.grad_factors.add", "grad.gradients.float()",
                                             "0 * grad.gradients"),
-    "one author's gradient twice": ("author_dp.clipping.author_groups.ClipFactors.scale", "self.factors[self.authors.author]",
-                                    "self.factors.roll(1)[self.authors.author]"),
+    "one author's gradient twice": ("author_dp.clipping.author_groups.ClipFactors.scale", "self._of_samples",
+                                    "self._of_samples.roll(1, 0)"),
     "the other engine without a clip": ("author_dp.clipping.grad_sample.GradSampleClipping.backward",
                                         "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)"),
 }  # fmt: skip

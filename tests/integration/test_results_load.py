@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_trainer, sample, tiny_gpt2, trainable
+from conftest import ROOT, make_trainer, sample, tiny_gpt2, trainable
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +19,7 @@ from author_dp.outputs import generate, report
 from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER, find_loader
 from author_dp.training.rescue import check_saved
 
-DEMO = Path(__file__).parent.parent / "demo" / "model"
+DEMO = ROOT / "demo" / "model"
 NAMES = {"gpt2": ("c_attn", "wte", "ln_f"), "llama": ("q_proj", "embed_tokens", "model.norm")}
 OPTIONS = [
     {},

@@ -180,7 +180,10 @@ def test_another_adapter_or_base_is_refused(tmp_path, how):
         path = out / "adapter_config.json" if how.startswith("adapter") else base / "config.json"
         write_json(path, {**json.loads(path.read_text()), "lora_alpha": 800, "activation_function": "relu"})
     refused_by_all(
-        tmp_path, "adapter's base|the base model is not the one" if how.startswith("base") else r"out/adapter_\S*: its SHA-256"
+        tmp_path,
+        "adapter's base|the base model is not the one|its config.json has"
+        if how.startswith("base")
+        else r"out/adapter_\S*: its SHA-256",
     )
 
 

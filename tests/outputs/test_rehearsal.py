@@ -164,7 +164,7 @@ def test_check_output_dir_asks_the_file_system_itself(tmp_path, monkeypatch):
 
     check_output_dir(tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("author_dp.accounting.output_dir.tempfile.mkdtemp", fail)
+    monkeypatch.setattr("author_dp.accounting.output_dir.tempfile.TemporaryFile", fail)
     with pytest.raises(UserError, match=r"^--output_dir .*cannot be written \(Read-only file system\)"):
         check_output_dir(tmp_path / "out")
 
