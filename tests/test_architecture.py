@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from conftest import ROOT, read_report
 
 from author_dp.accounting.ledger import PrivacyLedger
@@ -15,6 +16,7 @@ def replace(script: str, old: str, new: str) -> str:
     return script.replace(old, new)
 
 
+@pytest.mark.integration
 def test_script_on_the_page_trains(checkpoint, tmp_path, monkeypatch):
     (script,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
     for old, new in (('"demo/model"', repr(checkpoint)), ("max_steps=20", "max_steps=2"), ("range(300)", "range(100)")):

@@ -281,6 +281,7 @@ def test_split_depends_on_seed_and_author_alone():
     assert split(authors[::-1])[1] == evaluation
 
 
+@pytest.mark.integration
 @catches("who is trained depends on who else is there", "data.splits.assign_sides", "scores < eval_fraction + train_fraction",
     "np.argsort(np.argsort(scores)) / len(scores) < eval_fraction + train_fraction")  # fmt: skip
 def test_a_fraction_of_the_authors_depends_on_each_alone():

@@ -76,6 +76,7 @@ def test_the_update_of_a_step_equals_a_naive_loop_over_authors(tmp_path, clippin
         assert model.lm_head.weight is model.transformer.wte.weight
 
 
+@pytest.mark.integration
 @catches("noise per microbatch", "dp_utils.DPTrainer.training_step", "self.norms.add(",
     "self.optimizer.optimizer.grad_buffer.sums.add_(torch.randn_like(self.optimizer.optimizer.grad_buffer.sums) "
     "* self.plan.noise_multiplier * self.plan.clip_norm); self.norms.add(")  # fmt: skip
@@ -94,6 +95,7 @@ def test_noise_is_drawn_once_per_step_whatever_the_microbatches(tmp_path):
     assert counts[0] < counts[1] == 12
 
 
+@pytest.mark.integration
 def test_epochs_are_as_many_steps_as_were_planned_and_accounted_for(tmp_path):
     # q = 4 / 10: 3 epochs are ceil(7.5) steps, where the Trainer's own count of whole epochs is 9.
     trainer = make_trainer(tmp_path, dataset=make_dataset([1] * 10), max_steps=-1, num_train_epochs=3)
@@ -113,6 +115,7 @@ def test_empty_draws_are_steps_of_noise_alone(tmp_path):
         assert within(gradient.var().item(), (0.5 / 4) ** 2, (0.5 / 4) ** 2 * math.sqrt(2 / len(gradient)))
 
 
+@pytest.mark.integration
 @catches("the same noise in every run, and on resume", "mechanism.noise.GaussianNoise.__init__", "secrets.token_bytes(16)",
     "bytes(16)")  # fmt: skip
 @catches("sampling from --seed", "training.dataloading.make_sampler", "secrets.randbits(128)", "args.seed")
@@ -154,6 +157,7 @@ def test_a_step_that_was_broken_off_leaves_nothing_for_the_next(tmp_path):
     assert recorder.gradients[0].norm() * 4 <= 0.5 * len(COUNTS)
 
 
+@pytest.mark.integration
 def test_report_and_ledger_say_what_was_done(tmp_path):
     trainer = make_trainer(
         tmp_path, dataset=make_dataset([1, 2] * 50), max_steps=5, save_strategy="steps", save_steps=2,
@@ -215,6 +219,7 @@ def test_without_noise_epsilon_is_null_and_the_warning_loud(tmp_path, monkeypatc
     assert "no privacy" in format_guarantee(None, 1e-5)
 
 
+@pytest.mark.integration
 def test_a_bound_that_is_not_the_prv_accountants_is_not_called_so(tmp_path):
     trainer = make_trainer(tmp_path, privacy={"noise_multiplier": 0.01})
     trainer.train()
@@ -240,6 +245,7 @@ def test_disable_dp_is_plain_averaging(tmp_path):
 # --- runs that go on -----------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_resuming_restores_optimizer_and_scheduler(tmp_path):
     """And nothing is drawn in vain: the batches before are not drawn again."""
     options = {
@@ -286,6 +292,7 @@ def test_checkpoints_load_plainly(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
+@pytest.mark.integration
 def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch, capfd):
     """Every key that the operating system gave, and every noise that was added, is looked for in all files and in the log."""
     keys, noises = [], []
@@ -343,6 +350,7 @@ KINDS: list[dict] = [
 ]  # fmt: skip
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("clip_norm", "sigma"), sample(ENDS, of=8))
 def test_at_the_ends_of_the_ranges_nothing_raises_an_alarm(tmp_path, clip_norm, sigma, kind):

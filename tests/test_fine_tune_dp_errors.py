@@ -36,6 +36,7 @@ def test_what_the_trainer_alone_notices_ends_with_status_2_too(
     assert status == 2 and word in stderr[stderr.rindex("fine-tune-dp.py: error:") :] and "Traceback" not in stderr, stderr
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "words"),
     sample(
@@ -149,6 +150,7 @@ def test_help_lists_the_options(monkeypatch, capfd):
 # --- the demo -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_the_demo_is_what_its_script_makes():
     sys.path.insert(0, str(ROOT / "demo"))
     from make_corpus import make_corpus

@@ -83,6 +83,7 @@ def test_backward_import_is_noticed(module, line):
     assert backward(module, LIBRARY[module].read_text() + source)
 
 
+@pytest.mark.integration
 def test_the_folder_alone_is_a_library(tmp_path):
     shutil.copytree(ROOT / "author_dp", tmp_path / "author_dp", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-P", "-c", f"import sys; sys.path[0:0] = ['.']; import {', '.join(LIBRARY)}"]
@@ -109,6 +110,7 @@ def test_names_that_outsiders_rely_on(names):
         assert hasattr(importlib.import_module(module), name)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("program", sample(["ledger", "report"]))
 def test_programs_name_what_they_want(program, tmp_path):
     command = [sys.executable, "-m", f"author_dp.{program}"]

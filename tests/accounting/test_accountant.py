@@ -48,6 +48,7 @@ def exact_noise(rate, steps, epsilon, delta):
     return high
 
 
+@pytest.mark.integration
 def test_find_noise_multiplier_readme_run_is_close_and_never_above():
     sigma = find_noise_multiplier(**README_RUN, target_epsilon=8.0, target_delta=1 / N)
     assert abs(sigma / 0.4715 - 1) < 2e-3
@@ -83,6 +84,7 @@ def test_compute_epsilon_is_a_close_upper_bound():
         assert exact * 0.999 - 1e-3 <= ours <= exact * 1.01 + 2e-3, (sigma, rate, steps, delta, ours, exact)
 
 
+@pytest.mark.integration
 @catches("the lower bound for epsilon", "accounting.accountant.EpsilonAccountant._compose_on_grid", "_, _, upper =",
     "upper, _, _ =")  # fmt: skip
 def test_prv_epsilon_includes_the_grid_error(monkeypatch):
@@ -113,6 +115,7 @@ def test_rdp_of_step_is_rounded_up_and_close(sigma, rate):
             assert exact <= found[order] <= exact * (1 + mpmath.mpf(1e-10)) + mpmath.mpf(1e-12)
 
 
+@pytest.mark.integration
 @catches("a grid that ends too early", "accounting.accountant.EpsilonAccountant._largest_loss", "self.delta_error / 4",
     "self.delta")  # fmt: skip
 def test_prv_grid_reaches_as_far_as_opacus():
@@ -205,6 +208,7 @@ def test_accountant_is_named(setting, accountant):
     assert EpsilonAccountant([MechanismEvent(*event)], delta).accountant == accountant
 
 
+@pytest.mark.integration
 @catches("steps of equal mechanisms forgotten", "accounting.accountant.merge_events", "totals.get((sigma, rate), 0) + steps",
     "steps")  # fmt: skip
 def test_epsilon_composes_unequal_mechanisms():
@@ -214,6 +218,7 @@ def test_epsilon_composes_unequal_mechanisms():
     assert exact * 0.999 <= ours <= exact * 1.01
 
 
+@pytest.mark.integration
 def test_epsilon_grows_with_steps():
     epsilons = [EpsilonAccountant([MechanismEvent(0.6, 0.02, steps)], 1e-5).epsilon for steps in (0, 1, 10, 100, 499, 500)]
     assert epsilons[0] == 0 and epsilons == sorted(epsilons)
@@ -266,6 +271,7 @@ def test_find_noise_multiplier_large_target_needs_little_noise():
     assert 0 < sigma < 0.1 and compute_epsilon(sigma, 0.01, 10, 1e-5) <= 5_000
 
 
+@pytest.mark.integration
 def test_find_noise_multiplier_refuses_target_that_holds_without_noise():
     """If an author is sampled at all with probability below delta, any epsilon holds without noise."""
     for sample_rate, steps in ((1e-12, 100), (1e-8, 100), (1e-7, 100)):

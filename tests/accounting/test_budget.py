@@ -51,6 +51,7 @@ def test_failing_ledger_stops_before_the_update(tmp_path, monkeypatch):
     assert torch.equal(before, flat(trainer.model.parameters()))
 
 
+@pytest.mark.integration
 @catches("steps lost in a crash not counted on resume", "accounting.budget.Budget.epsilon",
     "self.ledger.epsilon(self.plan.delta, self.plan.event(more_steps))",
     "PrivacyLedger(self.ledger.path / 'none').epsilon(self.plan.delta, self.plan.event(self.steps + more_steps))")  # fmt: skip
@@ -96,6 +97,7 @@ def test_run_without_noise_is_no_start_for_one_with_a_target(tmp_path):
         budget.start()
 
 
+@pytest.mark.integration
 def test_run_without_steps_does_not_bind_later_runs(tmp_path):
     """Its header may exist; a new run is calibrated and accounted by itself."""
     idle = resumable(tmp_path, max_steps=60, target=1.0)

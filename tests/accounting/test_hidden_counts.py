@@ -53,6 +53,7 @@ def without_randomness(name: str, content: bytes) -> object:
     return re.sub(rb"/[\w/.-]*/run-[ab]|runs/[\w.-]+", b"", text)
 
 
+@pytest.mark.integration
 @catches("a hidden number of authors in the ledger", "accounting.plan.PrivacyPlan.to_public_dict",
     "if self.hide_counts else {}", "if False else {}")  # fmt: skip
 def test_public_files_do_not_depend_on_number_of_authors(tmp_path):
@@ -77,6 +78,7 @@ def test_public_files_do_not_depend_on_number_of_authors(tmp_path):
     assert load_file(tmp_path / "run-a" / "model.safetensors")
 
 
+@pytest.mark.integration
 def test_epsilon_follows_from_given_sample_rate(tmp_path):
     for authors in (40, 97):
         trainer = hidden_trainer(tmp_path / str(authors), authors)
@@ -107,6 +109,7 @@ def test_summary_and_reports_work_without_counts(tmp_path):
     assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not disclosed"
 
 
+@pytest.mark.integration
 def test_resume_checks_hidden_author_count(tmp_path):
     trainer = hidden_trainer(tmp_path, 40)
     trainer.train()

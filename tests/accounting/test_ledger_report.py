@@ -58,6 +58,7 @@ def test_program_names_wrong_argument(tmp_path, arguments):
         main([word.format(tmp_path) for word in arguments])
 
 
+@pytest.mark.integration
 def test_program_exits_2_for_edited_ledger(tmp_path):
     ledger = make_ledger(tmp_path)
     ledger.path.write_bytes(edited(ledger.path.read_bytes(), "less noise counted"))

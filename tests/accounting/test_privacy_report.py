@@ -206,6 +206,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+@pytest.mark.integration
 @catches("a summary that adds all planned steps to those taken", "training.saving.CertifiedTrainer.summary",
     "self.plan.steps - steps_before", "self.plan.steps", stop=4, steps=6, target=30.0)  # fmt: skip
 @catches("a summary that knows of no target", "accounting.budget.Budget.forecast",
@@ -299,6 +300,7 @@ def test_script_certifies_no_run_without_steps(checkpoint, comments, tmp_path, m
     assert first == second and "audit" not in again.strip().splitlines()[-1]
 
 
+@pytest.mark.integration
 @catches("a finished run called again reports the options of now", "training.run_report.RunReport.find_finished",
     "replace(plan_of(self.budget.ledger.last_run), **made)", "self.plan", how="options")  # fmt: skip
 @catches("settings of now in the report of a finished run", "training.run_report.RunReport.to_dict",
@@ -327,6 +329,7 @@ def test_finished_run_keeps_its_report_when_called_again(tmp_path, how):
         assert plain or other.epsilon() == first.epsilon()
 
 
+@pytest.mark.integration
 @catches("the page's delta of a run that took no step", "accounting.privacy_report.make_interrupted_report", "ledger.last_run",
     "ledger.runs[-1]")  # fmt: skip
 def test_more_steps_with_another_delta_report_that_delta(tmp_path):
@@ -352,6 +355,7 @@ def test_more_steps_with_another_delta_report_that_delta(tmp_path):
     )
 
 
+@pytest.mark.integration
 @catches("epsilon cut off at the target", "accounting.budget.Budget.epsilon", "return self.ledger.epsilon(",
     "return (lambda *spent: min(self.plan.target_epsilon or math.inf, self.ledger.epsilon(*spent)))(", bands=None)  # fmt: skip
 @catches("a step more than the target allows", "accounting.budget.bisect_largest", "return low", "return high", bands=None)

@@ -20,6 +20,7 @@ def dp_accounting_distribution(sigma, rate, steps, pessimistic=True):
     return from_gaussian_mechanism(sigma, pessimistic_estimate=pessimistic, **options).self_compose(steps)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), SETTINGS)
 def test_true_positive_rates_agree_with_dp_accounting(sigma, rate, steps, delta):
     bounds = attack_bounds([MechanismEvent(sigma, rate, steps)], delta)
@@ -30,6 +31,7 @@ def test_true_positive_rates_agree_with_dp_accounting(sigma, rate, steps, delta)
         assert expected * (1 - 1e-3) <= true_rate <= expected * (1 + 2e-3), (false_rate, true_rate, expected)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), SETTINGS)
 def test_mu_is_the_smallest_that_bounds_every_delta(sigma, rate, steps, delta):
     mu, epsilons = PrivacyProfile([MechanismEvent(sigma, rate, steps)], delta).mu(), np.linspace(0, 12, 2_001)
@@ -39,6 +41,7 @@ def test_mu_is_the_smallest_that_bounds_every_delta(sigma, rate, steps, delta):
     assert needed * (1 - 1e-3) <= mu <= needed * (1 + 1e-2)
 
 
+@pytest.mark.integration
 def test_gdp_mu_at_recovers_mu_of_gaussian():
     for mu in (0.01, 1.0, 5.0):
         deltas = from_gaussian_mechanism(1 / mu, value_discretization_interval=1e-4).get_delta_for_epsilon(

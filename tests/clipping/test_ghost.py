@@ -163,6 +163,7 @@ def test_a_layer_without_a_rule_is_run_again_after_a_forward_in_bfloat16():
     assert sums[1].norm() > 0 and close(*sums, 0.02)
 
 
+@pytest.mark.integration
 def test_the_trainer_checkpoints_and_rounds_as_asked(tmp_path):
     """The options of a user: the update is that of the naive loop."""
     for name, options in {"plain": {}, "checkpointed": {"gradient_checkpointing": True}, "bf16": {"bf16": True}}.items():

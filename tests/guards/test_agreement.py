@@ -66,6 +66,7 @@ def check_passes(work, folder) -> None:
     assert not (error := work(folder)), error
 
 
+@pytest.mark.integration
 @catches("draws that nobody compares", "guards.agreement.find_mismatches", '"batches": "sampled authors"', "",
     bug="another sampler key on each")  # fmt: skip
 @catches("groups that nobody compares", "guards.agreement.RankMonitor.__init__", 'b"" if sampler.groups is None',
@@ -83,6 +84,7 @@ def test_mismatch_between_processes_ends_all_of_them(tmp_path, bug):
     assert ledger.steps == 3 and ledger.failure
 
 
+@pytest.mark.integration
 @catches("another sampler key on each process", "training.dataloading.make_sampler", "broadcast(secrets.randbits(128))",
     "secrets.randbits(128)", processes=2, bands="1", canaries=0, full_shard=False, workers=0)  # fmt: skip
 @catches("another group key on each process", "training.dataloading.make_sampler", "broadcast(secrets.token_bytes(32))",
@@ -116,6 +118,7 @@ def start_with_difference(folder, difference: str) -> str:
     return error_of(lambda: make_run(folder, **options))
 
 
+@pytest.mark.integration
 @catches("data that nobody compares", "guards.agreement.check_same_start", 'start["data"] != starts[0]["data"]', "False",
     difference="texts", words="training data")  # fmt: skip
 @pytest.mark.parametrize(

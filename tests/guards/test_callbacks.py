@@ -117,6 +117,7 @@ def test_a_callback_that_has_declared_nothing_changes_nothing(tmp_path, what, ev
     assert changes.changed and trainer.budget.ledger.steps <= 2  # at once
 
 
+@pytest.mark.integration
 def test_watched_callback_may_watch(tmp_path):
     trainer = trainer_with(tmp_path, Changes("stop", "never"))
     trainer.train()
@@ -136,6 +137,7 @@ def declared(by: str) -> TrainerCallback:
     return type("Declared", (Changes,), {"follows": by})("stop", "evaluate")
 
 
+@pytest.mark.integration
 @catches("a declaration that subclasses inherit", "guards.callbacks.get_declaration", 'vars(callback_class).get("follows")',
     'getattr(callback_class, "follows", None)')  # fmt: skip
 def test_declared_callback_may_change_what_it_declares(tmp_path):

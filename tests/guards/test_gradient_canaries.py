@@ -143,6 +143,7 @@ def test_correct_mechanism_passes_and_intervals_cover_it(tmp_path, clipping):
     assert audit["epsilon_lower_bound"] <= trainer.epsilon()
 
 
+@pytest.mark.integration
 def test_gradient_canaries_change_neither_model_nor_losses(tmp_path):
     """Without noise and with every author in each step, canaries change nothing."""
     weights, losses = [], []
@@ -268,6 +269,7 @@ def test_check_unseeded_sampling_finds_seeds_behind_groups(bands):
 # --- the one-run bound for mu-GDP -----------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_gaussian_mu_lower_bound_holds_and_is_tighter():
     generator = np.random.default_rng(0)
     for mu in (0.5, 2.0):
@@ -316,6 +318,7 @@ def test_script_reports_the_gradient_audit(checkpoint, comments, tmp_path, proce
     assert low < 8.0 * 1.1 and high > 8.0 * 0.9 and math.isclose(low, high, rel_tol=0.2)
 
 
+@pytest.mark.integration
 def test_finished_run_keeps_its_audit(tmp_path):
     """Started again, it trains nothing, and so has no new audit."""
     options = {"steps": 3, "save_strategy": "steps", "save_steps": 3}

@@ -84,6 +84,7 @@ def change_frozen_weight(model, optimizer) -> None:
         next(p for p in model.parameters() if not p.requires_grad).view(-1)[0].add_(1e-6)
 
 
+@pytest.mark.integration
 @catches("noise on frozen weights", "dp_utils.DPTrainer.training_step", "self.norms.end_step()",
     "self.norms.end_step(); [p.data.add_(torch.randn_like(p), alpha=1e-3) for p in self.model.parameters()]",
     make=half_frozen)  # fmt: skip
@@ -106,6 +107,7 @@ def test_changed_saved_buffer_ends_the_run(tmp_path):
         run(tmp_path / "memory", model, lambda model, _: model.memory.add_(1))
 
 
+@pytest.mark.integration
 def test_resuming_and_training_again_pass(tmp_path):
     options = {"optim": "adamw_torch", "save_steps": 2}
     run(tmp_path, half_frozen(), **options)
@@ -131,6 +133,7 @@ def change_one_shard(model, optimizer) -> None:
         frozen.to_local().view(-1)[0].add_(1e-6)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("noisy", [False, True])
 def test_each_process_checks_its_shards_of_frozen_weights(tmp_path, noisy):
     first, second = in_processes(tmp_path, 2, functools.partial(run_sharded, tmp_path / "run", noisy))

@@ -149,6 +149,7 @@ def test_check_unseeded_restores_every_generator(tmp_path):
     assert before[2] == random.getstate()
 
 
+@pytest.mark.integration
 def test_reused_noise_of_an_earlier_run_ends_the_run(tmp_path, monkeypatch):
     code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", "bytes(16)")
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
@@ -186,6 +187,7 @@ def test_script_exits_with_status_3(tmp_path, checkpoint, comments, processes, m
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("secure", [False, True])
 def test_correct_noise_passes(tmp_path, secure):
     trainer = make_run(tmp_path, privacy={"secure_noise": secure})
@@ -193,10 +195,12 @@ def test_correct_noise_passes(tmp_path, secure):
     assert trainer.budget.steps == 12 and trainer.monitors.noise.steps == 12 and trainer.budget.ledger.failure is None
 
 
+@pytest.mark.integration
 def test_run_without_noise_is_not_tested(tmp_path):
     make_run(tmp_path, privacy={"noise_multiplier": 0.0}).train()
 
 
+@pytest.mark.integration
 def test_probe_belongs_to_no_parameter(tmp_path):
     trainer = make_run(tmp_path)
     trainer.train()

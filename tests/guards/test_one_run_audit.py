@@ -58,6 +58,7 @@ def test_epsilon_lower_bound_is_zero_for_chance_and_wrong_guesses():
     assert epsilon_lower_bound(0, 0, 0, 1e-5, 0.95) == 0
 
 
+@pytest.mark.integration
 @catches("an audit that picks its best guess for free", "guards.one_run_audit.lower_bound",
     "1 - (1 - CONFIDENCE) / len(GUESS_SHARES)", "0.8", epsilon=0.5)  # fmt: skip
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])

@@ -86,6 +86,7 @@ def test_given_scheduler_must_declare_what_it_follows(tmp_path, more):
     assert trainer.budget.ledger.steps == 0
 
 
+@pytest.mark.integration
 def test_given_scheduler_is_held_to_its_declaration(tmp_path):
     trainer = with_scheduler(tmp_path / "steps")
     trainer.lr_scheduler.follows = "steps"
@@ -102,6 +103,7 @@ def test_given_scheduler_is_held_to_its_declaration(tmp_path):
     with_scheduler(tmp_path / "free", privacy={"disable_dp": True}).train()
 
 
+@pytest.mark.integration
 def test_second_training_has_no_given_scheduler(tmp_path):
     trainer = trainer_with(tmp_path)
     trainer.train()

@@ -128,6 +128,7 @@ def test_options_that_work_do_so_together(tmp_path, change):
     assert trainer.budget.ledger.steps == 2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("half", ["bf16_full_eval", "fp16_full_eval"])
 def test_options_without_effect_change_neither_weights_nor_losses(tmp_path, half):
     def run(name, **options):

@@ -53,6 +53,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.integration
 @settings(FUZZ, max_examples=400)
 @given(option=st.sampled_from(OPTIONS), value=st.one_of(NUMBERS, ODD, st.text(max_size=8)))
 def test_any_value_of_any_option_is_taken_or_complained_about(option, value):

@@ -23,6 +23,7 @@ def run_processes(folder: Path, processes: int, **options) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("kind", "engine"), sample([("tied", "ghost"), ("lora", "ghost"), ("tied", "grad_sample")]))
 def test_processes_release_the_update_of_a_plain_loop(tmp_path, kind, engine):
     # Expected batch 24 of 27 authors: an empty draw has a chance of 1e-26.

@@ -77,6 +77,7 @@ def no_tokenizer(monkeypatch):
     transformers.logging.disable_progress_bar()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("family", "tied", "targets"), sample(CASES, of=8))
 def test_every_adapter_loads_as_it_was_trained(tmp_path, family, tied, targets):
     attention, embedding, norm = NAMES[family]
@@ -157,6 +158,7 @@ def test_adapts_tied_weights_knows_where_merging_would_change_two_layers():
     assert not adapts_tied_weights(adapted(True, "c_attn")) and not adapts_tied_weights(adapted(False, "lm_head", "wte"))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 def test_the_run_says_how_its_result_is_loaded(tmp_path, monkeypatch, options):
     make_base("gpt2", True).save_pretrained(tmp_path / "base")

@@ -158,6 +158,7 @@ def test_a_model_whose_norms_have_no_rule_of_their_own_trains(checkpoint, commen
         assert kept.use_dora and kept.use_rslora and kept.bias == "all" and kept.modules_to_save == ["lm_head"]
 
 
+@pytest.mark.integration
 def test_an_encoder_decoder_is_refused_in_a_line(checkpoint, comments, tmp_path, monkeypatch, capfd):
     T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "t5")

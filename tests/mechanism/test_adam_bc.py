@@ -163,6 +163,7 @@ def uses_adam_bc(path, **options) -> bool:
     return isinstance(trainer.dp_optimizer.original_optimizer, AdamBC)
 
 
+@pytest.mark.integration
 def test_trainer_uses_adam_bc_with_bands_or_by_option(tmp_path):
     bands = {"noise_bands": "2"}
     assert uses_adam_bc(tmp_path, privacy=bands) and uses_adam_bc(tmp_path, privacy=bands, optim="adamw_torch_fused")
@@ -174,6 +175,7 @@ def test_trainer_uses_adam_bc_with_bands_or_by_option(tmp_path):
         uses_adam_bc(tmp_path, privacy={"adam_noise_correction": True}, optim="sgd")
 
 
+@pytest.mark.integration
 def test_trainer_resumes_with_adam_bc(tmp_path):
     options = {"optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
     privacy = {"noise_multiplier": 1.0, "noise_bands": "2", "sample_rate": 0.3}

@@ -105,6 +105,7 @@ def check_update(folder: Path, kind: str, counts: list, tolerance: float = 1e-5,
 UNEQUAL = [[[1, 2], [3]], [[2, 1, 1]], [], [[1]]]
 
 
+@pytest.mark.integration
 @catches("shares: the mean of the processes' sums", "mechanism.fsdp_clipping.ShardedStore.sum_pass", "view_as(local))",
     "view_as(local), alpha=1 / world_size)", kind="tied", counts=UNEQUAL[:2])  # fmt: skip
 @catches("shares: an idle round counts", "mechanism.fsdp_clipping.ShardedStore.sum_pass", "if self.is_dummy:", "if False:",
@@ -120,6 +121,7 @@ def test_sharded_update_equals_a_plain_loop(tmp_path, kind, counts):
     check_update(tmp_path, kind, counts)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("option", "tolerance"), [({"checkpointing": True}, 1e-5), ({"bf16": True}, 0.02)])
 def test_sharded_update_with_checkpointing_and_bfloat16(tmp_path, option, tolerance):
     check_update(tmp_path, "tied", UNEQUAL[:2], tolerance, **option)
@@ -146,6 +148,7 @@ def one_step(folder: Path) -> dict:
     }
 
 
+@pytest.mark.integration
 def test_sharded_run_is_checked_monitored_and_evaluated(tmp_path):
     first, second = in_processes(tmp_path, 2, one_step, tmp_path)
     assert first["wrapped_in"] == "NoDDPWrapper" and first["proven"] < 1e-5 and first["checked"] == (3, 3)

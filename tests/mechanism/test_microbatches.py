@@ -167,6 +167,7 @@ def released_sum(folder, rows: list, bf16: bool) -> torch.Tensor:
     return recorder.gradients[0].double() * (130 / 0.1)
 
 
+@pytest.mark.integration
 @catches("microbatches as large as the batch", "dp_utils.DPTrainer.get_train_dataloader", "if self.model_check is not None:",
     "if False:", bf16=True)  # fmt: skip
 @pytest.mark.parametrize("bf16", [True, False])

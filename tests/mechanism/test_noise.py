@@ -23,6 +23,7 @@ def draws(size: int, std: float = 1.0, source: GaussianNoise | None = None) -> t
     return total
 
 
+@pytest.mark.integration
 @catches("noise of half the variance", "mechanism.noise.GaussianNoise._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)")
 def test_noise_is_normal_in_the_middle_and_in_the_tails():
     values = draws(8_000_000).numpy()

@@ -272,6 +272,7 @@ def test_cyclic_event_has_fewer_steps_at_a_higher_rate():
         cyclic_sample_rate(0.13, 8)
 
 
+@pytest.mark.integration
 @catches("q instead of b q accounted", "accounting.accountant.cyclic_event", "cyclic_sample_rate(sample_rate, bands)",
     "sample_rate")  # fmt: skip
 def test_cyclic_event_epsilon_agrees_with_dp_accounting():
@@ -283,6 +284,7 @@ def test_cyclic_event_epsilon_agrees_with_dp_accounting():
         assert ours == pytest.approx(judge.get_epsilon(1e-5), rel=0.01)
 
 
+@pytest.mark.integration
 def test_choose_bands_has_nearly_the_least_error_allowed():
     few = choose_bands(0.013, 154, 8.0, 5e-5, 64)
     assert few in (8, 16)

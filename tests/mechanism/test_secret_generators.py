@@ -40,6 +40,7 @@ def released_sum(folder, kind: str = "ghost", dropout: float = 0.1, authors: int
     return recorder.gradients[-1] * (AUTHORS / CLIP_NORM)
 
 
+@pytest.mark.integration
 @catches("dropout masks from --seed", "training.setup.make_secret_generators", "return SecretGenerators(",
     "return nullcontext(__import__('types').SimpleNamespace(check=lambda: None)) or SecretGenerators(", kind="ghost")  # fmt: skip
 @catches("masks from a public state", "mechanism.secret_generators.randomize", "generator.set_state(state)",
@@ -65,6 +66,7 @@ def test_train_attacker_who_knows_the_seed_sees_an_author_move_the_sum_by_the_cl
     assert abs(float(seen[0].mean() - seen[1].mean())) < 1.0 + 6 * error
 
 
+@pytest.mark.integration
 @catches("the states of masks saved", "training.saving.CertifiedTrainer._save_rng_state", "if self.generators is None:",
     "if True:")  # fmt: skip
 def test_train_resumed_twice_from_one_checkpoint_draws_other_masks(tmp_path):

@@ -23,6 +23,7 @@ NOT_CAUSAL = set(
 )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("model_type", sample(FAMILIES))
 def test_both_engines_equal_a_plain_loop(model_type, kind):
@@ -58,6 +59,7 @@ def test_positions_are_handed_only_to_models_whose_samples_share_them(model_type
     assert torch.equal(state, torch.get_rng_state()) and modes == [module.training for module in model.modules()]
 
 
+@pytest.mark.integration
 def test_experts_are_trained_whole_and_with_lora():
     assert any("experts.down_proj" in name for name, _ in build("qwen3_moe").named_parameters())
     whole, adapted = try_out("qwen3_moe", "full"), try_out("qwen3_moe", "lora")

@@ -93,6 +93,7 @@ def test_it_computes_what_a_float32_model_with_the_rounded_weights_does(folders,
     assert close(clipped_sum(model, batch, 0.1, "ghost")[0], expected)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_are_clipped_exactly_and_float32(folders, family, bits):
@@ -106,6 +107,7 @@ def test_adapters_are_clipped_exactly_and_float32(folders, family, bits):
             assert close(ours, naive.clipped_sum(model, as_arrays(batch), clip_norm)), (clipping, clip_norm)
 
 
+@pytest.mark.integration
 @catches("bfloat16: what is trained stays in it", "models.quantization.cast_parameters", "not parameter.is_floating_point()",
     "not parameter.is_floating_point() or parameter.requires_grad")  # fmt: skip
 def test_trained_biases_of_a_base_in_bfloat16_are_float32_and_have_a_rule(folders):
@@ -129,6 +131,7 @@ def test_an_evaluation_leaves_the_gradients_as_they_are(folders, bits):
     assert torch.equal(clipped_sum(model, batch, 0.1, "ghost")[0], expected)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("bits", BITS)
 def test_bf16_agrees_to_its_rounding_and_the_proof_is_in_float32(folders, bits):
     model, batch = make(folders["llama"], bits, torch.bfloat16), make_batch()
@@ -173,6 +176,7 @@ def test_no_float32_copy_of_a_frozen_matrix_waits_for_the_backward_pass(folders)
         assert not copies, bits
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("bits", BITS)
 def test_steps_with_several_samples_and_microbatches_are_the_naive_ones(folders, tmp_path, bits):
     model = make(folders["llama"], bits)

@@ -83,6 +83,7 @@ def refused_by_all(folder: Path, words: str) -> None:
 # --- other weights ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 @catches("hashes of another folder", "models.weights.write_certified", "hash_weights(folder)", "hash_weights(folder.parent)",
     lora=False)  # fmt: skip
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -140,6 +141,7 @@ SPOILED = ["swapped", "one byte", "configuration", "missing", "adapter beside", 
            "another format", "no key"]  # fmt: skip
 
 
+@pytest.mark.integration
 @catches("a weight file beside the weights", "models.weights.check_weights", "if extra := sorted(found - named.keys()):",
     "if extra := []:", how="adapter beside")  # fmt: skip
 @catches("other weights of the same name", "models.weights.check_weights", "sha256_of(folder / name) != named[name]", "False",
@@ -164,6 +166,7 @@ def test_other_weights_are_refused_by_all_that_read_a_guarantee(tmp_path, how):
         pytest.fail("not noticed")
 
 
+@pytest.mark.integration
 @catches("another base under the adapter", "models.weights.check_weights", "check_base(folder, report)", "pass", how="base")
 @pytest.mark.parametrize("how", sample(["base", "adapter's configuration", "base's configuration", "base's format", "adapter"]))
 def test_another_adapter_or_base_is_refused(tmp_path, how):
@@ -247,6 +250,7 @@ def test_sharded_weights_are_certified_and_replaced_by_others(tmp_path):
     assert {path.name for path in weight_files(tmp_path)} == {"config.json", "model.safetensors"} and is_certified(tmp_path)
 
 
+@pytest.mark.integration
 @catches("weights of another run write_certified with ours", "models.weights.write_certified",
     "if not pattern.fullmatch(Path(name).name)]", "if False]")  # fmt: skip
 def test_what_somebody_puts_there_during_the_run_is_not_certified(tmp_path):
@@ -258,6 +262,7 @@ def test_what_somebody_puts_there_during_the_run_is_not_certified(tmp_path):
     assert not (tmp_path / "privacy.json").exists()
 
 
+@pytest.mark.integration
 @catches("the best checkpoint of another run", "training.saving.CertifiedTrainer._load_best_model", "not self.plan.disable_dp",
     "False")  # fmt: skip
 def test_the_best_checkpoint_is_one_of_this_run(tmp_path):

@@ -76,6 +76,7 @@ def in_a_child(work) -> int:
 ENDS = {"killed": None, "Ctrl-C": KeyboardInterrupt(), "disk full": OSError(28, "No space left on device")}
 
 
+@pytest.mark.integration
 @catches("privacy.json written before the weights", "models.weights.write_certified", "    yield\n",
     "    write_json(folder / REPORT_NAME, {**make_report(), 'weights': hash_weights(folder)})\n    yield\n", how="Ctrl-C",
     what="model")  # fmt: skip
@@ -119,6 +120,7 @@ def test_wherever_a_save_is_cut_nothing_false_is_certified(tmp_path, how, what):
     assert outcomes == {(True, True), (False, True), (False, False)}
 
 
+@pytest.mark.integration
 @catches("the folder's privacy.json written with each checkpoint", "training.saving.CertifiedTrainer._save",
     "with write_certified(", "with write_certified(self.folder, adapter, self.privacy_report), write_certified(")  # fmt: skip
 def test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(tmp_path):
@@ -139,6 +141,7 @@ def test_a_report_of_the_ledger_tells_what_it_spent(tmp_path):
     assert found["num_authors"] == 60 and "weights" not in found
 
 
+@pytest.mark.integration
 @catches("a ledger rolled back behind its checkpoints", "accounting.ledger_report.main", "in find_reports(folder)", "in []")
 def test_checkpoints_know_of_records_that_a_ledger_has_lost(tmp_path):
     resumable(tmp_path, max_steps=4).train()
@@ -156,6 +159,7 @@ def test_checkpoints_know_of_records_that_a_ledger_has_lost(tmp_path):
         pytest.fail("not noticed")
 
 
+@pytest.mark.integration
 def test_a_run_without_a_whole_checkpoint_starts_anew_and_certifies_its_own_end(tmp_path):
     options = {"dataset": make_dataset([1] * 60), "max_steps": 2}
     first = make_trainer(tmp_path, **options)
@@ -179,6 +183,7 @@ def test_a_model_in_memory_has_an_adapter_without_a_base(tmp_path):
 # --- what lies in subfolders, and what has no guarantee ---------------------------------------------------------
 
 
+@pytest.mark.integration
 @catches("an adapter in a folder named like a checkpoint", "models.weights.weight_files",
     "in_checkpoint or not is_checkpoint(path.parent)", 'not path.parent.name.startswith("checkpoint-")',
     place="checkpoint-x")  # fmt: skip
@@ -206,6 +211,7 @@ def test_an_output_folder_is_not_called_like_a_checkpoint(tmp_path):
         make_trainer(tmp_path / "checkpoint-3")
 
 
+@pytest.mark.integration
 @catches("weights without privacy that pass for a base model", "models.weights.write_certified", "if disable_dp:", "if False:",
     what="model")  # fmt: skip
 @pytest.mark.parametrize("what", ["model", "checkpoint", "rotation"])

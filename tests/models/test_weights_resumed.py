@@ -22,6 +22,7 @@ from author_dp.outputs import report
 # --- folders of another run -------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 @catches("a private run among results without privacy", "training.checkpointing.check_unused", "if results:", "if False:",
     lora=True, interrupted=False)  # fmt: skip
 @pytest.mark.parametrize("lora", [True, False], ids=["lora then full", "full then lora"])
@@ -56,6 +57,7 @@ def test_foreign_weights_are_refused_with_their_names(tmp_path, where, name):
         pytest.fail("begun")
 
 
+@pytest.mark.integration
 @catches("results of another kind beside those resumed", "training.checkpointing.check_own_results", "    if foreign:",
     "    if False:", lora=True)  # fmt: skip
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -132,6 +134,7 @@ def test_an_optimizers_state_without_a_hash_is_not_resumed(tmp_path):
             pytest.fail("resumed")
 
 
+@pytest.mark.integration
 def test_an_adapter_is_resumed_on_its_base_wherever_that_lies_now(tmp_path):
     run(tmp_path, lora=True)
     (tmp_path / "b").mkdir()
@@ -145,6 +148,7 @@ def test_an_adapter_is_resumed_on_its_base_wherever_that_lies_now(tmp_path):
 # --- where training started -------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 @catches("a starting model without privacy not named", "training.run_report.RunReport.to_dict",
     '"base_model": self.base_model', '"base_model": None')  # fmt: skip
 @catches("text of a model that started from one without privacy is covered", "outputs.privacy_statement.not_covered_reason",

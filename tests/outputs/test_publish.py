@@ -131,6 +131,7 @@ def test_the_card_tells_library_base_settings_and_guarantee(result, tmp_path):
     assert ("| lora_target_modules | ['c_attn'] |" in card) is (kind == "lora")
 
 
+@pytest.mark.integration
 def test_a_local_base_model_has_no_path_in_the_card(tmp_path):
     text = (run(tmp_path, max_steps=1).folder / "README.md").read_text()
     assert "base_model" not in text and str(ROOT) not in text
@@ -276,6 +277,7 @@ class FakeHub:
         return done if run_as_future else None
 
 
+@pytest.mark.integration
 @catches("the folder itself is uploaded", "outputs.publish.upload", 'publish(folder, temporary / "model", repo)',
     'shutil.copytree(folder, temporary / "model")', kind="full")  # fmt: skip
 @catches("the Trainer's own upload of checkpoints", "outputs.uploads.UploadingTrainer._push_from_checkpoint",

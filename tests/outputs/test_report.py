@@ -39,6 +39,7 @@ def run(folder, **privacy):
     return trainer
 
 
+@pytest.mark.integration
 def test_the_page_shows_the_guarantee_and_the_run(tmp_path):
     trainer = run(tmp_path)
     write_report(tmp_path)
@@ -55,6 +56,7 @@ def test_the_page_shows_the_guarantee_and_the_run(tmp_path):
     assert len(statistics["seconds_per_step"]) == 4 and sum(statistics["norms_over_clip_norm"]["counts"]) > 0
 
 
+@pytest.mark.integration
 @catches("a secret in the report's command", "cli.command_line", "word = option + equals + HIDDEN", "pass")
 def test_page_says_what_was_trained_and_by_which_command(tmp_path, monkeypatch):
     typed = ["fine-tune-dp.py", "--train_file", "my <file>.jsonl", "--hub_token", "hf_1", "--hub_tok=hf_2", "--hub-token", "hf_3"]
@@ -122,6 +124,7 @@ def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
     assert loss_points([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], {})[0] == [(5.5, 2.0), (15.5, 1.0)]
 
 
+@pytest.mark.integration
 @catches("every model's text called covered", "outputs.page.page", '"specimens", {}), has_guarantee(report))',
     '"specimens", {}), True)', disable_dp=True)  # fmt: skip
 @catches("a report for everybody", "outputs.report.write_report", "make_private(path)", "path.touch(mode=0o644)", disable_dp=True)
@@ -188,6 +191,7 @@ def report_run(folder, held_out, text_samples=None, release=None, resume=False):
     return trainer, metrics
 
 
+@pytest.mark.integration
 def test_report_of_a_run_holds_evaluations_and_texts(tmp_path, capsys):
     held_out = make_dataset([2] * 9, seed=1)
     trainer, metrics = report_run(tmp_path, held_out, TextSamples(Tokenizer(), held_out, [], 16))
@@ -209,6 +213,7 @@ def test_report_of_a_run_holds_evaluations_and_texts(tmp_path, capsys):
     assert found_again["evaluation"]["before"] == found["evaluation"]["before"] and "free" in found_again["specimens"]
 
 
+@pytest.mark.integration
 def test_last_line_shows_a_released_loss_instead_of_the_exact_one(tmp_path, capsys):
     release = {"loss": 3.5, "authors": 9, "range": [0, 4.0], "standard_error": 0.1, "epsilon": 0.5}
     _, metrics = report_run(tmp_path, make_dataset([2] * 9, seed=1), release=release)
@@ -216,6 +221,7 @@ def test_last_line_shows_a_released_loss_instead_of_the_exact_one(tmp_path, caps
     assert f", {format_release(release)}, both public, saved to" in last and f"{metrics['eval_loss']:.2f}" not in last
 
 
+@pytest.mark.integration
 def test_without_held_out_authors_a_run_is_reported_too(tmp_path, capsys):
     _, metrics = report_run(tmp_path, None)
     assert metrics == {} and "eval loss" not in capsys.readouterr().out
@@ -243,6 +249,7 @@ def test_the_trainer_writes_this_card_and_not_its_own(tmp_path):
     assert "author-level-dp" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.integration
 def test_epsilon_comes_from_the_ledger(tmp_path):
     trainer = run(tmp_path)
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")

@@ -23,6 +23,7 @@ from author_dp.training.checkpointing import check_ledger_covers, find_corruptio
 from author_dp.training.interruption import StopOnSignal
 
 
+@pytest.mark.integration
 @catches("a checkpoint without its ledger", "training.checkpointing.find_checkpoint",
     "check_ledger_covers(checkpoint, ledger, is_main_process)", "pass")  # fmt: skip
 def test_find_checkpoint_requires_the_ledger_of_the_checkpoint(tmp_path):
@@ -39,6 +40,7 @@ def test_find_checkpoint_requires_the_ledger_of_the_checkpoint(tmp_path):
         resumable(tmp_path / "a", resume_from_checkpoint=True)
 
 
+@pytest.mark.integration
 def test_find_checkpoint_refuses_a_checkpoint_without_privacy(tmp_path):
     plain = {"privacy": {"disable_dp": True, "noise_multiplier": None}, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     make_trainer(tmp_path / "plain", **plain).train()
@@ -58,6 +60,7 @@ def test_find_checkpoint_refuses_a_new_run_beside_a_ledger(tmp_path):
         resumable(tmp_path)
 
 
+@pytest.mark.integration
 def test_check_author_count_requires_allow_other_authors(tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "dataset": make_dataset([1] * 60)}
     make_trainer(tmp_path, **options).train()
@@ -124,6 +127,7 @@ def corrupt(checkpoint: Path, how: str) -> None:
         (checkpoint / "model.safetensors").unlink()
 
 
+@pytest.mark.integration
 @catches("a half-written checkpoint taken", "training.checkpointing.latest_complete", "if corruption is None:", "if True:",
     how="marker missing")  # fmt: skip
 @pytest.mark.parametrize("how", sample(["marker missing", "marker truncated", "optimizer truncated", "model missing"]))
@@ -170,6 +174,7 @@ def test_resuming_a_finished_run_takes_no_step(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.integration
 def test_user_error_releases_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("author_dp.accounting.hash_chain.LOCK_SECONDS", 0)
     make_trainer(tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}).train()

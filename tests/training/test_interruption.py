@@ -35,6 +35,7 @@ def trained(folder, **options):
     return trainer
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("step", [1, 2])
 def test_signal_while_a_checkpoint_is_saved_says_what_is_finished(tmp_path, step):
     trainer = make_trainer(tmp_path, dataset=make_dataset([1] * 40), max_steps=2, save_strategy="steps", save_steps=1)

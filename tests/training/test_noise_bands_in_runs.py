@@ -38,6 +38,7 @@ def banded(folder, bands="3", steps=7, authors=60, **options):
     return make_trainer(folder, dataset=make_dataset([1] * authors), privacy=privacy, max_steps=steps, **options)
 
 
+@pytest.mark.integration
 def test_report_and_ledger_tell_the_bands_and_what_is_accounted(tmp_path):
     trainer = banded(tmp_path, save_strategy="steps", save_steps=7)
     batches, _ = train(trainer)
@@ -70,6 +71,7 @@ def test_one_band_says_so(tmp_path):
     assert report["accounted_sample_rate"] == report["sample_rate"] and report["accounted_steps"] == report["steps"] == 2
 
 
+@pytest.mark.integration
 def test_the_target_holds_for_each_step_taken_and_none_more(tmp_path):
     privacy = {"target_epsilon": 3.0, "noise_multiplier": None}
     trainer = banded(tmp_path, "4", steps=10, authors=200, privacy=privacy)
@@ -87,6 +89,7 @@ def test_released_noise_of_a_run_is_correlated_as_promised(tmp_path):
     assert np.abs(found - inverse @ inverse.T).max() < 0.2 and abs((inverse @ inverse.T)[1, 0]) > 0.3
 
 
+@pytest.mark.integration
 @catches("noises kept over a resume", "dp_utils.DPTrainer.create_optimizer", "noisy.start_training(self.plan.coefficients())",
     "noisy.band_noise or noisy.start_training(self.plan.coefficients())")  # fmt: skip
 def test_a_second_training_begins_a_new_mechanism(tmp_path):
@@ -116,6 +119,7 @@ def test_the_last_noises_are_on_no_disk(tmp_path):
         assert not any(secret in content for secret in secrets), path
 
 
+@pytest.mark.integration
 @catches("groups from --seed", "training.dataloading.make_sampler", "secrets.token_bytes(32)",
     "torch.initial_seed().to_bytes(32, 'big')")  # fmt: skip
 def test_one_seed_deals_no_groups(tmp_path):

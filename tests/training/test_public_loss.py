@@ -163,6 +163,7 @@ def test_noisy_mean_of_too_few_authors_is_none():
     assert found["loss"] is None and found["authors"] == 0 and "too few" in format_release(found)
 
 
+@pytest.mark.integration
 def test_subsample_authors_replaces_at_most_one(tmp_path, comments):
     path = tmp_path / "data.jsonl"
     rows = [{"author": f"a{i % 40}", "content": f"text {i}"} for i in range(200)]
@@ -252,6 +253,7 @@ def make_run(folder, **header) -> PrivacyLedger:
     return ledger
 
 
+@pytest.mark.integration
 def test_release_is_refused_after_metrics_chose_the_model(tmp_path, monkeypatch, capfd):
     make_run(tmp_path, by_metrics="--save_strategy best")
     options = ["--release_eval_epsilon", "1", "--resume_from_checkpoint", "True"]
