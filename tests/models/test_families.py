@@ -67,18 +67,17 @@ def test_experts_are_trained_whole_and_with_lora():
 
 
 @pytest.mark.integration
-def test_every_class_is_exact_or_refused_for_what_is_known():
+@pytest.mark.parametrize(("kind", "least"), [("full", 125), ("lora", 140)])
+def test_every_class_is_exact_or_refused_for_what_is_known(kind, least):
     verdicts = {}
     for model_type in classes():
         try:
             build(model_type)
         except Exception:  # the recipe does not fit every class
             continue
-        for kind in ("full", "lora"):
-            verdicts[model_type, kind] = try_out(model_type, kind)
-    bad = {key: verdict for key, verdict in verdicts.items() if verdict.kind in ("wrong", "traceback")}
+        verdicts[model_type] = try_out(model_type, kind)
+    bad = {model_type: verdict for model_type, verdict in verdicts.items() if verdict.kind in ("wrong", "traceback")}
     assert not bad
-    refused = {model_type for (model_type, _), verdict in verdicts.items() if verdict.kind == "refused"}
-    assert refused <= NOT_CAUSAL, {key: verdict.remark for key, verdict in verdicts.items() if key[0] in refused - NOT_CAUSAL}
-    for kind, least in (("full", 125), ("lora", 140)):
-        assert sum(verdict.kind == "exact" for key, verdict in verdicts.items() if key[1] == kind) >= least
+    refused = {model_type for model_type, verdict in verdicts.items() if verdict.kind == "refused"}
+    assert refused <= NOT_CAUSAL, {model_type: verdicts[model_type].remark for model_type in refused - NOT_CAUSAL}
+    assert sum(verdict.kind == "exact" for verdict in verdicts.values()) >= least
