@@ -182,7 +182,7 @@ class SimulatedGpu(TorchDispatchMode):
         frame, library = sys._getframe(2), "?"
         while frame is not None:
             name, function = frame.f_code.co_filename, frame.f_code.co_name
-            if name.startswith(ROOT) and ("/gpu/" not in name or "/gpu/test_" in name):
+            if name.startswith(ROOT) and "site-packages" not in name and ("/gpu/" not in name or "/gpu/test_" in name):
                 return f"{name[len(ROOT) :]}:{function}"
             if library == "?" and any(part in name for part in LIBRARIES):
                 library = f"{name.split('site-packages/')[-1]}:{function}"

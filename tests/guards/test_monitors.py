@@ -154,11 +154,11 @@ def test_checksum_reads_every_dtype(dtype):
 
 @pytest.mark.parametrize("bits", ["bfloat16", "4 bits"])
 def test_changed_quantized_base_or_scales_are_found(tmp_path, bits):
-    test_frozen = pytest.importorskip("test_frozen")
-    folder = test_frozen.make_folders(tmp_path)["llama"]
+    test_quantization = pytest.importorskip("test_quantization")
+    folder = test_quantization.make_folders(tmp_path)["llama"]
     options = {"optim": "adamw_torch", "max_steps": 3, "eval_strategy": "no"}
-    run(tmp_path / "honest", test_frozen.make(folder, bits), **options)
-    model = test_frozen.make(folder, bits)
+    run(tmp_path / "honest", test_quantization.make(folder, bits), **options)
+    model = test_quantization.make(folder, bits)
     monitor = FrozenWeightsMonitor(model)
     if bits == "4 bits":
         next(p for p in model.parameters() if hasattr(p, "quant_state")).quant_state.absmax.view(-1)[0].add_(1)
