@@ -78,7 +78,7 @@ class Search:
         path = self.folder / PLAN_NAME
         self.plan = read_json(path) if path.exists() else {}
         if self.plan.get("ended"):
-            self.delete_runs()
+            delete_runs(self.folder, self.plan)
             raise UserError(
                 f"--output_dir {self.out}: its search has ended. A further search would add its own epsilon for the same "
                 "authors: choose another --output_dir for it"
@@ -222,7 +222,7 @@ class Search:
         kept = self.plan if self.args.keep_runs else {}
         self.plan = {**kept, "ended": True, "keep_runs": self.args.keep_runs}
         self.save()
-        self.delete_runs()
+        delete_runs(self.folder, self.plan)
         return report
 
     def final_report(self, guarantee: dict[str, Any]) -> dict[str, Any]:
@@ -234,13 +234,14 @@ class Search:
         report["evaluation_release"] = {**report["evaluation_release"], "epsilon": epsilon}
         return report | bounds_of_guarantee(epsilon, delta) | {"tuning": self.plan["tuning"]}
 
-    def delete_runs(self) -> None:
-        """Delete all but the plan, which says that the search has ended, unless runs are kept."""
-        for entry in [] if self.plan["keep_runs"] else self.folder.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name not in (PLAN_NAME, "lock"):
-                entry.unlink()
+
+def delete_runs(folder: Path, plan: dict[str, Any]) -> None:
+    """Delete all but the plan, which says that the search has ended, unless runs are kept."""
+    for entry in [] if plan["keep_runs"] else folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name not in (PLAN_NAME, "lock"):
+            entry.unlink()
 
 
 def run_command(command: list[str], log: Path) -> int:

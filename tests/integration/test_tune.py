@@ -111,7 +111,7 @@ def files_in(folder):
 
 @catches("scores without noise", "outputs.search.Search.score", 'return guarantee["evaluation_release"]["loss"]',
     'return json.loads((folder / "run_statistics.json").read_text())["evaluation"]["after"]["eval_loss"]')  # fmt: skip
-@catches("losers left behind", "outputs.search.Search.end", "self.delete_runs()", "pass")
+@catches("losers left behind", "outputs.search.Search.end", "delete_runs(self.folder, self.plan)", "pass")
 def test_best_run_is_released_by_its_released_loss(tmp_path, monkeypatch, runs):
     runs.before = lambda *_: check_modes(tmp_path / "out-search")
     runs.private_loss = lambda loss: -loss  # others are best by the exact loss
@@ -297,7 +297,7 @@ def test_kept_runs_are_private_and_refused(tmp_path, monkeypatch, runs):
 def test_release_that_was_interrupted_is_completed(tmp_path, monkeypatch, runs):
     draws(monkeypatch, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(search.Search, "delete_runs", lambda self: sys.exit(1))
+        patch.setattr(search, "delete_runs", lambda *_: sys.exit(1))
         with pytest.raises(SystemExit):
             call(tmp_path)
     with pytest.raises(UserError, match="its search has ended"):

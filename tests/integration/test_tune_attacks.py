@@ -27,6 +27,20 @@ def runs(monkeypatch):
     return fake
 
 
+def call_with_reports(tmp_path, monkeypatch, runs, entry: dict) -> None:
+    """Search with one run, in whose privacy.json `entry` is changed."""
+
+    def run(command, log):
+        status = runs(command, log)
+        for path in tmp_path.glob("out-search/*/privacy.json"):
+            write_json(path, json.loads(path.read_text()) | entry)
+        return status
+
+    monkeypatch.setattr(search, "run_command", run)
+    draws(monkeypatch, 1)
+    call(tmp_path)
+
+
 def interrupt(*_):
     raise SignalError(15)
 
@@ -62,15 +76,7 @@ def test_search_whose_base_has_no_guarantee_is_refused_before_the_draw(tmp_path,
 @catches("a search that starts from a model without a guarantee", "outputs.search.Search.score",
     "and base_is_covered(guarantee)", "")  # fmt: skip
 def test_run_whose_base_has_no_guarantee_is_not_released(tmp_path, monkeypatch, runs):
-    def run(command, log):
-        status = runs(command, log)
-        for path in tmp_path.glob("out-search/*/privacy.json"):
-            write_json(path, json.loads(path.read_text()) | {"base_model": UNCOVERED})
-        return status
-
-    monkeypatch.setattr(search, "run_command", run)
-    draws(monkeypatch, 1)
-    call(tmp_path)
+    call_with_reports(tmp_path, monkeypatch, runs, {"base_model": UNCOVERED})
     assert runs.started and not (tmp_path / "out").exists()
 
 
@@ -130,13 +136,5 @@ def test_laws_end_beyond_all_draws(eta):
 
 
 def test_run_whose_only_release_is_torn_counts_as_failed(tmp_path, monkeypatch, runs):
-    def run(command, log):
-        status = runs(command, log)
-        for path in tmp_path.glob("out-search/*/privacy.json"):
-            write_json(path, json.loads(path.read_text()) | {"evaluation_release": None})
-        return status
-
-    monkeypatch.setattr(search, "run_command", run)
-    draws(monkeypatch, 1)
-    call(tmp_path)
+    call_with_reports(tmp_path, monkeypatch, runs, {"evaluation_release": None})
     assert runs.started and not (tmp_path / "out").exists()
