@@ -62,14 +62,16 @@ def exit_if_missing(program: str, words: Sequence[str], rank: int) -> None:
     try:
         text = Path(given.pop("config")).read_text("utf-8") if "config" in given else "{}"
         given |= dict.fromkeys(map(str, dict(yaml.load(text, yaml.BaseLoader))), "")
+        error = find_missing(lambda option: any(option.startswith(name) for name in given))
+        if not error or rank != 0 or {"-h", "--h", "--he", "--hel", "--help"} & set(words):
+            return
         known = {"config", *read_option_names(program)}
     except (OSError, ValueError, TypeError, SyntaxError, AttributeError, yaml.YAMLError):
         return
-    error = find_missing(lambda option: any(option.startswith(name) for name in given))
     required = ("target_epsilon", "noise_multiplier", "per_sample_max_grad_norm")
     may_fail = any(value and not is_number(value) for name, value in given.items() if any(r.startswith(name) for r in required))
     is_known = all(any(option.startswith(name) for option in known) for name in given)
-    if error and is_known and not may_fail and rank == 0 and not {"-h", "--h", "--he", "--hel", "--help"} & set(words):
+    if is_known and not may_fail:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
