@@ -37,6 +37,11 @@ RETRAIN_REMEDY = "Train again in a new folder"
 DELETE_REMEDY = f"or delete {REPORT_NAME} to use the model without a guarantee"
 
 
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself: its files, their hashes, its place in the order of saving, and its options."""
+    return json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a folder, and the adapters in its subfolders.
 

@@ -13,7 +13,6 @@ Example:
 """
 
 import errno
-import json
 import math
 import os
 import re
@@ -39,6 +38,7 @@ from author_dp.models.weights import (
     check_weights,
     has_no_guarantee,
     is_checkpoint,
+    read_marker,
     remove_report,
     sha256_of,
     weight_files,
@@ -79,14 +79,14 @@ def mark_complete(checkpoint: Path, made_with: Optional[dict[str, Any]] = None) 
 def mark_newest(checkpoint: Path) -> None:
     """Make `checkpoint` the newest one of its folder, before a run continues from it: later ones are of another branch."""
     if find_corruption(checkpoint) is None and save_number(checkpoint) + 1 < next_number(checkpoint.parent):
-        marker = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
+        marker = read_marker(checkpoint)
         write_json(checkpoint / COMPLETE_MARKER, {**marker, "saved": next_number(checkpoint.parent)}, private=True)
 
 
 def save_number(checkpoint: Path) -> float:
     """Return the place of `checkpoint` in the order of saving; 0 if an older version saved it, infinity if incomplete."""
     try:
-        return int(json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")).get("saved", 0))
+        return int(read_marker(checkpoint).get("saved", 0))
     except (OSError, ValueError, TypeError, AttributeError):
         return math.inf
 
@@ -100,7 +100,7 @@ def next_number(output_dir: Path) -> int:
 def find_corruption(checkpoint: Path) -> Optional[str]:
     """Return what is missing in `checkpoint`, or None if it is complete."""
     try:
-        sizes = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))["files"]
+        sizes = read_marker(checkpoint)["files"]
     except FileNotFoundError:
         return f"it is incomplete ({COMPLETE_MARKER} is missing)"
     except (OSError, ValueError, KeyError, TypeError):
@@ -356,7 +356,7 @@ def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_main_process
         )
     if is_main_process:
         check_weights(checkpoint, report, base=False)  # the run compares its base itself, wherever the base is stored now
-        known = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")).get("sha256") or {}
+        known = read_marker(checkpoint).get("sha256") or {}
         for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
             if sha256_of(checkpoint / name) != known.get(name):
                 raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {COMPLETE_MARKER}. Restore the file")

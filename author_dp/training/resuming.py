@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from author_dp.data.authors import get_column
 from author_dp.errors import UserError
 from author_dp.models.loading import public_name
-from author_dp.models.weights import COMPLETE_MARKER
+from author_dp.models.weights import read_marker
 
 # Options that take effect when they change. All others, those of later versions too, are compared.
 MAY_CHANGE = {
@@ -120,7 +120,7 @@ def check_same_options(checkpoint: Path, options: dict[str, Any], training: Opti
         options: from `program_options`. Only names that the checkpoint knows too are compared.
         training: from `describe_training`; None where model and data are not loaded yet.
     """
-    marker = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
+    marker = read_marker(checkpoint)
     before, others_allowed = marker.get("options"), bool(options.get("allow_other_authors"))
     if before is None:  # an older version wrote it
         return
