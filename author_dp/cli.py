@@ -80,7 +80,8 @@ def parse_options(groups: Sequence[Any], arguments: Optional[Sequence[str]] = No
             f"unknown option {' '.join(unknown)}{suggest_option(unknown[0], option_strings(parser))}. --help lists all options"
         )
     try:
-        return parser.parse_args_into_dataclasses(words)
+        # Not the options of PROGRAM.args beside the program, which no check of the command line sees.
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except UserError:
         raise
     except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # raised by Hugging Face's own checks

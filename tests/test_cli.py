@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import ROOT
+from mutation import catches
 
 from author_dp import cli, option_names
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError
@@ -36,6 +37,15 @@ def test_parse_options_suggests_a_name(words, suggestion):
         cli.parse_options([Arguments], words.split())
     assert (f"did you mean {suggestion}?" in str(error.value)) == (suggestion is not None)
     assert suggestion is not None or "did you mean" not in str(error.value)
+
+
+@catches("options from a file that nobody names", "cli.parse_options", "look_for_args_file=False", "look_for_args_file=True")
+def test_parse_options_reads_no_file_beside_the_program(tmp_path, monkeypatch):
+    """Hugging Face's parser would. A search, and the command that a report shows, would not have what is in it."""
+    (tmp_path / "program.args").write_text("--sequence_len 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "program.py")])
+    (parsed,) = cli.parse_options([Arguments], ["--target_epsilon", "3"])
+    assert parsed == Arguments(target_epsilon=3.0)
 
 
 def test_known_names_are_options():
