@@ -72,6 +72,8 @@ def tune(args: TuneArguments, words: Sequence[str]) -> None:
                 )
                 print(format_cost(noise, header, seconds, search.folder), flush=True)
                 search.draw(header, noise)
+            else:
+                search.check_samples()
             search.run_all()
             report = search.end()
     except Timeout as error:

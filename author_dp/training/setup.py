@@ -42,7 +42,7 @@ from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.training.checkpointing import check_author_count, check_counts_hidden, check_not_released, find_checkpoint
 from author_dp.training.dataloading import max_bands_in_memory, to_device
-from author_dp.training.resuming import describe_training, program_options
+from author_dp.training.resuming import describe_training, program_options, record_samples
 
 logger = get_logger(__name__)
 
@@ -191,6 +191,8 @@ def make_secret_generators(
 def check_model_choice(trainer: Any, shared_authors: bool) -> None:
     """Check options once more, as they may have changed, and record the option by which metrics choose the model.
 
+    A run of a search also records its samples.
+
     Args:
         trainer: dp_utils.DPTrainer, about to train.
         shared_authors: whether evaluation authors may be training authors.
@@ -206,3 +208,4 @@ def check_model_choice(trainer: Any, shared_authors: bool) -> None:
     if not trainer.plan.disable_dp:
         check_not_released(trainer.budget.ledger, option)
     trainer.budget.by_metrics = option
+    record_samples(trainer)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from mutation import catches
-from test_tune import FakeRuns, call, draws
+from test_tune import FakeRuns, call, choices, draws
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
@@ -16,7 +16,7 @@ from author_dp.files import write_json
 from author_dp.models.weights import hash_weights
 from author_dp.outputs import search, tune
 from author_dp.outputs.publish import publish
-from author_dp.outputs.search import PLAN_NAME
+from author_dp.outputs.search import OPTIONS_NAME, PLAN_NAME
 
 UNCOVERED = {"name": "m", "covered": False, "epsilon": None, "delta": None, "reason": "it is one run of a search"}
 
@@ -32,7 +32,7 @@ def call_with_reports(tmp_path, monkeypatch, runs, entry: dict) -> None:
 
     def run(command, log):
         status = runs(command, log)
-        for path in tmp_path.glob("out-search/*/privacy.json"):
+        for path in tmp_path.glob("out-search/runs/*/privacy.json"):
             write_json(path, json.loads(path.read_text()) | entry)
         return status
 
@@ -63,7 +63,7 @@ def test_run_of_a_search_that_restarts_outside_of_it_is_not_published(tmp_path):
 def test_search_whose_base_has_no_guarantee_is_refused_before_the_draw(tmp_path, monkeypatch, runs):
     def run(command, log):
         status = runs(command, log)
-        (folder,) = (tmp_path / "out-search" / "probe",)
+        (folder,) = (tmp_path / "out-search" / "runs" / "probe",)
         write_json(folder / "privacy.json", {"base_model": UNCOVERED})
         return status
 
@@ -138,3 +138,47 @@ def test_laws_end_beyond_all_draws(eta):
 def test_run_whose_only_release_is_torn_counts_as_failed(tmp_path, monkeypatch, runs):
     call_with_reports(tmp_path, monkeypatch, runs, {"evaluation_release": None})
     assert runs.started and not (tmp_path / "out").exists()
+
+
+@catches("a search resumed on other data", "outputs.tune.tune", "search.check_samples()", "pass")
+def test_interrupted_search_is_not_resumed_on_other_data(tmp_path, monkeypatch, runs):
+    def stop(number, folder, budget):
+        if number == 1:
+            raise SignalError(15)
+
+    runs.before = stop
+    draws(monkeypatch, 2)
+    with pytest.raises(SystemExit):
+        call(tmp_path)
+    runs.data = lambda *_: "other data"
+    with pytest.raises(UserError, match="not those that the search was drawn for"):
+        call(tmp_path)
+    assert len(runs.started) == 1
+    runs.data = lambda *_: "data"
+    call(tmp_path)
+    assert len(runs.started) == 3 and (tmp_path / "out" / "privacy.json").exists()
+
+
+@catches("a run on other data released", "outputs.search.Search.score",
+    'if read_samples(folder) != self.plan["samples"]:', "if False:")  # fmt: skip
+def test_run_on_data_that_changed_meanwhile_counts_as_failed(tmp_path, monkeypatch, runs):
+    runs.data = lambda number, is_dry: "data" if is_dry or number == 0 else "other data"
+    draws(monkeypatch, 2)
+    choices(monkeypatch, "1", "2")
+    call(tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "1"
+
+
+@catches("settings in a run's command", "outputs.search.Search.start", '"--config", str(options)],',
+    '"--config", str(options), *settings.values()],')  # fmt: skip
+@catches("the number of runs in the links of a folder", "outputs.search.Search.__init__", 'self.folder / "runs"', "self.folder")
+def test_other_users_see_one_command_and_one_list_of_entries(tmp_path, monkeypatch, runs):
+    seen = []
+    runs.before = lambda *_: seen.append({path.name for path in (tmp_path / "out-search").iterdir()})
+    draws(monkeypatch, 3)
+    choices(monkeypatch, "1", "2", "1")
+    call(tmp_path, "--keep_runs", "True")
+    (command,) = runs.commands
+    assert command[1:] == ("fine-tune-dp.py", "--train_file", "a.jsonl", "--config", str(tmp_path / "out-search" / OPTIONS_NAME))
+    seen.append({path.name for path in (tmp_path / "out-search").iterdir()})
+    assert set.union(*seen) == {PLAN_NAME, "lock", "runs", OPTIONS_NAME}
