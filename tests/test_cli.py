@@ -10,8 +10,11 @@ from conftest import ROOT
 from mutation import catches
 
 from author_dp import cli, option_names
+from author_dp.accounting import ledger_report
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError
+from author_dp.guards.canaries import AuditArguments
 from author_dp.models.lora import LoraArguments
+from author_dp.outputs import generate, publish, report, synthetic_report, tune
 from author_dp.validation import option
 from data_utils import DataArguments
 
@@ -46,6 +49,39 @@ def test_parse_options_reads_no_file_beside_the_program(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "program.py")])
     (parsed,) = cli.parse_options([Arguments], ["--target_epsilon", "3"])
     assert parsed == Arguments(target_epsilon=3.0)
+
+
+def test_option_given_with_its_default_is_refused_where_it_has_no_effect():
+    for words in (["--lora_r", "8"], ["--lora_dropout=0.0"], ["--audit_kind", "text"]):
+        with pytest.raises(UserError, match=r"without --enable_lora|it needs canaries"):
+            cli.parse_options([LoraArguments, AuditArguments], words)
+    cli.parse_options(
+        [LoraArguments, AuditArguments], ["--enable_lora", "--lora_r", "8", "--audit_can", "10", "--audit_kind", "text"]
+    )
+    cli.parse_options([LoraArguments, AuditArguments], [])
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "error"),
+    [
+        (generate.main, "FOLDER --numbr 3", "unknown option --numbr 3 \\(did you mean --number\\?\\)"),
+        (synthetic_report.main, "a.jsonl b.jsonl --txt_column c", "did you mean --text_column"),
+        (tune.main, "--expected_run 3 --serach a=1 --target_epsilon 1 --release_eval_epsilon 1 --search a=1,2", "mean --search"),
+        (publish.main, "FOLDER OUT --push_to_hub", "unknown option --push_to_hub: there are none; usage: .*FOLDER OUT"),
+        (report.main, "--output_dir FOLDER", "unknown option --output_dir"),
+        (ledger_report.main, "FOLDER --delta 1e-5", "unknown option --delta"),
+    ],
+)
+def test_programs_say_which_option_is_meant(main, words, error):
+    with pytest.raises(UserError, match=error):
+        main(words.split())
+
+
+@pytest.mark.parametrize("main", [publish.main, report.main, ledger_report.main])
+def test_programs_without_options_have_help(main, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert not end.value.code and "usage: python -m author_dp." in capsys.readouterr().out
 
 
 def test_known_names_are_options():

@@ -24,7 +24,7 @@ import numpy as np
 
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, event_of_run
 from author_dp.accounting.tradeoff import bounds_of_guarantee
-from author_dp.accounting.tuning import Release, SearchNoise, run_rdp
+from author_dp.accounting.tuning import Release, RunCount, SearchNoise, run_rdp
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
 from author_dp.outputs.guarantee import base_is_covered, format_model, in_search
@@ -135,14 +135,6 @@ class Search:
                 raise UserError(f"--search: its settings change {name}, but all runs must cost the same. Fix them, after --")
         return headers[0], seconds
 
-    def check_samples(self) -> None:
-        """Raise UserError if the data of an interrupted search are not those that it was drawn for, by one more dry run."""
-        if len(self.plan["scores"]) < len(self.plan["runs"]) and self.probe(1)[0]["samples"] != self.plan["samples"]:
-            raise UserError(
-                "--train_file, or another data option: the samples are not those that the search was drawn for. Give the same "
-                "data to resume it"
-            )
-
     def draw(self, header: dict[str, Any], noise: SearchNoise) -> None:
         """Draw the number of runs and all of their settings, and write them: once in the life of a search."""
         event = event_of_run(header, header["steps"])
@@ -164,14 +156,10 @@ class Search:
             "accounted_steps": event.steps,
             "both": header["split"] is None,
             "samples": header["samples"],
+            "started": header["started"],
             "rdp": noise.rdp.tolist(),
             "tuning": {
-                "ended": True,
-                "method": "best of a random number of runs, arXiv 2110.03620",
-                "law": noise.run_count.name,
-                "expected_runs": noise.run_count.expected,
-                "eta": noise.run_count.eta if math.isfinite(noise.run_count.eta) else None,
-                "gamma": noise.run_count.gamma if math.isfinite(noise.run_count.eta) else None,
+                **describe_law(noise.run_count),
                 "grid": grid,
                 "score_epsilon": self.args.release_eval_epsilon,
                 "single_noise_multiplier": header["noise_multiplier"],
@@ -252,12 +240,26 @@ class Search:
 
     def final_report(self, guarantee: dict[str, Any]) -> dict[str, Any]:
         """Return privacy.json of the best run, with the guarantee of the search in place of the run's."""
-        left_out = ("alarm", "ledger_link", "epsilon_with_evaluation", "audit")  # of one run
+        left_out = ("alarm", "ledger_link", "epsilon_with_evaluation", "audit", "started")  # of one run
         report = {name: guarantee[name] for name in PUBLIC_KEYS if name in guarantee and name not in left_out}
         epsilon, delta = self.plan["epsilon"], self.plan["delta"]
         report |= {"epsilon": epsilon, "delta": delta, "target_epsilon": self.args.target_epsilon, "accountant": "rdp"}
+        report["started"] = self.plan["started"]
         report["evaluation_release"] = {**report["evaluation_release"], "epsilon": epsilon}
         return report | bounds_of_guarantee(epsilon, delta) | {"tuning": self.plan["tuning"]}
+
+
+def describe_law(count: RunCount) -> dict[str, Any]:
+    """Return how a search chose among its runs, for privacy.json."""
+    has_gamma = math.isfinite(count.eta)
+    return {
+        "ended": True,
+        "method": "best of a random number of runs, arXiv 2110.03620",
+        "law": count.name,
+        "expected_runs": count.expected,
+        "eta": count.eta if has_gamma else None,
+        "gamma": count.gamma if has_gamma else None,
+    }
 
 
 def read_samples(folder: Path) -> dict[str, Any]:

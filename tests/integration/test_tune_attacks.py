@@ -14,7 +14,7 @@ from author_dp.accounting.tuning import MOST_RUNS, RunCount
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
 from author_dp.models.weights import hash_weights
-from author_dp.outputs import search, tune
+from author_dp.outputs import report, search, tune
 from author_dp.outputs.publish import publish
 from author_dp.outputs.search import OPTIONS_NAME, PLAN_NAME
 
@@ -140,7 +140,7 @@ def test_run_whose_only_release_is_torn_counts_as_failed(tmp_path, monkeypatch, 
     assert runs.started and not (tmp_path / "out").exists()
 
 
-@catches("a search resumed on other data", "outputs.tune.tune", "search.check_samples()", "pass")
+@catches("a search resumed on other data", "outputs.tune.tune", "check_same_samples(search)", "pass")
 def test_interrupted_search_is_not_resumed_on_other_data(tmp_path, monkeypatch, runs):
     def stop(number, folder, budget):
         if number == 1:
@@ -182,3 +182,34 @@ def test_other_users_see_one_command_and_one_list_of_entries(tmp_path, monkeypat
     assert command[1:] == ("fine-tune-dp.py", "--train_file", "a.jsonl", "--config", str(tmp_path / "out-search" / OPTIONS_NAME))
     seen.append({path.name for path in (tmp_path / "out-search").iterdir()})
     assert set.union(*seen) == {PLAN_NAME, "lock", "runs", OPTIONS_NAME}
+
+
+def test_result_of_a_search_has_a_report_that_says_so(tmp_path, monkeypatch, runs, capsys):
+    draws(monkeypatch, 1)
+    call(tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    report.main([str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "best, by its released loss, of a random number of runs" in page and "choices among further runs" in page
+    assert not (tmp_path / "out" / "report").exists() and (tmp_path / "out" / "README.md").read_text() == card
+    assert "author_dp.publish" in capsys.readouterr().out
+    (tmp_path / "out" / "model.safetensors").write_text("other weights")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        report.main([str(tmp_path / "out")])
+
+
+@catches("the date of the best run", "outputs.search.Search.final_report", 'report["started"] = self.plan["started"]',
+    'report["started"] = guarantee["started"]')  # fmt: skip
+def test_date_of_the_result_is_that_of_the_draw(tmp_path, monkeypatch, runs):
+    """The best run's date tells how many were before it."""
+    start_run = PrivacyLedger.start_run
+
+    def start_run_on(self, header):
+        start_run(self, header | {"started": f"2026-01-{1 + len(runs.started):02}"})
+
+    monkeypatch.setattr(PrivacyLedger, "start_run", start_run_on)
+    draws(monkeypatch, 3)
+    choices(monkeypatch, "1", "3", "2")
+    call(tmp_path)
+    assert json.loads((tmp_path / "out" / "privacy.json").read_text())["started"] == "2026-01-01"
+    assert "2026-01-01" in (tmp_path / "out" / "README.md").read_text()
