@@ -1,5 +1,6 @@
 """cli.py: options from a file, suggestions for unknown ones, errors as an exit status."""
 
+import logging
 import runpy
 import subprocess
 import sys
@@ -95,6 +96,11 @@ def test_known_names_are_options():
 def test_names_of_peft_and_trl_are_aliases(word):
     lora, data = cli.parse_options([LoraArguments, DataArguments], ["--enable_lora", word, "64"])
     assert (lora.lora_dim, data.sequence_len) == ((64, 128) if "lora" in word else (8, 64))
+
+
+@pytest.mark.parametrize(("line", "is_shown"), [("Saving model checkpoint to out", False), ("Loading the best model", True)])
+def test_is_useful_drops_lines_that_say_nothing(line, is_shown):
+    assert cli.is_useful(logging.makeLogRecord({"msg": line})) == is_shown
 
 
 def test_name_offending_options_finds_names_without_dashes():
