@@ -143,7 +143,6 @@ def parse_arguments() -> tuple:
     model_args, lora_args, data_args, privacy_args, _, release_args, training_args = groups
     check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
     if model_args.dry_run:
-        release_args.release_eval_epsilon = None  # of a model that nobody wants
         shorten_for_dry_run(training_args, data_args.has_evaluation)
     if training_args.eval_strategy != "no" and not data_args.has_evaluation:
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
@@ -240,7 +239,7 @@ def main() -> None:
     with finished_training(trainer):  # saves the model first
         evaluate_and_sample(trainer, statistics, "after")
         release = None
-        if released:
+        if released and not model_args.dry_run:  # not of a model that nobody wants
             limited = data_args.max_eval_samples is not None
             release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
         report_result(trainer, statistics, release)

@@ -196,7 +196,8 @@ def draw_figures(folder: Path, report: dict, ledger: PrivacyLedger, statistics: 
     from matplotlib import rc_context  # slow: not before a run's first step
     from matplotlib.figure import Figure  # pyplot would take a second more, and change the backend of a notebook
 
-    folder.mkdir(exist_ok=True)
+    if drawings:
+        folder.mkdir(exist_ok=True)
     files = {}
     with rc_context(STYLE):
         for name, (draw, data, is_private) in drawings.items():
