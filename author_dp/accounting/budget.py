@@ -20,7 +20,7 @@ from typing import Any, Optional
 
 from transformers import TrainerCallback
 
-from author_dp.accounting.accountant import check_delta
+from author_dp.accounting.events import check_delta
 from author_dp.accounting.ledger import COUNTS_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, is_empty_promise, round_up
+from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, round_up
+from author_dp.accounting.events import is_empty_promise
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, event_of_run, find_reports
 from author_dp.errors import UserError
 from author_dp.validation import check_usage

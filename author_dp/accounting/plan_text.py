@@ -5,8 +5,9 @@ from typing import Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import format_guarantee, prob_ever_sampled
+from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.banded_mf import error_ratio
+from author_dp.accounting.events import prob_ever_sampled
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.wording import format_count
 

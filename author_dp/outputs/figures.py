@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import MechanismEvent, epsilon_of, format_epsilon
+from author_dp.accounting.accountant import epsilon_of, format_epsilon
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger, event_of_run
 from author_dp.files import make_private
 from author_dp.outputs.page import AUTHOR_LOSS, BLUE, GRAY, RED, STANDARD_ERRORS

@@ -95,7 +95,7 @@ def make_calibrated_plan(authors=1_000, steps=10, **options):
     return make_plan(PrivacyArguments(**options), Args, np.arange(authors + 1))
 
 
-@catches("delta compared with the wrong probability", "accounting.accountant.is_empty_promise", "2 * delta >", "0.5 * delta >",
+@catches("delta compared with the wrong probability", "accounting.events.is_empty_promise", "2 * delta >", "0.5 * delta >",
     options={"sample_rate": 0.05, "target_delta": 0.3})  # fmt: skip
 @catches("a noise multiplier given with a delta that promises nothing", "accounting.plan.make_plan",
     "check_delta([MechanismEvent(0.0, sample_rate, steps)], delta)", "pass",

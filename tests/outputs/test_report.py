@@ -13,7 +13,8 @@ from conftest import make_dataset, make_trainer, read_report
 from matplotlib.image import imread
 from mutation import catches
 
-from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, format_epsilon
+from author_dp.accounting.accountant import compute_epsilon, format_epsilon
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.cli import command_line
 from author_dp.errors import UserError

@@ -15,7 +15,7 @@ from mutation import catches
 from programs import PRIVACY, run_here, small
 from transformers import TrainerControl
 
-from author_dp.accounting.accountant import MechanismEvent
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.models.weights import COMPLETE_MARKER
