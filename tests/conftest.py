@@ -147,9 +147,9 @@ def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None, ane
     Args:
         anew: start Python for it, whatever the seconds, for what happens before the script.
     """
-    if not processes and not anew:
-        return Program(*arguments, cwd=cwd, environment=of_a_terminal()).wait(300)
     typed = command(*arguments, processes=processes)
+    if not anew:
+        return Program(*typed[1:], cwd=cwd, environment=of_a_terminal()).wait(300)
     return subprocess.run(typed, capture_output=True, text=True, cwd=cwd, timeout=300, env=of_a_terminal())
 
 

@@ -2,23 +2,22 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import naive
 import pytest
 import torch
-from conftest import MODELS, ROOT, read_report, sample, tiny_gpt2, within
+from conftest import MODELS, ROOT, of_a_terminal, read_report, sample, tiny_gpt2, within
 from mutation import catches
+from programs import Program, launcher
 
 from author_dp.accounting.ledger import PrivacyLedger
 
 
 def run_processes(folder: Path, processes: int, **options) -> list[dict]:
     """Run tests/one_step.py under torch.distributed.run; return what each process saw and released."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(ROOT / "tests/one_step.py")]
-    done = subprocess.run([*command, str(folder), json.dumps(options)], capture_output=True, text=True, timeout=300)
+    arguments = [*launcher(processes), str(ROOT / "tests/one_step.py"), str(folder), json.dumps(options)]
+    done = Program(*arguments, environment=of_a_terminal()).wait(300)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
