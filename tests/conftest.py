@@ -10,6 +10,7 @@ import datasets
 import mutation
 import numpy as np
 import pytest
+import speed
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
@@ -243,6 +244,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(mutation)
+    config.pluginmanager.register(speed)
 
 
 @pytest.hookimpl(trylast=True)
