@@ -144,7 +144,11 @@ def count_repeated(hashes: np.ndarray, codes: np.ndarray, placeholders: np.ndarr
 
 
 def hash_texts(texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return hashes, int64 (texts,), equal for equal texts, and whether each text has MIN_WORDS words or more, bool (texts,)."""
-    values = texts.to_pylist()
+    """Return hashes, int64 (texts,), equal for equal texts, and whether each text has MIN_WORDS words or more, bool (texts,).
+
+    Args:
+        texts: texts, or examples that hold them (columns.EXAMPLE_TYPE).
+    """
+    values = (pc.struct_field(texts, "text") if pa.types.is_struct(texts.type) else texts).to_pylist()
     is_long = [text.count(" ") >= MIN_WORDS - 1 for text in values]
     return np.array([hash(text) for text in values], np.int64), np.array(is_long, bool)

@@ -50,7 +50,8 @@ def read_files(
     Args:
         author_types: type of the authors in files read before, and where the first one was; this call adds to it.
     Yields:
-        record batches of two columns, named as in `columns`, both large_string; a missing text is "".
+        record batches of two columns, named as in `columns`: authors as large_string, texts as large_string or EXAMPLE_TYPE. A
+        missing text is "", a missing example is null.
     Raises:
         UserError: with file, line or row, and fix.
     """
@@ -122,7 +123,7 @@ def to_record_batches(
         if row.author_type not in author_types:
             check_author_type(row.author_type, f"{name}, {row.place}", author_types, columns)
         batch.append(row)
-        characters += len(row.text or "")
+        characters += len(characters_of(row))
         if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
             yield to_record_batch(batch, name, columns)
             batch, characters = [], 0
@@ -131,14 +132,22 @@ def to_record_batches(
 
 
 def to_record_batch(rows: list[Row], name: str, columns: ColumnSpec) -> pa.RecordBatch:
-    """Return rows as a record batch of author and text, both large_string."""
-    values = [row.author for row in rows], [row.text or "" for row in rows]
+    """Return rows as a record batch of author and text."""
+    missing = "" if columns.as_text is None else None
     try:
-        arrays = [pa.array(column, pa.large_string()) for column in values]
+        arrays = [
+            pa.array([row.author for row in rows], pa.large_string()),
+            pa.array([row.text or missing for row in rows], columns.text_type),
+        ]
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape but no text can hold
-        place = next(row.place for row in rows if not is_encodable(f"{row.author}{row.text}"))
+        place = next(row.place for row in rows if not is_encodable(f"{row.author}{characters_of(row)}"))
         raise UserError(f"{columns.option} {name}: {place} holds half of a character (a lone surrogate). Fix the line") from error
     return pa.record_batch(arrays, names=[columns.author, columns.text])
+
+
+def characters_of(row: Row) -> str:
+    """Return the characters of a row's text or example."""
+    return (row.text["text"] if isinstance(row.text, dict) else row.text) or ""
 
 
 def is_encodable(value: str) -> bool:

@@ -185,10 +185,11 @@ def load_file(path):
 def test_split_by_author_forces_no_author_for_a_release(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"author": f"a{i}", "content": "some text"}) + "\n" for i in range(5)))
-    samples = load_file(path)
-    assert len(split_by_author(samples, "author", 1e-6, seed=1)[1]) == 1
+    samples = load_file(path).data
+    options = (samples.schema, "author", 1e-6, 1)
+    assert len(split_by_author(samples.to_batches(), *options)[1]) == 1
     with pytest.raises(UserError, match="--eval_fraction 1e-06: it holds out none"):
-        split_by_author(samples, "author", 1e-6, seed=1, hold_out_at_least_one=False)
+        split_by_author(samples.to_batches(), *options, hold_out_at_least_one=False)
 
 
 # --- cost ---------------------------------------------------------------------------------------------------
