@@ -146,8 +146,8 @@ class DataArguments:
 
     def summary(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return how samples were made, for privacy.json; see `splits.data_summary`."""
-        names = ("row_limit", "train_fraction", "sequence_len", "prepend_bos", "append_eos")
-        names += ("text_column", "messages_column", "author_column")
+        names = ["row_limit", "train_fraction", "sequence_len", "prepend_bos", "append_eos"]
+        names += ["text_column", "messages_column", "author_column"]
         return data_summary(
             tokenizer,
             dataset=(self.dataset_name or DEFAULT_DATASET) if self.train_file is None else None,
@@ -199,8 +199,8 @@ def load_tokens(
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as texts:
         train, evaluation = load_train_and_eval(args, seed, Path(texts), eval_is_public, tokenizer)
         if args.has_loss_mask and not args.append_eos:
-            is_templated = train[0][args.text_column]["is_templated"]
-            if warning := missing_end_warning(ChatFormatter(tokenizer, args.targets), is_templated):
+            form = ChatFormatter(tokenizer, args.targets)
+            if warning := missing_end_warning(form, train[0][args.text_column]["is_templated"]):
                 logger.warning(warning)
         train = tokenize(train, tokenizer, **options)
         if evaluation is not None:
@@ -208,8 +208,7 @@ def load_tokens(
             evaluation = tokenize(evaluation, tokenizer, **options, option=option)
     if evaluation is not None:
         held_out, others = (get_column(side, args.author_column) for side in (evaluation, train))
-        level, line = describe_held_out(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples)
-        logger.log(level, line)
+        logger.log(*describe_held_out(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples))
     return train, evaluation
 
 

@@ -141,9 +141,7 @@ def parse_arguments() -> tuple:
     """Return one object for each of GROUPS; refuse what would break the guarantee before anything is loaded."""
     groups = cli.parse_options(GROUPS)
     model_args, lora_args, data_args, privacy_args, _, release_args, training_args = groups
-    check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
     if model_args.dry_run:
-        release_args.release_eval_epsilon = None  # of a model that nobody wants
         shorten_for_dry_run(training_args, data_args.has_evaluation)
     if training_args.eval_strategy != "no" and not data_args.has_evaluation:
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
@@ -152,8 +150,10 @@ def parse_arguments() -> tuple:
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
     check_not_model(Path(training_args.output_dir), model_args.model_name)
-    options = program_options(*groups)
-    find_checkpoint(training_args, privacy_args, lora_args.enable_lora, options)  # refuses a folder that cannot be used
+    _, ledger = find_checkpoint(training_args, privacy_args, lora_args.enable_lora, program_options(*groups))
+    check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation, ledger)
+    if model_args.dry_run:
+        release_args.release_eval_epsilon = None  # of a model that nobody wants
     return groups
 
 

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,6 +26,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from author_dp.accounting.hash_chain import HashChain
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
 from author_dp.accounting.output_dir import check_output_dir
 from author_dp.distributed import barrier
@@ -191,14 +192,16 @@ def find_checkpoint(
     adapter: bool,
     options: Optional[dict[str, Any]] = None,
     training: Optional[dict[str, Any]] = None,
-) -> Optional[Path]:
-    """Return the checkpoint to resume from; None if the run starts with the model as given.
+) -> tuple[Optional[Path], PrivacyLedger]:
+    """Return the checkpoint to resume from, and the ledger of the folder, which is read once.
 
     Args:
         args: Hugging Face's. Used are output_dir and resume_from_checkpoint (a path, or True for the newest).
         privacy: dp_utils.PrivacyArguments.
         adapter: whether the run trains an adapter.
         options, training: as for `resuming.check_same_options`; None: not compared.
+    Returns:
+        (checkpoint, ledger); the checkpoint is None if the run starts with the model as given.
     Raises:
         UserError: where steps would be forgotten, the folder holds results of another run, or there is no such checkpoint.
     """
@@ -208,14 +211,14 @@ def find_checkpoint(
     ledger = open_ledger(folder, metric_driven_option(args), privacy.disable_dp, is_main_process)
     if not args.resume_from_checkpoint:
         check_unused(folder, ledger)
-        return None
+        return None, ledger
     check_own_results(folder, ledger, privacy.disable_dp, adapter, is_main_process)
     checkpoint = choose_checkpoint(args.resume_from_checkpoint, folder, ledger, privacy.disable_dp)
     if checkpoint is not None and not privacy.disable_dp:
         check_ledger_covers(checkpoint, ledger, is_main_process)
     if checkpoint is not None and options is not None:
         check_same_options(checkpoint, options, training)
-    return checkpoint
+    return checkpoint, ledger
 
 
 def check_path(path: Path, option: str) -> None:
@@ -238,10 +241,10 @@ def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_p
     """
     if is_checkpoint(folder):
         raise UserError(f"--output_dir {folder}: this is the name of a checkpoint, not of a run. Choose another --output_dir")
-    ledger = PrivacyLedger(folder / LEDGER_NAME)
-    if is_main_process and ledger.path.exists():
-        with ledger.locked():  # fails at once if another run uses the folder
-            pass
+    path = folder / LEDGER_NAME
+    lock = HashChain(path).locked() if is_main_process and path.exists() else nullcontext()
+    with lock:  # fails if another run uses the folder
+        ledger = PrivacyLedger(path)
     ledger.check_no_failure()
     check_not_released(ledger, option)
     if ledger.steps and disable_dp:

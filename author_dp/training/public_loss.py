@@ -26,7 +26,6 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Optional, Protocol
 
 import numpy as np
@@ -36,7 +35,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from author_dp.accounting.budget import Budget
-from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.distributed import all_reduce_sum, broadcast
 from author_dp.errors import UserError
 from author_dp.guards.options import metric_driven_option
@@ -82,7 +81,9 @@ class EvaluatedTrainer(Protocol):
     data_collator: Callable
 
 
-def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_dp: bool, has_evaluation: bool) -> None:
+def check_release(
+    arguments: ReleaseArguments, args: TrainingArguments, disable_dp: bool, has_evaluation: bool, ledger: PrivacyLedger
+) -> None:
     """Raise UserError if nothing can be released, or the model depends on held-out authors otherwise."""
     if arguments.release_eval_epsilon is None:
         return
@@ -95,7 +96,7 @@ def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_
         raise UserError(
             f"{option}: it lets held-out authors choose what is saved or trained, which {name} does not cover. Leave it out"
         )
-    check_not_chosen(PrivacyLedger(Path(str(args.output_dir)) / LEDGER_NAME).by_metrics)
+    check_not_chosen(ledger.by_metrics)
 
 
 def check_not_chosen(option: Optional[str]) -> None:
