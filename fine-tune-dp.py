@@ -228,7 +228,7 @@ def main() -> None:
     with finished_training(trainer):  # saves the model first
         evaluate_and_sample(trainer, statistics, "after")
         release = None
-        if released:
+        if released and not model_args.dry_run:  # not of a model that nobody wants
             limited = data_args.max_eval_samples is not None
             release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
         report_result(trainer, statistics, release)

@@ -22,8 +22,9 @@ from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_me
 from scipy import stats
 from transformers import GPT2TokenizerFast
 
-from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, cyclic_event, find_noise_multiplier
+from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, step_noise_std, toeplitz_coefficients
+from author_dp.accounting.events import MechanismEvent, cyclic_event
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.tuning import Release, RunCount, least_noise, run_rdp, search_epsilon
 from author_dp.data.authors import get_column, suspicious_author_warnings

@@ -105,7 +105,7 @@ def suspicious_author_warnings(
     if repeated := int((same_text & same_author & ~np.isin(codes[1:], placeholders)).sum()):
         warnings.append(
             f"{text_option} {text_column!r}: {repeated:,} of {len(samples):,} samples repeat a text of the same author, and "
-            "count again. Remove them if they are copies, as of a file that was joined twice"
+            "count again. If the author wrote so twice, all is well; if a file was joined twice, remove the copies"
         )
     if num_gone := np.isin(hashes, [hash(text) for text in PLACEHOLDER_TEXTS]).sum():
         warnings.append(

@@ -11,7 +11,8 @@ from the operating system's secret bits: nothing depends on floating-point noise
 without other authors. Kernels are selected by a batch's shape, so one author could otherwise move the last bits of all others.
 
 With a limit on the number of authors, those with the lowest hashes are evaluated. One author may then replace another: this moves
-the sums by up to 2 GRID, and the noise is doubled.
+the sums by up to 2 GRID, and the noise is doubled. Without a release, a threshold selects authors instead. It follows from the
+number of texts, so one author may move it and with it many others: no noise would cover that.
 
 Where the split decides by a hash of the author, held-out authors are never trained on. So model and loss together have the larger
 epsilon of the two. Authors of a validation file may be in the training data, or in that of a neighbor: there the two are added.

@@ -13,7 +13,7 @@ from programs import PRIVACY, run_here, small
 from scipy import stats
 from transformers import TrainingArguments
 
-from author_dp.accounting.accountant import gaussian_epsilon
+from author_dp.accounting.gaussian import gaussian_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.canary_monitor import CanaryMonitor, ScoreDistribution, score, to_normal
