@@ -41,15 +41,8 @@ class AuditArguments:
     )
 
     def __post_init__(self):
-<<<<<<< HEAD
         check_choice("--audit_kind", self.audit_kind, KINDS)
-        if self.audit_kind == "gradient" and not self.audit_canaries:
-            raise UserError("--audit_kind gradient: it needs canaries. Add --audit_canaries 1000, or leave it out")
-=======
-        if self.audit_kind not in ("text", "gradient"):
-            raise UserError(f"--audit_kind {self.audit_kind}: there is no such kind. Give text or gradient")
         self.check_given({"audit_kind"} if self.audit_kind == "gradient" else set())
->>>>>>> main
         if self.audit_canaries != 0 and self.audit_canaries < MIN_CANARIES:
             raise UserError(
                 f"--audit_canaries {self.audit_canaries}: fewer than {MIN_CANARIES} show nothing. Give 1000, or 0 for no audit"

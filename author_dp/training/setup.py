@@ -111,8 +111,6 @@ def set_up_run(
     checkpoint, ledger = find_checkpoint(args, privacy, isinstance(model, PeftModel), **made_with)
     if model_name:
         check_not_model(Path(str(args.output_dir)), model_name)
-    folder = Path(str(args.output_dir))
-    ledger = PrivacyLedger(folder / LEDGER_NAME)
     earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
     if earlier and canaries is None:
         plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1])
@@ -123,10 +121,6 @@ def set_up_run(
         raise UserError(f"sequence_len of DPTrainer: a sample is longer than {longest} tokens. Give sequence_len={found}")
     if canaries is not None:
         train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
-<<<<<<< HEAD
-    earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
-=======
->>>>>>> main
     max_bands = max_bands_in_memory(model, args)
     plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
     if plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
