@@ -255,7 +255,10 @@ def tokenize_examples(
         with untrimmed_offsets(tokenizer):
             encoded = tokenizer([example.text for example in chosen.values()], **options, verbose=False)
         for (i, example), row, spans in zip(chosen.items(), encoded["input_ids"], encoded["offset_mapping"]):
-            targets = [token if overlaps(span, example.targets) else IGNORE_INDEX for token, span in zip(row, spans, strict=True)]
+            targets = [
+                token if any(first < end and last > begin for begin, end in example.targets) else IGNORE_INDEX
+                for token, (first, last) in zip(row, spans, strict=True)
+            ]
             before, after = start * (row[:1] != start), end * (row[-1:] != end)
             ids[i], labels[i] = before + row + after, [IGNORE_INDEX] * len(before) + targets + after
     return ids, labels
@@ -274,11 +277,6 @@ def untrimmed_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         yield
     finally:
         backend.post_processor = processor
-
-
-def overlaps(span: tuple[int, int], targets: Sequence[Sequence[int]]) -> bool:
-    """Return whether a span shares a character with one of the targets."""
-    return any(span[0] < end and span[1] > start for start, end in targets)
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:

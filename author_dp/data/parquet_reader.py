@@ -26,14 +26,6 @@ from author_dp.data.columns import (
 BATCH_ROWS = 2**12
 
 
-def read_parquet(
-    name: str, compression: Optional[str], columns: ColumnSpec, author_types: dict[str, str]
-) -> Iterator[pa.RecordBatch]:
-    """Yield authors and texts of a file as strings."""
-    with decompressed(name, compression) as source:
-        yield from read_open_parquet(source, name, columns, author_types)
-
-
 def read_parquet_rows(name: str, compression: Optional[str], columns: ColumnSpec) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with all columns, as Python values."""
     with decompressed(name, compression) as source:

@@ -34,7 +34,7 @@ from author_dp.data.columns import (
 )
 from author_dp.data.csv_reader import csv_records, read_csv
 from author_dp.data.json_reader import json_objects, read_json
-from author_dp.data.parquet_reader import read_parquet, read_parquet_rows
+from author_dp.data.parquet_reader import decompressed, read_open_parquet, read_parquet_rows
 from author_dp.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -60,7 +60,8 @@ def read_files(
         suffix, compression = split_suffix(name)
         with unreadable_as_user_error(name, columns):
             if suffix == ".parquet":
-                yield from read_parquet(name, compression, columns, author_types)
+                with decompressed(name, compression) as source:
+                    yield from read_open_parquet(source, name, columns, author_types)
             else:
                 read = read_csv if suffix == ".csv" else read_json
                 rows = read(iterate_lines(name, compression, columns), name, columns)

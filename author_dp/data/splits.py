@@ -40,10 +40,10 @@ def split_by_author(
     folder: Optional[Path] = None,
     hold_out_at_least_one: bool = True,
 ) -> tuple[Dataset, Optional[Dataset]]:
-    """Write samples to disk while they are read: hold out about `eval_fraction` of the authors, train on `train_fraction` of the
-    others, with all their samples.
+    """Write samples to disk as they are read, those of held-out authors to a file of their own.
 
-    An author's side depends on the author's value and `seed` only. Adding or removing one author moves no other author between
+    About `eval_fraction` of the authors are held out, with all their samples; `train_fraction` of the others are trained on. An
+    author's side depends on the author's value and `seed` only. Adding or removing one author moves no other author between
     the sides, so neighboring data sets stay neighboring. Exception: if no author's hash is below `eval_fraction`, the author with
     the smallest hash is held out, which depends on the other authors. Without `hold_out_at_least_one`, this is an error.
 
@@ -55,8 +55,7 @@ def split_by_author(
     Raises:
         UserError: where a side that is needed has no author.
     """
-
-    train_below = eval_fraction + train_fraction * (1 - eval_fraction)
+    train_below = math.inf if train_fraction == 1 else eval_fraction + train_fraction * (1 - eval_fraction)
     train, evaluation, scores = write_sides(samples, schema, folder, author_column, seed, eval_fraction, train_below)
     if len(scores) < 2:
         raise UserError(f"--author_column {author_column!r}: one author only, whom no noise can hide. Give data of many authors")

@@ -46,6 +46,7 @@ from author_dp.models.weights import (
     weight_name_pattern,
 )
 from author_dp.training.resuming import check_same_options
+from author_dp.wording import format_names
 
 logger = get_logger(__name__)
 
@@ -328,8 +329,7 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
 
 def list_names(paths: list[Path], folder: Path) -> str:
     """Return the first four names relative to `folder`, for an error."""
-    names = sorted(str(path.relative_to(folder)) for path in paths)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return format_names(sorted(str(path.relative_to(folder)) for path in paths), 4)
 
 
 def check_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
