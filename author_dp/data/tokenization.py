@@ -65,12 +65,7 @@ def tokenize(
     Raises:
         UserError: where no sample is left, or the tokenizer lacks a token that was asked for.
     """
-    bos = resolve_bos_token(tokenizer, prepend_bos)
-    if prepend_bos and bos is None:
-        raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token. Leave it out")
-    if append_eos and tokenizer.eos_token_id is None:
-        raise UserError("--append_eos: the model's tokenizer has no end-of-text token. Leave it out")
-    start, end = [] if bos is None else [bos], [tokenizer.eos_token_id] * append_eos
+    start, end = resolve_tokens(tokenizer, prepend_bos, append_eos)
     number_column = "_".join([*samples.column_names, "number"])  # the name of no other column
     is_split = long_samples == "split"
     spec = TokenizeSpec(tokenizer, text_column, number_column, start, end, sequence_len - len(start), is_split, has_loss_mask)
@@ -99,6 +94,16 @@ def tokenize(
         reason = "no target within --sequence_len" if has_loss_mask else "fewer than two tokens"
         logger.warning(f"Dropped {num_dropped} of {len(samples)} texts: {reason} in {text_column!r}.")
     return tokens.remove_columns(number_column)
+
+
+def resolve_tokens(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool, append_eos: bool) -> tuple[list[int], list[int]]:
+    """Return the tokens that begin and end each text: one or none."""
+    bos = resolve_bos_token(tokenizer, prepend_bos)
+    if prepend_bos and bos is None:
+        raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token. Leave it out")
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError("--append_eos: the model's tokenizer has no end-of-text token. Leave it out")
+    return [] if bos is None else [bos], [tokenizer.eos_token_id] * append_eos
 
 
 def tokenize_batch(batch: dict[str, list], numbers: list[int], spec: TokenizeSpec) -> dict[str, list]:

@@ -194,7 +194,7 @@ def find_checkpoint(
     options: Optional[dict[str, Any]] = None,
     training: Optional[dict[str, Any]] = None,
 ) -> tuple[Optional[Path], PrivacyLedger]:
-    """Return the checkpoint to resume from, and the ledger of the folder, which is read once.
+    """Return the checkpoint to resume from, and the ledger of the folder.
 
     Args:
         args: Hugging Face's. Used are output_dir and resume_from_checkpoint (a path, or True for the newest).
@@ -202,7 +202,7 @@ def find_checkpoint(
         adapter: whether the run trains an adapter.
         options, training: as for `resuming.check_same_options`; None: not compared.
     Returns:
-        (checkpoint, ledger); the checkpoint is None if the run starts with the model as given.
+        (checkpoint, ledger); no checkpoint if the run starts with the model as given.
     Raises:
         UserError: where steps would be forgotten, the folder holds results of another run, or there is no such checkpoint.
     """
@@ -243,8 +243,8 @@ def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_p
     if is_checkpoint(folder):
         raise UserError(f"--output_dir {folder}: this is the name of a checkpoint, not of a run. Choose another --output_dir")
     path = folder / LEDGER_NAME
-    lock = HashChain(path).locked() if is_main_process and path.exists() else nullcontext()
-    with lock:  # fails if another run uses the folder
+    # Fails if another run uses the folder.
+    with HashChain(path).locked() if is_main_process and path.exists() else nullcontext():
         ledger = PrivacyLedger(path)
     ledger.check_no_failure()
     check_not_released(ledger, option)
@@ -265,9 +265,10 @@ def check_unused(folder: Path, ledger: PrivacyLedger) -> None:
         )
     results = [*weight_files(folder), *find_reports(folder), *checkpoints_by_step(folder)]
     if results:
+        names = format_names(sorted(str(path.relative_to(folder)) for path in results), 4)
         raise UserError(
-            f"--output_dir {folder}: it holds results of another run or other weights ({list_names(results, folder)}). Choose "
-            "another --output_dir, or resume that run with --resume_from_checkpoint True"
+            f"--output_dir {folder}: it holds results of another run or other weights ({names}). Choose another --output_dir, or "
+            "resume that run with --resume_from_checkpoint True"
         )
 
 
@@ -318,18 +319,14 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
     # This program writes privacy.json before the Trainer's state, and removes it after that.
     foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
     if foreign:
+        names = format_names(sorted(str(path.relative_to(folder)) for path in foreign), 4)
         kind = f"{'an adapter, --enable_lora' if adapter else 'a full model'}, {'without' if disable_dp else 'with'} privacy"
         raise UserError(
-            f"--output_dir {folder}: it holds results of another kind of run ({list_names(foreign, folder)}) than the resumed "
+            f"--output_dir {folder}: it holds results of another kind of run ({names}) than the resumed "
             f"one ({kind}). Move them away, or choose another --output_dir"
         )
     if is_main_process and not disable_dp and (folder / REPORT_NAME).exists():
         check_weights(folder, ledger.check_report(folder / REPORT_NAME), base=False)
-
-
-def list_names(paths: list[Path], folder: Path) -> str:
-    """Return the first four names relative to `folder`, for an error."""
-    return format_names(sorted(str(path.relative_to(folder)) for path in paths), 4)
 
 
 def check_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
