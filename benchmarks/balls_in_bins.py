@@ -15,10 +15,10 @@ from balls_in_bins_certificate import FAILURE_SHARE, Attempt, Plan, calibrate, c
 from common import main, option, print_head, print_row, table, timed
 from scipy.special import ndtr
 
-from author_dp.accounting.events import cyclic_event
 from author_dp.accounting.accountant import find_noise_multiplier
-from author_dp.accounting.gaussian import gaussian_delta
 from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, toeplitz_coefficients
+from author_dp.accounting.events import cyclic_event
+from author_dp.accounting.gaussian import gaussian_delta
 
 # --- judges ---------------------------------------------------------------------------------------------------
 
