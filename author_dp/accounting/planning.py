@@ -20,8 +20,9 @@ from typing import NamedTuple, Optional
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
-from author_dp.accounting.accountant import MechanismEvent, check_delta, cyclic_event, find_noise_multiplier
+from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, toeplitz_coefficients
+from author_dp.accounting.events import MechanismEvent, check_delta, cyclic_event
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.accounting.prediction import RATES, Setting, predicted_gain, with_interval
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutation import catches
 
-from author_dp.accounting.accountant import cyclic_event, find_noise_multiplier
+from author_dp.accounting.accountant import find_noise_multiplier
+from author_dp.accounting.events import cyclic_event
 from author_dp.accounting.planning import Task, candidates, cheap_noise_multiplier, gain_without_privacy, grid, missing_ground
 from author_dp.accounting.prediction import predicted_gain
 
