@@ -108,12 +108,12 @@ def tokens_of_digits(tokenizer: Any) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def score_all_codes(model: Any, tokenizer: Any, beginning: str) -> torch.Tensor:
-    """Return the log-probability of each code after `beginning`, float64 (CODES,), from shorter codes to longer ones."""
+def score_all_codes(model: Any, tokenizer: Any, beginning: str, length: int = DIGITS) -> torch.Tensor:
+    """Return the log-probability of each code of `length` digits after `beginning`, float64 (codes,), from shorter to longer."""
     start, digits = tokenizer(beginning).input_ids, torch.tensor(tokens_of_digits(tokenizer))  # (10, tokens of a digit)
     width = digits.shape[1]
     scores, codes = torch.zeros(1, dtype=torch.float64), torch.zeros(1, 0, dtype=torch.long)
-    for _ in range(DIGITS):
+    for _ in range(length):
         ids = torch.cat([torch.tensor(start).expand(len(codes), -1), digits[codes].flatten(1)], 1)
         # All digits share their first tokens (a space), if they have several: the last one tells them apart.
         assert (digits[:, :-1] == digits[0, :-1]).all()

