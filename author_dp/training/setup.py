@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from author_dp.accounting.budget import Budget
-from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, read_private_count
+from author_dp.accounting.ledger import read_private_count
 from author_dp.accounting.output_dir import check_not_model
 from author_dp.accounting.plan import PrivacyPlan, make_plan
 from author_dp.clipping.norm_stats import NormStatistics
@@ -108,11 +108,9 @@ def set_up_run(
         "options": program_options(*program_args, privacy, args),
         "training": describe_training(model, train_dataset, tokenizer, model_name),
     }
-    checkpoint = find_checkpoint(args, privacy, isinstance(model, PeftModel), **made_with)
+    checkpoint, ledger = find_checkpoint(args, privacy, isinstance(model, PeftModel), **made_with)
     if model_name:
         check_not_model(Path(str(args.output_dir)), model_name)
-    folder = Path(str(args.output_dir))
-    ledger = PrivacyLedger(folder / LEDGER_NAME)
     earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
     if earlier and canaries is None:
         plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1])
@@ -128,7 +126,7 @@ def set_up_run(
     if plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
         raise ValueError("noise bands need the hashes of all authors. Use AuthorDataset(..., hashes=author_hashes(authors))")
     check_same_start(plan, train_dataset, model, args.bf16)
-    hidden_count = broadcast(read_private_count(folder))
+    hidden_count = broadcast(read_private_count(ledger.path.parent))
     check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
     check_counts_hidden(ledger, privacy.hide_counts)
     budget = Budget(plan, ledger, is_main_process=args.process_index == 0)
