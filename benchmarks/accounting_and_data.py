@@ -73,7 +73,7 @@ def time_large(path: Path) -> list[Row]:
     rows = [(f"load {LARGE_SAMPLES:,} samples from JSONL", seconds, f"{LARGE_SAMPLES / seconds:,.0f} samples/s")]
     seconds, _ = timed(lambda: suspicious_author_warnings(loaded, "content", "author"))
     rows.append(("look for nobody's authors and texts of several", seconds, ""))
-    seconds, (train, _) = timed(lambda: split_by_author(loaded, "author", 0.02, 0))
+    seconds, (train, _) = timed(lambda: split_by_author(loaded.data.to_batches(), COLUMNS.schema, "author", 0.02, 0))
     rows.append(("hold out 2 % of the authors", seconds, f"{len(loaded) - len(train):,} samples"))
     seconds, (offsets, indices) = timed(lambda: group_by_author(get_column(train, "author")))
     rows.append((f"group by {len(offsets) - 1:,} authors", seconds, ""))
