@@ -43,7 +43,7 @@ from dp_utils import PrivacyArguments
     "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", clipping="grad_sample", kind="tied", k=1,
     per_device=4, accumulation=1)  # fmt: skip
 @catches("a clip for each sample", "dp_utils.DPTrainer.training_step", "non_blocking=True)",
-    "non_blocking=True)\n        "
+    "non_blocking=True)\n            "
     "n = len(microbatch['author']); microbatch.update(author=torch.arange(n), num_authors=n, samples_each=1, "
     "is_real=torch.arange(n) < microbatch['num_real'])",
     clipping="ghost", kind="tied", k=3, per_device=64, accumulation=1)  # fmt: skip
