@@ -51,6 +51,7 @@ from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
+from author_dp.models.modes import frozen_weights_cast
 from author_dp.option_names import find_missing
 from author_dp.outputs.model_card import public_settings
 from author_dp.outputs.privacy_statement import starting_model
@@ -324,18 +325,18 @@ class DPTrainer(UploadingTrainer):
         total = torch.zeros_like(self._step_loss)
         missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
         inputs = inputs._replace(microbatches=self.tracked(inputs.microbatches))
-        for microbatch in inputs.microbatches:
-            microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
-            with self.accelerator.autocast():
+        with self.accelerator.autocast(), frozen_weights_cast(self.model):  # of all microbatches: weights are cast once
+            for microbatch in inputs.microbatches:
+                microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
                 losses = author_losses(model, microbatch)
-            if self.gradient_canaries is not None:
-                losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
-            norms = self.engine.backward(losses, microbatch["author"], microbatch["samples_each"])
-            self.norms.add(norms, microbatch["is_real"], microbatch["num_real"])
-            total += losses.detach().nan_to_num(posinf=0.0).sum()
-            del losses  # and what of its graph is not freed yet
-        for _round in range(missing):
-            with self.accelerator.autocast():
+                with torch.autocast(self.args.device.type, enabled=False):  # or norms and sums would be rounded
+                    if self.gradient_canaries is not None:
+                        losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
+                    norms = self.engine.backward(losses, microbatch["author"], microbatch["samples_each"])
+                    self.norms.add(norms, microbatch["is_real"], microbatch["num_real"])
+                total += losses.detach().nan_to_num(posinf=0.0).sum()
+                del losses  # and what of its graph is not freed yet
+            for _round in range(missing):
                 self.engine.dummy_backward()
         if self.privacy.disable_dp:
             all_reduce_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])

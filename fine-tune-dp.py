@@ -59,7 +59,7 @@ from author_dp.guards.options import check_launcher_variables, validate_options
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.logs import get_logger
 from author_dp.mechanism.sampling import append_canary_hashes
-from author_dp.models.activations import fuse_activations
+from author_dp.models.fusion import fuse_operations
 from author_dp.models.loading import check_sequence_len, load_model
 from author_dp.models.lora import LoraArguments
 from author_dp.models.quantization import weight_bytes
@@ -183,7 +183,7 @@ def main() -> None:
     model, tokenizer = load_model(
         model_args.model_name, lora_args.to_options(), lora_args.base_precision, training_args.device, training_args.bf16
     )
-    fuse_activations(model)
+    fuse_operations(model)
     logging.set_verbosity(training_args.get_process_log_level())  # not before: loading logs pages
     if flag := lora_args.base_precision_flag():
         logger.info(f"{flag}: all weights, adapters included, take {weight_bytes(model) / 2**20:,.1f} MiB.")

@@ -57,7 +57,7 @@ from author_dp.guards.precision import full_precision_sums  # noqa: E402
 from author_dp.mechanism.fsdp_clipping import make_engine  # noqa: E402
 from author_dp.mechanism.losses import author_losses  # noqa: E402
 from author_dp.mechanism.microbatches import make_microbatch_shape, make_microbatches  # noqa: E402
-from author_dp.models.activations import fuse_activations  # noqa: E402
+from author_dp.models.fusion import fuse_operations  # noqa: E402
 from data_utils import AuthorDataset, collate, group_by_author  # noqa: E402
 from dp_utils import DPTrainer, PrivacyArguments  # noqa: E402
 
@@ -131,7 +131,7 @@ def check_against_cpu(options: argparse.Namespace) -> bool:
     passed = True
     for kind in KINDS:
         model = make_model(kind == "LoRA", options, **dropout)
-        fuse_activations(model)
+        fuse_operations(model)
         for dtype in TOLERANCE:
             for two_passes in (False, True):
                 expected = clip(model, batch, "cpu", dtype == "bf16", two_passes)
@@ -201,7 +201,7 @@ def make_trainer(row: str, kind: str, data: AuthorDataset, options: argparse.Nam
         ids = data.samples.with_format("numpy")[:count]["input_ids"]
         samples = Dataset.from_dict({"input_ids": ids, "labels": ids})
         return Trainer(model, arguments, default_data_collator, train_dataset=samples)
-    fuse_activations(model)
+    fuse_operations(model)
     privacy = {"disable_dp": True} if row == "non-private" else {"target_epsilon": 8.0}
     return DPTrainer(
         model, arguments, PrivacyArguments(**privacy, per_sample_max_grad_norm=1.0), train_dataset=data, data_collator=collate,

@@ -18,7 +18,7 @@ NO_CLIP_BY_GRAD_SAMPLE = (
 )  # fmt: skip
 TWICE_THE_CLIP_NORM = (CLIP, "(clip_norm / norms)", "(2 * clip_norm / norms)")
 CLIP_PER_SAMPLE = (
-    TRAINING_STEP, "non_blocking=True)", "non_blocking=True)\n        "
+    TRAINING_STEP, "non_blocking=True)", "non_blocking=True)\n            "
     "n = len(microbatch['author']); microbatch.update(author=torch.arange(n), num_authors=n, samples_each=1, "
     "is_real=torch.arange(n) < microbatch['num_real'])",
 )  # fmt: skip

@@ -149,36 +149,38 @@ class TwoPassStore(FactorStore):
     def _handle_tied(self, parameter: Any, grad: GradFactors) -> None:
         """Second use of a parameter: add the cross term of embedding and head, or fall back to keeping all factors."""
         head = self._head_rows.pop(parameter, None)
-        if head is None or not isinstance(grad, EmbeddingGrad) or not (head[0] is grad.ids or torch.equal(head[0], grad.ids)):
+        if head is None or not isinstance(grad, EmbeddingGrad) or not same_ids(head[0], grad.ids):
             self.kept_params.add(parameter)
             return
         self.squares[parameter] = tied_squared_norm(grad, *head[1:], self._authors)
 
 
+def same_ids(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors hold the same ids; waits for the device only where they have memory of their own."""
+    is_view = one.shape == other.shape and one.stride() == other.stride() and one.data_ptr() == other.data_ptr()
+    return is_view or torch.equal(one, other)
+
+
 class ReplayCheck:
-    """Compare what the layers compute in two backward passes."""
+    """Compare what the layers compute in two backward passes: all at once at the end, which takes few operations."""
 
     def __init__(self) -> None:
-        self._expected: list[tuple[Any, list[torch.Tensor]]] = []  # layer or parameter, and fingerprints of its tensors
-        self._matches: list[torch.Tensor] = []  # of the second pass, each bool ()
+        self._calls: tuple[list[Any], list[Any]] = [], []  # of each pass: layers or parameters
+        self._prints: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []  # and the fingerprints of their tensors
 
     def add(self, source: Any, tensors: Iterable[torch.Tensor], is_second: bool) -> None:
-        """Take the tensors of one call: of the first pass a fingerprint, of the second whether it is the same."""
-        index = len(self._matches if is_second else self._expected)
-        prints = [fingerprint(tensor, 31 * index) for tensor in tensors]
-        if not is_second:
-            self._expected.append((source, prints))
-            return
-        expected_source, prints_before = self._expected[index] if index < len(self._expected) else (None, [])
-        matches = expected_source is source and [fingerprints_match(*pair) for pair in zip(prints_before, prints)]
-        if matches:
-            self._matches.append(torch.stack(matches).all())
-        else:
-            self._matches.append(torch.zeros((), dtype=torch.bool, device=prints[0].device))
+        """Take fingerprints of the tensors of one call."""
+        index = len(self._calls[is_second])
+        self._calls[is_second].append(source)
+        self._prints[is_second].extend(fingerprint(tensor, 31 * index) for tensor in tensors)
 
     def is_same(self) -> bool:
         """Return whether the second pass saw the same calls with the same tensors."""
-        return len(self._matches) >= len(self._expected) and (not self._matches or bool(torch.stack(self._matches).all()))
+        expected, found = self._prints
+        sizes = [len(prints) for prints in expected]
+        if [id(source) for source in self._calls[0]] != [id(source) for source in self._calls[1]]:
+            return False
+        return sizes == [len(prints) for prints in found] and (not sizes or fingerprints_match(expected, found))
 
 
 def fingerprint(tensor: torch.Tensor, index: int) -> torch.Tensor:
@@ -186,11 +188,13 @@ def fingerprint(tensor: torch.Tensor, index: int) -> torch.Tensor:
     return tensor.detach().select(-1, index % tensor.shape[-1]).to(torch.float32, copy=True).flatten()
 
 
-def fingerprints_match(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Return whether two fingerprints agree, as a bool () on the device; values that are not finite are not compared."""
-    finite = expected.isfinite()
-    difference = torch.where(finite, found - expected, 0.0).norm()
-    return difference <= MISMATCH_TOLERANCE * expected.where(finite, 0.0).norm()
+def fingerprints_match(expected: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
+    """Return whether each pair of fingerprints agrees; values that are not finite are not compared. Waits for the device."""
+    sizes, (before, after) = [len(prints) for prints in expected], (torch.cat(prints) for prints in (expected, found))
+    finite = before.isfinite()
+    differences = torch._foreach_norm(torch.where(finite, after - before, 0.0).split(sizes))
+    norms = torch._foreach_norm(before.where(finite, 0.0).split(sizes))
+    return bool((torch.stack(differences) <= MISMATCH_TOLERANCE * torch.stack(norms)).all())
 
 
 class TwoPassClipping(GhostClipping):

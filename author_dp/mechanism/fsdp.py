@@ -6,7 +6,8 @@ own keys. No coordinate is noised twice, and none goes without noise.
 
 How: torch's FSDP2 [1, 2] splits each parameter along its first dimension and gathers one block of the model at a time, forward
 and backward. FSDP2 handles no gradients: book-keeping asks autograd for those of layers' outputs only, so no ordinary gradient of
-a weight is ever computed or reduced. `fsdp_clipping.py` reduce-scatters the clipped sums.
+a weight is ever computed or reduced. `fsdp_clipping.py` reduce-scatters the clipped sums. Under --bf16, blocks are gathered in
+bfloat16; clipped sums, noise, optimizer state and the updated weights are float32 always.
 
 Every process must take part in every gather. A process with fewer microbatches runs dummy ones, which count for nothing.
 
@@ -21,7 +22,7 @@ References:
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -65,10 +66,36 @@ def shard_model(model: Any, device: torch.device) -> None:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
+class BF16AllGather:
+    """FSDP2's interface of an all-gather: send float32 parameters as bfloat16, and return them as float32."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Gather within FSDP2's stream, in which whatever uses the result waits; bytes, as gloo knows few types."""
+        rounded = torch.empty_like(output_tensor, dtype=torch.bfloat16)
+        all_gather(rounded.view(torch.uint8), input_tensor.to(torch.bfloat16).view(torch.uint8), group=group)
+        output_tensor.copy_(rounded)
+
+
+def gather_in_bfloat16(model: Any) -> None:
+    """Let the blocks of a sharded model gather their weights in bfloat16, for runs under autocast; the shards stay float32.
+
+    Autocast rounds the matrices in the same way. Norms' weights are rounded too. Embeddings and head are gathered in float32.
+    The model check needs float32, so call this after it.
+    """
+    for block in find_blocks(model.get_base_model() if isinstance(model, PeftModel) else model):
+        block.set_custom_all_gather(BF16AllGather())  # type: ignore[operator]
+
+
 def find_blocks(root: Any) -> list[nn.Module]:
     """Return the modules that are gathered one at a time: the blocks that transformers names; of nested ones, the outer."""
     class_names = set(getattr(root, "_no_split_modules", None) or ())
-    found = {name: module for name, module in root.named_modules() if type(module).__name__ in class_names}
+    # FSDP2 prefixes the names of the classes that it has sharded.
+    found = {name: m for name, m in root.named_modules() if type(m).__name__.removeprefix("FSDP") in class_names}
     found = {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
     parameters = [parameter for block in found.values() for parameter in block.parameters()]
     if not found or len(set(parameters)) < len(parameters):

@@ -17,17 +17,17 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Compute -log softmax(logits)[target] in float32."""
-        indices = targets.clamp(min=0)[:, None]
+        indices, ignored = targets.clamp(min=0)[:, None], targets == IGNORE_INDEX
         chunks = zip(*(t.split(TokenLosses.chunk_rows(logits)) for t in (logits, indices)))
         losses = -torch.cat([logit.float().log_softmax(1).gather(1, index)[:, 0] for logit, index in chunks])
-        ctx.save_for_backward(logits, targets, losses + logits.gather(1, indices)[:, 0].float())
-        return torch.where(targets == IGNORE_INDEX, 0.0, losses)
+        ctx.save_for_backward(logits, indices, ignored, losses + logits.gather(1, indices)[:, 0].float())
+        return losses.masked_fill_(ignored, 0.0)
 
     @staticmethod
     def backward(ctx, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Compute weight x (softmax - one-hot), in the logits' type; on a GPU nan for a weight below 0, which no loss has."""
-        logits, targets, normalizers = ctx.saved_tensors
-        weights, normalizers = torch.where(targets == IGNORE_INDEX, 0.0, weights)[:, None], normalizers[:, None]
+        logits, indices, ignored, normalizers = ctx.saved_tensors
+        weights, normalizers = torch.where(ignored, 0.0, weights)[:, None], normalizers[:, None]
         shifts, on_cpu, gradient = normalizers - weights.log(), logits.device.type == "cpu", torch.empty_like(logits)
         tensors = (logits, normalizers, shifts, weights, gradient)
         for logit, normalizer, shift, weight, result in zip(*(t.split(TokenLosses.chunk_rows(logits)) for t in tensors)):
@@ -36,14 +36,14 @@ class TokenLosses(torch.autograd.Function):
                 result.copy_(torch.sub(logit, normalizer, out=out).exp_().mul_(weight))  # no copy where both are one tensor
             else:  # two passes over memory
                 torch.exp(torch.sub(logit, shift, out=out), out=result)
-        indices = targets.clamp(min=0)[:, None]
         at_target = torch.expm1(logits.gather(1, indices).float() - normalizers).mul_(weights)  # (softmax - 1) x weight
         return gradient.scatter_(1, indices, at_target.to(gradient.dtype)), None
 
     @staticmethod
     def chunk_rows(logits: torch.Tensor) -> int:
-        """Return how many rows stay in a CPU's cache; on a GPU, how many are 256 MB, to launch few kernels."""
-        return max(1, (2**20 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
+        """Return how many rows stay in a CPU's cache; on a GPU an eighth, or 256 MB if that is more, to launch few kernels."""
+        elements = 2**20 if logits.device.type == "cpu" else max(2**26, logits.numel() // 8)
+        return max(1, elements // logits.shape[1])
 
 
 def token_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,5 +77,5 @@ def author_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     # From (samples, tokens) to (authors,).
     zeros = torch.zeros(batch["num_authors"], device=losses.device)
     totals = zeros.index_add(0, batch["author"], losses.sum(1))
-    counts = zeros.index_add(0, batch["author"], has_target.sum(1).float())
+    counts = zeros.index_add(0, batch["author"], has_target.sum(1, dtype=torch.float32))
     return totals / counts.clamp(min=1)

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import masking_utils
+from transformers.pytorch_utils import Conv1D
 
 
 @contextmanager
@@ -47,3 +49,28 @@ def one_text_per_row() -> AbstractContextManager[None]:
     for all samples together how attention is computed, so one author's row could also change the rounding of all others.
     """
     return temporarily_set((masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+
+
+@contextmanager
+def frozen_weights_cast(model: nn.Module) -> Iterator[None]:
+    """Inside autocast, cast the frozen weights of plain linear layers once, not at each call.
+
+    Autocast itself remembers the casts of trained weights only. What layers compute does not change. Where layers are
+    checkpointed, nothing is cast: these copies are what checkpointing does not keep.
+    """
+    replaced = []
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    for layer in model.modules():
+        if checkpointed or type(layer) not in (nn.Linear, Conv1D) or not torch.is_autocast_enabled(layer.weight.device.type):
+            continue
+        for name, parameter in layer._parameters.items():
+            is_frozen = parameter is not None and not parameter.requires_grad and parameter.dtype == torch.float32
+            if is_frozen and not isinstance(parameter, DTensor):  # FSDP gathers those of a sharded layer at each call
+                replaced.append((layer, name, parameter))
+    try:
+        for layer, name, parameter in replaced:
+            layer._parameters[name] = parameter.to(torch.get_autocast_dtype(parameter.device.type))  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, name, parameter in replaced:
+            layer._parameters[name] = parameter

@@ -37,7 +37,7 @@ from author_dp.guards.probing import resolve_sequence_len
 from author_dp.guards.trainer_options import check_adapted, options_without_effect
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC
-from author_dp.mechanism.fsdp import ShardedOptimizer, shard_model
+from author_dp.mechanism.fsdp import ShardedOptimizer, gather_in_bfloat16, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.training.checkpointing import (
@@ -157,12 +157,14 @@ def check_and_place_model(
     if full_shard:
         check_fsdp_model(model)
         shard_model(model, args.device)
-    if privacy.disable_dp:
-        return None
-    checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
-    check_float32(to_device(model, args), args.bf16)
-    model_check = verify_model(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
-    logger.info(model_check.summary())
+    model_check = None
+    if not privacy.disable_dp:
+        checkpointing: Any = (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None
+        check_float32(to_device(model, args), args.bf16)
+        model_check = verify_model(model, privacy.clipping, sequence_len, checkpointing, args.bf16)
+        logger.info(model_check.summary())
+    if full_shard and args.bf16:
+        gather_in_bfloat16(model)
     return model_check
 
 

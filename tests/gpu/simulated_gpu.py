@@ -170,6 +170,7 @@ class SimulatedGpu(TorchDispatchMode):
         self.float64: set[str] = set()
         self.operations: list[Operation] = []
         self.phase, self.memory, self.recording = "", MemoryMeter(), True
+        self.casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # autocast's cache: {id: (weight, its cast)}
         self.generator = torch.Generator()  # the device's default one
 
     def reset(self) -> None:
@@ -215,7 +216,8 @@ class SimulatedGpu(TorchDispatchMode):
         if any(isinstance(t, GpuTensor) and t.dtype == torch.float64 for t in outputs):
             self.float64.add(where)
         if self.recording and name not in NO_KERNEL:
-            self.operations.append(Operation(name, [operand(t) for t in tensors], [operand(t) for t in outputs], where))
+            read = tensors_of((args, {key: value for key, value in kwargs.items() if key != "out"}))
+            self.operations.append(Operation(name, [operand(t) for t in read], [operand(t) for t in outputs], where))
         return out
 
     def _note_copy(self, name: str, args: tuple, kwargs: dict, target: Any, where: str) -> None:

@@ -77,8 +77,16 @@ def to_backend_name(value: Any) -> Any:
 
 
 def autocast(tensor: Any, dtype: torch.dtype) -> Any:
-    is_cast = isinstance(tensor, GpuTensor) and tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64)
-    return tensor.to(dtype) if is_cast else tensor
+    """Cast as autocast does, which remembers the casts of trained weights until its outermost context ends."""
+    if not isinstance(tensor, GpuTensor) or not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
+        return tensor
+    casts, key = current().casts, id(tensor)
+    if key in casts:
+        return casts[key][1]
+    cast = tensor.to(dtype)
+    if tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32 and torch.is_autocast_cache_enabled():
+        casts[key] = tensor, cast
+    return cast
 
 
 def attention(
@@ -202,6 +210,7 @@ def replace_cuda(stack: ExitStack, gpu: SimulatedGpu) -> None:
     ]
     autocast_class = torch.amp.autocast_mode.autocast
     init, is_enabled, get_dtype = autocast_class.__init__, torch.is_autocast_enabled, torch.get_autocast_dtype
+    clear = torch.clear_autocast_cache
 
     def name_of(device_type: str) -> str:
         return "gpu" if device_type == "cuda" else device_type
@@ -209,8 +218,13 @@ def replace_cuda(stack: ExitStack, gpu: SimulatedGpu) -> None:
     def init_autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         init(self, name_of(device_type), *args, **kwargs)
 
+    def clear_cache() -> None:
+        clear()
+        gpu.casts.clear()
+
     replacements += [
         (autocast_class, "__init__", init_autocast),
+        (torch, "clear_autocast_cache", clear_cache),
         (torch, "is_autocast_enabled", lambda device_type="gpu": is_enabled(name_of(device_type))),
         (torch, "get_autocast_dtype", lambda device_type="gpu": get_dtype(name_of(device_type))),
         (torch.Tensor, "pin_memory", pin_memory),

@@ -11,14 +11,14 @@ from simulated_gpu import simulated_gpu
 sys.path.append(str(ROOT / "benchmarks"))
 import roofline
 
-from author_dp.models.activations import fuse_activations
+from author_dp.models.fusion import fuse_operations
 
 
 def make_model(lora: bool):
     """Return a tiny model as fine-tune-dp.py prepares one."""
     model = tiny_gpt2(lora=lora).train()
     model.config.use_cache = False
-    fuse_activations(model)
+    fuse_operations(model)
     return model
 
 
@@ -49,7 +49,7 @@ def test_roofline_runs_the_operations_of_a_training(tmp_path, lora, bf16):
 
 # Of one microbatch of 128 authors x 128 tokens in bfloat16: kernels, waits, and seconds of a run with hidden launches.
 LIMITS = {
-    ("ghost", "full"): (1_400, 1, 275), ("ghost", "LoRA"): (900, 1, 195), ("two_pass", "LoRA"): (1_300, 1, 260)
+    ("ghost", "full"): (1_180, 1, 265), ("ghost", "LoRA"): (660, 1, 181), ("two_pass", "full"): (2_200, 2, 460)
 }  # fmt: skip
 
 

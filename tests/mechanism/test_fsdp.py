@@ -38,10 +38,12 @@ from author_dp.errors import UserError
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.model_check import check_fsdp_model, verify_model
 from author_dp.guards.options import check_fsdp
+from author_dp.mechanism import fsdp
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import (
     ShardedOptimizer,
     find_blocks,
+    gather_in_bfloat16,
     local_shard,
     missing_rounds,
     shard_model,
@@ -61,6 +63,8 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     shard_model(model.train(), CPU)
+    if bf16:
+        gather_in_bfloat16(model)
     parameters = trainable(model).values()
     optimizer = ShardedOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
@@ -82,8 +86,10 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
         engine.backward(losses, batch["author"])
     for _ in range(idle):
         engine.dummy_backward()
+    sums = [local_shard(parameter.summed_grad) for parameter in parameters]
     optimizer.step()
     return {
+        "dtypes": {tensor.dtype for tensor in [*sums, *(local_shard(parameter) for parameter in parameters)]},
         "authors": authors,
         "update": before - flat(parameters),
         "local_sizes": [local_shard(parameter).numel() for parameter in parameters],
@@ -97,6 +103,7 @@ def check_update(folder: Path, kind: str, counts: list, tolerance: float = 1e-5,
     expected = naive.clipped_sum(tiny_gpt2(**MODELS[kind]), authors, 0.5) / 8
     for process in found:
         assert (process["update"] - expected).norm() <= tolerance * expected.norm()
+        assert process["dtypes"] == {torch.float32}  # sums and updated weights, also under bfloat16
         assert torch.equal(process["update"], found[0]["update"])
     local_sizes = np.sum([process["local_sizes"] for process in found], 0).tolist()
     assert local_sizes == found[0]["sizes"]  # each coordinate is on one process
@@ -126,6 +133,47 @@ def test_sharded_update_equals_a_plain_loop(tmp_path, kind, counts):
 @pytest.mark.parametrize(("option", "tolerance"), [({"checkpointing": True}, 1e-5), ({"bf16": True}, 0.02)])
 def test_sharded_update_with_checkpointing_and_bfloat16(tmp_path, option, tolerance):
     check_update(tmp_path, "tied", UNEQUAL[:2], tolerance, **option)
+
+
+def gathered(bf16: bool) -> dict:
+    """Return the types in which processes send the weights of a forward pass, and the losses."""
+    model, sent = shard_and_note(tiny_gpt2(), bf16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        losses = author_losses(model, make_batch([1, 2, 1]))
+    return {"losses": losses, "sent": sent}
+
+
+def shard_and_note(model: nn.Module, bf16: bool) -> tuple[nn.Module, dict]:
+    """Shard a model; return it, and {dtype: bytes} of what is gathered from now on."""
+    sent: dict = {}
+    shard_model(model.train(), CPU)
+    if bf16:
+        gather_in_bfloat16(model)
+    gather = fsdp.all_gather
+
+    def note(output: torch.Tensor, values: torch.Tensor, **options) -> None:
+        sent[values.dtype] = sent.get(values.dtype, 0) + values.nbytes
+        gather(output, values, **options)
+
+    fsdp.all_gather = note
+    return model, sent
+
+
+@pytest.mark.integration
+@catches("weights gathered in float32", "mechanism.fsdp.gather_in_bfloat16", "block.set_custom_all_gather", "(lambda _: None)")
+def test_blocks_are_gathered_in_half_the_bytes_under_bfloat16(tmp_path):
+    found = []
+    for bf16 in (False, True):
+        (folder := tmp_path / str(bf16)).mkdir()
+        found.append(in_processes(folder, 2, gathered, bf16)[0])
+    plain, half = found
+    block_bytes = sum(p.numel() for block in find_blocks(tiny_gpt2()) for p in block.parameters()) * 2 / 2  # on each process
+    assert not plain["sent"] and half["sent"][torch.uint8] >= block_bytes
+    assert half["sent"][torch.uint8] <= 1.1 * block_bytes  # padding
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = author_losses(tiny_gpt2().train(), make_batch([1, 2, 1]))
+    assert torch.allclose(plain["losses"], expected, rtol=1e-6)
+    assert torch.allclose(half["losses"], expected, rtol=2**-8)  # where the layer norms' weights are rounded, too
 
 
 def one_step(folder: Path) -> dict:
