@@ -104,11 +104,11 @@ class Search:
     # Before the first run.
 
     def probe(self, most: Optional[int] = None) -> tuple[dict[str, Any], float]:
-        """Return the ledger's header of a run with its `samples`, and an estimate of its seconds.
+        """Return the ledger's header of a run with its `samples` and the `settings` of all, and an estimate of its seconds.
 
         Dry runs try each value of the grid once, or `most` of them: what fails for the user's reasons fails here.
         """
-        headers, seconds = [], math.nan
+        headers, settings_of_runs, seconds = [], [], math.nan
         for number in range(most or max(map(len, self.args.grid.values()))):
             settings = {name: values[number % len(values)] for name, values in self.args.grid.items()}
             folder, log, started = self.runs / "probe", self.runs / "probe.log", time.monotonic()
@@ -123,6 +123,7 @@ class Search:
             report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
             if not base_is_covered(report):
                 raise UserError(f"--model_name: {format_model(report['base_model'])}, and no search gives it one. Choose another")
+            settings_of_runs.append(report.get("settings"))
             headers.append({**runs[0], "samples": read_samples(folder)})
             if found := SECONDS.search(output):
                 seconds = max(
@@ -133,7 +134,7 @@ class Search:
         for name in ("sample_rate", "steps", "delta", "noise_bands", "noise_multiplier", "split", "samples"):
             if any(header[name] != headers[0][name] for header in headers):
                 raise UserError(f"--search: its settings change {name}, but all runs must cost the same. Fix them, after --")
-        return headers[0], seconds
+        return headers[0] | {"settings": settings_of_runs}, seconds
 
     def draw(self, header: dict[str, Any], noise: SearchNoise) -> None:
         """Draw the number of runs and all of their settings, and write them: once in the life of a search."""

@@ -24,6 +24,8 @@ from filelock import FileLock, Timeout
 from author_dp import cli
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import event_of_run
+from author_dp.accounting.planning import Task, missing_ground
+from author_dp.accounting.prediction import Setting, predicted_gain
 from author_dp.accounting.tuning import Release, SearchNoise, calibrate_search
 from author_dp.errors import SignalError, UserError
 from author_dp.outputs.search import Search
@@ -36,11 +38,13 @@ def format_cost(noise: SearchNoise, header: dict[str, Any], seconds: float, fold
     count, single = noise.run_count, header["noise_multiplier"]
     most = count.quantile(Decimal("0.99"))
     hours = "" if math.isnan(seconds) else f", about {timedelta(seconds=round(seconds * most))}"
+    prediction = format_prediction(noise, header)
     lines = [
         f"runs              {count.expected:g} expected ({count.name}); with probability 99 % at most {most}{hours}",
         f"noise multiplier  {noise.noise_multiplier:.4f}, {noise.noise_multiplier / single:.2f} times the {single:.4f} of "
         "a single run at this epsilon",
         f"guarantee         {format_guarantee(noise.epsilon, header['delta'])}, for the entire search",
+        *([f"predicted         {prediction}"] if prediction else []),
         f"private           {folder}: runs, logs and scores. Nothing of them is shown, and only the best is released, at the end",
     ]
     if math.isinf(count.eta):
@@ -49,6 +53,30 @@ def format_cost(noise: SearchNoise, header: dict[str, Any], seconds: float, fold
             "searching again would cost again"
         )
     return "\n".join(lines)
+
+
+def format_prediction(noise: SearchNoise, header: dict[str, Any]) -> str:
+    """Return what the noise of a search costs by the planner's formula; empty where the formula has no ground."""
+    batch, steps, authors = header["expected_batch_size"], header["steps"], header["num_authors"]
+    gains = []
+    for settings in filter(None, header["settings"]):
+        sizes = (settings["parameters"], settings["trained_parameters"])
+        is_lora = "lora" in settings
+        if authors is None or missing_ground(
+            Task(authors, header["target_epsilon"], header["delta"], *sizes, is_lora, batch * steps)
+        ):
+            continue
+        gains.append([
+            predicted_gain(Setting(sigma, batch, steps, header["noise_bands"], settings["learning_rate"], *sizes, is_lora))
+            for sigma in (noise.noise_multiplier, header["noise_multiplier"])
+        ])  # fmt: skip
+    if not gains:
+        return ""
+    searched, alone = map(max, zip(*gains))
+    return (
+        f"by the planner's formula, the best of these settings gains {searched / alone:.0%} of what it would in a single run. A "
+        "search pays only if you would choose worse than that without one"
+    )
 
 
 def check_same_samples(search: Search) -> None:

@@ -1,7 +1,9 @@
 """tune: what an attacker, or a user in a hurry, tried against a search and its runs."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 from mutation import catches
 from test_tune import FakeRuns, call, choices, draws
@@ -10,7 +12,7 @@ from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.accounting.privacy_report import make_report
-from author_dp.accounting.tuning import MOST_RUNS, RunCount
+from author_dp.accounting.tuning import MOST_RUNS, RunCount, SearchNoise
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
 from author_dp.models.weights import hash_weights
@@ -202,6 +204,19 @@ def test_result_of_a_search_has_a_report_that_says_so(tmp_path, monkeypatch, run
     (tmp_path / "out" / "model.safetensors").write_text("other weights")
     with pytest.raises(UserError, match=r"model\.safetensors"):
         report.main([str(tmp_path / "out")])
+
+
+def test_prediction_falls_with_the_noise_of_a_search():
+    header = {
+        "expected_batch_size": 256, "steps": 154, "num_authors": 19_600, "target_epsilon": 8.0, "delta": 5e-5, "noise_bands": 1,
+        "noise_multiplier": 0.48,
+        "settings": [{"learning_rate": rate, "parameters": 413_664, "trained_parameters": 413_664} for rate in (1e-3, 1e-2)],
+    }  # fmt: skip
+    noises = [SearchNoise(RunCount(6.0, 0.0), 4.0, sigma, np.zeros(1), 8.0) for sigma in (0.48, 0.6, 2.0)]
+    shares = [int(re.search(r"gains (\d+)%", tune.format_prediction(noise, header))[1]) for noise in noises]
+    assert shares[0] == 100 > shares[1] > shares[2]
+    assert tune.format_prediction(noises[0], header | {"settings": [None]}) == ""
+    assert tune.format_prediction(noises[0], header | {"num_authors": 5}) == ""
 
 
 @catches("the date of the best run", "outputs.search.Search.final_report", 'report["started"] = self.plan["started"]',
