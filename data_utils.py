@@ -13,7 +13,9 @@ Example:
             [   8,    9, -100]])
 """
 
+import itertools
 import os
+import pickle
 import secrets
 import tempfile
 from collections.abc import Sequence
@@ -25,13 +27,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from author_dp.data.authors import encode_authors, get_column, split_id, suspicious_author_warnings
 from author_dp.data.chat import TARGETS, ChatFormatter, missing_end_warning, set_chat_template
 from author_dp.data.columns import ColumnSpec
-from author_dp.data.loading import load_files, load_hub
+from author_dp.data.hub import read_hub
+from author_dp.data.loading import drop_blank_texts, load_files, read_local_files
 from author_dp.data.splits import (
     check_author_overlap,
     data_summary,
@@ -102,14 +105,10 @@ class DataArguments:
             )
         if self.author_column in TOKEN_COLUMNS:
             raise UserError(f"--author_column {self.author_column}: the name is that of a column of tokens. Rename the column")
-        text_name = "text" if self.messages_column is None else "messages"
-        names: dict[str, str] = {}  # of the option, by column
-        for name in (text_name, "prompt", "author"):
-            column = getattr(self, f"{name}_column")
-            if column in names:
-                raise UserError(f"--{names[column]}_column, --{name}_column: both name {column!r}. Name two columns")
-            if column is not None:
-                names[column] = name
+        names = ["text_column" if self.messages_column is None else "messages_column", "prompt_column", "author_column"]
+        for name, other in itertools.combinations(names, 2):
+            if (column := getattr(self, name)) == getattr(self, other):
+                raise UserError(f"--{name}, --{other}: both name {column!r}. Name two columns")
         if self.messages_column is not None:
             self.text_column = self.messages_column
 
@@ -132,7 +131,7 @@ class DataArguments:
         return min((limit for limit in (default, self.max_train_samples) if limit is not None), default=None)
 
     def column_spec(self, option: str, tokenizer: Optional[PreTrainedTokenizerBase]) -> ColumnSpec:
-        """Return the columns of `option`'s files; prompts and conversations become JSON of `chat.Example`."""
+        """Return the columns of `option`'s files; prompts and conversations become fields of `chat.Example`."""
         columns = ColumnSpec(option, self.text_column, self.author_column)
         if not self.has_loss_mask:
             return columns
@@ -147,18 +146,13 @@ class DataArguments:
 
     def summary(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return how samples were made, for privacy.json; see `splits.data_summary`."""
+        names = ["row_limit", "train_fraction", "sequence_len", "prepend_bos", "append_eos"]
+        names += ["text_column", "messages_column", "author_column"]
         return data_summary(
             tokenizer,
             dataset=(self.dataset_name or DEFAULT_DATASET) if self.train_file is None else None,
-            row_limit=self.row_limit,
-            train_fraction=self.train_fraction,
-            sequence_len=self.sequence_len,
-            prepend_bos=self.prepend_bos,
-            append_eos=self.append_eos,
             targets=self.targets if self.has_loss_mask else None,
-            text_column=self.text_column,
-            messages_column=self.messages_column,
-            author_column=self.author_column,
+            **{name: getattr(self, name) for name in names},
         )
 
 
@@ -187,30 +181,35 @@ def load_author_datasets(
             folder.mkdir(mode=0o700)
             temp_dirs.append(folder)
             with exit_on_sigterm():
-                write_tokens(args, training_args.seed, tokenizer, folder, eval_is_public)
+                tokens = load_tokens(args, training_args.seed, tokenizer, folder, eval_is_public)
+                (folder / "tokens").write_bytes(pickle.dumps(tokens))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers may be forked from here on
-    if not all((folder / name / "state.json").exists() for name in ("train", *["evaluation"] * args.has_evaluation)):
+    if not (folder / "tokens").exists():
         raise UserError("--train_file: another process could not load the data. See its error")
-    return load_from_disk(folder / "train"), load_from_disk(folder / "evaluation") if args.has_evaluation else None
+    return pickle.loads((folder / "tokens").read_bytes())  # not the tokens themselves: they stay in their files
 
 
-def write_tokens(args: DataArguments, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path, eval_is_public: bool) -> None:
-    """Load and tokenize the data, and write it to folder/train and folder/evaluation."""
+def load_tokens(
+    args: DataArguments, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path, eval_is_public: bool
+) -> tuple[Dataset, Optional[Dataset]]:
+    """Load and tokenize the data, in `folder`; delete the texts. Returns and arguments as for `load_author_datasets`."""
     names = ("text_column", "sequence_len", "long_samples", "prepend_bos", "append_eos", "has_loss_mask")
-    options: Any = {name: getattr(args, name) for name in names} | {"num_proc": args.preprocessing_num_workers}
-    train, evaluation = load_train_and_eval(args, seed, folder, eval_is_public, tokenizer)
-    if args.has_loss_mask and not args.append_eos:
-        if warning := missing_end_warning(ChatFormatter(tokenizer, args.targets), train[0][args.text_column]):
-            logger.warning(warning)
-    train = tokenize(train, tokenizer, **options)
-    train.save_to_disk(folder / "train")
+    options: Any = {name: getattr(args, name) for name in names}
+    options |= {"num_proc": args.preprocessing_num_workers, "folder": folder}
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as texts:
+        train, evaluation = load_train_and_eval(args, seed, Path(texts), eval_is_public, tokenizer)
+        if args.has_loss_mask and not args.append_eos:
+            form = ChatFormatter(tokenizer, args.targets)
+            if warning := missing_end_warning(form, train[0][args.text_column]["is_templated"]):
+                logger.warning(warning)
+        train = tokenize(train, tokenizer, **options)
+        if evaluation is not None:
+            option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
+            evaluation = tokenize(evaluation, tokenizer, **options, option=option)
     if evaluation is not None:
-        option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
-        evaluation = tokenize(evaluation, tokenizer, **options, option=option)
-        evaluation.save_to_disk(folder / "evaluation")
         held_out, others = (get_column(side, args.author_column) for side in (evaluation, train))
-        level, line = describe_held_out(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples)
-        logger.log(level, line)
+        logger.log(*describe_held_out(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples))
+    return train, evaluation
 
 
 def load_train_and_eval(
@@ -235,14 +234,16 @@ def load_train_and_eval(
     """
     author_types: dict[str, str] = {}  # one for both files: 7 and "7" in two files would not be seen to be one author
     if args.train_file is not None:
-        samples = load_files(args.train_file, args.column_spec("--train_file", tokenizer), folder, author_types)
+        columns = args.column_spec("--train_file", tokenizer)
+        samples = read_local_files(args.train_file, columns, author_types)
     else:
-        name, limit = (DEFAULT_DATASET, DEFAULT_DATASET_SAMPLES) if args.dataset_name is None else (args.dataset_name, None)
-        columns = args.column_spec("--dataset_name", tokenizer)
-        samples = load_hub(name, args.dataset_config_name, args.dataset_revision, columns, limit, folder, author_types)
+        name, columns = args.dataset_name or DEFAULT_DATASET, args.column_spec("--dataset_name", tokenizer)
+        limit = None if args.dataset_name else DEFAULT_DATASET_SAMPLES
+        batches = read_hub(name, args.dataset_config_name, args.dataset_revision, columns, limit, author_types)
+        samples = drop_blank_texts(batches, columns, name)
     eval_fraction = args.eval_fraction if args.validation_file is None else 0.0
     train, evaluation = split_by_author(
-        samples, args.author_column, eval_fraction, seed, args.train_fraction, folder, not eval_is_public
+        samples, columns.schema, args.author_column, eval_fraction, seed, args.train_fraction, folder, not eval_is_public
     )
     if args.validation_file is not None:
         evaluation = load_files(args.validation_file, args.column_spec("--validation_file", tokenizer), folder, author_types)
@@ -255,8 +256,7 @@ def load_train_and_eval(
     if evaluation is not None and args.max_eval_samples is not None:
         cut = subsample_authors if eval_is_public else limit_eval_texts
         evaluation = cut(evaluation, args.author_column, args.max_eval_samples, seed, folder)
-    text_option = "--text_column" if args.messages_column is None else "--messages_column"
-    for warning in suspicious_author_warnings(train, args.text_column, args.author_column, text_option):
+    for warning in suspicious_author_warnings(train, args.text_column, args.author_column, columns.text_option):
         logger.warning(warning)
     return train, evaluation
 

@@ -233,7 +233,7 @@ class DPTrainer(UploadingTrainer):
         check_no_trial(args[0] if args else kwargs.get("trial"))
         if resume_from_checkpoint:
             self.args.resume_from_checkpoint = resume_from_checkpoint  # type: ignore[assignment]  # True: the newest
-            self.checkpoint = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel), **self.made_with)
+            self.checkpoint, _ = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel), **self.made_with)
         if self.args.process_index == 0:
             self.run_report.identify_base(self.model, self.checkpoint)
         self.run_report.find_finished(self.checkpoint)

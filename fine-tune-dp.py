@@ -35,7 +35,7 @@ if __name__ == "__main__":
     exit_if_missing("fine-tune-dp.py", sys.argv[1:], rank=int(os.environ.get("RANK", 0)))  # before seconds of imports
 
 # ruff: isort: split
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -70,6 +70,7 @@ from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.interruption import finished_training
 from author_dp.training.public_loss import ReleaseArguments, check_release, release_eval_loss
 from author_dp.training.resuming import program_options
+from author_dp.validation import option
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -82,37 +83,24 @@ logger = get_logger(__name__)
 class ModelArguments:
     """What to fine-tune."""
 
-    model_name: str = field(default="gpt2", metadata={"help": "Hub name or local folder of a causal language model."})
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Two steps of the run that is asked for, with evaluation at each; says how long it will take."},
-    )
+    model_name: str = option("gpt2", "Hub name or local folder of a causal language model.")
+    dry_run: bool = option(False, "Two steps of the run that is asked for, with evaluation at each; says how long it will take.")
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """Hugging Face's, with the defaults of this script."""
 
-    max_grad_norm: float = field(
-        default=0.0, metadata={"help": "Must be 0 under DP: --per_sample_max_grad_norm clips each author's gradient instead."}
+    max_grad_norm: float = option(0.0, "Must be 0 under DP: --per_sample_max_grad_norm clips each author's gradient instead.")
+    learning_rate: float = option(1e-3, "Higher than for ordinary fine-tuning: the steps are few, and noise is averaged out.")
+    lr_scheduler_type: SchedulerType | str = option(
+        "constant_with_warmup", "Shape of the learning rate; warmup is of 0 steps by default."
     )
-    learning_rate: float = field(
-        default=1e-3, metadata={"help": "Higher than for ordinary fine-tuning: the steps are few, and noise is averaged out."}
-    )
-    lr_scheduler_type: SchedulerType | str = field(
-        default="constant_with_warmup", metadata={"help": "Shape of the learning rate; warmup is of 0 steps by default."}
-    )
-    log_level: str = field(
-        default="info",
-        metadata={"help": "Log level of the main process.", "choices": [*logging.get_log_levels_dict(), "passive"]},
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Of no effect: the samples hold what is used."})
-    evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Older name of --eval_strategy."})
-    fsdp: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "full_shard: share weights, clipped sums, noise and optimizer state among the processes, each 1/W of them."
-        },
+    log_level: str = option("info", "Log level of the main process.", [*logging.get_log_levels_dict(), "passive"])
+    remove_unused_columns: bool = option(False, "Of no effect: the samples hold what is used.")
+    evaluation_strategy: Optional[str] = option(None, "Older name of --eval_strategy.")
+    fsdp: Optional[str] = option(
+        None, "full_shard: share weights, clipped sums, noise and optimizer state among the processes, each 1/W of them."
     )
 
     def __post_init__(self):
@@ -141,9 +129,7 @@ def parse_arguments() -> tuple:
     """Return one object for each of GROUPS; refuse what would break the guarantee before anything is loaded."""
     groups = cli.parse_options(GROUPS)
     model_args, lora_args, data_args, privacy_args, _, release_args, training_args = groups
-    check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation)
     if model_args.dry_run:
-        release_args.release_eval_epsilon = None  # of a model that nobody wants
         shorten_for_dry_run(training_args, data_args.has_evaluation)
     if training_args.eval_strategy != "no" and not data_args.has_evaluation:
         raise UserError("--eval_strategy needs evaluation data: give --validation_file or an --eval_fraction above 0")
@@ -152,8 +138,10 @@ def parse_arguments() -> tuple:
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
     check_not_model(Path(training_args.output_dir), model_args.model_name)
-    options = program_options(*groups)
-    find_checkpoint(training_args, privacy_args, lora_args.enable_lora, options)  # refuses a folder that cannot be used
+    _, ledger = find_checkpoint(training_args, privacy_args, lora_args.enable_lora, program_options(*groups))
+    check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation, ledger)
+    if model_args.dry_run:
+        release_args.release_eval_epsilon = None  # of a model that nobody wants
     return groups
 
 
@@ -240,7 +228,7 @@ def main() -> None:
     with finished_training(trainer):  # saves the model first
         evaluate_and_sample(trainer, statistics, "after")
         release = None
-        if released:
+        if released and not model_args.dry_run:  # not of a model that nobody wants
             limited = data_args.max_eval_samples is not None
             release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
         report_result(trainer, statistics, release)

@@ -43,7 +43,7 @@ NOISY_LOG_PREFIXES = (
     "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
     "loading configuration file", "Model config ", "Generate config ",  # pages at each save
     "Configuration saved in", "Model weights saved in", "tokenizer config file saved in", "Special tokens file saved in",
-    "chat template saved in", "max_steps is given, it will override",
+    "chat template saved in", "Saving model checkpoint to", "max_steps is given, it will override",
 )  # fmt: skip
 NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "tokenization_utils_base", "trainer")
 warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
@@ -52,14 +52,22 @@ warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is de
 # --- options ------------------------------------------------------------------------------------------
 
 
-class _ErrorParser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
     """Raise UserError where argparse would print pages of usage and exit. --help still prints them."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(f"{message}. --help lists all options")
+
+    def parse_args(self, args=None, namespace=None) -> Any:
+        """Parse all words; raise UserError for an unknown option, with the one that is likely meant."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            suggestion = suggest_option(unknown[0], option_strings(self))
+            raise UserError(f"unknown option {' '.join(unknown)}{suggestion}. --help lists all options")
+        return parsed
 
 
-class ArgumentParser(_ErrorParser, HfArgumentParser):
+class ArgumentParser(OptionParser, HfArgumentParser):
     """Parser of dataclasses, from Hugging Face, that raises `UserError`."""
 
 
@@ -70,21 +78,25 @@ def parse_options(groups: Sequence[Any], arguments: Optional[Sequence[str]] = No
         arguments: words of the command line; default: `sys.argv[1:]`. `--config FILE` stands for the options in a YAML file.
             Options on the command line override those in the file.
     Raises:
-        UserError: for unknown options and invalid values.
+        UserError: for unknown options, invalid values, and given options that have no effect, by a group's `check_given`.
     """
     words = load_config_args(sys.argv[1:] if arguments is None else arguments)
     parser = ArgumentParser(groups)
-    _, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise UserError(
-            f"unknown option {' '.join(unknown)}{suggest_option(unknown[0], option_strings(parser))}. --help lists all options"
-        )
+    parser.parse_args(words)
     try:
-        return parser.parse_args_into_dataclasses(words)
+        # Not the options of PROGRAM.args beside the program, which no check of the command line sees.
+        parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except UserError:
         raise
     except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # raised by Hugging Face's own checks
         raise UserError(name_offending_options(str(error).strip().splitlines()[0], words)) from error
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given = set(vars(parser.parse_args(words)))
+    for group in parsed:
+        if hasattr(group, "check_given"):
+            group.check_given(given)
+    return parsed
 
 
 def option_strings(parser: argparse.ArgumentParser) -> list[str]:
@@ -94,7 +106,7 @@ def option_strings(parser: argparse.ArgumentParser) -> list[str]:
 
 def load_config_args(arguments: Sequence[str]) -> list[str]:
     """Replace `--config FILE` in a command line by the options in that YAML file, which come first."""
-    parser = _ErrorParser(add_help=False, allow_abbrev=False)
+    parser = OptionParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parsed, rest = parser.parse_known_args(list(arguments))
     if parsed.config is None:

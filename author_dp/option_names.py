@@ -93,7 +93,7 @@ def read_option_names(program: str) -> set[str]:
 def suggest_option(unknown: str, options: Sequence[str]) -> str:
     """Return a question that suggests an option in place of an unknown one; empty if none is similar."""
     word = unknown.partition("=")[0].lstrip("-").replace("-", "_")
-    similar = [KNOWN_AS[word]] if word in KNOWN_AS else difflib.get_close_matches(word, options, 1, 0.75)
+    similar = [KNOWN_AS[word]] if KNOWN_AS.get(word) in options else difflib.get_close_matches(word, options, 1, 0.75)
     return f" (did you mean --{similar[0]}?)" if similar else ""
 
 

@@ -13,7 +13,8 @@ Example:
 """
 
 import re
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import field
 from typing import Any, Optional
 
@@ -70,3 +71,20 @@ def check_exclusive(arguments: Any, *names: str) -> None:
     given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
     if len(given) > 1:
         raise UserError(f"{', '.join(given)}: they exclude each other. Give one of them")
+
+
+def check_usage(arguments: Sequence[str], usage: str, numbers: range) -> None:
+    """Raise UserError for another number of arguments, or for an option: a program of this usage has none.
+
+    Args:
+        usage: the program and its arguments.
+        numbers: of arguments that are allowed.
+    """
+    usage = f"usage: python -m {usage}"
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
+        sys.exit()
+    if unknown := [word for word in arguments if word.startswith("--")]:
+        raise UserError(f"unknown option {unknown[0]}: there are none; {usage}")
+    if len(arguments) not in numbers or any(word.startswith("-") for word in arguments):
+        raise UserError(usage)

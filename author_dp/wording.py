@@ -1,4 +1,4 @@
-"""Word messages: numbers with their nouns, and options as a command line or Python has them."""
+"""Word messages: numbers with their nouns, lists of names, and options as a command line or Python has them."""
 
 import re
 
@@ -12,6 +12,11 @@ RENAMED = {"--fsdp full_shard": "full_shard=True", "--fsdp": "full_shard"}  # of
 def format_count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is one: "1 step", "1,200 steps", "2 processes"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
+def format_names(names: list[str], most: int) -> str:
+    """Return the first `most` names, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def to_python_names(message: str) -> str:

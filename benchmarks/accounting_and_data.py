@@ -22,8 +22,9 @@ from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_me
 from scipy import stats
 from transformers import GPT2TokenizerFast
 
-from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, cyclic_event, find_noise_multiplier
+from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, step_noise_std, toeplitz_coefficients
+from author_dp.accounting.events import MechanismEvent, cyclic_event
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.tuning import Release, RunCount, least_noise, run_rdp, search_epsilon
 from author_dp.data.authors import get_column, suspicious_author_warnings
@@ -72,7 +73,7 @@ def time_large(path: Path) -> list[Row]:
     rows = [(f"load {LARGE_SAMPLES:,} samples from JSONL", seconds, f"{LARGE_SAMPLES / seconds:,.0f} samples/s")]
     seconds, _ = timed(lambda: suspicious_author_warnings(loaded, "content", "author"))
     rows.append(("look for nobody's authors and texts of several", seconds, ""))
-    seconds, (train, _) = timed(lambda: split_by_author(loaded, "author", 0.02, 0))
+    seconds, (train, _) = timed(lambda: split_by_author(loaded.data.to_batches(), COLUMNS.schema, "author", 0.02, 0))
     rows.append(("hold out 2 % of the authors", seconds, f"{len(loaded) - len(train):,} samples"))
     seconds, (offsets, indices) = timed(lambda: group_by_author(get_column(train, "author")))
     rows.append((f"group by {len(offsets) - 1:,} authors", seconds, ""))

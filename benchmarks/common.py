@@ -188,9 +188,12 @@ def cached(path: Path, keys: Iterable[Any], measure: Callable[[Any], Any], paral
             file.write(json.dumps([key, result]) + "\n")
         return result
 
+    there = [(key, known[json.dumps(key)]) for key in keys]
+    if parallel == 1:  # in this thread: only the main one gets signals, which a trainer handles
+        yield from (found.pop(0) if found else measure_and_add(key) for key, found in there)
+        return
     pool = ThreadPoolExecutor(parallel)
     try:
-        there = [(key, known[json.dumps(key)]) for key in keys]
         results = [found.pop(0) if found else pool.submit(measure_and_add, key) for key, found in there]
         for result in results:
             yield result.result() if isinstance(result, Future) else result

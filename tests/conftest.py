@@ -10,6 +10,7 @@ import datasets
 import mutation
 import numpy as np
 import pytest
+import speed
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
@@ -147,9 +148,9 @@ def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None, ane
     Args:
         anew: start Python for it, whatever the seconds, for what happens before the script.
     """
-    if not processes and not anew:
-        return Program(*arguments, cwd=cwd, environment=of_a_terminal()).wait(300)
     typed = command(*arguments, processes=processes)
+    if not anew:
+        return Program(*typed[1:], cwd=cwd, environment=of_a_terminal()).wait(300)
     return subprocess.run(typed, capture_output=True, text=True, cwd=cwd, timeout=300, env=of_a_terminal())
 
 
@@ -243,6 +244,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(mutation)
+    config.pluginmanager.register(speed)
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,4 +1,4 @@
-"""fine-tune-dp.py as a program, in a process that is forked from one which has imported the libraries, and done nothing else.
+"""Scripts as programs, also by torch.distributed.run, in processes forked from one that has imported the libraries only.
 
 What such a fork does not try: the imports, what the environment changes of them, and a hash seed of its own.
 """
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,11 @@ def run_here(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
 
 def command(*arguments: str, processes: int = 0) -> list[str]:
     """Return what a user types; with `processes`, through torch.distributed.run."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}"] if processes else []
-    return [sys.executable, *launcher, str(SCRIPT), *arguments]
+    return [sys.executable, *launcher(processes), str(SCRIPT), *arguments]
+
+
+def launcher(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}"] if processes else []
 
 
 def leave_out_figures() -> None:
@@ -60,21 +64,26 @@ def leave_out_figures() -> None:
 
 
 def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outputs: Path) -> None:
-    """Be `python fine-tune-dp.py arguments`, which writes into outputs/1 and outputs/2."""
+    """Be `python arguments` in a session of its own, which writes into outputs/1 and outputs/2."""
+    os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     for descriptor in (1, 2):
-        os.dup2(os.open(outputs / f"{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.dup2(os.open(outputs / f"{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     random.seed()  # a fork has its parent's state
     np.random.seed()
     # torch read it before this; and its pool is made anew here, not by several threads at a time, which can fail after a fork
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()))
-    leave_out_figures()
-    sys.argv = [str(SCRIPT), *arguments]
-    sys.path.insert(0, str(SCRIPT.parent))
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        if arguments[0] == "-m":
+            assert arguments[1] == "torch.distributed.run"
+            launch(arguments[2:], outputs)
+        else:
+            leave_out_figures()
+            sys.argv = list(arguments)
+            sys.path.insert(0, str(Path(arguments[0]).parent))
+            runpy.run_path(arguments[0], run_name="__main__")
     except Exception:
         traceback.print_exc()
         sys.exit(1)
@@ -82,14 +91,29 @@ def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outp
         atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
-class Program:
-    """As much of subprocess.Popen as the tests of this script need, with both outputs as text."""
+def launch(arguments: tuple[str, ...], outputs: Path) -> None:
+    """Be torch.distributed.run, whose processes are forked, too."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    def __init__(self, *arguments: str, cwd: Path | None = None, environment: dict[str, str]):
-        self.folder = tempfile.TemporaryDirectory()
+    forkserver._forkserver.ensure_running = lambda: None  # it runs, but is no child of this process
+    SubprocessHandler._popen = lambda _, typed, environment: Program(*typed[2:], environment=environment, outputs=outputs)
+    run.main(arguments)
+
+
+class Program:
+    """As much of subprocess.Popen as torch.distributed.run and the tests of a script need, with both outputs as text.
+
+    Args:
+        arguments: of Python: a script with its own, or -m torch.distributed.run.
+        outputs: the folder for them; a new one by default.
+    """
+
+    def __init__(self, *arguments: str, cwd: Path | None = None, environment: dict[str, str], outputs: Path | None = None):
+        self.folder = None if outputs else tempfile.TemporaryDirectory()
+        self.outputs = outputs or Path(self.folder.name)
         self.args = arguments
-        settings = (arguments, environment, str(cwd or Path.cwd()), Path(self.folder.name))
-        self.process = FORKS.Process(target=main, args=settings)
+        self.process = FORKS.Process(target=main, args=(arguments, environment, str(cwd or Path.cwd()), self.outputs))
         self.process.start()
         self.pid = self.process.pid
         atexit.register(self.process.kill)  # or a test that fails before would wait at the end for one that goes on
@@ -102,7 +126,7 @@ class Program:
             os.kill(self.pid, number)
 
     def output(self, descriptor: int) -> str:
-        path = Path(self.folder.name) / f"{descriptor}"
+        path = self.outputs / f"{descriptor}"
         return path.read_text() if path.exists() else ""
 
     def wait(self, timeout: float) -> subprocess.CompletedProcess:

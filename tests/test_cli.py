@@ -1,5 +1,6 @@
 """cli.py: options from a file, suggestions for unknown ones, errors as an exit status."""
 
+import logging
 import runpy
 import subprocess
 import sys
@@ -7,10 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import ROOT
+from mutation import catches
 
 from author_dp import cli, option_names
+from author_dp.accounting import ledger_report
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError
+from author_dp.guards.canaries import AuditArguments
 from author_dp.models.lora import LoraArguments
+from author_dp.outputs import generate, publish, report, synthetic_report, tune
 from author_dp.validation import option
 from data_utils import DataArguments
 
@@ -38,6 +43,48 @@ def test_parse_options_suggests_a_name(words, suggestion):
     assert suggestion is not None or "did you mean" not in str(error.value)
 
 
+@catches("options from a file that nobody names", "cli.parse_options", "look_for_args_file=False", "look_for_args_file=True")
+def test_parse_options_reads_no_file_beside_the_program(tmp_path, monkeypatch):
+    """Hugging Face's parser would. A search, and the command that a report shows, would not have what is in it."""
+    (tmp_path / "program.args").write_text("--sequence_len 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "program.py")])
+    (parsed,) = cli.parse_options([Arguments], ["--target_epsilon", "3"])
+    assert parsed == Arguments(target_epsilon=3.0)
+
+
+def test_option_given_with_its_default_is_refused_where_it_has_no_effect():
+    for words in (["--lora_r", "8"], ["--lora_dropout=0.0"], ["--audit_kind", "text"]):
+        with pytest.raises(UserError, match=r"without --enable_lora|it needs canaries"):
+            cli.parse_options([LoraArguments, AuditArguments], words)
+    cli.parse_options(
+        [LoraArguments, AuditArguments], ["--enable_lora", "--lora_r", "8", "--audit_can", "10", "--audit_kind", "text"]
+    )
+    cli.parse_options([LoraArguments, AuditArguments], [])
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "error"),
+    [
+        (generate.main, "FOLDER --numbr 3", "unknown option --numbr 3 \\(did you mean --number\\?\\)"),
+        (synthetic_report.main, "a.jsonl b.jsonl --txt_column c", "did you mean --text_column"),
+        (tune.main, "--expected_run 3 --serach a=1 --target_epsilon 1 --release_eval_epsilon 1 --search a=1,2", "mean --search"),
+        (publish.main, "FOLDER OUT --push_to_hub", "unknown option --push_to_hub: there are none; usage: .*FOLDER OUT"),
+        (report.main, "--output_dir FOLDER", "unknown option --output_dir"),
+        (ledger_report.main, "FOLDER --delta 1e-5", "unknown option --delta"),
+    ],
+)
+def test_programs_say_which_option_is_meant(main, words, error):
+    with pytest.raises(UserError, match=error):
+        main(words.split())
+
+
+@pytest.mark.parametrize("main", [publish.main, report.main, ledger_report.main])
+def test_programs_without_options_have_help(main, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert not end.value.code and "usage: python -m author_dp." in capsys.readouterr().out
+
+
 def test_known_names_are_options():
     """Each name that others use leads to an option that there is."""
     script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
@@ -49,6 +96,11 @@ def test_known_names_are_options():
 def test_names_of_peft_and_trl_are_aliases(word):
     lora, data = cli.parse_options([LoraArguments, DataArguments], ["--enable_lora", word, "64"])
     assert (lora.lora_dim, data.sequence_len) == ((64, 128) if "lora" in word else (8, 64))
+
+
+@pytest.mark.parametrize(("line", "is_shown"), [("Saving model checkpoint to out", False), ("Loading the best model", True)])
+def test_is_useful_drops_lines_that_say_nothing(line, is_shown):
+    assert cli.is_useful(logging.makeLogRecord({"msg": line})) == is_shown
 
 
 def test_name_offending_options_finds_names_without_dashes():

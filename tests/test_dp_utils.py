@@ -5,6 +5,7 @@ import math
 import secrets
 from base64 import b64encode
 
+import bugs
 import naive
 import numpy as np
 import pytest
@@ -39,19 +40,13 @@ from dp_utils import PrivacyArguments
 # --- the Trainer ----------------------------------------------------------------------------------------
 
 
-@catches("no clip by the other engine", "clipping.grad_sample.GradSampleClipping.backward",
-    "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", clipping="grad_sample", kind="tied", k=1,
-    per_device=4, accumulation=1)  # fmt: skip
-@catches("a clip for each sample", "dp_utils.DPTrainer.training_step", "non_blocking=True)",
-    "non_blocking=True)\n        "
-    "n = len(microbatch['author']); microbatch.update(author=torch.arange(n), num_authors=n, samples_each=1, "
-    "is_real=torch.arange(n) < microbatch['num_real'])",
-    clipping="ghost", kind="tied", k=3, per_device=64, accumulation=1)  # fmt: skip
+@catches("no clip by the other engine", *bugs.NO_CLIP_BY_GRAD_SAMPLE, clipping="grad_sample", kind="tied", k=1, per_device=4,
+    accumulation=1)  # fmt: skip
+@catches("a clip for each sample", *bugs.CLIP_PER_SAMPLE, clipping="ghost", kind="tied", k=3, per_device=64, accumulation=1)
 @catches("each layer clipped by itself", "clipping.grad_sample.GradSampleClipping.backward", "1).norm(dim=1)",
     "1).amax(dim=1)", clipping="grad_sample", kind="tied", k=1, per_device=64, accumulation=1)  # fmt: skip
-@catches("division by the real batch size", "dp_utils.DPTrainer.training_step", "model.train()",
-    "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", clipping="ghost", kind="tied",
-    k=1, per_device=64, accumulation=1)  # fmt: skip
+@catches("division by the real batch size", *bugs.DIVISION_BY_THE_REAL_BATCH_SIZE, clipping="ghost", kind="tied", k=1,
+    per_device=64, accumulation=1)  # fmt: skip
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize(("per_device", "accumulation"), [(4, 1), (2, 2), (1, 3), (64, 1)])
@@ -76,9 +71,7 @@ def test_the_update_of_a_step_equals_a_naive_loop_over_authors(tmp_path, clippin
 
 
 @pytest.mark.integration
-@catches("noise per microbatch", "dp_utils.DPTrainer.training_step", "self.norms.add(",
-    "self.optimizer.optimizer.grad_buffer.sums.add_(torch.randn_like(self.optimizer.optimizer.grad_buffer.sums) "
-    "* self.plan.noise_multiplier * self.plan.clip_norm); self.norms.add(")  # fmt: skip
+@catches("noise of every microbatch", *bugs.NOISE_OF_EVERY_MICROBATCH)
 def test_noise_is_drawn_once_per_step_whatever_the_microbatches(tmp_path):
     counts = []
     for per_device, accumulation in ((16, 1), (1, 16)):
@@ -115,9 +108,8 @@ def test_empty_draws_are_steps_of_noise_alone(tmp_path):
 
 
 @pytest.mark.integration
-@catches("the same noise in every run, and on resume", "mechanism.noise.GaussianNoise.__init__", "secrets.token_bytes(16)",
-    "bytes(16)")  # fmt: skip
-@catches("sampling from --seed", "training.dataloading.make_sampler", "secrets.randbits(128)", "args.seed")
+@catches("the same noise in every run, and on resume", *bugs.THE_SAME_NOISE_IN_EVERY_RUN)
+@catches("sampling from --seed", *bugs.SAMPLING_FROM_THE_SEED)
 def test_one_seed_shares_neither_noise_nor_batches(tmp_path):
     runs = []
     for run in "ab":
@@ -182,8 +174,7 @@ def test_report_and_ledger_say_what_was_done(tmp_path):
     assert epsilons == sorted(epsilons) and epsilons[-1] == pytest.approx(report["epsilon"])
 
 
-@catches("q miscounted: sampled at twice the rate", "training.dataloading.make_sampler", "sample_rate=plan.sample_rate",
-    "sample_rate=min(1.0, 2 * plan.sample_rate)")  # fmt: skip
+@catches("q miscounted: sampled at twice the rate", *bugs.RATE_DOUBLED)
 def test_the_trainer_samples_as_the_ledger_says(tmp_path):
     trainer = make_trainer(tmp_path, dataset=make_dataset([1, 3] * 100), per_device_train_batch_size=10,
                            gradient_accumulation_steps=2, privacy={"samples_per_author": 2})  # fmt: skip

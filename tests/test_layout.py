@@ -22,7 +22,7 @@ DOOR = {"data_utils", "dp_utils", "fine-tune-dp"}
 # From the ground up: a module imports from its own level or those before it.
 LEVELS = [{""}, {"accounting"}, {"data", "models"}, {"clipping"}, {"mechanism"}, {"guards"}, {"training"}, {"outputs"}]
 # Files of a few lines that call a package's main.
-PROGRAMS = {"ledger", "report", "generate", "synthetic_report", "publish", "tune"}
+PROGRAMS = {"ledger", "report", "generate", "synthetic_report", "publish", "tune", "plan"}
 
 
 def level_of(module: str) -> int:

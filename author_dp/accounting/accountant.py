@@ -3,10 +3,10 @@
 Guarantees: every epsilon is an upper bound for add-or-remove-one adjacency and Poisson sampling, at any delta. It depends on
 public parameters alone, and floating-point errors are on the safe side. `EpsilonAccountant.accountant` names the bound:
 
-- gaussian: every author is in every step (q = 1). Together the steps are one Gaussian mechanism, which has a closed form [3];
+- gaussian: every author is in every step (q = 1). Together the steps are one Gaussian mechanism (gaussian.py);
 - prv: the PRV accountant [1], wherever its rounding error is far below delta, as it usually is;
 - pld: a privacy loss distribution (pld.py), where it is not, and where epsilon is below 0.03 or above 1,000;
-- rdp: Renyi differential privacy [2], if the others fail.
+- rdp: Renyi differential privacy (rdp.py), if the others fail.
 
 Example:
 
@@ -14,10 +14,8 @@ Example:
     >>> compute_epsilon(sigma, sample_rate=0.01, steps=1000, delta=1e-5) <= 8.0
     True
 
-References:
+Reference:
     [1] Gopi, Lee and Wutschitz 2021, Numerical Composition of Differential Privacy, arXiv 2106.02848 (the PRV accountant)
-    [2] Mironov, Talwar and Zhang 2019, Renyi DP of the Sampled Gaussian Mechanism, arXiv 1908.10530 (the cheap bound)
-    [3] Balle and Wang 2018, Improving the Gaussian Mechanism for Differential Privacy, arXiv 1805.06530 (Theorem 8)
 """
 
 import decimal
@@ -26,7 +24,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import numpy as np
 from opacus.accountants.analysis.prv import (
@@ -36,10 +34,11 @@ from opacus.accountants.analysis.prv import (
     compose_heterogeneous,
     discretize,
 )
-from opacus.accountants.analysis.rdp import get_privacy_spent
-from scipy.special import erfcx, gammaln, logsumexp
 
-from author_dp.accounting.pld import ULP, LossDistribution
+from author_dp.accounting.events import ULP, MechanismEvent, check_delta, merge_events, prob_ever_sampled
+from author_dp.accounting.gaussian import gaussian_epsilon, gaussian_mu
+from author_dp.accounting.pld import LossDistribution
+from author_dp.accounting.rdp import rdp_epsilon
 from author_dp.errors import UserError
 from author_dp.logs import get_logger
 
@@ -53,144 +52,6 @@ MIN_DELTA = 1e-100  # smaller ones underflow in the tails of a privacy loss dist
 MAX_NOISE = 1e9  # largest noise multiplier: beyond, squares lose what a step costs
 LEAST_NOISE = 1e-3  # smallest calibrated noise multiplier: below, a target epsilon asks for hardly any noise
 FOUR_DIGITS = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
-ORDERS = np.array([*range(2, 64), 96, 128, 192, 256, 384, 512, 768, 1024])  # of Renyi divergences
-
-
-# --- what is composed -------------------------------------------------------------------------------------
-
-
-class MechanismEvent(NamedTuple):
-    """A number of steps of the Poisson-subsampled Gaussian mechanism."""
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-
-
-def cyclic_sample_rate(sample_rate: float, bands: int) -> float:
-    """Return b q, the probability that an author is in a batch sampled from the author's group.
-
-    Raises:
-        UserError: if b q exceeds 1.
-    """
-    if bands * sample_rate > 1 + 1e-9:
-        raise UserError(
-            f"--noise_bands {bands}: the sample rate {sample_rate:.4g} times the bands exceeds 1. Lower the bands to at most "
-            f"{math.floor(1 / sample_rate * (1 + 1e-9))}"
-        )
-    return bands * sample_rate if bands * sample_rate < 1 - 1e-9 else 1.0
-
-
-def cyclic_event(noise_multiplier: float, sample_rate: float, steps: int, bands: int) -> MechanismEvent:
-    """Return the event of steps with noise bands (banded_mf.py): each author's group has at most ceil(steps / bands) of them."""
-    return MechanismEvent(noise_multiplier, cyclic_sample_rate(sample_rate, bands), -(-steps // bands))
-
-
-def merge_events(events: Sequence[MechanismEvent]) -> list[MechanismEvent]:
-    """Add up the steps of equal mechanisms and sort them: the order of composition does not matter."""
-    totals: dict[tuple[float, float], int] = {}
-    for sigma, rate, steps in events:
-        totals[sigma, rate] = totals.get((sigma, rate), 0) + steps
-    return sorted(MechanismEvent(*mechanism, steps) for mechanism, steps in totals.items() if steps > 0)
-
-
-def prob_ever_sampled(events: Sequence[MechanismEvent]) -> float:
-    """Return the probability that an author is in any step, rounded up; at no epsilon does delta exceed it."""
-    if any(event.sample_rate == 1 for event in events):
-        return 1.0
-    return -math.expm1(math.fsum(steps * math.log1p(-rate) for _, rate, steps in events)) * (1 + 8 * ULP)
-
-
-def is_empty_promise(events: Sequence[MechanismEvent], delta: float) -> bool:
-    """Return whether delta exceeds half the probability that an author is in any step.
-
-    Publishing the texts of every sampled author is (0, delta)-private at that probability, and of half of them at half of it.
-    """
-    return 2 * delta > prob_ever_sampled(events) * (1 + 16 * ULP)
-
-
-def check_delta(events: Sequence[MechanismEvent], delta: float) -> None:
-    """Raise UserError for an empty promise. A smaller delta is the remedy: calibrated noise would fall to nothing."""
-    if is_empty_promise(events, delta):
-        sampled = prob_ever_sampled(events)
-        raise UserError(
-            f"--target_delta {delta:.4g}: an author is in any step with a probability of {sampled:.2g} only, so this delta would "
-            f"allow publishing half of those authors or more, without noise. Lower it to {sampled / 100:.1g} or less (a "
-            "hundredth of that probability), or raise --sample_rate or --max_steps"
-        )
-
-
-# --- the cheap bound --------------------------------------------------------------------------------------
-
-
-def rdp_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
-    """Return a cheap upper bound on epsilon, by Renyi divergences at integer orders, which have a closed form [2]."""
-    if any(event.noise_multiplier == 0 for event in events):
-        return math.inf
-    with np.errstate(all="ignore"):
-        return epsilon_of_rdp(np.sum([steps * cached_rdp_of_step(sigma, rate) for sigma, rate, steps in events], axis=0), delta)
-
-
-def epsilon_of_rdp(divergences: np.ndarray, delta: float, orders: np.ndarray = ORDERS) -> float:
-    """Return an upper bound on epsilon from Renyi divergences at `orders`, both (orders,)."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # the best order is the smallest or largest one: still a bound
-        epsilon, _ = get_privacy_spent(orders=orders, rdp=divergences, delta=delta)
-    return math.inf if math.isnan(epsilon) else max(0.0, float(epsilon))
-
-
-def rdp_of_step(noise_multiplier: float, sample_rate: float) -> np.ndarray:
-    """Return the Renyi divergence of one step at each of ORDERS, rounded up, (orders,).
-
-    At order a it is log(A) / (a - 1), A = sum_i binomial(a, i) (1 - q)^(a - i) q^i exp((i^2 - i) / (2 sigma^2)), the mean of a
-    power of the likelihood ratio ([2], section 3.3). All orders are computed at once: a search for sigma asks for hundreds.
-    """
-    if sample_rate == 1:
-        return ORDERS / (2 * noise_multiplier**2) * (1 + 4 * ULP)
-    order, i = ORDERS[:, None].astype(float), np.arange(ORDERS[-1] + 1.0)  # (orders, 1), (terms,)
-    with np.errstate(all="ignore"):  # there are no terms i > order
-        binomial = gammaln(order + 1) - gammaln(i + 1) - gammaln(order - i + 1)
-        exponent = binomial + (order - i) * math.log1p(-sample_rate) + i * math.log(sample_rate)
-        exponent += (i * i - i) / (2 * noise_multiplier**2)
-        log_mean = logsumexp(np.where(i <= order, exponent, -math.inf), axis=1)
-    largest = 3 * gammaln(ORDERS + 1) - ORDERS * math.log(sample_rate) + ORDERS**2 / (2 * noise_multiplier**2) + ORDERS
-    return np.maximum(0, log_mean + 16 * ULP * largest) / (ORDERS - 1)  # each term of an exponent is rounded
-
-
-cached_rdp_of_step = functools.lru_cache(maxsize=256)(rdp_of_step)
-
-
-# --- every author in every step: one Gaussian mechanism ---------------------------------------------------
-
-
-def gaussian_mu(events: Sequence[MechanismEvent]) -> float:
-    """Return mu of steps at q = 1, rounded up: together they are one Gaussian mechanism of sensitivity mu and noise 1."""
-    return math.sqrt(math.fsum(steps / sigma**2 for sigma, _, steps in events)) * (1 + 8 * ULP)
-
-
-def gaussian_delta(mu: float | np.ndarray, epsilon: float | np.ndarray, upper: bool = True) -> np.ndarray:
-    """Return delta of Gaussian mechanisms at each epsilon ([3], Theorem 8), rounded up, or down if not `upper`.
-
-    Phi(-x) - e^epsilon Phi(-x - mu) for x = epsilon / mu - mu / 2. The density at x is e^epsilon times that at x + mu, so with
-    Mills' ratio R(x) = Phi(-x) / density(x) this is density(x) (R(x) - R(x + mu)): no tiny difference of large numbers.
-    """
-    x = epsilon / mu - mu / 2
-    with np.errstate(all="ignore"):
-        ratio, ratio_further = (math.sqrt(math.pi / 2) * erfcx(z / math.sqrt(2)) for z in (x, x + mu))
-        error = 32 * ULP * ratio * (1 + x * x + epsilon)  # of both ratios, of x and of the density
-        delta = (ratio - ratio_further + (error if upper else -error)) * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-    return np.where(x < -8, 1.0, np.minimum(1.0, delta))  # there it is 1, but for 1e-14
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the smallest epsilon of a Gaussian mechanism at `delta`, rounded up."""
-    low, high = 0.0, mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
-    if gaussian_delta(mu, low) <= delta:
-        return 0.0
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if gaussian_delta(mu, middle) <= delta else (middle, high)
-    return high
 
 
 # --- Poisson sampling -------------------------------------------------------------------------------------

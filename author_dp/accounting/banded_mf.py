@@ -40,7 +40,9 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.signal import lfilter
 
-from author_dp.accounting.accountant import MechanismEvent, cyclic_event, find_noise_multiplier, rdp_epsilon
+from author_dp.accounting.accountant import find_noise_multiplier
+from author_dp.accounting.events import MechanismEvent, cyclic_event
+from author_dp.accounting.rdp import rdp_epsilon
 
 BAND_CHOICES = [2**i for i in range(7)]  # of --noise_bands auto: 1 to 64
 HORIZON = 2_048  # steps for which coefficients are optimized: with more they hardly change

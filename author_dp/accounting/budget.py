@@ -20,7 +20,7 @@ from typing import Any, Optional
 
 from transformers import TrainerCallback
 
-from author_dp.accounting.accountant import check_delta
+from author_dp.accounting.events import check_delta
 from author_dp.accounting.ledger import COUNTS_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
@@ -72,7 +72,15 @@ class Budget:
                 self._write_header()
         self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
         self._earlier_steps = self.ledger.steps
-        if self.allowed_steps < 1:
+        self._check_left(self.allowed_steps)
+
+    def check_left(self) -> None:
+        """Raise UserError if the target allows no further step. Collective."""
+        if not self.plan.disable_dp:
+            self._check_left(broadcast(self.affordable_steps(1) if self.is_main_process else 1))
+
+    def _check_left(self, allowed_steps: float) -> None:
+        if allowed_steps < 1:
             raise UserError(
                 f"--target_epsilon {self.plan.target_epsilon}: used up by the steps in {self.ledger.path}. Raise it, or use the "
                 "model of the newest checkpoint"

@@ -25,7 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from author_dp.accounting.accountant import MechanismEvent, cyclic_event, epsilon_of, round_up
+from author_dp.accounting.accountant import epsilon_of, round_up
+from author_dp.accounting.events import MechanismEvent, cyclic_event
 from author_dp.accounting.hash_chain import HashChain
 from author_dp.errors import UserError
 from author_dp.logs import get_logger

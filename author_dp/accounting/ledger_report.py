@@ -4,12 +4,15 @@ python -m author_dp.ledger OUTPUT_DIR... [DELTA]
 """
 
 import math
+import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, is_empty_promise, round_up
+from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, round_up
+from author_dp.accounting.events import is_empty_promise
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, event_of_run, find_reports
 from author_dp.errors import UserError
+from author_dp.validation import check_usage
 from author_dp.wording import format_count
 
 ADAPTIVE_CHOICES = """\
@@ -116,6 +119,7 @@ def check_no_shared_records(ledgers: list[PrivacyLedger]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Print what the given output directories have spent."""
+    check_usage(arguments, "author_dp.ledger OUTPUT_DIR... [DELTA]", range(1, sys.maxsize))
     folders, delta = list(arguments), None
     if len(folders) > 1 and not Path(folders[-1]).is_dir():
         try:
@@ -123,8 +127,6 @@ def main(arguments: list[str]) -> None:
             folders.pop()
         except ValueError:
             pass  # a directory that does not exist, which is refused below
-    if not folders or any(folder.startswith("-") for folder in folders):
-        raise UserError("usage: python -m author_dp.ledger OUTPUT_DIR... [DELTA]")
     if delta is not None and not MIN_DELTA <= delta < 1:
         raise UserError(f"DELTA {arguments[-1]}: out of range. Give a number of at least {MIN_DELTA:g} and below 1")
     ledgers = []

@@ -16,7 +16,10 @@ from author_dp.files import write_json
 
 TRIAL_PREFIX = ".trial-"  # of a folder for what is tried before training
 FOLDERS = ("report", "_logs")
-FILES = ("README.md", "report.html", "_private_statistics.json", "_noise_check.npy", "_counts.json", "training_args.bin")
+FILES = (
+    "README.md", "report.html", "_private_statistics.json", "_noise_check.npy", "_counts.json", "_dry_run.json",
+    "training_args.bin",
+)  # fmt: skip
 
 
 def check_output_dir(folder: Path) -> None:

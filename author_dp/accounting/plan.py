@@ -16,14 +16,9 @@ from typing import Any, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import (
-    MechanismEvent,
-    check_delta,
-    cyclic_event,
-    cyclic_sample_rate,
-    find_noise_multiplier,
-)
+from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.banded_mf import BAND_CHOICES, choose_bands, toeplitz_coefficients
+from author_dp.accounting.events import MechanismEvent, check_delta, cyclic_event, cyclic_sample_rate
 from author_dp.errors import UserError
 from author_dp.wording import format_count
 

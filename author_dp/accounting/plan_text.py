@@ -5,8 +5,9 @@ from typing import Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import format_guarantee, prob_ever_sampled
+from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.banded_mf import error_ratio
+from author_dp.accounting.events import prob_ever_sampled
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.wording import format_count
 
@@ -65,7 +66,7 @@ def format_plan(
         if earlier_steps:
             lines.append(f"                          {RESUME_NOTE}")
     lines.append(f"  guarantee at the end    {format_guarantee(epsilon, plan.delta)}")
-    if plan.num_authors < FEW_AUTHORS:
+    if plan.num_authors < FEW_AUTHORS and delta_warning(plan) is None:
         lines.append(f"  delta                   {format_delta(plan.delta)}")
     lines.append("  Not covered by the guarantee: losses, metrics and gradient statistics in logs, computed on private data.")
     if plan.hide_counts:
@@ -109,6 +110,11 @@ def plan_warnings(plan: PrivacyPlan) -> list[str]:
             f"--target_epsilon: epsilon {plan.target_epsilon:g} promises little: one author may make an outcome e^epsilon times "
             "as likely. Lower it, to 8 or less."
         )
+    return warnings if (of_delta := delta_warning(plan)) is None else [*warnings, of_delta]
+
+
+def delta_warning(plan: PrivacyPlan) -> Optional[str]:
+    """Return a warning of a delta that protects little."""
     sampled = prob_ever_sampled([plan.event(plan.steps)])
     expected = plan.delta * plan.num_authors
     if plan.delta > LARGE_DELTA:
@@ -118,8 +124,8 @@ def plan_warnings(plan: PrivacyPlan) -> list[str]:
     elif plan.delta > LARGE_DELTA_SHARE * sampled:
         words = f"{plan.delta:.2g}: it would allow publishing all texts of one in {sampled / plan.delta:,.0f} authors in any step"
     else:
-        return warnings
-    return [*warnings, f"--target_delta: delta is {words}. Lower it, to about 1e-5 or less; the noise is calibrated accordingly."]
+        return None
+    return f"--target_delta: delta is {words}. Lower it, to about 1e-5 or less; the noise is calibrated accordingly."
 
 
 def tuning_hint(plan: PrivacyPlan) -> Optional[str]:

@@ -34,14 +34,15 @@ import numpy as np
 from scipy import fft
 from scipy.special import log_ndtr, logsumexp, ndtri_exp
 
-ULP = 2.0**-52
+from author_dp.accounting.events import ULP
+
 TOLERANCE = 3e-4  # of epsilon: the discretization error that is accepted
 NEGLIGIBLE = 1e-9  # of delta: probability of losses beyond the grid, which count as infinite
 OUTSIDE = 1e-12  # of the tilted distribution: mass that may lie outside of the FFT's window; it is added to delta
 MAX_CELLS = 2**22  # of a grid: beyond, the grid is coarser, and epsilon still a bound
 TILTS = np.geomspace(1e-5, 1e9, 300)
 
-EventTuple = tuple[float, float, int]  # noise multiplier, sample rate, steps: as accountant.MechanismEvent
+EventTuple = tuple[float, float, int]  # noise multiplier, sample rate, steps: as events.MechanismEvent
 
 
 # --- one step on a grid -----------------------------------------------------------------------------------

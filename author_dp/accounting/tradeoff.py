@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from author_dp.accounting.accountant import MechanismEvent, gaussian_delta, gaussian_mu, merge_events
+from author_dp.accounting.events import MechanismEvent, merge_events
+from author_dp.accounting.gaussian import gaussian_delta, gaussian_mu
 from author_dp.accounting.pld import LossDistribution
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)  # at which true-positive rates are reported

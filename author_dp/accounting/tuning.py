@@ -32,16 +32,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp
 
-from author_dp.accounting.accountant import (
-    ORDERS,
-    MechanismEvent,
-    compute_epsilon,
-    epsilon_of_rdp,
-    find_noise_multiplier,
-    rdp_of_step,
-    round_up,
-)
-from author_dp.accounting.pld import ULP
+from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier, round_up
+from author_dp.accounting.events import ULP, MechanismEvent
+from author_dp.accounting.rdp import ORDERS, epsilon_of_rdp, rdp_of_step
 from author_dp.errors import UserError
 from author_dp.validation import check_range
 

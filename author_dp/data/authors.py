@@ -98,18 +98,21 @@ def suspicious_author_warnings(
         )
     texts = samples.select_columns([text_column]).with_format("arrow").iter(BATCH_ROWS)
     hashes, is_long = (np.concatenate(parts) for parts in zip(*(hash_texts(batch[text_column]) for batch in texts)))
-    if repeated := count_repeated(hashes, codes, placeholders):
+    order = np.lexsort((codes, hashes))  # equal texts side by side, and in them those of one author
+    hashes, codes, is_long = hashes[order], codes[order], is_long[order]
+    same_text, same_author = hashes[1:] == hashes[:-1], codes[1:] == codes[:-1]
+    # A placeholder may be many people, whose texts may be equal by chance.
+    if repeated := int((same_text & same_author & ~np.isin(codes[1:], placeholders)).sum()):
         warnings.append(
             f"{text_option} {text_column!r}: {repeated:,} of {len(samples):,} samples repeat a text of the same author, and "
-            "count again. Remove them if they are copies, as of a file that was joined twice"
+            "count again. If the author wrote so twice, all is well; if a file was joined twice, remove the copies"
         )
     if num_gone := np.isin(hashes, [hash(text) for text in PLACEHOLDER_TEXTS]).sum():
         warnings.append(
             f"{text_option} {text_column!r}: {num_gone:,} of {len(samples):,} samples are {' or '.join(PLACEHOLDER_TEXTS)}, in "
             "place of a text that is gone. Remove them, or the model learns to write so"
         )
-    hashes[~is_long] = 0
-    if len(shared := hashes_of_several_authors(hashes, codes)):
+    if len(shared := np.unique(hashes[1:][same_text & ~same_author & is_long[1:]])):
         warnings.append(
             f"{text_option} {text_column!r}: texts of {MIN_WORDS} words or more that have several authors each: {len(shared):,}, "
             f"in {np.isin(hashes, shared).sum():,} of {len(samples):,} samples. Leaving out one of these authors does not hide "
@@ -118,33 +121,12 @@ def suspicious_author_warnings(
     return warnings
 
 
-def hashes_of_several_authors(hashes: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return the hashes, other than 0, that occur with more than one author.
-
-    Args:
-        hashes, codes: text hash and author number of each sample, (samples,).
-    """
-    order = np.lexsort((codes, hashes))
-    hashes, codes = hashes[order], codes[order]
-    repeats = (hashes[1:] == hashes[:-1]) & (codes[1:] != codes[:-1]) & (hashes[1:] != 0)
-    return np.unique(hashes[1:][repeats])
-
-
-def count_repeated(hashes: np.ndarray, codes: np.ndarray, placeholders: np.ndarray) -> int:
-    """Return the number of samples whose text the same author has in an earlier sample too.
-
-    Args:
-        hashes, codes: as for `hashes_of_several_authors`.
-        placeholders: numbers of authors who may be many people, whose texts may be equal by chance.
-    """
-    order = np.lexsort((codes, hashes))
-    hashes, codes = hashes[order], codes[order]
-    is_repeated = (hashes[1:] == hashes[:-1]) & (codes[1:] == codes[:-1])
-    return int((is_repeated & ~np.isin(codes[1:], placeholders)).sum())
-
-
 def hash_texts(texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return hashes, int64 (texts,), equal for equal texts, and whether each text has MIN_WORDS words or more, bool (texts,)."""
-    values = texts.to_pylist()
+    """Return hashes, int64 (texts,), equal for equal texts, and whether each text has MIN_WORDS words or more, bool (texts,).
+
+    Args:
+        texts: texts, or examples that hold them (columns.EXAMPLE_TYPE).
+    """
+    values = (pc.struct_field(texts, "text") if pa.types.is_struct(texts.type) else texts).to_pylist()
     is_long = [text.count(" ") >= MIN_WORDS - 1 for text in values]
     return np.array([hash(text) for text in values], np.int64), np.array(is_long, bool)

@@ -9,19 +9,16 @@ assistant begins where the rendered conversation before it ends, including the t
 rendered conversation up to it ends. Each of these must be an exact prefix of the complete text. Some templates, as GLM's, end a
 turn by the mark of the next role alone: there this mark is learned, and written after the last turn (`TurnEnd`).
 
-An example travels as one JSON string, `Example.to_json()`, so that readers, splits and storage only see text.
-
 Example:
 
-    >>> Example.from_json(ChatFormatter(None, "assistant").format_completion("two and two?", " four")).targets
-    [[12, 17]]
+    >>> ChatFormatter(None, "assistant").format_completion("two and two?", " four").targets
+    [(12, 17)]
 
 References:
     [1] https://huggingface.co/docs/trl/dataset_formats
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -37,20 +34,11 @@ TARGETS = ("assistant", "all")
 
 
 class Example(NamedTuple):
-    """A text, and the spans of its characters to learn."""
+    """A text, and the spans of its characters to learn. `columns.EXAMPLE_TYPE` is its type in Arrow."""
 
     text: str
-    targets: list[tuple[int, int]]  # (start, end), in order, disjoint
+    targets: Sequence[Sequence[int]]  # (start, end), in order, disjoint
     is_templated: bool  # whether a chat template rendered it, so that its special tokens are tokens
-
-    def to_json(self) -> str:
-        """Return the example as one line of JSON."""
-        return json.dumps(self, ensure_ascii=False, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Example":
-        """Undo `to_json`; a missing text gives an empty example."""
-        return cls(*json.loads(text)) if text else cls("", [], False)
 
 
 class ChatFormatter(ChatTemplate):
@@ -65,22 +53,22 @@ class ChatFormatter(ChatTemplate):
         super().__init__(tokenizer)
         self.targets = targets
 
-    def format_messages(self, value: Any) -> str:
-        """Return a conversation as JSON of an example, "" where it is missing.
+    def format_messages(self, value: Any) -> Optional[Example]:
+        """Return a conversation as an example, None where it is missing.
 
         Raises:
             ValueError: where it is no conversation, or the template cannot render it or divide it into turns.
         """
         if value is None:
-            return ""
+            return None
         messages = to_messages(value)
         text = self.render_all(messages)
         if not any(m["content"].strip() for m in messages if self.targets == "all" or m["role"] == "assistant"):
-            return ""  # a missing text, whatever the template adds
+            return None  # a missing text, whatever the template adds
         if self.targets == "all":
-            return Example(text, [(0, len(text))], True).to_json()
+            return Example(text, [(0, len(text))], True)
         if self.has_marks:
-            return self.render_with_generation_mask(messages).to_json()
+            return self.render_with_generation_mask(messages)
         spans = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -89,33 +77,33 @@ class ChatFormatter(ChatTemplate):
                 )
                 end = self.prefix_length(text, messages[: number + 1], is_prompt=False)
                 spans.append((start, end + self.borrowed_length(text[end:])))
-        return Example(text, spans, True).to_json()
+        return Example(text, spans, True)
 
-    def format_completion(self, prompt: Any, completion: Any) -> str:
-        """Return a prompt and its completion as JSON of an example.
+    def format_completion(self, prompt: Any, completion: Any) -> Optional[Example]:
+        """Return a prompt and its completion as an example.
 
-        Both are texts, or both are lists of messages. A missing completion gives "", no example, and so do messages without
+        Both are texts, or both are lists of messages. A missing completion gives None, no example, and so do messages without
         words. A missing prompt is empty.
 
         Raises:
             ValueError: as `format_messages`.
         """
         if completion is None or completion in ("", []):
-            return ""
+            return None
         prompt = type(completion)() if prompt is None and isinstance(completion, (str, list)) else prompt
         if type(prompt) is str and type(completion) is str:
             text = prompt + completion
-            return Example(text, [(0 if self.targets == "all" else len(prompt), len(text))], False).to_json()
+            return Example(text, [(0 if self.targets == "all" else len(prompt), len(text))], False)
         if type(prompt) is not list or type(completion) is not list:
             raise ValueError("must hold a prompt and a completion that are both texts, or both lists of messages")
         before, after = (to_messages(value) if value else [] for value in (prompt, completion))
         text, start = self.render_all(before + after), 0
         if not any(message["content"].strip() for message in after):
-            return ""
+            return None
         if self.targets != "all":
             is_answer = after[0]["role"] == "assistant"
             start = self.prefix_length(text, before, is_prompt=is_answer) if before else self.first_content(text, after)
-        return Example(text, [(start, len(text))], True).to_json()
+        return Example(text, [(start, len(text))], True)
 
     def prefix_length(self, text: str, messages: list[dict[str, str]], is_prompt: bool) -> int:
         """Return the length of the prefix of `text` that these messages render to.
@@ -180,13 +168,13 @@ def common_length(prefix: str, text: str, num_messages: int) -> int:
     return len(prefix)
 
 
-def missing_end_warning(formatter: ChatFormatter, example: str) -> Optional[str]:
+def missing_end_warning(formatter: ChatFormatter, is_templated: bool) -> Optional[str]:
     """Return a warning where nothing ends what is learned, so that a generator will not learn to stop; None otherwise.
 
     Args:
-        example: one of the run, as JSON, which tells whether a chat template rendered it.
+        is_templated: whether a chat template rendered the run's examples.
     """
-    if not Example.from_json(example).is_templated:
+    if not is_templated:
         return "Completions have no end to learn, so a generator goes on to --max_new_tokens. Add --append_eos to learn one"
     if formatter.turn_end is None or formatter.turn_end.token is not None:
         return None
@@ -243,14 +231,14 @@ def resolve_bos_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool = Fa
 
 
 def tokenize_examples(
-    examples: list[str], tokenizer: PreTrainedTokenizerBase, start: list[int], end: list[int]
+    examples: Sequence[Optional[Example]], tokenizer: PreTrainedTokenizerBase, start: list[int], end: list[int]
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return token IDs and labels of examples.
 
     A token is a target if it has a character of a target.
 
     Args:
-        examples: JSON of each, from `Example.to_json`.
+        examples: None where one is missing.
         start: the start token, if any; not repeated where the template wrote it.
         end: the end-of-text token, if asked for; a target, not repeated either.
     Returns:
@@ -258,17 +246,18 @@ def tokenize_examples(
     """
     ids: list[list[int]] = [[] for _ in examples]
     labels: list[list[int]] = [[] for _ in examples]
-    parsed = [Example.from_json(text) for text in examples]
     for is_templated in (False, True):
-        chosen = [i for i, example in enumerate(parsed) if example.is_templated == is_templated and example.text]
+        present = ((i, example) for i, example in enumerate(examples) if example and example.text)
+        chosen = {i: example for i, example in present if example.is_templated == is_templated}
         if not chosen:
             continue
         options = {"add_special_tokens": False, "split_special_tokens": not is_templated, "return_offsets_mapping": True}
         with untrimmed_offsets(tokenizer):
-            encoded = tokenizer([parsed[i].text for i in chosen], **options, verbose=False)
-        for i, row, spans in zip(chosen, encoded["input_ids"], encoded["offset_mapping"]):
+            encoded = tokenizer([example.text for example in chosen.values()], **options, verbose=False)
+        for (i, example), row, spans in zip(chosen.items(), encoded["input_ids"], encoded["offset_mapping"]):
             targets = [
-                token if overlaps(span, parsed[i].targets) else IGNORE_INDEX for token, span in zip(row, spans, strict=True)
+                token if any(first < end and last > begin for begin, end in example.targets) else IGNORE_INDEX
+                for token, (first, last) in zip(row, spans, strict=True)
             ]
             before, after = start * (row[:1] != start), end * (row[-1:] != end)
             ids[i], labels[i] = before + row + after, [IGNORE_INDEX] * len(before) + targets + after
@@ -288,11 +277,6 @@ def untrimmed_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         yield
     finally:
         backend.post_processor = processor
-
-
-def overlaps(span: tuple[int, int], targets: list[tuple[int, int]]) -> bool:
-    """Return whether a span shares a character with one of the targets."""
-    return any(span[0] < end and span[1] > start for start, end in targets)
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+import pyarrow as pa
+
 from author_dp.errors import UserError, first_line
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+EXAMPLE_TYPE = pa.struct({"text": pa.large_string(), "targets": pa.list_(pa.list_(pa.int32())), "is_templated": pa.bool_()})
 ZSTD_WINDOW_MESSAGE = "Frame requires too much memory"  # of zstd's library, for `zstd --long`
 
 
@@ -19,7 +22,7 @@ class ColumnSpec(NamedTuple):
     text: str
     author: str
     prompt: Optional[str] = None  # precedes the text, as the first argument of `as_text`
-    as_text: Optional[Callable[..., str]] = None  # makes a text of the values in `text_columns`; raises ValueError
+    as_text: Optional[Callable[..., Any]] = None  # makes a `chat.Example` of the values in `text_columns`; raises ValueError
     text_option: str = "--text_column"
     prompt_option: str = "--prompt_column"
 
@@ -27,6 +30,16 @@ class ColumnSpec(NamedTuple):
     def text_columns(self) -> list[str]:
         """Return the columns that make a text, in order."""
         return [self.text] if self.prompt is None else [self.prompt, self.text]
+
+    @property
+    def text_type(self) -> pa.DataType:
+        """Return the type of the texts that are read."""
+        return pa.large_string() if self.as_text is None else EXAMPLE_TYPE
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Return the columns of samples."""
+        return pa.schema({self.text: self.text_type, self.author: pa.large_string()})
 
     @property
     def by_option(self) -> list[tuple[str, str]]:
@@ -47,7 +60,7 @@ class Row(NamedTuple):
     """One sample as written in a file."""
 
     author: Optional[str]
-    text: Optional[str]
+    text: Any  # a text, or the fields of a `chat.Example`; None where it is missing
     author_type: str  # in words, for errors
     line: int  # where the row begins; 0 where only rows are counted
     number: int  # of the row, from 1
@@ -69,15 +82,15 @@ def split_suffix(name: str) -> tuple[str, Optional[str]]:
     return (Path(path.stem) if compression else path).suffix.lower(), compression
 
 
-def format_text(name: str, place: str, values: list[Any], columns: ColumnSpec) -> str:
-    """Return the text that `columns.as_text` makes of a row's values.
+def format_text(name: str, place: str, values: list[Any], columns: ColumnSpec) -> Optional[dict[str, Any]]:
+    """Return the fields of the example that `columns.as_text` makes of a row's values; None where it is missing.
 
     Raises:
         UserError: with the place, where it makes none.
     """
     assert columns.as_text is not None
     try:
-        return columns.as_text(*values)
+        return (example := columns.as_text(*values)) and example._asdict()
     except ValueError as error:
         raise UserError(f"{columns.text_of(name)}, {place}: it {error}") from error
 

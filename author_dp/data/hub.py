@@ -3,11 +3,10 @@
 Only the shards that are needed are opened. An unreachable hub is an error within seconds.
 """
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import fsspec
 import pyarrow as pa
@@ -57,24 +56,14 @@ def read_hub(
             raise FileNotFoundError("no Parquet files")
         if os.path.isdir(name):
             check_distinct_files("--dataset_name", shards)
-        batches = itertools.chain.from_iterable(read_shard(filesystem, shard, columns, author_types) for shard in shards)
-        yield from take_rows(batches, limit)
+        for shard in shards:
+            with filesystem.open(shard) as file:
+                for batch in read_open_parquet(file, shard, columns, author_types):
+                    yield batch[:limit]
+                    if limit is not None and (limit := limit - len(batch)) <= 0:
+                        return  # and open no file beyond the limit
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"--dataset_name {name}: no readable Parquet files at {root}/train ({first_line(error)}). Check the name, "
             "--dataset_config_name and --dataset_revision, or download files and give them with --train_file"
         ) from error
-
-
-def read_shard(filesystem: Any, shard: str, columns: ColumnSpec, author_types: dict[str, str]) -> Iterator[pa.RecordBatch]:
-    """Yield the samples of one Parquet file."""
-    with filesystem.open(shard) as file:
-        yield from read_open_parquet(file, shard, columns, author_types)
-
-
-def take_rows(batches: Iterable[pa.RecordBatch], limit: Optional[int]) -> Iterator[pa.RecordBatch]:
-    """Yield the first `limit` rows, and open no file beyond them."""
-    for batch in batches:
-        yield batch[:limit]
-        if limit is not None and (limit := limit - len(batch)) <= 0:
-            return

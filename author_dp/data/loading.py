@@ -1,8 +1,8 @@
-"""Load samples of text and author from local files or hub data sets, onto disk."""
+"""Load samples of text and author from local files; drop rows without a text."""
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -10,9 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from author_dp.data.authors import get_column
 from author_dp.data.columns import ColumnSpec, check_distinct_files, split_suffix
-from author_dp.data.hub import read_hub
 from author_dp.data.readers import FORMATS, read_files
 from author_dp.data.storage import write_arrow
 from author_dp.errors import UserError
@@ -25,13 +23,19 @@ logger = get_logger(__name__)
 def load_files(
     patterns: list[str], columns: ColumnSpec, folder: Optional[Path] = None, author_types: Optional[dict[str, str]] = None
 ) -> Dataset:
-    """Load local files of one format, given by name or glob, with exact values.
+    """Load local files as `read_local_files` does, onto disk: to `folder`, by default `make_private_temp_dir()`."""
+    return write_arrow(read_local_files(patterns, columns, author_types), columns.schema, folder)
+
+
+def read_local_files(
+    patterns: list[str], columns: ColumnSpec, author_types: Optional[dict[str, str]] = None
+) -> Iterator[pa.RecordBatch]:
+    """Read local files of one format, given by name or glob, with exact values.
 
     Args:
-        folder: where the texts are kept; by default `make_private_temp_dir()`.
-        author_types: of files loaded before; see `read_files`.
-    Returns:
-        samples with the text and the author column, both strings.
+        author_types: of files read before; see `read_files`.
+    Yields:
+        samples, as `drop_blank_texts`.
     Raises:
         UserError: with the option, and the file, line or column at fault.
     """
@@ -42,61 +46,35 @@ def load_files(
             f"{columns.option}: files of type {', '.join(sorted(suffixes))}. Give files of one type of {', '.join(FORMATS)} (or "
             "these with .gz or .zst)"
         )
-    return write_arrow_dataset(read_files(files, columns, author_types), columns, " ".join(patterns), folder)
+    yield from drop_blank_texts(read_files(files, columns, author_types), columns, " ".join(patterns))
 
 
-def load_hub(
-    name: str,
-    config: str,
-    revision: str,
-    columns: ColumnSpec,
-    limit: Optional[int] = None,
-    folder: Optional[Path] = None,
-    author_types: Optional[dict[str, str]] = None,
-) -> Dataset:
-    """Load the first `limit` samples (None: all) of a hub data set.
-
-    Args:
-        name: on the hub, or a local folder with the same layout.
-        folder, author_types: as for `load_files`.
-    Returns:
-        samples, as `load_files`.
-    Raises:
-        UserError: where the hub or the data set cannot be reached, or a column is missing.
-    """
-    batches = read_hub(name, config, revision, columns, limit, {} if author_types is None else author_types)
-    return write_arrow_dataset(batches, columns, name, folder)
-
-
-def write_arrow_dataset(batches: Iterable[pa.RecordBatch], columns: ColumnSpec, source: str, folder: Optional[Path]) -> Dataset:
-    """Write the samples of a source to `folder`, and return them as a data set on disk.
+def drop_blank_texts(batches: Iterable[pa.RecordBatch], columns: ColumnSpec, source: str) -> Iterator[pa.RecordBatch]:
+    """Yield the samples of a source, by `columns.schema`.
 
     A row without a text, or with a blank one, is no sample, whatever is added to texts later. Their number is logged.
     """
-    names = [columns.text, columns.author]
-    schema = pa.schema([(name, pa.large_string()) for name in names])
-    blank_authors: list[pa.Array] = []  # of the rows that are dropped
-
-    def drop_blank(batch: pa.RecordBatch) -> pa.RecordBatch:
-        is_blank = pc.equal(pc.utf8_trim_whitespace(batch.column(columns.text)), "")
-        blank_authors.append(batch.column(columns.author).filter(is_blank))
-        return batch.filter(pc.invert(is_blank)).select(names)
-
+    kept, dropped = [], []  # authors of each batch
+    num_dropped = num_kept = 0
     with Progress(f"Read rows of {columns.option}", total=None) as progress:
-        samples = write_arrow(map(drop_blank, progress.count(batches)), schema, folder)
-    dropped = pa.chunked_array(blank_authors, pa.large_string())
-    if not len(samples):
-        reason = f"all {len(dropped):,} texts in {columns.text!r} are missing or blank" if len(dropped) else "it holds no rows"
+        for batch in progress.count(batches):
+            texts, authors = batch.column(columns.text), batch.column(columns.author)
+            is_blank = pc.equal(pc.utf8_trim_whitespace(texts), "") if columns.as_text is None else pc.is_null(texts)
+            samples = batch.filter(pc.invert(is_blank)).select(columns.schema.names)
+            num_kept, num_dropped = num_kept + len(samples), num_dropped + len(batch) - len(samples)
+            kept.append(pc.unique(samples.column(columns.author)))
+            dropped.append(pc.unique(authors.filter(is_blank)))
+            yield samples
+    if not num_kept:
+        reason = f"all {num_dropped:,} texts in {columns.text!r} are missing or blank" if num_dropped else "it holds no rows"
         raise UserError(f"{columns.option} {source}: {reason}. Give data with one sample a row")
-    if len(dropped):
-        authors = pc.unique(dropped)
-        lost = pc.sum(pc.invert(pc.is_in(authors, value_set=pc.unique(get_column(samples, columns.author))))).as_py()
+    if num_dropped:
+        with_text, without = (pc.unique(pa.chunked_array(parts)) for parts in (kept, dropped))
+        lost = pc.sum(pc.invert(pc.is_in(without, value_set=with_text))).as_py()
         logger.warning(
-            f"{columns.text_option} {columns.text!r} of {columns.option}: dropped {len(dropped):,} of "
-            f"{len(dropped) + len(samples):,} rows, whose text is missing or blank. Authors without another text, who do not "
-            f"count: {lost:,}"
+            f"{columns.text_option} {columns.text!r} of {columns.option}: dropped {num_dropped:,} of {num_dropped + num_kept:,} "
+            f"rows, whose text is missing or blank. Authors without another text, who do not count: {lost:,}"
         )
-    return samples
 
 
 def expand_files(option: str, patterns: list[str]) -> list[str]:

@@ -26,14 +26,6 @@ from author_dp.data.columns import (
 BATCH_ROWS = 2**12
 
 
-def read_parquet(
-    name: str, compression: Optional[str], columns: ColumnSpec, author_types: dict[str, str]
-) -> Iterator[pa.RecordBatch]:
-    """Yield authors and texts of a file as strings."""
-    with decompressed(name, compression) as source:
-        yield from read_open_parquet(source, name, columns, author_types)
-
-
 def read_parquet_rows(name: str, compression: Optional[str], columns: ColumnSpec) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with all columns, as Python values."""
     with decompressed(name, compression) as source:
@@ -63,7 +55,7 @@ def open_parquet(source: Any, name: str, columns: ColumnSpec) -> pq.ParquetFile:
 
 
 def read_open_parquet(source: Any, name: str, columns: ColumnSpec, author_types: dict[str, str]) -> Iterator[pa.RecordBatch]:
-    """Yield authors and texts of a file as strings; a missing text is "".
+    """Yield authors and texts of a file, as `readers.read_files` does.
 
     Args:
         source: path or open file object.
@@ -85,21 +77,21 @@ def read_open_parquet(source: Any, name: str, columns: ColumnSpec, author_types:
             raise missing_author_error(name, f"row {start + row + 1}", columns)
         if author_type not in author_types and len(batch):
             check_author_type(author_type, f"{name}, row {start + 1}", author_types, columns)
-        texts = pc.fill_null(read_texts(batch, name, start, columns), "")
+        texts = read_texts(batch, name, start, columns)
         start += len(batch)
         yield pa.record_batch([authors, texts], names=[columns.author, columns.text])
 
 
 def read_texts(batch: pa.RecordBatch, name: str, start: int, columns: ColumnSpec) -> pa.Array:
-    """Return the texts of a batch whose first row is `start`, counted from 0; nulls stay."""
+    """Return the texts or examples of a batch whose first row is `start`, counted from 0."""
     if columns.as_text is None:
-        return to_strings(batch.column(columns.text), columns.text, name, start, columns)
+        return pc.fill_null(to_strings(batch.column(columns.text), columns.text, name, start, columns), "")
     try:
         rows = list(zip(*(batch.column(column).to_pylist() for column in columns.text_columns)))
     except UnicodeDecodeError as error:
         raise encoding_error(name, f"column {columns.text!r}", columns) from error
     texts = [format_text(name, f"row {number}", list(row), columns) for number, row in enumerate(rows, start + 1)]
-    return pa.array(texts, pa.large_string())
+    return pa.array(texts, columns.text_type)
 
 
 def check_not_concatenated(source: Any, metadata: pq.FileMetaData, name: str, columns: ColumnSpec) -> None:

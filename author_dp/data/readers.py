@@ -34,7 +34,7 @@ from author_dp.data.columns import (
 )
 from author_dp.data.csv_reader import csv_records, read_csv
 from author_dp.data.json_reader import json_objects, read_json
-from author_dp.data.parquet_reader import read_parquet, read_parquet_rows
+from author_dp.data.parquet_reader import decompressed, read_open_parquet, read_parquet_rows
 from author_dp.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -50,7 +50,8 @@ def read_files(
     Args:
         author_types: type of the authors in files read before, and where the first one was; this call adds to it.
     Yields:
-        record batches of two columns, named as in `columns`, both large_string; a missing text is "".
+        record batches of two columns, named as in `columns`: authors as large_string, texts as large_string or EXAMPLE_TYPE. A
+        missing text is "", a missing example is null.
     Raises:
         UserError: with file, line or row, and fix.
     """
@@ -59,7 +60,8 @@ def read_files(
         suffix, compression = split_suffix(name)
         with unreadable_as_user_error(name, columns):
             if suffix == ".parquet":
-                yield from read_parquet(name, compression, columns, author_types)
+                with decompressed(name, compression) as source:
+                    yield from read_open_parquet(source, name, columns, author_types)
             else:
                 read = read_csv if suffix == ".csv" else read_json
                 rows = read(iterate_lines(name, compression, columns), name, columns)
@@ -122,7 +124,7 @@ def to_record_batches(
         if row.author_type not in author_types:
             check_author_type(row.author_type, f"{name}, {row.place}", author_types, columns)
         batch.append(row)
-        characters += len(row.text or "")
+        characters += len(characters_of(row))
         if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
             yield to_record_batch(batch, name, columns)
             batch, characters = [], 0
@@ -131,14 +133,22 @@ def to_record_batches(
 
 
 def to_record_batch(rows: list[Row], name: str, columns: ColumnSpec) -> pa.RecordBatch:
-    """Return rows as a record batch of author and text, both large_string."""
-    values = [row.author for row in rows], [row.text or "" for row in rows]
+    """Return rows as a record batch of author and text."""
+    missing = "" if columns.as_text is None else None
     try:
-        arrays = [pa.array(column, pa.large_string()) for column in values]
+        arrays = [
+            pa.array([row.author for row in rows], pa.large_string()),
+            pa.array([row.text or missing for row in rows], columns.text_type),
+        ]
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape but no text can hold
-        place = next(row.place for row in rows if not is_encodable(f"{row.author}{row.text}"))
+        place = next(row.place for row in rows if not is_encodable(f"{row.author}{characters_of(row)}"))
         raise UserError(f"{columns.option} {name}: {place} holds half of a character (a lone surrogate). Fix the line") from error
     return pa.record_batch(arrays, names=[columns.author, columns.text])
+
+
+def characters_of(row: Row) -> str:
+    """Return the characters of a row's text or example."""
+    return (row.text["text"] if isinstance(row.text, dict) else row.text) or ""
 
 
 def is_encodable(value: str) -> bool:

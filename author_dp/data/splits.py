@@ -1,11 +1,11 @@
 """Choose authors by hashes of their values, and summarize for privacy.json which data was used.
 
 An author's hash does not depend on which other authors exist. So adding or removing one author moves no other author between
-training and evaluation. `assign_sides` has one exception.
+training and evaluation. `split_by_author` has one exception.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Optional
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from author_dp.data.authors import encode_authors, get_column, hash_authors, hash_to_unit, holdout_scores
 from author_dp.data.chat import resolve_bos_token
-from author_dp.data.storage import filter_rows
+from author_dp.data.storage import filter_rows, new_arrow_file
 from author_dp.errors import UserError
 
 FEW_HELD_OUT = 30  # authors; below it, the log warns
@@ -31,7 +31,8 @@ def author_hashes(authors: Sequence | pa.ChunkedArray) -> np.ndarray:
 
 
 def split_by_author(
-    samples: Dataset,
+    samples: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
     author_column: str,
     eval_fraction: float,
     seed: int,
@@ -39,54 +40,62 @@ def split_by_author(
     folder: Optional[Path] = None,
     hold_out_at_least_one: bool = True,
 ) -> tuple[Dataset, Optional[Dataset]]:
-    """Hold out about `eval_fraction` of the authors, with all their samples, by the rule of `assign_sides`.
+    """Write samples to disk as they are read, those of held-out authors to a file of their own.
 
-    Args:
-        folder: where texts are kept while they are used; by default `make_private_temp_dir()`.
-    Returns:
-        (train, evaluation); evaluation is None where `eval_fraction` is 0.
-    """
-    values = encode_authors(get_column(samples, author_column))
-    codes, authors = values.indices.to_numpy(), values.dictionary.to_pylist()
-    if len(authors) < 2:
-        raise UserError(f"--author_column {author_column!r}: one author only, whom no noise can hide. Give data of many authors")
-    if eval_fraction == 0 and train_fraction == 1:
-        return samples, None
-    trained, held_out = assign_sides(authors, eval_fraction, seed, train_fraction, hold_out_at_least_one)
-    evaluation = filter_rows(samples, held_out[codes], folder) if eval_fraction > 0 else None
-    return filter_rows(samples, trained[codes], folder), evaluation
-
-
-def assign_sides(
-    authors: list, eval_fraction: float, seed: int, train_fraction: float = 1.0, hold_out_at_least_one: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out about `eval_fraction` of the authors; train on `train_fraction` of the others.
-
-    An author's side depends on the author's value and `seed` only. Adding or removing one author moves no other author between
+    About `eval_fraction` of the authors are held out, with all their samples; `train_fraction` of the others are trained on. An
+    author's side depends on the author's value and `seed` only. Adding or removing one author moves no other author between
     the sides, so neighboring data sets stay neighboring. Exception: if no author's hash is below `eval_fraction`, the author with
     the smallest hash is held out, which depends on the other authors. Without `hold_out_at_least_one`, this is an error.
 
     Args:
-        authors: values, each once.
+        schema: of the samples.
+        folder: where texts are kept while they are used; by default `make_private_temp_dir()`.
     Returns:
-        (trained, held_out), masks, bool (authors,).
+        (train, evaluation); evaluation is None where `eval_fraction` is 0.
     Raises:
         UserError: where a side that is needed has no author.
     """
-    scores = holdout_scores(authors, seed)
-    held_out = scores < eval_fraction
-    if eval_fraction > 0 and not held_out.any():
+    train_below = math.inf if train_fraction == 1 else eval_fraction + train_fraction * (1 - eval_fraction)
+    train, evaluation, scores = write_sides(samples, schema, folder, author_column, seed, eval_fraction, train_below)
+    if len(scores) < 2:
+        raise UserError(f"--author_column {author_column!r}: one author only, whom no noise can hide. Give data of many authors")
+    if eval_fraction > 0 and not len(evaluation):
         if not hold_out_at_least_one:
             raise UserError(
-                f"--eval_fraction {eval_fraction}: it holds out none of {len(authors)} authors. Raise it to publish their loss"
+                f"--eval_fraction {eval_fraction}: it holds out none of {len(scores)} authors. Raise it to publish their loss"
             )
-        held_out[np.argmin(scores)] = True
-    trained = ~held_out & (scores < eval_fraction + train_fraction * (1 - eval_fraction))
-    if not trained.any():
+        lowest, batches = np.nextafter(scores[0], 1), train.data.to_batches()
+        train, evaluation, _ = write_sides(batches, schema, folder, author_column, seed, lowest, train_below)
+    if not len(train):
         option = f"--eval_fraction {eval_fraction}" + (f" and --train_fraction {train_fraction}" if train_fraction < 1 else "")
         fix = "Raise the latter" if train_fraction < 1 else "Lower it"
-        raise UserError(f"{option}: no author of {len(authors)} is left to train on. {fix}, or give more authors")
-    return trained, held_out
+        raise UserError(f"{option}: no author of {len(scores)} is left to train on. {fix}, or give more authors")
+    return train, evaluation if eval_fraction > 0 else None
+
+
+def write_sides(
+    samples: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    folder: Optional[Path],
+    author_column: str,
+    seed: int,
+    eval_below: float,
+    train_below: float,
+) -> tuple[Dataset, Dataset, np.ndarray]:
+    """Write samples to two files, by the hash of the author; leave out those of `train_below` or more.
+
+    Returns:
+        (train, evaluation, hashes of all authors in increasing order).
+    """
+    all_scores = [np.zeros(0)]  # of each batch
+    with new_arrow_file(schema, folder) as (train_path, train), new_arrow_file(schema, folder) as (eval_path, evaluation):
+        for batch in samples:
+            authors = batch.column(author_column).dictionary_encode()
+            all_scores.append(holdout_scores(authors.dictionary.to_pylist(), seed))
+            scores = all_scores[-1][authors.indices.to_numpy()]
+            evaluation.write(batch.filter(scores < eval_below))
+            train.write(batch.filter((scores >= eval_below) & (scores < train_below)))
+    return Dataset.from_file(train_path), Dataset.from_file(eval_path), np.unique(np.concatenate(all_scores))
 
 
 def subsample_authors(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:

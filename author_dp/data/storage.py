@@ -34,12 +34,18 @@ def filter_rows(samples: Dataset, mask: np.ndarray, folder: Optional[Path] = Non
 
 def write_arrow(tables: Iterable[pa.Table | pa.RecordBatch], schema: pa.Schema, folder: Optional[Path]) -> Dataset:
     """Write rows to a new file in `folder`; return them as a data set on disk."""
-    file, path = tempfile.mkstemp(suffix=".arrow", dir=folder or make_private_temp_dir())
-    os.close(file)
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with new_arrow_file(schema, folder) as (path, writer):
         for table in tables:
             writer.write(table)
     return Dataset.from_file(path)
+
+
+@contextmanager
+def new_arrow_file(schema: pa.Schema, folder: Optional[Path]) -> Iterator[tuple[str, pa.RecordBatchStreamWriter]]:
+    """Give the path of a new file in `folder`, and what writes rows to it."""
+    file, path = tempfile.mkstemp(suffix=".arrow", dir=folder or make_private_temp_dir())
+    with open(file, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        yield path, writer
 
 
 @atexit.register

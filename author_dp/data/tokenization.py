@@ -5,14 +5,15 @@ Guarantees: a sample keeps its author, also where a text is split. Text that is 
 
 import functools
 import secrets
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from author_dp.data.chat import resolve_bos_token, tokenize_examples
+from author_dp.data.authors import get_column
+from author_dp.data.chat import Example, resolve_bos_token, tokenize_examples
 from author_dp.errors import UserError
 from author_dp.logs import get_logger
 from author_dp.types import IGNORE_INDEX
@@ -25,10 +26,12 @@ class TokenizeSpec(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     text_column: str
+    number_column: str  # of the result: the number of each sample's text
     start: list[int]  # token before each piece, if any
     end: list[int]  # token after each text, if any
     max_body_tokens: int  # of a piece, without `start`
     split: bool  # split long texts; otherwise truncate them
+    has_loss_mask: bool  # whether texts are the fields of a `chat.Example`, and samples have labels
 
 
 def tokenize(
@@ -43,121 +46,108 @@ def tokenize(
     has_loss_mask: bool = False,
     num_proc: Optional[int] = None,
     option: str = "--text_column",
+    folder: Optional[Path] = None,
 ) -> Dataset:
     """Replace the text column by `input_ids`, cut at `sequence_len`.
 
     Nothing is added but the tokenizer's start token. Longer texts are truncated, or split into samples of the same author; that
-    costs no privacy where the author is the unit. Samples of fewer than two tokens have nothing to predict: they are dropped, and
-    their number is logged. Text that is spelled like a special token (<|endoftext|>) never becomes that token.
+    costs no privacy where the author is the unit. Samples of fewer than two tokens have nothing to predict, and are dropped. The
+    number of texts without another sample is logged. Text that is spelled like a special token (<|endoftext|>) never becomes
+    that token.
 
     Args:
         prepend_bos: begin each text with a start token, from `resolve_bos_token`.
         append_eos: end each text with the end-of-text token, where it fits.
-        has_loss_mask: whether texts are JSON of `chat.Example`. The result then has `labels` too, IGNORE_INDEX outside the
-            targets. Samples without a target are dropped like those of one token.
+        has_loss_mask: whether texts are the fields of a `chat.Example`. The result then has `labels` too, IGNORE_INDEX outside
+            the targets. Samples without a target are dropped like those of one token.
         option: named in the error where no text can be used.
+        folder: where the samples are kept; None: beside `samples`, on disk or in memory.
     Raises:
         UserError: where no sample is left, or the tokenizer lacks a token that was asked for.
     """
-    spec = make_spec(tokenizer, text_column, sequence_len, long_samples == "split", prepend_bos, append_eos)
+    start, end = resolve_tokens(tokenizer, prepend_bos, append_eos)
+    number_column = "_".join([*samples.column_names, "number"])  # the name of no other column
+    is_split = long_samples == "split"
+    spec = TokenizeSpec(tokenizer, text_column, number_column, start, end, sequence_len - len(start), is_split, has_loss_mask)
     features = samples.features.copy()
     features.pop(text_column)
     features.update(dict.fromkeys(["input_ids", *["labels"] * has_loss_mask], List(Value("int32"))))
+    fingerprint = secrets.token_hex(8)
     tokens = samples.map(
-        functools.partial(tokenize_masked if has_loss_mask else tokenize_texts, spec=spec),
+        functools.partial(tokenize_batch, spec=spec),
         batched=True,
+        with_indices=True,
         num_proc=num_proc,
         remove_columns=[text_column],
-        features=features,
+        features=type(features)({**features, number_column: Value("int64")}),
         desc="Tokenize",
-        new_fingerprint=secrets.token_hex(8),  # the default hashes the whole tokenizer, for a cache that is never read
+        cache_file_name=None if folder is None else str(folder / f"{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,  # the default hashes the whole tokenizer, for a cache that is never read
     )
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.encode_special_tokens = False
-    lengths = pc.list_value_length(tokens.data.column("input_ids")).to_numpy()
-    kept = np.flatnonzero(rows_with_targets(tokens) if has_loss_mask else lengths >= 2)
-    if len(kept) == 0:
+    if not len(tokens):
         needed = f"a target within {sequence_len} tokens" if has_loss_mask else "two tokens or more"
         fix = "Raise --sequence_len, or name" if has_loss_mask else "Name"
         raise UserError(f"{option}: no text in {text_column!r} has {needed}. {fix} the column that holds the text")
-    if len(kept) < len(tokens):
+    if num_dropped := len(samples) - pc.count_distinct(get_column(tokens, number_column)).as_py():
         reason = "no target within --sequence_len" if has_loss_mask else "fewer than two tokens"
-        logger.warning(f"Dropped {len(tokens) - len(kept)} of {len(tokens)} samples: {reason} in {text_column!r}.")
-        tokens = tokens.select(kept)
-    return tokens
+        logger.warning(f"Dropped {num_dropped} of {len(samples)} texts: {reason} in {text_column!r}.")
+    return tokens.remove_columns(number_column)
 
 
-def make_spec(
-    tokenizer: PreTrainedTokenizerBase, text_column: str, sequence_len: int, split: bool, prepend_bos: bool, append_eos: bool
-) -> TokenizeSpec:
-    """Resolve start and end token, and the number of tokens left for the text."""
+def resolve_tokens(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool, append_eos: bool) -> tuple[list[int], list[int]]:
+    """Return the tokens that begin and end each text: one or none."""
     bos = resolve_bos_token(tokenizer, prepend_bos)
     if prepend_bos and bos is None:
         raise UserError("--prepend_bos: the model's tokenizer has neither a start nor an end-of-text token. Leave it out")
     if append_eos and tokenizer.eos_token_id is None:
         raise UserError("--append_eos: the model's tokenizer has no end-of-text token. Leave it out")
-    start = [] if bos is None else [bos]
-    return TokenizeSpec(tokenizer, text_column, start, [tokenizer.eos_token_id] * append_eos, sequence_len - len(start), split)
+    return [] if bos is None else [bos], [tokenizer.eos_token_id] * append_eos
 
 
-def chunk_slices(row: list[int], max_tokens: int, end: list[int]) -> list[slice]:
-    """Return slices of at most `max_tokens` that cut a row into pieces.
+def tokenize_batch(batch: dict[str, list], numbers: list[int], spec: TokenizeSpec) -> dict[str, list]:
+    """Return the samples of a batch of texts; a text that is blank or has no token gets none, not even the start.
+
+    Args:
+        batch: columns; the texts are strings, or with a loss mask the fields of examples; None where one is missing.
+        numbers: of the texts, (texts,).
+    Returns:
+        columns of samples, each with the values of its text.
+    """
+    values = batch.pop(spec.text_column)
+    if spec.has_loss_mask:
+        examples = [value and Example(**value) for value in values]
+        ids, labels = tokenize_examples(examples, spec.tokenizer, spec.start, spec.end)
+    else:
+        options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        texts = [text if text and not text.isspace() else "" for text in values]
+        rows = spec.tokenizer(texts, **options, verbose=False)["input_ids"]
+        ids = labels = [row and spec.start + row + spec.end for row in rows]
+    names = [*batch, spec.number_column, "input_ids", *["labels"] * spec.has_loss_mask]
+    result: dict[str, list] = {name: [] for name in names}
+    first = len(spec.start)
+    for *others, row, targets in zip(*batch.values(), numbers, ids, labels):
+        for cut in chunk_slices(row[first:], spec):
+            sample = [part[:first] + part[first:][cut] for part in (row, targets)]
+            if any(target != IGNORE_INDEX for target in sample[1][1:]):  # no token predicts the first one
+                for name, value in zip(names, [*others, *sample]):
+                    result[name].append(value)
+    return result
+
+
+def chunk_slices(row: list[int], spec: TokenizeSpec) -> list[slice]:
+    """Return slices of at most `max_body_tokens` that cut a row without its start: the first one, or with `split` all.
 
     A last piece of a single token would predict nothing, so it takes one token from the piece before. Where pieces are too short
-    for that, an `end` token alone is left out.
+    for that, an end token alone is left out.
     """
-    bounds = [*range(0, max(1, len(row)), max_tokens), len(row)]
+    if not spec.split:  # here and not by the tokenizer, which may be set to cut the beginning off
+        return [slice(spec.max_body_tokens)]
+    bounds = [*range(0, max(1, len(row)), spec.max_body_tokens), len(row)]
     if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
-        if max_tokens > 2:
+        if spec.max_body_tokens > 2:
             bounds[-2] -= 1
-        elif row[-1:] == end:
+        elif row[-1:] == spec.end:
             bounds.pop()
     return [slice(*pair) for pair in zip(bounds, bounds[1:])]
-
-
-def tokenize_texts(batch: dict[str, list], spec: TokenizeSpec) -> dict[str, list]:
-    """Return a batch with tokens in place of its texts; a text that is blank or has no token gets none, not even the start."""
-    options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False, "verbose": False}
-    texts = [text if text and not text.isspace() else "" for text in batch[spec.text_column]]
-    rows = [row and row + spec.end for row in spec.tokenizer(texts, **options)["input_ids"]]
-    if not spec.split:  # here and not by the tokenizer, which may be set to cut the beginning off
-        return {"input_ids": [row and spec.start + row[: spec.max_body_tokens] for row in rows]}
-    pieces = [[row and spec.start + row[cut] for cut in chunk_slices(row, spec.max_body_tokens, spec.end)] for row in rows]
-    return {**repeat_columns(batch, spec.text_column, pieces), "input_ids": [piece for row in pieces for piece in row]}
-
-
-def tokenize_masked(batch: dict[str, list], spec: TokenizeSpec) -> dict[str, list]:
-    """Return a batch with tokens and labels in place of its examples (JSON of `chat.Example`)."""
-    ids, labels = tokenize_examples(batch[spec.text_column], spec.tokenizer, spec.start, spec.end)
-    prefix_length = len(spec.start)
-    max_tokens = prefix_length + spec.max_body_tokens
-    if not spec.split:
-        return {"input_ids": [row[:max_tokens] for row in ids], "labels": [row[:max_tokens] for row in labels]}
-    slices = [chunk_slices(row[prefix_length:], spec.max_body_tokens, spec.end) for row in ids]
-    id_pieces, label_pieces = (
-        [[row[:prefix_length] + row[prefix_length:][cut] for cut in cuts] for row, cuts in zip(rows, slices)]
-        for rows in (ids, labels)
-    )
-    return {
-        **repeat_columns(batch, spec.text_column, id_pieces),
-        "input_ids": [piece for row in id_pieces for piece in row],
-        "labels": [piece for row in label_pieces for piece in row],
-    }
-
-
-def repeat_columns(batch: dict[str, list], text_column: str, pieces: list[list]) -> dict[str, list]:
-    """Repeat other columns, once per piece of a text, so that each piece keeps its author."""
-    names = [name for name in batch if name != text_column]
-    return {name: [value for value, row in zip(batch[name], pieces) for _ in row] for name in names}
-
-
-def rows_with_targets(tokens: Dataset) -> np.ndarray:
-    """Return which samples have a target after their first token, bool (samples,)."""
-    masks = [np.zeros(0, bool)]
-    for batch in tokens.select_columns(["labels"]).with_format("arrow").iter(2**14):
-        column = batch["labels"].combine_chunks()
-        lengths = pc.list_value_length(column).to_numpy()
-        is_target = np.asarray(column.flatten()) != IGNORE_INDEX
-        is_target[(np.cumsum(lengths) - lengths)[lengths > 0]] = False  # no token predicts the first one
-        masks.append(np.bincount(np.repeat(np.arange(len(lengths)), lengths), is_target, len(lengths)) > 0)
-    return np.concatenate(masks)

@@ -146,7 +146,8 @@ class WatchedCallbacks(CallbackHandler):
             id(trainer.callback_handler),
             *((id(other), get_declaration(other)) for other in self.callbacks),
         ]
-        state["a function of the trainer"] = [to_comparable(value) for value in vars(trainer).values() if is_function(value)]
+        functions = [value for value in vars(trainer).values() if callable(value) and not isinstance(value, torch.nn.Module)]
+        state["a function of the trainer"] = [to_comparable(value) for value in functions]
         state["the model's weights, hooks or settings"] = [snapshot_module(module) for module in trainer.model.modules()]
         state["the optimizer: its learning rate, another option, its state or its hooks"] = [
             to_comparable(trainer.optimizer),
@@ -157,11 +158,6 @@ class WatchedCallbacks(CallbackHandler):
             held = [value for value in vars(scheduler).values() if not isinstance(value, Optimizer)]
             state["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), to_comparable(held)
         return state
-
-
-def is_function(value: Any) -> bool:
-    """Return whether a value can be called, other than a module."""
-    return callable(value) and not isinstance(value, torch.nn.Module)
 
 
 def snapshot_module(module: torch.nn.Module) -> list[Any]:

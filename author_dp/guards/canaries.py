@@ -9,7 +9,7 @@ Example:
 import json
 import os
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from author_dp.distributed import broadcast
@@ -17,10 +17,12 @@ from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.text_canaries import TextCanaries
+from author_dp.validation import check_choice, option
 
 Canaries = TextCanaries | GradientCanaries | None
 
 MIN_CANARIES = 10
+KINDS = ("text", "gradient")
 KEY_NAME = "_audit_key.json"  # in the output directory; the leading _ keeps it out of uploads to the hub
 
 
@@ -28,28 +30,28 @@ KEY_NAME = "_audit_key.json"  # in the output directory; the leading _ keeps it 
 class AuditArguments:
     """Whether and how to audit the run."""
 
-    audit_canaries: int = field(
-        default=0,
-        metadata={"help": "Number of canary authors, about half of them included, for a lower bound on epsilon; 0: no audit."},
+    audit_canaries: int = option(
+        0, "Number of canary authors, about half of them included, for a lower bound on epsilon; 0: no audit."
     )
-    audit_kind: str = field(
-        default="text",
-        metadata={
-            "help": "Kind of canaries. text: shows what readers of the model could learn. gradient: does not change the model, "
-            "and tests sampling, clipping and noise exactly.",
-            "choices": ["text", "gradient"],
-        },
+    audit_kind: str = option(
+        "text",
+        "Kind of canaries. text: shows what readers of the model could learn. gradient: does not change the model, and tests "
+        "sampling, clipping and noise exactly.",
+        KINDS,
     )
 
     def __post_init__(self):
-        if self.audit_kind not in ("text", "gradient"):
-            raise UserError(f"--audit_kind {self.audit_kind}: there is no such kind. Give text or gradient")
-        if self.audit_kind == "gradient" and not self.audit_canaries:
-            raise UserError("--audit_kind gradient: it needs canaries. Add --audit_canaries 1000, or leave it out")
+        check_choice("--audit_kind", self.audit_kind, KINDS)
+        self.check_given({"audit_kind"} if self.audit_kind == "gradient" else set())
         if self.audit_canaries != 0 and self.audit_canaries < MIN_CANARIES:
             raise UserError(
                 f"--audit_canaries {self.audit_canaries}: fewer than {MIN_CANARIES} show nothing. Give 1000, or 0 for no audit"
             )
+
+    def check_given(self, names: set[str]) -> None:
+        """Raise UserError for a kind of canaries, given with its default, too, where there are none."""
+        if "audit_kind" in names and not self.audit_canaries:
+            raise UserError(f"--audit_kind {self.audit_kind}: it needs canaries. Add --audit_canaries 1000, or leave it out")
 
 
 def make_canaries(

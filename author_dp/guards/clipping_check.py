@@ -25,6 +25,7 @@ from author_dp.mechanism.fsdp import (
 )
 from author_dp.mechanism.fsdp_clipping import backward_on_one_rank, make_engine
 from author_dp.types import IGNORE_INDEX, Batch
+from author_dp.wording import format_names
 
 TOLERANCE = 5e-4  # relative error of an author's norm, and of a parameter's clipped sum, that rounding may cause in a deep model
 NEGLIGIBLE = 1e-5  # of the norm of the clipped sum: a parameter below it may be nothing but rounding (biases of keys)
@@ -233,16 +234,10 @@ def compare_to_reference(
     wrong = [name for name in residuals if not residuals[name] <= tolerance * sums[name] + NEGLIGIBLE * total]
     if wrong := wrong or [name for name, error in errors.items() if not error < tolerance]:
         raise UserError(
-            f"--clipping {clipping}: {shorten(wrong)} differ from the reference loop over authors (max. relative error "
-            f"{max_error:.1e}), so this model would be clipped wrongly. {clipping_remedy(clipping, parameters)}"
+            f"--clipping {clipping}: {format_names(wrong, MAX_SHOWN_NAMES)} differ from the reference loop over authors (max. "
+            f"relative error {max_error:.1e}), so this model would be clipped wrongly. {clipping_remedy(clipping, parameters)}"
         )
     return max_error
-
-
-def shorten(names: list[str]) -> str:
-    """Return a list of names, the later ones as a number."""
-    more = f" and {len(names) - MAX_SHOWN_NAMES} more" if len(names) > MAX_SHOWN_NAMES else ""
-    return ", ".join(names[:MAX_SHOWN_NAMES]) + more
 
 
 def clipping_remedy(clipping: str, parameters: Iterable[Any]) -> str:

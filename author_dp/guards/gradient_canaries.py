@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from author_dp.accounting.accountant import EpsilonAccountant, gaussian_epsilon
+from author_dp.accounting.accountant import EpsilonAccountant
+from author_dp.accounting.gaussian import gaussian_epsilon
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.errors import UserError

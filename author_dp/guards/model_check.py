@@ -22,7 +22,7 @@ from torch import nn
 from author_dp.clipping import ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
-from author_dp.guards.clipping_check import check_engine, clipping_remedy, freeze_unused, make_random_microbatch, shorten
+from author_dp.guards.clipping_check import MAX_SHOWN_NAMES, check_engine, clipping_remedy, freeze_unused, make_random_microbatch
 from author_dp.guards.probing import (
     MIN_LEN,
     deterministic_train_mode,
@@ -34,6 +34,7 @@ from author_dp.guards.sample_independence import MAX_LEN, check_sample_independe
 from author_dp.mechanism.fsdp import find_non_finite
 from author_dp.models.quantization import check_quantized_frozen
 from author_dp.progress import track_calls
+from author_dp.wording import format_names
 
 MODEL_CALLS = 49  # in a check, for its progress; more where an engine clips parameters one author at a time
 MICROBATCH_LENS = (9, 7)  # tokens of the longest of seven samples: once more than samples, and once as many
@@ -67,7 +68,8 @@ class ModelCheck(NamedTuple):
             text += f" {len(self.fallback_params)} parameters have no clipping rule: authors are clipped one at a time, which is "
             text += "exact but slower."
         if self.unused:
-            text += f" The loss does not use {len(self.unused)} trainable parameters, which are frozen: {shorten(self.unused)}."
+            names = format_names(self.unused, MAX_SHOWN_NAMES)
+            text += f" The loss does not use {len(self.unused)} trainable parameters, which are frozen: {names}."
         return text
 
 

@@ -160,7 +160,12 @@ class RunMonitors:
         tests = [monitor.test for monitor in self._monitors]
         if full:
             tests += [monitor.test_full for monitor in (self._updates, self._frozen) if monitor is not None]
-        failures = [str(error) for test in tests if (error := catch_error(test)) is not None]
+        failures = []
+        for test in tests:
+            try:
+                test()
+            except MechanismError as error:
+                failures.append(str(error))
         gathered = gather((failures, None if self._ranks is None else self._ranks.record(self.norms.authors)))
         mismatches = [] if self._ranks is None else find_mismatches([record for _, record in gathered])
         if found := [*mismatches, *(failure for of_process, _ in gathered for failure in of_process)]:
@@ -218,15 +223,6 @@ def checksum(tensor: torch.Tensor) -> int:
     aligned = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
     dtypes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(flat.view(dtypes[8 if aligned else flat.element_size()]).sum(dtype=torch.int64))
-
-
-def catch_error(test: Callable[[], None]) -> Optional[MechanismError]:
-    """Return the error that `test` raises, None if it raises none."""
-    try:
-        test()
-    except MechanismError as error:
-        return error
-    return None
 
 
 def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:

@@ -19,7 +19,7 @@ Example:
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Optional
 
 import torch
@@ -27,6 +27,7 @@ from torch import nn
 
 from author_dp.clipping.grad_factors import matmul
 from author_dp.errors import MechanismError, UserError
+from author_dp.models.modes import temporarily_set
 
 NUM_TOKENS = 64  # of the products in the model's shapes
 MAX_SIDE = 1024  # rows and columns of these products: larger ones use the same kernels, and would take memory and time
@@ -172,19 +173,11 @@ def rounding_settings(device: str) -> list[str]:
     return settings
 
 
-@contextmanager
-def float32_products() -> Iterator[None]:
+def float32_products() -> AbstractContextManager[None]:
     """Disable TF32 and bfloat16 for float32 products and convolutions, however they were enabled."""
     backends: Any = torch.backends
     flags = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv]
-    before = [flag.fp32_precision for flag in flags]
-    try:
-        for flag in flags:
-            flag.fp32_precision = "ieee"
-        yield
-    finally:
-        for flag, value in zip(flags, before):
-            flag.fp32_precision = value
+    return temporarily_set(*((flag, "fp32_precision", "ieee") for flag in flags))
 
 
 @contextmanager
@@ -197,27 +190,17 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = False
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), temporarily_set((torch.utils.deterministic, "fill_uninitialized_memory", False)):
             warnings.filterwarnings("ignore", message=".*determinis")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory = fill
 
 
-@contextmanager
-def full_precision_sums() -> Iterator[None]:
+def full_precision_sums() -> AbstractContextManager[None]:
     """Make CUDA sum products of 16-bit factors in float32; by default it may add partial sums in 16 bits."""
-    flags = torch.backends.cuda.matmul
-    before = flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction
-    try:
-        flags.allow_bf16_reduced_precision_reduction = flags.allow_fp16_reduced_precision_reduction = False
-        yield
-    finally:
-        flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction = before
+    flags = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    return temporarily_set(*((torch.backends.cuda.matmul, flag, False) for flag in flags))

@@ -16,6 +16,7 @@ from torch import nn
 from author_dp.errors import UserError, first_line
 from author_dp.guards.precision import float32_products
 from author_dp.mechanism.fsdp import local_shard
+from author_dp.models.modes import temporarily_set
 from author_dp.models.quantization import computes_in_float32, float32_compute
 
 MODEL_CODE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
@@ -92,15 +93,9 @@ def float32_train_mode(model: nn.Module) -> Iterator[None]:
 def deterministic_train_mode(model: nn.Module) -> Iterator[None]:
     """Use `float32_train_mode` without dropout; set every dropout rate of modules and configurations to 0."""
     owners: dict[int, Any] = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if o is not None}
-    rates = [(o, name, v) for o in owners.values() for name, v in list(vars(o).items()) if is_dropout_rate(o, name, v)]
-    with float32_train_mode(model):
-        try:
-            for owner, name, value in rates:
-                setattr(owner, name, type(value)(0))
-            yield
-        finally:
-            for owner, name, value in rates:
-                setattr(owner, name, value)
+    rates = [(o, name, type(v)(0)) for o in owners.values() for name, v in vars(o).items() if is_dropout_rate(o, name, v)]
+    with float32_train_mode(model), temporarily_set(*rates):
+        yield
 
 
 def is_dropout_rate(owner: Any, name: str, value: Any) -> bool:

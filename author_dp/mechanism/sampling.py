@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import cyclic_sample_rate
+from author_dp.accounting.events import cyclic_sample_rate
 
 
 class AuthorBatch(NamedTuple):

@@ -68,9 +68,7 @@ class LoraArguments:
         flag = self.base_precision_flag()
         if flag and not self.enable_lora:
             raise UserError(f"{flag}: it is for weights that are not trained. Add --enable_lora, or leave it out")
-        changed = [f"--{one.name}" for one in fields(self) if one.name[:5] == "lora_" and getattr(self, one.name) != one.default]
-        if changed and not self.enable_lora:
-            raise UserError(f"{', '.join(changed)}: without --enable_lora, all weights are trained. Add it, or leave this out")
+        self.check_given({one.name for one in fields(self) if getattr(self, one.name) != one.default})
         if self.load_in_4bit and self.lora_bias != "none":
             raise UserError(
                 f"--lora_bias {self.lora_bias}: it would train biases of layers that --load_in_4bit keeps in 4 bits. Leave it "
@@ -79,6 +77,12 @@ class LoraArguments:
         check_range("--lora_dim", self.lora_dim, "[1, inf)")
         check_range("--lora_alpha", self.lora_alpha, "[1, inf)")
         check_range("--lora_dropout", self.lora_dropout, "[0, 1)")
+
+    def check_given(self, names: set[str]) -> None:
+        """Raise UserError for options of adapters, by their names, where there are none; given with their defaults, too."""
+        given = [f"--{one.name}" for one in fields(self) if one.name in names and one.name.startswith("lora_")]
+        if given and not self.enable_lora:
+            raise UserError(f"{', '.join(given)}: without --enable_lora, all weights are trained. Add it, or leave this out")
 
     @property
     def base_precision(self) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import MechanismEvent, epsilon_of, format_epsilon
+from author_dp.accounting.accountant import epsilon_of, format_epsilon
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger, event_of_run
 from author_dp.files import make_private
 from author_dp.outputs.page import AUTHOR_LOSS, BLUE, GRAY, RED, STANDARD_ERRORS
@@ -195,7 +196,8 @@ def draw_figures(folder: Path, report: dict, ledger: PrivacyLedger, statistics: 
     from matplotlib import rc_context  # slow: not before a run's first step
     from matplotlib.figure import Figure  # pyplot would take a second more, and change the backend of a notebook
 
-    folder.mkdir(exist_ok=True)
+    if drawings:
+        folder.mkdir(exist_ok=True)
     files = {}
     with rc_context(STYLE):
         for name, (draw, data, is_private) in drawings.items():

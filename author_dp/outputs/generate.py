@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from author_dp.cli import OptionParser
 from author_dp.data.chat_template import ChatTemplate, TurnEnd
 from author_dp.data.loading import expand_files
 from author_dp.errors import UserError, first_line
@@ -52,8 +53,8 @@ RUN_RECORD_PREFIXES = ("privacy", "training_args", "trainer_state", "optimizer",
 # --- Options ----------------------------------------------------------------------------------------------
 
 
-def make_parser() -> synthetic_report.Parser:
-    parser = synthetic_report.Parser("python -m author_dp.generate", description=(__doc__ or "").splitlines()[0])
+def make_parser() -> OptionParser:
+    parser = OptionParser("python -m author_dp.generate", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="the --output_dir of a run, or a checkpoint in it")
     add("--out", type=Path, default=Path("synthetic.jsonl"), help="the file to write; default: %(default)s")

@@ -53,7 +53,7 @@ def guarantee_rows(report: dict[str, Any]) -> list[Row]:
         return [("Guarantee", f"none: the run found that its mechanism is not what its ledger says ({report['alarm']})")]
     return [
         ("Guarantee", format_guarantee(report["epsilon"], report["delta"])),
-        *([("Certified", INTERRUPTED)] if report.get("interrupted") else []),
+        *([("Certified", format_interrupted(report))] if report.get("interrupted") else []),
         *([("Certified", IN_SEARCH)] if in_search(report) else []),
         *([("Starting model", format_model(report["base_model"]))] if "base_model" in report else []),
         ("Setting", "central: the trainer sees the data, the public sees the model"),
@@ -81,6 +81,12 @@ def guarantee_rows(report: dict[str, Any]) -> list[Row]:
         *release_rows(report),
         *audit_rows(report),
     ]
+
+
+def format_interrupted(report: dict[str, Any]) -> str:
+    """Describe what is certified of a run that has not saved its model."""
+    zero = "; that of so few steps is 0, as they can disclose anyone with a probability of at most delta"
+    return INTERRUPTED + (zero if report["epsilon"] == 0 else "")
 
 
 def mechanism_rows(report: dict[str, Any]) -> list[Row]:
@@ -200,7 +206,7 @@ def plain_summary(report: dict[str, Any]) -> str:
     if report["disable_dp"] or report["epsilon"] is None:
         return "This model was trained without a privacy guarantee. It may repeat what its authors wrote."
     if report.get("interrupted"):
-        return f"Certified: {INTERRUPTED}."
+        return f"Certified: {format_interrupted(report)}."
     if in_search(report):
         return f"Certified: {IN_SEARCH}."
     if report.get("dry_run"):

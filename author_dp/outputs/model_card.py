@@ -86,7 +86,9 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         tuned=is_tuned(report),
         counts_are_hidden=report["num_authors"] is None,
         guarantee=table_rows(guarantee_rows(report)),
-        settings=table_rows((option, value) for option, value in options.items() if value is not None),
+        settings=table_rows(
+            (option, value) for option, value in {"date": report.get("started"), **options}.items() if value is not None
+        ),
     )
     return str(card)
 

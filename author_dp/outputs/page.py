@@ -7,7 +7,7 @@ from typing import Any, Optional
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from author_dp.data.splits import FEW_HELD_OUT
-from author_dp.outputs.guarantee import decision_summary, guarantee_rows, has_guarantee, plain_summary
+from author_dp.outputs.guarantee import decision_summary, guarantee_rows, has_guarantee, is_tuned, plain_summary
 from author_dp.outputs.model_card import format_value, public_options
 from author_dp.outputs.samples import CONTINUATION, UNCONDITIONAL
 
@@ -42,6 +42,7 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
         run=run_rows(report, header or {}, statistics),
         command=statistics.get("command"),
         held_out=format_held_out(statistics.get("evaluation", {}).get("after", {})),
+        tuned=is_tuned(report),
         accent=BLUE if has_guarantee(report) else RED,
         losses=loss_rows(statistics.get("log", []), statistics.get("evaluation", {})),
         figures=[
@@ -71,7 +72,7 @@ def run_rows(report: dict, header: dict, statistics: dict) -> list[tuple[str, st
     rows = [
         ("Base model", (model or f"a local folder{named}") + size),
         ("Data", dataset or f"local files{named}"),
-        ("Date", header.get("started") or statistics.get("started")),
+        ("Date", report.get("started") or header.get("started") or statistics.get("started")),
         ("Software", ", ".join(f"{name} {version}" for name, version in header.get("versions", {}).items())),
         ("Processes", report.get("world_size")),
         ("Settings", ", ".join(settings)),

@@ -57,7 +57,7 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str],
     if not rendered:
         raise UserError(f"--prompts {source.file} holds no rows: give a file with one prompt per row")
     start = start_ids(tokenizer, start_token)
-    ids, _ = tokenize_examples([example.to_json() for example, _ in rendered], tokenizer, start, [])
+    ids, _ = tokenize_examples([example for example, _ in rendered], tokenizer, start, [])
     default = start or default_start_ids(tokenizer)
     if not default and (empty := [number for number, prompt in enumerate(ids, 1) if not prompt]):
         raise UserError(

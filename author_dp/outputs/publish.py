@@ -27,6 +27,7 @@ from author_dp.models.weights import hash_weights, weight_name_pattern
 from author_dp.outputs.guarantee import in_search
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, not_covered_reason, read_guarantee
+from author_dp.validation import check_usage
 
 # What transformers reads to load and use a model, beside the weights that privacy.json names. All of it is the base model's.
 COPIED = (
@@ -151,8 +152,7 @@ def upload(folder: Path, repo: str, message: str, token: Optional[str], revision
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
-        raise UserError("usage: python -m author_dp.publish FOLDER OUT")
+    check_usage(arguments, "author_dp.publish FOLDER OUT", range(2, 3))
     folder, out = map(Path, arguments)
     left_out = publish(folder, out)
     report = publishable_report(out)

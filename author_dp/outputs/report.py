@@ -27,11 +27,14 @@ from author_dp.guards.one_run_audit import format_audit
 from author_dp.logs import get_logger
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
+from author_dp.outputs.guarantee import has_guarantee, is_tuned
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
+from author_dp.outputs.privacy_statement import read_json
 from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.public_loss import format_release
+from author_dp.validation import check_usage
 
 logger = get_logger(__name__)
 
@@ -177,7 +180,7 @@ def report_result(trainer: Any, statistics: RunStatistics, release: Optional[dic
     if release is not None:
         loss = f", {format_release(release)}, both public"
     audit = f", audit: epsilon {format_audit(report['audit'])}" if report.get("audit") else ""
-    logger.info(f"Report: {Path(folder) / PAGE_NAME}, private. What may be published: python -m author_dp.publish {folder} OUT")
+    logger.info(f"Report: {Path(folder) / PAGE_NAME}, private{publish_hint(report, folder)}")
     kind = "dry run, not a finished model: " if report.get("dry_run") else ""
     print(f"{kind}{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
 
@@ -190,8 +193,15 @@ def loader_of(trainer: Any) -> str:
 # --- The report ---------------------------------------------------------------------------------------------
 
 
-def write_report(folder: Path) -> None:
-    """Write report.html and report/*.png of the run in `folder`.
+def publish_hint(report: dict[str, Any], folder: str | Path) -> str:
+    """Return how to publish a result; empty if `publish` refuses it."""
+    if not has_guarantee(report) or report.get("alarm") or report.get("dry_run"):
+        return ""
+    return f". What may be published: python -m author_dp.publish {folder} OUT"
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Write report.html and report/*.png of the run in `folder`; return its privacy.json, recomputed.
 
     Raises:
         UserError: if the folder holds no report of a run, or its ledger was changed.
@@ -199,7 +209,7 @@ def write_report(folder: Path) -> None:
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     if not (folder / REPORT_NAME).exists() and not ledger.runs:
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
-    report = recompute_report(folder / REPORT_NAME, ledger)
+    report = read_report(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
     statistics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     figures = draw_figures(folder / "report", report, ledger, statistics)
@@ -207,18 +217,27 @@ def write_report(folder: Path) -> None:
     make_private(path)
     header = ledger.last_run if ledger.runs else None
     path.write_text(page(folder.resolve().name, report, figures, statistics, header), encoding="utf-8")
+    return report
+
+
+def read_report(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
+    """Return the report at `path`: recomputed from the ledger, or as it is if it is the result of a search, which has none."""
+    if not ledger.runs and path.exists() and is_tuned(report := read_json(path)):
+        return report
+    return recompute_report(path, ledger)
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise UserError("usage: python -m author_dp.report OUTPUT_DIR")
+    check_usage(arguments, "author_dp.report OUTPUT_DIR", range(1, 2))
     folder = Path(arguments[0])
     ledger = PrivacyLedger(folder / LEDGER_NAME)
     for path in find_reports(folder):
-        report = ledger.check_report(path)
-        if path.parent == folder and not report["disable_dp"]:
+        if path.parent != folder:
+            ledger.check_report(path)
+            continue
+        report = read_report(path, ledger)
+        if not report["disable_dp"]:
             check_weights(folder, report)
-        if path.parent == folder and not report.get("dry_run"):
-            (folder / CARD_NAME).write_text(model_card(recompute_report(path, ledger)), encoding="utf-8")
-    write_report(folder)
-    print(f"{folder / PAGE_NAME}: private. What may be published: python -m author_dp.publish {folder} OUT")
+        if not report.get("dry_run"):
+            (folder / CARD_NAME).write_text(model_card(report), encoding="utf-8")
+    print(f"{folder / PAGE_NAME}: private{publish_hint(write_report(folder), folder)}")

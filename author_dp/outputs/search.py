@@ -3,7 +3,8 @@
 Guarantees: the number of runs and all settings are drawn before the first run, by the operating system's random bits. They are
 never drawn again: an interrupted search resumes as it was drawn. A run that fails, takes more than its share of the budget, or
 releases no loss is worse than all others, and is not replaced. All is in a folder that its owner alone can read. What leaves it
-is the best run, when all have ended.
+is the best run, when all have ended. Runs have their settings from a file in that folder, and equal command lines: other users
+see these. All entries that a run adds are one folder deeper, as the number of links of a folder counts its subfolders for all.
 """
 
 import json
@@ -23,7 +24,7 @@ import numpy as np
 
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, event_of_run
 from author_dp.accounting.tradeoff import bounds_of_guarantee
-from author_dp.accounting.tuning import Release, SearchNoise, run_rdp
+from author_dp.accounting.tuning import Release, RunCount, SearchNoise, run_rdp
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
 from author_dp.outputs.guarantee import base_is_covered, format_model, in_search
@@ -31,9 +32,19 @@ from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_guarantee, rea
 from author_dp.outputs.publish import check_out, copy_publishable
 from author_dp.outputs.tune_options import TuneArguments
 from author_dp.permissions import owner_only
+from author_dp.training.resuming import SAMPLES_NAME
 
 PLAN_NAME = "search.json"
-BEFORE_THE_DRAW = {"lock", "probe", "probe.log", f"{PLAN_NAME}.tmp"}  # what an interrupted call may leave
+OPTIONS_NAME = "options.json"  # of the run that is started; JSON is YAML
+BEFORE_THE_DRAW = {
+    "lock",
+    "runs",
+    "probe",
+    "probe.log",
+    OPTIONS_NAME,
+    f"{OPTIONS_NAME}.tmp",
+    f"{PLAN_NAME}.tmp",
+}  # what an interrupted call may leave
 SECONDS = re.compile(r"The full run will take about .*? \(([\d.e+-]+) s per step\)")
 
 
@@ -51,6 +62,7 @@ class Search:
     def __init__(self, args: TuneArguments, out: Path, words: list[str]):
         self.args, self.out, self.words = args, out, words
         self.folder = Path(f"{out}-search")
+        self.runs = self.folder / "runs"
         self.plan: dict[str, Any] = {}
         self.options = {
             "search": args.grid, "expected_runs": args.expected_runs, "target_epsilon": args.target_epsilon, "law": args.law,
@@ -61,12 +73,12 @@ class Search:
         """Create the folder, and make it private; raise UserError if it is in use for something else."""
         if not (self.folder / PLAN_NAME).exists():
             check_out(self.folder, self.out)
-            if self.folder.exists() and {entry.name for entry in self.folder.iterdir()} - BEFORE_THE_DRAW:
+            if {path.name for pattern in ("*", "runs/*") for path in self.folder.glob(pattern)} - BEFORE_THE_DRAW:
                 raise UserError(
                     f"--output_dir {self.out}: {self.folder} is in use for something else. Choose another --output_dir"
                 )
         with owner_only():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.runs.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
 
     def open(self) -> None:
@@ -91,16 +103,17 @@ class Search:
 
     # Before the first run.
 
-    def probe(self) -> tuple[dict[str, Any], float]:
-        """Return the ledger's header of a run, and an estimate of its seconds.
+    def probe(self, most: Optional[int] = None) -> tuple[dict[str, Any], float]:
+        """Return the ledger's header of a run with its `samples`, and an estimate of its seconds.
 
-        Dry runs try each value of the grid once: what fails for the user's reasons fails here.
+        Dry runs try each value of the grid once, or `most` of them: what fails for the user's reasons fails here.
         """
         headers, seconds = [], math.nan
-        for number in range(max(map(len, self.args.grid.values()))):
+        for number in range(most or max(map(len, self.args.grid.values()))):
             settings = {name: values[number % len(values)] for name, values in self.args.grid.items()}
-            folder, log, started = self.folder / "probe", self.folder / "probe.log", time.monotonic()
+            folder, log, started = self.runs / "probe", self.runs / "probe.log", time.monotonic()
             shutil.rmtree(folder, ignore_errors=True)
+            log.unlink(missing_ok=True)
             status = self.start(folder, settings, {"target_epsilon": self.args.target_epsilon, "dry_run": True}, log)
             output = log.read_text("utf-8", errors="replace")
             runs = PrivacyLedger(folder / LEDGER_NAME).runs
@@ -110,14 +123,14 @@ class Search:
             report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
             if not base_is_covered(report):
                 raise UserError(f"--model_name: {format_model(report['base_model'])}, and no search gives it one. Choose another")
-            headers.append(runs[0])
+            headers.append({**runs[0], "samples": read_samples(folder)})
             if found := SECONDS.search(output):
                 seconds = max(
                     0 if math.isnan(seconds) else seconds, time.monotonic() - started + float(found[1]) * runs[0]["steps"]
                 )
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink()
-        for name in ("sample_rate", "steps", "delta", "noise_bands", "noise_multiplier", "split"):
+        for name in ("sample_rate", "steps", "delta", "noise_bands", "noise_multiplier", "split", "samples"):
             if any(header[name] != headers[0][name] for header in headers):
                 raise UserError(f"--search: its settings change {name}, but all runs must cost the same. Fix them, after --")
         return headers[0], seconds
@@ -142,14 +155,11 @@ class Search:
             "accounted_sample_rate": event.sample_rate,
             "accounted_steps": event.steps,
             "both": header["split"] is None,
+            "samples": header["samples"],
+            "started": header["started"],
             "rdp": noise.rdp.tolist(),
             "tuning": {
-                "ended": True,
-                "method": "best of a random number of runs, arXiv 2110.03620",
-                "law": noise.run_count.name,
-                "expected_runs": noise.run_count.expected,
-                "eta": noise.run_count.eta if math.isfinite(noise.run_count.eta) else None,
-                "gamma": noise.run_count.gamma if math.isfinite(noise.run_count.eta) else None,
+                **describe_law(noise.run_count),
                 "grid": grid,
                 "score_epsilon": self.args.release_eval_epsilon,
                 "single_noise_multiplier": header["noise_multiplier"],
@@ -162,7 +172,7 @@ class Search:
     def run_all(self) -> None:
         """Run what was drawn and has not ended yet, in the order of the draw."""
         for run in self.plan["runs"][len(self.plan["scores"]) :]:
-            folder = self.folder / run["name"]
+            folder = self.runs / run["name"]
             if self.score(folder) is None:
                 ledger = PrivacyLedger(folder / LEDGER_NAME)
                 with ledger.locked():  # fails if an earlier call of this program left it running
@@ -177,8 +187,9 @@ class Search:
         """Run the script in `folder`, and return its exit status; see `run_command`."""
         own |= {"output_dir": folder, "part_of_search": True, "report_to": "none"}
         own["release_eval_epsilon"] = self.args.release_eval_epsilon
-        options = [word for name, value in {**settings, **own}.items() for word in (f"--{name}", str(value))]
-        return run_command([*shlex.split(self.args.launch), self.args.script, *self.words, *options], log)
+        options = self.folder / OPTIONS_NAME
+        write_json(options, {name: str(value) for name, value in {**settings, **own}.items()}, private=True)
+        return run_command([*shlex.split(self.args.launch), self.args.script, *self.words, "--config", str(options)], log)
 
     def score(self, folder: Path) -> Optional[float]:
         """Return the released loss of a finished run; None, the worst score, for a run that has none or broke its share.
@@ -190,6 +201,8 @@ class Search:
             if guarantee is None or guarantee["disable_dp"] or guarantee.get("alarm"):
                 return None
             if not (guarantee["ledger_was_read"] and in_search(guarantee) and base_is_covered(guarantee)):
+                return None
+            if read_samples(folder) != self.plan["samples"]:
                 return None
             ledger = PrivacyLedger(folder / LEDGER_NAME)
             splits = {record.get("split") for record in [*ledger.runs, *ledger.releases]}
@@ -211,7 +224,7 @@ class Search:
         best = min((score, place) for place, score in enumerate([*self.plan["scores"], math.inf]) if score is not None)[1]
         report = None
         if best < len(self.plan["runs"]):
-            folder = self.folder / self.plan["runs"][best]["name"]
+            folder = self.runs / self.plan["runs"][best]["name"]
             guarantee = read_guarantee(folder)
             assert guarantee is not None  # it had a score
             report = self.final_report(guarantee)
@@ -227,12 +240,31 @@ class Search:
 
     def final_report(self, guarantee: dict[str, Any]) -> dict[str, Any]:
         """Return privacy.json of the best run, with the guarantee of the search in place of the run's."""
-        left_out = ("alarm", "ledger_link", "epsilon_with_evaluation", "audit")  # of one run
+        left_out = ("alarm", "ledger_link", "epsilon_with_evaluation", "audit", "started")  # of one run
         report = {name: guarantee[name] for name in PUBLIC_KEYS if name in guarantee and name not in left_out}
         epsilon, delta = self.plan["epsilon"], self.plan["delta"]
         report |= {"epsilon": epsilon, "delta": delta, "target_epsilon": self.args.target_epsilon, "accountant": "rdp"}
+        report["started"] = self.plan["started"]
         report["evaluation_release"] = {**report["evaluation_release"], "epsilon": epsilon}
         return report | bounds_of_guarantee(epsilon, delta) | {"tuning": self.plan["tuning"]}
+
+
+def describe_law(count: RunCount) -> dict[str, Any]:
+    """Return how a search chose among its runs, for privacy.json."""
+    has_gamma = math.isfinite(count.eta)
+    return {
+        "ended": True,
+        "method": "best of a random number of runs, arXiv 2110.03620",
+        "law": count.name,
+        "expected_runs": count.expected,
+        "eta": count.eta if has_gamma else None,
+        "gamma": count.gamma if has_gamma else None,
+    }
+
+
+def read_samples(folder: Path) -> dict[str, Any]:
+    """Return the hashes of the samples of the run in `folder`; raise UserError if it has not come so far."""
+    return read_json(folder / SAMPLES_NAME)
 
 
 def delete_runs(folder: Path, plan: dict[str, Any]) -> None:

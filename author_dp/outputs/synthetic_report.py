@@ -12,10 +12,11 @@ is compared to the run's. All results are computed on private data without noise
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from author_dp.cli import OptionParser
 from author_dp.data.authors import holdout_scores, split_id
 from author_dp.data.columns import ColumnSpec
 from author_dp.data.loading import expand_files
@@ -35,11 +36,6 @@ COLUMN_OPTIONS = ("text_column", "messages_column", "synthetic_column")
 class Text(NamedTuple):
     author: str
     text: str
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all options")
 
 
 def add_options(parser: Any) -> None:
@@ -227,7 +223,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser("python -m author_dp.synthetic_report", description=(__doc__ or "").splitlines()[0])
+    parser = OptionParser("python -m author_dp.synthetic_report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("synthetic", metavar="SYNTHETIC", type=Path, help="a file that author_dp.generate wrote")
     parser.add_argument("files", metavar="FILE", nargs="+", help="the --train_file of the training")
     parser.add_argument("--text_column", help="of the real text; default: that of the training")

@@ -51,6 +51,16 @@ def format_cost(noise: SearchNoise, header: dict[str, Any], seconds: float, fold
     return "\n".join(lines)
 
 
+def check_same_samples(search: Search) -> None:
+    """Raise UserError if the data of an interrupted search are not those that it was drawn for, by one more dry run."""
+    has_ended = len(search.plan["scores"]) == len(search.plan["runs"])
+    if not has_ended and search.probe(most=1)[0]["samples"] != search.plan["samples"]:
+        raise UserError(
+            "--train_file, or another data option: the samples are not those that the search was drawn for. Give the same data "
+            "to resume it"
+        )
+
+
 def tune(args: TuneArguments, words: Sequence[str]) -> None:
     """Search, from the first run or from where an interrupted call ended.
 
@@ -72,6 +82,8 @@ def tune(args: TuneArguments, words: Sequence[str]) -> None:
                 )
                 print(format_cost(noise, header, seconds, search.folder), flush=True)
                 search.draw(header, noise)
+            else:
+                check_same_samples(search)
             search.run_all()
             report = search.end()
     except Timeout as error:

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,6 +26,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from author_dp.accounting.hash_chain import HashChain
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
 from author_dp.accounting.output_dir import check_output_dir
 from author_dp.distributed import barrier
@@ -45,6 +46,7 @@ from author_dp.models.weights import (
     weight_name_pattern,
 )
 from author_dp.training.resuming import check_same_options
+from author_dp.wording import format_names
 
 logger = get_logger(__name__)
 
@@ -191,14 +193,16 @@ def find_checkpoint(
     adapter: bool,
     options: Optional[dict[str, Any]] = None,
     training: Optional[dict[str, Any]] = None,
-) -> Optional[Path]:
-    """Return the checkpoint to resume from; None if the run starts with the model as given.
+) -> tuple[Optional[Path], PrivacyLedger]:
+    """Return the checkpoint to resume from, and the ledger of the folder.
 
     Args:
         args: Hugging Face's. Used are output_dir and resume_from_checkpoint (a path, or True for the newest).
         privacy: dp_utils.PrivacyArguments.
         adapter: whether the run trains an adapter.
         options, training: as for `resuming.check_same_options`; None: not compared.
+    Returns:
+        (checkpoint, ledger); no checkpoint if the run starts with the model as given.
     Raises:
         UserError: where steps would be forgotten, the folder holds results of another run, or there is no such checkpoint.
     """
@@ -208,14 +212,14 @@ def find_checkpoint(
     ledger = open_ledger(folder, metric_driven_option(args), privacy.disable_dp, is_main_process)
     if not args.resume_from_checkpoint:
         check_unused(folder, ledger)
-        return None
+        return None, ledger
     check_own_results(folder, ledger, privacy.disable_dp, adapter, is_main_process)
     checkpoint = choose_checkpoint(args.resume_from_checkpoint, folder, ledger, privacy.disable_dp)
     if checkpoint is not None and not privacy.disable_dp:
         check_ledger_covers(checkpoint, ledger, is_main_process)
     if checkpoint is not None and options is not None:
         check_same_options(checkpoint, options, training)
-    return checkpoint
+    return checkpoint, ledger
 
 
 def check_path(path: Path, option: str) -> None:
@@ -238,10 +242,10 @@ def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_p
     """
     if is_checkpoint(folder):
         raise UserError(f"--output_dir {folder}: this is the name of a checkpoint, not of a run. Choose another --output_dir")
-    ledger = PrivacyLedger(folder / LEDGER_NAME)
-    if is_main_process and ledger.path.exists():
-        with ledger.locked():  # fails at once if another run uses the folder
-            pass
+    path = folder / LEDGER_NAME
+    # Fails if another run uses the folder.
+    with HashChain(path).locked() if is_main_process and path.exists() else nullcontext():
+        ledger = PrivacyLedger(path)
     ledger.check_no_failure()
     check_not_released(ledger, option)
     if ledger.steps and disable_dp:
@@ -261,9 +265,10 @@ def check_unused(folder: Path, ledger: PrivacyLedger) -> None:
         )
     results = [*weight_files(folder), *find_reports(folder), *checkpoints_by_step(folder)]
     if results:
+        names = format_names(sorted(str(path.relative_to(folder)) for path in results), 4)
         raise UserError(
-            f"--output_dir {folder}: it holds results of another run or other weights ({list_names(results, folder)}). Choose "
-            "another --output_dir, or resume that run with --resume_from_checkpoint True"
+            f"--output_dir {folder}: it holds results of another run or other weights ({names}). Choose another --output_dir, or "
+            "resume that run with --resume_from_checkpoint True"
         )
 
 
@@ -314,19 +319,14 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
     # This program writes privacy.json before the Trainer's state, and removes it after that.
     foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
     if foreign:
+        names = format_names(sorted(str(path.relative_to(folder)) for path in foreign), 4)
         kind = f"{'an adapter, --enable_lora' if adapter else 'a full model'}, {'without' if disable_dp else 'with'} privacy"
         raise UserError(
-            f"--output_dir {folder}: it holds results of another kind of run ({list_names(foreign, folder)}) than the resumed "
+            f"--output_dir {folder}: it holds results of another kind of run ({names}) than the resumed "
             f"one ({kind}). Move them away, or choose another --output_dir"
         )
     if is_main_process and not disable_dp and (folder / REPORT_NAME).exists():
         check_weights(folder, ledger.check_report(folder / REPORT_NAME), base=False)
-
-
-def list_names(paths: list[Path], folder: Path) -> str:
-    """Return the first four names relative to `folder`, for an error."""
-    names = sorted(str(path.relative_to(folder)) for path in paths)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def check_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:

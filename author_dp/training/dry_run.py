@@ -3,24 +3,32 @@
 The plan, with its noise and epsilon, is that of the full run. The ledger records the two steps, so they cost privacy. What is
 saved is not a finished model: it gets no model card, and is not published.
 
-On a GPU, the log also proposes how many authors should be in memory at once, from the memory that the steps took.
+On a GPU, the log also proposes how many authors should be in memory at once, from the memory that the steps took. Its last line
+is the planner's advice (accounting/planning.py), which follows from the plan alone.
 """
 
 import resource
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from author_dp.accounting.accountant import format_guarantee
+from author_dp.accounting.planning import format_advice
+from author_dp.files import write_json
 from author_dp.logs import get_logger
+from author_dp.mechanism.adam_bc import SUPPORTED
 from author_dp.mechanism.microbatches import MicrobatchShape, max_microbatch_authors
 from author_dp.wording import format_count
 
 logger = get_logger(__name__)
 
+MEASURED_NAME = "_dry_run.json"  # in the output directory, for author_dp.plan: from private texts, so private
 STEPS = 2  # a warm-up step, and one that is timed
 USABLE = 0.9  # of a GPU's memory: the rest is for fragmentation, and for longer texts than those of the two steps
 
@@ -82,6 +90,27 @@ class DryRun(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         logger.info(self.summary())
+        if state.is_world_process_zero:
+            measured = {"seconds_per_step": self.seconds, "evaluation_seconds": self.evaluation_seconds, "peak_gib": self.peak()}
+            path = Path(args.output_dir) / MEASURED_NAME
+            write_json(path, {**measured, "planned_steps": self.trainer.plan.steps}, private=True)
+            if advice := self.advice():
+                logger.info(advice)
+
+    def peak(self) -> float:
+        """Return the peak memory of this process, in GiB."""
+        if self.on_gpu:
+            return max(self.step_peak, torch.cuda.max_memory_allocated()) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def advice(self) -> str:
+        """Return the planner's advice for a run of as many sampled authors; empty where the formula does not apply."""
+        plan, args, model = self.trainer.plan, self.trainer.args, self.trainer.model
+        if plan.target_epsilon is None or OptimizerNames(args.optim).value not in SUPPORTED:
+            return ""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+        return format_advice(plan, args.learning_rate, parameters, trained, isinstance(model, PeftModel))
 
     def summary(self) -> str:
         """Return the privacy cost so far, and the time and memory of the full run."""
@@ -89,13 +118,10 @@ class DryRun(TrainerCallback):
         if not plan.disable_dp and self.trainer.is_world_process_zero():
             spent = f", which spent {format_guarantee(self.trainer.epsilon(), plan.delta)}"
         total = timedelta(seconds=round(self.seconds * plan.steps))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if self.on_gpu:
-            peak = max(self.step_peak, torch.cuda.max_memory_allocated()) / 2**30
         return (
             f"Dry run: {self.steps} of {format_count(plan.steps, 'step')} taken{spent}. The full run will take about {total} "
             f"({self.seconds:.2g} s per step), and {self.evaluation_seconds:.2g} s per evaluation; peak memory of a process: "
-            f"{peak:.1f} GiB{self.proposal()}"
+            f"{self.peak():.1f} GiB{self.proposal()}"
         )
 
     def proposal(self) -> str:

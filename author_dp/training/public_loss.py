@@ -11,7 +11,8 @@ from the operating system's secret bits: nothing depends on floating-point noise
 without other authors. Kernels are selected by a batch's shape, so one author could otherwise move the last bits of all others.
 
 With a limit on the number of authors, those with the lowest hashes are evaluated. One author may then replace another: this moves
-the sums by up to 2 GRID, and the noise is doubled.
+the sums by up to 2 GRID, and the noise is doubled. Without a release, a threshold selects authors instead. It follows from the
+number of texts, so one author may move it and with it many others: no noise would cover that.
 
 Where the split decides by a hash of the author, held-out authors are never trained on. So model and loss together have the larger
 epsilon of the two. Authors of a validation file may be in the training data, or in that of a neighbor: there the two are added.
@@ -24,9 +25,8 @@ References:
 import math
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Optional, Protocol
 
 import numpy as np
@@ -36,36 +36,33 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from author_dp.accounting.budget import Budget
-from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.distributed import all_reduce_sum, broadcast
 from author_dp.errors import UserError
 from author_dp.guards.options import metric_driven_option
 from author_dp.mechanism.fsdp import dummy_forwards, missing_rounds
 from author_dp.mechanism.losses import token_losses
 from author_dp.progress import track
+from author_dp.validation import check_range, option
 
 GRID = 2**20  # steps between a loss of 0 and one of R
-LIMITS = {"release_eval_epsilon": (1e-9, 1e9), "release_eval_range": (1e-6, 1e6)}  # beyond, floats lose the result
+RANGES = {"release_eval_epsilon": "[1e-9, 1e9]", "release_eval_range": "[1e-6, 1e6]"}  # beyond, floats lose the result
 
 
 @dataclass
 class ReleaseArguments:
     """Options of an evaluation loss that may be published."""
 
-    release_eval_epsilon: Optional[float] = field(
-        default=None,
-        metadata={"help": "Release the evaluation loss with this epsilon for held-out authors. The released number is public."},
+    release_eval_epsilon: Optional[float] = option(
+        None, "Release the evaluation loss with this epsilon for held-out authors. The released number is public."
     )
-    release_eval_range: Optional[float] = field(
-        default=None,
-        metadata={"help": "Clip each author's loss to at most this for the release. Default: log of the vocabulary size."},
+    release_eval_range: Optional[float] = option(
+        None, "Clip each author's loss to at most this for the release. Default: log of the vocabulary size."
     )
 
     def __post_init__(self):
-        for name, (lowest, highest) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not lowest <= value <= highest:  # nan is neither
-                raise UserError(f"--{name} {value}: out of range. Give a number from {lowest:g} to {highest:g}")
+        for name, interval in RANGES.items():
+            check_range(f"--{name}", getattr(self, name), interval)
         if self.release_eval_range is not None and self.release_eval_epsilon is None:
             raise UserError("--release_eval_range: it has no effect without --release_eval_epsilon. Give both, or leave it out")
 
@@ -82,7 +79,9 @@ class EvaluatedTrainer(Protocol):
     data_collator: Callable
 
 
-def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_dp: bool, has_evaluation: bool) -> None:
+def check_release(
+    arguments: ReleaseArguments, args: TrainingArguments, disable_dp: bool, has_evaluation: bool, ledger: PrivacyLedger
+) -> None:
     """Raise UserError if nothing can be released, or the model depends on held-out authors otherwise."""
     if arguments.release_eval_epsilon is None:
         return
@@ -91,11 +90,11 @@ def check_release(arguments: ReleaseArguments, args: TrainingArguments, disable_
         raise UserError(f"{name}, --disable_dp: they exclude each other: a run without privacy publishes nothing. Leave one out")
     if not has_evaluation:
         raise UserError(f"{name}: it needs held-out authors. Give --validation_file, or an --eval_fraction above 0")
-    if (option := metric_driven_option(args)) is not None:
+    if (chosen_by := metric_driven_option(args)) is not None:
         raise UserError(
-            f"{option}: it lets held-out authors choose what is saved or trained, which {name} does not cover. Leave it out"
+            f"{chosen_by}: it lets held-out authors choose what is saved or trained, which {name} does not cover. Leave it out"
         )
-    check_not_chosen(PrivacyLedger(Path(str(args.output_dir)) / LEDGER_NAME).by_metrics)
+    check_not_chosen(ledger.by_metrics)
 
 
 def check_not_chosen(option: Optional[str]) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from author_dp.data.authors import get_column
 from author_dp.errors import UserError
+from author_dp.files import write_json
 from author_dp.models.loading import public_name
 from author_dp.models.weights import read_marker
 
@@ -52,6 +53,7 @@ MAY_CHANGE = {
     "dataloader_multiprocessing_context", "dataloader_in_order", "preprocessing_num_workers", "ddp_find_unused_parameters",
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout",
 }  # fmt: skip
+SAMPLES_NAME = "_samples.json"  # of a search's run; as private as the samples, and the leading _ keeps it out of uploads
 CHOICE_OF_AUTHORS = {"seed", "eval_fraction", "train_fraction", "max_train_samples"}  # free with --allow_other_authors
 VOLATILE_CONFIG = {"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "quantization_config"}
 VOLATILE_ADAPTER = {"base_model_name_or_path", "inference_mode", "revision", "peft_version", "task_type"}
@@ -111,6 +113,17 @@ def hash_samples(dataset: Any) -> str:
             for array in (pa.compute.list_value_length(chunk), chunk.flatten()):
                 digest.update(array.to_numpy().tobytes())
     return digest.hexdigest()
+
+
+def record_samples(trainer: Any) -> None:
+    """Write hashes of the training and evaluation samples of a search's run to its folder: all of its runs need the same."""
+    if trainer.privacy.part_of_search and trainer.is_world_process_zero():
+        held_out = trainer.eval_dataset
+        hashes = {
+            "train": trainer.made_with["training"]["samples"],
+            "evaluation": None if held_out is None else hash_samples(held_out),
+        }
+        write_json(trainer.folder / SAMPLES_NAME, hashes, private=True)
 
 
 def check_same_options(checkpoint: Path, options: dict[str, Any], training: Optional[dict[str, Any]] = None) -> None:

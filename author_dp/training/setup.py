@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from author_dp.accounting.budget import Budget
-from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, read_private_count
+from author_dp.accounting.ledger import read_private_count
 from author_dp.accounting.output_dir import check_not_model
 from author_dp.accounting.plan import PrivacyPlan, make_plan
 from author_dp.clipping.norm_stats import NormStatistics
@@ -40,9 +40,15 @@ from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import ShardedOptimizer, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.secret_generators import SecretGenerators
-from author_dp.training.checkpointing import check_author_count, check_counts_hidden, check_not_released, find_checkpoint
+from author_dp.training.checkpointing import (
+    check_author_count,
+    check_counts_hidden,
+    check_not_released,
+    find_checkpoint,
+    load_trainer_state,
+)
 from author_dp.training.dataloading import max_bands_in_memory, to_device
-from author_dp.training.resuming import describe_training, program_options
+from author_dp.training.resuming import describe_training, program_options, record_samples
 
 logger = get_logger(__name__)
 
@@ -102,24 +108,25 @@ def set_up_run(
         "options": program_options(*program_args, privacy, args),
         "training": describe_training(model, train_dataset, tokenizer, model_name),
     }
-    checkpoint = find_checkpoint(args, privacy, isinstance(model, PeftModel), **made_with)
+    checkpoint, ledger = find_checkpoint(args, privacy, isinstance(model, PeftModel), **made_with)
     if model_name:
         check_not_model(Path(str(args.output_dir)), model_name)
+    earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
+    if earlier and canaries is None:
+        plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1])
+        check_budget_left(Budget(plan, ledger, args.process_index == 0), checkpoint)
     model_check = check_and_place_model(model, args, privacy, sequence_len, full_shard)
     longest = resolve_sequence_len(model, sequence_len)
     if sequence_len is None and (found := getattr(train_dataset, "longest", 0)) > longest:
         raise UserError(f"sequence_len of DPTrainer: a sample is longer than {longest} tokens. Give sequence_len={found}")
     if canaries is not None:
         train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
-    folder = Path(str(args.output_dir))
-    ledger = PrivacyLedger(folder / LEDGER_NAME)
-    earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
     max_bands = max_bands_in_memory(model, args)
     plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
     if plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
         raise ValueError("noise bands need the hashes of all authors. Use AuthorDataset(..., hashes=author_hashes(authors))")
     check_same_start(plan, train_dataset, model, args.bf16)
-    hidden_count = broadcast(read_private_count(folder))
+    hidden_count = broadcast(read_private_count(ledger.path.parent))
     check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
     check_counts_hidden(ledger, privacy.hide_counts)
     budget = Budget(plan, ledger, is_main_process=args.process_index == 0)
@@ -127,6 +134,15 @@ def set_up_run(
     norms = NormStatistics(plan.clip_norm, args.device)
     monitors = RunMonitors(plan, canaries, norms)
     return RunSetup(model_check, longest, checkpoint, made_with, train_dataset, data_collator, plan, budget, norms, monitors)
+
+
+def check_budget_left(budget: Budget, checkpoint: Optional[Path]) -> None:
+    """Raise UserError if no further step is allowed, unless the training has ended at `checkpoint`. Collective.
+
+    `Budget.start` does so again. This call is before the model check, which may take minutes.
+    """
+    if checkpoint is None or load_trainer_state(checkpoint).global_step < budget.plan.steps:
+        budget.check_left()
 
 
 def check_and_place_model(
@@ -191,6 +207,8 @@ def make_secret_generators(
 def check_model_choice(trainer: Any, shared_authors: bool) -> None:
     """Check options once more, as they may have changed, and record the option by which metrics choose the model.
 
+    A run of a search also records its samples.
+
     Args:
         trainer: dp_utils.DPTrainer, about to train.
         shared_authors: whether evaluation authors may be training authors.
@@ -206,3 +224,4 @@ def check_model_choice(trainer: Any, shared_authors: bool) -> None:
     if not trainer.plan.disable_dp:
         check_not_released(trainer.budget.ledger, option)
     trainer.budget.by_metrics = option
+    record_samples(trainer)

@@ -76,6 +76,13 @@ def test_resumed_run_counts_lost_steps_and_samples_again(tmp_path):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).train()
 
 
+def test_used_up_budget_is_found_before_the_model_check(tmp_path, monkeypatch):
+    resumable(tmp_path, max_steps=2).train()
+    monkeypatch.setattr("author_dp.training.setup.check_and_place_model", lambda *_: pytest.fail("the model was checked first"))
+    with pytest.raises(UserError, match="used up"):
+        resumable(tmp_path, max_steps=60, resume_from_checkpoint=True)
+
+
 @catches("resumed under a delta that promises nothing", "accounting.budget.Budget.start",
     "check_delta([*self.ledger.events, self.plan.event(self.plan.steps)], self.plan.delta)", "pass", delta=0.9)  # fmt: skip
 @pytest.mark.parametrize("delta", [0.3, 0.9])  # 60 authors at q = 1/15: in any of six steps with a probability of 0.34

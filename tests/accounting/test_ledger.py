@@ -7,7 +7,7 @@ import os
 import pytest
 from mutation import catches
 
-from author_dp.accounting.accountant import MechanismEvent
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.hash_chain import HashChain, record_hash
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError

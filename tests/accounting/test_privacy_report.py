@@ -14,15 +14,14 @@ from transformers import TrainerCallback
 from author_dp.accounting import ledger_report
 from author_dp.accounting.accountant import (
     EpsilonAccountant,
-    MechanismEvent,
     compute_epsilon,
     epsilon_of,
     find_noise_multiplier,
     format_epsilon,
-    merge_events,
     round_up,
 )
 from author_dp.accounting.budget import Budget
+from author_dp.accounting.events import MechanismEvent, merge_events
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.privacy_report import make_interrupted_report, recompute_report
 from author_dp.accounting.tradeoff import attack_bounds
@@ -142,7 +141,7 @@ CASES = [
 ]
 
 
-@catches("epsilon depends on the order of runs", "accounting.accountant.merge_events", "return sorted(", "return list(",
+@catches("epsilon depends on the order of runs", "accounting.events.merge_events", "return sorted(", "return list(",
     events=CASES[1][0], delta=CASES[1][1])  # fmt: skip
 @pytest.mark.parametrize(("events", "delta"), CASES)
 def test_epsilon_of_ignores_order_and_splits_of_runs(events, delta):

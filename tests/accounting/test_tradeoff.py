@@ -6,7 +6,7 @@ from conftest import make_trainer, read_report
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy.special import ndtr, ndtri
 
-from author_dp.accounting.accountant import MechanismEvent
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.tradeoff import FALSE_POSITIVE_RATES, PrivacyProfile, attack_bounds, gdp_mu_at
 from author_dp.outputs.guarantee import attack_rows, decision_summary
 from author_dp.outputs.model_card import model_card

@@ -14,7 +14,8 @@ from dp_accounting.rdp import RdpAccountant
 from mutation import catches
 from scipy.special import ndtr
 
-from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, find_noise_multiplier
+from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.tuning import (
     SEARCH_ORDERS,
     Release,

@@ -49,17 +49,16 @@ def tokenizer():
     return loaded
 
 
-def learned(packed: str) -> str:
-    example = Example.from_json(packed)
+def learned(example: Example) -> str:
     return "|".join(example.text[start:end] for start, end in example.targets)
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_the_assistants_turns_are_the_targets(tokenizer, template):
     tokenizer.chat_template = template
-    packed = ChatFormatter(tokenizer, "assistant").format_messages(TALK)
-    assert learned(packed) == "one<end>|two<end>"
-    assert learned(ChatFormatter(tokenizer, "all").format_messages(TALK)) == Example.from_json(packed).text
+    example = ChatFormatter(tokenizer, "assistant").format_messages(TALK)
+    assert learned(example) == "one<end>|two<end>"
+    assert learned(ChatFormatter(tokenizer, "all").format_messages(TALK)) == example.text
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_may_be_learned_whole(tokenizer):
@@ -73,7 +72,7 @@ def test_completions_follow_prompts_of_text_and_of_messages(tokenizer):
     form = ChatFormatter(tokenizer, "assistant")
     assert learned(form.format_completion("two and two?", " four")) == " four"
     assert learned(form.format_completion(None, "four")) == "four"
-    assert form.format_completion("two?", None) == form.format_completion("two?", "") == ""
+    assert form.format_completion("two?", None) is form.format_completion("two?", "") is None
     assert learned(form.format_completion(TALK[:1], TALK[1:])) == "one<end><user>more<end><assistant>two<end>"
     assert learned(ChatFormatter(tokenizer, "all").format_completion("two?", " four")) == "two? four"
     for prompt, completion in (("two?", TALK), (TALK, "two"), (5, "two"), ("two?", {})):
@@ -84,12 +83,12 @@ def test_completions_follow_prompts_of_text_and_of_messages(tokenizer):
 def test_tokens_of_targets_and_the_start_and_end_tokens(tokenizer):
     """A token is a target if it holds a character of one; the template's start token is not doubled."""
     start, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    packed = [
+    examples = [
         ChatFormatter(tokenizer, "assistant").format_messages(TALK),
         ChatFormatter(tokenizer, "assistant").format_completion("Q: ", "<s>an answer"),
-        "",
+        None,
     ]
-    ids, labels = tokenize_examples(packed, tokenizer, start, end)
+    ids, labels = tokenize_examples(examples, tokenizer, start, end)
     assert [row.count(start[0]) for row in ids] == [1, 1, 0] and [row.count(end[0]) for row in ids] == [1, 1, 0]
     targets = [tokenizer.decode([token for token in row if token != IGNORE_INDEX]) for row in labels]
     assert targets[0].replace(" ", "").startswith("one<end>two<end>") and "<s>an answer" in targets[1] and targets[2] == ""
@@ -109,9 +108,9 @@ def write(folder: Path, name: str, rows: list[dict]) -> str:
     return str(path)
 
 
-def load(path: str, tokenizer, **options) -> list[str]:
+def load(path: str, tokenizer, **options) -> list[Example]:
     args = DataArguments(train_file=[path], eval_fraction=0.0, **options)
-    return load_train_and_eval(args, 0, tokenizer=tokenizer)[0][args.text_column][:]
+    return [Example(**row) for row in load_train_and_eval(args, 0, tokenizer=tokenizer)[0][args.text_column]]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -197,9 +196,10 @@ def test_options_that_do_not_fit_are_refused(options, words):
 def dataset_of(tokenizer, rows: list[tuple[str, str, str]], **options) -> AuthorDataset:
     """The samples of (author, prompt, completion)."""
     form = ChatFormatter(tokenizer, "assistant")
-    samples = Dataset.from_dict(
-        {"author": [row[0] for row in rows], "content": [form.format_completion(*row[1:]) for row in rows]}
-    )
+    examples = [form.format_completion(*row[1:]) for row in rows]
+    samples = Dataset.from_dict({
+        "author": [row[0] for row in rows], "content": [example and example._asdict() for example in examples]
+    })  # fmt: skip
     options = {"sequence_len": 64, **options}
     tokens = tokenize(samples, tokenizer, text_column="content", has_loss_mask=True, **options)
     return AuthorDataset(tokens, *group_by_author(tokens["author"][:]))

@@ -9,7 +9,7 @@ from test_chat import MARKED, PLAIN, TALK, learned
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, TrainingArguments
 
-from author_dp.data.chat import ChatFormatter, Example, missing_end_warning, tokenize_examples
+from author_dp.data.chat import ChatFormatter, missing_end_warning, tokenize_examples
 from author_dp.data.chat_template import ChatTemplate, TurnEnd
 from author_dp.errors import UserError
 from author_dp.outputs import generate
@@ -57,7 +57,7 @@ def test_the_mark_that_ends_a_turn_is_learned_where_it_begins_the_next(tokenizer
     assert form.turn_end == TurnEnd(tokenizer.convert_tokens_to_ids("<|user|>"), "<|user|>")
     example = form.format_messages(TALK)
     assert learned(example) == "one<|user|>|two<|user|>"
-    text = Example.from_json(example).text
+    text = example.text
     assert text == form.render(TALK) + "<|user|>" and text.count("<|user|>") == 3
     _, (labels,) = tokenize_examples([example], tokenizer, [], [])
     assert labels[-1] == form.turn_end.token and labels.count(form.turn_end.token) == 2
@@ -65,7 +65,7 @@ def test_the_mark_that_ends_a_turn_is_learned_where_it_begins_the_next(tokenizer
     call = [*TALK[:2], {"role": "observation", "content": "42"}, TALK[3]]
     assert learned(form.format_messages(call)) == "one<|observation|>|two<|user|>"
     everything = formatter(tokenizer, GLM, "all").format_messages(TALK)
-    assert learned(everything) == Example.from_json(everything).text == text
+    assert learned(everything) == everything.text == text
     assert not learned(form.format_messages(TALK[:3])).endswith("more<|user|>")
 
 
@@ -77,7 +77,7 @@ def test_the_mark_that_ends_a_turn_is_learned_where_it_begins_the_next(tokenizer
 )  # fmt: skip
 def test_the_token_that_ends_a_turn_is_found_or_its_absence_is_a_warning(tokenizer, template, end):
     form = formatter(tokenizer, template)
-    warning = missing_end_warning(form, Example("a", [], True).to_json())
+    warning = missing_end_warning(form, is_templated=True)
     assert form.turn_end == TurnEnd(None if end is None else tokenizer.convert_tokens_to_ids(end), "")
     assert (warning is None) == (end is not None)
     assert warning is None or "a generator goes on to --max_new_tokens. Add --append_eos" in warning
@@ -157,7 +157,7 @@ def test_words_that_a_template_cuts_out_of_a_message_are_missed(tokenizer):
 
 
 def test_words_may_move_be_trimmed_or_be_quoted(tokenizer):
-    assert "pirate" in Example.from_json(formatter(tokenizer, LATE_SYSTEM, "all").format_messages([SYSTEM, *TALK[:1]])).text
+    assert "pirate" in formatter(tokenizer, LATE_SYSTEM, "all").format_messages([SYSTEM, *TALK[:1]]).text
     spaced = [{"role": "user", "content": "  a\n\n b "}, {"role": "assistant", "content": 'say "no"\n\u00e9 '}]
     for change in ("m.content | trim", "m.content | tojson", "m.content.split() | join(' ')"):
         assert learned(formatter(tokenizer, PLAIN.replace("m.content", f"({change})")).format_messages(spaced))
@@ -169,7 +169,7 @@ def test_words_may_move_be_trimmed_or_be_quoted(tokenizer):
 @pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>\n"), (PLAIN, "<end>"), (MARKED, "<end>"), (GLM, "<|user|>")])
 def test_a_conversation_may_begin_with_the_assistant(tokenizer, template, end):
     form = formatter(tokenizer, template)
-    example = Example.from_json(form.format_messages(ANSWER_FIRST))
+    example = form.format_messages(ANSWER_FIRST)
     assert [example.text[start:stop] for start, stop in example.targets] == [f"hello{end}", f"one{end}", f"two{end}"]
     prompt = form.render_prompt([])
     assert form.render(ANSWER_FIRST[:1]).startswith(prompt + "hello") and "assistant" in prompt
@@ -187,10 +187,10 @@ def test_a_default_system_prompt_is_no_target(tokenizer):
 def test_a_conversation_without_words_to_learn_is_a_missing_text(tokenizer, targets):
     form = formatter(tokenizer, CHATML, targets)
     silent = [TALK[0], {"role": "assistant", "content": " "}]
-    assert (form.format_messages(silent) == "") == (targets == "assistant")
-    assert form.format_messages([{**message, "content": ""} for message in silent]) == ""
-    assert form.format_completion(TALK[:1], silent[1:]) == form.format_completion(TALK[:1], []) == ""
-    assert form.format_messages(TALK[:1]) == "" or targets == "all"
+    assert (form.format_messages(silent) is None) == (targets == "assistant")
+    assert form.format_messages([{**message, "content": ""} for message in silent]) is None
+    assert form.format_completion(TALK[:1], silent[1:]) is form.format_completion(TALK[:1], []) is None
+    assert form.format_messages(TALK[:1]) is None or targets == "all"
 
 
 def test_generation_may_begin_with_the_assistant(tokenizer, tmp_path):

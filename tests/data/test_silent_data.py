@@ -87,7 +87,7 @@ def test_rows_without_a_text_are_dropped_counted_and_in_no_number_of_authors(tmp
         load_files([path], COLUMNS)
 
 
-@catches("an author without a text counts", "data.loading.write_arrow_dataset", "batch.filter(pc.invert(is_blank))", "batch")
+@catches("an author without a text counts", "data.loading.drop_blank_texts", "batch.filter(pc.invert(is_blank))", "batch")
 def test_an_author_without_texts_is_neither_held_out_nor_the_last_to_train_on(tmp_path):
     rows = [{"author": f"a{i}", "content": "some text here"} for i in range(40)]
     blank = [{"author": f"b{i}", "content": ""} for i in range(200)]

@@ -1,6 +1,7 @@
 """tokenization.py and AuthorDataset: tokens of texts, cut and padded."""
 
 import json
+import tempfile
 
 import datasets
 import numpy as np
@@ -11,13 +12,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split, Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
 from author_dp.data.chat import resolve_bos_token
 from author_dp.data.splits import format_data_summary
 from author_dp.data.tokenization import tokenize
 from author_dp.errors import UserError
-from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_train_and_eval
+from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets, load_train_and_eval
 
 # --- tokens -------------------------------------------------------------------------------------------
 
@@ -112,6 +113,29 @@ def test_split_keeps_every_token_with_its_author():
         assert ids == whole[: len(ids)] and len(whole) - len(ids) < 2  # a last piece of one token predicts nothing
     truncated = tokenize(samples, tokenizer, **options)
     assert truncated["user"][:] == ["a", "c", "a"] and set(pieces["user"]) == {"a", "c"}
+
+
+@pytest.mark.integration
+def test_several_processes_tokenize_as_one_does():
+    texts = ["a b", "a", "a b c a b c a", "c c"] * 3
+    one, three = (ids_of(texts, small_tokenizer(start=False), num_proc=n, long_samples="split") for n in (None, 3))
+    assert one == three and len(one) == 12
+
+
+def test_loaded_data_leave_their_tokens_on_disk_alone(tmp_path, monkeypatch):
+    """One copy, of tokens: no text is kept, nor a second copy of a split or of a cache."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"author": f"u{i}", "content": f"sentence number {i}"}) + "\n" for i in range(300)))
+    args, tokenizer = DataArguments(train_file=[str(path)], eval_fraction=0.2), AutoTokenizer.from_pretrained(ROOT / "demo/model")
+    train, evaluation = load_author_datasets(args, TrainingArguments(str(tmp_path / "out"), use_cpu=True), tokenizer)
+    (folder,) = tmp_path.glob("author-texts-*")
+    assert {path.suffix for path in folder.iterdir()} == {"", ".arrow"} and len(list(folder.iterdir())) == 3
+    assert all(b"sentence" not in path.read_bytes() for path in folder.iterdir())
+    assert len(train) + len(evaluation) == 300 and folder.stat().st_mode & 0o077 == 0
+    assert {*map(tokenizer.decode, train["input_ids"])} | {*map(tokenizer.decode, evaluation["input_ids"])} == {
+        f"sentence number {i}" for i in range(300)
+    }
 
 
 def test_author_dataset_fetches_the_drawn_samples():

@@ -2,6 +2,7 @@
 
 import functools
 
+import bugs
 import numpy as np
 import pytest
 import torch
@@ -15,16 +16,16 @@ from author_dp.errors import MechanismError, UserError
 from author_dp.guards.agreement import hash_data, set_hash
 from author_dp.guards.gradient_canaries import GradientCanaries
 
-LOADER = "author_dp.training.dataloading.make_sampler"
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_batch"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
+TWO = {"processes": 2, "bands": "1", "canaries": 0, "full_shard": False, "workers": 0}
 
 # A plausible mistake, and words of the error.
 BUGS = {
-    "another sampler key on each": (LOADER, "broadcast(secrets.randbits(128))", "secrets.randbits(128)", "sampled authors"),
-    "another group key on each": (LOADER, "broadcast(secrets.token_bytes(32))", "secrets.token_bytes(32)", "groups"),
-    "the whole draw on each": (DRAW, "authors[self.rank :: self.world_size]", "authors", "shares"),
-    "the same half on each": (DRAW, "self.rank ::", "0 ::", "shares"),
+    "another sampler key on each": (*bugs.A_SAMPLER_KEY_EACH, "sampled authors"),
+    "another group key on each": (*bugs.A_GROUP_KEY_EACH, "groups"),
+    "the whole draw on each": (*bugs.ALL_OF_THE_BATCH_ON_EACH, "shares"),
+    "the same half on each": (*bugs.THE_SAME_HALF_ON_EACH, "shares"),
     "an author on none": (DRAW, "self.rank :: self.world_size]", "self.rank :: self.world_size][1:]", "shares"),
     "samples of another author": (
         "author_dp.mechanism.sampling.choose_samples", "offsets[authors][owners] + order",
@@ -85,15 +86,10 @@ def test_mismatch_between_processes_ends_all_of_them(tmp_path, bug):
 
 
 @pytest.mark.integration
-@catches("another sampler key on each process", "training.dataloading.make_sampler", "broadcast(secrets.randbits(128))",
-    "secrets.randbits(128)", processes=2, bands="1", canaries=0, full_shard=False, workers=0)  # fmt: skip
-@catches("another group key on each process", "training.dataloading.make_sampler", "broadcast(secrets.token_bytes(32))",
-    "secrets.token_bytes(32)", processes=2, bands="3", canaries=0, full_shard=False, workers=0)  # fmt: skip
-@catches("the whole draw on each process", "mechanism.sampling.PoissonAuthorSampler.sample_batch",
-    "authors[self.rank :: self.world_size]", "authors", processes=2, bands="1", canaries=0, full_shard=False,
-    workers=0)  # fmt: skip
-@catches("the same half of the draw on each process", "mechanism.sampling.PoissonAuthorSampler.sample_batch", "self.rank ::",
-    "0 ::", processes=2, bands="1", canaries=0, full_shard=False, workers=0)  # fmt: skip
+@catches("another sampler key on each process", *bugs.A_SAMPLER_KEY_EACH, **TWO)
+@catches("another group key on each process", *bugs.A_GROUP_KEY_EACH, **TWO | {"bands": "3"})
+@catches("the whole draw on each process", *bugs.ALL_OF_THE_BATCH_ON_EACH, **TWO)
+@catches("the same half of the draw on each process", *bugs.THE_SAME_HALF_ON_EACH, **TWO)
 @pytest.mark.parametrize(
     ("processes", "bands", "canaries", "full_shard", "workers"),
     sample([(3, "3", 20, False, 2), (2, "1", 0, False, 0), (3, "1", 20, False, 0), (2, "1", 0, True, 0)]),

@@ -4,6 +4,7 @@ import json
 import math
 import secrets
 
+import bugs
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from programs import PRIVACY, run_here, small
 from scipy import stats
 from transformers import TrainingArguments
 
-from author_dp.accounting.accountant import gaussian_epsilon
+from author_dp.accounting.gaussian import gaussian_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.canary_monitor import CanaryMonitor, ScoreDistribution, score, to_normal
@@ -32,7 +33,6 @@ STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
 ADD_NOISE = "author_dp.mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide"
 CLIP = "author_dp.clipping.author_groups.ClipFactors.__init__"
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler"
-ADD = "self.noise.add_(chunk, std)"
 
 
 def audited(folder, canaries: int = 200, steps: int = 16, per_device: int = 16, authors: int = 150, **more) -> DPTrainer:
@@ -52,39 +52,28 @@ def audited(folder, canaries: int = 200, steps: int = 16, per_device: int = 16, 
 
 # A plausible mistake, and the test that fails; tested at each step.
 BUGS: dict[str, tuple] = {
-    "no noise": (ADD_NOISE, "if std > 0:", "if False:", "scale"),
-    "half the noise": (ADD_NOISE, ADD, "self.noise.add_(chunk, std / 2)", "scale"),
-    "noise for the parameters alone": (
-        ADD_NOISE, "self.grad_buffer.sums.split(self.noise.chunk_size)",
-        "self.grad_buffer.sums[:-len(self.grad_buffer.probe)].split(self.noise.chunk_size)", "scale"),
+    "no noise": (*bugs.NO_NOISE, "scale"),
+    "half the noise": (*bugs.HALF_THE_NOISE, "scale"),
+    "noise for the parameters alone": (*bugs.NOISE_FOR_PARAMETERS_ALONE, "scale"),
     "noise that spares the canaries": (
         ADD_NOISE, "self.grad_buffer.sums.split(self.noise.chunk_size)",
         "self.grad_buffer.sums[:-len(self.grad_buffer.probe) + 4096].split(self.noise.chunk_size)", "canaries fail"),
-    "twice the clip norm": (CLIP, "(clip_norm / norms)", "(2 * clip_norm / norms)", "canaries fail",
-        {"steps": 120}),
-    "no clip": (CLIP, "(clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)", "canaries fail"),
+    "twice the clip norm": (*bugs.TWICE_THE_CLIP_NORM, "canaries fail", {"steps": 120}),
+    "no clip": (*bugs.NO_CLIP, "canaries fail"),
     "an author counted twice": (
         CLIP, "(clip_norm / norms).clamp(max=1.0)",
         "(clip_norm / norms).clamp(max=1.0) * torch.bincount(authors.author, minlength=authors.num_authors)", "canaries fail",
         {"steps": 120}),
-    "a clip for each sample": (
-        "dp_utils.DPTrainer.training_step", "non_blocking=True)", "non_blocking=True)\n        "
-        "n = len(microbatch['author']); microbatch.update(author=torch.arange(n), num_authors=n, samples_each=1, "
-        "is_real=torch.arange(n) < microbatch['num_real'])",
-        "canaries fail", {"steps": 120}),
+    "a clip for each sample": (*bugs.CLIP_PER_SAMPLE, "canaries fail", {"steps": 120}),
     "half the clip norm": (CLIP, "(clip_norm / norms)", "(0.5 * clip_norm / norms)", "canaries fail",
         {"steps": 80, "privacy": {"noise_multiplier": 0.5}}),
-    "q doubled": (
-        "author_dp.training.dataloading.make_sampler", "sample_rate=plan.sample_rate", "sample_rate=2 * plan.sample_rate",
-        "number of sampled authors|batch size"),
+    "q doubled": (*bugs.RATE_DOUBLED, "number of sampled authors|batch size"),
     "shuffled batches": (
         f"{DRAW}.sample_indices", "chunks, last = [], -1",
         "chunks, last = [], -1\n    if not len(getattr(self, 'deck', [])): self.deck = __import__('numpy')"
         ".random.default_rng().permutation(size)\n    size = round(size * self.sample_rate); taken, self.deck = self.deck"
         "[:size], self.deck[size:]\n    return np.sort(taken)", "number of authors never sampled"),
-    "an author who is always in": (
-        f"{DRAW}.sample_indices", "return sampled[sampled < size]", "return np.unique([3, *sampled[sampled < size]])",
-        "frequency of one author"),
+    "an author who is always in": (*bugs.AN_AUTHOR_ALWAYS_IN, "frequency of one author"),
     "an author who is never in": (
         f"{DRAW}.sample_indices", "return sampled[sampled < size]", "return sampled[(sampled < size) & (sampled != 3)]",
         "frequency of one author", {"steps": 260, "per_device": 50, "canaries": 0}),
@@ -100,21 +89,13 @@ BUGS: dict[str, tuple] = {
         f"{DRAW}.sample_batch", "authors = self.sample_authors()",
         "authors = self.sample_authors()\n    authors = authors[(authors >= self.num_real) | (authors % 2 == 0)]",
         "number of|batch size", {"steps": 40}),
-    "division by the real batch size": (
-        "dp_utils.DPTrainer.training_step", "model.train()",
-        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "scale"),
-    "noise of every microbatch": (
-        "dp_utils.DPTrainer.training_step", "total += losses.detach()",
-        "self.optimizer.optimizer.grad_buffer.sums.add_(torch.randn_like(self.optimizer.optimizer"
-        ".grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
-        "scale"),
+    "division by the real batch size": (*bugs.DIVISION_BY_THE_REAL_BATCH_SIZE, "scale"),
+    "noise of every microbatch": (*bugs.NOISE_OF_EVERY_MICROBATCH, "scale"),
     "clipped again after the noise": (
         STEP, "if self.after_release is not None:",
         "self.grad_buffer.sums.mul_(min(1.0, 0.5 / float(self.grad_buffer.sums.norm())))\n"
         "    if self.after_release is not None:", "scale"),
-    "draws from --seed": (
-        "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
-        "sampling follows the seed"),
+    "draws from --seed": (*bugs.SAMPLING_FROM_THE_SEED, "sampling follows the seed"),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import logging
 from types import SimpleNamespace
 
+import bugs
 import pytest
 import torch
 from conftest import flat, make_dataset, make_trainer, sample, tiny_gpt2, trainable
@@ -123,13 +124,11 @@ PLANTED = {
                                       ", **bias_grad(layer, gradients, authors)", ""),
     "a layer whose tap is lost": ("author_dp.clipping.capture.LayerCapture._attach", "if self._is_muted or",
                                   "if self._is_muted or (self._fallback.is_frozen and isinstance(layer, nn.LayerNorm)) or"),
-    "tied weights counted as two": ("author_dp.clipping.grad_factors.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_"),
-    "tied weights counted as two, formed": ("author_dp.clipping.grad_factors.add", "grad.gradients.float()",
-                                            "0 * grad.gradients"),
+    "tied weights counted as two": bugs.TIED_COUNTED_AS_TWO,
+    "tied weights counted as two, formed": bugs.TIED_COUNTED_AS_TWO_FORMED,
     "one author's gradient twice": ("author_dp.clipping.author_groups.ClipFactors.scale", "self._of_samples",
                                     "self._of_samples.roll(1, 0)"),
-    "the other engine without a clip": ("author_dp.clipping.grad_sample.GradSampleClipping.backward",
-                                        "(self.clip_norm / norms).clamp(max=1.0)", "torch.ones_like(norms)"),
+    "the other engine without a clip": bugs.NO_CLIP_BY_GRAD_SAMPLE,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import random
 
+import bugs
 import numpy as np
 import pytest
 import torch
@@ -25,34 +26,24 @@ ADD = "self.noise.add_(chunk, std)"
 
 # A plausible mistake, and the test that fails: in a run of 12 steps, tested at each step.
 BUGS = {
-    "no noise": (STEP, "if std > 0:", "if False:", "scale"),
-    "noise for the parameters alone": (
-        STEP, "self.grad_buffer.sums.split(self.noise.chunk_size)", "self.grad_buffer.sums[:-4096].split(9**6)", "scale"),
-    "half the noise": (STEP, ADD, "self.noise.add_(chunk, std / 2)", "scale"),
-    "half of the variance": (f"{NOISE}._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)", "scale"),
+    "no noise": (*bugs.NO_NOISE, "scale"),
+    "noise for the parameters alone": (*bugs.NOISE_FOR_PARAMETERS_ALONE, "scale"),
+    "half the noise": (*bugs.HALF_THE_NOISE, "scale"),
+    "half of the variance": (*bugs.HALF_OF_THE_VARIANCE, "scale"),
     "noise twice": (STEP, ADD, f"{ADD}; {ADD}", "scale"),
-    "noise that does not scale with the clip norm": (
-        STEP, "self.noise_multiplier * self.max_grad_norm", "self.noise_multiplier", "scale"),
+    "noise that does not scale with the clip norm": (*bugs.NOISE_WITHOUT_CLIP_NORM, "scale"),
     "noise divided twice": (STEP, "chunk.div_(self.expected_batch_size)", "chunk.div_(self.expected_batch_size**2)", "scale"),
-    "noise of every microbatch": (
-        "dp_utils.DPTrainer.training_step", "total += losses.detach()",
-        "self.optimizer.optimizer.grad_buffer.sums.add_(torch.randn_like(self.optimizer.optimizer"
-        ".grad_buffer.sums) * self.plan.noise_multiplier * self.plan.clip_norm); total += losses.detach()",
-        "scale"),
+    "noise of every microbatch": (*bugs.NOISE_OF_EVERY_MICROBATCH, "scale"),
     "scaled by the number of microbatches": (
         "dp_utils.DPTrainer.training_step", "model.train()",
         "model.train(); self.optimizer.optimizer.expected_batch_size = 4 * max(1, len(inputs.microbatches))", "scale"),
-    "division by the real batch size": (
-        "dp_utils.DPTrainer.training_step", "model.train()",
-        "model.train(); self.optimizer.optimizer.expected_batch_size = max(1, inputs.batch_size)", "scale"),
+    "division by the real batch size": (*bugs.DIVISION_BY_THE_REAL_BATCH_SIZE, "scale"),
     "noise reused in each step": (
         STEP, ADD, "self.noise = type(self.noise)(chunk.device); self.noise._stream = __import__('cryptography.hazmat.primitives."
         "ciphers', fromlist=['x']).Cipher(__import__('cryptography.hazmat.primitives.ciphers.algorithms', fromlist=['x'])"
         ".AES128(bytes(16)), __import__('cryptography.hazmat.primitives.ciphers.modes', fromlist=['x']).CTR(bytes(16)))"
         ".encryptor(); self.noise.add_(chunk, std)", "correlation between steps, lag 1"),
-    "noise from --seed in each step": (
-        STEP, ADD, "chunk.add_(torch.randn(len(chunk), generator=torch.Generator().manual_seed(7)), alpha=std)",
-        "correlation between steps, lag 1"),
+    "noise from --seed in each step": (*bugs.SEEDED_NOISE_IN_EACH_STEP, "correlation between steps, lag 1"),
     "noise that remembers the step before": (
         STEP, ADD, "last = getattr(self, 'last', self.noise.add_(torch.zeros_like(chunk), std)); self.last = self.noise.add_("
         "torch.zeros_like(chunk), std).mul_(0.6).add_(last, alpha=0.8); chunk.add_(self.last)",
@@ -129,8 +120,8 @@ def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "seeded", ["torch.initial_seed().to_bytes(16, 'big')", "__import__('numpy').random.bytes(16)",
-               "__import__('random').randbytes(16)", "bytes(16)"],
+    "seeded", [bugs.NOISE_FROM_THE_SEED[2], "__import__('numpy').random.bytes(16)", "__import__('random').randbytes(16)",
+               bugs.THE_SAME_NOISE_IN_EVERY_RUN[2]],
 )  # fmt: skip
 def test_seeded_noise_ends_the_run_before_its_first_step(tmp_path, monkeypatch, seeded):
     code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", seeded)
@@ -151,7 +142,7 @@ def test_check_unseeded_restores_every_generator(tmp_path):
 
 @pytest.mark.integration
 def test_reused_noise_of_an_earlier_run_ends_the_run(tmp_path, monkeypatch):
-    code = with_edit(find(f"{NOISE}.__init__"), "secrets.token_bytes(16)", "bytes(16)")
+    code = with_edit(find(f"{NOISE}.__init__"), *bugs.THE_SAME_NOISE_IN_EVERY_RUN[1:])
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
     monkeypatch.setattr("author_dp.guards.noise_monitor.check_unseeded", lambda *_: None)  # or it would find it first
     make_run(tmp_path, save_strategy="steps", save_steps=6).train()

@@ -225,8 +225,7 @@ def test_verify_model_disables_tf32_however_it_was_set(as_before, setting):
 
 
 @catches("sums in bfloat16 allowed on a GPU", "guards.precision.full_precision_sums",
-    "flags.allow_fp16_reduced_precision_reduction = False", "flags.allow_fp16_reduced_precision_reduction",
-    before=True)  # fmt: skip
+    '("bf16", "fp16")', '("bf16",)', before=True)  # fmt: skip
 @pytest.mark.parametrize("before", [True, False])
 def test_train_sums_bfloat16_products_in_float32(tmp_path, before):
     flags, seen = torch.backends.cuda.matmul, []

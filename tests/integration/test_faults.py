@@ -1,5 +1,6 @@
 """Real faults: killed processes, full disks, shared folders; the table of docs/troubleshooting.md."""
 
+import atexit
 import json
 import os
 import shutil
@@ -26,17 +27,19 @@ HAS_NAMESPACES = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "
 
 
 def start(*arguments: str) -> Program:
-    return Program(*arguments, environment={**of_a_terminal(), "OMP_NUM_THREADS": "1"})
+    return Program(*command(*arguments)[1:], environment={**of_a_terminal(), "OMP_NUM_THREADS": "1"})
 
 
 def start_process(*arguments: str, processes: int = 0, before: tuple[str, ...] = ()) -> subprocess.Popen:
     """Start the script in a new interpreter, with imports and exit; `before` is a command that runs it."""
     environment = {**of_a_terminal(), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*before, *command(*arguments, processes=processes)],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
     )  # fmt: skip
+    atexit.register(process.terminate)  # where a test fails before
+    return process
 
 
 def count_step_records(folder: Path) -> int:

@@ -5,8 +5,6 @@ import json
 import re
 import runpy
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, flat, of_a_terminal, read_report, run_script
 from peft import PeftModel
-from programs import PRIVACY, run_here, small
+from programs import PRIVACY, Program, run_here, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_fine_tune_dp import FULL, LORA
 from transformers import (
@@ -359,12 +357,13 @@ def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "7"]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, str(ROOT / "fine-tune-dp.py")]
-    arguments = [*launcher, *small(checkpoint, comments, tmp_path / "out", *PRIVACY)]
-    nodes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=of_a_terminal()) for _ in range(2)]
-    outputs = [node.communicate(timeout=240)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+    arguments = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "7"]
+    arguments += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, str(ROOT / "fine-tune-dp.py")]
+    arguments += small(checkpoint, comments, tmp_path / "out", *PRIVACY)
+    nodes = [Program(*arguments, environment=of_a_terminal()) for _ in range(2)]
+    ended = [node.wait(240) for node in nodes]
+    outputs = [node.stderr for node in ended]
+    assert [node.returncode for node in ended] == [0, 0], outputs
     assert "".join(outputs).count("so noise dominates") == 1  # advice is given once, whatever the number of processes
     report = read_report(tmp_path / "out")
     assert report["world_size"] == 2 and report["expected_batch_size"] == 16 and report["steps"] == 3

@@ -29,6 +29,7 @@ from author_dp.outputs import search, tune
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.publish import publish
 from author_dp.outputs.search import PLAN_NAME, run_command
+from author_dp.training.resuming import SAMPLES_NAME
 
 RATES = {"1": 4.0, "2": 1.0, "3": 2.0}  # released loss by learning rate
 
@@ -38,16 +39,21 @@ class FakeRuns:
 
     Attributes:
         started: the settings of each call, dry runs left out.
-        before: called with the number of such calls so far, the folder and the options; may raise.
+        before: called with the number of such calls so far, the folder and the budget; may raise.
+        commands: the different commands so far.
+        data: the samples' hash by the number of such calls so far, and whether it is a dry run.
         changes: of the plan of a run; the noise multiplier is a factor.
     """
 
     def __init__(self):
         self.started, self.resumed, self.before, self.changes, self.extra_steps = [], [], lambda *_: None, {}, 0
         self.private_loss = lambda loss: loss
+        self.commands, self.data = set(), lambda number, is_dry: "data"
 
     def __call__(self, command, log):
-        options = {name[2:]: value for name, value in zip(command, [*command[1:], ""]) if name.startswith("--")}
+        self.commands.add(tuple(command))
+        assert Path(command[-1]).stat().st_mode & 0o777 == 0o600 and command[-2] == "--config"
+        options = json.loads(Path(command[-1]).read_text())
         folder = Path(options["output_dir"])
         log.touch(0o600)
         log.write_text("The full run will take about 0:00:03 (1 s per step)\nfine-tune-dp.py: error: --lora_dim 0: too small\n")
@@ -65,6 +71,7 @@ class FakeRuns:
         if plan.disable_dp:
             budget.start = lambda: ledger.start_run(plan.to_public_dict() | {"noise_multiplier": sigma})
         budget.start()
+        write_json(folder / SAMPLES_NAME, {"train": self.data(len(self.started), is_dry), "evaluation": None}, private=True)
         if is_dry:
             return 2 * (options.get("lora_dim") == "0")
         self.started.append({name: options[name] for name in ("learning_rate", "lora_dim") if name in options})
@@ -180,7 +187,7 @@ def test_interrupted_search_resumes_as_it_was_drawn(tmp_path, monkeypatch, runs)
         call(tmp_path)
     assert status.value.code == 130 and not (tmp_path / "out").exists()
     plan = json.loads((tmp_path / "out-search" / PLAN_NAME).read_text())
-    unfinished = tmp_path / "out-search" / plan["runs"][0]["name"]
+    unfinished = tmp_path / "out-search" / "runs" / plan["runs"][0]["name"]
     with pytest.raises(UserError, match="one run of a search"):
         publish(unfinished, tmp_path / "copy")
     card = model_card(read_report(unfinished))
@@ -271,7 +278,7 @@ def test_run_that_breaks_its_share_is_not_released(tmp_path, monkeypatch, runs, 
 
 
 def ledgers_of_runs(path):
-    return [ledger for ledger in path.glob(f"out-search/*/{LEDGER_NAME}") if ledger.parent.name != "probe"]
+    return [ledger for ledger in path.glob(f"out-search/runs/*/{LEDGER_NAME}") if ledger.parent.name != "probe"]
 
 
 def test_no_run_with_poisson_ends_the_search(tmp_path, monkeypatch, runs, capsys):
@@ -287,7 +294,7 @@ def test_kept_runs_are_private_and_refused(tmp_path, monkeypatch, runs):
     call(tmp_path, "--keep_runs", "True")
     folder = tmp_path / "out-search"
     assert folder.stat().st_mode & 0o777 == 0o700
-    kept = [path for path in folder.iterdir() if path.is_dir()]
+    kept = [path for path in (folder / "runs").iterdir() if path.is_dir()]
     assert len(kept) == 2
     for path in kept:
         with pytest.raises(UserError, match="one run of a search"):

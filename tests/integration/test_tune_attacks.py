@@ -4,7 +4,7 @@ import json
 
 import pytest
 from mutation import catches
-from test_tune import FakeRuns, call, draws
+from test_tune import FakeRuns, call, choices, draws
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
@@ -14,9 +14,9 @@ from author_dp.accounting.tuning import MOST_RUNS, RunCount
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
 from author_dp.models.weights import hash_weights
-from author_dp.outputs import search, tune
+from author_dp.outputs import report, search, tune
 from author_dp.outputs.publish import publish
-from author_dp.outputs.search import PLAN_NAME
+from author_dp.outputs.search import OPTIONS_NAME, PLAN_NAME
 
 UNCOVERED = {"name": "m", "covered": False, "epsilon": None, "delta": None, "reason": "it is one run of a search"}
 
@@ -32,7 +32,7 @@ def call_with_reports(tmp_path, monkeypatch, runs, entry: dict) -> None:
 
     def run(command, log):
         status = runs(command, log)
-        for path in tmp_path.glob("out-search/*/privacy.json"):
+        for path in tmp_path.glob("out-search/runs/*/privacy.json"):
             write_json(path, json.loads(path.read_text()) | entry)
         return status
 
@@ -63,7 +63,7 @@ def test_run_of_a_search_that_restarts_outside_of_it_is_not_published(tmp_path):
 def test_search_whose_base_has_no_guarantee_is_refused_before_the_draw(tmp_path, monkeypatch, runs):
     def run(command, log):
         status = runs(command, log)
-        (folder,) = (tmp_path / "out-search" / "probe",)
+        (folder,) = (tmp_path / "out-search" / "runs" / "probe",)
         write_json(folder / "privacy.json", {"base_model": UNCOVERED})
         return status
 
@@ -138,3 +138,84 @@ def test_laws_end_beyond_all_draws(eta):
 def test_run_whose_only_release_is_torn_counts_as_failed(tmp_path, monkeypatch, runs):
     call_with_reports(tmp_path, monkeypatch, runs, {"evaluation_release": None})
     assert runs.started and not (tmp_path / "out").exists()
+
+
+@catches("a search resumed on other data", "outputs.tune.tune", "check_same_samples(search)", "pass")
+def test_interrupted_search_is_not_resumed_on_other_data(tmp_path, monkeypatch, runs):
+    def stop(number, folder, budget):
+        if number == 1:
+            raise SignalError(15)
+
+    runs.before = stop
+    draws(monkeypatch, 2)
+    with pytest.raises(SystemExit):
+        call(tmp_path)
+    runs.data = lambda *_: "other data"
+    with pytest.raises(UserError, match="not those that the search was drawn for"):
+        call(tmp_path)
+    assert len(runs.started) == 1
+    runs.data = lambda *_: "data"
+    call(tmp_path)
+    assert len(runs.started) == 3 and (tmp_path / "out" / "privacy.json").exists()
+
+
+@catches("a run on other data released", "outputs.search.Search.score",
+    'if read_samples(folder) != self.plan["samples"]:', "if False:")  # fmt: skip
+def test_run_on_data_that_changed_meanwhile_counts_as_failed(tmp_path, monkeypatch, runs):
+    runs.data = lambda number, is_dry: "data" if is_dry or number == 0 else "other data"
+    draws(monkeypatch, 2)
+    choices(monkeypatch, "1", "2")
+    call(tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "1"
+
+
+@catches("settings in a run's command", "outputs.search.Search.start", '*self.words, "--config"',
+    '*self.words, *settings.values(), "--config"')  # fmt: skip
+@catches("the number of runs in the links of a folder", "outputs.search.Search.__init__", 'self.folder / "runs"', "self.folder")
+def test_other_users_see_one_command_and_one_list_of_entries(tmp_path, monkeypatch, runs):
+    seen = []
+    runs.before = lambda *_: seen.append({path.name for path in (tmp_path / "out-search").iterdir()})
+    draws(monkeypatch, 3)
+    choices(monkeypatch, "1", "2", "1")
+    call(tmp_path, "--keep_runs", "True")
+    assert len(runs.commands) == 1
+    assert runs.commands.pop()[1:] == (
+        "fine-tune-dp.py",
+        "--train_file",
+        "a.jsonl",
+        "--config",
+        str(tmp_path / "out-search" / OPTIONS_NAME),
+    )
+    seen.append({path.name for path in (tmp_path / "out-search").iterdir()})
+    assert set.union(*seen) == {PLAN_NAME, "lock", "runs", OPTIONS_NAME}
+
+
+def test_result_of_a_search_has_a_report_that_says_so(tmp_path, monkeypatch, runs, capsys):
+    draws(monkeypatch, 1)
+    call(tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    report.main([str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "best, by its released loss, of a random number of runs" in page and "choices among further runs" in page
+    assert not (tmp_path / "out" / "report").exists() and (tmp_path / "out" / "README.md").read_text() == card
+    assert "author_dp.publish" in capsys.readouterr().out
+    (tmp_path / "out" / "model.safetensors").write_text("other weights")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        report.main([str(tmp_path / "out")])
+
+
+@catches("the date of the best run", "outputs.search.Search.final_report", 'report["started"] = self.plan["started"]',
+    'report["started"] = guarantee["started"]')  # fmt: skip
+def test_date_of_the_result_is_that_of_the_draw(tmp_path, monkeypatch, runs):
+    """The best run's date tells how many were before it."""
+    start_run = PrivacyLedger.start_run
+
+    def start_run_on(self, header):
+        start_run(self, header | {"started": f"2026-01-{1 + len(runs.started):02}"})
+
+    monkeypatch.setattr(PrivacyLedger, "start_run", start_run_on)
+    draws(monkeypatch, 3)
+    choices(monkeypatch, "1", "3", "2")
+    call(tmp_path)
+    assert json.loads((tmp_path / "out" / "privacy.json").read_text())["started"] == "2026-01-01"
+    assert "2026-01-01" in (tmp_path / "out" / "README.md").read_text()

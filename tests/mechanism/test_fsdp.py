@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import bugs
 import naive
 import numpy as np
 import pytest
@@ -200,11 +201,8 @@ def shard_plainly(model: nn.Module) -> None:
 @catches("shares: a part of the noise for each process", "mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide",
     "self.noise_multiplier * self.max_grad_norm",
     "self.noise_multiplier * self.max_grad_norm / torch.distributed.get_world_size() ** 0.5")  # fmt: skip
-@catches("shares: noise on the first process alone", "mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide",
-    "if std > 0:", "if std > 0 and torch.distributed.get_rank() == 0:")  # fmt: skip
-@catches("shares: the same noise for each", "mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide",
-    "self.noise.add_(chunk, std)",
-    "chunk.add_(torch.randn(len(chunk), generator=torch.Generator().manual_seed(7)), alpha=std)")  # fmt: skip
+@catches("shares: noise on the first process alone", *bugs.NOISE_ON_RANK_0_ALONE)
+@catches("shares: the same noise for each", *bugs.SEEDED_NOISE_IN_EACH_STEP)
 def test_sharded_noise_is_added_once_and_independent_between_shards(tmp_path):
     found = in_processes(tmp_path, 2, released_noise)
     complete = found[0]["complete"]

@@ -6,6 +6,7 @@ broken.
 
 import math
 
+import bugs
 import numpy as np
 import pytest
 import torch
@@ -44,8 +45,7 @@ def sample_steps(sampler, steps) -> np.ndarray:
     return present
 
 
-@catches("an author who is always in", "mechanism.sampling.PoissonAuthorSampler.sample_indices", "sampled[sampled < size]",
-    "np.unique(np.append(sampled[sampled < size], 0))")  # fmt: skip
+@catches("an author who is always in", *bugs.AN_AUTHOR_ALWAYS_IN)
 @catches("a gap one too long", "mechanism.sampling.PoissonAuthorSampler.sample_indices", "chunks.append(last + np.cumsum",
     "chunks.append(last + 1 + np.cumsum")  # fmt: skip
 def test_sampler_takes_every_author_with_probability_q():
@@ -202,9 +202,8 @@ def make_optimizer(size=200_000, *, sigma=1.5, clip_norm=0.2, batch_size=10, bef
     return optimizer, parameters
 
 
-@catches("no noise", "mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide", "if std > 0:", "if False:")
-@catches("noise that does not scale with the clip norm", "mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide",
-    "self.noise_multiplier * self.max_grad_norm", "self.noise_multiplier")  # fmt: skip
+@catches("no noise", *bugs.NO_NOISE)
+@catches("noise that does not scale with the clip norm", *bugs.NOISE_WITHOUT_CLIP_NORM)
 def test_optimizer_adds_gaussian_noise_of_the_stated_scale():
     optimizer, parameters = make_optimizer()
     optimizer.step()  # an empty batch: noise only

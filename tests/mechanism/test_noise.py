@@ -2,6 +2,7 @@
 
 import math
 
+import bugs
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ def draws(size: int, std: float = 1.0, source: GaussianNoise | None = None) -> t
 
 
 @pytest.mark.integration
-@catches("noise of half the variance", "mechanism.noise.GaussianNoise._add_pairs", "mul_(-2 * std * std)", "mul_(-std * std)")
+@catches("noise of half the variance", *bugs.HALF_OF_THE_VARIANCE)
 def test_noise_is_normal_in_the_middle_and_in_the_tails():
     values = draws(8_000_000).numpy()
     assert stats.kstest(values[:1_000_000], "norm").pvalue > 1e-9
@@ -69,8 +70,7 @@ def test_noise_reaches_beyond_what_32_bits_would_give():
     assert math.isfinite(source.add_(torch.zeros(1), 1.0).item())
 
 
-@catches("noise from --seed", "mechanism.noise.GaussianNoise.__init__", "secrets.token_bytes(16)",
-    "torch.initial_seed().to_bytes(16, 'big')")  # fmt: skip
+@catches("noise from --seed", *bugs.NOISE_FROM_THE_SEED)
 def test_noise_does_not_follow_any_seed_and_comes_from_the_operating_system(monkeypatch):
     def seeded():
         torch.manual_seed(0)

@@ -13,15 +13,16 @@ from conftest import make_dataset, make_trainer, read_report
 from matplotlib.image import imread
 from mutation import catches
 
-from author_dp.accounting.accountant import MechanismEvent, compute_epsilon, format_epsilon
+from author_dp.accounting.accountant import compute_epsilon, format_epsilon
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.cli import command_line
 from author_dp.errors import UserError
 from author_dp.outputs.figures import first_steps, loss_points
-from author_dp.outputs.guarantee import attack_rows, decision_summary, guarantee_rows, percent_up
+from author_dp.outputs.guarantee import attack_rows, decision_summary, format_interrupted, guarantee_rows, percent_up
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.publish import publish
-from author_dp.outputs.report import RunStatistics, evaluate_and_sample, report_result, write_report
+from author_dp.outputs.report import RunStatistics, evaluate_and_sample, publish_hint, report_result, write_report
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.public_loss import format_release
@@ -96,6 +97,18 @@ def test_summary_says_what_epsilon_means_for_a_decision(epsilon, strength):
     assert "this one is large: 0.0026: it would allow" in decision_summary({**report, "delta": 0.0026})
     for change in ({"disable_dp": True}, {"epsilon": None}, {"interrupted": True}):
         assert decision_summary({**report, **change}) == ""
+
+
+def test_publishing_is_advised_only_where_it_would_work():
+    result = {"epsilon": 3.0, "disable_dp": False}
+    assert "author_dp.publish out OUT" in publish_hint(result, "out")
+    for change in ({"dry_run": True}, {"epsilon": None}, {"interrupted": True}, {"alarm": "noise"}, {"tuning": {"ended": False}}):
+        assert publish_hint({**result, **change}, "out") == ""
+
+
+def test_interrupted_report_explains_an_epsilon_of_zero():
+    assert "is 0, as they can disclose" in format_interrupted({"epsilon": 0.0})
+    assert "is 0" not in format_interrupted({"epsilon": 0.01})
 
 
 @catches("fewer are found than can be", "outputs.guarantee.percent_up", "math.ceil(", "round(", share=0.0561, words="5.7 %")

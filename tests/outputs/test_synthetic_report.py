@@ -105,7 +105,8 @@ def test_a_copied_text_of_one_author_shows():
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_the_split_is_that_of_the_training(fraction):
     rows = [{"author": f"a{n % 60}", "content": str(n)} for n in range(180)]
-    train, held_out = split_by_author(Dataset.from_list(rows), "author", 0.25, 42, fraction)
+    samples = Dataset.from_list(rows).data
+    train, held_out = split_by_author(samples.to_batches(), samples.schema, "author", 0.25, 42, fraction)
     model = {
         "split": DataArguments(eval_fraction=0.25).split_id(42),
         "data": {"train_fraction": fraction, "row_limit": None},

@@ -15,7 +15,8 @@ from mutation import catches
 from programs import PRIVACY, run_here, small
 from transformers import TrainerControl
 
-from author_dp.accounting.accountant import MechanismEvent
+from author_dp.accounting.events import MechanismEvent
+from author_dp.accounting.hash_chain import HashChain
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.models.weights import COMPLETE_MARKER
@@ -52,6 +53,17 @@ def test_find_checkpoint_refuses_a_checkpoint_without_privacy(tmp_path):
         check_ledger_covers(tmp_path / "checkpoint-2", PrivacyLedger(tmp_path / "privacy_ledger.jsonl"))
     with pytest.raises(UserError, match="holds a private run"):
         make_trainer(tmp_path, **plain)
+
+
+def test_set_up_run_reads_the_ledger_once_and_after_loading(tmp_path, monkeypatch):
+    """What another run wrote while data was loaded is seen, by one reading."""
+    reads = []
+    monkeypatch.setattr(HashChain, "read", lambda chain, read=HashChain.read: reads.append(chain.path) or read(chain))
+    trainer = make_trainer(tmp_path / "out", max_steps=1)
+    assert reads == [trainer.budget.ledger.path]
+    trainer.train()
+    with pytest.raises(UserError, match="holds the privacy ledger of an earlier run"):
+        make_trainer(tmp_path / "out")
 
 
 def test_find_checkpoint_refuses_a_new_run_beside_a_ledger(tmp_path):
@@ -177,6 +189,7 @@ def test_resuming_a_finished_run_takes_no_step(tmp_path):
 @pytest.mark.integration
 def test_user_error_releases_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("author_dp.accounting.hash_chain.LOCK_SECONDS", 0)
+    monkeypatch.setattr("author_dp.training.setup.check_budget_left", lambda *_: None)  # or it would not come so far
     make_trainer(tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}).train()
     spent = make_trainer(
         tmp_path, max_steps=2, privacy={"noise_multiplier": None, "target_epsilon": 1.0}, resume_from_checkpoint=True,

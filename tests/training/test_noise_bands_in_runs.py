@@ -2,6 +2,7 @@
 
 import math
 
+import bugs
 import numpy as np
 import pytest
 import test_processes
@@ -12,14 +13,11 @@ from planting import find, with_edit
 from test_gradient_canaries import audited
 from test_noise_bands import CPU, KEY, make_sampler, matrix, participation
 
-from author_dp.accounting.accountant import (
-    MechanismEvent,
-    compute_epsilon,
-    find_noise_multiplier,
-)
+from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.banded_mf import (
     toeplitz_coefficients,
 )
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.plan_text import format_plan
 from author_dp.errors import MechanismError, UserError
@@ -120,8 +118,7 @@ def test_the_last_noises_are_on_no_disk(tmp_path):
 
 
 @pytest.mark.integration
-@catches("groups from --seed", "training.dataloading.make_sampler", "secrets.token_bytes(32)",
-    "torch.initial_seed().to_bytes(32, 'big')")  # fmt: skip
+@catches("groups from --seed", *bugs.GROUPS_FROM_THE_SEED)
 def test_one_seed_deals_no_groups(tmp_path):
     groups = []
     for run in range(2):
@@ -247,9 +244,7 @@ def test_a_canary_gives_one_number_for_each_time_its_group_is_drawn():
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer"
 BUGS = {
     "no bug": (f"{STEP}.pre_step", "self._used = True", "self._used = True", None),
-    "a band dropped": ("author_dp.mechanism.noise.BandMFNoise.add_", "zip(rows, lag_coefficients)",
-        "zip(rows[1:], lag_coefficients[1:])",
-        "between steps"),
+    "a band dropped": (*bugs.A_BAND_DROPPED, "between steps"),
     "independent noise": ("author_dp.mechanism.noise.BandMFNoise.add_", "noise.sub_(past[row], alpha=coefficient)", "pass",
         "scale"),
     "half the noise": (f"{STEP}.add_noise_and_divide", "noise_slice, self.noise, std", "noise_slice, self.noise, 0.5 * std",
@@ -261,12 +256,8 @@ BUGS = {
         "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_indices", "chunks, last = [], -1",
         "chunks, last, self.sample_rate = [], -1, 0.45",
         "number of sampled authors|batch size"),
-    "groups from --seed": (
-        "author_dp.training.dataloading.make_sampler", "secrets.token_bytes(32)", "torch.initial_seed().to_bytes(32, 'big')",
-        "group assignment"),
-    "draws from --seed behind secret groups": (
-        "author_dp.training.dataloading.make_sampler", "secrets.randbits(128)", "torch.initial_seed()",
-        "sampling follows the seed"),
+    "groups from --seed": (*bugs.GROUPS_FROM_THE_SEED, "group assignment"),
+    "draws from --seed behind secret groups": (*bugs.SAMPLING_FROM_THE_SEED, "sampling follows the seed"),
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from author_dp.guards.seed_checks import replay_global_rng
 from author_dp.training import public_loss as release
 from author_dp.training.public_loss import (
     GRID,
-    LIMITS,
+    RANGES,
     bernoulli_exp,
     discrete_laplace,
     format_release,
@@ -185,10 +185,11 @@ def load_file(path):
 def test_split_by_author_forces_no_author_for_a_release(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"author": f"a{i}", "content": "some text"}) + "\n" for i in range(5)))
-    samples = load_file(path)
-    assert len(split_by_author(samples, "author", 1e-6, seed=1)[1]) == 1
+    samples = load_file(path).data
+    options = (samples.schema, "author", 1e-6, 1)
+    assert len(split_by_author(samples.to_batches(), *options)[1]) == 1
     with pytest.raises(UserError, match="--eval_fraction 1e-06: it holds out none"):
-        split_by_author(samples, "author", 1e-6, seed=1, hold_out_at_least_one=False)
+        split_by_author(samples.to_batches(), *options, hold_out_at_least_one=False)
 
 
 # --- cost ---------------------------------------------------------------------------------------------------
@@ -338,8 +339,8 @@ def test_release_is_reused_for_the_same_step_only(tmp_path):
     assert [one["step"] for one in PrivacyLedger(trainer.budget.ledger.path).releases] == [4, 2]
 
 
-@pytest.mark.parametrize("epsilon", LIMITS["release_eval_epsilon"])
-@pytest.mark.parametrize("upper", LIMITS["release_eval_range"])
+@pytest.mark.parametrize("epsilon", json.loads(RANGES["release_eval_epsilon"]))
+@pytest.mark.parametrize("upper", json.loads(RANGES["release_eval_range"]))
 def test_release_limits_give_finite_numbers(tmp_path, epsilon, upper):
     found = release_eval_loss(with_eval_data(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
     assert json.loads(json.dumps(found, allow_nan=False)) == found and format_release(found)

@@ -1,0 +1,47 @@
+"""The prediction: its noise is that of the mechanism, and its gain moves as the mechanism says."""
+
+import math
+
+import numpy as np
+import pytest
+from mutation import catches
+
+from author_dp.accounting.banded_mf import toeplitz_coefficients
+from author_dp.accounting.prediction import Setting, predicted_gain, step_noise, sum_noise, with_interval
+
+SETTING = Setting(0.8, 64, 20, 4, 3e-3, 400_000, 400_000, is_lora=False)
+
+
+@catches("a step's noise is not divided by the batch", "accounting.prediction.step_noise", " / setting.batch", "")
+@catches("the sums' noise is that of a step", "accounting.prediction.sum_noise", "* error *", "*")
+@pytest.mark.parametrize("bands", [1, 4])
+def test_noise_is_that_of_the_mechanism(bands):
+    setting = SETTING._replace(bands=bands)
+    c = toeplitz_coefficients(bands, setting.steps)
+    inverse = np.linalg.inv(sum(value * np.eye(setting.steps, k=-i) for i, value in enumerate(c)))  # row t: noise of step t
+    scale = setting.noise_multiplier * math.sqrt(setting.trained) / setting.batch
+    assert step_noise(setting) == pytest.approx(scale * np.linalg.norm(inverse[-1]), rel=1e-9)
+    sums = np.linalg.norm(np.cumsum(inverse, axis=0), axis=1)
+    assert sum_noise(setting) == pytest.approx(scale * np.sqrt((sums**2).mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("bands", [1, 4])
+def test_noise_and_small_batches_cost_gain(rate, bands):
+    setting = SETTING._replace(learning_rate=rate, bands=bands)
+    gains = [predicted_gain(setting._replace(noise_multiplier=noise)) for noise in (0.0, 0.3, 1.0, 3.0, 30.0)]
+    assert gains == sorted(gains, reverse=True) and 0 < gains[-1] < gains[0] < 1
+    gains = [predicted_gain(setting._replace(batch=batch)) for batch in (16, 64, 256, 1024)]
+    assert gains == sorted(gains)
+
+
+def test_a_rate_can_be_too_large():
+    gains = [predicted_gain(SETTING._replace(learning_rate=rate)) for rate in (1e-5, 1e-3, 1.0)]
+    assert gains[0] < gains[1] > gains[2]
+
+
+def test_intervals_stay_between_0_and_1():
+    for share in (-0.3, 0.0, 0.5, 1.2):
+        middle, low, high = with_interval(share)
+        assert 0 <= low <= middle <= high <= 1
+    assert with_interval(0.5)[1] < 0.5 < with_interval(0.5)[2]

@@ -1,0 +1,240 @@
+"""benchmarks/balls_in_bins_certificate.py: estimates against exact values, and certificates that hold with what is promised."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mutation import catches
+from numpy.testing import assert_allclose
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import balls_in_bins_certificate as certificates
+from balls_in_bins import JUDGES
+from balls_in_bins_certificate import Estimate, MeanShift, Plan, TiltedMixture, WorstCase
+
+from author_dp.accounting.accountant import compute_epsilon
+
+DELTA = 1e-5
+BANDS = np.array([0.8, 0.5, 0.3])
+PLAN = Plan(BANDS, 5, 13, 1.0, DELTA)  # two slots take part twice, three take part three times
+
+
+def dense_sums(coefficients: np.ndarray, slots: int, steps: int) -> np.ndarray:
+    """Return x_j from C itself, (slots, steps)."""
+    c = sum(
+        (np.diag(np.full(steps - i, value), -i) for i, value in enumerate(coefficients) if i < steps), np.zeros((steps, steps))
+    )
+    return np.array([c[:, slot::slots].sum(axis=1) for slot in range(slots)])
+
+
+def plain_delta(epsilon: float, log_ratio: np.ndarray, added: bool) -> tuple[float, float]:
+    """Return delta(epsilon) and its standard error, by outcomes without the author."""
+    ratio = np.exp(log_ratio)
+    values = np.maximum(0, 1 - math.exp(epsilon) * ratio if added else ratio - math.exp(epsilon))
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+# --- the estimates --------------------------------------------------------------------------------------------
+
+
+@catches(
+    "the weight is forgotten", "balls_in_bins_certificate.TiltedMixture.weigh", " * np.exp(loss + self.log_mean - log_tilt)", ""
+)
+@catches(
+    "slots are drawn evenly",
+    "balls_in_bins_certificate.TiltedMixture._prepare",
+    "self.pairs * np.outer(weights, weights)",
+    "1 + 0 * self.pairs",
+)
+@catches("the shift is not weighed", "balls_in_bins_certificate.MeanShift.weigh", "self.shift * inner + ", "")
+@pytest.mark.parametrize("name", JUDGES)
+def test_estimates_agree_with_exact_deltas(name):
+    plan, sigma = JUDGES[name].plan_at(DELTA)
+    for direction, found in plan._replace(delta=1e-30).estimates(sigma, 2**15, key=7).items():
+        exact = JUDGES[name].exact(sigma, plan.epsilon, direction == "added")
+        assert abs(found.mean - exact) <= max(5 * found.standard_error, 1e-9 * DELTA)
+        assert found.standard_error < 0.05 * max(exact, DELTA)
+        assert exact <= found.upper_bound(1e-6)
+
+
+@catches(
+    "the last steps are left out", "balls_in_bins_certificate.slot_sums", "in range(steps):", "in range(steps - steps % slots):"
+)
+def test_estimates_agree_with_plain_sampling_of_all_steps():
+    for epsilon in (0.5, 1.5):
+        x = dense_sums(PLAN.coefficients, PLAN.slots, PLAN.steps) / 1.5
+        y = np.random.default_rng(0).normal(size=(100_000, PLAN.steps))
+        ratio = np.log(np.exp(y @ x.T - (x**2).sum(axis=1) / 2).mean(axis=1))
+        for direction, found in PLAN._replace(epsilon=epsilon).estimates(1.5, 2**16, key=3).items():
+            delta, error = plain_delta(epsilon, ratio, direction == "added")
+            assert abs(found.mean - delta) < 5 * math.hypot(error, found.standard_error)
+
+
+def test_step_of_poisson_is_the_one_that_the_accountant_knows():
+    plan, sigma = JUDGES["n = 77, T = 1, b = 8: a step of Poisson"].plan_at(DELTA)
+    assert_allclose(compute_epsilon(sigma / 0.3, 1 / 77, 1, DELTA), plan.epsilon, rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "coefficients, sample, loss",
+    [
+        ([1.0], [1.0, 0.0, 1.0, 0.0], 0.4337808304830272),
+        ([1.0, 0.5], [1.0, 0.5, 1.0, 0.5], 0.9052974004451105),
+        ([1.0, 0.5], [0.0, 1.0, 0.5, 1.0], 0.7802974004451104),
+    ],
+)
+def test_losses_are_those_of_jax_privacy(coefficients, sample, loss):
+    """The losses that its tests/experimental/monte_carlo/sample_generation_test.py expects, with 2 slots and 4 steps."""
+    x = certificates.slot_sums(np.array(coefficients), 2, 4)
+    assert_allclose(certificates.log_mean_exp(x @ np.array(sample) - (x**2).sum(axis=1) / 2), loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_adaptive_gradients_in_any_direction_are_no_worse(added):
+    """A gradient in two dimensions that turns, and shrinks, by the outcome before: Kahane's inequality."""
+    generator, draws, coefficients, slots, steps = np.random.default_rng(0), 50_000, np.array([0.8, 0.6]), 2, 4
+    y = generator.normal(size=(steps, draws, 2)) * 1.2
+    gradients = [np.stack([np.ones(draws), np.zeros(draws)], axis=1)]
+    for t in range(1, steps):
+        angle = np.where(y[t - 1, :, 0] > 0, 0.3, 2.0) * t
+        gradients.append(np.stack([np.cos(angle), np.sin(angle)], axis=1) * np.where(y[t - 1, :, 1] > 0, 1.0, 0.7)[:, None])
+    log_ratios = []
+    for slot in range(slots):
+        total = np.zeros(draws)
+        for t in range(slot, steps):
+            v = coefficients[(t - slot) % slots] * gradients[t - (t - slot) % slots]
+            total += ((y[t] * v).sum(axis=1) - (v**2).sum(axis=1) / 2) / 1.2**2
+        log_ratios.append(total)
+    delta, error = plain_delta(0.5, certificates.log_mean_exp(np.stack(log_ratios, axis=1)), added)
+    worst = Plan(coefficients, slots, steps, 0.5, DELTA).estimates(1.2, 2**16, key=1)["added" if added else "removed"]
+    assert 0.01 < delta < worst.mean - 5 * math.hypot(error, worst.standard_error)
+
+
+# --- the range ------------------------------------------------------------------------------------------------
+
+
+@catches(
+    "the range is of a larger loss",
+    "balls_in_bins_certificate.TiltedMixture.__init__",
+    "(1 - copies * scale) * epsilon",
+    "(1 - copies * scale) * 2 * epsilon",
+)
+@catches(
+    "the range leaves out the mean shift",
+    "balls_in_bins_certificate.MeanShift.__init__",
+    "g * (half - epsilon)",
+    "g * (0 - epsilon)",
+)
+@pytest.mark.parametrize("sigma", [0.6, 1.0, 2.0])
+def test_range_holds_for_every_outcome(sigma):
+    worst = WorstCase(PLAN.coefficients, PLAN.slots, PLAN.steps, sigma)
+    a = np.random.default_rng(0).normal(size=(20_000, PLAN.slots)) * np.geomspace(1e-3, 10, 20_000)[:, None]
+    level = np.linspace(-12, 12, 20_000)[:, None]
+    for make in (TiltedMixture, MeanShift):
+        for epsilon in (0.1, 1.0, 4.0):
+            proposal = make(worst, epsilon)
+            largest = math.exp(proposal.log_range)
+            assert proposal.weigh(a + level).max() <= largest * (1 + 1e-9)
+            if make is MeanShift or proposal.scale == 1:  # it is the least one: reached where all a_j are equal
+                assert proposal.weigh(np.repeat(level, PLAN.slots, axis=1)).max() > 0.99 * largest
+
+
+def test_draw_outside_of_its_range_is_an_error(monkeypatch):
+    proposal = TiltedMixture(WorstCase(PLAN.coefficients, PLAN.slots, PLAN.steps, 1.0), 1.0)
+    proposal.log_range -= 10
+    with pytest.raises(ArithmeticError, match="above its bound"):
+        certificates.estimate(proposal, 1_000, np.random.default_rng(0))
+
+
+# --- the bound and the attempts -------------------------------------------------------------------------------
+
+
+def test_bound_is_that_of_the_paper():
+    """Maurer and Pontil 2009, Theorem 4, for values in [0, 1], by hand; scaled by the range."""
+    log_term = math.log(2 / 0.01)
+    by_hand = 0.2 + math.sqrt(2 * 0.04 * log_term / 1_000) + 7 * log_term / (3 * 999)
+    assert_allclose(Estimate(1_000, 0.2, 0.04, 0.0).upper_bound(0.01), by_hand, rtol=2e-6)
+    assert_allclose(Estimate(1_000, 0.02, 0.0004, math.log(0.1)).upper_bound(0.01), by_hand / 10, rtol=2e-6)
+    assert Estimate(1_000, 0.0, 0.0, 0.0).upper_bound(0.01) > 1 - 0.01 ** (1 / 1_000)  # what no value of 1 allows
+    assert Estimate(0, 0.0, 0.0, math.log(0.1)).upper_bound(0.01) == pytest.approx(0.1)
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    """Let estimates be certain; return what they are, by direction."""
+    deltas = {"removed": 0.5 * DELTA, "added": 0.5 * DELTA}
+    monkeypatch.setattr(
+        Plan, "estimates", lambda *_: {name: Estimate(2**60, value, 0.0, math.log(2 * DELTA)) for name, value in deltas.items()}
+    )
+    return deltas
+
+
+@catches(
+    "the failure probability is not added",
+    "balls_in_bins_certificate.attempt",
+    "+ FAILURE_SHARE * plan.delta <= plan.delta",
+    "<= plan.delta",
+)
+@catches("one direction only", "balls_in_bins_certificate.attempt", "max(bounds.values())", 'bounds["removed"]')
+@pytest.mark.parametrize("direction", ["removed", "added"])
+def test_certificate_needs_both_directions_and_the_failure_probability(bounds, direction):
+    assert certificates.attempt(PLAN, 1.0, 1, 2**14).passed
+    bounds[direction] = 0.995 * DELTA
+    assert not certificates.attempt(PLAN, 1.0, 1, 2**14).passed
+
+
+@catches("every attempt has the same failure probability", "balls_in_bins_certificate.attempt", " / 2**number", "")
+@catches("no more noise after a failure", "balls_in_bins_certificate.certify", " * MORE_NOISE ** len(attempts)", "")
+def test_attempts_share_the_failure_probability(bounds, monkeypatch):
+    bounds["removed"] = 2 * DELTA
+    attempts = []
+    attempt = certificates.attempt
+    monkeypatch.setattr(certificates, "attempt", lambda *args: attempts.append(attempt(*args)) or attempts[-1])
+    with pytest.raises(ArithmeticError, match="no certificate in 20 attempts"):
+        certificates.certify(PLAN, 1.0, 2**14)
+    assert len(attempts) == 20 and all(a.noise_multiplier < b.noise_multiplier for a, b in zip(attempts, attempts[1:]))
+    assert sum(each.failure_probability for each in attempts) <= DELTA / 100
+
+
+@catches("both directions fail with the probability of one", "balls_in_bins_certificate.attempt", " / len(found)", "")
+def test_directions_share_the_failure_probability(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Estimate, "upper_bound", lambda self, probability: asked.append(probability) or 0.0)
+    made = certificates.attempt(PLAN, 3.0, 1, 2**14)
+    assert_allclose(sum(asked), made.failure_probability, rtol=1e-12)
+
+
+@catches("draws of the calibration are the certificate", "balls_in_bins_certificate.attempt", "secrets.randbits(128)", "1")
+def test_certificates_have_fresh_draws_that_their_key_repeats():
+    first, second = (certificates.attempt(PLAN, 3.0, 1, 2**14) for _ in range(2))
+    assert first.key != second.key and first.bounds["removed"] != second.bounds["removed"]
+    repeated = PLAN.estimates(3.0, 2**14, first.key)["removed"]
+    assert repeated.upper_bound(first.failure_probability / 2) == first.bounds["removed"]
+
+
+def test_calibrated_noise_passes_with_little_to_spare():
+    plan = Plan(BANDS, 4, 9, 4.0, 1e-3)
+    sigma, draws = certificates.calibrate(plan, 1.0)
+    last = certificates.certify(plan, sigma, draws)[-1]
+    delta = plan.estimates(last.noise_multiplier, 2**17, key=5)["removed"].mean
+    assert last.passed and 0.85 * plan.delta < delta < plan.delta * (1 - certificates.FAILURE_SHARE)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+@catches("a negative coefficient", "balls_in_bins_certificate.slot_sums", " and (coefficients >= 0).all()", "")
+@catches("bands wider than an epoch", "balls_in_bins_certificate.slot_sums", "<= slots:", ":")
+@pytest.mark.parametrize("coefficients, slots", [([0.9, -0.1], 4), ([0.9, math.nan], 4), ([0.5, 0.5, 0.5], 2)])
+def test_worst_case_refuses_what_the_theorem_does_not_cover(coefficients, slots):
+    with pytest.raises(ValueError, match=r"negative|bands"):
+        certificates.slot_sums(np.array(coefficients), slots, 8)
+
+
+def test_slot_sums_are_sums_of_columns():
+    for slots, steps in ((3, 3), (5, 13), (7, 4), (1, 5)):
+        coefficients = BANDS[:slots]
+        assert_allclose(certificates.slot_sums(coefficients, slots, steps), dense_sums(coefficients, slots, steps))
