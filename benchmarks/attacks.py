@@ -55,8 +55,8 @@ def attack(members: np.ndarray, others: np.ndarray) -> dict[str, float]:
     return {"found": int((members < threshold).sum()), "members": len(members), "others": len(others)}
 
 
-def group_epsilon(sigma: float, rate: float, steps: int, samples: int, delta: float) -> float:
-    """Return what group privacy gives an author of that many texts, at the same delta: inf if it is above 1,000.
+def group_epsilon(sigma: float, rate: float, steps: int, samples: int, delta: float) -> float | None:
+    """Return what group privacy gives an author of that many texts, at the same delta: None if it is above 1,000.
 
     For each delta0, epsilon0 of a text: samples x epsilon0, where delta0 (e^(samples epsilon0) - 1) / (e^epsilon0 - 1) is at
     most delta (Vadhan 2017, The Complexity of Differential Privacy, Lemma 2.2).
@@ -71,10 +71,10 @@ def group_epsilon(sigma: float, rate: float, steps: int, samples: int, delta: fl
             break
         if math.log(delta0 / delta) + log_expm1(samples * epsilon) <= log_expm1(epsilon):
             return samples * epsilon
-    return math.inf
+    return None
 
 
-def promise_to_authors(report: dict[str, Any], counts: dict[str, int]) -> dict[str, dict[str, float]]:
+def promise_to_authors(report: dict[str, Any], counts: dict[str, int]) -> dict[str, dict[str, float | None]]:
     """Return what a guarantee for each text promises an author, at its delta, for each number of texts."""
     steps = (report["noise_multiplier"], report["sample_rate"], report["steps"])
     return {

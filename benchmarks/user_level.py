@@ -192,7 +192,7 @@ def format_promise(promise: dict[str, dict[str, float]], delta: float) -> str:
     """Return what an author is promised; an epsilon of log(1 / delta) or more excludes no attack that errs with delta."""
     limit, parts = math.log(1 / delta), []
     for name, one in promise.items():
-        by_groups = "nothing" if math.isinf(one["group_epsilon"]) else f"{one['group_epsilon']:.1f}"
+        by_groups = "nothing" if one["group_epsilon"] is None else f"{one['group_epsilon']:.1f}"
         vacuous = ", vacuous" if one["epsilon"] >= limit else ""
         author = f"the {name} author ({format_count(one['texts'])})"
         parts.append(f"{author} epsilon {one['epsilon']:,.1f}{vacuous}; by group privacy {by_groups}")
