@@ -4,9 +4,9 @@ Guarantees: with every engine, each author's gradient enters the sum with norm a
 and nothing is trained unclipped.
 
 `ghost.py` is the fast engine. Its parts are `capture.py` (hooks on layers), `layer_rules.py` (a rule for each type of layer),
-`grad_factors.py` (norms and clipped sums), `factor_store.py` (what is kept until norms are known) and `fallback.py` (parameters
-without a rule). `two_pass.py` replaces it where layers are checkpointed, and needs less memory. `grad_sample.py` is the reference
-engine, by Opacus. `norm_stats.py` counts norms.
+`norms.py`, `grad_factors.py` (factors and their clipped sums), `factor_store.py` (what is kept until norms are known) and
+`fallback.py` (parameters without a rule). `two_pass.py` replaces it where layers are checkpointed, and needs less memory.
+`grad_sample.py` is the reference engine, by Opacus. `norm_stats.py` counts norms.
 
 Example:
 

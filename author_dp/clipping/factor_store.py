@@ -9,16 +9,8 @@ import torch
 from torch import nn
 
 from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
-from author_dp.clipping.grad_factors import (
-    GradFactors,
-    MaterializedGrad,
-    SquaredNorm,
-    add_clipped,
-    merge_factors,
-    squared_norms,
-    stack_squares,
-    total_squared_norms,
-)
+from author_dp.clipping.grad_factors import GradFactors, MaterializedGrad, add_clipped, merge_factors, total_squared_norms
+from author_dp.clipping.norms import SquaredNorm, squared_norms, stack_squares
 
 JOIN_ELEMENTS = 2**14  # of an author's gradient of one parameter that is joined with others
 

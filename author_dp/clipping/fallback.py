@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from author_dp.clipping.grad_factors import squared_norms
+from author_dp.clipping.norms import squared_norms
 from author_dp.errors import UserError
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.author_groups import AuthorIndex
-from author_dp.clipping.grad_factors import squared_norms
+from author_dp.clipping.norms import squared_norms
 from author_dp.clipping.positions import separate_positions
 from author_dp.errors import UserError
 

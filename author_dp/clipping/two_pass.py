@@ -41,16 +41,15 @@ from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
 from author_dp.clipping.factor_store import FactorStore
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.grad_factors import (
-    MATERIALIZE_ELEMENTS,
     EmbeddingGrad,
     GradFactors,
     MaterializedGrad,
     OuterProduct,
-    SquaredNorm,
     add_clipped,
     looked_up_rows,
     tied_squared_norm,
 )
+from author_dp.clipping.norms import MATERIALIZE_ELEMENTS, SquaredNorm
 from author_dp.errors import UserError
 
 # Of the weights' memory, for small per-author gradients that spare a second pass: those of 128 authors for LoRA on GPT-2. Layers

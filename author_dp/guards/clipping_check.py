@@ -16,7 +16,8 @@ import torch
 from author_dp.clipping import ENGINES
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
-from author_dp.guards.probing import model_errors_as_user_error, random_tokens, tolerance_factor
+from author_dp.guards.precision import tolerance_factor
+from author_dp.guards.probing import model_errors_as_user_error, random_tokens
 from author_dp.mechanism.fsdp import (
     FSDP_REMEDY,
     autograd_gradients,

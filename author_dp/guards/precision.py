@@ -25,9 +25,10 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from author_dp.clipping.grad_factors import matmul
+from author_dp.clipping.norms import matmul
 from author_dp.errors import MechanismError, UserError
 from author_dp.models.modes import temporarily_set
+from author_dp.models.quantization import computes_in_float32
 
 NUM_TOKENS = 64  # of the products in the model's shapes
 MAX_SIDE = 1024  # rows and columns of these products: larger ones use the same kernels, and would take memory and time
@@ -204,3 +205,8 @@ def full_precision_sums() -> AbstractContextManager[None]:
     """Make CUDA sum products of 16-bit factors in float32; by default it may add partial sums in 16 bits."""
     flags = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
     return temporarily_set(*((torch.backends.cuda.matmul, flag, False) for flag in flags))
+
+
+def tolerance_factor(model: nn.Module) -> float:
+    """Return how much coarser than float32 the model computes: a frozen base may do so in bfloat16."""
+    return 1.0 if computes_in_float32(model) else 100.0

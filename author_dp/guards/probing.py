@@ -17,7 +17,7 @@ from author_dp.errors import UserError, first_line
 from author_dp.guards.precision import float32_products
 from author_dp.mechanism.fsdp import local_shard
 from author_dp.models.modes import temporarily_set
-from author_dp.models.quantization import computes_in_float32, float32_compute
+from author_dp.models.quantization import float32_compute
 
 MODEL_CODE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 DEFAULT_LEN = 128  # tokens of the longest sample where nothing says how long samples are
@@ -38,11 +38,6 @@ def random_tokens(model: Any, num_tokens: int, seed: int) -> torch.Tensor:
     choices = torch.tensor([i for i in range(min(vocab_size, 2**12)) if i not in special])
     ids = choices[torch.randint(len(choices), (num_tokens,), generator=torch.Generator().manual_seed(seed))]
     return ids.to(next(model.parameters()).device)
-
-
-def tolerance_factor(model: nn.Module) -> float:
-    """Return how much coarser than float32 the model computes: a frozen base may do so in bfloat16."""
-    return 1.0 if computes_in_float32(model) else 100.0
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 
 from author_dp.errors import UserError
+from author_dp.guards.precision import tolerance_factor
 from author_dp.guards.probing import (
     deterministic_train_mode,
     float32_train_mode,
@@ -24,7 +25,6 @@ from author_dp.guards.probing import (
     perturb_zero_params,
     random_tokens,
     resolve_sequence_len,
-    tolerance_factor,
 )
 from author_dp.guards.random_ops import BATCH_SIZE, ModelCall, check_random_ops
 

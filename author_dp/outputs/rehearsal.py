@@ -31,7 +31,7 @@ from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict
 from author_dp.models.modes import deterministic_eval
 from author_dp.models.quantization import computes_in_float32, weight_bytes
-from author_dp.outputs.samples import generate_rows
+from author_dp.outputs.samples import sample_rows
 from author_dp.permissions import owner_only
 from author_dp.training.evaluation import EvalBatches, evaluate
 from author_dp.training.rescue import check_saved, result_bytes
@@ -247,6 +247,6 @@ def check_metric(name: Optional[str], known: set[str]) -> None:
 def try_generating(trainer: Any) -> None:
     """Generate two tokens; warn if the model cannot, as it may be meant for other things."""
     try:
-        generate_rows(trainer.model, [[0]], 2, None)
+        sample_rows(trainer.model, [[0]], 2, None)
     except Exception as error:  # any error of the model's own code
         logger.error(f"--model_name: the trained model will not generate text ({type(error).__name__}: {first_line(error)}).")

@@ -77,16 +77,16 @@ class TextSamples:
         for kind, texts in self.found.items():
             rows = self.prompts[kind]
             tokens = min(MAX_TOKENS, self.sequence_len - max(map(len, rows)))
-            calls = tokens * len(set(map(len, rows)))  # each batch of `generate_rows` has as many as it generates tokens
+            calls = tokens * len(set(map(len, rows)))  # each batch of `sample_rows` has as many as it generates tokens
             try:
                 with track_calls(model, f"Write samples {when} training", calls):
-                    texts[when] = self.decode(generate_rows(model, rows, tokens, self.tokenizer.eos_token_id))
+                    texts[when] = self.decode(sample_rows(model, rows, tokens, self.tokenizer.eos_token_id))
             except Exception as error:  # any error of the model's own code: a run must not fail because of its report
                 logger.warning(f"The report shows no texts: the model cannot generate ({type(error).__name__}: {error}).")
                 return
 
 
-def generate_rows(model: Any, rows: list[list[int]], max_new_tokens: int, eos_token_id: Optional[int]) -> list[list[int]]:
+def sample_rows(model: Any, rows: list[list[int]], max_new_tokens: int, eos_token_id: Optional[int]) -> list[list[int]]:
     """Return the token ids that the model samples after each row, at temperature 1.
 
     Rows of the same length form a batch, so that none is padded.

@@ -13,7 +13,7 @@ from families import ALL_ENGINES, FAMILIES, KINDS, TWO_PASS, close, make_model, 
 from mutation import catches
 from torch import nn
 
-from author_dp.clipping import grad_factors
+from author_dp.clipping import norms
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.positions import separate_positions
 from author_dp.errors import UserError
@@ -99,7 +99,7 @@ def test_engine_equals_reference(engine, family, kind, batch):
 @pytest.mark.parametrize("kind", ["tied", "untied"])  # LoRA's gradients are formed
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_ghost_norm_in_blocks_equals_reference(family, kind, monkeypatch):
-    monkeypatch.setattr(grad_factors, "GHOST_BLOCK", 2)
+    monkeypatch.setattr(norms, "GHOST_BLOCK", 2)
     test_engine_equals_reference("ghost", family, kind, "short")
 
 

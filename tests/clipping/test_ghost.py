@@ -25,7 +25,8 @@ def test_a_matrix_that_is_embedding_and_head_takes_the_smaller_form(monkeypatch)
     monkeypatch.setattr(factor_store, "JOIN_ELEMENTS", 0)
     norms = factor_store.total_squared_norms
     monkeypatch.setattr(factor_store, "total_squared_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors))
-    monkeypatch.setattr(grad_factors, "MATERIALIZE_ELEMENTS", 1)  # so large that it is formed author by author
+    for module in ("grad_factors", "norms"):  # so large that it is formed author by author
+        monkeypatch.setattr(f"author_dp.clipping.{module}.MATERIALIZE_ELEMENTS", 1)
     for tokens, kinds in ((7, {"EmbeddingGrad", "OuterProduct"}), (8, {"MaterializedGrad"})):
         model = tiny_gpt2()
         rows, columns = model.lm_head.weight.shape
@@ -123,7 +124,7 @@ CANCELLING = {  # tokens, the matrix, samples of each author
 
 @catches("no room for what bfloat16 rounds", "clipping.grad_factors.OuterProduct.squared", "rounded=squared.bound",
     "rounded=None", case="formed norm", engine_class=GhostClipping, bf16=True)  # fmt: skip
-@catches("what cancels not rounded up where it is formed", "clipping.grad_factors.product_squared_norms",
+@catches("what cancels not rounded up where it is formed", "clipping.norms.product_squared_norms",
     "(token_norms(left) * token_norms(right)).sum(1)", "torch.zeros_like(value)", case="formed norm, almost nothing",
     engine_class=TwoPassClipping, bf16=False)  # fmt: skip
 @catches("norms of what is formed, sums of what is scaled", "clipping.two_pass.TwoPassStore.max_materialized",

@@ -1,4 +1,4 @@
-"""clipping/grad_factors.py and author_groups.py: norms and clipped sums against plain ones."""
+"""clipping/norms.py, grad_factors.py and author_groups.py: norms and clipped sums against plain ones."""
 
 import math
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 from mutation import catches
 
-from author_dp.clipping import grad_factors
+from author_dp.clipping import grad_factors, norms
 from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
 from author_dp.clipping.factor_store import total_norms
-from author_dp.clipping.grad_factors import OuterProduct, SquaredNorm, lookup_squared_norms, product_squared_norms
+from author_dp.clipping.grad_factors import OuterProduct
+from author_dp.clipping.norms import SquaredNorm, lookup_squared_norms, product_squared_norms
 
 
 def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -20,18 +21,18 @@ def explicit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def test_norm_of_a_product_both_ways(tokens, rows, columns, monkeypatch):
     left, right = torch.randn(4, tokens, rows), torch.randn(4, tokens, columns)
     assert torch.allclose(product_squared_norms(left, right).value, explicit(left, right), rtol=1e-4)
-    monkeypatch.setattr(grad_factors, "MATERIALIZE_ELEMENTS", 1)
+    monkeypatch.setattr(norms, "MATERIALIZE_ELEMENTS", 1)
     assert torch.allclose(product_squared_norms(left, right).value, explicit(left, right), rtol=1e-4)
 
 
-@catches("a pair of tokens counted once for two", "clipping.grad_factors.ghost_squared_norms", "+ 2 * products", "+ products",
+@catches("a pair of tokens counted once for two", "clipping.norms.ghost_squared_norms", "+ 2 * products", "+ products",
     tokens=11, dtype=torch.float32)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [4, 11, 12])
 def test_norm_of_a_product_in_blocks(tokens, dtype, monkeypatch):
-    monkeypatch.setattr(grad_factors, "GHOST_BLOCK", 4)
+    monkeypatch.setattr(norms, "GHOST_BLOCK", 4)
     left, right = (torch.randn(3, tokens, features).to(dtype) for features in (20, 30))
-    found = grad_factors.ghost_squared_norms(left, right, 4)
+    found = norms.ghost_squared_norms(left, right, 4)
     most = (left.float().norm(dim=2) * right.float().norm(dim=2)).sum(1)
     assert torch.allclose(found.value, explicit(left.float(), right.float()), rtol=1e-4) and found.value.dtype == torch.float32
     assert torch.allclose(found.bound, most, rtol=1e-4)
@@ -40,8 +41,8 @@ def test_norm_of_a_product_in_blocks(tokens, dtype, monkeypatch):
 
 def test_the_cheaper_way_is_taken(monkeypatch):
     shapes = []
-    matmul = grad_factors.matmul
-    monkeypatch.setattr(grad_factors, "matmul", lambda a, b: shapes.append((a.shape[-2], b.shape[-1])) or matmul(a, b))
+    matmul = norms.matmul
+    monkeypatch.setattr(norms, "matmul", lambda a, b: shapes.append((a.shape[-2], b.shape[-1])) or matmul(a, b))
     product_squared_norms(torch.randn(2, 10, 100), torch.randn(2, 10, 50))  # 10 x 150 < 100 x 50
     assert shapes == [(10, 10)] * 2
     product_squared_norms(torch.randn(2, 100, 8), torch.randn(2, 100, 4))  # 100 x 12 > 8 x 4
@@ -73,9 +74,9 @@ def is_above(found: torch.Tensor, truth: torch.Tensor, most: torch.Tensor) -> bo
     return bool((found >= 0.999 * truth).all() and (found - truth <= 1e-3 * truth + 2e-6 * most.square()).all())
 
 
-@catches("what cancels not rounded up", "clipping.grad_factors.SquaredNorm.with_margin",
+@catches("what cancels not rounded up", "clipping.norms.SquaredNorm.with_margin",
     "self.value + ROUNDING_MARGIN * bound", "self.value", tokens=1024, common=0, kind="two kinds")  # fmt: skip
-@catches("as if rounding errors were independent", "clipping.grad_factors.ghost_squared_norms",
+@catches("as if rounding errors were independent", "clipping.norms.ghost_squared_norms",
     "bound + products.diagonal(dim1=1, dim2=2).sqrt().sum(1)", "(bound**2 + products.diagonal(dim1=1, dim2=2).sum(1)).sqrt()",
     tokens=1024, common=0, kind="two kinds")  # fmt: skip
 @pytest.mark.parametrize("kind", ["independent", "two kinds", "three to one"])
@@ -86,11 +87,11 @@ def test_a_norm_where_tokens_cancel(tokens, common, kind):
     right = torch.randn(8, tokens if common else 1, 512, generator=torch.Generator().manual_seed(1)).expand(8, tokens, 512)
     right = right / 512**0.5 + common * torch.nn.functional.one_hot(torch.tensor(3), 512)
     truth = (left.double().mT @ right.double()).square().sum((1, 2))
-    found = grad_factors.ghost_squared_norms(left, right, 128).with_margin()
+    found = norms.ghost_squared_norms(left, right, 128).with_margin()
     assert is_above(found, truth, (left.norm(dim=2) * right.norm(dim=2)).sum(1))
 
 
-@catches("what cancels of a lookup not rounded up", "clipping.grad_factors.lookup_squared_norms", "sqrt().sum(1)",
+@catches("what cancels of a lookup not rounded up", "clipping.norms.lookup_squared_norms", "sqrt().sum(1)",
     "sqrt().sum(1) * 0", tokens=512, kind="two kinds")  # fmt: skip
 @pytest.mark.parametrize("kind", ["independent", "two kinds", "three to one"])
 @pytest.mark.parametrize("tokens", [8, 512])
@@ -135,8 +136,8 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
 def test_squared_norms_of_many_numbers_lose_nothing():
     """A sum of 16 million squares in one go is too small, in float32 on a CPU: authors would be clipped too little."""
     many = torch.randn(1, 2**24, generator=torch.Generator().manual_seed(0))
-    assert grad_factors.squared_norms(many).item() == pytest.approx(many.double().square().sum().item(), rel=1e-6)
-    assert grad_factors.squared_norms(torch.tensor([3.0, -2.0])).tolist() == [9.0, 4.0]  # a parameter without dimensions
+    assert norms.squared_norms(many).item() == pytest.approx(many.double().square().sum().item(), rel=1e-6)
+    assert norms.squared_norms(torch.tensor([3.0, -2.0])).tolist() == [9.0, 4.0]  # a parameter without dimensions
 
 
 @catches("a square below zero takes from the others", "clipping.factor_store.total_norms", "every.clamp(min=0)", "every")

@@ -25,16 +25,16 @@ def test_rocm_has_no_product_with_another_type_of_result(tmp_path, monkeypatch):
 
 def test_model_check_runs_the_engine_in_the_type_of_the_run(tmp_path, monkeypatch):
     """A product that only bfloat16 needs fails at the start, not in the first step."""
-    from author_dp.clipping import grad_factors
+    from author_dp.clipping import norms
 
-    plain = grad_factors.matmul
+    plain = norms.matmul
 
     def matmul(left, right):
         if left.dtype == torch.bfloat16 and left.dim() == 3:
             raise RuntimeError("no such kernel")
         return plain(left, right)
 
-    monkeypatch.setattr(grad_factors, "matmul", matmul)
+    monkeypatch.setattr(norms, "matmul", matmul)
     with simulated_gpu(), pytest.raises(UserError, match=r"the engine fails on this model.*no such kernel"):
         make_gpu_trainer(tmp_path, bf16=True)
 

@@ -9,7 +9,7 @@ from families import make_engine, make_model
 from mutation import catches
 
 from author_dp.clipping.factor_store import total_norms
-from author_dp.clipping.grad_factors import SquaredNorm, squared_norms
+from author_dp.clipping.norms import SquaredNorm, squared_norms
 from author_dp.data.splits import author_hashes
 from author_dp.errors import UserError
 from author_dp.mechanism.losses import author_losses

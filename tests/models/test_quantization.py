@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from author_dp.clipping import engine_class
 from author_dp.errors import UserError
 from author_dp.guards.model_check import verify_model
-from author_dp.guards.probing import tolerance_factor
+from author_dp.guards.precision import tolerance_factor
 from author_dp.mechanism.losses import author_losses
 from author_dp.models import quantization
 from author_dp.models.loading import load_adapter, load_base, reload_adapter_weights

@@ -11,7 +11,7 @@ from mutation import catches
 from transformers import AutoTokenizer, GenerationConfig
 
 from author_dp.outputs.page import page, text_sections
-from author_dp.outputs.samples import NUM_TEXTS, SEED, TextSamples, generate_rows, heldout_prompts
+from author_dp.outputs.samples import NUM_TEXTS, SEED, TextSamples, heldout_prompts, sample_rows
 from author_dp.types import IGNORE_INDEX
 from data_utils import AuthorDataset, group_by_author
 
@@ -47,7 +47,7 @@ def test_free_texts_hang_on_nothing_private():
     assert all(texts == found[0] for texts in found) and len(found[0]) == NUM_TEXTS and len(set(found[0])) > 1
 
 
-@catches("texts for the report move the run's random numbers", "outputs.samples.generate_rows",
+@catches("texts for the report move the run's random numbers", "outputs.samples.sample_rows",
     "with deterministic_eval(model), torch.no_grad():", "with torch.no_grad():")  # fmt: skip
 def test_the_run_is_the_same_with_them():
     model = tiny_gpt2()
@@ -94,7 +94,7 @@ def test_they_are_what_the_model_has_likely_not_what_its_folder_asks_for():
     model, rows = tiny_gpt2(dropout=0.5), [[1, 2], [3, 4]]
     own = GenerationConfig(num_beams=3, num_return_sequences=2, temperature=0.1, suppress_tokens=[5, 6], min_p=0.5)
     model.generation_config = own
-    written = generate_rows(model.train(), rows, 6, None)
+    written = sample_rows(model.train(), rows, 6, None)
     assert model.generation_config is own
     begun = torch.tensor(rows)
     torch.manual_seed(SEED)
