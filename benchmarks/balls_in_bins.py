@@ -99,7 +99,8 @@ def judges(args: argparse.Namespace) -> None:
             plan = plan._replace(delta=1e-30)  # nothing is negligible
             for direction, found in plan.estimates(sigma, args.draws, key=1).items():
                 exact = judge.exact(sigma, judge.epsilon, direction == "added")
-                deviation = found.deviation(1e-6, found.draws)
+                # Where the range is below that delta, nothing is drawn, and the interval is the range.
+                deviation = found.deviation(1e-6, found.draws) if found.draws else math.exp(found.log_range)
                 apart = (found.mean - exact) / found.standard_error if found.variance else 0.0
                 inside = "yes" if abs(found.mean - exact) <= deviation else "NO"
                 cells = (f"{exact:.4g}", f"{found.mean:.4g}", f"{apart:.1f}", f"{found.mean:.4g} ± {deviation:.2g}", inside)
@@ -174,7 +175,10 @@ def cyclic_noise(rate: float, steps: int, bands: int, epsilon: float, delta: flo
     return find_noise_multiplier(event.sample_rate, event.steps, epsilon, delta)
 
 
-@table(option("--runs", type=int, default=2, help="the first so many of the runs"))
+@table(
+    option("--runs", type=int, nargs="+", default=[0, 1], choices=range(len(RUNS)), help="places of the runs in RUNS"),
+    option("--epsilon", type=float, nargs="+", default=[8.0, 2.0, 1.0]),
+)
 def compare(args: argparse.Namespace) -> None:
     """The error of prefix sums over that of independent noise at one epsilon, as `accounting_and_data.py noise_bands` prints it.
 
@@ -183,9 +187,9 @@ def compare(args: argparse.Namespace) -> None:
     """
     heads = ("run", "epsilon", "b", "noise multiplier, cyclic", "balls-in-bins", "error, cyclic", "balls-in-bins", "lower by")
     print_head(*heads, "attempts", "draws", "seconds", "least, cyclic", "least, balls-in-bins")
-    for name, (batch, authors, steps) in list(RUNS.items())[: args.runs]:
+    for name, (batch, authors, steps) in [list(RUNS.items())[place] for place in args.runs]:
         slots, rate, delta = whole_slots(authors, batch), batch / authors, 1 / authors
-        for epsilon in (8.0, 2.0, 1.0):
+        for epsilon in args.epsilon:
             independent = find_noise_multiplier(rate, steps, epsilon, delta) * prefix_sum_rmse(np.ones(1), steps)
             cyclic, bins, rows = {}, {}, []
             for bands in [bands for bands in BAND_CHOICES if bands <= max(COMPARED)]:
