@@ -127,7 +127,7 @@ def test_dp_accounting_falls_below_where_pld_does_not():
                 sigma = math.sqrt(steps) / mu
                 ours = LossDistribution([(sigma, NEARLY_ONE, steps)], delta).epsilon()
                 assert gaussian_delta_in_high_precision(math.sqrt(steps) / sigma, ours) <= delta
-                for coarseness in (4, 1, 0.25):
+                for coarseness in (1, 0.25) if delta <= 1e-10 else ():  # elsewhere it hardly ever does
                     theirs = dp_accounting_epsilon(sigma, steps, delta, coarseness)
                     below += gaussian_delta_in_high_precision(math.sqrt(steps) / sigma, theirs) > delta
-    assert 10 < below < 100  # 33 of 504 with dp-accounting 0.6.0
+    assert 10 < below < 100
