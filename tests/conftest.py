@@ -1,5 +1,6 @@
 """Small models, data and trainers for the tests; nothing here is downloaded."""
 
+import gc
 import json
 import os
 import random
@@ -257,5 +258,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.cached:
         mutants = [mutant for mutant in mutants if not mutant.is_cached]
     kept = [item for item in items if ("integration" if item.get_closest_marker("integration") else "unit") in tiers]
+    gc.freeze()  # the Trainer collects garbage at each start: not among libraries and tests
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept + mutants

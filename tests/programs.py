@@ -5,6 +5,7 @@ What such a fork does not try: the imports, what the environment changes of them
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -65,6 +66,7 @@ def leave_out_figures() -> None:
 
 def main(arguments: tuple[str, ...], environment: dict[str, str], cwd: str, outputs: Path) -> None:
     """Be `python arguments` in a session of its own, which writes into outputs/1 and outputs/2."""
+    gc.freeze()  # or collecting garbage would copy the memory that forks share
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)

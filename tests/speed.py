@@ -5,6 +5,7 @@ in seconds of a quiet machine on which `reference_run` takes REFERENCE seconds: 
 took longer. `python tests/speed.py` prints what it takes.
 """
 
+import gc
 import resource
 import sys
 import tempfile
@@ -62,4 +63,5 @@ def pytest_runtest_teardown(item: pytest.Item):
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     reference_run()  # imports
+    gc.freeze()  # as conftest.py does
     print(*(f"{seconds:.3f}" for seconds in sorted(reference_run() for _ in range(10))))

@@ -17,6 +17,7 @@ Not found: an operation that generates random numbers inside a kernel without to
 begins after many steps or with larger batches than here, and generators hidden in a closure or a list.
 """
 
+import pickle
 import random
 from typing import Any, NamedTuple, Optional
 
@@ -240,9 +241,9 @@ def record_random_ops(call: ModelCall, ids: torch.Tensor, backward: bool = True)
     return mode.ops
 
 
-def python_and_numpy_states() -> tuple[Any, str]:
+def python_and_numpy_states() -> tuple[Any, bytes]:
     """Return the states of the global generators of Python and NumPy, to be compared."""
-    return random.getstate(), str(np.random.get_state(legacy=False))
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
 
 
 def check_same_ops(few: list[RandomOp], other: list[RandomOp]) -> None:

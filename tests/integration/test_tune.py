@@ -13,8 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_report, within
+from conftest import ROOT, of_a_terminal, read_report, within
 from mutation import catches
+from programs import Program
 
 from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.budget import Budget
@@ -383,6 +384,12 @@ def test_run_command_hands_a_signal_on_and_waits(tmp_path):
 
 @pytest.mark.integration
 def test_whole_search_on_the_demo_with_two_processes(tmp_path, monkeypatch, capsys):
+    def run_forked(command, log):
+        done = Program(*command[1:], environment=of_a_terminal()).wait(300)
+        log.write_text(done.stdout + done.stderr)
+        return done.returncode
+
+    monkeypatch.setattr(search, "run_command", run_forked)
     draws(monkeypatch, 1)
     monkeypatch.chdir(ROOT)
     call(
