@@ -9,6 +9,8 @@ the sums by GRID in L1 norm, whatever l is. Each sum gets discrete Laplace noise
 the first sum over both. So the number of authors is protected as well. Sums and noise are exact integers, and the noise comes
 from the operating system's secret bits: nothing depends on floating-point noise [2]. An author's loss is computed in batches
 without other authors. Kernels are selected by a batch's shape, so one author could otherwise move the last bits of all others.
+Constant shapes with several authors would not do: an author is in a row that follows from who else is there, and the last bit may
+change with the row (docs/threat-model.md, "Rounding and shapes"). The integers of many authors could move then, beyond the noise.
 
 With a limit on the number of authors, those with the lowest hashes are evaluated. One author may then replace another: this moves
 the sums by up to 2 GRID, and the noise is doubled. Without a release, a threshold selects authors instead. It follows from the
