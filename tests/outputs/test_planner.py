@@ -183,7 +183,7 @@ def test_options_and_their_values_are_left_out():
 
 @pytest.mark.integration
 def test_the_command_runs(checkpoint, comments, tmp_path, capsys, few_rows):
-    words = ["--authors", "60", "--target_epsilon", "8", "--parameters", "4e5", "--hours", "1", "--seconds_per_author", "10"]
+    words = ["--authors", "120", "--target_epsilon", "8", "--parameters", "4e5", "--hours", "1", "--seconds_per_author", "20"]
     more = ["--train_file", str(comments), "--output_dir", str(tmp_path / "out"), "--sequence_len", "32", "--dry_run"]
     report = plan(capsys, *words, "--", "--model_name", str(checkpoint), *more)
     done = run_script(*shlex.split(report["command"])[2:])
