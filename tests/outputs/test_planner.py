@@ -27,8 +27,10 @@ IN_TIME = ["--hours", "0.5", "--seconds_per_author", "0.25"]  # 7,200 authors in
 def plan(capsys, *words: str) -> dict:
     """Return what the planner prints as JSON."""
     place = words.index("--") if "--" in words else len(words)
+    capsys.readouterr()  # what was printed before
     planner.main([*words[:place], "--json", *words[place:]])
-    return json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    return json.loads(printed[printed.index("{\n") :])
 
 
 @pytest.fixture
