@@ -189,6 +189,10 @@ def sweep(args: argparse.Namespace) -> None:
 # --- the fit --------------------------------------------------------------------------------------------------
 
 
+START = (1.0, 0.15, 0.2, 1.2, 20.0, 3.0, 0.5, 20.0, 1.5)  # of the fit
+CEILING = 1.05  # of shares: the log of the distance to it is fitted, so that the best settings count most
+
+
 class Run(NamedTuple):
     """A measured run, as the formula sees it, with its loss: the mean, where a setting was measured several times."""
 
@@ -228,28 +232,25 @@ def predicted_shares(runs: list[Run], constants: prediction.Constants) -> np.nda
 
 
 def fit_constants(corpora: dict[str, tuple[float, list[Run]]]) -> prediction.Constants:
-    """Return the constants with the least squares of all shares, each corpus with equal weight; robust to outliers."""
-    targets = {corpus: measured_shares(*found) for corpus, found in corpora.items()}
+    """Return the constants with the least squares of stretched shares; each corpus has equal weight."""
+    targets, start = {corpus: measured_shares(*found) for corpus, found in corpora.items()}, np.log(START)
 
     def residuals(logs: np.ndarray) -> np.ndarray:
-        constants = prediction.Constants(*np.exp(logs))
+        constants = prediction.Constants(*np.exp(np.clip(logs, start - 3, start + 3)))
         differences = [
-            (predicted_shares(runs, constants) - targets[corpus]) * weights(targets[corpus]) / math.sqrt(len(runs))
+            (stretch(predicted_shares(runs, constants)) - stretch(targets[corpus])) / math.sqrt(len(runs))
             for corpus, (_, runs) in corpora.items()
         ]
-        return np.concatenate([*differences, 0.02 * (logs - np.log(START))])  # constants that the data do not tell stay put
+        return np.concatenate([*differences, 0.03 * (logs - start)])  # constants that the data do not tell stay put
 
-    starts = [np.log(START) + 0.5 * np.random.default_rng(seed).standard_normal(len(START)) * (seed > 0) for seed in range(3)]
-    fits = [least_squares(residuals, start, loss="soft_l1", f_scale=0.02) for start in starts]
+    starts = [start, start + 0.4 * np.random.default_rng(1).standard_normal(len(start))]
+    fits = [least_squares(residuals, begin, loss="soft_l1", f_scale=0.1, max_nfev=40) for begin in starts]
     return prediction.Constants(*np.exp(min(fits, key=lambda fit: fit.cost).x).tolist())
 
 
-def weights(shares: np.ndarray) -> np.ndarray:
-    """Return how much runs count: those that are nearly the best decide what is picked."""
-    return 1 / (0.2 + np.clip(shares.max() - shares, 0, 1))
-
-
-START = (0.5, 0.2, 0.1, 1.0, 1.0, 2.0, 5.0)
+def stretch(shares: np.ndarray) -> np.ndarray:
+    """Return -log of the distance to CEILING: differences between the best settings count more."""
+    return -np.log(CEILING - np.minimum(shares, CEILING - 0.01))
 
 
 def rank_correlation(runs: list[Run], shares: np.ndarray) -> float:

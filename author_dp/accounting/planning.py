@@ -178,7 +178,9 @@ def format_advice(plan: PrivacyPlan, learning_rate: float, parameters: int, trai
     found, most = candidates(task), gain_without_privacy(task)
     asked = Setting(plan.noise_multiplier, batch, plan.steps, plan.noise_bands, learning_rate, parameters, trained, is_lora)
     shares = [predicted_gain(setting) / most for setting in (asked, *found[:1])]
-    words = [f"{middle:.0%} ({low:.0%} to {high:.0%})" for middle, low, high in map(with_interval, shares)]
+    words = [
+        f"{middle:.0%} ({low:.0%} to {high:.0%})" for middle, low, high in (with_interval(share, is_lora) for share in shares)
+    ]
     advice = f"Planner: these settings are predicted to keep {words[0]} of the gain without privacy."
     if not found or shares[1] < shares[0] + WORTH_SAYING:
         return f"{advice} No setting with as many sampled authors is predicted to be much better."

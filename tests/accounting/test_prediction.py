@@ -7,7 +7,7 @@ import pytest
 from mutation import catches
 
 from author_dp.accounting.banded_mf import toeplitz_coefficients
-from author_dp.accounting.prediction import Setting, predicted_gain, step_noise, sum_noise, with_interval
+from author_dp.accounting.prediction import Setting, predicted_gain, predicted_share, step_noise, sum_noise, with_interval
 
 SETTING = Setting(0.8, 64, 20, 4, 3e-3, 400_000, 400_000, is_lora=False)
 
@@ -40,8 +40,14 @@ def test_a_rate_can_be_too_large():
     assert gains[0] < gains[1] > gains[2]
 
 
-def test_intervals_stay_between_0_and_1():
+def test_shares_and_intervals_stay_between_0_and_1():
     for share in (-0.3, 0.0, 0.5, 1.2):
-        middle, low, high = with_interval(share)
-        assert 0 <= low <= middle <= high <= 1
-    assert with_interval(0.5)[1] < 0.5 < with_interval(0.5)[2]
+        middle, low, high = with_interval(share, is_lora=False)
+        assert 0 <= low <= middle <= high <= 1 and with_interval(share, is_lora=True)[1] <= low
+    shares = [predicted_share(SETTING._replace(noise_multiplier=noise))[0] for noise in (0.1, 1.0, 10.0)]
+    assert 1 >= shares[0] > shares[1] > shares[2] > 0
+
+
+def test_a_larger_model_of_the_same_noise_keeps_less():
+    shares = [predicted_share(SETTING._replace(parameters=size, trained=size))[0] for size in (400_000, 4_000_000, 40_000_000)]
+    assert shares == sorted(shares, reverse=True)

@@ -27,8 +27,10 @@ IN_TIME = ["--hours", "0.5", "--seconds_per_author", "0.25"]  # 7,200 authors in
 def plan(capsys, *words: str) -> dict:
     """Return what the planner prints as JSON."""
     place = words.index("--") if "--" in words else len(words)
+    capsys.readouterr()  # what was printed before
     planner.main([*words[:place], "--json", *words[place:]])
-    return json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    return json.loads(printed[printed.index("{\n") :])
 
 
 @pytest.fixture
@@ -183,7 +185,7 @@ def test_options_and_their_values_are_left_out():
 
 @pytest.mark.integration
 def test_the_command_runs(checkpoint, comments, tmp_path, capsys, few_rows):
-    words = ["--authors", "60", "--target_epsilon", "8", "--parameters", "4e5", "--hours", "1", "--seconds_per_author", "10"]
+    words = ["--authors", "120", "--target_epsilon", "8", "--parameters", "4e5", "--hours", "1", "--seconds_per_author", "20"]
     more = ["--train_file", str(comments), "--output_dir", str(tmp_path / "out"), "--sequence_len", "32", "--dry_run"]
     report = plan(capsys, *words, "--", "--model_name", str(checkpoint), *more)
     done = run_script(*shlex.split(report["command"])[2:])
