@@ -31,7 +31,9 @@ class FusedLora(lora.Linear):
         device, (name,) = x.device.type, adapters
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype == torch.float32 else x
         result = self.base_layer(x)
-        x = x if torch.is_autocast_enabled(device) else x.to(self.lora_A[name].weight.dtype)
+        if not torch.is_autocast_enabled(device):
+            weight: Any = self.lora_A[name].weight
+            x = x.to(weight.dtype)
         update = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name])
         return (result + update).to(result.dtype)
 

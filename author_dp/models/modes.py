@@ -58,14 +58,16 @@ def frozen_weights_cast(model: nn.Module) -> Iterator[None]:
     Autocast itself remembers the casts of trained weights only. What layers compute does not change. Where layers are
     checkpointed, nothing is cast: these copies are what checkpointing does not keep.
     """
-    replaced = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     for layer in model.modules():
-        if checkpointed or type(layer) not in (nn.Linear, Conv1D) or not torch.is_autocast_enabled(layer.weight.device.type):
+        if checkpointed or type(layer) not in (nn.Linear, Conv1D):
             continue
         for name, parameter in layer._parameters.items():
-            is_frozen = parameter is not None and not parameter.requires_grad and parameter.dtype == torch.float32
-            if is_frozen and not isinstance(parameter, DTensor):  # FSDP gathers those of a sharded layer at each call
+            if parameter is None or parameter.requires_grad or parameter.dtype != torch.float32:
+                continue
+            # FSDP gathers the parameters of a sharded layer at each call.
+            if torch.is_autocast_enabled(parameter.device.type) and not isinstance(parameter, DTensor):
                 replaced.append((layer, name, parameter))
     try:
         for layer, name, parameter in replaced:

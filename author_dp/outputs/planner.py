@@ -141,7 +141,7 @@ def format_report(report: dict[str, Any]) -> str:
     """Return the report as text."""
     task, rows = Task(**report["task"]), report["rows"]
     head = ("", "batch", "steps", "bands", "rate", "noise", "noise/B", "sum error", "(ratio)", "share kept", "minutes", "GiB")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         share = "-" if row["share"] is None else f"{row['share']:.0%} ({row['share_low']:.0%} to {row['share_high']:.0%})"
         cells = [f"{row['expected_batch']:,}", f"{row['steps']:,}", f"{row['noise_bands']}", number(row["learning_rate"], "g")]

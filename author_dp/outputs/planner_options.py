@@ -87,9 +87,9 @@ def resolve(args: PlanArguments, lora: LoraArguments) -> tuple[Task, Costs]:
         missing = [name for name, value in (("--authors", authors), ("--target_epsilon", epsilon)) if value is None]
         raise UserError(f"{', '.join(missing)}: missing. Give {'it' if len(missing) == 1 else 'them'}, such as --authors 10000")
     parameters, trained = count_parameters(args, lora, found)
-    if args.hours is not None:
-        sampled = 3600 * args.hours / (args.seconds_per_author or costs.seconds_per_author)
-        costs = Costs(args.seconds_per_author or costs.seconds_per_author, costs.peak)
+    seconds = args.seconds_per_author or costs.seconds_per_author
+    if args.hours is not None and seconds is not None:  # checked with the options
+        sampled, costs = 3600 * args.hours / seconds, Costs(seconds, costs.peak)
     delta = args.target_delta or (found.get("delta") if args.authors is None else None) or 1 / authors
     is_lora = lora.enable_lora or trained < parameters
     return Task(authors, epsilon, delta, parameters, trained, is_lora, sampled), costs
