@@ -31,9 +31,9 @@ STEPS = tuple(steps for i in range(3, 12) for steps in (2**i, 2**i * 3 // 2))  #
 NOISES, RENYI_ORDERS = np.geomspace(0.2, 200, 64), np.arange(2, 49)
 RENYI_EXCESS = 1.13  # about how much larger noise multipliers by Renyi divergences are than calibrated ones
 # Where the formula has ground: what was measured, and up to ten times as much of what scales (twenty times as many authors).
-PARAMETERS, EPSILONS, AUTHORS, SAMPLED = (40_000, 1_400_000_000), (1, 8), (100, 400_000), (100, 50_000)
+PARAMETERS, EPSILONS, AUTHORS = (40_000, 1_400_000_000), (1, 8), (100, 400_000)
+MIN_SAMPLED, MAX_SAMPLED = 100, 50_000  # authors in all batches together
 WORTH_SAYING = 0.03  # of a share: what a dry run does not mention is less
-MAX_SAMPLED = 50_000  # authors in all batches, where no time is given: ten times what was measured
 
 
 class Task(NamedTuple):
@@ -54,8 +54,8 @@ class Task(NamedTuple):
 
     @property
     def limit(self) -> float:
-        """Return how many authors all batches together may have."""
-        return MAX_SAMPLED if self.max_sampled is None else self.max_sampled
+        """Return how many authors all batches together may have: nothing longer than MAX_SAMPLED is compared."""
+        return MAX_SAMPLED if self.max_sampled is None else min(self.max_sampled, MAX_SAMPLED)
 
 
 def grid(task: Task) -> Iterator[Setting]:
@@ -124,13 +124,18 @@ def unprotected(task: Task) -> Iterator[Setting]:
             yield Setting(0.0, batch, steps, 1, rate, task.parameters, task.trained, task.is_lora)
 
 
-def missing_ground(task: Task) -> str:
-    """Return why nothing can be predicted: what is far beyond all that was measured; empty if nothing is."""
+def missing_ground(task: Task, sampled: Optional[float] = None) -> str:
+    """Return why nothing can be predicted: what is far beyond all that was measured; empty if nothing is.
+
+    Args:
+        sampled: how many authors all batches of a certain run have; by default, of the longest run that is compared.
+    """
     reasons = [
         f"{name} {value:,.12g}, where {low:,.12g} to {high:,.12g} is near what was measured"
         for name, value, (low, high) in (
             ("a model of", task.parameters, PARAMETERS), ("an epsilon of", task.epsilon, EPSILONS),
-            ("authors:", task.num_authors, AUTHORS), ("authors in all batches:", task.limit, SAMPLED),
+            ("authors:", task.num_authors, AUTHORS),
+            ("authors in all batches:", sampled or task.limit, (MIN_SAMPLED, MAX_SAMPLED)),
         )
         if not low <= value <= high
     ]  # fmt: skip
@@ -173,7 +178,7 @@ def format_advice(plan: PrivacyPlan, learning_rate: float, parameters: int, trai
     batch, epsilon = max(1, round(plan.sample_rate * plan.num_authors)), plan.target_epsilon
     assert epsilon is not None
     task = Task(plan.num_authors, epsilon, plan.delta, parameters, trained, is_lora, batch * plan.steps)
-    if reasons := missing_ground(task):
+    if reasons := missing_ground(task, batch * plan.steps):
         return f"Planner: it predicts nothing here ({reasons})."
     found, most = candidates(task), gain_without_privacy(task)
     asked = Setting(plan.noise_multiplier, batch, plan.steps, plan.noise_bands, learning_rate, parameters, trained, is_lora)

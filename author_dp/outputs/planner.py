@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 from author_dp import cli
 from author_dp.accounting.planning import (
+    MAX_SAMPLED,
     Task,
     calibrate,
     candidates,
@@ -128,6 +129,7 @@ def make_report(args: PlanArguments, lora: LoraArguments, more: Sequence[str]) -
         "no_ground": missing_ground(task) or None,
         "from_private_texts": args.from_dry_run is not None,
         "memory_is_measured": costs.peak is not None,
+        "trained_is_estimated": lora.enable_lora and args.parameters is not None and args.trained_parameters is None,
         "rows": rows,
         "command": None if best is None else command_of(decided_options(task, best), args, lora_words(lora), more),
     }
@@ -154,6 +156,12 @@ def format_report(report: dict[str, Any]) -> str:
     notes = [f"{task.num_authors:,} authors, epsilon {task.epsilon:g} at delta {task.delta:.2g}, {trained}", "", table, ""]
     notes.append(f"share kept: of the gain without privacy in the same time; in brackets {INTERVAL:.0%} intervals")
     notes.append("sum error: of the summed updates, per coordinate in clip norms; in brackets relative to independent noise")
+    if task.max_sampled is not None and task.max_sampled > MAX_SAMPLED:
+        notes.append(f"There is time for more, but nothing longer than {MAX_SAMPLED:,} authors in all batches was measured.")
+    if report["trained_is_estimated"]:
+        notes.append(
+            "trained parameters: estimated for a typical shape; give --trained_parameters or --model for the exact number"
+        )
     if not report["memory_is_measured"]:
         notes.append("GiB: weights, clipped sums, Adam's moments and noise bands; activations come on top")
     if report["from_private_texts"]:

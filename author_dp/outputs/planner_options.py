@@ -35,7 +35,7 @@ class PlanArguments:
     model: Optional[str] = option(None, "Folder or hub name of the model; its sizes are read from its configuration.")
     parameters: Optional[float] = option(None, "Number of the model's parameters, such as 135e6, instead of --model.")
     trained_parameters: Optional[float] = option(
-        None, "Number of trained parameters, where --enable_lora goes with --parameters."
+        None, "Number of trained parameters, for --enable_lora with --parameters. Default: estimated for a typical shape."
     )
     hours: Optional[float] = option(None, "Time for the steps of the run. Default: the time of the dry run's plan, or no limit.")
     seconds_per_author: Optional[float] = option(None, "Time of a step, divided by its expected batch.")
@@ -103,9 +103,18 @@ def count_parameters(args: PlanArguments, lora: LoraArguments, found: dict[str, 
         return found["parameters"], found["trained_parameters"]
     if args.parameters is None:
         raise UserError("--model, --parameters: the model's size is missing. Give one of them")
-    if lora.enable_lora and args.trained_parameters is None:
-        raise UserError("--enable_lora with --parameters: how many parameters are trained? Give --trained_parameters, or --model")
-    return int(args.parameters), int(args.trained_parameters or args.parameters)
+    trained = args.trained_parameters or (estimate_adapters(args.parameters, lora) if lora.enable_lora else args.parameters)
+    return int(args.parameters), int(trained)
+
+
+def estimate_adapters(parameters: float, lora: LoraArguments) -> float:
+    """Return about how many parameters adapters have, for a transformer of the usual shape.
+
+    Its layers have 12 width^2 parameters each, and number width / 64. Rank (r + c) parameters adapt a matrix of r x c:
+    18 width rank for all linear layers of a block, 4 width rank for two of attention, peft's choice for most models.
+    """
+    width = (parameters * 64 / 12) ** (1 / 3)
+    return min(parameters, (18 if lora.lora_target_modules else 4) * width * lora.lora_dim * width / 64)
 
 
 def count_of_model(name: str, lora: LoraArguments) -> tuple[int, int]:
