@@ -44,9 +44,9 @@ BYTES_PER_TRAINED = 16  # float32: the weight, its clipped sum, and Adam's two m
 GIB = 2**30
 
 
-def make_rows(task: Task, costs: Costs, number: int = ROWS) -> list[dict[str, Any]]:
+def make_rows(task: Task, costs: Costs) -> list[dict[str, Any]]:
     """Return the best setting of each of the best batch sizes, the best one first; by batch size without ground to predict."""
-    settings, ground = candidates(task)[:number], missing_ground(task)
+    settings, ground = candidates(task)[:ROWS], missing_ground(task)
     if not settings:
         raise UserError("--hours: not even the smallest batch fits eight times. Raise it, or lower --seconds_per_author")
     rows = [make_row(task, setting, costs, not ground) for setting in settings]

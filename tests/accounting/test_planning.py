@@ -22,7 +22,6 @@ def best(task: Task) -> float:
     authors=st.integers(200, 20_000), epsilon=st.floats(1, 7), sampled=st.floats(150, 2_000), factor=st.floats(1.01, 8),
     trained=st.sampled_from([40_000, 400_000]), own_delta=st.booleans(),
 )  # fmt: skip
-@catches("cheap noise grows with epsilon", "accounting.planning.cheap_noise_multiplier", "/ RENYI_EXCESS", "* epsilon**2")
 def test_more_time_authors_or_epsilon_never_predict_worse(authors, epsilon, sampled, factor, trained, own_delta):
     def task(authors=authors, epsilon=epsilon, sampled=sampled):
         return Task(authors, epsilon, 1 / authors if own_delta else 1e-5, 400_000, trained, trained < 400_000, sampled)
@@ -42,6 +41,8 @@ def test_settings_fit_what_is_asked_for():
     assert not list(grid(TASK._replace(max_sampled=100)))
 
 
+@catches("cheap noise grows with epsilon", "accounting.planning.cheap_noise_multiplier", "/ RENYI_EXCESS", "* epsilon**2",
+    rate=0.02, steps=64, bands=1)  # fmt: skip
 @pytest.mark.parametrize(("rate", "steps", "bands"), [(0.02, 64, 1), (0.02, 64, 8), (0.1, 24, 1)])
 def test_cheap_noise_is_near_the_calibrated_one(rate, steps, bands):
     event = cyclic_event(1.0, rate, steps, bands)

@@ -20,6 +20,8 @@ from author_dp.outputs import planner
 from author_dp.outputs.planner_options import without_options
 from author_dp.training.dry_run import DryRun
 
+pytestmark = pytest.mark.integration  # each plan calibrates several noise multipliers exactly
+
 ASKED = ["--authors", "3000", "--target_epsilon", "8", "--parameters", "4e5"]
 IN_TIME = ["--hours", "0.5", "--seconds_per_author", "0.25"]  # 7,200 authors in all batches
 
@@ -206,7 +208,6 @@ def test_options_and_their_values_are_left_out():
     assert without_options(words, {"lora_target_modules", "max_steps"}) == ["--bf16"]
 
 
-@pytest.mark.integration
 def test_the_command_runs(checkpoint, comments, tmp_path, capsys, few_rows):
     words = ["--authors", "120", "--target_epsilon", "8", "--parameters", "4e5", "--hours", "1", "--seconds_per_author", "20"]
     more = ["--train_file", str(comments), "--output_dir", str(tmp_path / "out"), "--sequence_len", "32", "--dry_run"]
@@ -215,7 +216,6 @@ def test_the_command_runs(checkpoint, comments, tmp_path, capsys, few_rows):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.integration
 def test_errors_of_the_program_are_of_one_line():
     done = subprocess.run([sys.executable, "-m", "author_dp.plan", *ASKED, "--hours", "2"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--hours" in done.stderr
