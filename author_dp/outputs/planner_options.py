@@ -12,6 +12,7 @@ from typing import Any, Optional
 from author_dp.accounting.accountant import MIN_DELTA
 from author_dp.accounting.planning import Task
 from author_dp.errors import UserError, first_line
+from author_dp.hub_access import hub_is_reachable
 from author_dp.models.lora import LoraArguments
 from author_dp.outputs.page import STATISTICS_NAME
 from author_dp.outputs.privacy_statement import read_json
@@ -125,7 +126,7 @@ def count_of_model(name: str, lora: LoraArguments) -> tuple[int, int]:
     from author_dp.models.lora import add_lora_adapters
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, local_files_only=not Path(name).is_dir() and not hub_is_reachable())
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
