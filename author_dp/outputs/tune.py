@@ -62,9 +62,9 @@ def format_prediction(noise: SearchNoise, header: dict[str, Any]) -> str:
     for settings in filter(None, header["settings"]):
         sizes = (settings["parameters"], settings["trained_parameters"])
         is_lora = "lora" in settings
-        if authors is None or missing_ground(
-            Task(authors, header["target_epsilon"], header["delta"], *sizes, is_lora, batch * steps)
-        ):
+        if authors is None:
+            continue
+        if missing_ground(Task(authors, header["target_epsilon"], header["delta"], *sizes, is_lora), batch * steps):
             continue
         gains.append([
             predicted_gain(Setting(sigma, batch, steps, header["noise_bands"], settings["learning_rate"], *sizes, is_lora))
