@@ -111,15 +111,17 @@ def dp_accounting_epsilon(sigma: float, steps: int, delta: float, coarseness: fl
     return step.self_compose(steps, min(1e-15, delta / 1e4)).get_epsilon_for_delta(delta)
 
 
-def test_dp_accounting_falls_below_the_closed_form_at_small_delta():
-    """The reason for pld.py. Where this fails, a newer dp-accounting may serve instead."""
-    theirs, ours = dp_accounting_epsilon(62.5, 10_000, 1e-12), LossDistribution([(62.5, NEARLY_ONE, 10_000)], 1e-12).epsilon()
-    assert gaussian_delta_in_high_precision(1.6, theirs) > 1.05e-12
+def test_epsilon_of_many_steps_is_a_bound_at_small_delta():
+    ours = LossDistribution([(62.5, NEARLY_ONE, 10_000)], 1e-12).epsilon()
     assert gaussian_delta_in_high_precision(1.6, ours) <= 1e-12
 
 
 @pytest.mark.integration
 def test_dp_accounting_falls_below_where_pld_does_not():
+    """The reason for pld.py. Where this fails, a newer dp-accounting may serve instead.
+
+    Which settings are too low depends on how the processor rounds, so their number is tested and not one of them.
+    """
     below = 0
     for steps in (30, 100, 300, 1_000, 3_000, 10_000, 20_000):
         for mu in (0.12, 0.45, 1.6, 4.0):
@@ -130,4 +132,4 @@ def test_dp_accounting_falls_below_where_pld_does_not():
                 for coarseness in (1, 0.25) if delta <= 1e-10 else ():  # elsewhere it hardly ever does
                     theirs = dp_accounting_epsilon(sigma, steps, delta, coarseness)
                     below += gaussian_delta_in_high_precision(math.sqrt(steps) / sigma, theirs) > delta
-    assert 10 < below < 100
+    assert below > 3
