@@ -11,9 +11,8 @@ where epsilon is (the saddle point [2]), so that the rounding error is relative 
 
 Why not dp-accounting's PLD: its FFT has no tilt and no bound on rounding, and falls below the true epsilon at small delta. With
 sigma 62.5, q = 1 - 1e-12 and 10,000 steps, version 0.6.0 returned 12.125 at delta 1e-12 on one processor and 12.174 on another;
-the closed form is 12.152. Found by comparing 504 settings at that q with the closed form: 30 to 20,000 steps, delta 1e-12 to 1e-6,
-connected dots on three grids. 33 results were below it, all at delta 1e-10 or less. tests/accounting/test_pld.py repeats the
-comparison.
+the closed form is 12.152. Of 504 settings at that q (30 to 20,000 steps, delta 1e-12 to 1e-6, connected dots on three grids), 33
+results were below the closed form, all at delta 1e-10 or less. tests/accounting/test_pld.py repeats the comparison.
 
 Example:
 
