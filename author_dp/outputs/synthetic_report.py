@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from author_dp.cli import OptionParser
 from author_dp.data.authors import holdout_scores, split_id
+from author_dp.data.chat import Example
 from author_dp.data.columns import ColumnSpec
 from author_dp.data.loading import expand_files
 from author_dp.data.readers import read_files, read_rows
@@ -78,17 +80,20 @@ def read_real(option: str, files: list[str], args: argparse.Namespace) -> list[T
     """
     columns = ColumnSpec(option, args.text_column, args.author_column)
     if args.messages_column is not None:
-        columns = columns._replace(text=args.messages_column, as_text=assistant_text, text_option="--messages_column")
+        columns = columns._replace(text=args.messages_column, as_text=assistant_example, text_option="--messages_column")
     texts: list[Text] = []
     for batch in read_files(expand_files(option, files), columns):
-        texts += map(Text, batch.column(columns.author).to_pylist(), batch.column(columns.text).to_pylist())
+        written = batch.column(columns.text)
+        written = written if columns.as_text is None else pc.struct_field(written, "text")
+        texts += map(Text, batch.column(columns.author).to_pylist(), written.to_pylist())
     return [row for row in texts if row.text.strip()]  # as the training does: without a text, there is no sample
 
 
-def assistant_text(messages: Any) -> str:
-    """Return the assistant's messages of a conversation, joined."""
+def assistant_example(messages: Any) -> Example:
+    """Return an example whose text is the assistant's messages of a conversation, joined."""
     turns = messages if isinstance(messages, list) else []
-    return "\n".join(str(turn["content"]) for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant")
+    answers = (str(turn["content"]) for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant")
+    return Example("\n".join(answers), [], False)
 
 
 def split(real: list[Text], model: dict[str, Any], args: argparse.Namespace) -> tuple[list[Text], list[Text]]:

@@ -113,7 +113,7 @@ def test_wherever_a_save_is_cut_nothing_false_is_certified(tmp_path, how, what):
         outcomes.add((is_certified(place), (place / "model.safetensors").exists()))
         is_certified(out)
         assert latest_complete(out) is not None or what == "checkpoint"
-        resumable(out, max_steps=2, resume_from_checkpoint=True)  # nothing of it is in the way of going on
+        resumable(out, max_steps=2, target=30.0, resume_from_checkpoint=True)  # nothing of it is in the way of going on
         if ended and (ENDS[how] is None or left > 0):
             break
     assert number > 5 and is_certified(place)
