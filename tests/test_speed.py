@@ -9,6 +9,7 @@ import speed
 def end(monkeypatch, used: float, slowdown: float, marker: str | None = None) -> None:
     """End a test that took so many seconds, on a machine that is so many times slower than the reference."""
     monkeypatch.setattr(speed, "reference_run", lambda: speed.REFERENCE * slowdown)
+    monkeypatch.setattr(speed, "RECENT", [])
     item = SimpleNamespace(stash={speed.USED: used}, get_closest_marker=lambda name: name if name == marker else None)
     hook = speed.pytest_runtest_teardown(item)
     next(hook)

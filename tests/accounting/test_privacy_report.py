@@ -232,6 +232,7 @@ def test_summary_of_resumed_run_states_its_end(tmp_path, stop, steps, target):
 @catches("a page and a sidecar that compute on their own", "accounting.privacy_report.recompute_report",
     'spent_entries(ledger, report["delta"])',
     'spent_entries(ledger, report["delta"]) | {"epsilon": ledger.epsilon(report["delta"], ledger.events[-1])}')  # fmt: skip
+@pytest.mark.integration
 def test_recomputed_report_and_guarantee_match_privacy_json(tmp_path):
     trainer = resumable(tmp_path)
     trainer.add_callback(Stop(4))
