@@ -21,10 +21,10 @@ import numpy as np
 from scipy.special import gammaln, logsumexp
 
 from author_dp.accounting.accountant import find_noise_multiplier
-from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, toeplitz_coefficients
+from author_dp.accounting.banded_mf import BAND_CHOICES, error_ratio
 from author_dp.accounting.events import MechanismEvent, check_delta, cyclic_event
 from author_dp.accounting.plan import PrivacyPlan
-from author_dp.accounting.prediction import RATES, Setting, predicted_gain, with_interval
+from author_dp.accounting.prediction import RATES, Setting, band_errors, predicted_gain, with_interval
 
 BATCHES = tuple(2**i for i in range(4, 13))  # 16 to 4,096
 STEPS = tuple(steps for i in range(3, 12) for steps in (2**i, 2**i * 3 // 2))  # 8, 12, 16, 24, ... 3,072
@@ -150,22 +150,18 @@ def calibrate(task: Task, setting: Setting) -> float:
     """
     event = cyclic_event(0.0, setting.batch / task.num_authors, setting.steps, setting.bands)
     check_delta([MechanismEvent(0.0, setting.batch / task.num_authors, setting.steps)], task.delta)
-    return calibrated(event.sample_rate, event.steps, task.epsilon, task.delta)
-
-
-calibrated = functools.lru_cache(maxsize=256)(find_noise_multiplier)
+    return find_noise_multiplier(event.sample_rate, event.steps, task.epsilon, task.delta)
 
 
 def sum_error(setting: Setting) -> float:
     """Return the root mean square error of the summed updates of each coordinate, in clip norms."""
-    error = prefix_sum_rmse(toeplitz_coefficients(setting.bands, setting.steps), setting.steps)
-    return setting.noise_multiplier * error / setting.batch
+    return setting.noise_multiplier * band_errors(setting.bands, setting.steps)[1] / setting.batch
 
 
 def ratio_of_sums(task: Task, setting: Setting) -> float:
     """Return that error relative to that of independent noise at the same epsilon, as a run's log states it."""
-    independent = setting._replace(bands=1)
-    return sum_error(setting) / sum_error(independent._replace(noise_multiplier=calibrate(task, independent)))
+    rate = setting.batch / task.num_authors
+    return error_ratio(setting.noise_multiplier, rate, setting.steps, setting.bands, task.epsilon, task.delta)
 
 
 def format_advice(plan: PrivacyPlan, learning_rate: float, parameters: int, trained: int, is_lora: bool) -> str:

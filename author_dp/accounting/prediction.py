@@ -20,8 +20,6 @@ from typing import NamedTuple
 
 from author_dp.accounting.banded_mf import prefix_sum_rmse, step_noise_std, toeplitz_coefficients
 
-FITTED = {"date": "2026-11-30", "versions": {"torch": "2.13.0", "transformers": "5.23.0"}}
-
 
 class Setting(NamedTuple):
     """A run, as far as the prediction depends on it.
@@ -56,7 +54,7 @@ class Constants(NamedTuple):
     ratio_power: float
 
 
-# `python benchmarks/planner.py fit` prints them.
+# `python benchmarks/planner.py fit` prints them: 2026-11-30, torch 2.13.0, transformers 5.23.0.
 CONSTANTS = Constants(0.913, 0.134, 0.178, 1.21, 61.1, 1.86, 0.609, 23.3, 2.72)
 
 MEASURED_PARAMETERS, MEASURED_RATE = 413_664, 1e-2

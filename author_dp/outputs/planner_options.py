@@ -124,6 +124,7 @@ def count_of_model(name: str, lora: LoraArguments) -> tuple[int, int]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from author_dp.models.lora import add_lora_adapters
+    from author_dp.models.quantization import model_sizes
 
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=not Path(name).is_dir() and not hub_is_reachable())
@@ -133,13 +134,12 @@ def count_of_model(name: str, lora: LoraArguments) -> tuple[int, int]:
         raise UserError(
             f"--model {name}: it cannot be read ({first_line(error)}). Give a model's folder, or --parameters"
         ) from error
-    options = lora.to_options()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    if options is None:
+    total = model_sizes(model)[1]
+    if (options := lora.to_options()) is None:
         return total, total
     with torch.device("meta"):
         model = add_lora_adapters(model, **options)
-    return total, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return total, model_sizes(model)[0]
 
 
 def read_dry_run(folder: Path) -> tuple[dict[str, Any], Costs, float]:

@@ -24,6 +24,7 @@ from author_dp.files import write_json
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import SUPPORTED
 from author_dp.mechanism.microbatches import MicrobatchShape, max_microbatch_authors
+from author_dp.models.quantization import model_sizes
 from author_dp.wording import format_count
 
 logger = get_logger(__name__)
@@ -108,8 +109,7 @@ class DryRun(TrainerCallback):
         plan, args, model = self.trainer.plan, self.trainer.args, self.trainer.model
         if plan.target_epsilon is None or OptimizerNames(args.optim).value not in SUPPORTED:
             return ""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-        parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+        trained, parameters = model_sizes(model)
         return format_advice(plan, args.learning_rate, parameters, trained, isinstance(model, PeftModel))
 
     def summary(self) -> str:
