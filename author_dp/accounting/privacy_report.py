@@ -81,9 +81,8 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
         delta: of the guarantee.
     """
     epsilon = ledger.epsilon(delta)
-    started = (
-        ledger.runs[0].get("started") if ledger.runs else None
-    )  # of the first run: a later one's date tells how long that took
+    # Of the first run: a later one's date tells how long that took.
+    started = ledger.runs[0].get("started") if ledger.runs else None
     entries = {
         **({} if started is None else {"started": started}),
         "accountant": accountant_of(ledger.events, delta),

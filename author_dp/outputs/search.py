@@ -36,15 +36,8 @@ from author_dp.training.resuming import SAMPLES_NAME
 
 PLAN_NAME = "search.json"
 OPTIONS_NAME = "options.json"  # of the run that is started; JSON is YAML
-BEFORE_THE_DRAW = {
-    "lock",
-    "runs",
-    "probe",
-    "probe.log",
-    OPTIONS_NAME,
-    f"{OPTIONS_NAME}.tmp",
-    f"{PLAN_NAME}.tmp",
-}  # what an interrupted call may leave
+# What an interrupted call may leave.
+BEFORE_THE_DRAW = {"lock", "runs", "probe", "probe.log", OPTIONS_NAME, f"{OPTIONS_NAME}.tmp", f"{PLAN_NAME}.tmp"}
 SECONDS = re.compile(r"The full run will take about .*? \(([\d.e+-]+) s per step\)")
 
 

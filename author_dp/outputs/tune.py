@@ -59,11 +59,9 @@ def format_prediction(noise: SearchNoise, header: dict[str, Any]) -> str:
     """Return what the noise of a search costs by the planner's formula; empty where the formula has no ground."""
     batch, steps, authors = header["expected_batch_size"], header["steps"], header["num_authors"]
     gains = []
-    for settings in filter(None, header["settings"]):
+    for settings in filter(None, header["settings"] if authors is not None else []):
         sizes = (settings["parameters"], settings["trained_parameters"])
         is_lora = "lora" in settings
-        if authors is None:
-            continue
         if missing_ground(Task(authors, header["target_epsilon"], header["delta"], *sizes, is_lora), batch * steps):
             continue
         gains.append([
