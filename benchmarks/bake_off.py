@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attacks import losses_of_authors
-from common import ROOT, cached, fine_tune, main, option, print_head, print_row, table
+from common import cached, fine_tune, main, option, print_head, print_row, table
 from corpora import Corpus, make_corpus, read_rows
 from scipy.stats import ttest_ind
 from torch import from_numpy
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from user_level import COMMON, RATES, mean_and_spread, private, processor_seconds
+from user_level import COMMON, RATES, given_sizes, mean_and_spread, private, processor_seconds, run_options
 
 from author_dp.training.evaluation import summarize_losses
 
@@ -77,18 +77,12 @@ SIZES = {"--authors": 64, "--steps": 16, "--tokens": 16, "--evaluated": 500, "--
 
 
 @table(
-    option("corpus", choices=list(RATES)),
-    option("ways", nargs="+", choices=list(WAYS), metavar="WAY"),
-    option("--model_name", type=Path, default=ROOT / "demo" / "model"),
-    option("--data", type=Path, default=ROOT / "demo" / "comments.jsonl", help="JSON lines of author and content, maybe .gz"),
-    *(option(name, type=int, default=default) for name, default in SIZES.items()),
-    option("--at_once", type=int, default=16, help="authors in memory at once"),
-    option("--repetitions", type=int, default=3, help="runs of each way that there should be in all"),
+    *run_options("way", WAYS, SIZES, repetitions=3),
     option("--cache", type=Path, default=CACHE),
 )
 def run(args: argparse.Namespace) -> None:
     """Measure ways, as often as asked for, where they are not in the cache. Sizes are the default's, as in user_level.py."""
-    sizes = {name.removeprefix("--"): getattr(args, name.removeprefix("--")) for name in SIZES}
+    sizes = given_sizes(args, SIZES)
     model = args.model_name.resolve()
     corpus = make_corpus(read_rows(args.data), args.evaluated, 1, args.corpus_authors)
     for name in args.ways:

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -116,14 +117,26 @@ def train_and_evaluate(key: dict[str, Any], *, corpus: Corpus, model: Path, base
 SIZES = {"--authors": 64, "--steps": 16, "--tokens": 16, "--evaluated": 500, "--texts": 1, "--corpus_authors": 0}
 
 
+def run_options(what: str, choices: Iterable[str], sizes: dict[str, int], repetitions: int) -> list:
+    """Return the options of a table that measures on one corpus: `what` of `choices`, and the sizes."""
+    return [
+        option("corpus", choices=list(RATES)),
+        option(f"{what}s", nargs="+", choices=list(choices), metavar=what.upper()),
+        option("--model_name", type=Path, default=ROOT / "demo" / "model"),
+        option("--data", type=Path, default=ROOT / "demo" / "comments.jsonl", help="JSON lines of author and content, maybe .gz"),
+        *(option(name, type=int, default=default) for name, default in sizes.items()),
+        option("--at_once", type=int, default=16, help="authors in memory at once"),
+        option("--repetitions", type=int, default=repetitions, help=f"runs of each {what} that there should be in all"),
+    ]
+
+
+def given_sizes(args: argparse.Namespace, sizes: Iterable[str]) -> dict[str, int]:
+    """Return the values of the options `sizes`, for the key of a cached row."""
+    return {name.removeprefix("--"): getattr(args, name.removeprefix("--")) for name in sizes}
+
+
 @table(
-    option("corpus", choices=list(RATES)),
-    option("rows", nargs="+", choices=list(ROWS), metavar="ROW"),
-    option("--model_name", type=Path, default=ROOT / "demo" / "model"),
-    option("--data", type=Path, default=ROOT / "demo" / "comments.jsonl", help="JSON lines of author and content, maybe .gz"),
-    *(option(name, type=int, default=default) for name, default in SIZES.items()),
-    option("--at_once", type=int, default=16, help="authors in memory at once"),
-    option("--repetitions", type=int, default=1, help="runs of each row that there should be in all"),
+    *run_options("row", ROWS, SIZES, repetitions=1),
     option("--work", type=Path, help="folder that keeps the losses of the model before training; default: a temporary one"),
     option("--cache", type=Path, default=CACHE),
     passes_on=True,
@@ -134,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
     Sizes: authors per step, steps, tokens per text; authors evaluated on each side, and texts of each; authors of the corpus, 0
     for all. Other options are passed on to fine-tune-dp.py.
     """
-    sizes = {name.removeprefix("--"): getattr(args, name.removeprefix("--")) for name in SIZES}
+    sizes = given_sizes(args, SIZES)
     model = args.model_name.resolve()
     model_name = "demo/model" if model == ROOT / "demo" / "model" else model.name
     corpus = make_corpus(read_rows(args.data), args.evaluated, args.texts, args.corpus_authors)

@@ -102,6 +102,19 @@ def draws(monkeypatch, number):
     monkeypatch.setattr(RunCount, "draw", lambda self: next(numbers))  # a second draw raises
 
 
+def begin_and_interrupt(tmp_path, monkeypatch, runs, number: int, **options) -> None:
+    """Begin a search of `number` runs, which a signal ends in the first one."""
+
+    def stop(run, folder, budget):
+        if run == 1:
+            raise SignalError(15)
+
+    runs.before = stop
+    draws(monkeypatch, number)
+    with pytest.raises(SystemExit):
+        call(tmp_path, **options)
+
+
 def call(path, *more, grid="learning_rate=1,2,3", epsilon=8.0, script=()):
     options = ["--expected_runs", "3", "--target_epsilon", f"{epsilon}", "--release_eval_epsilon", "0.5", *more]
     tune.main(["--search", *grid.split(), *options, "--", "--train_file", "a.jsonl", "--output_dir", str(path / "out"), *script])
@@ -160,13 +173,7 @@ def test_nothing_public_depends_on_the_number_of_runs(tmp_path, monkeypatch, run
 
 @catches("settings without replacement", "outputs.search.Search.draw", "secrets.choice(values)", "values[_ % len(values)]")
 def test_settings_are_drawn_with_replacement_before_the_first_run(tmp_path, monkeypatch, runs):
-    def stop(number, folder, _):
-        raise SignalError(15)
-
-    runs.before = stop
-    draws(monkeypatch, 600)
-    with pytest.raises(SystemExit):
-        call(tmp_path, grid="learning_rate=1,2,3 lora_dim=4,16")
+    begin_and_interrupt(tmp_path, monkeypatch, runs, 600, grid="learning_rate=1,2,3 lora_dim=4,16")
     plan = json.loads((tmp_path / "out-search" / PLAN_NAME).read_text())
     pairs = [tuple(run["settings"].values()) for run in plan["runs"]]
     found, repeated = Counter(pairs), sum(a == b for a, b in zip(pairs, pairs[1:]))
@@ -205,14 +212,7 @@ def test_interrupted_search_resumes_as_it_was_drawn(tmp_path, monkeypatch, runs)
 
 @catches("a new draw after a crash", "outputs.tune.tune", "if not search.plan:", 'if not search.plan.get("scores"):')
 def test_search_interrupted_in_its_first_run_is_not_drawn_again(tmp_path, monkeypatch, runs):
-    def stop(number, folder, budget):
-        if number == 1:
-            raise SignalError(15)
-
-    runs.before = stop
-    draws(monkeypatch, 1)
-    with pytest.raises(SystemExit):
-        call(tmp_path)
+    begin_and_interrupt(tmp_path, monkeypatch, runs, 1)
     try:
         call(tmp_path)
     except StopIteration:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from mutation import catches
-from test_tune import FakeRuns, call, choices, draws
+from test_tune import FakeRuns, begin_and_interrupt, call, choices, draws
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
@@ -144,14 +144,7 @@ def test_run_whose_only_release_is_torn_counts_as_failed(tmp_path, monkeypatch, 
 
 @catches("a search resumed on other data", "outputs.tune.tune", "check_same_samples(search)", "pass")
 def test_interrupted_search_is_not_resumed_on_other_data(tmp_path, monkeypatch, runs):
-    def stop(number, folder, budget):
-        if number == 1:
-            raise SignalError(15)
-
-    runs.before = stop
-    draws(monkeypatch, 2)
-    with pytest.raises(SystemExit):
-        call(tmp_path)
+    begin_and_interrupt(tmp_path, monkeypatch, runs, 2)
     runs.data = lambda *_: "other data"
     with pytest.raises(UserError, match="not those that the search was drawn for"):
         call(tmp_path)
