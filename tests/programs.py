@@ -111,11 +111,15 @@ class Program:
         outputs: the folder for them; a new one by default.
     """
 
-    def __init__(self, *arguments: str, cwd: Path | None = None, environment: dict[str, str], outputs: Path | None = None):
+    def __init__(
+        self, *arguments: str, cwd: Path | None = None, environment: dict[str, str] | None = None, outputs: Path | None = None
+    ):
         self.folder = None if outputs else tempfile.TemporaryDirectory()
         self.outputs = outputs or Path(self.folder.name)
         self.args = arguments
-        self.process = FORKS.Process(target=main, args=(arguments, environment, str(cwd or Path.cwd()), self.outputs))
+        self.process = FORKS.Process(
+            target=main, args=(arguments, environment or dict(os.environ), str(cwd or Path.cwd()), self.outputs)
+        )
         self.process.start()
         self.pid = self.process.pid
         atexit.register(self.process.kill)  # or a test that fails before would wait at the end for one that goes on

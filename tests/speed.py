@@ -1,4 +1,4 @@
-"""A unit test takes at most a second of processor time; one that takes longer is an integration test.
+"""A unit test takes at most a second of processor time (by MARGIN, two); one that takes longer is an integration test.
 
 Processor time, too, is longer on a slower machine, or beside programs that share its caches and cores. It is therefore counted
 in seconds of a quiet machine on which `reference_run` takes REFERENCE seconds: the run is timed again soon after a test that
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 LIMIT = 1.0
+MARGIN = 2.0  # the limit that fails is so many times higher: processors differ in what they are slow at
 REFERENCE = 0.25
 USED = pytest.StashKey[float]()
 RECENT: list[float] = []  # when the slowdown was measured last, and the slowdown
@@ -67,7 +68,7 @@ def pytest_runtest_teardown(item: pytest.Item):
     result = yield
     is_unit = not item.get_closest_marker("integration") and not hasattr(item, "bug")
     is_unit = is_unit and not getattr(item, "nodeid", "").startswith("tests/gpu/")  # all of them are one integration test
-    if is_unit and (used := scaled(item.stash.get(USED, 0.0))) > LIMIT:
+    if is_unit and (used := scaled(item.stash.get(USED, 0.0))) > MARGIN * LIMIT:
         pytest.fail(f"{used:.1f} s of processor time in a unit test: make it faster, or an integration test", pytrace=False)
     return result
 

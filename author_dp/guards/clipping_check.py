@@ -1,13 +1,13 @@
 """Compare a clipping engine with a reference loop over authors, on the user's own model.
 
-Guarantees: on a model that passes, the engine's norms and clipped sum equal those of the reference, to rounding. The reference
-calls ordinary autograd on each sample alone, unpadded.
+Guarantees: on a model that passes, the engine's norms and clipped sum equal those of the reference, to rounding, and an author
+whose values are not finite does not change those of others. The reference calls ordinary autograd on each sample alone, unpadded.
 
 The texts are random tokens: a few authors with several ragged samples each. At least one author is clipped, and one is not.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -25,6 +25,7 @@ from author_dp.mechanism.fsdp import (
     is_sharded,
 )
 from author_dp.mechanism.fsdp_clipping import backward_on_one_rank, make_engine
+from author_dp.models.quantization import computes_in_float32
 from author_dp.types import IGNORE_INDEX, Batch
 from author_dp.wording import format_names
 
@@ -126,20 +127,68 @@ def check_engine(
         # Between the two largest norms of the first microbatch: at least one author is clipped, and one is not.
         clip_norm = float(norms[: len(SAMPLES_PER_AUTHOR)].sort().values[-2:].mean())
         max_error = 0.0
+
+        def run(microbatches: list[Batch]) -> torch.Tensor:
+            return run_engine(model, clipping, clip_norm, microbatches, fallback, checkpointing)[0]
+
         for batch in batches:
             for parameter in parameters:
                 parameter.summed_grad.zero_()
             # As in training: fallback parameters come with microbatches of one author.
             microbatches = split_authors(batch) if fallback else [batch]
-            norms, _ = run_engine(model, clipping, clip_norm, microbatches, fallback, checkpointing)
+            norms = run(microbatches)
             expected = (reference_gradient(model, batch, author, list(parameters)) for author in range(len(norms)))
             tolerance = TOLERANCE * tolerance_factor(model)
             max_error = max(max_error, compare_to_reference(clipping, clip_norm, norms, expected, parameters, tolerance))
-        if bf16 and next(iter(parameters)).device.type != "cpu":
-            batch = split_authors(batches[0])[0] if fallback else batches[0]
-            with torch.autocast(next(iter(parameters)).device.type, torch.bfloat16):
-                run_engine(model, clipping, clip_norm, [batch], fallback, checkpointing)
+        with torch.autocast(next(iter(parameters)).device.type, torch.bfloat16, enabled=bf16):
+            if not fallback:
+                check_non_finite_author(model, clipping, batches[0], bf16, lambda: run(batches[:1]))
+            elif bf16:
+                run(split_authors(batches[0])[:1])
     return max_error, fallback
+
+
+def check_non_finite_author(model: Any, clipping: str, batch: Batch, bf16: bool, compute_norms: Callable[[], Any]) -> None:
+    """Raise UserError if an author whose values are nan changes another author's norm, or reaches the clipped sum.
+
+    Some kernels multiply values beyond the end of a row by zero, which is nan if they are: oneDNN's bfloat16 products on
+    processors with AMX do so wherever the inner size is not a multiple of 32.
+
+    Args:
+        compute_norms: runs the engine on `batch` and returns its norms, (authors,).
+    """
+    broken, device = torch.arange(batch["num_authors"]) == 1, batch["author"].device
+    norms = [compute_norms()[~broken]]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with nan_embeddings(model, broken.to(device)[batch["author"]]):
+        norms.append(compute_norms()[~broken])
+    is_equal = torch.allclose(*norms, rtol=TOLERANCE * tolerance_factor(model) * (100 if bf16 else 1), atol=0)
+    if not is_equal or not all(math.isfinite(global_norm(parameter.summed_grad)) for parameter in parameters):
+        remedy = clipping_remedy(clipping, parameters)
+        if device.type == "cpu" and (bf16 or not computes_in_float32(model)):
+            remedy = "Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 in the environment, or compute in float32"
+            clipping += " in bfloat16"
+        raise UserError(f"--clipping {clipping}: an author whose gradient is not finite reaches other authors. {remedy}")
+
+
+@contextmanager
+def nan_embeddings(model: Any, is_broken: torch.Tensor) -> Iterator[None]:
+    """Make the token embeddings of some samples nan.
+
+    Args:
+        is_broken: bool (samples,). Other microbatches, such as another process' dummy, stay as they are.
+    """
+
+    def replace(_: Any, __: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        if len(embeddings) != len(is_broken):
+            return embeddings
+        return embeddings.masked_fill(is_broken[:, None, None], torch.nan)
+
+    handle = model.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

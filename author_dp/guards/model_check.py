@@ -36,7 +36,7 @@ from author_dp.models.quantization import check_quantized_frozen
 from author_dp.progress import track_calls
 from author_dp.wording import format_names
 
-MODEL_CALLS = 49  # in a check, for its progress; more where an engine clips parameters one author at a time
+MODEL_CALLS = 51  # in a check, for its progress; more where an engine clips parameters one author at a time
 MICROBATCH_LENS = (9, 7)  # tokens of the longest of seven samples: once more than samples, and once as many
 
 

@@ -112,6 +112,31 @@ class Rows(nn.Module):
         return self.layer(x.flatten(0, 1)).view_as(x)
 
 
+class ReadsOn(nn.Module):
+    """A layer that multiplies the next row by zero, as a kernel that reads beyond its row."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x + 0.0 * x.flatten(0, 1).roll(-1, 0).view_as(x).detach())
+
+
+@catches("the model check has finite authors only", "guards.clipping_check.nan_embeddings", "torch.nan", "0.0", bf16=False)
+@catches("the model check compares no norm beside a non-finite author", "guards.clipping_check.check_non_finite_author",
+    "if not is_equal or", "if", bf16=True)  # fmt: skip
+@pytest.mark.parametrize("bf16", [False, True])
+def test_verify_model_refuses_products_that_read_beyond_their_row(clipping, bf16):
+    model = make_model("gpt2", "untied")
+    assert verify_model(model, clipping, bf16=bf16).error < 1e-5
+    model.lm_head = ReadsOn(model.lm_head)
+    where = " in bfloat16: .* ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16" if bf16 else ": .* Use --clipping"
+    with pytest.raises(UserError, match=f"--clipping {clipping}{where}") as caught:
+        verify_model(model, clipping, bf16=bf16)
+    assert "an author whose gradient is not finite reaches other authors" in str(caught.value)
+
+
 # --- clipping matches the reference ---------------------------------------------------------------------
 
 CLIP = "author_dp.clipping.author_groups.ClipFactors"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import of_a_terminal, read_report, run_script
+from conftest import read_report, run_script
 from programs import Program, command, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,12 +27,12 @@ HAS_NAMESPACES = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "
 
 
 def start(*arguments: str) -> Program:
-    return Program(*command(*arguments)[1:], environment={**of_a_terminal(), "OMP_NUM_THREADS": "1"})
+    return Program(*command(*arguments)[1:], environment={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def start_process(*arguments: str, processes: int = 0, before: tuple[str, ...] = ()) -> subprocess.Popen:
     """Start the script in a new interpreter, with imports and exit; `before` is a command that runs it."""
-    environment = {**of_a_terminal(), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*before, *command(*arguments, processes=processes)],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,

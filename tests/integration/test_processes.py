@@ -8,7 +8,7 @@ import bugs
 import naive
 import pytest
 import torch
-from conftest import MODELS, ROOT, of_a_terminal, read_report, sample, tiny_gpt2, within
+from conftest import MODELS, ROOT, read_report, sample, tiny_gpt2, within
 from mutation import catches
 from programs import Program, launcher
 
@@ -18,7 +18,7 @@ from author_dp.accounting.ledger import PrivacyLedger
 def run_processes(folder: Path, processes: int, **options) -> list[dict]:
     """Run tests/one_step.py under torch.distributed.run; return what each process saw and released."""
     arguments = [*launcher(processes), str(ROOT / "tests/one_step.py"), str(folder), json.dumps(options)]
-    done = Program(*arguments, environment=of_a_terminal()).wait(300)
+    done = Program(*arguments).wait(300)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 

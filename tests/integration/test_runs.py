@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, flat, of_a_terminal, read_report, run_script
+from conftest import ROOT, flat, read_report, run_script
 from peft import PeftModel
 from programs import PRIVACY, Program, run_here, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -360,7 +360,7 @@ def test_two_nodes_with_a_launcher_each(checkpoint, comments, tmp_path):
     arguments = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "7"]
     arguments += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, str(ROOT / "fine-tune-dp.py")]
     arguments += small(checkpoint, comments, tmp_path / "out", *PRIVACY)
-    nodes = [Program(*arguments, environment=of_a_terminal()) for _ in range(2)]
+    nodes = [Program(*arguments) for _ in range(2)]
     ended = [node.wait(240) for node in nodes]
     outputs = [node.stderr for node in ended]
     assert [node.returncode for node in ended] == [0, 0], outputs

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, of_a_terminal, read_report, within
+from conftest import ROOT, read_report, within
 from mutation import catches
 from programs import Program
 
@@ -385,7 +385,7 @@ def test_run_command_hands_a_signal_on_and_waits(tmp_path):
 @pytest.mark.integration
 def test_whole_search_on_the_demo_with_two_processes(tmp_path, monkeypatch, capsys):
     def run_forked(command, log):
-        done = Program(*command[1:], environment=of_a_terminal()).wait(300)
+        done = Program(*command[1:]).wait(300)
         log.write_text(done.stdout + done.stderr)
         return done.returncode
 

@@ -168,7 +168,7 @@ def test_blocks_are_gathered_in_half_the_bytes_under_bfloat16(tmp_path):
         found.append(in_processes(folder, 2, gathered, bf16)[0])
     plain, half = found
     block_bytes = sum(p.numel() for block in find_blocks(tiny_gpt2()) for p in block.parameters()) * 2 / 2  # on each process
-    assert not plain["sent"] and half["sent"][torch.uint8] >= block_bytes
+    assert not plain["sent"] and half["sent"].get(torch.uint8, 0) >= block_bytes
     assert half["sent"][torch.uint8] <= 1.1 * block_bytes  # padding
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         expected = author_losses(tiny_gpt2().train(), make_batch([1, 2, 1]))

@@ -144,6 +144,8 @@ def test_engines_compute_the_same_norm_whoever_else_is_there(engine, kind, bf16,
 
 @catches("dummies counted as authors", "mechanism.microbatches.is_real", '- batch["num_dummies"]', "", clipping="ghost",
     bf16=True)  # fmt: skip
+@catches("microbatches as large as the batch", "dp_utils.DPTrainer.get_train_dataloader", "if self.model_check is not None:",
+    "if False:", clipping="ghost", bf16=True)  # fmt: skip
 @pytest.mark.parametrize(("clipping", "bf16"), [("ghost", True), ("ghost", False), ("grad_sample", True)])
 def test_trainer_has_one_shape_and_counts_real_authors_only(tmp_path, clipping, bf16):
     privacy = {"clipping": clipping, "samples_per_author": 2, "noise_multiplier": 0.0}
@@ -168,8 +170,6 @@ def released_sum(folder, rows: list, bf16: bool) -> torch.Tensor:
 
 
 @pytest.mark.integration
-@catches("microbatches as large as the batch", "dp_utils.DPTrainer.get_train_dataloader", "if self.model_check is not None:",
-    "if False:", bf16=True)  # fmt: skip
 @pytest.mark.parametrize("bf16", [True, False])
 def test_trainer_moves_no_author_when_others_join(tmp_path, bf16):
     """Were a microbatch as large as the batch, 128 authors of one text would be rounded otherwise, and all alike."""
