@@ -158,11 +158,11 @@ def check_non_finite_author(model: Any, clipping: str, batch: Batch, bf16: bool,
         compute_norms: runs the engine on `batch` and returns its norms, (authors,).
     """
     broken, device = torch.arange(batch["num_authors"]) == 1, batch["author"].device
-    norms = [compute_norms()[~broken]]
+    expected = compute_norms()[~broken]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with nan_embeddings(model, broken.to(device)[batch["author"]]):
-        norms.append(compute_norms()[~broken])
-    is_equal = torch.allclose(*norms, rtol=TOLERANCE * tolerance_factor(model) * (100 if bf16 else 1), atol=0)
+        norms = compute_norms()[~broken]
+    is_equal = torch.allclose(norms, expected, rtol=TOLERANCE * tolerance_factor(model) * (100 if bf16 else 1), atol=0)
     if not is_equal or not all(math.isfinite(global_norm(parameter.summed_grad)) for parameter in parameters):
         remedy = clipping_remedy(clipping, parameters)
         if device.type == "cpu" and (bf16 or not computes_in_float32(model)):
