@@ -116,6 +116,9 @@ def check_model(model: nn.Module, call_model: bool = True) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError("--model_name: an encoder-decoder model is not supported. Choose a decoder (causal language model)")
     for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            # Checks run it uncompiled, so that random numbers would be others than those that are checked.
+            raise UserError(f"--model_name: {name or 'the model'} is compiled. Pass the model as it was before torch.compile")
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(f"--model_name: {name} is a batch norm, which mixes the authors of a batch. Choose another model")
     check_quantized_frozen(model)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_dataset, make_trainer, tiny_gpt2
 from mutation import catches
 from torch import nn
@@ -115,6 +116,18 @@ def test_check_model_refuses_a_model_that_sees_later_tokens():
     with pytest.raises(UserError, match="sees later tokens"):
         check_model(BertLMHeadModel(config))
     check_model(tiny_gpt2())
+
+
+@catches("a compiled block is not seen", "guards.model_check.check_model", "module._compiled_call_impl is not None", "False")
+def test_trainer_refuses_a_model_that_was_compiled(tmp_path):
+    whole, in_place, block = torch.compile(tiny_gpt2()), tiny_gpt2(), tiny_gpt2()
+    in_place.compile()
+    block.transformer.h[1].compile()
+    for model, name in ((whole, "the model"), (in_place, "the model"), (block, r"transformer\.h\.1")):
+        with pytest.raises(UserError, match=f"--model_name: {name} is compiled"):
+            check_model(model)
+    with pytest.raises(UserError, match="is compiled"):
+        make_trainer(tmp_path, block)
 
 
 def test_check_model_refuses_what_mixes_authors_or_rounds_noise(tmp_path):
