@@ -158,10 +158,10 @@ def check_non_finite_author(model: Any, clipping: str, batch: Batch, bf16: bool,
         compute_norms: runs the engine on `batch` and returns its norms, (authors,).
     """
     broken, device = torch.arange(batch["num_authors"]) == 1, batch["author"].device
-    expected = compute_norms()[~broken]
+    expected = compute_norms().cpu()[~broken]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with nan_embeddings(model, broken.to(device)[batch["author"]]):
-        norms = compute_norms()[~broken]
+        norms = compute_norms().cpu()[~broken]
     is_equal = torch.allclose(norms, expected, rtol=TOLERANCE * tolerance_factor(model) * (100 if bf16 else 1), atol=0)
     if not is_equal or not all(math.isfinite(global_norm(parameter.summed_grad)) for parameter in parameters):
         remedy = clipping_remedy(clipping, parameters)
