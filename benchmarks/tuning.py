@@ -235,9 +235,9 @@ def choices(args: argparse.Namespace) -> None:
 
     pick = planned(study, header)
     size, bands_of_pick = Size(pick.steps, pick.batch), {"target_epsilon": EPSILON, "noise_bands": str(pick.bands)}
-    runs = of(f"{pick.rate:g}", size=size, **bands_of_pick)
+    runs = of(f"{pick.learning_rate:g}", size=size, **bands_of_pick)
     name = f"the planner: {pick.steps} steps of {pick.batch}, {pick.bands} bands"
-    print_losses(name, f"{pick.rate:g}", runs[0]["header"]["noise_multiplier"], [run["loss"] for run in runs])
+    print_losses(name, f"{pick.learning_rate:g}", runs[0]["header"]["noise_multiplier"], [run["loss"] for run in runs])
 
     pair = round(find_noise_multiplier(event.sample_rate, 2 * event.steps, EPSILON, header["delta"]), 6)
     (synthetic,) = cached(args.cache, [[*named, "synthetic text", pair, bands]], lambda _: tune_on_synthetic(study, pair, bands))
