@@ -134,6 +134,12 @@ def test_the_page_of_options_is_up_to_date():
     assert (ROOT / "docs" / "options.md").read_text() == page()
 
 
+def test_the_page_of_modules_is_up_to_date():
+    """Else: python docs/write_modules.py"""
+    make_page = runpy.run_path(str(ROOT / "docs" / "write_modules.py"), run_name="modules")["make_page"]
+    assert (ROOT / "docs" / "modules.md").read_text() == make_page()
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

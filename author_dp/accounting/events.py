@@ -57,7 +57,7 @@ def prob_ever_sampled(events: Sequence[MechanismEvent]) -> float:
     return -math.expm1(math.fsum(steps * math.log1p(-rate) for _, rate, steps in events)) * (1 + 8 * ULP)
 
 
-def is_empty_promise(events: Sequence[MechanismEvent], delta: float) -> bool:
+def delta_promises_nothing(events: Sequence[MechanismEvent], delta: float) -> bool:
     """Return whether delta exceeds half the probability that an author is in any step.
 
     Publishing the texts of every sampled author is (0, delta)-private at that probability, and of half of them at half of it.
@@ -67,7 +67,7 @@ def is_empty_promise(events: Sequence[MechanismEvent], delta: float) -> bool:
 
 def check_delta(events: Sequence[MechanismEvent], delta: float) -> None:
     """Raise UserError for an empty promise. A smaller delta is the remedy: calibrated noise would fall to nothing."""
-    if is_empty_promise(events, delta):
+    if delta_promises_nothing(events, delta):
         sampled = prob_ever_sampled(events)
         raise UserError(
             f"--target_delta {delta:.4g}: an author is in any step with a probability of {sampled:.2g} only, so this delta would "

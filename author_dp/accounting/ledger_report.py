@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, round_up
-from author_dp.accounting.events import is_empty_promise
+from author_dp.accounting.events import delta_promises_nothing
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, event_of_run, find_reports
 from author_dp.errors import UserError
 from author_dp.validation import check_usage
@@ -39,7 +39,7 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     if ledger.failure is not None:
         lines.append(f"  FAILURE: the mechanism was not as recorded in this ledger: {ledger.failure}")
     lines.append(f"  spent: {format_guarantee(spent, delta)}")
-    if ledger.steps and is_empty_promise(ledger.events, delta):
+    if ledger.steps and delta_promises_nothing(ledger.events, delta):
         lines.append(EMPTY_PROMISE)
     if ledger.releases:
         lines += [
@@ -97,7 +97,7 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
         authors = ", ".join(sorted({format_num_authors(header) for header in ledger.runs}))
         lines.append(f"{ledger.path}: steps {ledger.steps:,} on {authors}: {format_guarantee(epsilon, delta)}")
     lines.append(f"  together: {format_guarantee(joint, delta)}, for an author in all of them")
-    if events and is_empty_promise(events, delta):
+    if events and delta_promises_nothing(events, delta):
         lines.append(EMPTY_PROMISE)
     if released := sum(ledger.released_epsilon for ledger in ledgers):
         lines.append(f"  with their released evaluation losses: {format_guarantee(round_up(joint, released), delta)}")

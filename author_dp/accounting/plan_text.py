@@ -128,7 +128,7 @@ def delta_warning(plan: PrivacyPlan) -> Optional[str]:
     return f"--target_delta: delta is {words}. Lower it, to about 1e-5 or less; the noise is calibrated accordingly."
 
 
-def tuning_hint(plan: PrivacyPlan) -> Optional[str]:
+def utility_hint(plan: PrivacyPlan) -> Optional[str]:
     """Return a hint if the plan alone shows that the model will be poor."""
     expected = plan.sample_rate * plan.num_authors
     if expected < SMALL_BATCH and plan.sample_rate < 1:

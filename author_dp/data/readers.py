@@ -64,7 +64,7 @@ def read_files(
                     yield from read_open_parquet(source, name, columns, author_types)
             else:
                 read = read_csv if suffix == ".csv" else read_json
-                rows = read(iterate_lines(name, compression, columns), name, columns)
+                rows = read(decoded_lines(name, compression, columns), name, columns)
                 yield from to_record_batches(rows, name, columns, author_types)
 
 
@@ -84,12 +84,12 @@ def read_rows(name: str, option: str = "--prompts") -> Iterator[dict[str, Any]]:
         if suffix == ".parquet":
             yield from read_parquet_rows(name, compression, columns)
         elif suffix == ".csv":
-            records = csv_records(iterate_lines(name, compression, columns), name, columns)
+            records = csv_records(decoded_lines(name, compression, columns), name, columns)
             _, header = next(records, (0, []))
             check_unique(header, name, option)
             yield from (dict(zip(header, values)) for _, values in records)
         else:
-            yield from (value for _, value in json_objects(iterate_lines(name, compression, columns), name, columns))
+            yield from (value for _, value in json_objects(decoded_lines(name, compression, columns), name, columns))
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def unreadable_as_user_error(name: str, columns: ColumnSpec) -> Iterator[None]:
         raise unreadable_error(name, columns, error) from error
 
 
-def iterate_lines(name: str, compression: Optional[str], columns: ColumnSpec) -> Iterator[str]:
+def decoded_lines(name: str, compression: Optional[str], columns: ColumnSpec) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, without its byte order mark. Only \\n ends a line."""
     with io.BufferedReader(pa.input_stream(name, compression=compression), 2**20) as file:
         for number, line in enumerate(file, 1):

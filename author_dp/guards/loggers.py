@@ -55,7 +55,7 @@ def check_loggers(args: TrainingArguments) -> None:
 
 def check_variable(variable: str, value: str) -> None:
     """Raise UserError if the user set `variable` to a directory that others can read, or to upload files."""
-    chosen = get_user_value(variable)
+    chosen = get_user_variable(variable)
     if chosen is None:
         return
     if value == DISABLED:
@@ -75,7 +75,7 @@ def check_variable(variable: str, value: str) -> None:
         )
 
 
-def get_user_value(variable: str) -> str | None:
+def get_user_variable(variable: str) -> str | None:
     """Return the value that the user set `variable` to; None if unset, or set by `redirect_loggers`."""
     value = os.environ.get(variable)
     return None if value == _assigned.get(variable) else value
@@ -88,7 +88,7 @@ def redirect_loggers(args: TrainingArguments) -> None:
         logs.parent.mkdir(parents=True, exist_ok=True)
     for name in {*used, "comet_ml"} if used else ():  # comet_ml, where installed, also starts with other loggers
         for variable, value in VARIABLES[name].items():
-            if (chosen := get_user_value(variable)) is None:
+            if (chosen := get_user_variable(variable)) is None:
                 os.environ[variable] = _assigned[variable] = value.format(logs / name)
             if name in used and args.process_index == 0 and value != DISABLED and "://" not in str(chosen):
                 make_private_dir(logs / name if chosen is None else Path(chosen).expanduser())

@@ -24,7 +24,7 @@ from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
 from author_dp.guards.precision import rounding_error, rounding_settings
 from author_dp.guards.trainer_options import check_optimizer_name, check_trainer_options
-from author_dp.mechanism.adam_bc import SUPPORTED
+from author_dp.mechanism.adam_bc import use_adam_bc
 from author_dp.validation import check_range
 
 SUPPORTED_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -122,11 +122,11 @@ def validate_options(
     if args.push_to_hub:
         check_uploads(args, privacy)
     check_gradients(args, privacy)
-    use_adam_bc(args, privacy, num_bands=1)
+    use_adam_bc(OptimizerNames(args.optim).value, privacy.adam_noise_correction, num_bands=1)
     check_planned_delta(privacy, args)
     if full_shard:
         check_fsdp(args, privacy, base_precision_flag)
-    check_shared_authors(shared_authors, metric_driven_option(args), privacy)
+    check_metric_driven_choice(shared_authors, metric_driven_option(args), privacy)
 
 
 def check_ranges(args: TrainingArguments) -> None:
@@ -193,20 +193,6 @@ def check_gradients(args: TrainingArguments, privacy: PrivacyOptions) -> None:
     if settings and not privacy.disable_dp:
         raise rounding_error(settings)
     check_optimizer_name(OptimizerNames(args.optim).value)
-
-
-def use_adam_bc(args: TrainingArguments, privacy: PrivacyOptions, num_bands: int) -> bool:
-    """Return whether AdamBC corrects Adam's second moment: if asked for, or by default with noise bands.
-
-    Raises:
-        UserError: if asked for with an optimizer other than AdamW.
-    """
-    name = OptimizerNames(args.optim).value
-    if not privacy.adam_noise_correction:
-        return privacy.adam_noise_correction is None and num_bands > 1 and name in SUPPORTED
-    if name not in SUPPORTED:
-        raise UserError(f"--adam_noise_correction: it needs AdamW, not --optim {name}. Use --optim {SUPPORTED[0]}")
-    return True
 
 
 def check_uploads(args: TrainingArguments, privacy: PrivacyOptions) -> None:
@@ -291,7 +277,7 @@ def metric_driven_option(args: TrainingArguments) -> Optional[str]:
     return None
 
 
-def check_shared_authors(allowed: bool, option: Optional[str], privacy: PrivacyOptions) -> None:
+def check_metric_driven_choice(allowed: bool, option: Optional[str], privacy: PrivacyOptions) -> None:
     """Raise UserError where metrics of training authors, which have no noise, would choose the model.
 
     Args:

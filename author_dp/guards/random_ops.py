@@ -179,7 +179,7 @@ def check_random_ops(call: ModelCall, ids: torch.Tensor, max_len: int, tolerance
         max_len: tokens of the longest sample of the run.
         tolerance: relative difference of logits that rounding may cause.
     """
-    check_no_generators(call.model)
+    check_no_model_generators(call.model)
     with training_mode(call.model):
         copies = ids[:1, torch.arange(max_len, device=ids.device) % ids.shape[1]]  # (1, max_len)
         long = [record_random_ops(call, copies.expand(num_samples, -1), backward=False) for num_samples in (FEW, MORE)]
@@ -191,7 +191,7 @@ def check_random_ops(call: ModelCall, ids: torch.Tensor, max_len: int, tolerance
             check_independence(call, ids, few, dims, tolerance)
 
 
-def check_no_generators(model: Any) -> None:
+def check_no_model_generators(model: Any) -> None:
     """Raise UserError if a module holds a random generator: its numbers are not secret."""
     for name, module in model.named_modules():
         if any(isinstance(value, GENERATORS) for value in vars(module).values()):

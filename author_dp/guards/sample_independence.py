@@ -52,7 +52,7 @@ def check_sample_independence(model: Any, sequence_len: Optional[int] = None, bf
             check_random_ops(ModelCall(model, bf16), ids, min(max_len, MAX_LEN), tolerance)
         with deterministic_train_mode(model):
             check_saved_buffers(model, max_len)
-            check_logits(model, max_len)
+            check_logits_independent(model, max_len)
             check_stateless(model, max_len)
 
 
@@ -81,7 +81,7 @@ def check_stateless(model: Any, max_len: int) -> None:
             )
 
 
-def check_logits(model: Any, max_len: int) -> None:
+def check_logits_independent(model: Any, max_len: int) -> None:
     """Raise UserError if a short sample's logits depend on other samples, padding, or its own later tokens."""
     long = random_tokens(model, max_len, 1)
     short = random_tokens(model, max(2, max_len // 4), 2)

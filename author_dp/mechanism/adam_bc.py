@@ -17,6 +17,8 @@ from typing import Any, Optional
 
 import torch
 
+from author_dp.errors import UserError
+
 FLOOR = 0.1  # of the noise variance: below it, what is left of a second moment is mostly chance
 SUPPORTED = ("adamw_torch", "adamw_torch_fused")  # names of --optim whose second moment can be corrected
 
@@ -66,3 +68,18 @@ class AdamBC(torch.optim.AdamW):
         divisor = square.sub(noise).clamp_(min=FLOOR * noise).div_(bias_correction).sqrt_().add_(group["eps"])
         parameter.mul_(1 - lr * group["weight_decay"])
         parameter.addcdiv_(mean, divisor, value=-lr / (1 - beta1**steps))
+
+
+def use_adam_bc(optim: str, requested: Optional[bool], num_bands: int) -> bool:
+    """Return whether AdamBC corrects Adam's second moment: if asked for, or by default with noise bands.
+
+    Args:
+        optim, requested: --optim and --adam_noise_correction.
+    Raises:
+        UserError: if asked for with an optimizer other than AdamW.
+    """
+    if not requested:
+        return requested is None and num_bands > 1 and optim in SUPPORTED
+    if optim not in SUPPORTED:
+        raise UserError(f"--adam_noise_correction: it needs AdamW, not --optim {optim}. Use --optim {SUPPORTED[0]}")
+    return True

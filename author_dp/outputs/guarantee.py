@@ -224,7 +224,7 @@ def plain_summary(report: dict[str, Any]) -> str:
     )
 
 
-def decision_summary(report: dict[str, Any]) -> str:
+def epsilon_in_words(report: dict[str, Any]) -> str:
     """Return what epsilon means to a person who decides on the use of the model; empty if it has no guarantee.
 
     The scale is that of Ponomareva et al. 2023. It is about epsilon alone, so the bound on attackers is named first.
@@ -246,3 +246,22 @@ def decision_summary(report: dict[str, Any]) -> str:
         f"itself), {format_epsilon(epsilon)} is {strength}. {delta}Each author is protected, not "
         "what many authors have written alike."
     )
+
+
+def no_guarantee_reason(guarantee: dict[str, Any]) -> Optional[str]:
+    """Return why a model has no guarantee; None if it has one.
+
+    Args:
+        guarantee: from `read_guarantee`.
+    """
+    if guarantee["disable_dp"]:
+        return "its model was trained without privacy (--disable_dp)"
+    if guarantee.get("alarm"):
+        return f"the run of its model found that its mechanism is not what its ledger says ({guarantee['alarm']})"
+    if guarantee["epsilon"] is None:
+        return "the epsilon of its model is infinite"
+    if in_search(guarantee):
+        return "it is one run of a search, of which only the best may be released, by python -m author_dp.tune at its end"
+    if not base_is_covered(guarantee):
+        return f"the training of its model started from another one: {format_model(guarantee['base_model'])}"
+    return None

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from author_dp.models.quantization import model_sizes
-from author_dp.outputs.guarantee import Row, decision_summary, fmt, guarantee_rows, has_guarantee, is_tuned, plain_summary
+from author_dp.outputs.guarantee import Row, epsilon_in_words, fmt, guarantee_rows, has_guarantee, is_tuned, plain_summary
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -78,7 +78,7 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         metadata,
         template_path=str(TEMPLATE),
         title="Fine-tuned with author-level differential privacy" if covered else "Fine-tuned without a privacy guarantee",
-        summary="\n\n".join(filter(None, (plain_summary(report), decision_summary(report)))),
+        summary="\n\n".join(filter(None, (plain_summary(report), epsilon_in_words(report)))),
         imports=IMPORTS[library],
         model_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         name=name,

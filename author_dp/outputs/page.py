@@ -7,7 +7,7 @@ from typing import Any, Optional
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from author_dp.data.splits import FEW_HELD_OUT
-from author_dp.outputs.guarantee import decision_summary, guarantee_rows, has_guarantee, is_tuned, plain_summary
+from author_dp.outputs.guarantee import epsilon_in_words, guarantee_rows, has_guarantee, is_tuned, plain_summary
 from author_dp.outputs.model_card import format_value, public_options
 from author_dp.outputs.samples import CONTINUATION, UNCONDITIONAL
 
@@ -38,7 +38,7 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
         title=title,
         guarantee=guarantee_rows(report),
         summary=plain_summary(report),
-        decision=decision_summary(report),
+        decision=epsilon_in_words(report),
         run=run_rows(report, header or {}, statistics),
         command=statistics.get("command"),
         held_out=format_held_out(statistics.get("evaluation", {}).get("after", {})),

@@ -24,7 +24,7 @@ from author_dp.errors import UserError
 from author_dp.logs import get_logger
 from author_dp.models.loading import adapter_base_model, public_name
 from author_dp.models.weights import check_weights, sha256_of
-from author_dp.outputs.guarantee import base_is_covered, format_model, in_search
+from author_dp.outputs.guarantee import format_model, no_guarantee_reason
 
 logger = get_logger(__name__)
 
@@ -101,7 +101,7 @@ def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
         reason = "its privacy.json does not certify its weights"
     else:
         if guarantee is not None:
-            reason = not_covered_reason(guarantee)
+            reason = no_guarantee_reason(guarantee)
         elif ledger_path(folder).exists():
             reason = "it has a privacy ledger, but no privacy.json: its run did not finish"
         else:
@@ -114,25 +114,6 @@ def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
         description["reason"] = reason
     logger.warning(f"--model_name {name} was trained by this program: {format_model(description)}")
     return description
-
-
-def not_covered_reason(guarantee: dict[str, Any]) -> Optional[str]:
-    """Return why a model has no guarantee; None if it has one.
-
-    Args:
-        guarantee: from `read_guarantee`.
-    """
-    if guarantee["disable_dp"]:
-        return "its model was trained without privacy (--disable_dp)"
-    if guarantee.get("alarm"):
-        return f"the run of its model found that its mechanism is not what its ledger says ({guarantee['alarm']})"
-    if guarantee["epsilon"] is None:
-        return "the epsilon of its model is infinite"
-    if in_search(guarantee):
-        return "it is one run of a search, of which only the best may be released, by python -m author_dp.tune at its end"
-    if not base_is_covered(guarantee):
-        return f"the training of its model started from another one: {format_model(guarantee['base_model'])}"
-    return None
 
 
 def declared_prompt_source(private: bool, file: Optional[str], template: Optional[str]) -> str:
@@ -155,7 +136,7 @@ def make_statement(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[st
     if guarantee is None:
         reason = f"its model has no {REPORT_NAME}: nothing is known about the protection of its training data"
     else:
-        reason = not_covered_reason(guarantee)
+        reason = no_guarantee_reason(guarantee)
         if reason is None and prompts == PRIVATE:
             reason = "its prompts or fields are taken from private data"
     covered = reason is None and guarantee is not None

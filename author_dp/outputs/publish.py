@@ -24,9 +24,9 @@ from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.models.loading import adapter_base_model
 from author_dp.models.weights import hash_weights, weight_name_pattern
-from author_dp.outputs.guarantee import in_search
+from author_dp.outputs.guarantee import in_search, no_guarantee_reason
 from author_dp.outputs.model_card import CARD_NAME, model_card
-from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, not_covered_reason, read_guarantee
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, read_guarantee
 from author_dp.validation import check_usage
 
 # What transformers reads to load and use a model, beside the weights that privacy.json names. All of it is the base model's.
@@ -108,7 +108,7 @@ def publishable_report(folder: Path) -> dict[str, Any]:
         )
     guarantee = read_guarantee(folder)
     assert guarantee is not None  # the file exists
-    if reason := not_covered_reason(guarantee):
+    if reason := no_guarantee_reason(guarantee):
         remedy = "Publish the result of the search" if in_search(guarantee) else "Train it with privacy, in a new folder"
         raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. {remedy}")
     if guarantee.get("dry_run"):

@@ -16,7 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
-from author_dp.accounting.plan_text import format_plan, plan_warnings, tuning_hint
+from author_dp.accounting.plan_text import format_plan, plan_warnings, utility_hint
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
 from author_dp.errors import to_user_error
@@ -94,7 +94,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
         """Log what the run will do and cost, and warn of likely mistakes."""
         data = self.run_report.data
         logger.info("\n".join([self.summary(), *(format_data_summary(data) if data else [])]))
-        for warning in (*plan_warnings(self.budget.plan), tuning_hint(self.budget.plan)):
+        for warning in (*plan_warnings(self.budget.plan), utility_hint(self.budget.plan)):
             if warning and not self.plan.disable_dp and self.is_world_process_zero():
                 logger.warning(warning)
 

@@ -12,6 +12,7 @@ from typing import Any, Optional
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import read_private_count
@@ -26,17 +27,16 @@ from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCana
 from author_dp.guards.model_check import ModelCheck, check_fsdp_model, check_model, verify_model
 from author_dp.guards.monitors import RunMonitors
 from author_dp.guards.options import (
-    check_shared_authors,
+    check_metric_driven_choice,
     have_shared_authors,
     metric_driven_option,
-    use_adam_bc,
     validate_options,
 )
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
 from author_dp.guards.trainer_options import check_adapted, options_without_effect
 from author_dp.logs import get_logger
-from author_dp.mechanism.adam_bc import AdamBC
+from author_dp.mechanism.adam_bc import AdamBC, use_adam_bc
 from author_dp.mechanism.fsdp import ShardedOptimizer, gather_in_bfloat16, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.secret_generators import SecretGenerators
@@ -181,7 +181,7 @@ def make_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> AuthorD
             check_float32(trainer.model, args.bf16)
         trainer.budget.record_step()
 
-    if use_adam_bc(args, privacy, plan.noise_bands):
+    if use_adam_bc(OptimizerNames(args.optim).value, privacy.adam_noise_correction, plan.noise_bands):
         logger.info("Adam's second moment has the noise variance subtracted (--adam_noise_correction).")
         optimizer = AdamBC(optimizer)
     trainer.monitors.count_updates(optimizer)
@@ -222,7 +222,7 @@ def check_model_choice(trainer: Any, shared_authors: bool) -> None:
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
     shared = shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
-    check_shared_authors(shared, option, trainer.privacy)
+    check_metric_driven_choice(shared, option, trainer.privacy)
     if not trainer.plan.disable_dp:
         check_not_released(trainer.budget.ledger, option)
     trainer.budget.by_metrics = option

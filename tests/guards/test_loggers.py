@@ -55,8 +55,8 @@ def run_with(folder: Path, monkeypatch, *loggers: str):
     return trainer
 
 
-@catches("losses in the current folder", "guards.loggers.redirect_loggers", "if (chosen := get_user_value(variable)) is None:",
-    "if (chosen := get_user_value(variable)) is None and args.push_to_hub:", name="tensorboard")  # fmt: skip
+@catches("losses in the current folder", "guards.loggers.redirect_loggers", "if (chosen := get_user_variable(variable)) is None:",
+    "if (chosen := get_user_variable(variable)) is None and args.push_to_hub:", name="tensorboard")  # fmt: skip
 @catches("logs that others can read", "permissions.owner_only", "os.umask(0o077)", "os.umask(0o022)", name="tensorboard")
 @catches("log folders that others can enter", "guards.loggers.make_private_dir", "mode=0o700", "mode=0o755", name="tensorboard")
 @pytest.mark.parametrize("name", ["tensorboard", *sorted(VARIABLES.keys() - {"tensorboard"})])

@@ -151,7 +151,7 @@ def test_an_adapter_is_resumed_on_its_base_wherever_that_lies_now(tmp_path):
 @pytest.mark.integration
 @catches("a starting model without privacy not named", "training.run_report.RunReport.to_dict",
     '"base_model": self.base_model', '"base_model": None')  # fmt: skip
-@catches("text of a model that started from one without privacy is covered", "outputs.privacy_statement.not_covered_reason",
+@catches("text of a model that started from one without privacy is covered", "outputs.guarantee.no_guarantee_reason",
     "if not base_is_covered(guarantee):", "if False:")  # fmt: skip
 def test_the_model_that_training_started_from_is_named_with_its_guarantee(tmp_path):
     for name, privacy in (("private", None), ("plain", PLAIN)):

@@ -170,7 +170,7 @@ def test_weights_that_change_while_they_are_copied_are_not_published(full, tmp_p
 
 
 @catches("a model without a guarantee is published", "outputs.publish.publishable_report",
-    "if reason := not_covered_reason(guarantee):", "if reason := None:", change={"epsilon": None}, words="infinite")  # fmt: skip
+    "if reason := no_guarantee_reason(guarantee):", "if reason := None:", change={"epsilon": None}, words="infinite")  # fmt: skip
 @pytest.mark.parametrize(
     ("change", "words"),
     sample(

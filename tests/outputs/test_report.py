@@ -19,7 +19,7 @@ from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.cli import command_line
 from author_dp.errors import UserError
 from author_dp.outputs.figures import first_steps, loss_points
-from author_dp.outputs.guarantee import attack_rows, decision_summary, format_interrupted, guarantee_rows, percent_up
+from author_dp.outputs.guarantee import attack_rows, epsilon_in_words, format_interrupted, guarantee_rows, percent_up
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.publish import publish
 from author_dp.outputs.report import RunStatistics, evaluate_and_sample, publish_hint, report_result, write_report
@@ -84,7 +84,7 @@ def test_page_says_what_was_trained_and_by_which_command(tmp_path, monkeypatch):
 )
 def test_summary_says_what_epsilon_means_for_a_decision(epsilon, strength):
     report = {"disable_dp": False, "epsilon": epsilon, "delta": 1e-5, "tpr_at_fpr": {"0.01": 0.0555, "0.001": 0.00286}}
-    words = decision_summary(report)
+    words = epsilon_in_words(report)
     assert f"itself), {format_epsilon(epsilon)} is {strength}." in words
     assert (
         "wrongly accuses 1 % of the authors who were not, finds at most 5.6 % of those who were; blind guessing finds 1 %"
@@ -93,10 +93,10 @@ def test_summary_says_what_epsilon_means_for_a_decision(epsilon, strength):
     assert ("Membership inference", "TPR at most 5.6 % at 1 % FPR, at most 0.29 % at 0.1 % FPR") == (
         attack_rows(report)[0][0], attack_rows(report)[0][1].partition(" (")[0],
     )  # fmt: skip
-    assert "this one is large" not in decision_summary({**report, "delta": 1e-5})
-    assert "this one is large: 0.0026: it would allow" in decision_summary({**report, "delta": 0.0026})
+    assert "this one is large" not in epsilon_in_words({**report, "delta": 1e-5})
+    assert "this one is large: 0.0026: it would allow" in epsilon_in_words({**report, "delta": 0.0026})
     for change in ({"disable_dp": True}, {"epsilon": None}, {"interrupted": True}):
-        assert decision_summary({**report, **change}) == ""
+        assert epsilon_in_words({**report, **change}) == ""
 
 
 def test_publishing_is_advised_only_where_it_would_work():
