@@ -6,7 +6,8 @@ it. Here it ends the program. On a busy machine, imports take longer than five s
 the imports: it undoes all of this.
 
 Before torch is imported, its allocator of GPU memory is told to grow its blocks: microbatches of several lengths would otherwise
-leave memory in pieces of which none is large enough.
+leave memory in pieces of which none is large enough. And its products on CPUs are told not to use AMX, as these mix authors in
+bfloat16 (author_dp/guards/precision.py).
 """
 
 import gc
@@ -17,6 +18,8 @@ import threading
 
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch still reads
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # of no effect on processors without AMX
 
 gc.disable()
 _line = threading.Timer(5.0, print, ["[author_dp] Loading libraries."], {"file": sys.stderr, "flush": True})

@@ -36,7 +36,7 @@ from author_dp.models.quantization import check_quantized_frozen
 from author_dp.progress import track_calls
 from author_dp.wording import format_names
 
-MODEL_CALLS = 51  # in a check, for its progress; more where an engine clips parameters one author at a time
+MODEL_CALLS = 52  # in a check, for its progress; more where an engine clips parameters one author at a time
 MICROBATCH_LENS = (9, 7)  # tokens of the longest of seven samples: once more than samples, and once as many
 
 
@@ -116,7 +116,7 @@ def check_model(model: nn.Module, call_model: bool = True) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError("--model_name: an encoder-decoder model is not supported. Choose a decoder (causal language model)")
     for name, module in model.named_modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        if is_compiled(module):
             # Checks run it uncompiled, so that random numbers would be others than those that are checked.
             raise UserError(f"--model_name: {name or 'the model'} is compiled. Pass the model as it was before torch.compile")
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -129,6 +129,14 @@ def check_model(model: nn.Module, call_model: bool = True) -> None:
             )
     if call_model:
         check_sample_independence(model)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether torch.compile or torch.jit made the module, or its forward."""
+    if "_orig_mod" in module._modules or module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
+        return True
+    forward = module.forward  # torch.compiler.disable leaves the same mark as torch.compile, and one of its own
+    return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
 
 
 def check_fsdp_model(model: nn.Module) -> None:

@@ -1,13 +1,17 @@
-"""Check that float32 matrix products are exact: TF32 and bfloat16 would make norms too small.
+"""Check that float32 matrix products are exact, as TF32 and bfloat16 would make norms too small; and that none mixes its rows.
 
-Guarantees: training starts only if two conditions hold. Products of factors that use all bits of float32 come out exact, in the
-model's shapes and on its devices; and no setting allows torch to round others. A run that finds otherwise later ends with
-`MechanismError`.
+Guarantees: training starts only if three conditions hold. Products of factors that use all bits of float32 come out exact, in the
+model's shapes and on its devices; no setting allows torch to round others; and where the run computes in bfloat16, a row of nan
+does not reach other rows of a product. A run that finds otherwise later ends with `MechanismError`.
 
 An author's norm and clipped gradient come from different products of the same numbers. TF32 rounds the factors by up to 2^-11, so
 that an author may exceed the clip norm; where tokens cancel, by any factor. Many settings lead there (options, environment
 variables, flags that libraries set), and a list of names cannot be complete. So the check computes products whose exact value is
 known, and also refuses every known setting that permits rounding.
+
+oneDNN's bfloat16 products on processors with AMX read beyond a row, and multiply by zero what they find, which is nan if that is.
+So an author whose values are not finite would make those of others nan, and they would drop out of the sum. Whether that happens
+depends on all three sizes of a product, so a processor is refused on which it does in any of some sizes.
 
 Convolutions are not checked: the gradient of their parameters is materialized, so norm and sum are of the same numbers.
 
@@ -16,6 +20,7 @@ Example:
     >>> check_float32(model, bf16=False)
 """
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -28,10 +33,11 @@ from torch import nn
 from author_dp.clipping.norms import matmul
 from author_dp.errors import MechanismError, UserError
 from author_dp.models.modes import temporarily_set
-from author_dp.models.quantization import computes_in_float32
+from author_dp.models.quantization import computes_in_float32, quantized_layers
 
 NUM_TOKENS = 64  # of the products in the model's shapes
 MAX_SIDE = 1024  # rows and columns of these products: larger ones use the same kernels, and would take memory and time
+MIXING_SIZES = (28, 200), (53, 264), (32, 256)  # rows, inner, columns: with AMX, all of them mix rows
 SQUARE_SHAPE = (256, 256, 256)  # a shape that uses tensor cores wherever they are allowed
 # Significant bits of the factors: bfloat16's; one more than TF32's; nearly all of float32's.
 BF16_BITS, TF32_BITS, FLOAT32_BITS = 8, 12, 23
@@ -40,7 +46,7 @@ Shape = tuple[int, int, int]  # rows, inner, columns
 
 
 def check_float32(model: nn.Module, bf16: bool) -> None:
-    """Raise UserError if float32 products are rounded, or may be.
+    """Raise UserError if float32 products are rounded, or may be, or if bfloat16 products of the run mix rows.
 
     Args:
         model: its devices and weight shapes are checked.
@@ -51,6 +57,11 @@ def check_float32(model: nn.Module, bf16: bool) -> None:
         rounded, settings = find_rounding(device, shapes, bf16), rounding_settings(device.type)
         if rounded or settings:
             raise rounding_error(settings, rounded)
+        if computes_in_bfloat16(model, bf16) and (mixed := find_mixed_rows(device)):
+            raise UserError(
+                f"{'--bf16' if bf16 else '--model_name'}: in bfloat16, {mixed} lets an author whose values are not finite reach "
+                "others. Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 in the environment, or compute in float32"
+            )
 
 
 def rounding_error(settings: list[str], rounded: Optional[str] = None) -> UserError:
@@ -149,6 +160,25 @@ def find_rounding(device: torch.device, shapes: set[Shape], bf16: bool = False) 
             results.append(torch.zeros_like(product).addmm_(left, right))
             if not all(torch.equal(result, product) for result in results):
                 return f"a float32 matrix product {size} is rounded"
+    return None
+
+
+def computes_in_bfloat16(model: nn.Module, bf16: bool) -> bool:
+    """Return whether the run multiplies in bfloat16: under autocast, or in a frozen base of fewer bits."""
+    return (
+        bf16 or not computes_in_float32(model) or any(layer.compute_dtype != torch.float32 for layer in quantized_layers(model))
+    )
+
+
+def find_mixed_rows(device: torch.device) -> Optional[str]:
+    """Return a description of a bfloat16 product in which rows of nan reach other rows; None if there is none."""
+    for rows, inner, columns in itertools.product(*MIXING_SIZES):
+        left = torch.ones(rows, inner, dtype=torch.bfloat16, device=device)
+        left[1::2] = torch.nan
+        right = torch.ones(inner, columns, dtype=torch.bfloat16, device=device)
+        for factor in (right, right.T.contiguous().T):
+            if not torch.equal(torch.mm(left, factor)[::2], torch.full_like(left[::2, :1], inner).expand(-1, columns)):
+                return f"a matrix product ({rows} x {inner} times {inner} x {columns}) on {device}"
     return None
 
 

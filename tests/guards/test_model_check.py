@@ -113,28 +113,54 @@ class Rows(nn.Module):
 
 
 class ReadsOn(nn.Module):
-    """A layer that multiplies the next row by zero, as a kernel that reads beyond its row."""
+    """A layer in which nan of one sample reaches others, as by a kernel that multiplies by zero what lies beyond its row."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, when):
         super().__init__()
-        self.layer = layer
+        self.layer, self.when = layer, when
 
     def forward(self, x):
-        return self.layer(x + 0.0 * x.flatten(0, 1).roll(-1, 0).view_as(x).detach())
+        beyond = x.detach().flatten(0, 1).roll(-1, 0).view_as(x)
+        if self.when == "in the backward pass" and x.requires_grad:
+            x.register_hook(lambda grad: grad + 0.0 * grad.flatten(0, 1).roll(-1, 0).view_as(x))
+        elif self.when == "from the last sample":
+            x = x + 0.0 * x[-1:].detach()
+        elif self.when == "by a finite number":
+            x = x + 0.5 * x.isnan().any()
+        elif self.when == "always" or (self.when == "under autocast" and torch.is_autocast_enabled("cpu")):
+            x = x + 0.0 * beyond
+        return self.layer(x)
 
 
-@catches("the model check has finite authors only", "guards.clipping_check.nan_embeddings", "torch.nan", "0.0", bf16=False)
+@catches("the model check has finite authors only", "guards.clipping_check.nan_embeddings", "torch.nan", "0.0", when="always")
 @catches("the model check compares no norm beside a non-finite author", "guards.clipping_check.check_non_finite_author",
-    "if not is_equal or", "if", bf16=True)  # fmt: skip
-@pytest.mark.parametrize("bf16", [False, True])
-def test_verify_model_refuses_products_that_read_beyond_their_row(clipping, bf16):
-    model = make_model("gpt2", "untied")
+    "if not is_equal or", "if", when="always")  # fmt: skip
+@catches("isolation is checked in float32 only", "guards.clipping_check.check_engine", "enabled=bf16", "enabled=False",
+    when="under autocast")  # fmt: skip
+@catches("isolation is checked for nan only", "guards.clipping_check.check_non_finite_author", "(100 if bf16 else 1)", "1e9",
+    when="by a finite number")  # fmt: skip
+@catches("isolation is checked for the author in the middle only", "guards.clipping_check.check_non_finite_author", "(1, 0)",
+    "(1,)", when="from the last sample")  # fmt: skip
+@pytest.mark.parametrize(
+    "when", ["always", "under autocast", "by a finite number", "from the last sample", "in the backward pass"]
+)
+def test_verify_model_refuses_samples_that_nan_reaches(clipping, when):
+    model, bf16 = make_model("gpt2", "untied"), when == "under autocast"
     assert verify_model(model, clipping, bf16=bf16).error < 1e-5
-    model.lm_head = ReadsOn(model.lm_head)
-    where = " in bfloat16: .* ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16" if bf16 else ": .* Use --clipping"
-    with pytest.raises(UserError, match=f"--clipping {clipping}{where}") as caught:
+    model.lm_head = ReadsOn(model.lm_head, when)
+    words = f"--clipping {clipping}: an author whose gradient is not finite reaches other authors. {'Leave' if bf16 else 'Use'}"
+    with pytest.raises(UserError, match=words):
         verify_model(model, clipping, bf16=bf16)
-    assert "an author whose gradient is not finite reaches other authors" in str(caught.value)
+
+
+@catches("a clipped sum of nan passes the model check", "guards.clipping_check.check_non_finite_author",
+    " or not all(math.isfinite(global_norm(parameter.summed_grad)) for parameter in parameters)", "")  # fmt: skip
+def test_verify_model_refuses_an_engine_that_adds_zero_times_nan(monkeypatch):
+    function = find("author_dp.clipping.author_groups.ClipFactors.__init__")
+    code = with_edit(function, "None if norms.isfinite().all() else ~norms.isfinite()", "None")
+    monkeypatch.setattr(function, "__code__", code)
+    with pytest.raises(UserError, match="an author whose gradient is not finite reaches other authors"):
+        verify_model(tiny_gpt2(), "ghost")
 
 
 # --- clipping matches the reference ---------------------------------------------------------------------

@@ -118,16 +118,25 @@ def test_check_model_refuses_a_model_that_sees_later_tokens():
     check_model(tiny_gpt2())
 
 
-@catches("a compiled block is not seen", "guards.model_check.check_model", "module._compiled_call_impl is not None", "False")
+@catches("a compiled block is not seen", "guards.model_check.is_compiled", "module._compiled_call_impl is not None", "False")
+@catches("a compiled forward is not seen", "guards.model_check.is_compiled", "hasattr(forward,", "not hasattr(module,")
 def test_trainer_refuses_a_model_that_was_compiled(tmp_path):
-    whole, in_place, block = torch.compile(tiny_gpt2()), tiny_gpt2(), tiny_gpt2()
+    whole, in_place, block, forward, script = torch.compile(tiny_gpt2()), *(tiny_gpt2() for _ in range(4))
     in_place.compile()
     block.transformer.h[1].compile()
-    for model, name in ((whole, "the model"), (in_place, "the model"), (block, r"transformer\.h\.1")):
-        with pytest.raises(UserError, match=f"--model_name: {name} is compiled"):
-            check_model(model)
+    forward.transformer.h[0].forward = torch.compile(forward.transformer.h[0].forward)
+    script.transformer.ln_f = torch.jit.script(script.transformer.ln_f)
+    names = {"the model": [whole, in_place], r"transformer\.h\.1": [block], r"transformer\.h\.0": [forward],
+             r"transformer\.ln_f": [script]}  # fmt: skip
+    for name, models in names.items():
+        for model in models:
+            with pytest.raises(UserError, match=f"--model_name: {name} is compiled"):
+                check_model(model)
     with pytest.raises(UserError, match="is compiled"):
         make_trainer(tmp_path, block)
+    excepted = tiny_gpt2()
+    excepted.transformer.h[0].forward = torch.compiler.disable(excepted.transformer.h[0].forward)
+    check_model(excepted)
 
 
 def test_check_model_refuses_what_mixes_authors_or_rounds_noise(tmp_path):

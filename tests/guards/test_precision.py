@@ -47,6 +47,32 @@ class RoundedProducts(TorchDispatchMode):
         return function(*args[:first], left, right, *args[first + 2 :], **(kwargs or {}))
 
 
+class MixedRows(TorchDispatchMode):
+    """Compute bfloat16 matrix products as oneDNN does with AMX: what lies beyond a row is multiplied by zero."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is aten.mm.default and args[0].dtype == torch.bfloat16 and args[0].shape[1] % 32:
+            result = result + 0.0 * args[0].roll(-1, 0).sum(1, keepdim=True)
+        return result
+
+
+@catches("products that mix rows pass", "guards.precision.find_mixed_rows", "left[1::2] = torch.nan", "pass")
+@catches("mixed rows are not looked for", "guards.precision.check_float32", "computes_in_bfloat16(model, bf16) and", "False and")
+@catches("mixed rows are looked for under autocast only", "guards.precision.computes_in_bfloat16",
+    "or not computes_in_float32(model)", "")  # fmt: skip
+def test_check_float32_refuses_bfloat16_products_that_mix_rows():
+    frozen = tiny_gpt2()
+    frozen.transformer.wte.weight.requires_grad_(False)
+    frozen.transformer.wte.weight.data = frozen.transformer.wte.weight.data.bfloat16()
+    with MixedRows():
+        check_float32(tiny_gpt2(), bf16=False)
+        for model, bf16, option in ((tiny_gpt2(), True, "--bf16"), (frozen, False, "--model_name")):
+            with pytest.raises(UserError, match=f"{option}: in bfloat16, .*Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 in the env"):
+                check_float32(model, bf16)
+    check_float32(tiny_gpt2(), bf16=True)
+
+
 class Open(TrainerCallback):
     """Call a function before a step; without a step number, when training begins."""
 
