@@ -173,7 +173,7 @@ class DPTrainer(UploadingTrainer):
         UserError: for options, a model or data under which the guarantee would not hold.
     """
 
-    engine: Any  # with privacy a ClippingEngine, and None unless it trains: no step may go unclipped; PlainEngine without
+    engine: Any  # a ClippingEngine while a private run trains, None otherwise; with --disable_dp a PlainEngine
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class DPTrainer(UploadingTrainer):
         args = adapt_trainer_args(args)
         kwargs |= {"train_dataset": setup.train_dataset, "data_collator": setup.data_collator}
         super().__init__(model=model, args=args, **kwargs)
-        args.max_steps = self.plan.steps  # not before: it would be said to override --num_train_epochs, of which it is made
+        args.max_steps = self.plan.steps  # this late, or the Trainer would log that it overrides --num_train_epochs
         check_launch(self.accelerator, args.bf16)
         if full_shard:  # or copies of all gathered weights in bfloat16 would wait for the end of a forward
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)

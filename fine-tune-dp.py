@@ -3,7 +3,8 @@
 The demo, without a hub, in minutes on a laptop:
 
     python fine-tune-dp.py --model_name demo/model --train_file demo/comments.jsonl --sequence_len 64 \
-        --output_dir scratch --target_epsilon 8 --per_sample_max_grad_norm 1.0
+        --output_dir scratch --target_epsilon 8 --per_sample_max_grad_norm 1.0 --per_device_train_batch_size 64 \
+        --gradient_accumulation_steps 4 --num_train_epochs 2 --learning_rate 1e-2 --noise_bands auto
 
 Full fine-tuning on Reddit (500,000 comments of 304,279 authors), one process per GPU:
 
@@ -100,7 +101,7 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = option(False, "Of no effect: the samples hold what is used.")
     evaluation_strategy: Optional[str] = option(None, "Older name of --eval_strategy.")
     fsdp: Optional[str] = option(
-        None, "full_shard: share weights, clipped sums, noise and optimizer state among the processes, each 1/W of them."
+        None, "full_shard: shard weights, clipped sums, noise and optimizer state: each of W processes holds 1/W."
     )
 
     def __post_init__(self):
@@ -109,14 +110,14 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fsdp and self.fsdp_config:
             raise UserError("--fsdp_config: it has no part in --fsdp full_shard here. Leave it out")
         check_launcher_variables(self.bf16)  # before Hugging Face's code follows them
-        # The Trainer must not see it: accelerate would share gradients that are not per author.
+        # The Trainer must not see it: accelerate would shard gradients that are not per author.
         self.full_shard, self.fsdp = bool(self.fsdp), None
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
             self.evaluation_strategy = None
         if self.resume_from_checkpoint in ("True", "true"):
             self.resume_from_checkpoint = True
-        # Without it the Trainer takes processes on CPUs for runs that know nothing of each other, and refuses --bf16.
+        # Otherwise the Trainer takes processes on CPUs for independent runs, and refuses --bf16.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
@@ -141,7 +142,7 @@ def parse_arguments() -> tuple:
     _, ledger = find_checkpoint(training_args, privacy_args, lora_args.enable_lora, program_options(*groups))
     check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation, ledger)
     if model_args.dry_run:
-        release_args.release_eval_epsilon = None  # of a model that nobody wants
+        release_args.release_eval_epsilon = None  # a dry run releases nothing
     return groups
 
 
@@ -184,7 +185,7 @@ def main() -> None:
         model_args.model_name, lora_args.to_options(), lora_args.base_precision, training_args.device, training_args.bf16
     )
     fuse_operations(model)
-    logging.set_verbosity(training_args.get_process_log_level())  # not before: loading logs pages
+    logging.set_verbosity(training_args.get_process_log_level())  # after loading, which would log pages
     if flag := lora_args.base_precision_flag():
         logger.info(f"{flag}: all weights, adapters included, take {weight_bytes(model) / 2**20:,.1f} MiB.")
     check_sequence_len(model, data_args.sequence_len)

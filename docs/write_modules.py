@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, LIBRARY = ROOT / "docs" / "modules.md", ROOT / "author_dp"
 HEAD = """# Modules
 
-Where is what? Each module of [author_dp/](../author_dp) with the first sentence of its docstring, and the functions and classes that
+Where is what? Each module of [author_dp/](../author_dp) with the start of its docstring, and the functions and classes that
 it defines, to be searched. [Architecture](architecture.md) has what each package promises, and in which order to read it.
 `python docs/write_modules.py` writes this page.
 """
