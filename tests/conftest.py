@@ -15,7 +15,7 @@ import speed
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
-from programs import Program, command
+from script_runs import Program, command
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 

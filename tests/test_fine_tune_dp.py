@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import read_report, run_script
 from peft import PeftModel
-from programs import PRIVACY, run_here
+from script_runs import PRIVACY, run_here
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT, read_report, run_script, sample
-from programs import PRIVACY, run_here, small
+from script_runs import PRIVACY, run_here, small
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import make_dataset, make_trainer, read_report, within
 from mutation import catches
-from programs import run_here
 from safetensors.numpy import load_file
+from script_runs import run_here
 
 from author_dp.accounting.accountant import compute_epsilon
 from author_dp.accounting.ledger import PrivacyLedger

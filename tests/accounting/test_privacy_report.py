@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_dataset, make_trainer, read_report, resumable
 from mutation import catches
-from programs import PRIVACY, small
+from script_runs import PRIVACY, small
 from transformers import TrainerCallback
 
 from author_dp.accounting import ledger_report

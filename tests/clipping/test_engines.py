@@ -5,8 +5,8 @@ import itertools
 import math
 
 import bugs
-import naive
 import pytest
+import reference
 import torch
 from conftest import COUNTS, as_arrays, clipped_sum, flat, make_batch, make_trainer, tiny_gpt2, trainable
 from families import ALL_ENGINES, FAMILIES, KINDS, TWO_PASS, close, make_model, run_engine
@@ -54,7 +54,7 @@ def reference_gradients(family: str, kind: str, batch: str) -> torch.Tensor:
     """Return each author's gradient, (authors, parameters)."""
     counts, longest = BATCHES[batch]
     model = make_model(family, kind)
-    return torch.stack([flat(naive.author_gradient(model, rows)) for rows in as_arrays(make_batch(counts, longest=longest))])
+    return torch.stack([flat(reference.author_gradient(model, rows)) for rows in as_arrays(make_batch(counts, longest=longest))])
 
 
 @catches("half the clip: a bound of twice C", *bugs.TWICE_THE_CLIP_NORM, engine="ghost", family="gpt2", kind="tied",
@@ -128,7 +128,7 @@ def test_engines_drop_what_the_forward_pass_dropped(family, kind):
 @pytest.mark.parametrize("counts", [[1] * 6, COUNTS])
 def test_bfloat16_agrees_to_its_rounding_and_stays_below_the_clip_norm(kind, counts):
     model, batch = make_model("gpt2", kind), make_batch(counts)
-    expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
+    expected = reference.clipped_sum(model, as_arrays(batch), 0.1)
     with torch.autocast("cpu", torch.bfloat16):
         theirs, their_norms = clipped_sum(model, batch, 0.1, "grad_sample")
         for engine in ("ghost", *TWO_PASS):
@@ -164,7 +164,7 @@ def test_many_samples_of_one_author_move_the_sum_by_the_clip_norm_at_most(engine
 
 
 def check_only_author_3_is_left_out(engine: str, model: nn.Module, batch: dict, weights=1.0) -> None:
-    expected = naive.clipped_sum(model, [samples for i, samples in enumerate(as_arrays(batch)) if i != 3], 0.1)
+    expected = reference.clipped_sum(model, [samples for i, samples in enumerate(as_arrays(batch)) if i != 3], 0.1)
     ours, norms, _ = run_engine(engine, model, batch, weights=weights)
     assert norms.isfinite().tolist() == [True] * 3 + [False] + [True] * 2 and close(ours, expected)
     assert engine == "grad_sample" or norms[3].isinf()
@@ -204,7 +204,7 @@ def test_frozen_parameters_are_left_alone(engine):
         parameter.requires_grad = "h.1" in name
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     batch = make_batch()
-    expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
+    expected = reference.clipped_sum(model, as_arrays(batch), 0.1)
     ours, *_ = run_engine(engine, model, batch)
     assert (ours - expected).norm() < 1e-5 * expected.norm()
     for name, before in frozen.items():

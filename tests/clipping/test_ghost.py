@@ -2,8 +2,8 @@
 
 import math
 
-import naive
 import pytest
+import reference
 import torch
 from conftest import as_arrays, clipped_sum, flat, make_batch, make_trainer, tiny_gpt2, trainable
 from families import FAMILIES, KINDS, close, make_model
@@ -166,14 +166,14 @@ def test_a_layer_without_a_rule_is_run_again_after_a_forward_in_bfloat16():
 
 @pytest.mark.integration
 def test_the_trainer_checkpoints_and_rounds_as_asked(tmp_path):
-    """The options of a user: the update is that of the naive loop."""
+    """The options of a user: the update is that of the reference loop."""
     for name, options in {"plain": {}, "checkpointed": {"gradient_checkpointing": True}, "bf16": {"bf16": True}}.items():
         model = tiny_gpt2()
         before = flat(model.parameters()).clone()
         privacy = {"noise_multiplier": 0.0, "samples_per_author": 9}
         trainer = make_trainer(tmp_path / name, model, privacy=privacy, per_device_train_batch_size=6, **options)
         trainer.train()
-        expected = naive.clipped_sum(tiny_gpt2(), as_arrays(make_batch()), 0.5) / 6
+        expected = reference.clipped_sum(tiny_gpt2(), as_arrays(make_batch()), 0.5) / 6
         tolerance = 0.05 if name == "bf16" else 1e-4
         assert close(before - flat(model.parameters()), expected, tolerance), name
 
@@ -210,7 +210,7 @@ def test_evaluation_between_forward_and_backward_leaves_no_trace():
         author_losses(model.eval(), batch)
     author_losses(model.train(), make_batch(seed=3))  # a forward that nobody goes back through
     engine.backward(losses, batch["author"])
-    assert close(flat(p.summed_grad for p in model.parameters()), naive.clipped_sum(tiny_gpt2(), as_arrays(batch), 0.1))
+    assert close(flat(p.summed_grad for p in model.parameters()), reference.clipped_sum(tiny_gpt2(), as_arrays(batch), 0.1))
 
 
 def test_hooks_are_taken_off():
@@ -246,7 +246,7 @@ def test_an_overflow_never_passes_for_a_small_norm(monkeypatch, value):
     model, batch = tiny_gpt2(), make_batch()
     ours, norms = clipped_sum(model, batch, 0.1, "ghost")
     others = [samples for author, samples in enumerate(as_arrays(batch)) if author != 1]
-    assert close(ours, naive.clipped_sum(model, others, 0.1)) and norms.isinf().tolist() == [False, True] + [False] * 4
+    assert close(ours, reference.clipped_sum(model, others, 0.1)) and norms.isinf().tolist() == [False, True] + [False] * 4
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,7 +1,7 @@
 """clipping/layer_rules.py: each rule against autograd, and layers without a rule."""
 
-import naive
 import pytest
+import reference
 import torch
 from conftest import as_arrays, clipped_sum, flat, make_batch, tiny_gpt2
 from families import close, llama, qwen3
@@ -154,4 +154,4 @@ def test_two_matrices_that_share_a_weight_count_once():
     model, batch = tiny_gpt2(), make_batch()
     model.transformer.h[1].mlp.c_fc.weight = model.transformer.h[0].mlp.c_fc.weight
     ours, _ = clipped_sum(model, batch, 0.1, "ghost")
-    assert close(ours, naive.clipped_sum(model, as_arrays(batch), 0.1))
+    assert close(ours, reference.clipped_sum(model, as_arrays(batch), 0.1))

@@ -2,8 +2,8 @@
 
 import weakref
 
-import naive
 import pytest
+import reference
 import torch
 from conftest import as_arrays, flat, make_batch, make_trainer, tiny_gpt2, train
 from families import TWO_PASS, close, make_model, run_engine
@@ -46,7 +46,7 @@ def shifted(model):
 @pytest.mark.parametrize("change", [shared_block, shifted])
 def test_what_is_used_twice_in_another_way_is_kept_whole(change):
     model, batch = change(tiny_gpt2()).train(), make_batch()
-    expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
+    expected = reference.clipped_sum(model, as_arrays(batch), 0.1)
     for engine in TWO_PASS:
         ours, _, engine = run_engine(engine, model, batch)
         assert engine.store.kept_params and close(ours, expected)
@@ -56,7 +56,7 @@ def test_one_authors_ordinary_gradients_are_let_go_as_they_come():
     model, batch = tiny_gpt2().train(), make_batch([3])
     model.transformer.ln_f = OwnScale(model.transformer.ln_f)
     fallback = {model.transformer.ln_f.scale, model.transformer.h[0].mlp.c_fc.weight}
-    expected = naive.clipped_sum(model, as_arrays(batch), 0.1)
+    expected = reference.clipped_sum(model, as_arrays(batch), 0.1)
     for engine in TWO_PASS:
         ours, *_ = run_engine(engine, model, batch, prepare=lambda engine: engine.freeze_fallback(fallback))
         assert close(ours, expected) and all(parameter.grad is None for parameter in model.parameters())
@@ -117,7 +117,7 @@ def test_one_pass_is_enough_where_everything_kept_is_small():
         assert len(calls) == passes
 
 
-def test_a_run_that_checkpoints_takes_two_passes_and_its_update_is_the_naive_one(tmp_path, monkeypatch):
+def test_a_run_that_checkpoints_takes_two_passes_and_its_update_is_the_reference_one(tmp_path, monkeypatch):
     passes = []
     backward = TwoPassClipping._backward
     monkeypatch.setattr(TwoPassClipping, "_backward", lambda self, *args: passes.append(args[-1]) or backward(self, *args))
@@ -130,7 +130,7 @@ def test_a_run_that_checkpoints_takes_two_passes_and_its_update_is_the_naive_one
     passes.clear()
     (batch,), _ = train(trainer)
     assert passes == [True, False] * len(batch.microbatches) and len(batch.microbatches) >= 3
-    expected = naive.clipped_sum(tiny_gpt2(), as_arrays(make_batch()), 0.5) / 6
+    expected = reference.clipped_sum(tiny_gpt2(), as_arrays(make_batch()), 0.5) / 6
     assert close(before - flat(model.parameters()), expected, 1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Clipping engines on the simulated GPU equal those on the CPU, and the naive loop."""
+"""Clipping engines on the simulated GPU equal those on the CPU, and the reference loop."""
 
 import copy
 
@@ -7,7 +7,7 @@ import simulated_torch  # noqa: F401  # registers the device, before the first b
 import torch
 from accelerate.utils import send_to_device
 from conftest import MODELS, as_arrays, flat, make_batch, tiny_gpt2, trainable
-from naive import clipped_sum
+from reference import clipped_sum
 from simulated_gpu import GpuTensor, simulated_gpu
 
 from author_dp.clipping import ENGINES, ClippingEngine
@@ -36,26 +36,26 @@ def clip(model, batch: dict, engine_class, device: str, bf16: bool = False, step
 @pytest.mark.parametrize("counts", [[1, 1, 1], [1, 2, 3], [2, 2, 2]])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("engine", CLASSES)
-def test_engine_on_gpu_equals_cpu_and_naive_loop(engine, kind, counts):
+def test_engine_on_gpu_equals_cpu_and_reference_loop(engine, kind, counts):
     model, batch = tiny_gpt2(**MODELS[kind]), make_batch(counts)
     expected = clip(model, batch, CLASSES[engine], "cpu")
     with simulated_gpu() as gpu:
         found = clip(model, batch, CLASSES[engine], "cuda")
     for one, other in zip(found, expected):
         assert (one - other).norm() <= 1e-6 * other.norm()
-    naive = clipped_sum(model, as_arrays(batch), CLIP_NORM)
-    assert (found[1] - naive).norm() <= 1e-5 * naive.norm()
+    reference = clipped_sum(model, as_arrays(batch), CLIP_NORM)
+    assert (found[1] - reference).norm() <= 1e-5 * reference.norm()
     assert not gpu.float64
 
 
 @pytest.mark.parametrize("engine", ["ghost", "two_pass"])
 @pytest.mark.parametrize("kind", ["tied", "lora"])
-def test_engine_on_gpu_is_near_the_naive_loop_in_bf16(engine, kind):
+def test_engine_on_gpu_is_near_the_reference_loop_in_bf16(engine, kind):
     model, batch = tiny_gpt2(**MODELS[kind]), make_batch([1, 2, 3])
     with simulated_gpu():
         _, found = clip(model, batch, CLASSES[engine], "cuda", bf16=True)
-    naive = clipped_sum(model, as_arrays(batch), CLIP_NORM)
-    assert (found - naive).norm() <= 0.02 * naive.norm()
+    reference = clipped_sum(model, as_arrays(batch), CLIP_NORM)
+    assert (found - reference).norm() <= 0.02 * reference.norm()
 
 
 def test_tensors_of_both_devices_raise():

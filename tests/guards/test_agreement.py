@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, make_trainer, sample
-from forked import in_processes
+from forked_runs import in_processes
 from mutation import catches
 from planting import find, with_edit
 

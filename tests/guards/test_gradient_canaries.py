@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import flat, make_dataset, read_report, run_script, tiny_gpt2, trainable, within
 from planting import find, with_edit
-from programs import PRIVACY, run_here, small
 from scipy import stats
+from script_runs import PRIVACY, run_here, small
 from transformers import TrainingArguments
 
 from author_dp.accounting.gaussian import gaussian_epsilon

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from mutation import catches
-from programs import PRIVACY, run_here, small
+from script_runs import PRIVACY, run_here, small
 from test_callbacks import header, trainer_with
 from transformers import (
     TrainingArguments,

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from conftest import MODELS, make_dataset, make_trainer, tiny_gpt2
-from forked import in_processes
+from forked_runs import in_processes
 from mutation import catches
 from planting import find, with_edit
 from transformers import TrainerCallback

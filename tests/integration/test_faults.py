@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_report, run_script
-from programs import Program, command, small
+from script_runs import Program, command, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from author_dp.accounting.ledger import PrivacyLedger

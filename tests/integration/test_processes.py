@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 
 import bugs
-import naive
 import pytest
+import reference
 import torch
 from conftest import MODELS, ROOT, read_report, sample, tiny_gpt2, within
 from mutation import catches
-from programs import Program, launcher
+from script_runs import Program, launcher
 
 from author_dp.accounting.ledger import PrivacyLedger
 
@@ -33,7 +33,7 @@ def test_processes_release_the_update_of_a_plain_loop(tmp_path, kind, engine):
     authors = first["authors"] + second["authors"]
     assert abs(len(first["authors"]) - len(second["authors"])) <= 1
     assert len({str(samples) for samples in authors}) == len(authors) == first["batch_size"] == second["batch_size"]
-    expected = naive.clipped_sum(tiny_gpt2(**MODELS[kind]), authors, 0.5) / 24
+    expected = reference.clipped_sum(tiny_gpt2(**MODELS[kind]), authors, 0.5) / 24
     assert (first["gradient"] - expected).norm() <= 1e-5 * expected.norm()
     assert torch.equal(first["gradient"], second["gradient"]) and torch.equal(first["weights"], second["weights"])
     assert first["loss"] == pytest.approx(second["loss"])
@@ -51,7 +51,7 @@ def test_processes_together_add_the_noise_of_one(tmp_path):
     options = {"model": {}, "counts": [1] * 9, "privacy": {"noise_multiplier": 3.0}, "per_device": 1}
     first, second = run_processes(tmp_path, 2, **options)
     authors = first["authors"] + second["authors"]
-    total = naive.clipped_sum(tiny_gpt2(), authors, 0.5) if authors else 0.0
+    total = reference.clipped_sum(tiny_gpt2(), authors, 0.5) if authors else 0.0
     noise = first["gradient"] * 2 - total  # expected batch 2 = 1 per device on two processes
     assert within(noise.var().item() / (3.0 * 0.5) ** 2, 1, math.sqrt(2 / len(noise)))
     assert torch.equal(first["gradient"], second["gradient"])
@@ -63,6 +63,6 @@ def test_processes_without_privacy_average_over_all(tmp_path):
     options = {"model": {}, "counts": [1] * 4, "privacy": {"disable_dp": True, "noise_multiplier": None}, "per_device": 1}
     first, second = run_processes(tmp_path, 2, **options)
     authors = first["authors"] + second["authors"]
-    expected = naive.clipped_sum(tiny_gpt2(), authors, 1e9) / 2 if authors else torch.zeros_like(first["gradient"])
+    expected = reference.clipped_sum(tiny_gpt2(), authors, 1e9) / 2 if authors else torch.zeros_like(first["gradient"])
     assert (first["gradient"] - expected).norm() <= 1e-5 * expected.norm()
     assert torch.equal(first["gradient"], second["gradient"]) and torch.equal(first["weights"], second["weights"])

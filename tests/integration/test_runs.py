@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, flat, read_report, run_script
 from peft import PeftModel
-from programs import PRIVACY, Program, run_here, small
+from script_runs import PRIVACY, Program, run_here, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_fine_tune_dp import FULL, LORA
 from transformers import (

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_report, within
 from mutation import catches
-from programs import Program
+from script_runs import Program
 
 from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.budget import Budget

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bugs
-import naive
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 from conftest import (
@@ -26,7 +26,7 @@ from conftest import (
     within,
 )
 from families import make_model
-from forked import in_processes
+from forked_runs import in_processes
 from mutation import catches
 from scipy.linalg import toeplitz
 from torch import nn
@@ -100,7 +100,7 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
 def check_update(folder: Path, kind: str, counts: list, tolerance: float = 1e-5, **options) -> None:
     found = in_processes(folder, len(counts), functools.partial(released, kind, counts, **options))
     authors = [author for process in found for author in process["authors"]]
-    expected = naive.clipped_sum(tiny_gpt2(**MODELS[kind]), authors, 0.5) / 8
+    expected = reference.clipped_sum(tiny_gpt2(**MODELS[kind]), authors, 0.5) / 8
     for process in found:
         assert (process["update"] - expected).norm() <= tolerance * expected.norm()
         assert process["dtypes"] == {torch.float32}  # sums and updated weights, also under bfloat16

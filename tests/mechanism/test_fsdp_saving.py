@@ -13,7 +13,7 @@ from conftest import (
     tiny_gpt2,
     trainable,
 )
-from forked import in_processes
+from forked_runs import in_processes
 from transformers import GPT2LMHeadModel
 
 # --- what is saved ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import flat, make_dataset, make_trainer, tiny_gpt2, train, trainable
-from forked import in_processes
+from forked_runs import in_processes
 from mutation import catches
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, Dataset

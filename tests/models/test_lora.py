@@ -1,7 +1,7 @@
 """models/lora.py: where LoRA goes, and that what it trains is clipped exactly."""
 
-import naive
 import pytest
+import reference
 from conftest import as_arrays, clipped_sum, make_batch, sample, trainable
 from families import close, llama, make_model
 from torch import nn
@@ -36,7 +36,7 @@ def make(family: str = "llama", **options):
 def test_every_kind_of_adapter_is_clipped_exactly(name):
     model, batch = make(**OPTIONS[name]), make_batch()
     assert verify_model(model, "ghost").error < 1e-5
-    assert close(clipped_sum(model, batch, 0.1, "ghost")[0], naive.clipped_sum(model, as_arrays(batch), 0.1))
+    assert close(clipped_sum(model, batch, 0.1, "ghost")[0], reference.clipped_sum(model, as_arrays(batch), 0.1))
 
 
 def test_all_linear_is_all_but_the_head():

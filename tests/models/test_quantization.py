@@ -4,12 +4,12 @@ import builtins
 import functools
 from pathlib import Path
 
-import naive
 import pytest
+import reference
 import torch
 from conftest import as_arrays, clipped_sum, flat, make_batch, make_dataset, make_trainer, tiny_gpt2, trainable
 from families import LLAMA, close
-from forked import in_processes
+from forked_runs import in_processes
 from mutation import catches
 from peft import PeftModel
 from torch import nn
@@ -89,7 +89,7 @@ def test_it_computes_what_a_float32_model_with_the_rounded_weights_does(folders,
     with torch.no_grad():
         ours, theirs = (m(input_ids=batch["input_ids"]).logits for m in (model, plain))
     assert ours.dtype == torch.float32 and close(ours, theirs)
-    expected = naive.clipped_sum(plain, as_arrays(batch), 0.1)
+    expected = reference.clipped_sum(plain, as_arrays(batch), 0.1)
     assert close(clipped_sum(model, batch, 0.1, "ghost")[0], expected)
 
 
@@ -104,7 +104,7 @@ def test_adapters_are_clipped_exactly_and_float32(folders, family, bits):
     for clipping in ("ghost", "grad_sample"):
         for clip_norm in (0.1, 1e4):
             ours, _ = clipped_sum(model, batch, clip_norm, clipping)
-            assert close(ours, naive.clipped_sum(model, as_arrays(batch), clip_norm)), (clipping, clip_norm)
+            assert close(ours, reference.clipped_sum(model, as_arrays(batch), clip_norm)), (clipping, clip_norm)
 
 
 @pytest.mark.integration
@@ -115,7 +115,7 @@ def test_trained_biases_of_a_base_in_bfloat16_are_float32_and_have_a_rule(folder
         model, batch = make(folders[family], "bfloat16", bias="all"), make_batch()
         assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
         assert not verify_model(model, "ghost").fallback_params
-        assert close(clipped_sum(model, batch, 0.1, "ghost")[0], naive.clipped_sum(model, as_arrays(batch), 0.1))
+        assert close(clipped_sum(model, batch, 0.1, "ghost")[0], reference.clipped_sum(model, as_arrays(batch), 0.1))
 
 
 @catches("4 bits: an evaluation cuts the gradients off", "models.quantization.set_compute_dtype",
@@ -144,7 +144,7 @@ def test_bf16_agrees_to_its_rounding_and_the_proof_is_in_float32(folders, bits):
     with torch.autocast("cpu", torch.bfloat16):
         ours, norms = clipped_sum(model, batch, 0.1, "ghost")
     quantization.set_compute_dtype(quantization.quantized_layers(model), torch.float32)
-    assert ours.dtype == norms.dtype == torch.float32 and close(ours, naive.clipped_sum(model, as_arrays(batch), 0.1), 0.05)
+    assert ours.dtype == norms.dtype == torch.float32 and close(ours, reference.clipped_sum(model, as_arrays(batch), 0.1), 0.05)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -182,10 +182,10 @@ def test_no_float32_copy_of_a_frozen_matrix_waits_for_the_backward_pass(folders)
 
 @pytest.mark.integration
 @pytest.mark.parametrize("bits", BITS)
-def test_steps_with_several_samples_and_microbatches_are_the_naive_ones(folders, tmp_path, bits):
+def test_steps_with_several_samples_and_microbatches_are_the_reference_ones(folders, tmp_path, bits):
     model = make(folders["llama"], bits)
     before = flat(trainable(model).values()).clone()
-    expected = naive.clipped_sum(model, as_arrays(make_batch()), 0.5) / 6
+    expected = reference.clipped_sum(model, as_arrays(make_batch()), 0.5) / 6
     privacy = {"noise_multiplier": 0.0, "samples_per_author": 9}
     trainer = make_trainer(tmp_path, model, privacy=privacy, per_device_train_batch_size=2, gradient_accumulation_steps=3)
     trainer.train()
@@ -206,8 +206,8 @@ def one_step(folder: str, bits: str, path) -> torch.Tensor:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("bits", BITS)
-def test_two_processes_take_the_step_of_the_naive_loop(folders, tmp_path, bits):
-    expected = naive.clipped_sum(make(folders["llama"], bits), as_arrays(make_batch()), 0.5) / 6
+def test_two_processes_take_the_step_of_the_reference_loop(folders, tmp_path, bits):
+    expected = reference.clipped_sum(make(folders["llama"], bits), as_arrays(make_batch()), 0.5) / 6
     first, second = in_processes(tmp_path, 2, one_step, folders["llama"], bits, tmp_path / "run")
     assert torch.equal(first, second) and close(first, expected, 1e-4)
 

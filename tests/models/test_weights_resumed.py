@@ -77,7 +77,7 @@ def test_a_run_goes_on_among_results_of_its_own_kind_only(tmp_path, lora):
 
 
 def test_a_folder_is_looked_into_before_model_and_data_are_read(tmp_path, monkeypatch, capfd):
-    from programs import run_here
+    from script_runs import run_here
 
     (tmp_path / "adapter_model.bin").write_bytes(b"other weights")
     options = ["--model_name", "/nowhere", "--train_file", "/nowhere.jsonl", "--output_dir", str(tmp_path)]

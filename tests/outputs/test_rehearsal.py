@@ -12,7 +12,7 @@ import torch
 from conftest import flat, make_dataset, make_trainer, tiny_gpt2, trainable
 from mutation import catches
 from peft import LoraConfig, get_peft_model
-from programs import PRIVACY, run_here, small
+from script_runs import PRIVACY, run_here, small
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from author_dp.accounting.ledger import PrivacyLedger

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_dataset, make_trainer, resumable, sample
 from mutation import catches
-from programs import PRIVACY, run_here, small
+from script_runs import PRIVACY, run_here, small
 from transformers import TrainerControl
 
 from author_dp.accounting.events import MechanismEvent

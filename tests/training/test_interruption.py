@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from conftest import make_dataset, make_trainer, read_report
-from programs import PRIVACY, run_here, small
+from script_runs import PRIVACY, run_here, small
 from transformers import TrainerCallback
 
 from author_dp.errors import NOT_SAVED, RESUME, SignalError

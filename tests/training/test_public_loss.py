@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import make_dataset, make_trainer, tiny_gpt2, within
 from mutation import catches
-from programs import PRIVACY, run_here, small
 from scipy import stats
+from script_runs import PRIVACY, run_here, small
 from test_evaluation import reference_losses
 from test_ledger import make_ledger
 

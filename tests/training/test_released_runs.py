@@ -6,7 +6,7 @@ import math
 import pytest
 from conftest import MODELS, make_dataset, make_trainer, read_report, run_script, tiny_gpt2
 from mutation import catches
-from programs import PRIVACY, run_here, small
+from script_runs import PRIVACY, run_here, small
 from test_ledger import make_ledger
 from test_public_loss import with_eval_data
 

@@ -7,7 +7,7 @@ import runpy
 import pytest
 from conftest import ROOT, make_dataset, make_trainer, read_report, tiny_gpt2
 from peft import LoraConfig, get_peft_model
-from programs import PRIVACY, run_here, small
+from script_runs import PRIVACY, run_here, small
 from transformers import TrainerCallback
 
 from author_dp.errors import UserError
