@@ -79,13 +79,13 @@ def to_user_error(error: Exception) -> Optional[UserError]:
             return UserError(message.format(text=first_line(error), resume=RESUME_REMEDY))
     if getattr(error, "errno", None) in WRITE_ERRNOS or any(message in text for message in WRITE_ERROR_MESSAGES):
         reason = getattr(error, "strerror", None) or "the write failed"
-        if (place := full_temp_dir(error)) is not None:
+        if (place := temp_dir_at_fault(error)) is not None:
             return UserError(f"TMPDIR: the temporary folder {place} cannot be written ({reason}). Make room there, or set TMPDIR")
         return UserError(f"--output_dir cannot be written ({reason}). Make it writable, with free space. {RESUME_REMEDY}")
     return None
 
 
-def full_temp_dir(error: Exception) -> Optional[Path]:
+def temp_dir_at_fault(error: Exception) -> Optional[Path]:
     """Return the system's temporary folder if it is where a write failed: it has no room, or the error names a file in it."""
     place = Path(tempfile.gettempdir())
     name = getattr(error, "filename", None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,6 +39,11 @@ def check_output_dir(folder: Path) -> None:
         ) from None
     for path in place.iterdir() if place == folder.absolute() else ():
         check_target(path, path.name in FOLDERS or path.name.startswith("checkpoint-"), path.name in FILES)
+
+
+def has_checkpoint_name(folder: Path) -> bool:
+    """Return whether a folder is named as the Trainer names a checkpoint."""
+    return re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
 
 
 def check_not_model(folder: Path, model_name: str) -> None:

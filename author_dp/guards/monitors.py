@@ -84,7 +84,7 @@ class RunMonitors:
         bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
         check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, rate)
         if bands > 1:
-            check_unseeded_groups(lambda: groups_of(sampler()), bands)
+            check_unseeded_groups(lambda: sampler_groups(sampler()), bands)
         check_unseeded(lambda: sample_generators([device], PROBE_SIZE), "randomness inside the model")
         self.noise = make_noise_monitor(self.plan, budget.ledger.path.parent, device, secure_noise)
         self._decorrelate = NoiseDecorrelator(self.plan.coefficients())
@@ -105,9 +105,9 @@ class RunMonitors:
         if bands == 1:
             self.sampling = SamplingMonitor(self.plan.num_authors, self.num_canaries, rate)
         else:
-            self.sampling = CyclicSamplingMonitor(groups_of(sampler), bands, self.num_canaries, rate)
+            self.sampling = CyclicSamplingMonitor(sampler_groups(sampler), bands, self.num_canaries, rate)
             if self._canary_monitor is not None:
-                self._canary_monitor.set_groups(self.plan.coefficients(), groups_of(sampler))
+                self._canary_monitor.set_groups(self.plan.coefficients(), sampler_groups(sampler))
         sampler.on_batch = self.sampling.on_sample
         self._ranks, self.norms.authors = RankMonitor(sampler), 0
         self._monitors.append(self.sampling)
@@ -230,7 +230,7 @@ def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
     return lambda: sampler.sample_indices(len(sampler.offsets) - 1)
 
 
-def groups_of(sampler: PoissonAuthorSampler) -> np.ndarray:
+def sampler_groups(sampler: PoissonAuthorSampler) -> np.ndarray:
     """Return the group of each author, with several groups."""
     assert sampler.groups is not None
     return sampler.groups

@@ -118,12 +118,12 @@ def make_microbatches(
             for length, group in group_by_length(authors, shape.lengths).items()
             for start in range(0, len(group), shape.authors)
         ]
-    ordered = sorted(authors, key=num_tokens)
+    ordered = sorted(authors, key=longest_length)
     slices = np.array_split(np.arange(len(ordered)), math.ceil(len(ordered) / max_authors))
     return [make_microbatch([ordered[i] for i in indices], collate) for indices in slices]
 
 
-def num_tokens(samples: list[dict[str, Any]]) -> int:
+def longest_length(samples: list[dict[str, Any]]) -> int:
     """Return the number of tokens of an author's longest sample."""
     return max(len(sample["input_ids"]) for sample in samples)
 
@@ -132,7 +132,7 @@ def group_by_length(authors: list[list[dict[str, Any]]], lengths: tuple[int, ...
     """Return the authors of each length: the shortest of `lengths` that holds all of an author's samples."""
     groups: dict[int, list[list[dict[str, Any]]]] = {length: [] for length in lengths}
     for samples in authors:
-        longest = num_tokens(samples)
+        longest = longest_length(samples)
         if longest > lengths[-1]:
             raise UserError(f"sequence_len {lengths[-1]}: a sample has {longest} tokens. Give DPTrainer the longest length.")
         groups[next(length for length in lengths if length >= longest)].append(samples)

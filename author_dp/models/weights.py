@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from author_dp.accounting.ledger import REPORT_NAME
+from author_dp.accounting.output_dir import has_checkpoint_name
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, write_json
 from author_dp.models.loading import adapter_base_model, public_name
@@ -48,14 +49,9 @@ def weight_files(folder: Path) -> list[Path]:
     The Trainer loads such adapters when it resumes. Checkpoints in the folder are separate models. A checkpoint contains no
     checkpoints, so all its subfolders count.
     """
-    in_checkpoint = is_checkpoint(folder) or (folder / COMPLETE_MARKER).exists()
-    nested = [path for path in folder.glob("*/adapter_*") if in_checkpoint or not is_checkpoint(path.parent)]
+    in_checkpoint = has_checkpoint_name(folder) or (folder / COMPLETE_MARKER).exists()
+    nested = [path for path in folder.glob("*/adapter_*") if in_checkpoint or not has_checkpoint_name(path.parent)]
     return sorted(path for path in [*folder.glob("*"), *nested] if path.is_file() and is_weight_file(path.name))
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is named like a checkpoint."""
-    return re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
 
 
 def is_weight_file(name: str) -> bool:

@@ -89,15 +89,15 @@ def find_overlap(ngrams: Hashes, training: Hashes, authors: np.ndarray) -> Overl
         training: n-grams of the training texts, of the same length.
         authors: (training texts,) integers, the author of each training text.
     """
-    is_match = is_in(training.values, ngrams.values)
+    is_match = are_among(training.values, ngrams.values)
     authors = authors[training.text[is_match]]
     pairs = pd.DataFrame({"ngram": training.values[is_match], "author": authors}).drop_duplicates()
     authors_of_ngram = pairs["ngram"].value_counts()
-    shared = is_in(ngrams.values, authors_of_ngram.index.to_numpy())
-    single_author = is_in(ngrams.values, authors_of_ngram.index[authors_of_ngram == 1].to_numpy())
+    shared = are_among(ngrams.values, authors_of_ngram.index.to_numpy())
+    single_author = are_among(ngrams.values, authors_of_ngram.index[authors_of_ngram == 1].to_numpy())
     return Overlap(shared, single_author, len(pd.unique(authors)))
 
 
-def is_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+def are_among(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return for each value whether it is among the others; by a hash table, as np.isin and np.unique take ten times longer."""
     return pd.Series(values).isin(others).to_numpy()

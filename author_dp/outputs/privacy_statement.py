@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
+from author_dp.accounting.output_dir import has_checkpoint_name
 from author_dp.accounting.privacy_report import recompute_report
 from author_dp.data.hub import cached_copy
 from author_dp.errors import UserError
@@ -81,8 +82,7 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
 
 def ledger_path(folder: Path) -> Path:
     """Return the path of the ledger of a model: in its folder, or for a checkpoint in the folder above."""
-    is_checkpoint = folder.resolve().name.startswith("checkpoint-")
-    return (folder.resolve().parent if is_checkpoint else folder) / LEDGER_NAME
+    return (folder.resolve().parent if has_checkpoint_name(folder) else folder) / LEDGER_NAME
 
 
 def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:

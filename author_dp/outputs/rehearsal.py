@@ -234,10 +234,10 @@ def try_evaluating(trainer: Any) -> None:
             raise UserError(
                 f"--per_device_eval_batch_size {args.per_device_eval_batch_size}: not enough memory to evaluate. Lower it"
             ) from error
-        check_metric(args.metric_for_best_model, {*(found or {}), *TIMES})
+        check_best_model_metric(args.metric_for_best_model, {*(found or {}), *TIMES})
 
 
-def check_metric(name: Optional[str], known: set[str]) -> None:
+def check_best_model_metric(name: Optional[str], known: set[str]) -> None:
     """Raise UserError where --metric_for_best_model `name` is none of the `known` metrics of an evaluation."""
     if name is not None and name not in known and f"eval_{name}" not in known:
         names = ", ".join(sorted(metric.removeprefix("eval_") for metric in known if metric.endswith(("loss", "perplexity"))))

@@ -117,7 +117,7 @@ class Search:
             if not base_is_covered(report):
                 raise UserError(f"--model_name: {format_model(report['base_model'])}, and no search gives it one. Choose another")
             settings_of_runs.append(report.get("settings"))
-            headers.append({**runs[0], "samples": read_samples(folder)})
+            headers.append({**runs[0], "samples": read_sample_hashes(folder)})
             if found := SECONDS.search(output):
                 seconds = max(
                     0 if math.isnan(seconds) else seconds, time.monotonic() - started + float(found[1]) * runs[0]["steps"]
@@ -196,7 +196,7 @@ class Search:
                 return None
             if not (guarantee["ledger_was_read"] and in_search(guarantee) and base_is_covered(guarantee)):
                 return None
-            if read_samples(folder) != self.plan["samples"]:
+            if read_sample_hashes(folder) != self.plan["samples"]:
                 return None
             ledger = PrivacyLedger(folder / LEDGER_NAME)
             splits = {record.get("split") for record in [*ledger.runs, *ledger.releases]}
@@ -256,7 +256,7 @@ def describe_law(count: RunCount) -> dict[str, Any]:
     }
 
 
-def read_samples(folder: Path) -> dict[str, Any]:
+def read_sample_hashes(folder: Path) -> dict[str, Any]:
     """Return the hashes of the samples of the run in `folder`; raise UserError if it has not come so far."""
     return read_json(folder / SAMPLES_NAME)
 

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from author_dp.accounting.hash_chain import HashChain
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
-from author_dp.accounting.output_dir import check_output_dir
+from author_dp.accounting.output_dir import check_output_dir, has_checkpoint_name
 from author_dp.distributed import barrier
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, make_private, write_json
@@ -38,7 +38,6 @@ from author_dp.models.weights import (
     COMPLETE_MARKER,
     check_weights,
     has_no_guarantee,
-    is_checkpoint,
     read_marker,
     remove_report,
     sha256_of,
@@ -240,7 +239,7 @@ def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_p
     Raises:
         UserError: for a checkpoint's folder, one in use or with a failed mechanism, or a ledger that this run would contradict.
     """
-    if is_checkpoint(folder):
+    if has_checkpoint_name(folder):
         raise UserError(f"--output_dir {folder}: this is the name of a checkpoint, not of a run. Choose another --output_dir")
     path = folder / LEDGER_NAME
     # Fails if another run uses the folder.

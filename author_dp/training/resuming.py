@@ -115,7 +115,7 @@ def hash_samples(dataset: Any) -> str:
     return digest.hexdigest()
 
 
-def record_samples(trainer: Any) -> None:
+def write_sample_hashes(trainer: Any) -> None:
     """Write hashes of the training and evaluation samples of a search's run to its folder: all of its runs need the same."""
     if trainer.privacy.part_of_search and trainer.is_world_process_zero():
         held_out = trainer.eval_dataset

@@ -48,7 +48,7 @@ from author_dp.training.checkpointing import (
     load_trainer_state,
 )
 from author_dp.training.dataloading import max_bands_in_memory, to_device
-from author_dp.training.resuming import describe_training, program_options, record_samples
+from author_dp.training.resuming import describe_training, program_options, write_sample_hashes
 
 logger = get_logger(__name__)
 
@@ -226,4 +226,4 @@ def check_model_choice(trainer: Any, shared_authors: bool) -> None:
     if not trainer.plan.disable_dp:
         check_not_released(trainer.budget.ledger, option)
     trainer.budget.by_metrics = option
-    record_samples(trainer)
+    write_sample_hashes(trainer)

@@ -155,7 +155,7 @@ def test_interrupted_search_is_not_resumed_on_other_data(tmp_path, monkeypatch, 
 
 
 @catches("a run on other data released", "outputs.search.Search.score",
-    'if read_samples(folder) != self.plan["samples"]:', "if False:")  # fmt: skip
+    'if read_sample_hashes(folder) != self.plan["samples"]:', "if False:")  # fmt: skip
 def test_run_on_data_that_changed_meanwhile_counts_as_failed(tmp_path, monkeypatch, runs):
     runs.data = lambda number, is_dry: "data" if is_dry or number == 0 else "other data"
     draws(monkeypatch, 2)

@@ -46,8 +46,8 @@ def test_make_microbatch_shape_follows_from_options(options, authors, lengths):
     "(1 - len(samples))", k=3)  # fmt: skip
 @catches("as long as the longest sample", "mechanism.microbatches.make_microbatch",
     '(0, length - batch["input_ids"].shape[1])', "(0, 0)", k=1)  # fmt: skip
-@catches("lengths that follow from the batch", "mechanism.microbatches.group_by_length", "longest = num_tokens(samples)",
-    "longest = max(map(num_tokens, authors))", k=1)  # fmt: skip
+@catches("lengths that follow from the batch", "mechanism.microbatches.group_by_length", "longest = longest_length(samples)",
+    "longest = max(map(longest_length, authors))", k=1)  # fmt: skip
 @pytest.mark.parametrize("k", [1, 3])
 def test_make_microbatches_fills_up_the_shape_and_keeps_every_sample(k):
     shape = SHAPE._replace(samples=k)

@@ -185,7 +185,7 @@ def test_a_model_in_memory_has_an_adapter_without_a_base(tmp_path):
 
 @pytest.mark.integration
 @catches("an adapter in a folder named like a checkpoint", "models.weights.weight_files",
-    "in_checkpoint or not is_checkpoint(path.parent)", 'not path.parent.name.startswith("checkpoint-")',
+    "in_checkpoint or not has_checkpoint_name(path.parent)", 'not path.parent.name.startswith("checkpoint-")',
     place="checkpoint-x")  # fmt: skip
 @catches("an adapter in a checkpoint's checkpoint", "models.weights.weight_files", "in_checkpoint or not", "not",
     place="checkpoint-2/checkpoint-3")  # fmt: skip

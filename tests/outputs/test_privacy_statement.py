@@ -36,3 +36,12 @@ def test_nothing_is_claimed_where_there_is_no_guarantee(guarantee, words):
         said = sidecar.make_statement(guarantee, prompts)
         assert (said["covered"], said["epsilon"]) == (False, None) and words in said["statement"]
         assert said["statement"].startswith("NO PRIVACY GUARANTEE")
+
+
+@catches("the ledger of any folder named like a checkpoint is above it", "outputs.privacy_statement.ledger_path",
+    "has_checkpoint_name(folder)", 'folder.resolve().name.startswith("checkpoint-")')  # fmt: skip
+def test_ledger_path_is_above_a_checkpoint_only(tmp_path):
+    """A run may have the name checkpoint-best: without its ledger, its alarm would not be known."""
+    for name in ("checkpoint-best", "checkpoint-", "checkpoint-3-copy", "scratch"):
+        assert sidecar.ledger_path(tmp_path / name) == tmp_path / name / "privacy_ledger.jsonl"
+    assert sidecar.ledger_path(tmp_path / "checkpoint-3") == tmp_path / "privacy_ledger.jsonl"
