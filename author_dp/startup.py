@@ -6,7 +6,7 @@ it. Here it ends the program. On a busy machine, imports take longer than five s
 the imports: it undoes all of this.
 
 Before torch is imported, its allocator of GPU memory is told to grow its blocks: microbatches of several lengths would otherwise
-leave memory in pieces of which none is large enough. And its products on CPUs are told not to use AMX, as these mix authors in
+leave memory in pieces of which none is large enough. And oneDNN is told not to use AMX, whose products mix authors in
 bfloat16 (author_dp/guards/precision.py).
 """
 

@@ -29,6 +29,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from author_dp.clipping.norms import matmul
 from author_dp.errors import MechanismError, UserError
@@ -57,11 +58,8 @@ def check_float32(model: nn.Module, bf16: bool) -> None:
         rounded, settings = find_rounding(device, shapes, bf16), rounding_settings(device.type)
         if rounded or settings:
             raise rounding_error(settings, rounded)
-        if computes_in_bfloat16(model, bf16) and (mixed := find_mixed_rows(device)):
-            raise UserError(
-                f"{'--bf16' if bf16 else '--model_name'}: in bfloat16, {mixed} lets an author whose values are not finite reach "
-                "others. Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 in the environment, or compute in float32"
-            )
+        if computes_in_bfloat16(model, bf16):
+            check_rows_are_separate(device, "--bf16" if bf16 else "--model_name")
 
 
 def rounding_error(settings: list[str], rounded: Optional[str] = None) -> UserError:
@@ -165,9 +163,33 @@ def find_rounding(device: torch.device, shapes: set[Shape], bf16: bool = False) 
 
 def computes_in_bfloat16(model: nn.Module, bf16: bool) -> bool:
     """Return whether the run multiplies in bfloat16: under autocast, or in a frozen base of fewer bits."""
-    return (
-        bf16 or not computes_in_float32(model) or any(layer.compute_dtype != torch.float32 for layer in quantized_layers(model))
-    )
+    is_quantized_so = any(layer.compute_dtype not in (None, torch.float32) for layer in quantized_layers(model))
+    return bf16 or is_quantized_so or not computes_in_float32(model)
+
+
+class BFloat16Watch(TorchDispatchMode):
+    """Notice products in bfloat16, as of a model that casts in its own code.
+
+    Attributes:
+        found: whether there was one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= "mm" in func.__name__ and any(getattr(arg, "dtype", None) == torch.bfloat16 for arg in args)
+        return func(*args, **(kwargs or {}))
+
+
+def check_rows_are_separate(device: torch.device, option: str) -> None:
+    """Raise UserError, which names the option, if bfloat16 products mix rows."""
+    if mixed := find_mixed_rows(device):
+        raise UserError(
+            f"{option}: in bfloat16, {mixed} lets an author whose values are not finite reach others. Set "
+            "ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 in the environment, or compute in float32"
+        )
 
 
 def find_mixed_rows(device: torch.device) -> Optional[str]:
@@ -177,7 +199,9 @@ def find_mixed_rows(device: torch.device) -> Optional[str]:
         left[1::2] = torch.nan
         right = torch.ones(inner, columns, dtype=torch.bfloat16, device=device)
         for factor in (right, right.T.contiguous().T):
-            if not torch.equal(torch.mm(left, factor)[::2], torch.full_like(left[::2, :1], inner).expand(-1, columns)):
+            with temporarily_set((torch.backends.mkldnn, "enabled", True)):  # it may be again later
+                product = torch.mm(left, factor)
+            if not torch.equal(product[::2], torch.full_like(left[::2, :1], inner).expand(-1, columns)):
                 return f"a matrix product ({rows} x {inner} times {inner} x {columns}) on {device}"
     return None
 

@@ -17,7 +17,7 @@ from typing import Any, Optional
 import torch
 
 from author_dp.errors import UserError
-from author_dp.guards.precision import tolerance_factor
+from author_dp.guards.precision import BFloat16Watch, check_rows_are_separate, tolerance_factor
 from author_dp.guards.probing import (
     deterministic_train_mode,
     float32_train_mode,
@@ -51,7 +51,10 @@ def check_sample_independence(model: Any, sequence_len: Optional[int] = None, bf
             tolerance = LOGIT_TOLERANCE * (100.0 if bf16 else tolerance_factor(model))
             check_random_ops(ModelCall(model, bf16), ids, min(max_len, MAX_LEN), tolerance)
         with deterministic_train_mode(model):
-            check_saved_buffers(model, max_len)
+            with BFloat16Watch() as watch:
+                check_saved_buffers(model, max_len)
+            if watch.found:
+                check_rows_are_separate(ids.device, "--model_name")
             check_logits_independent(model, max_len)
             check_stateless(model, max_len)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_dataset, make_trainer, tiny_gpt2
 from mutation import catches
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
@@ -58,9 +59,9 @@ class MixedRows(TorchDispatchMode):
 
 
 @catches("products that mix rows pass", "guards.precision.find_mixed_rows", "left[1::2] = torch.nan", "pass")
-@catches("mixed rows are not looked for", "guards.precision.check_float32", "computes_in_bfloat16(model, bf16) and", "False and")
+@catches("mixed rows are not looked for", "guards.precision.check_float32", "computes_in_bfloat16(model, bf16)", "False")
 @catches("mixed rows are looked for under autocast only", "guards.precision.computes_in_bfloat16",
-    "or not computes_in_float32(model)", "")  # fmt: skip
+    " or not computes_in_float32(model)", "")  # fmt: skip
 def test_check_float32_refuses_bfloat16_products_that_mix_rows():
     frozen = tiny_gpt2()
     frozen.transformer.wte.weight.requires_grad_(False)
@@ -71,6 +72,47 @@ def test_check_float32_refuses_bfloat16_products_that_mix_rows():
             with pytest.raises(UserError, match=f"{option}: in bfloat16, .*Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 in the env"):
                 check_float32(model, bf16)
     check_float32(tiny_gpt2(), bf16=True)
+
+
+class CastsItself(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return nn.functional.linear(x.bfloat16(), self.layer.weight.bfloat16()).float()
+
+
+@catches(
+    "a model's own casts are not seen", "guards.precision.BFloat16Watch.__torch_dispatch__", "self.found |=", "self.found &="
+)
+def test_verify_model_refuses_mixed_rows_in_a_model_that_casts_itself():
+    model = tiny_gpt2(tied=False)
+    model.lm_head = CastsItself(model.lm_head).requires_grad_(False)
+    with MixedRows():
+        check_float32(model, bf16=False)
+        with pytest.raises(UserError, match=r"--model_name: in bfloat16, a matrix product .*Set ONEDNN_MAX_CPU_ISA"):
+            verify_model(model, "ghost")
+
+
+@catches("mixed rows are looked for as oneDNN is set now", "guards.precision.find_mixed_rows",
+    'with temporarily_set((torch.backends.mkldnn, "enabled", True)):', "if True:")  # fmt: skip
+def test_find_mixed_rows_uses_onednn_even_if_it_is_off():
+    seen = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(torch.backends.mkldnn.enabled)
+            return function(*args, **(kwargs or {}))
+
+    torch.backends.mkldnn.enabled = False
+    try:
+        with Note():
+            assert precision.find_mixed_rows(CPU) is None
+        assert not torch.backends.mkldnn.enabled
+    finally:
+        torch.backends.mkldnn.enabled = True
+    assert any(seen)
 
 
 class Open(TrainerCallback):
