@@ -167,7 +167,7 @@ def format_report(report: dict[str, Any]) -> str:
     if report["from_private_texts"]:
         notes.append("Minutes and GiB come from the dry run, so from private texts: do not publish them.")
     if task.is_lora and not report["no_ground"]:
-        notes.append("LoRA was not swept: its predictions were 0.19 to 0.26 too high where they were checked (docs/planning.md).")
+        notes.append("LoRA was not swept: its predictions were 0.19 to 0.52 too high where they were checked (docs/planning.md).")
     if report["no_ground"]:
         notes.append(f"No prediction: {report['no_ground']}. Begin with docs/hyperparameters.md instead.")
     return "\n".join([*notes, *(["", f"* {report['command']}"] if report["command"] else [])])
