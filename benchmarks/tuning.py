@@ -33,6 +33,7 @@ from author_dp.accounting.planning import Task, candidates
 from author_dp.accounting.prediction import Setting
 from author_dp.accounting.tuning import Release, RunCount, calibrate_search
 from author_dp.data.splits import author_hashes
+from author_dp.models.quantization import model_sizes
 from author_dp.training.public_loss import GRID as STEPS_OF_LOSS
 from author_dp.training.public_loss import discrete_laplace, noisy_mean
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
@@ -195,8 +196,7 @@ def print_losses(name: str, rate: str, sigma: float, losses: list[float]) -> Non
 
 def planned(study: Study, header: dict[str, Any]) -> Setting:
     """Return the planner's pick for as many authors sampled in all as a run of the study samples."""
-    model = make_model(study)
-    parameters, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    trained, parameters = model_sizes(make_model(study))
     authors = round(study.batch / header["sample_rate"])
     task = Task(authors, EPSILON, header["delta"], parameters, trained, study.is_lora, study.steps * study.batch)
     return candidates(task)[0]

@@ -41,7 +41,7 @@ torch.set_num_threads(1)  # of tiny models; two workers share two cores
 os.environ.pop("CI", None)  # where it is set, transformers says each line twice
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"  # AMX's bfloat16 products mix rows, which `verify_model` refuses
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"  # AMX's bfloat16 products mix rows, which `check_float32` refuses
 datasets.disable_progress_bars()
 UserError.on_command_line = True  # errors name options as the script does; test_wording.py tests Python's arguments
 

@@ -2,7 +2,7 @@
 
 Guarantees: training starts only if three conditions hold. Products of factors that use all bits of float32 come out exact, in the
 model's shapes and on its devices; no setting allows torch to round others; and where the run computes in bfloat16, a row of nan
-does not reach other rows of a product. A run that finds otherwise later ends with `MechanismError`.
+does not reach other rows of a product. A run that finds rounding later ends with `MechanismError`.
 
 An author's norm and clipped gradient come from different products of the same numbers. TF32 rounds the factors by up to 2^-11, so
 that an author may exceed the clip norm; where tokens cancel, by any factor. Many settings lead there (options, environment
