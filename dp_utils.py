@@ -82,9 +82,7 @@ class PrivacyArguments:
     """The guarantee, and how it is kept. All of it is public."""
 
     target_epsilon: Optional[float] = option(None, "Target epsilon; the noise follows from it. Give it or --noise_multiplier.")
-    noise_multiplier: Optional[float] = option(
-        None, "Noise standard deviation divided by the clip norm, instead of --target_epsilon."
-    )
+    noise_multiplier: Optional[float] = option(None, "Noise standard deviation over clip norm, instead of --target_epsilon.")
     target_delta: Optional[float] = option(None, "Target delta. Default: 1 / number of training authors.")
     per_sample_max_grad_norm: Optional[float] = option(
         None, "Clip norm C: bound on the L2 norm of one author's gradient. Required; 1.0 is a good start."
@@ -95,13 +93,16 @@ class PrivacyArguments:
         "How per-author gradients are clipped: ghost stores almost none of them; grad_sample (Opacus) all, for comparison.",
         tuple(ENGINES),
     )
-    secure_noise: bool = option(
-        False, "Harden the noise against floating-point attacks: sum four cryptographic draws, at four times the cost."
-    )
+    secure_noise: bool = option(False, "Harden the noise against floating-point attacks, at four times the cost.")
     sample_rate: Optional[float] = option(
         None,
         "Probability that an author is in a step's batch (q). Default: expected batch size / number of training authors. If "
         "given, the product of the batch options is only the divisor of the sum.",
+    )
+    sampling: Optional[str] = option(
+        None,
+        "How authors are sampled: poisson, or balls-in-bins, each in one secret step of every epoch, for less noise with "
+        "--noise_bands. Default: poisson, or that of a resumed run.",
     )
     noise_bands: Optional[str] = option(
         None,
@@ -109,9 +110,7 @@ class PrivacyArguments:
         "(DP-MF). Needs memory for b - 1 times the trained parameters. Default: 1, independent noise, or that of a resumed run.",
     )
     adam_noise_correction: Optional[bool] = option(
-        None,
-        "Subtract the noise variance from Adam's second moment (DP-AdamBC). Default: with noise bands only, whose benefit is "
-        "smaller without it.",
+        None, "Subtract the noise variance from Adam's second moment (DP-AdamBC). Default: with noise bands only."
     )
     hide_counts: bool = option(
         False, "Keep the numbers of authors and samples out of all public files; needs --sample_rate and --target_delta."

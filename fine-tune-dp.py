@@ -195,7 +195,7 @@ def main() -> None:
         audit_args.audit_canaries, audit_args.audit_kind, samples=privacy_args.samples_per_author, tokens=data_args.sequence_len,
         vocab_size=len(model.get_input_embeddings().weight), output_dir=training_args.output_dir, resume=resumes,
     )  # fmt: skip
-    needs_hashes = resumes or privacy_args.noise_bands is not None
+    needs_hashes = resumes or privacy_args.noise_bands is not None or privacy_args.sampling is not None
     train_dataset, held_out = group_datasets(train, evaluation, canaries, data_args, needs_hashes)
 
     trainer = DPTrainer(

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from balls_in_bins_certificate import FAILURE_SHARE, Attempt, Plan, calibrate, certify
 from common import main, option, print_head, print_row, table, timed
 from scipy.special import ndtr
 
 from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, toeplitz_coefficients
+from author_dp.accounting.certificates import FAILURE_SHARE, Claim, make_certificate
 from author_dp.accounting.events import cyclic_event
 from author_dp.accounting.gaussian import gaussian_delta
 
@@ -34,14 +34,14 @@ class Judge(NamedTuple):
     epsilon: float
     exact: Exact
 
-    def plan_at(self, delta: float) -> tuple[Plan, float]:
-        """Return the plan, and the noise multiplier whose larger delta is `delta`."""
+    def claim_at(self, delta: float) -> tuple[Claim, float]:
+        """Return the claim, and the noise multiplier whose larger delta is `delta`."""
         low, high = 0.05, 50.0
         for _ in range(30):
             middle = math.sqrt(low * high)
             above = max(self.exact(middle, self.epsilon, added) for added in (False, True)) > delta
             low, high = (middle, high) if above else (low, middle)
-        return Plan(self.coefficients, self.slots, self.steps, self.epsilon, delta), high
+        return Claim(self.coefficients, self.slots, self.steps, self.epsilon, delta), high
 
 
 def call(mean: np.ndarray, strike: np.ndarray, deviation: float) -> np.ndarray:
@@ -95,9 +95,9 @@ def judges(args: argparse.Namespace) -> None:
     print_head("judge", "author", "noise multiplier", "exact delta", "estimate", "standard errors apart", "interval", "inside")
     for delta in (1 / 19_600, 1 / 304_279):
         for name, judge in JUDGES.items():
-            plan, sigma = judge.plan_at(delta)
-            plan = plan._replace(delta=1e-30)  # nothing is negligible
-            for direction, found in plan.estimates(sigma, args.draws, key=1).items():
+            claim, sigma = judge.claim_at(delta)
+            claim = claim._replace(delta=1e-30)  # nothing is negligible
+            for direction, found in claim.estimates(sigma, args.draws, key=1).items():
                 exact = judge.exact(sigma, judge.epsilon, direction == "added")
                 # Where the range is below that delta, nothing is drawn, and the interval is the range.
                 deviation = found.deviation(1e-6, found.draws) if found.draws else math.exp(found.log_range)
@@ -118,17 +118,6 @@ def whole_slots(authors: int, batch: int) -> int:
     return -(-authors // batch)
 
 
-def certified(plan: Plan, start: float) -> tuple[list[Attempt], int, float]:
-    """Calibrate and certify; return the attempts, the draws of each, and the seconds of both."""
-
-    def work() -> tuple[list[Attempt], int]:
-        sigma, draws = calibrate(plan, start)
-        return certify(plan, sigma, draws), draws
-
-    seconds, (attempts, draws) = timed(work)
-    return attempts, draws, seconds
-
-
 @table(
     option("--authors", type=int, default=304_279),
     option("--batch", type=int, default=1_024),
@@ -146,17 +135,12 @@ def certificate(args: argparse.Namespace) -> None:
     print(f"n = {slots}, T = {args.steps}, epsilon {args.epsilon:g}, delta {delta:.4g}, failures {FAILURE_SHARE * delta:.2g}\n")
     print_head("b", "attempt", "noise multiplier", "fails with", "author removed", "author added", "draws", "key", "seconds")
     for bands in args.bands:
-        plan = Plan(toeplitz_coefficients(bands, args.steps), slots, args.steps, args.epsilon, delta)
-        attempts, draws, seconds = certified(plan, first_guess(plan))
-        for number, attempt in enumerate(attempts, 1):
-            bounds = (f"{bound / delta:.3g}" for bound in attempt.bounds.values())
-            cells = (f"{attempt.noise_multiplier:.4f}", f"{attempt.failure_probability:.2g}", *bounds)
-            print_row(bands, number, *cells, f"{draws:,}", f"{attempt.key:032x}", f"{seconds:.1f}")
-
-
-def first_guess(plan: Plan) -> float:
-    """Return a noise multiplier near that of one Poisson step an epoch."""
-    return find_noise_multiplier(1 / plan.slots, -(-plan.steps // plan.slots), plan.epsilon, plan.delta)
+        claim = Claim(toeplitz_coefficients(bands, args.steps), slots, args.steps, args.epsilon, delta)
+        seconds, made = timed(lambda claim=claim: make_certificate(claim, []))
+        for number, attempt in enumerate(made["attempts"], 1):
+            bounds = (f"{bound / delta:.3g}" for bound in attempt["bounds"].values())
+            cells = (f"{attempt['noise_multiplier']:.4f}", f"{attempt['failure_probability']:.2g}", *bounds)
+            print_row(bands, number, *cells, f"{made['draws']:,}", attempt["key"], f"{seconds:.1f}")
 
 
 # --- the comparison -------------------------------------------------------------------------------------------
@@ -199,13 +183,15 @@ def compare(args: argparse.Namespace) -> None:
                 cyclic[bands] = sigma * factor
                 if bands not in COMPARED:
                     continue
-                plan = Plan(coefficients, slots, steps, epsilon, delta)
-                attempts, draws, seconds = certified(plan, first_guess(plan))
-                mine = attempts[-1].noise_multiplier
+                claim = Claim(coefficients, slots, steps, epsilon, delta)
+                seconds, made = timed(lambda claim=claim: make_certificate(claim, []))
+                mine = made["noise_multiplier"]
                 bins[bands] = mine * factor * slots * rate
                 errors = (f"{cyclic[bands]:.3f}", f"{bins[bands]:.3f}", f"{1 - bins[bands] / cyclic[bands]:.0%}")
                 noise = (f"{sigma:.3f}", f"{mine:.3f}")
-                rows.append((name, f"{epsilon:g}", bands, *noise, *errors, len(attempts), f"{draws:,}", f"{seconds:.0f}"))
+                rows.append(
+                    (name, f"{epsilon:g}", bands, *noise, *errors, len(made["attempts"]), f"{made['draws']:,}", f"{seconds:.0f}")
+                )
             least = [f"{min(errors.values()):.3f} at {min(errors, key=errors.get)}" for errors in (cyclic, bins)]
             for row in rows:
                 print_row(*row, *least)

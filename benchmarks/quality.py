@@ -2,7 +2,7 @@
 
 python benchmarks/quality.py results [--only epsilon|recipe|lora] [--repetitions 3] [--parallel 2] [--cache results.jsonl]
 python benchmarks/quality.py results --plays FILE   # few authors: any file of author and content; here the roles of plays
-python benchmarks/quality.py noise_bands [--only epsilon-8|uncorrected|sgd|epsilons] [--plays FILE] [--cache bands.jsonl]
+python benchmarks/quality.py noise_bands [--only epsilon-8|uncorrected|sgd|epsilons|sampling] [--plays FILE] [--cache bands.jsonl]
 python benchmarks/quality.py averaging --model_name demo/model ... --output_dir FOLDER     # the options of fine-tune-dp.py
 python benchmarks/quality.py synthetic_utility synthetic.jsonl comments.jsonl --model_name gpt2 --sequence_len 128
 """
@@ -246,6 +246,11 @@ GRIDS = {
         (f"epsilon {epsilon}, b = {bands}", "1e-2"): band_options(epsilon, bands, "1e-2")
         for epsilon in (4, 2, 1)
         for bands in ("1", "8" if epsilon > 1 else "4")
+    },
+    "sampling": {
+        (f"epsilon {epsilon}, auto, {sampling}", "1e-2"): band_options(epsilon, "auto", "1e-2", f" --sampling {sampling}")
+        for epsilon in (8, 2, 1)
+        for sampling in ("poisson", "balls-in-bins")
     },
 }
 

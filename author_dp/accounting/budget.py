@@ -20,8 +20,9 @@ from typing import Any, Optional
 
 from transformers import TrainerCallback
 
+from author_dp.accounting.accountant import round_up
 from author_dp.accounting.events import check_delta
-from author_dp.accounting.ledger import COUNTS_NAME, PrivacyLedger
+from author_dp.accounting.ledger import COUNTS_NAME, PrivacyLedger, is_certified
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
@@ -125,6 +126,9 @@ class Budget:
         """Return the epsilon of all steps in the ledger and `more_steps`; main process only."""
         if self.plan.disable_dp:
             return math.inf
+        certificate, earlier = self.plan.certificate, self.ledger.runs_with_steps[: -1 if self.steps else None]
+        if certificate and self.ledger.failure is None and is_certified(certificate, earlier, self.steps + more_steps):
+            return round_up(certificate["epsilon"]) if earlier or self.steps + more_steps else 0.0
         return self.ledger.epsilon(self.plan.delta, self.plan.event(more_steps))
 
     def forecast(self, remaining_steps: int) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""What is accounted: steps of the Poisson-subsampled Gaussian mechanism, with and without noise bands.
+"""What is accounted: steps of the Poisson-subsampled Gaussian mechanism, with and without noise bands, or a bound by them.
 
 Example:
 
@@ -40,6 +40,16 @@ def cyclic_sample_rate(sample_rate: float, bands: int) -> float:
 def cyclic_event(noise_multiplier: float, sample_rate: float, steps: int, bands: int) -> MechanismEvent:
     """Return the event of steps with noise bands (banded_mf.py): each author's group has at most ceil(steps / bands) of them."""
     return MechanismEvent(noise_multiplier, cyclic_sample_rate(sample_rate, bands), -(-steps // bands))
+
+
+def slot_event(noise_multiplier: float, slots: int, steps: int) -> MechanismEvent:
+    """Return an event that costs at least as much as steps with balls-in-bins sampling (balls_in_bins.py), by far.
+
+    With an epoch or more it is that of an attacker who knows the author's slot. There are at most ceil(steps / n) columns of
+    norm 1 in rows that do not overlap. In a shorter run the author takes part at most once, with probability steps / n: it is
+    that of an attacker who knows the step in which that would be, as delta of a mixture is at most the mixture of deltas.
+    """
+    return MechanismEvent(noise_multiplier, min(1.0, steps / slots), -(-steps // slots))
 
 
 def merge_events(events: Sequence[MechanismEvent]) -> list[MechanismEvent]:

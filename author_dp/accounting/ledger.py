@@ -20,13 +20,13 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 from author_dp.accounting.accountant import epsilon_of, round_up
-from author_dp.accounting.events import MechanismEvent, cyclic_event
+from author_dp.accounting.events import MechanismEvent, cyclic_event, slot_event
 from author_dp.accounting.hash_chain import HashChain
 from author_dp.errors import UserError
 from author_dp.logs import get_logger
@@ -134,7 +134,10 @@ class PrivacyLedger:
 
     @property
     def events(self) -> list[MechanismEvent]:
-        """The mechanism event of each run, accounted separately: each run is a mechanism of its own."""
+        """The mechanism event of each run, accounted separately: each run is a mechanism of its own.
+
+        With balls-in-bins sampling they cost more than the run: see `certificate`.
+        """
         return [event_of_run(header, steps) for header, steps in zip(self.runs, self.steps_per_run)]
 
     @property
@@ -142,9 +145,26 @@ class PrivacyLedger:
         """The number of steps in the accounting. With noise bands, an author's group is sampled in at most so many."""
         return sum(event.steps for event in self.events)
 
+    @property
+    def runs_with_steps(self) -> list[tuple[dict[str, Any], int]]:
+        """The header of each run that took steps, and their number."""
+        return [(header, steps) for header, steps in zip(self.runs, self.steps_per_run) if steps]
+
+    @property
+    def certificate(self) -> Optional[dict[str, Any]]:
+        """The certificate of the last run with steps, if it is of all steps in the ledger (certificates.py)."""
+        runs = self.runs_with_steps
+        certificate = runs[-1][0].get("certificate") if runs else None
+        return certificate if certificate and is_certified(certificate, runs[:-1], runs[-1][1]) else None
+
     def epsilon(self, delta: float, *more_events: MechanismEvent) -> float:
         """Return the epsilon of all recorded steps and `more_events`; inf after a failure."""
-        return math.inf if self.failure is not None else epsilon_of([*self.events, *more_events], delta)
+        if self.failure is not None:
+            return math.inf
+        certificate = None if any(event.steps for event in more_events) else self.certificate
+        if certificate and delta >= certificate["delta"]:
+            return round_up(certificate["epsilon"])
+        return epsilon_of([*self.events, *more_events], delta)
 
     def epsilon_with_releases(self, epsilon: float) -> float:
         """Return the epsilon of models and released evaluation losses together, for any author.
@@ -225,6 +245,10 @@ def check_record(record: dict[str, Any]) -> None:
     """Raise ValueError, KeyError or TypeError for a header without a mechanism, or a release without a valid epsilon."""
     if record["record"] == "run":
         event_of_run(record, 0)
+        if record.get("slots") is not None:
+            is_certified(record["certificate"], [], 0)
+            if record["certificate"]["noise_multiplier"] != record["noise_multiplier"]:
+                raise ValueError("the certificate is of other noise")
     elif record["record"] == "release" and not 0 < record["epsilon"] < math.inf:
         raise ValueError("the epsilon of a release must be above 0 and finite")
 
@@ -244,11 +268,24 @@ def event_of_run(header: dict[str, Any], steps: int) -> MechanismEvent:
     Raises:
         KeyError, TypeError, ValueError: if the header describes no mechanism.
     """
-    noise_multiplier, sample_rate = float(header["noise_multiplier"]), float(header["sample_rate"])
+    noise_multiplier = float(header["noise_multiplier"])
     bands = operator.index(header.get("noise_bands", 1))  # older versions had one band only
     if bands < 1:
         raise ValueError("noise_bands must be at least 1")
-    return cyclic_event(noise_multiplier, sample_rate, steps, bands)
+    if header.get("slots") is None:
+        return cyclic_event(noise_multiplier, float(header["sample_rate"]), steps, bands)
+    if bands > (slots := operator.index(header["slots"])):
+        raise ValueError("noise_bands must be at most the steps of an epoch")
+    return slot_event(noise_multiplier, slots, steps)
+
+
+def is_certified(certificate: dict[str, Any], earlier: Sequence[tuple[dict[str, Any], int]], steps: int) -> bool:
+    """Return whether a certificate is of at most so many steps of its run, after exactly these of earlier ones.
+
+    Args:
+        earlier: header and steps of each earlier run.
+    """
+    return [[header["name"], taken] for header, taken in earlier] == certificate["earlier"] and steps <= certificate["steps"]
 
 
 def find_reports(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, round_up
+from author_dp.accounting.certificates import certify_epsilon, repeat, segment_of
 from author_dp.accounting.events import delta_promises_nothing
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, event_of_run, find_reports
 from author_dp.errors import UserError
@@ -39,6 +40,8 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     if ledger.failure is not None:
         lines.append(f"  FAILURE: the mechanism was not as recorded in this ledger: {ledger.failure}")
     lines.append(f"  spent: {format_guarantee(spent, delta)}")
+    if ledger.certificate and delta >= ledger.certificate["delta"]:
+        lines.append(format_certificate(ledger))
     if ledger.steps and delta_promises_nothing(ledger.events, delta):
         lines.append(EMPTY_PROMISE)
     if ledger.releases:
@@ -50,7 +53,8 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
         [
             *lines,
             "  target: " + (f"epsilon {target:g}" if target is not None else "none, the noise multiplier was given"),
-            f"  after one more run of {format_count(last['steps'], 'step')}: {format_guarantee(after, delta)}",
+            f"  after one more run of {format_count(last['steps'], 'step')}: {format_guarantee(after, delta)}"
+            + (" by a bound that does not count on secret slots" if last.get("slots") else ""),
         ]
     )
 
@@ -58,13 +62,40 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
 def format_run(header: dict[str, Any], steps: int) -> str:
     """Describe one run of a ledger: its steps and its mechanism."""
     words = (
-        f"{steps:,} of {format_count(header['steps'], 'step')}, noise multiplier {header['noise_multiplier']:.4f}, sample rate "
-        f"{header['sample_rate']:.6g} of {format_num_authors(header)}, clip norm {header['clip_norm']:g}"
+        f"{steps:,} of {format_count(header['steps'], 'step')}, noise multiplier {header['noise_multiplier']:.4f}, "
+        f"{format_sampling(header)} of {format_num_authors(header)}, clip norm {header['clip_norm']:g}"
     )
-    if (bands := header.get("noise_bands", 1)) > 1:
+    bands = header.get("noise_bands", 1)
+    if bands > 1 and header.get("slots"):
+        words += f", {bands} noise bands"
+    elif bands > 1:
         event = event_of_run(header, steps)
         words += f", {bands} noise bands: accounted as {format_count(event.steps, 'step')} at sample rate {event.sample_rate:.6g}"
     return words
+
+
+def format_sampling(header: dict[str, Any]) -> str:
+    """Return how a run sampled authors."""
+    if slots := header.get("slots"):
+        return f"balls-in-bins sampling in {slots:,} slots"
+    return f"sample rate {header['sample_rate']:.6g}"
+
+
+def format_certificate(ledger: PrivacyLedger) -> str:
+    """Repeat the certificate of the ledger's steps by its key, and describe it.
+
+    Raises:
+        UserError: if it does not pass.
+    """
+    certificate, (*earlier, (last, _)) = ledger.certificate, ledger.runs_with_steps
+    assert certificate is not None
+    if not repeat(last, [segment_of(header, steps) for header, steps in earlier]):
+        raise UserError(
+            f"{ledger.path}: the certificate of its balls-in-bins sampling does not pass when its draws are repeated (made with "
+            f"numpy {certificate['numpy']}). Use that version, or a new --output_dir"
+        )
+    delta = max(certificate["attempts"][-1]["bounds"].values())
+    return f"  certificate: {certificate['draws']:,} draws, repeated by their key; they bound delta by {delta:.3g}"
 
 
 def format_num_authors(header: dict[str, Any]) -> str:
@@ -92,6 +123,9 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
     epsilons = [ledger.epsilon(delta) for ledger in ledgers]
     events = [event for ledger in ledgers for event in ledger.events]
     joint = epsilon_of(events, delta) if max(epsilons) < math.inf else math.inf
+    runs = [run for ledger in ledgers for run in ledger.runs_with_steps]
+    if runs and joint < math.inf and all(header.get("slots") for header, _ in runs):
+        joint = round_up(certify_epsilon([segment_of(*run) for run in runs], delta, joint))
     lines = []
     for ledger, epsilon in zip(ledgers, epsilons):
         authors = ", ".join(sorted({format_num_authors(header) for header in ledger.runs}))

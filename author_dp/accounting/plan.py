@@ -11,16 +11,23 @@ Example:
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Optional
 
 import numpy as np
 
 from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.banded_mf import BAND_CHOICES, choose_bands, toeplitz_coefficients
-from author_dp.accounting.events import MechanismEvent, check_delta, cyclic_event, cyclic_sample_rate
+from author_dp.accounting.certificates import Claim, choose_slot_bands, make_certificate, segment_of
+from author_dp.accounting.events import MechanismEvent, check_delta, cyclic_event, cyclic_sample_rate, slot_event
 from author_dp.errors import UserError
+from author_dp.logs import get_logger
 from author_dp.wording import format_count
+
+logger = get_logger(__name__)
+
+MUCH_MORE_NOISE = 1.5  # noise multiplier of a resumed run over that before: the log warns
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class PrivacyPlan:
         steps: the number of steps that the noise is calibrated for.
         noise_bands: b, the number of steps over which the noise is correlated; 1 for independent noise.
         part_of_search: whether the run is one of many, of which only the best will be released (tuning.py).
+        slots: n, the steps of an epoch in which each author takes part once, in a secret slot; None for Poisson sampling.
+        certificate: of the noise with slots, from `certificates.make_certificate`.
     """
 
     target_epsilon: Optional[float]
@@ -49,9 +58,23 @@ class PrivacyPlan:
     hide_counts: bool = False
     noise_bands: int = 1
     part_of_search: bool = False
+    slots: Optional[int] = None
+    certificate: Optional[dict[str, Any]] = None
+
+    @property
+    def sampling(self) -> str:
+        """The name of the sampling in privacy.json."""
+        return "balls-in-bins" if self.slots else "poisson" if self.noise_bands == 1 else "cyclic-poisson"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of steps in which an author is sampled once, on average."""
+        return self.slots or math.ceil(1 / self.sample_rate)
 
     def event(self, steps: int) -> MechanismEvent:
-        """Return the mechanism event of `steps` steps of one training."""
+        """Return the mechanism event of `steps` steps of one training; with slots, one that costs more."""
+        if self.slots:
+            return slot_event(self.noise_multiplier, self.slots, steps)
         return cyclic_event(self.noise_multiplier, self.sample_rate, steps, self.noise_bands)
 
     def coefficients(self) -> np.ndarray:
@@ -60,14 +83,19 @@ class PrivacyPlan:
 
     def to_public_dict(self) -> dict[str, Any]:
         """Return the parameters that public files may hold."""
-        hidden = {"num_authors": None, "num_samples": None} if self.hide_counts else {}
-        return {**asdict(self), **hidden}
+        public, hidden = asdict(self), ["num_authors", "num_samples"] if self.hide_counts else []
+        if self.slots:
+            hidden.append("sample_rate")  # no step is Poisson sampling at that rate: an older version must not account for it
+        else:
+            del public["slots"], public["certificate"]
+        return public | dict.fromkeys(hidden)
 
 
 def plan_of(header: dict[str, Any]) -> PrivacyPlan:
     """Return the plan in a ledger's header. With --hide_counts its numbers of authors and samples are None."""
     names = {field.name for field in fields(PrivacyPlan)}
-    return PrivacyPlan(**{name: value for name, value in header.items() if name in names})
+    values = {name: value for name, value in header.items() if name in names}
+    return PrivacyPlan(**values | ({"sample_rate": 1 / values["slots"]} if values.get("slots") else {}))
 
 
 def make_plan(
@@ -89,12 +117,14 @@ def make_plan(
         raise UserError("--author_column: the data have one author only, and no noise can hide one. Give data of many authors")
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     sample_rate = privacy.sample_rate or min(1.0, batch_size / num_authors)
-    steps = planned_steps(args, sample_rate)
+    slots = None if privacy.disable_dp else resolve_slots(privacy, earlier, sample_rate)
+    sample_rate = 1 / slots if slots else sample_rate
+    steps = planned_steps(args, sample_rate, slots)
     delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
-    bands = 1 if privacy.disable_dp else resolve_num_bands(privacy, earlier, sample_rate, steps, delta, max_bands)
-    event = cyclic_event(0.0, sample_rate, steps, bands)
+    bands = 1 if privacy.disable_dp else resolve_num_bands(privacy, earlier, sample_rate, steps, delta, max_bands, slots)
+    event = None if slots else cyclic_event(0.0, sample_rate, steps, bands)
     if earlier is None and has_guarantee(privacy):  # a resumed run may be finished: `Budget.start` checks it when it trains
-        check_delta([MechanismEvent(0.0, sample_rate, steps)], delta)
+        check_delta([slot_event(0.0, slots, steps) if slots else MechanismEvent(0.0, sample_rate, steps)], delta)
     return PrivacyPlan(
         target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
         delta=delta,
@@ -112,18 +142,48 @@ def make_plan(
         hide_counts=privacy.hide_counts,
         noise_bands=bands,
         part_of_search=privacy.part_of_search,
+        slots=slots,
     )
 
 
-def planned_steps(args: Any, sample_rate: float) -> int:
+def certify_plan(plan: PrivacyPlan, runs: Sequence[tuple[dict[str, Any], int]], steps: int) -> PrivacyPlan:
+    """Return a plan with slots, with noise that is certified for its target. It takes seconds, up to two minutes.
+
+    Args:
+        runs: header and steps of each run of the ledger.
+        steps: that are left; none of a training that has ended, which keeps its noise.
+    Raises:
+        UserError: if no noise is enough, or an epoch has too many steps.
+    """
+    earlier = [(header, taken) for header, taken in runs if taken]
+    if steps < 1:
+        last = earlier[-1][0]
+        return replace(plan, noise_multiplier=last["noise_multiplier"], certificate=last["certificate"])
+    assert plan.slots is not None and plan.target_epsilon is not None
+    segments = tuple(segment_of(header, taken) for header, taken in earlier)
+    claim = Claim(plan.coefficients(), plan.slots, steps, plan.target_epsilon, plan.delta, segments)
+    certificate = make_certificate(claim, [(header["name"], taken) for header, taken in earlier])
+    ratio = certificate["noise_multiplier"] / earlier[-1][0]["noise_multiplier"] if earlier else 1.0
+    if ratio > MUCH_MORE_NOISE:
+        logger.warning(
+            f"--target_epsilon {plan.target_epsilon:g}: the steps in the ledger leave little of it, so the noise multiplier is "
+            f"{ratio:.1f} times that before. Raise it, or use the model of the newest checkpoint."
+        )
+    return replace(plan, noise_multiplier=certificate["noise_multiplier"], certificate=certificate)
+
+
+def planned_steps(args: Any, sample_rate: float, slots: Optional[int] = None) -> int:
     """Return the number of steps that --max_steps, or else --num_train_epochs, asks for."""
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs / sample_rate)
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * slots - 1e-9) if slots else math.ceil(args.num_train_epochs / sample_rate)
 
 
 def check_planned_delta(privacy: Any, args: Any) -> None:
     """Raise UserError for a delta that promises nothing, where options alone tell, so that no data need be loaded."""
     rate, delta = privacy.sample_rate, privacy.target_delta
-    if has_guarantee(privacy) and not args.resume_from_checkpoint and rate is not None and delta is not None:
+    is_poisson = privacy.sampling in (None, "poisson")
+    if has_guarantee(privacy) and is_poisson and not args.resume_from_checkpoint and rate is not None and delta is not None:
         check_delta([MechanismEvent(0.0, rate, planned_steps(args, rate))], delta)
 
 
@@ -132,14 +192,36 @@ def has_guarantee(privacy: Any) -> bool:
     return not privacy.disable_dp and privacy.noise_multiplier != 0
 
 
-def resolve_noise_multiplier(privacy: Any, earlier: Optional[dict[str, Any]], event: MechanismEvent, delta: float) -> float:
+def resolve_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: float) -> Optional[int]:
+    """Return n, the whole number of steps of an epoch with balls-in-bins sampling; None for Poisson sampling.
+
+    1 / q is rounded up, so an author is in a step's batch with probability 1 / n, at most q.
+
+    Raises:
+        UserError: for another sampling than that of the run to resume.
+    """
+    asked = privacy.sampling
+    if earlier is not None:
+        before = "balls-in-bins" if earlier.get("slots") else "poisson"
+        if asked not in (None, before):
+            raise UserError(f"--sampling {asked}: the resumed run has {before}. Give that, or leave the option out")
+        asked = before
+    return math.ceil(1 / sample_rate - 1e-9) if asked == "balls-in-bins" else None
+
+
+def resolve_noise_multiplier(
+    privacy: Any, earlier: Optional[dict[str, Any]], event: Optional[MechanismEvent], delta: float
+) -> float:
     """Return --noise_multiplier, or that of the run to resume, or one calibrated to --target_epsilon; 0 without privacy.
 
     Args:
-        event: the steps to calibrate for; its noise multiplier is ignored.
+        event: the steps to calibrate for; its noise multiplier is ignored. None with slots: the result is nan until
+            `certify_plan` replaces it.
     """
     if privacy.disable_dp:
         return 0.0
+    if event is None:
+        return math.nan
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     if earlier is not None:
@@ -148,7 +230,13 @@ def resolve_noise_multiplier(privacy: Any, earlier: Optional[dict[str, Any]], ev
 
 
 def resolve_num_bands(
-    privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: float, steps: int, delta: float, max_bands: int
+    privacy: Any,
+    earlier: Optional[dict[str, Any]],
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    max_bands: int,
+    slots: Optional[int] = None,
 ) -> int:
     """Return --noise_bands as a number; a resumed run keeps the number it had.
 
@@ -161,6 +249,8 @@ def resolve_num_bands(
         if asked not in (None, "auto", str(before)):
             raise UserError(f"--noise_bands {asked}: the resumed run has {before}. Give that number, or leave the option out")
         asked = str(before)
+    if asked == "auto" and slots:
+        return choose_slot_bands(Claim(np.ones(1), slots, steps, privacy.target_epsilon, delta), max_bands)
     if asked == "auto":
         return choose_bands(sample_rate, steps, privacy.target_epsilon, delta, max_bands)
     bands = int(asked or 1)

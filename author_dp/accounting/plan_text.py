@@ -18,6 +18,7 @@ LARGE_EPSILON = 20.0  # above it, the log warns of epsilon
 SMALL_BATCH, GOOD_BATCH = 64, 256  # authors: below the first, the log recommends the second
 LARGE_RATE = 0.2  # no larger sample rate is recommended: each author would be in nearly every step
 FEW_STEPS, ENOUGH_STEPS = 20, 60  # the same for steps
+NEW_SLOTS_NOTE = "Resuming draws new slots. The noise is certified again, for earlier steps and those left together."
 RESUME_NOTE = (
     "Resuming starts a new banded segment. Earlier steps round up to full cycles: at most one extra accounted step, so the "
     "target may not allow the last steps."
@@ -51,6 +52,7 @@ def format_plan(
         f"  authors (N)             {plan.num_authors:,} with {format_count(plan.num_samples, 'sample')}; samples per author: "
         f"median {np.median(samples):g}, maximum {samples.max():,}, at most {plan.samples_per_author} in one step (k)",
         f"  sample rate (q)         {plan.sample_rate:.6g}, {format_batch(plan)}",
+        *([f"  sampling                {format_slots(plan)}"] if plan.slots else []),
         f"  steps                   {plan.steps:,}"
         + (f", {earlier_steps:,} taken by earlier runs, {remaining_steps:,} left" if earlier_steps else ""),
         f"  trained parameters      {num_trained:,} of {num_parameters:,}",
@@ -63,8 +65,8 @@ def format_plan(
     ]
     if plan.noise_bands > 1:
         lines.append(f"  noise bands (b)         {format_bands(plan)}")
-        if earlier_steps:
-            lines.append(f"                          {RESUME_NOTE}")
+    if earlier_steps and (plan.slots or plan.noise_bands > 1):
+        lines.append(f"                          {NEW_SLOTS_NOTE if plan.slots else RESUME_NOTE}")
     lines.append(f"  guarantee at the end    {format_guarantee(epsilon, plan.delta)}")
     if plan.num_authors < FEW_AUTHORS and delta_warning(plan) is None:
         lines.append(f"  delta                   {format_delta(plan.delta)}")
@@ -76,15 +78,25 @@ def format_plan(
 
 def format_bands(plan: PrivacyPlan) -> str:
     """Describe the noise bands: what is accounted, and how much less noise the weights get."""
-    event = plan.event(plan.steps)
-    accounted = f"accounted as {format_count(event.steps, 'step')} at sample rate {event.sample_rate:.6g}"
-    words = f"{plan.noise_bands}: noise correlated over steps, {accounted}"
+    words = f"{plan.noise_bands}: noise correlated over steps"
+    if not plan.slots:
+        event = plan.event(plan.steps)
+        words += f", accounted as {format_count(event.steps, 'step')} at sample rate {event.sample_rate:.6g}"
     if plan.target_epsilon is not None:
         ratio = error_ratio(
             plan.noise_multiplier, plan.sample_rate, plan.steps, plan.noise_bands, plan.target_epsilon, plan.delta
         )
         words += f"; noise in sums of updates {ratio:.2f} times that of independent noise at the same epsilon"
     return words
+
+
+def format_slots(plan: PrivacyPlan) -> str:
+    """Describe balls-in-bins sampling, and where its epsilon comes from."""
+    words = f"balls-in-bins: each author in one secret step of every {plan.slots:,}"
+    if plan.certificate is None:
+        return words
+    attempts = format_count(len(plan.certificate["attempts"]), "attempt")
+    return f"{words}; epsilon certified by {plan.certificate['draws']:,} draws, in {attempts}"
 
 
 def format_batch(plan: PrivacyPlan) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Optional
 from author_dp.accounting.accountant import accountant_of
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan, plan_of
-from author_dp.accounting.tradeoff import attack_bounds
+from author_dp.accounting.tradeoff import attack_bounds, certified_attack_bounds
 
 PLAN_KEYS = (
     "delta", "target_epsilon", "noise_multiplier", "clip_norm", "sample_rate", "expected_batch_size", "noise_bands",
@@ -65,12 +65,13 @@ def plan_entries(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
         "privacy_unit": "author",
         "adjacency": "add-or-remove-one",
         "accountant": "prv",
-        "sampling": "poisson" if plan.noise_bands == 1 else "cyclic-poisson",
+        "sampling": plan.sampling,
+        **({"slots": plan.slots} if plan.slots else {}),
         "epsilon": None,
         **{name: public[name] for name in PLAN_KEYS},
         "steps": steps,
-        "accounted_steps": steps,
-        "accounted_sample_rate": plan.event(0).sample_rate,
+        "accounted_steps": None if plan.slots else steps,
+        "accounted_sample_rate": None if plan.slots else plan.event(0).sample_rate,
     }
 
 
@@ -80,20 +81,26 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
     Args:
         delta: of the guarantee.
     """
-    epsilon = ledger.epsilon(delta)
+    epsilon, certificate = ledger.epsilon(delta), ledger.certificate
+    has_slots = any(header.get("slots") for header in ledger.runs)
+    if not math.isfinite(epsilon):
+        bounds = attack_bounds([], delta)
+    else:
+        bounds = certified_attack_bounds(epsilon, delta, ledger.events) if has_slots else attack_bounds(ledger.events, delta)
     # Of the first run: a later one's date tells how long that took.
     started = ledger.runs[0].get("started") if ledger.runs else None
     entries = {
         **({} if started is None else {"started": started}),
-        "accountant": accountant_of(ledger.events, delta),
+        "accountant": "monte-carlo" if certificate else accountant_of(ledger.events, delta),
         "epsilon": finite_or_none(epsilon),
         "steps": ledger.steps,
-        "accounted_steps": ledger.accounted_steps,
+        "accounted_steps": None if has_slots else ledger.accounted_steps,
+        **({"certificate": certificate} if certificate else {}),
         **mechanism_entry(ledger),
         **({} if ledger.failure is None else {"alarm": ledger.failure}),
         # Of any run: one that restarts without the option has the settings, and maybe steps, of one that a search ran.
         **({"tuning": {"ended": False}} if any(header.get("part_of_search") for header in ledger.runs) else {}),
-        **attack_bounds(ledger.events if math.isfinite(epsilon) else [], delta),
+        **bounds,
     }
     if ledger.releases:
         entries["epsilon_with_evaluation"] = finite_or_none(ledger.epsilon_with_releases(epsilon))
@@ -103,13 +110,12 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
 def mechanism_entry(ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the entry `mechanisms`, each with its steps, where the ledger's steps had several: other entries are of one only."""
     steps: dict[tuple, int] = {}
-    for header, number in zip(ledger.runs, ledger.steps_per_run):
-        if number:
-            mechanism = tuple(header.get(name) for name in MECHANISM_KEYS)
-            steps[mechanism] = steps.get(mechanism, 0) + number
+    for header, number in ledger.runs_with_steps:
+        mechanism = tuple((name, header.get(name)) for name in [*MECHANISM_KEYS, *(["slots"] if header.get("slots") else [])])
+        steps[mechanism] = steps.get(mechanism, 0) + number
     if len(steps) < 2:
         return {}
-    return {"mechanisms": [{"steps": number, **dict(zip(MECHANISM_KEYS, key))} for key, number in steps.items()]}
+    return {"mechanisms": [{"steps": number, **dict(mechanism)} for mechanism, number in steps.items()]}
 
 
 def finite_or_none(epsilon: float) -> Optional[float]:

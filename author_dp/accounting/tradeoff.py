@@ -116,6 +116,13 @@ def bounds_of_guarantee(epsilon: float, delta: float) -> dict[str, Any]:
     return {"mu_gdp": None, "tpr_at_fpr": {f"{rate:g}": bound for rate, bound in rates.items()}}
 
 
+def certified_attack_bounds(epsilon: float, delta: float, events: Sequence[MechanismEvent]) -> dict[str, Any]:
+    """Return the entries of `attack_bounds` where (epsilon, delta) is certified, and `events` cost at least as much."""
+    known = [bounds_of_guarantee(epsilon, delta), attack_bounds(events, delta)]
+    rates = [bounds["tpr_at_fpr"] for bounds in known if bounds["tpr_at_fpr"]]
+    return {"mu_gdp": None, "tpr_at_fpr": {name: min(bound[name] for bound in rates) for name in rates[0]}}
+
+
 def gdp_true_positive_rate(mu: float, false_positive_rate: float) -> float:
     """Return the largest true-positive rate against a Gaussian mechanism: Phi(mu + Phi^-1(rate))."""
     return float(ndtr(mu + ndtri(false_positive_rate)))

@@ -29,6 +29,7 @@ from author_dp.accounting.plan import PrivacyPlan
 from author_dp.errors import UserError
 from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.one_run_audit import CONFIDENCE, gaussian_mu_lower_bound, lower_bound
+from author_dp.guards.slot_monitors import SlotCanaryMonitor
 from author_dp.mechanism.sampling import append_canary_hashes
 from author_dp.types import IGNORE_INDEX, Batch
 
@@ -53,7 +54,7 @@ class GradientCanaries:
         self.included = generator.random(number) < 0.5
         self.table = nn.Embedding(number, 1)
         nn.init.zeros_(self.table.weight)
-        self.monitor: Optional[CanaryMonitor] = None
+        self.monitor: Optional[CanaryMonitor | SlotCanaryMonitor] = None
 
     def join(self, dataset: Any) -> "CanaryDataset":
         """Return the data set (`data_utils.AuthorDataset`) with the included canaries as its last authors."""
@@ -63,7 +64,7 @@ class GradientCanaries:
         """Return a model that calls `model` and also holds the canaries' table, for a clipping engine."""
         return ModelWithCanaries(model, self.table.to(next(model.parameters()).device))
 
-    def start(self, plan: PrivacyPlan) -> CanaryMonitor:
+    def start(self, plan: PrivacyPlan) -> CanaryMonitor | SlotCanaryMonitor:
         """Start to monitor a training under `plan`, and return the monitor.
 
         Raises:
@@ -72,8 +73,11 @@ class GradientCanaries:
         if plan.disable_dp or plan.noise_multiplier == 0:
             raise UserError("--audit_kind gradient: it tests the noise, and this run has none. Leave out --audit_canaries")
         self.clip_norm = plan.clip_norm
-        scale, sample_rate = plan.clip_norm / plan.expected_batch_size, plan.event(0).sample_rate
-        self.monitor = CanaryMonitor(plan.noise_multiplier, sample_rate, self.included, scale)
+        scale, sigma = plan.clip_norm / plan.expected_batch_size, plan.noise_multiplier
+        if plan.slots:
+            self.monitor = SlotCanaryMonitor(sigma, plan.coefficients(), plan.slots, self.included, scale)
+        else:
+            self.monitor = CanaryMonitor(sigma, plan.event(0).sample_rate, self.included, scale)
         return self.monitor
 
     def add_canary_losses(self, losses: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -167,7 +171,7 @@ class CollateWithCanaries:
 # --- the audit's result -------------------------------------------------------------------------------------
 
 
-def audit_result(monitor: CanaryMonitor, trainer: Any) -> dict[str, Any]:
+def audit_result(monitor: CanaryMonitor | SlotCanaryMonitor, trainer: Any) -> dict[str, Any]:
     """Return lower bounds on epsilon, and on the main process the intervals that the noise gives."""
     scores, delta = monitor.log_likelihood_ratios(), trainer.plan.delta
     mu = gaussian_mu_lower_bound(scores, monitor.included)
@@ -181,19 +185,22 @@ def audit_result(monitor: CanaryMonitor, trainer: Any) -> dict[str, Any]:
 
 
 def confidence_intervals(trainer: Any) -> dict[str, Any]:
-    """Return intervals for noise multiplier and epsilon at `CONFIDENCE`, from the probe; on the main process only."""
+    """Return intervals for noise multiplier and epsilon at `CONFIDENCE`, from the probe; on the main process only.
+
+    With balls-in-bins sampling there is none for epsilon: each of its ends would need a certificate.
+    """
     monitor = trainer.monitors.noise
     if not trainer.is_world_process_zero() or monitor is None or not monitor.steps:
         return {}
     low, high = monitor.confidence_interval(CONFIDENCE)
+    of_noise = {"noise_multiplier_between": [factor * trainer.plan.noise_multiplier for factor in (low, high)]}
+    if trainer.plan.slots:
+        return of_noise
     epsilons = []
     for factor in (high, low):  # more noise gives less epsilon
         events = [e._replace(noise_multiplier=e.noise_multiplier * factor) for e in trainer.budget.ledger.events]
         epsilons.append(EpsilonAccountant(events, trainer.plan.delta).epsilon)
-    return {
-        "noise_multiplier_between": [factor * trainer.plan.noise_multiplier for factor in (low, high)],
-        "epsilon_between": [epsilon if np.isfinite(epsilon) else None for epsilon in epsilons],
-    }
+    return {**of_noise, "epsilon_between": [epsilon if np.isfinite(epsilon) else None for epsilon in epsilons]}
 
 
 def load_audit_result(trainer: Any) -> Optional[dict[str, Any]]:

@@ -31,6 +31,7 @@ from author_dp.guards.noise_monitor import NoiseMonitor, make_noise_monitor
 from author_dp.guards.precision import PrecisionMonitor
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor, SamplingMonitor
 from author_dp.guards.seed_checks import check_unseeded, check_unseeded_groups, check_unseeded_sampling
+from author_dp.guards.slot_monitors import SlotCanaryMonitor, SlotMonitor
 from author_dp.mechanism.fsdp import local_shard
 from author_dp.mechanism.optimizer import PROBE_SIZE
 from author_dp.mechanism.sampling import PoissonAuthorSampler
@@ -60,9 +61,9 @@ class RunMonitors:
     def __init__(self, plan: PrivacyPlan, canaries: Optional[GradientCanaries], norms: NormStatistics):
         self.plan, self.canaries, self.norms = plan, canaries, norms
         self.num_canaries = 0 if canaries is None else int(canaries.included.sum())
-        self.sampling: Optional[SamplingMonitor | CyclicSamplingMonitor] = None
+        self.sampling: Optional[SamplingMonitor | CyclicSamplingMonitor | SlotMonitor] = None
         self.noise: Optional[NoiseMonitor] = None
-        self._canary_monitor: Optional[CanaryMonitor] = None if canaries is None else canaries.start(plan)
+        self._canary_monitor: Optional[CanaryMonitor | SlotCanaryMonitor] = None if canaries is None else canaries.start(plan)
         self._decorrelate = NoiseDecorrelator(np.ones(1))
         self.stop()
 
@@ -81,10 +82,10 @@ class RunMonitors:
         self.stop()
         if self.plan.disable_dp:
             return
-        bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
-        check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, rate)
-        if bands > 1:
-            check_unseeded_groups(lambda: sampler_groups(sampler()), bands)
+        if not self.plan.slots:  # which draw nothing but groups
+            check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, self.plan.event(0).sample_rate)
+        if (groups := self.plan.slots or self.plan.noise_bands) > 1:
+            check_unseeded_groups(lambda: sampler_groups(sampler()), groups)
         check_unseeded(lambda: sample_generators([device], PROBE_SIZE), "randomness inside the model")
         self.noise = make_noise_monitor(self.plan, budget.ledger.path.parent, device, secure_noise)
         self._decorrelate = NoiseDecorrelator(self.plan.coefficients())
@@ -102,11 +103,16 @@ class RunMonitors:
         if self.plan.disable_dp:
             return
         bands, rate = self.plan.noise_bands, self.plan.event(0).sample_rate
-        if bands == 1:
+        if self.plan.slots:
+            slots = sampler_groups(sampler)
+            self.sampling = SlotMonitor(slots, self.plan.slots, self.num_canaries)
+            if isinstance(self._canary_monitor, SlotCanaryMonitor):
+                self._canary_monitor.set_slots(slots)
+        elif bands == 1:
             self.sampling = SamplingMonitor(self.plan.num_authors, self.num_canaries, rate)
         else:
             self.sampling = CyclicSamplingMonitor(sampler_groups(sampler), bands, self.num_canaries, rate)
-            if self._canary_monitor is not None:
+            if isinstance(self._canary_monitor, CanaryMonitor):
                 self._canary_monitor.set_groups(self.plan.coefficients(), sampler_groups(sampler))
         sampler.on_batch = self.sampling.on_sample
         self._ranks, self.norms.authors = RankMonitor(sampler), 0

@@ -25,7 +25,7 @@ from author_dp.guards.loggers import check_loggers
 from author_dp.guards.precision import rounding_error, rounding_settings
 from author_dp.guards.trainer_options import check_optimizer_name, check_trainer_options
 from author_dp.mechanism.adam_bc import use_adam_bc
-from author_dp.validation import check_range
+from author_dp.validation import check_choice, check_range
 
 SUPPORTED_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -73,6 +73,8 @@ RANGES = {
     "seed": "[0, 4294967295]",
 }
 
+SAMPLINGS = ("poisson", "balls-in-bins")
+
 # Values that depend on step numbers alone. All others, those of later versions too, count as driven by metrics.
 STEP_ONLY = {
     "lr_scheduler_type": {
@@ -94,6 +96,9 @@ class PrivacyOptions(Protocol):
     sample_rate: Optional[float]
     target_delta: Optional[float]
     adam_noise_correction: Optional[bool]
+    sampling: Optional[str]
+    target_epsilon: Optional[float]
+    part_of_search: bool
 
 
 def validate_options(
@@ -124,9 +129,22 @@ def validate_options(
     check_gradients(args, privacy)
     use_adam_bc(OptimizerNames(args.optim).value, privacy.adam_noise_correction, num_bands=1)
     check_planned_delta(privacy, args)
+    check_sampling(privacy)
     if full_shard:
         check_fsdp(args, privacy, base_precision_flag)
     check_metric_driven_choice(shared_authors, metric_driven_option(args), privacy)
+
+
+def check_sampling(privacy: PrivacyOptions) -> None:
+    """Raise UserError where balls-in-bins sampling has no target that its certificate could be of."""
+    if privacy.sampling is not None:
+        check_choice("--sampling", privacy.sampling, SAMPLINGS)
+    if privacy.sampling != "balls-in-bins" or privacy.disable_dp:
+        return
+    if privacy.target_epsilon is None:
+        raise UserError("--sampling balls-in-bins: its epsilon is certified for a target. Give --target_epsilon, no noise")
+    if privacy.part_of_search:
+        raise UserError("--sampling balls-in-bins: a search needs Renyi differential privacy. Leave it out")
 
 
 def check_ranges(args: TrainingArguments) -> None:

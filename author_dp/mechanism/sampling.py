@@ -3,7 +3,7 @@
 Guarantees: under add-or-remove-one-author adjacency, one author more or less changes only whether that author is in a batch. The
 others enter with the same probability, independently of that author, of each other, of other steps and of --seed. This is the
 sampling of the subsampled Gaussian mechanism that `accounting` accounts for [1, Algorithm 1; 2, Algorithm 1]; with noise bands it
-is the cyclic Poisson sampling of [3, Theorem 4].
+is the cyclic Poisson sampling of [3, Theorem 4]. Balls-in-bins sampling [4] draws once: each author's slot of an epoch.
 
 Not protected: batches themselves are secret. Who is in a batch, and how many, is never released.
 
@@ -11,6 +11,7 @@ References:
     [1] Abadi et al. 2016, Deep Learning with Differential Privacy, arXiv 1607.00133
     [2] McMahan et al. 2018, Learning Differentially Private Recurrent Language Models, arXiv 1710.06963
     [3] Choquette-Choo et al. 2023, (Amplified) Banded Matrix Factorization, arXiv 2306.08153
+    [4] Chua et al. 2024, Balls-and-Bins Sampling for DP-SGD, arXiv 2412.16802
 """
 
 import hashlib
@@ -138,12 +139,46 @@ class CyclicAuthorSampler(PoissonAuthorSampler):
             raise ValueError("with noise bands every author needs a group, or all would be sampled in each step")
         super().__init__(offsets, indices, sample_rate=cyclic_sample_rate(sample_rate, bands), **options)
         self.groups = groups
-        self.members = [np.flatnonzero(groups == group) for group in range(bands)]
+        self.members = split_by_group(groups, bands)
 
     def sample_authors(self) -> np.ndarray:
         """Sample from the group whose turn it is."""
         members = self.members[self.batches % len(self.members)]
         return members[self.sample_indices(len(members))]
+
+
+class BallsInBinsAuthorSampler(PoissonAuthorSampler):
+    """Sample each author in one step of every epoch, the author's slot: balls-in-bins sampling.
+
+    Guarantee: batch t has exactly the authors whose slot is t mod n, for n steps of an epoch. Slots are drawn once for the
+    training, so an author's batches are n steps apart. Otherwise as PoissonAuthorSampler.
+
+    Args:
+        slots: int (authors,), of each author, from `assign_groups`; secret, and the same on all processes.
+        options: PoissonAuthorSampler's; `steps` is n.
+    Raises:
+        ValueError: where an author has no slot of the epoch.
+    """
+
+    def __init__(self, offsets: np.ndarray, indices: np.ndarray, *, slots: np.ndarray, **options: Any):
+        super().__init__(offsets, indices, sample_rate=1.0, **options)
+        if len(slots) != len(offsets) - 1 or slots.min(initial=0) < 0 or slots.max(initial=0) >= self.steps:
+            raise ValueError("every author needs a slot of the epoch, or the author would never be sampled")
+        self.groups, self.members = slots, split_by_group(slots, self.steps)
+
+    def sample_authors(self) -> np.ndarray:
+        """Return all authors of the slot whose turn it is."""
+        return self.members[self.batches % self.steps]
+
+
+def split_by_group(groups: np.ndarray, number: int) -> list[np.ndarray]:
+    """Return the authors of each of `number` groups, ascending.
+
+    Args:
+        groups: int (authors,).
+    """
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.searchsorted(groups[order], np.arange(1, number)))
 
 
 def choose_samples(

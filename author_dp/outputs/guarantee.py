@@ -61,8 +61,8 @@ def guarantee_rows(report: dict[str, Any]) -> list[Row]:
         ("Privacy unit", "one author with all samples"),
         ("Adjacency", "add or remove one author"),
         ("What is covered", f"{format_covered(report)}; the training data only, not the base model's"),
-        ("Mechanism", "DP-SGD on authors: Poisson sampling, per-author clipping, Gaussian noise"),
-        ("Accountant", f"{report['accountant'].upper()} (upper bound), {format_accounted(report)}"),
+        ("Mechanism", f"DP-SGD on authors: {format_sampling(report)}, per-author clipping, Gaussian noise"),
+        ("Accountant", f"{format_accountant(report)}, {format_accounted(report)}"),
         ("Epsilon", format_optional_epsilon(report["epsilon"])),
         ("Target epsilon", fmt(report["target_epsilon"])),
         ("Delta", fmt(report["delta"])),
@@ -70,7 +70,7 @@ def guarantee_rows(report: dict[str, Any]) -> list[Row]:
         ("Noise multiplier", fmt(report["noise_multiplier"])),
         ("Clip norm", f"{fmt(report['clip_norm'])} for each author's gradient"),
         ("Authors", "not disclosed" if report["num_authors"] is None else fmt(report["num_authors"])),
-        ("Sample rate", fmt(report["sample_rate"])),
+        *([("Sample rate", fmt(report["sample_rate"]))] if "slots" not in report else []),
         *noise_band_rows(report),
         ("Expected batch", f"{fmt(report['expected_batch_size'])} authors"),
         ("Samples of an author per step", f"at most {report['samples_per_author']}"),
@@ -92,8 +92,9 @@ def format_interrupted(report: dict[str, Any]) -> str:
 def mechanism_rows(report: dict[str, Any]) -> list[Row]:
     """Return a row where the steps in the folder had several mechanisms, which epsilon composes."""
     found = [
-        f"{format_count(one['steps'], 'step')} with noise multiplier {fmt(one['noise_multiplier'])}, sample rate "
-        f"{fmt(one['sample_rate'])} and clip norm {fmt(one['clip_norm'])}"
+        f"{format_count(one['steps'], 'step')} with noise multiplier {fmt(one['noise_multiplier'])}, "
+        + (f"{one['slots']:,} slots" if "slots" in one else f"sample rate {fmt(one['sample_rate'])}")
+        + f" and clip norm {fmt(one['clip_norm'])}"
         for one in report.get("mechanisms") or []
     ]
     return [("Mechanisms of all steps", "; ".join(found))] if found else []
@@ -104,6 +105,21 @@ def format_covered(report: dict[str, Any]) -> str:
     if is_tuned(report):
         return "the released weights, their settings and their released loss, and nothing else of the search"
     return "the released weights and every checkpoint"
+
+
+def format_sampling(report: dict[str, Any]) -> str:
+    """Describe how authors are sampled."""
+    if "slots" in report:
+        return f"balls-in-bins sampling (each author in one of {report['slots']:,} steps, the same one in every epoch)"
+    return "Poisson sampling"
+
+
+def format_accountant(report: dict[str, Any]) -> str:
+    """Describe where epsilon comes from."""
+    if report["accountant"] == "monte-carlo":
+        failure = report["certificate"]["failure_probability"]
+        return f"Monte Carlo (upper bound, except with probability {failure:.1g}, which is part of delta)"
+    return f"{report['accountant'].upper()} (upper bound)"
 
 
 def format_accounted(report: dict[str, Any]) -> str:
@@ -166,6 +182,8 @@ def noise_band_rows(report: dict[str, Any]) -> list[Row]:
     """Return a row if noise is correlated over steps; reports of older versions do not say."""
     if report.get("noise_bands", 1) == 1:
         return []
+    if "slots" in report:
+        return [("Noise bands", f"{report['noise_bands']}: noise correlated over steps")]
     accounted = f"{format_count(report['accounted_steps'], 'step')} at sample rate {fmt(report['accounted_sample_rate'])}"
     return [("Noise bands", f"{report['noise_bands']}: noise correlated over steps, groups in turn; accounted as {accounted}")]
 
@@ -195,9 +213,11 @@ def audit_rows(report: dict[str, Any]) -> list[Row]:
     found = f"epsilon at least {audit['epsilon_lower_bound']:.2f} with {audit['confidence']:.0%} confidence"
     rows = [("Audit", f"{found}: {audit['correct']} of {audit['guesses']} guesses on {audit['canaries']} canaries correct")]
     if audit.get("kind") == "gradient":
-        interval = " and ".join(fmt(bound) for bound in audit["epsilon_between"])
-        checked = f"sampling, clipping and noise matched the ledger in {audit['steps_checked']:,} steps"
-        rows.append(("Audit of gradients", f"{checked}; by the observed noise, if Gaussian, epsilon is between {interval}"))
+        checked, interval = f"sampling, clipping and noise matched the ledger in {audit['steps_checked']:,} steps", ""
+        if "epsilon_between" in audit:
+            bounds = " and ".join(fmt(bound) for bound in audit["epsilon_between"])
+            interval = f"; by the observed noise, if Gaussian, epsilon is between {bounds}"
+        rows.append(("Audit of gradients", checked + interval))
     return rows
 
 

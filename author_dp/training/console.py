@@ -1,6 +1,5 @@
 """Say on the console what a training does. The Trainer's own lines call authors examples, and count no accumulation steps."""
 
-import math
 from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback
@@ -40,7 +39,7 @@ class AnnounceTraining(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step / math.ceil(1 / self.plan.sample_rate)
+        state.epoch = state.global_step / self.plan.steps_per_epoch
 
 
 class TrainingBar(ProgressCallback):

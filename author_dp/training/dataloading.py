@@ -4,7 +4,6 @@ Guarantees: keys of sampling and groups come from the operating system, agree on
 """
 
 import copy
-import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from author_dp.distributed import broadcast
 from author_dp.errors import UserError
 from author_dp.logs import get_logger
 from author_dp.mechanism.microbatches import LogicalBatchDataset, MicrobatchShape
-from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
+from author_dp.mechanism.sampling import BallsInBinsAuthorSampler, CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
 from author_dp.models.quantization import quant_scales
 
 logger = get_logger(__name__)
@@ -46,16 +45,20 @@ def adapt_trainer_args(args: TrainingArguments) -> TrainingArguments:
 
 
 def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, num_canaries: int) -> PoissonAuthorSampler:
-    """Return a sampler of this process's shares of ceil(1 / q) batches per epoch, with new keys."""
+    """Return a sampler of this process's shares of an epoch's batches, with new keys."""
     options: dict[str, Any] = dict(
         sample_rate=plan.sample_rate,
         samples_per_author=plan.samples_per_author,
-        steps=math.ceil(1 / plan.sample_rate),
+        steps=plan.steps_per_epoch,
         key=broadcast(secrets.randbits(128)),
         rank=args.process_index,
         world_size=args.world_size,
         num_canaries=num_canaries,
     )
+    if plan.slots:
+        del options["sample_rate"]
+        slots = assign_groups(dataset.hashes, plan.slots, broadcast(secrets.token_bytes(32)))
+        return BallsInBinsAuthorSampler(dataset.offsets, dataset.indices, slots=slots, **options)
     if plan.noise_bands == 1:
         return PoissonAuthorSampler(dataset.offsets, dataset.indices, **options)
     groups = assign_groups(dataset.hashes, plan.noise_bands, broadcast(secrets.token_bytes(32)))

@@ -29,7 +29,7 @@ from author_dp.models.weights import read_marker
 MAY_CHANGE = {
     # The mechanism: the ledger accounts for each run as it ran. What may not change of it has checks of its own.
     "target_epsilon", "noise_multiplier", "target_delta", "per_sample_max_grad_norm", "samples_per_author", "sample_rate",
-    "secure_noise", "clipping", "noise_bands", "hide_counts", "allow_other_authors", "disable_dp",
+    "secure_noise", "clipping", "noise_bands", "sampling", "hide_counts", "allow_other_authors", "disable_dp",
     "per_device_train_batch_size", "gradient_accumulation_steps",
     # How long the training is, and where from and where to.
     "num_train_epochs", "max_steps", "output_dir", "resume_from_checkpoint", "dry_run", "do_train", "do_eval", "do_predict",

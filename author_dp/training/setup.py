@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import read_private_count
 from author_dp.accounting.output_dir import check_not_model
-from author_dp.accounting.plan import PrivacyPlan, make_plan
+from author_dp.accounting.plan import PrivacyPlan, certify_plan, make_plan
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
@@ -114,7 +114,8 @@ def set_up_run(
     earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
     if earlier and canaries is None:
         plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1])
-        check_budget_left(Budget(plan, ledger, args.process_index == 0), checkpoint)
+        if not plan.slots:  # whose noise is found with the check
+            check_budget_left(Budget(plan, ledger, args.process_index == 0), checkpoint)
     model_check = check_and_place_model(model, args, privacy, sequence_len, full_shard)
     longest = resolve_sequence_len(model, sequence_len)
     if sequence_len is None and (found := getattr(train_dataset, "longest", 0)) > longest:
@@ -123,8 +124,13 @@ def set_up_run(
         train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
     max_bands = max_bands_in_memory(model, args)
     plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
-    if plan.noise_bands > 1 and getattr(train_dataset, "hashes", None) is None:
-        raise ValueError("noise bands need the hashes of all authors. Use AuthorDataset(..., hashes=author_hashes(authors))")
+    if (plan.noise_bands > 1 or plan.slots) and getattr(train_dataset, "hashes", None) is None:
+        raise ValueError(
+            "noise bands and slots need the hashes of all authors. Use AuthorDataset(..., hashes=author_hashes(authors))"
+        )
+    if plan.slots:  # the main process draws for all
+        left = plan.steps - (load_trainer_state(checkpoint).global_step if checkpoint else 0)
+        plan = broadcast(certify_plan(plan, ledger.runs_with_steps, left) if args.process_index == 0 else plan)
     check_same_start(plan, train_dataset, model, args.bf16)
     hidden_count = broadcast(read_private_count(ledger.path.parent))
     check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)

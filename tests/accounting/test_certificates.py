@@ -1,0 +1,213 @@
+"""accounting/certificates.py: certificates hold with what is promised, for one training and for one that resumed."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from mutation import catches
+from numpy.testing import assert_allclose
+
+from author_dp.accounting import certificates
+from author_dp.accounting.accountant import epsilon_of
+from author_dp.accounting.balls_in_bins import Segment, WorstCase, slot_sums
+from author_dp.accounting.banded_mf import prefix_sum_rmse, toeplitz_coefficients
+from author_dp.accounting.certificates import Attempt, Claim, Estimate
+from author_dp.accounting.events import slot_event
+from author_dp.errors import UserError
+
+DELTA = 1e-5
+BANDS = np.array([0.8, 0.5, 0.3])
+CLAIM = Claim(BANDS, 5, 13, 1.0, DELTA)
+
+
+# --- the bound and the attempts -------------------------------------------------------------------------------
+
+
+def test_bound_is_that_of_the_paper():
+    """Maurer and Pontil 2009, Theorem 4, for values in [0, 1], by hand; scaled by the range."""
+    log_term = math.log(2 / 0.01)
+    by_hand = 0.2 + math.sqrt(2 * 0.04 * log_term / 1_000) + 7 * log_term / (3 * 999)
+    assert_allclose(Estimate(1_000, 0.2, 0.04, 0.0).upper_bound(0.01), by_hand, rtol=2e-6)
+    assert_allclose(Estimate(1_000, 0.02, 0.0004, math.log(0.1)).upper_bound(0.01), by_hand / 10, rtol=2e-6)
+    assert Estimate(1_000, 0.0, 0.0, 0.0).upper_bound(0.01) > 1 - 0.01 ** (1 / 1_000)  # what no value of 1 allows
+    assert Estimate(0, 0.0, 0.0, math.log(0.1)).upper_bound(0.01) == pytest.approx(0.1)
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    """Let estimates be certain; return what they are, by direction."""
+    deltas = {"removed": 0.5 * DELTA, "added": 0.5 * DELTA}
+    monkeypatch.setattr(
+        Claim, "estimates", lambda *_: {name: Estimate(2**60, value, 0.0, math.log(2 * DELTA)) for name, value in deltas.items()}
+    )
+    return deltas
+
+
+@catches(
+    "the failure probability is not added",
+    "accounting.certificates.attempt",
+    "+ FAILURE_SHARE * claim.delta <= claim.delta",
+    "<= claim.delta",
+)
+@catches("one direction only", "accounting.certificates.attempt", "max(bounds.values())", 'bounds["removed"]', direction="added")
+@pytest.mark.parametrize("direction", ["removed", "added"])
+def test_certificate_needs_both_directions_and_the_failure_probability(bounds, direction):
+    assert certificates.attempt(CLAIM, 1.0, 1, 2**14).passed
+    bounds[direction] = 0.995 * DELTA
+    assert not certificates.attempt(CLAIM, 1.0, 1, 2**14).passed
+
+
+@catches("every attempt has the same failure probability", "accounting.certificates.attempt", " / 2**number", "")
+@catches("no more noise after a failure", "accounting.certificates.certify", " * MORE_NOISE ** len(attempts)", "")
+def test_attempts_share_the_failure_probability(bounds, monkeypatch):
+    bounds["removed"] = 2 * DELTA
+    attempts = []
+    attempt = certificates.attempt
+    monkeypatch.setattr(certificates, "attempt", lambda *args: attempts.append(attempt(*args)) or attempts[-1])
+    with pytest.raises(ArithmeticError, match="no certificate in 20 attempts"):
+        certificates.certify(CLAIM, 1.0, 2**14)
+    assert len(attempts) == 20 and all(a.noise_multiplier < b.noise_multiplier for a, b in zip(attempts, attempts[1:]))
+    assert sum(each.failure_probability for each in attempts) <= DELTA / 100
+
+
+@catches("both directions fail with the probability of one", "accounting.certificates.attempt", " / len(found)", "")
+def test_directions_share_the_failure_probability(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Estimate, "upper_bound", lambda self, probability: asked.append(probability) or 0.0)
+    made = certificates.attempt(CLAIM, 3.0, 1, 2**14)
+    assert_allclose(sum(asked), made.failure_probability, rtol=1e-12)
+
+
+@catches("draws of the calibration are the certificate", "accounting.certificates.attempt", "secrets.randbits(128)", "1")
+def test_certificates_have_fresh_draws_that_their_key_repeats():
+    first, second = (certificates.attempt(CLAIM, 3.0, 1, 2**14) for _ in range(2))
+    assert first.key != second.key and first.bounds["removed"] != second.bounds["removed"]
+    repeated = CLAIM.estimates(3.0, 2**14, first.key)["removed"]
+    assert repeated.upper_bound(first.failure_probability / 2) == first.bounds["removed"]
+
+
+def test_calibrated_noise_passes_with_little_to_spare():
+    claim = Claim(BANDS, 4, 9, 4.0, 1e-3)
+    sigma, draws = certificates.Calibration(claim).find(1.0, 5e-3)
+    last = certificates.certify(claim, sigma, draws)[-1]
+    delta = claim.estimates(last.noise_multiplier, 2**17, key=5)["removed"].mean
+    assert last.passed and 0.85 * claim.delta < delta < claim.delta * (1 - certificates.FAILURE_SHARE)
+
+
+# --- the certificate of a run ---------------------------------------------------------------------------------
+
+LATER = Claim(BANDS, 4, 6, 2.0, 1e-3, (Segment(BANDS[:2], 3, 5, 2.0),))  # two slots have no step of the second training
+
+
+def joint_delta(claim: Claim, sigma: float, added: bool) -> tuple[float, float]:
+    """Return delta and its standard error by plain sampling of all steps, with the mixture over pairs of slots."""
+    generator, log_ratios = np.random.default_rng(0), 0.0
+    for coefficients, slots, steps, noise in [*claim.earlier, (claim.coefficients, claim.slots, claim.steps, sigma)]:
+        x = slot_sums(coefficients, slots, steps) / noise
+        y = generator.normal(size=(200_000, steps))
+        log_ratios = log_ratios + np.log(np.exp(y @ x.T - (x**2).sum(axis=1) / 2).mean(axis=1))
+    ratio, factor = np.exp(log_ratios), math.exp(claim.epsilon)
+    values = np.maximum(0, 1 - factor * ratio if added else ratio - factor)
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+@catches("losses of the steps before are left out", "accounting.certificates.Claim.estimates", "*self.earlier, ", "")
+@catches("the largest loss of all trainings", "accounting.balls_in_bins.WorstCase.log_ratio", "np.sum(", "np.max(")
+def test_resumed_training_adds_its_loss(monkeypatch):
+    claim = LATER._replace(epsilon=1.0)
+    for direction, found in claim.estimates(1.3, 2**17, key=2).items():
+        delta, error = joint_delta(claim, 1.3, direction == "added")
+        assert abs(found.mean - delta) < 5 * math.hypot(error, found.standard_error)
+
+
+@pytest.mark.parametrize("sigma", [0.8, 1.5])
+def test_range_of_several_segments_holds_for_every_outcome(sigma):
+    worst = WorstCase([*LATER.earlier, Segment(LATER.coefficients, LATER.slots, LATER.steps, sigma)])
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(20_000, 7)) * np.geomspace(1e-3, 10, 20_000)[:, None] + np.linspace(-12, 12, 20_000)[:, None]
+    for make in certificates.DIRECTIONS.values():
+        for epsilon in (0.5, 2.0):
+            proposal = make(worst, epsilon)
+            assert proposal.weigh(generator.permuted(a, axis=0)).max() <= math.exp(proposal.log_range) * (1 + 1e-9)
+
+
+def header_of(claim: Claim, **changed) -> dict:
+    certificate = certificates.make_certificate(claim, [])
+    return {"slots": claim.slots, "noise_multiplier": certificate["noise_multiplier"], "certificate": certificate, **changed}
+
+
+@catches("a certificate of other noise", "accounting.certificates.repeat",
+    'last["noise_multiplier"] != header["noise_multiplier"]', "False")  # fmt: skip
+@catches("draws of another key", "accounting.certificates.repeat", 'int(last["key"], 16)', "None")
+def test_certificate_is_repeated_by_its_key(monkeypatch):
+    header = json.loads(json.dumps(header_of(Claim(BANDS, 4, 9, 4.0, 1e-3))))
+    assert certificates.repeat(header, [])
+    last = header["certificate"]["attempts"][-1]
+    made = certificates.attempt(certificates.claim_of(header, []), last["noise_multiplier"], 1, 2**14, int(last["key"], 16))
+    with monkeypatch.context() as patched:
+        patched.setattr(certificates, "attempt", lambda *args: seen.append(args) or made)
+        seen: list = []
+        certificates.repeat(header, [])
+    assert seen[0][-1] == int(last["key"], 16) and len(last["key"]) == 32
+    assert not certificates.repeat({**header, "noise_multiplier": 0.9 * header["noise_multiplier"]}, [])
+    assert not certificates.repeat(header, [Segment(BANDS, 4, 9, header["noise_multiplier"])])  # beside other steps
+    for name, value in (("steps", 20), ("epsilon", 2.0), ("delta", 1e-4)):
+        assert not certificates.repeat({**header, "certificate": {**header["certificate"], name: value}}, [])
+
+
+@pytest.mark.integration
+def test_noise_of_a_resumed_training_counts_the_steps_before():
+    alone = certificates.make_certificate(LATER._replace(earlier=()), [])
+    after = certificates.make_certificate(LATER, [("first", 5)])
+    assert after["noise_multiplier"] > 1.05 * alone["noise_multiplier"] and after["earlier"] == [["first", 5]]
+    delta, error = joint_delta(LATER, after["noise_multiplier"], added=False)
+    assert delta < LATER.delta + 5 * error
+    spent = LATER._replace(earlier=(Segment(BANDS, 3, 9, 0.3),))
+    with pytest.raises(UserError, match="--target_epsilon 2: no noise reaches it"):
+        certificates.make_certificate(spent, [("first", 9)])
+
+
+def test_epoch_that_is_too_long_is_refused():
+    with pytest.raises(UserError, match="--sampling balls-in-bins: an epoch of 5,000 steps"):
+        certificates.make_certificate(Claim(np.ones(1), 5_000, 10, 8.0, DELTA), [])
+
+
+@pytest.mark.integration
+def test_auto_takes_the_bands_with_the_least_error():
+    claim = Claim(np.ones(1), 40, 80, 8.0, DELTA)
+    chosen, errors = certificates.choose_slot_bands(claim, 64), {}
+    for bands in (1, 4, chosen):
+        with_bands = claim._replace(coefficients=toeplitz_coefficients(bands, 80))
+        errors[bands] = certificates.Calibration(with_bands).find(0.6, 0.05)[0] * prefix_sum_rmse(with_bands.coefficients, 80)
+    assert 8 <= chosen <= 32 and errors[chosen] == min(errors.values()) < 0.7 * errors[1]
+    assert certificates.choose_slot_bands(claim, 4) == 4 and certificates.choose_slot_bands(claim._replace(slots=3), 64) == 2
+
+
+@pytest.mark.integration
+@catches("the epsilon of the last training alone", "accounting.certificates.certify_epsilon", "delta, tuple(earlier))", "delta)")
+@catches("calibration draws are the certificate of epsilon", "accounting.certificates.certify_epsilon", ".passed:", " or True:")
+def test_epsilon_of_several_trainings_is_certified(monkeypatch):
+    segments = [*LATER.earlier, Segment(BANDS, 4, 6, 1.5)]
+    known = epsilon_of([slot_event(2.0, 3, 5), slot_event(1.5, 4, 6)], 1e-3)
+    epsilon = certificates.certify_epsilon(segments, 1e-3, known)
+    delta, error = joint_delta(LATER._replace(epsilon=epsilon), 1.5, added=False)
+    assert 0.9e-3 - 5 * error < delta < 1e-3 + 5 * error and epsilon < 0.9 * known
+    assert certificates.certify_epsilon(segments, 1e-3, 0.5 * epsilon) == 0.5 * epsilon
+    monkeypatch.setattr(certificates, "attempt", lambda *args: Attempt(1.5, 1, 1e-5, {}, False))
+    assert certificates.certify_epsilon(segments, 1e-3, known) == known
+
+
+# --- the bound by events --------------------------------------------------------------------------------------
+
+
+@catches("fewer columns than an author has", "accounting.events.slot_event", "-(-steps // slots)", "max(1, steps // slots)",
+    steps=13)  # fmt: skip
+@catches("the rate of one step", "accounting.events.slot_event", "min(1.0, steps / slots)", "1 / slots", steps=3)
+@pytest.mark.parametrize("steps", [3, 5, 13])
+def test_events_cost_at_least_as_much(steps):
+    event = slot_event(1.2, 5, steps)
+    assert event == (1.2, min(1.0, steps / 5), math.ceil(steps / 5))
+    epsilon = epsilon_of([event], 1e-3)
+    for found in Claim(BANDS, 5, steps, epsilon, 1e-3).estimates(1.2, 2**16, key=1).values():
+        assert found.mean - 5 * found.standard_error <= 1e-3
