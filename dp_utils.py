@@ -101,8 +101,8 @@ class PrivacyArguments:
     )
     sampling: Optional[str] = option(
         None,
-        "How authors are sampled: poisson, or balls-in-bins, each in one secret step of every epoch, for less noise with "
-        "--noise_bands. Default: poisson, or that of a resumed run.",
+        "How authors are sampled: poisson; balls-in-bins, each in one secret step of every epoch, for less noise with "
+        "--noise_bands; or auto, whichever has less noise. Default: poisson, or that of a resumed run.",
     )
     noise_bands: Optional[str] = option(
         None,

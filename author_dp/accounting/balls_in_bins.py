@@ -48,6 +48,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
 SCALES = np.geomspace(1, 16, 40)
 
@@ -104,6 +105,7 @@ class SlotMixture:
         sums = slot_sums(segment.coefficients, segment.slots, segment.steps) / segment.noise_multiplier
         self.slots, self.gram = segment.slots, sums @ sums.T
         self.half_squares = np.diag(self.gram) / 2
+        self.overlaps = csr_array(self.gram)  # the few pairs whose rows overlap
         self.factor = np.linalg.qr(sums.T, mode="r")
 
     def draw(self, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -141,19 +143,31 @@ class SlotTuples:
         self.mixture, self.copies, self.scale = mixture, copies, scale
         with np.errstate(over="ignore"):
             self.weights = np.exp(scale * (scale - 1) * mixture.half_squares)  # the factor of each slot
-            self.pairs = np.exp(scale**2 * mixture.gram)  # of each pair
 
     def _terms(self) -> np.ndarray:
         """Return the terms of the first slot, (slots,), or of the first two, (slots, slots), summed over a third."""
         if self.copies == 1:
             return self.weights
+        self.pairs = np.exp(self.scale**2 * self.mixture.gram)  # the factor of each pair
         thirds = (self.pairs * self.weights) @ self.pairs if self.copies == 3 else 1.0
         return self.pairs * np.outer(self.weights, self.weights) * thirds
 
     def log_mean(self) -> float:
-        """Return the logarithm of the mean of A_s^p without the author; inf where it overflows."""
+        """Return the logarithm of the mean of A_s^p without the author; inf where it overflows.
+
+        It is that of the sum of `_terms`, where most pairs have factor 1. With W the sum of w, S = pairs - 1 and p = 3, the sum of
+        w_i w_j w_k (1 + S_ij) (1 + S_ik) (1 + S_jk) is W^3 + 3 W w S w + 3 sum_j w_j (S w)_j^2 + w (S * (S diag(w) S)) w.
+        """
+        w, s = self.weights, self.mixture.overlaps.copy()
         with np.errstate(all="ignore"):
-            mean = self._terms().sum() / self.mixture.slots**self.copies
+            s.data = np.expm1(self.scale**2 * s.data)
+            total, by_slot = w.sum(), s @ w
+            terms = total**self.copies
+            if self.copies == 2:
+                terms += w @ by_slot
+            elif self.copies == 3:
+                terms += 3 * total * (w @ by_slot) + 3 * (w @ by_slot**2) + w @ (s * (s @ (s * w[:, None]))) @ w
+            mean = terms / self.mixture.slots**self.copies
             return float(np.log(mean)) if np.isfinite(mean) else math.inf
 
     def prepare(self) -> None:

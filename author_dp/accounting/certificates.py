@@ -33,7 +33,7 @@ from author_dp.errors import UserError
 FAILURE_SHARE = 1e-2  # of delta: the failure probability of a certificate, all attempts together
 MORE_NOISE = 1.01  # after an attempt that failed
 MAX_ATTEMPTS = 20
-MAX_SLOTS = 4_096  # steps of an epoch: memory and time of a certificate grow with their square
+MAX_SLOTS = 2_048  # steps of an epoch: the time of a certificate grows with their square
 MAX_SIGMA = 1e4  # largest noise multiplier that is tried
 NEGLIGIBLE = 1e-3  # of delta: a range below it is a bound by itself, and nothing is drawn
 ROUNDING = 1e-6  # of delta: float64 rounding, far above that of sums of at most MAX_DRAWS values
@@ -238,14 +238,9 @@ def make_certificate(claim: Claim, earlier: Sequence[tuple[str, int]]) -> dict[s
     Args:
         earlier: name and steps of each run behind `claim.earlier`.
     Raises:
-        UserError: if an epoch has too many steps, or no noise is enough.
+        UserError: if no noise is enough, because of earlier steps.
         ArithmeticError: if no attempt passes.
     """
-    if claim.slots > MAX_SLOTS:
-        raise UserError(
-            f"--sampling balls-in-bins: an epoch of {claim.slots:,} steps is too long to certify. Raise the batch options, so "
-            f"that it has at most {MAX_SLOTS:,}; or use --sampling poisson"
-        )
     sigma, draws = Calibration(claim).find(first_guess(claim), 5e-3)
     attempts = certify(claim, sigma, draws)
     return {
@@ -312,16 +307,23 @@ def certify_epsilon(segments: Sequence[Segment], delta: float, largest: float) -
 def choose_slot_bands(claim: Claim, max_bands: int) -> int:
     """Return the number of bands, of BAND_CHOICES up to `max_bands`, with nearly the least prefix-sum error at that epsilon.
 
-    Noise multipliers are compared by few draws. That of the chosen number is certified later.
-
     Args:
         claim: its coefficients are replaced.
     """
-    errors = {}
-    for bands in BAND_CHOICES:
-        if bands == 1 or bands <= min(max_bands, claim.steps, claim.slots):
-            coefficients = toeplitz_coefficients(bands, claim.steps)
-            with_bands = claim._replace(coefficients=coefficients)
-            sigma, _ = Calibration(with_bands, ROUGH_DRAWS).find(first_guess(with_bands), 0.1)
-            errors[bands] = sigma * prefix_sum_rmse(coefficients, claim.steps)
+    errors, sigma = {}, first_guess(claim)
+    for bands in [bands for bands in BAND_CHOICES if bands == 1 or bands <= min(max_bands, claim.steps, claim.slots)]:
+        errors[bands], sigma = rough_error(claim, bands, sigma)
     return min(bands for bands, error in errors.items() if error <= NEGLIGIBLE_GAIN * min(errors.values()))
+
+
+def rough_error(claim: Claim, bands: int, start: float) -> tuple[float, float]:
+    """Return about the prefix-sum error with so many bands, in units of the clip norm, and the noise multiplier: by few draws.
+
+    Args:
+        claim: its coefficients are replaced.
+        start: a first guess of the noise multiplier.
+    """
+    coefficients = toeplitz_coefficients(bands, claim.steps)
+    with_bands = claim._replace(coefficients=coefficients)
+    sigma, _ = Calibration(with_bands, ROUGH_DRAWS).find(start, 0.1)
+    return sigma * prefix_sum_rmse(coefficients, claim.steps), sigma

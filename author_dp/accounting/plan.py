@@ -18,8 +18,16 @@ from typing import Any, Optional
 import numpy as np
 
 from author_dp.accounting.accountant import find_noise_multiplier
-from author_dp.accounting.banded_mf import BAND_CHOICES, choose_bands, toeplitz_coefficients
-from author_dp.accounting.certificates import Claim, choose_slot_bands, make_certificate, segment_of
+from author_dp.accounting.banded_mf import BAND_CHOICES, choose_bands, prefix_sum_rmse, toeplitz_coefficients
+from author_dp.accounting.certificates import (
+    MAX_SLOTS,
+    Claim,
+    choose_slot_bands,
+    first_guess,
+    make_certificate,
+    rough_error,
+    segment_of,
+)
 from author_dp.accounting.events import MechanismEvent, check_delta, cyclic_event, cyclic_sample_rate, slot_event
 from author_dp.errors import UserError
 from author_dp.logs import get_logger
@@ -27,6 +35,8 @@ from author_dp.wording import format_count
 
 logger = get_logger(__name__)
 
+SAMPLINGS = ("poisson", "balls-in-bins")
+WORTH_SLOTS = 0.9  # of the error with Poisson sampling: auto takes balls-in-bins sampling below it
 MUCH_MORE_NOISE = 1.5  # noise multiplier of a resumed run over that before: the log warns
 
 
@@ -192,13 +202,37 @@ def has_guarantee(privacy: Any) -> bool:
     return not privacy.disable_dp and privacy.noise_multiplier != 0
 
 
+def choose_sampling(privacy: Any, args: Any, num_authors: int, max_bands: int = BAND_CHOICES[-1]) -> str:
+    """Return which sampling, poisson or balls-in-bins, has less noise in sums of updates: for --sampling auto.
+
+    It takes seconds. The result depends on chance where both are nearly equal, so one process chooses for all.
+
+    Args:
+        num_authors: N; privacy, args, max_bands: as for `make_plan`.
+    """
+    if privacy.target_epsilon is None or privacy.part_of_search:
+        return "poisson"
+    offsets = np.arange(num_authors + 1)
+    poisson = make_plan(replace(privacy, sampling="poisson"), args, offsets, None, max_bands)
+    if 1 / poisson.sample_rate > MAX_SLOTS:
+        return "poisson"
+    in_slots = make_plan(replace(privacy, sampling="balls-in-bins"), args, offsets, None, max_bands)
+    assert in_slots.slots is not None
+    claim = Claim(np.ones(1), in_slots.slots, in_slots.steps, privacy.target_epsilon, in_slots.delta)
+    error = poisson.noise_multiplier * prefix_sum_rmse(poisson.coefficients(), poisson.steps)
+    # Errors are relative to the expected sum, which has fewer authors where 1 / q is no whole number.
+    in_slots_error, _ = rough_error(claim, in_slots.noise_bands, first_guess(claim))
+    in_slots_error *= poisson.sample_rate / in_slots.sample_rate
+    return "balls-in-bins" if in_slots_error < WORTH_SLOTS * error else "poisson"
+
+
 def resolve_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: float) -> Optional[int]:
     """Return n, the whole number of steps of an epoch with balls-in-bins sampling; None for Poisson sampling.
 
     1 / q is rounded up, so an author is in a step's batch with probability 1 / n, at most q.
 
     Raises:
-        UserError: for another sampling than that of the run to resume.
+        UserError: for another sampling than that of the run to resume, or without a target.
     """
     asked = privacy.sampling
     if earlier is not None:
@@ -206,7 +240,17 @@ def resolve_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: 
         if asked not in (None, before):
             raise UserError(f"--sampling {asked}: the resumed run has {before}. Give that, or leave the option out")
         asked = before
-    return math.ceil(1 / sample_rate - 1e-9) if asked == "balls-in-bins" else None
+    if asked != "balls-in-bins":
+        return None
+    if privacy.target_epsilon is None:
+        raise UserError("--sampling balls-in-bins: its epsilon is certified for a target. Give --target_epsilon, and no noise")
+    slots = math.ceil(1 / sample_rate - 1e-9)
+    if slots > MAX_SLOTS:
+        raise UserError(
+            f"--sampling balls-in-bins: an epoch of {slots:,} steps is too long to certify. Raise the batch options, so that it "
+            f"has at most {MAX_SLOTS:,}; or use --sampling poisson"
+        )
+    return slots
 
 
 def resolve_noise_multiplier(

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
-from author_dp.accounting.plan import check_planned_delta
+from author_dp.accounting.plan import SAMPLINGS, check_planned_delta
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
@@ -72,8 +72,6 @@ RANGES = {
     "save_total_limit": "[1, 2147483648]",
     "seed": "[0, 4294967295]",
 }
-
-SAMPLINGS = ("poisson", "balls-in-bins")
 
 # Values that depend on step numbers alone. All others, those of later versions too, count as driven by metrics.
 STEP_ONLY = {
@@ -138,11 +136,11 @@ def validate_options(
 def check_sampling(privacy: PrivacyOptions) -> None:
     """Raise UserError where balls-in-bins sampling has no target that its certificate could be of."""
     if privacy.sampling is not None:
-        check_choice("--sampling", privacy.sampling, SAMPLINGS)
+        check_choice("--sampling", privacy.sampling, [*SAMPLINGS, "auto"])
     if privacy.sampling != "balls-in-bins" or privacy.disable_dp:
         return
     if privacy.target_epsilon is None:
-        raise UserError("--sampling balls-in-bins: its epsilon is certified for a target. Give --target_epsilon, no noise")
+        raise UserError("--sampling balls-in-bins: its epsilon is certified for a target. Give --target_epsilon, and no noise")
     if privacy.part_of_search:
         raise UserError("--sampling balls-in-bins: a search needs Renyi differential privacy. Leave it out")
 

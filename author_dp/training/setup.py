@@ -5,7 +5,7 @@ User errors are raised here, before the first step costs privacy.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import read_private_count
 from author_dp.accounting.output_dir import check_not_model
-from author_dp.accounting.plan import PrivacyPlan, certify_plan, make_plan
+from author_dp.accounting.plan import PrivacyPlan, certify_plan, choose_sampling, make_plan
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
@@ -112,6 +112,8 @@ def set_up_run(
     if model_name:
         check_not_model(Path(str(args.output_dir)), model_name)
     earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
+    if is_auto := privacy.sampling == "auto" and not privacy.disable_dp:
+        privacy = replace(privacy, sampling=None)
     if earlier and canaries is None:
         plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1])
         if not plan.slots:  # whose noise is found with the check
@@ -123,6 +125,9 @@ def set_up_run(
     if canaries is not None:
         train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
     max_bands = max_bands_in_memory(model, args)
+    if is_auto and not earlier:  # a resumed run keeps what it has; the main process chooses for all
+        chosen = None if args.process_index else choose_sampling(privacy, args, len(train_dataset), max_bands)
+        privacy = replace(privacy, sampling=broadcast(chosen))
     plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
     if (plan.noise_bands > 1 or plan.slots) and getattr(train_dataset, "hashes", None) is None:
         raise ValueError(

@@ -15,7 +15,7 @@ from balls_in_bins import JUDGES
 
 from author_dp.accounting import certificates
 from author_dp.accounting.accountant import compute_epsilon
-from author_dp.accounting.balls_in_bins import MeanShift, Segment, TiltedMixture, WorstCase, log_mean_exp, slot_sums
+from author_dp.accounting.balls_in_bins import MeanShift, Segment, SlotTuples, TiltedMixture, WorstCase, log_mean_exp, slot_sums
 from author_dp.accounting.certificates import Claim
 
 DELTA = 1e-5
@@ -146,6 +146,18 @@ def test_range_holds_for_every_outcome(sigma):
             assert proposal.weigh(a + level).max() <= largest * (1 + 1e-9)
             if make is MeanShift or proposal.scale == 1:  # it is the least one: reached where all a_j are equal
                 assert proposal.weigh(np.repeat(level, CLAIM.slots, axis=1)).max() > 0.99 * largest
+
+
+@catches("overlaps of three slots left out", "accounting.balls_in_bins.SlotTuples.log_mean",
+    " + w @ (s * (s @ (s * w[:, None]))) @ w", "", copies=3)  # fmt: skip
+@catches("pairs counted once", "accounting.balls_in_bins.SlotTuples.log_mean", "terms += w @ by_slot", "pass", copies=2)
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_sparse_mean_is_that_of_all_terms(copies):
+    for slots, steps in ((5, 13), (9, 30), (8, 5)):
+        (mixture,) = WorstCase([Segment(BANDS, slots, steps, 0.9)]).mixtures
+        for scale in (1.0, 2.5):
+            tuples = SlotTuples(mixture, copies, scale)
+            assert_allclose(tuples.log_mean(), math.log(tuples._terms().sum() / slots**copies), rtol=1e-12)
 
 
 def test_draw_outside_of_its_range_is_an_error(monkeypatch):

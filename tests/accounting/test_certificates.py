@@ -168,11 +168,6 @@ def test_noise_of_a_resumed_training_counts_the_steps_before():
         certificates.make_certificate(spent, [("first", 9)])
 
 
-def test_epoch_that_is_too_long_is_refused():
-    with pytest.raises(UserError, match="--sampling balls-in-bins: an epoch of 5,000 steps"):
-        certificates.make_certificate(Claim(np.ones(1), 5_000, 10, 8.0, DELTA), [])
-
-
 @pytest.mark.integration
 def test_auto_takes_the_bands_with_the_least_error():
     claim = Claim(np.ones(1), 40, 80, 8.0, DELTA)

@@ -15,7 +15,7 @@ from author_dp.accounting.accountant import epsilon_of
 from author_dp.accounting.events import slot_event
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.ledger_report import format_ledger
-from author_dp.accounting.plan import make_plan, plan_of
+from author_dp.accounting.plan import choose_sampling, make_plan, plan_of
 from author_dp.data.splits import author_hashes
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.slot_monitors import SlotCanaryMonitor, SlotMonitor, even_sizes_p_value
@@ -81,6 +81,7 @@ def test_header_is_no_poisson_run_to_older_versions():
         ({"part_of_search": True}, "--sampling balls-in-bins: a search"),
         ({"sampling": "shuffled"}, "--sampling shuffled: no such choice"),
         ({"noise_bands": "7"}, "--noise_bands 7: .* at most 6"),  # wider than an epoch
+        ({"sample_rate": 1e-4, "target_delta": 1e-9}, "--sampling balls-in-bins: an epoch of 10,000 steps"),
     ],
 )
 def test_what_cannot_be_certified_is_refused(tmp_path, options, words):
@@ -210,7 +211,7 @@ def test_resumed_run_certifies_all_steps_with_new_slots(tmp_path, caplog):
         in_slots(tmp_path, privacy={"sampling": "poisson"}, resume_from_checkpoint=True)
     # From the checkpoint at step 5 once more: nearly nothing is left for its steps.
     with caplog.at_level("WARNING"):
-        in_slots(tmp_path, **options)
+        in_slots(tmp_path, privacy={"target_epsilon": 8.2}, **options)
     assert "times that before" in caplog.text
 
 
@@ -349,3 +350,32 @@ def test_run_with_gradient_canaries_audits_itself(tmp_path):
     low, high = audit["noise_multiplier_between"]
     assert low < trainer.plan.noise_multiplier < high and audit["steps_checked"] == 20
     assert "epsilon_between" not in audit and audit["epsilon_lower_bound"] <= 8.0
+
+
+# --- auto -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.integration
+@catches("the sampling with more noise", "accounting.plan.choose_sampling", "in_slots_error < WORTH_SLOTS * error",
+    "in_slots_error > WORTH_SLOTS * error")  # fmt: skip
+def test_auto_takes_the_sampling_with_less_noise():
+    options = {"target_delta": 1e-5, "noise_bands": "auto"}
+    few, many = (type("Args", (Args,), {"per_device_train_batch_size": 64, "max_steps": steps}) for steps in (60, 24))
+    assert choose_sampling(arguments(target_epsilon=1.0, **options), few, 500) == "poisson"
+    assert choose_sampling(arguments(target_epsilon=2.0, **options), many, 4_000) == "balls-in-bins"
+    for more in ({"part_of_search": True}, {"target_epsilon": None, "noise_bands": None, "noise_multiplier": 1.0}):
+        assert choose_sampling(arguments(**{**options, **more}), many, 4_000) == "poisson"
+    assert choose_sampling(arguments(**options), type("Args", (many,), {"max_steps": 4}), 64 * 5_000) == "poisson"  # too long
+
+
+@pytest.mark.integration
+def test_run_with_auto_says_which_and_resumes_with_it(tmp_path):
+    trainer = in_slots(tmp_path, steps=5, authors=200, privacy={"sampling": "auto"}, save_strategy="steps", save_steps=5)
+    trainer.train()
+    sampling = trainer.plan.sampling
+    assert trainer.privacy_report()["sampling"] == sampling and trainer.privacy.sampling == "auto"
+    options = {"resume_from_checkpoint": True, "save_strategy": "steps", "save_steps": 5}
+    again = in_slots(tmp_path, steps=5, authors=200, privacy={"sampling": "auto"}, **options)
+    assert again.plan.sampling == sampling
+    ordinary = in_slots(tmp_path / "plain", privacy={"sampling": "auto", "disable_dp": True})
+    assert ordinary.plan.slots is None
