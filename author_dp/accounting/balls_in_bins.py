@@ -155,7 +155,7 @@ class SlotTuples:
     def log_mean(self) -> float:
         """Return the logarithm of the mean of A_s^p without the author; inf where it overflows.
 
-        It is that of the sum of `_terms`, where most pairs have factor 1. With W the sum of w, S = pairs - 1 and p = 3, the sum of
+        It is that of the sum of `_terms`; most pairs have factor 1. With W the sum of w, S = pairs - 1 and p = 3, the sum of
         w_i w_j w_k (1 + S_ij) (1 + S_ik) (1 + S_jk) is W^3 + 3 W w S w + 3 sum_j w_j (S w)_j^2 + w (S * (S diag(w) S)) w.
         """
         w, s = self.weights, self.mixture.overlaps.copy()
