@@ -82,7 +82,7 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
         delta: of the guarantee.
     """
     epsilon, certificate = ledger.epsilon(delta), ledger.certificate
-    has_slots = any(header.get("slots") for header in ledger.runs)
+    has_slots = any(header.get("slots") for header, _ in ledger.runs_with_steps)
     if not math.isfinite(epsilon):
         bounds = attack_bounds([], delta)
     else:

@@ -75,7 +75,7 @@ def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Opti
     """Draw epsilon over the steps of all runs in the ledger, as a staircase."""
     steps = staircase_steps(ledger)
     # With balls-in-bins sampling the events cost more than the steps, whose epsilon is certified together.
-    largest = ledger.epsilon(delta) if any(header.get("slots") for header in ledger.runs) else math.inf
+    largest = ledger.epsilon(delta) if any(header.get("slots") for header, _ in ledger.runs_with_steps) else math.inf
     epsilons = [min(epsilon_of(first_steps(ledger, number), delta), largest) for number in steps]
     label = f"spent: {format_epsilon(epsilons[-1])} after step {steps[-1]:,}"
     axes.stairs(epsilons, [0, *steps], baseline=None, color=BLUE, linewidth=1.5, label=label)

@@ -3,22 +3,22 @@
 import json
 import math
 import secrets
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import make_dataset, make_trainer, read_report, train
 from mutation import catches
-from test_gradient_canaries import audited
 from transformers import TrainerCallback
 
 from author_dp.accounting.accountant import epsilon_of
+from author_dp.accounting.budget import Budget
 from author_dp.accounting.events import slot_event
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.ledger_report import format_ledger
-from author_dp.accounting.plan import choose_sampling, make_plan, plan_of
+from author_dp.accounting.ledger_report import format_joint, format_ledger
+from author_dp.accounting.plan import certify_plan, choose_sampling, make_plan, plan_of
 from author_dp.data.splits import author_hashes
-from author_dp.errors import MechanismError, UserError
-from author_dp.guards.slot_monitors import SlotCanaryMonitor, SlotMonitor, even_sizes_p_value
+from author_dp.errors import UserError
 from author_dp.mechanism.sampling import BallsInBinsAuthorSampler, assign_groups
 from author_dp.training.dataloading import make_sampler
 from data_utils import group_by_author
@@ -72,6 +72,98 @@ def test_header_is_no_poisson_run_to_older_versions():
     assert plan_of(public).sample_rate == 1 / 6
     poisson = make_plan(arguments(sampling=None, noise_multiplier=1.0, target_epsilon=None), Args, np.arange(25))
     assert not {"slots", "certificate"} & set(poisson.to_public_dict())
+
+
+CERTIFICATE = {"epsilon": 8.0, "delta": 1e-3, "steps": 18, "earlier": [], "noise_multiplier": 0.6, "numpy": np.__version__}
+
+
+def certified_plan(**changed):
+    """A plan of 18 steps in 6 slots, whose certificate nobody has drawn."""
+    plan = make_plan(arguments(noise_bands="3"), Args, np.arange(25))
+    certificate = {**CERTIFICATE, "coefficients": plan.coefficients().tolist(), **changed}
+    return replace(plan, noise_multiplier=0.6, certificate=certificate)
+
+
+@catches("other coefficients", "accounting.plan.certify_plan", "Claim(plan.coefficients(),", "Claim(plan.coefficients()[:1],")
+@catches("more slots", "accounting.plan.certify_plan", "plan.slots, steps,", "plan.slots + 1, steps,")
+@catches("a larger delta", "accounting.plan.certify_plan", "plan.delta, segments", "10 * plan.delta, segments")
+@catches(
+    "a larger epsilon", "accounting.plan.certify_plan", "plan.target_epsilon, plan.delta", "plan.target_epsilon + 1, plan.delta"
+)
+@catches("fewer steps before", "accounting.plan.certify_plan", "segment_of(header, taken)", "segment_of(header, taken - 1)")
+@catches(
+    "other noise before", "accounting.certificates.segment_of", 'header["noise_multiplier"]', '4 * header["noise_multiplier"]'
+)
+@catches("no bands before", "accounting.certificates.segment_of", 'np.array(header["certificate"]["coefficients"])', "np.ones(1)")
+def test_plan_is_certified_for_what_the_run_does(monkeypatch):
+    plan, claims = certified_plan(), []
+    monkeypatch.setattr("author_dp.accounting.plan.make_certificate", lambda claim, earlier: claims.append(claim) or CERTIFICATE)
+    headers = [({**plan.to_public_dict(), "name": name}, steps) for name, steps in (("first", 7), ("killed", 0))]
+    assert certify_plan(plan, headers, 11).certificate is CERTIFICATE
+    (claim,) = claims
+    assert (claim.slots, claim.steps, claim.epsilon, claim.delta) == (6, 11, 8.0, 1e-3)
+    (before,) = claim.earlier
+    assert (before.slots, before.steps, before.noise_multiplier) == (6, 7, 0.6)
+    for coefficients in (claim.coefficients, before.coefficients):
+        assert (coefficients == plan.coefficients()).all()
+
+
+def ledger_of(folder, plan, steps, name="first", failure=None) -> PrivacyLedger:
+    ledger = PrivacyLedger(folder / "privacy_ledger.jsonl")
+    ledger.start_run({**plan.to_public_dict(), "name": name})
+    for _ in range(steps):
+        ledger.record_step()
+    if failure:
+        ledger.record_failure(failure)
+    return ledger
+
+
+@catches("a certificate despite a failure", "accounting.budget.Budget.epsilon", " and self.ledger.failure is None", "")
+@catches("steps before that no certificate is of", "accounting.budget.Budget.epsilon",
+    "is_certified(certificate, earlier, self.steps + more_steps)", 'self.steps + more_steps <= certificate["steps"]')  # fmt: skip
+@catches("more steps than certified", "accounting.budget.Budget.start", "self.affordable_steps(self.plan.steps)", "math.inf")
+def test_budget_counts_on_the_certificate_for_its_steps_alone(tmp_path):
+    plan = certified_plan()
+    budget = Budget(plan, PrivacyLedger(tmp_path / "privacy_ledger.jsonl"), is_main_process=True)
+    with budget.ledger.locked():
+        budget.start()
+        assert budget.allowed_steps == 18 and budget.epsilon() == 0.0 and budget.epsilon(18) == 8.0 < budget.epsilon(19)
+        for _ in range(18):
+            budget.record_step()
+        with pytest.raises(RuntimeError, match="would exceed"):
+            budget.record_step()
+    assert budget.epsilon() == 8.0 == budget.ledger.epsilon(1e-3)
+    budget.ledger.record_failure("no noise")
+    assert budget.epsilon() == math.inf
+    (tmp_path / "after").mkdir()
+    after = Budget(plan, ledger_of(tmp_path / "after", plan, 5), is_main_process=True)
+    assert after.epsilon(5) > 8.0 and after.ledger.epsilon(1e-3) == 8.0
+    resumed = replace(plan, certificate={**CERTIFICATE, "steps": 13, "earlier": [["first", 5]]})
+    assert Budget(resumed, after.ledger, is_main_process=True).epsilon(13) == 8.0
+
+
+@catches("other noise than the certificate's", "accounting.ledger.check_record",
+    'record["certificate"]["noise_multiplier"] != record["noise_multiplier"]', "False")  # fmt: skip
+def test_header_has_the_noise_of_its_certificate(tmp_path):
+    with pytest.raises(ValueError, match="other noise"):
+        ledger_of(tmp_path, replace(certified_plan(), noise_multiplier=0.5), 0)
+    with pytest.raises(KeyError):
+        ledger_of(tmp_path, certified_plan(earlier=None), 0).start_run({"slots": 6, "noise_multiplier": 1.0})
+
+
+@catches("the last folder alone", "accounting.ledger_report.format_joint", "[segment_of(*run) for run in runs]",
+    "[segment_of(*runs[-1])]")  # fmt: skip
+def test_folders_are_certified_together(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("author_dp.accounting.ledger_report.certify_epsilon", lambda segments, *_: seen.extend(segments) or 9.0)
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    ledgers = [ledger_of(folders[0], certified_plan(), 7, "a"), ledger_of(folders[1], certified_plan(), 18, "b")]
+    assert "together: epsilon 9.00" in format_joint(ledgers) and [segment.steps for segment in seen] == [7, 18]
+    seen.clear()
+    poisson = make_plan(arguments(sampling=None, noise_multiplier=1.0, target_epsilon=None), Args, np.arange(25))
+    assert "together: epsilon 9.00" not in format_joint([*ledgers, ledger_of(folders[2], poisson, 3, "c")]) and not seen
 
 
 @pytest.mark.parametrize(
@@ -180,6 +272,18 @@ def test_report_and_ledger_tell_what_was_certified(tmp_path):
 
 
 @pytest.mark.integration
+def test_run_without_steps_binds_no_later_one(tmp_path):
+    killed = in_slots(tmp_path)
+    with killed.budget.ledger.locked():
+        killed.budget.start()  # a header, and then nothing
+    poisson = in_slots(tmp_path, privacy={"sampling": None})
+    poisson.train()
+    poisson.save_model()
+    report = read_report(tmp_path)
+    assert report["sampling"] == "cyclic-poisson" and report["accounted_steps"] == 4 and report["accountant"] == "prv"
+
+
+@pytest.mark.integration
 def test_epsilon_is_that_of_the_end_from_the_first_step_on(tmp_path):
     trainer = in_slots(tmp_path, save_strategy="steps", save_steps=5)
     assert trainer.epsilon() == 0.0 and trainer.epsilon(1) == trainer.epsilon(12) == 8.0 < trainer.epsilon(13)
@@ -223,133 +327,6 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= self.step
-
-
-# --- monitors -------------------------------------------------------------------------------------------------
-
-
-def watched(sampler, epochs=3, num_canaries=0):
-    monitor = SlotMonitor(sampler.groups, sampler.steps, num_canaries)
-    sampler.on_batch = monitor.on_sample
-    for _ in range(epochs):
-        for batch in sampler:
-            monitor.on_step(batch.batch_size)
-    return monitor
-
-
-def test_monitor_passes_correct_slots():
-    for seed in range(50):
-        watched(sampler_of(authors=300 if seed % 2 else 5, key=seed.to_bytes(32, "big")), num_canaries=0).test()
-
-
-def skip_empty(sampler):
-    sample = sampler.sample_batch
-    sampler.sample_batch = lambda: next(batch for batch in iter(sample, None) if batch.batch_size)
-
-
-def draw_anew(sampler):
-    def authors():
-        generator = np.random.default_rng(sampler.batches // sampler.steps)
-        return np.flatnonzero(generator.permutation(sampler.groups) == sampler.batches % sampler.steps)
-
-    sampler.sample_authors = authors
-
-
-def keep_one(sampler):
-    of_slot = sampler.sample_authors
-    sampler.sample_authors = lambda: np.union1d(of_slot(), [3])
-
-
-def leave_one_out(sampler):
-    of_slot = sampler.sample_authors
-    sampler.sample_authors = lambda: np.setdiff1d(of_slot(), [3])
-
-
-@pytest.mark.parametrize(
-    ("break_it", "words"),
-    [(draw_anew, "authors other than"), (keep_one, "authors other than"), (leave_one_out, "authors other than"),
-     (skip_empty, "batch size")],
-)  # fmt: skip
-def test_monitor_finds_other_batches(break_it, words):
-    sampler = sampler_of(authors=6 if break_it is skip_empty else 300)
-    break_it(sampler)
-    with pytest.raises(MechanismError, match=f"balls-in-bins sampling of authors fails a test: .*{words}"):
-        watched(sampler).test()
-
-
-@catches("slots of any size", "guards.slot_monitors.SlotMonitor.p_values", "2 * self.number * float(extremes.min())", "1.0")
-def test_monitor_finds_slots_that_are_not_independent():
-    for slots in (np.arange(2_000) % 40, np.random.default_rng(0).permutation(2_000) % 40):  # dealt out, however shuffled
-        monitor = SlotMonitor(slots, 40, 0)
-        monitor.steps = 1
-        with pytest.raises(MechanismError, match="slots of equal size"):
-            monitor.test()
-    crowded = np.random.default_rng(0).integers(0, 40, 2_000)
-    crowded[:100] = 5
-    monitor = SlotMonitor(crowded, 40, 0)
-    monitor.steps = 1
-    with pytest.raises(MechanismError, match="size of one slot"):
-        monitor.test()
-
-
-def test_bound_on_even_sizes_is_a_bound():
-    generator = np.random.default_rng(0)
-    for authors, number in ((3, 2), (20, 2), (50, 7), (500, 40), (40, 100)):
-        p_values = [even_sizes_p_value(generator.multinomial(authors, np.ones(number) / number)) for _ in range(2_000)]
-        for level in (0.5, 0.1, 0.01):
-            assert np.mean(np.array(p_values) <= level) <= level + 5 * math.sqrt(level / 2_000)
-    assert even_sizes_p_value(np.array([5, 5])) > 0.1 and even_sizes_p_value(np.full(100, 20)) < 1e-12
-
-
-def canary_monitor(rows, slots, included, sigma=0.7, coefficients=(0.8, 0.5, 0.3), number=5) -> SlotCanaryMonitor:
-    monitor = SlotCanaryMonitor(sigma, np.array(coefficients), number, included)
-    monitor.set_slots(np.concatenate([np.zeros(9, np.int64), slots[included]]))
-    for row in rows:
-        monitor.add_step(row)
-    return monitor
-
-
-def canary_rows(slots, included, steps, norm=1.0, sigma=0.7, coefficients=(0.8, 0.5, 0.3), number=5, seed=0):
-    rows = np.random.default_rng(seed).normal(size=(steps, len(slots))) * sigma
-    for step in range(steps):
-        for lag, coefficient in enumerate(coefficients[: steps - step]):
-            rows[step + lag] += norm * coefficient * (included & (slots == step % number))
-    return rows
-
-
-@pytest.mark.parametrize("steps", [3, 12, 61])
-def test_canary_monitor_passes_and_has_the_ratio_of_the_mixture(steps):
-    generator = np.random.default_rng(steps)
-    for seed in range(20):
-        slots, included = generator.integers(0, 5, 300), generator.random(300) < 0.5
-        rows = canary_rows(slots, included, steps, seed=seed)
-        monitor = canary_monitor(rows, slots, included)
-        monitor.test()
-    alone = canary_rows(np.arange(5), np.ones(5, bool), steps, sigma=0.0)  # x_j of each slot, as columns
-    exponents = rows.T @ alone / 0.7**2 - (alone**2).sum(axis=0) / (2 * 0.7**2)
-    np.testing.assert_allclose(monitor.log_likelihood_ratios(), np.log(np.exp(exponents).mean(axis=1)), rtol=1e-9, atol=1e-9)
-
-
-@catches("a canary clipped at another norm", "guards.slot_monitors.SlotCanaryMonitor.p_values",
-    "normal_p_value(self._score / self._score_variance**0.5) if self._score_variance else 1.0", "1.0")  # fmt: skip
-@pytest.mark.parametrize("wrong", ["norm", "slot", "noise"])
-def test_canary_monitor_finds_another_mechanism(wrong):
-    generator = np.random.default_rng(0)
-    slots, included = generator.integers(0, 5, 300), generator.random(300) < 0.5
-    options = {"norm": {"norm": 1.2}, "slot": {"number": 4}, "noise": {"sigma": 0.65}}[wrong]
-    with pytest.raises(MechanismError, match="gradient canaries fail a test"):
-        canary_monitor(canary_rows(slots, included, 61, **options), slots, included).test()
-
-
-@pytest.mark.integration
-def test_run_with_gradient_canaries_audits_itself(tmp_path):
-    privacy = {**TARGET, "sampling": "balls-in-bins", "noise_bands": "2", "per_sample_max_grad_norm": 0.5}
-    trainer = audited(tmp_path, canaries=100, steps=20, authors=150, privacy=privacy)
-    trainer.train()
-    audit = trainer.run_report.audit
-    low, high = audit["noise_multiplier_between"]
-    assert low < trainer.plan.noise_multiplier < high and audit["steps_checked"] == 20
-    assert "epsilon_between" not in audit and audit["epsilon_lower_bound"] <= 8.0
 
 
 # --- auto -----------------------------------------------------------------------------------------------------
