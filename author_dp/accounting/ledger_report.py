@@ -89,7 +89,11 @@ def format_certificate(ledger: PrivacyLedger) -> str:
     """
     certificate, (*earlier, (last, _)) = ledger.certificate, ledger.runs_with_steps
     assert certificate is not None
-    if not repeat(last, [segment_of(header, steps) for header, steps in earlier]):
+    try:
+        passed = repeat(last, [segment_of(header, steps) for header, steps in earlier])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{ledger.path}: its certificate was changed after it was made. Restore the file") from error
+    if not passed:
         raise UserError(
             f"{ledger.path}: the certificate of its balls-in-bins sampling does not pass when its draws are repeated (made with "
             f"numpy {certificate['numpy']}). Use that version, or a new --output_dir"
