@@ -296,7 +296,7 @@ class DPTrainer(UploadingTrainer):
             return optimizer
         if not isinstance(noisy, AuthorDPOptimizer):
             self.optimizer = noisy = make_dp_optimizer(optimizer, self)
-        noisy.start_training(self.plan.coefficients())
+        noisy.start_training(self.plan.coefficients(), in_turn=bool(self.plan.slots))
         self.dp_optimizer = noisy
         return self.optimizer
 

@@ -60,6 +60,7 @@ class Budget:
         Raises:
             UserError: if no step is allowed, delta promises nothing, or the mechanism of an earlier run failed.
         """
+        self.steps = 0  # before epsilon is computed: the steps of an earlier training are another run's
         if self.plan.disable_dp:
             return
         if self.plan.noise_multiplier == 0:
@@ -71,7 +72,7 @@ class Budget:
             self.allowed_steps = self.affordable_steps(self.plan.steps)
             if self.allowed_steps >= 1:
                 self._write_header()
-        self.steps, self.allowed_steps = 0, broadcast(self.allowed_steps)
+        self.allowed_steps = broadcast(self.allowed_steps)
         self._earlier_steps = self.ledger.steps
         self._check_left(self.allowed_steps)
 

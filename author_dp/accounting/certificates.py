@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
+from author_dp.accounting.accountant import LEAST_NOISE
 from author_dp.accounting.balls_in_bins import MeanShift, Segment, TiltedMixture, WorstCase
 from author_dp.accounting.banded_mf import BAND_CHOICES, NEGLIGIBLE_GAIN, prefix_sum_rmse, toeplitz_coefficients
 from author_dp.errors import UserError
@@ -34,6 +35,7 @@ FAILURE_SHARE = 1e-2  # of delta: the failure probability of a certificate, all 
 MORE_NOISE = 1.01  # after an attempt that failed
 MAX_ATTEMPTS = 20
 MAX_SLOTS = 2_048  # steps of an epoch: the time of a certificate grows with their square
+MAX_CELLS = 2**29  # draws x slots of a certificate: about a minute in each direction
 MAX_SIGMA = 1e4  # largest noise multiplier that is tried
 NEGLIGIBLE = 1e-3  # of delta: a range below it is a bound by itself, and nothing is drawn
 ROUNDING = 1e-6  # of delta: float64 rounding, far above that of sums of at most MAX_DRAWS values
@@ -112,6 +114,11 @@ class Claim(NamedTuple):
     delta: float
     earlier: tuple[Segment, ...] = ()
 
+    @property
+    def all_slots(self) -> int:
+        """The number of slots of all segments."""
+        return self.slots + sum(segment.slots for segment in self.earlier)
+
     def estimates(self, noise_multiplier: float, draws: int, key: int) -> dict[str, "Estimate"]:
         """Estimate delta(epsilon) in both directions. Nothing is drawn where the range alone is negligible."""
         worst = WorstCase([*self.earlier, Segment(self.coefficients, self.slots, self.steps, noise_multiplier)])
@@ -159,9 +166,9 @@ def certify(claim: Claim, noise_multiplier: float, draws: int) -> list[Attempt]:
 
 
 def enough_draws(claim: Claim, found: Iterable[Estimate]) -> int:
-    """Return how many draws keep the confidence bound of the first attempt within SLACK of delta, from MIN_DRAWS to MAX_DRAWS."""
-    draws = MIN_DRAWS
-    while draws < MAX_DRAWS and any(
+    """Return how many draws keep the confidence bound of the first attempt within SLACK of delta, if that takes no minutes."""
+    draws, most = MIN_DRAWS, min(MAX_DRAWS, MAX_CELLS // claim.all_slots)
+    while draws < most and any(
         each.draws and each.deviation(FAILURE_SHARE * claim.delta / 4, draws) > SLACK * claim.delta for each in found
     ):
         draws *= 2
@@ -176,7 +183,8 @@ class Calibration:
     """
 
     def __init__(self, claim: Claim, draws: int = CALIBRATION_DRAWS):
-        self.claim, self.draws, self.key = claim, draws, secrets.randbits(128)
+        self.claim, self.key = claim, secrets.randbits(128)
+        self.draws = max(ROUGH_DRAWS, min(draws, MAX_CELLS // claim.all_slots // 8))
 
     def log_excess(self, noise_multiplier: float) -> tuple[float, int]:
         """Return log(what a certificate will probably bound / what it may be), nearly linear in log sigma, and its draws."""
@@ -187,7 +195,7 @@ class Calibration:
             margin = 2 * each.standard_error * math.sqrt(1 + each.draws / draws)  # of both estimates
             bound = each.mean + margin + each.deviation(FAILURE_SHARE * claim.delta / 4, draws) if each.draws else math.inf
             bounds.append(min(bound, math.exp(each.log_range)))
-        return math.log(max(bounds) / ((1 - FAILURE_SHARE) * claim.delta)), draws
+        return math.log(max(*bounds, 1e-300) / ((1 - FAILURE_SHARE) * claim.delta)), draws
 
     def find(self, start: float, tolerance: float) -> tuple[float, int]:
         """Return a noise multiplier that will probably pass, and the number of draws for its certificate.
@@ -196,20 +204,19 @@ class Calibration:
             start: a first guess of the noise multiplier.
             tolerance: of delta, relative.
         Raises:
-            UserError: if no noise is enough, because of earlier steps.
+            UserError: if no noise is enough, or hardly any is needed.
         """
         high, (at_high, draws), factor = start, self.log_excess(start), 1.1
         while at_high > 0:
             high, factor = high * factor, factor**1.3
             if high > MAX_SIGMA:
-                raise UserError(
-                    f"--target_epsilon {self.claim.epsilon:g}: no noise reaches it at delta {self.claim.delta:.3g}, with the "
-                    "steps that the ledger has. Raise it, or use the model of the newest checkpoint"
-                )
+                raise self.no_noise_error()
             at_high, draws = self.log_excess(high)
         low = high / 1.1
         at_low, needed = self.log_excess(low)
         while at_low <= 0:
+            if low < LEAST_NOISE:
+                raise UserError(f"--target_epsilon {self.claim.epsilon:g}: it needs hardly any noise. Lower it, to about 8")
             high, at_high, draws, low = low, at_low, needed, low / 1.1
             at_low, needed = self.log_excess(low)
         while at_high < -tolerance and high / low > 1.0005:
@@ -221,6 +228,12 @@ class Calibration:
             else:
                 low, at_low = middle, at_middle
         return high, draws
+
+    def no_noise_error(self) -> UserError:
+        target = f"--target_epsilon {self.claim.epsilon:g}: no noise can be certified for it at delta {self.claim.delta:.3g}"
+        if self.claim.earlier:
+            return UserError(f"{target}, with the steps that the ledger has. Raise it, or use the model of the newest checkpoint")
+        return UserError(f"{target}. Raise --target_epsilon or --target_delta, or use --sampling poisson")
 
 
 def first_guess(claim: Claim) -> float:

@@ -247,7 +247,8 @@ def check_record(record: dict[str, Any]) -> None:
         event_of_run(record, 0)
         if record.get("slots") is not None:
             is_certified(record["certificate"], [], 0)
-            if record["certificate"]["noise_multiplier"] != record["noise_multiplier"]:
+            made = record["certificate"]
+            if (made["noise_multiplier"], len(made["coefficients"])) != (record["noise_multiplier"], record["noise_bands"]):
                 raise ValueError("the certificate is of other noise")
     elif record["record"] == "release" and not 0 < record["epsilon"] < math.inf:
         raise ValueError("the epsilon of a release must be above 0 and finite")

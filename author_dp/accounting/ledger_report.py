@@ -99,7 +99,8 @@ def format_certificate(ledger: PrivacyLedger) -> str:
             f"numpy {certificate['numpy']}). Use that version, or a new --output_dir"
         )
     delta = max(certificate["attempts"][-1]["bounds"].values())
-    return f"  certificate: {certificate['draws']:,} draws, repeated by their key; they bound delta by {delta:.3g}"
+    words = f"  certificate: {certificate['draws']:,} draws, repeated by their key; they bound delta by {delta:.3g}"
+    return words + ("; it holds if no run was stopped because of its results" if earlier else "")
 
 
 def format_num_authors(header: dict[str, Any]) -> str:

@@ -157,7 +157,7 @@ def make_plan(
 
 
 def certify_plan(plan: PrivacyPlan, runs: Sequence[tuple[dict[str, Any], int]], steps: int) -> PrivacyPlan:
-    """Return a plan with slots, with noise that is certified for its target. It takes seconds, up to two minutes.
+    """Return a plan with slots, with noise that is certified for its target. It takes seconds, or minutes for a long epoch.
 
     Args:
         runs: header and steps of each run of the ledger.
@@ -172,6 +172,9 @@ def certify_plan(plan: PrivacyPlan, runs: Sequence[tuple[dict[str, Any], int]], 
     assert plan.slots is not None and plan.target_epsilon is not None
     segments = tuple(segment_of(header, taken) for header, taken in earlier)
     claim = Claim(plan.coefficients(), plan.slots, steps, plan.target_epsilon, plan.delta, segments)
+    logger.info(
+        f"Certify the noise of {format_count(steps, 'step')} in {plan.slots:,} slots: seconds, or minutes for a long epoch."
+    )
     certificate = make_certificate(claim, [(header["name"], taken) for header, taken in earlier])
     ratio = certificate["noise_multiplier"] / earlier[-1][0]["noise_multiplier"] if earlier else 1.0
     if ratio > MUCH_MORE_NOISE:

@@ -18,7 +18,10 @@ LARGE_EPSILON = 20.0  # above it, the log warns of epsilon
 SMALL_BATCH, GOOD_BATCH = 64, 256  # authors: below the first, the log recommends the second
 LARGE_RATE = 0.2  # no larger sample rate is recommended: each author would be in nearly every step
 FEW_STEPS, ENOUGH_STEPS = 20, 60  # the same for steps
-NEW_SLOTS_NOTE = "Resuming draws new slots. The noise is certified again, for earlier steps and those left together."
+NEW_SLOTS_NOTE = (
+    "Resuming draws new slots. The noise is certified again, for earlier steps and those left together. This holds "
+    "if the run was not stopped because of its results."
+)
 RESUME_NOTE = (
     "Resuming starts a new banded segment. Earlier steps round up to full cycles: at most one extra accounted step, so the "
     "target may not allow the last steps."

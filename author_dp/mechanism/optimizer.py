@@ -108,6 +108,7 @@ class AuthorDPOptimizer(DPOptimizer):
     Attributes:
         grad_buffer: where clipping engines leave the clipped sums.
         band_noise: the noise of a training with bands; None otherwise.
+        next_batch: index of the batch whose turn it is, where authors take turns; None otherwise.
         batch_index: `AuthorBatch.batch_index` of the batch whose clipped gradients are in the buffer; set by the caller.
     """
 
@@ -134,13 +135,16 @@ class AuthorDPOptimizer(DPOptimizer):
         self.before_release, self.after_release = before_release, after_release
         self.noise = GaussianNoise(self.params[0].device, secure_noise)
         self.band_noise: Optional[BandMFNoise] = None
+        self.next_batch: Optional[int] = None
         self.batch_index: Optional[int] = None
         self.grad_buffer = self.buffer_class(self.params, canaries)
         self._used = False
 
-    def start_training(self, coefficients: np.ndarray) -> None:
+    def start_training(self, coefficients: np.ndarray, in_turn: bool = False) -> None:
         """Start a training whose noise has these band coefficients, (bands,), and no noise of earlier steps.
 
+        Args:
+            in_turn: whether authors take turns also without bands (balls-in-bins sampling), so that no batch may be left out.
         Raises:
             ValueError: for coefficients of norm above 1, by which an author would add more than is accounted for.
         """
@@ -149,6 +153,7 @@ class AuthorDPOptimizer(DPOptimizer):
         noise_slice = self.grad_buffer.noise_slice
         banded = len(coefficients) > 1 and self.noise_multiplier > 0
         self.band_noise = BandMFNoise(coefficients, len(noise_slice), noise_slice.device) if banded else None
+        self.next_batch = 0 if banded or in_turn else None
 
     def pre_step(self, closure: Optional[Callable] = None) -> bool:
         """Release the noisy mean of this step's clipped gradients. Overrides Opacus', which would clip here.
@@ -167,6 +172,7 @@ class AuthorDPOptimizer(DPOptimizer):
         self.grad_buffer.reduce_sums()
         self.add_noise_and_divide()
         self.grad_buffer.reduce_released()
+        self.next_batch = None if self.next_batch is None else self.next_batch + 1
         if self.after_release is not None:
             self.after_release(self.grad_buffer.probe)
         self.set_gradients()
@@ -176,9 +182,9 @@ class AuthorDPOptimizer(DPOptimizer):
         """Raise RuntimeError where the buffer was used already, or holds another batch than the one whose turn it is."""
         if self._used:
             raise RuntimeError("the summed gradients were used in the last step: call zero_grad before the next step")
-        if self.band_noise is not None and self.batch_index != self.band_noise.steps:
+        if self.next_batch is not None and self.batch_index != self.next_batch:
             raise RuntimeError(
-                f"step {self.band_noise.steps} with noise bands needs the batch of that index, not {self.batch_index}: after a "
+                f"step {self.next_batch} needs the batch of that index, not {self.batch_index}, as authors take turns: after a "
                 "discarded batch, authors would return too early. Start a new training"
             )
 

@@ -149,11 +149,32 @@ def test_certificate_is_repeated_by_its_key(monkeypatch):
         patched.setattr(certificates, "attempt", lambda *args: seen.append(args) or made)
         seen: list = []
         certificates.repeat(header, [])
-    assert seen[0][-1] == int(last["key"], 16) and len(last["key"]) == 32
+    assert seen[0][2:] == (1, header["certificate"]["draws"], int(last["key"], 16)) and len(last["key"]) == 32
     assert not certificates.repeat({**header, "noise_multiplier": 0.9 * header["noise_multiplier"]}, [])
     assert not certificates.repeat(header, [Segment(BANDS, 4, 9, header["noise_multiplier"])])  # beside other steps
     for name, value in (("steps", 20), ("epsilon", 2.0), ("delta", 1e-4)):
         assert not certificates.repeat({**header, "certificate": {**header["certificate"], name: value}}, [])
+
+
+@catches("noise of the first attempt", "accounting.certificates.make_certificate", '"noise_multiplier": attempts[-1]',
+    '"noise_multiplier": attempts[0]')  # fmt: skip
+def test_noise_is_that_of_the_attempt_that_passed(monkeypatch):
+    attempts = [Attempt(sigma, 1, 1e-5, {}, passed) for sigma, passed in ((1.0, False), (1.01, True))]
+    monkeypatch.setattr(certificates, "certify", lambda *_: attempts)
+    made = certificates.make_certificate(Claim(BANDS, 4, 9, 4.0, 1e-3), [])
+    assert made["noise_multiplier"] == 1.01 and [each["passed"] for each in made["attempts"]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        (Claim(BANDS, 4, 9, 1e-3, 1e-30), "no noise can be certified .* --sampling poisson"),
+        (Claim(BANDS, 4, 9, 5e6, 1e-3), "hardly any noise"),
+    ],
+)
+def test_targets_that_cannot_be_certified_are_refused(claim, words):
+    with pytest.raises(UserError, match=f"--target_epsilon .*{words}"):
+        certificates.make_certificate(claim, [])
 
 
 @pytest.mark.integration
@@ -164,7 +185,7 @@ def test_noise_of_a_resumed_training_counts_the_steps_before():
     delta, error = joint_delta(LATER, after["noise_multiplier"], added=False)
     assert delta < LATER.delta + 5 * error
     spent = LATER._replace(earlier=(Segment(BANDS, 3, 9, 0.3),))
-    with pytest.raises(UserError, match="--target_epsilon 2: no noise reaches it"):
+    with pytest.raises(UserError, match="--target_epsilon 2: no noise can be certified"):
         certificates.make_certificate(spent, [("first", 9)])
 
 
