@@ -55,13 +55,12 @@ def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, num_c
         world_size=args.world_size,
         num_canaries=num_canaries,
     )
+    if plan.noise_bands == 1 and not plan.slots:
+        return PoissonAuthorSampler(dataset.offsets, dataset.indices, **options)
+    groups = assign_groups(dataset.hashes, plan.slots or plan.noise_bands, broadcast(secrets.token_bytes(32)))
     if plan.slots:
         del options["sample_rate"]
-        slots = assign_groups(dataset.hashes, plan.slots, broadcast(secrets.token_bytes(32)))
-        return BallsInBinsAuthorSampler(dataset.offsets, dataset.indices, slots=slots, **options)
-    if plan.noise_bands == 1:
-        return PoissonAuthorSampler(dataset.offsets, dataset.indices, **options)
-    groups = assign_groups(dataset.hashes, plan.noise_bands, broadcast(secrets.token_bytes(32)))
+        return BallsInBinsAuthorSampler(dataset.offsets, dataset.indices, slots=groups, **options)
     return CyclicAuthorSampler(dataset.offsets, dataset.indices, groups=groups, bands=plan.noise_bands, **options)
 
 

@@ -215,10 +215,9 @@ def test_each_author_is_in_one_batch_of_every_epoch_the_same_one():
 
 
 @catches("a slot that moves when someone leaves", "training.dataloading.make_sampler",
-    "assign_groups(dataset.hashes, plan.slots, broadcast(secrets.token_bytes(32)))",
+    "assign_groups(dataset.hashes, plan.slots or plan.noise_bands, broadcast(secrets.token_bytes(32)))",
     "torch.randperm(len(dataset)).numpy() % plan.slots")  # fmt: skip
-@catches("slots kept after resuming", "training.dataloading.make_sampler", "plan.slots, broadcast(secrets.token_bytes(32))",
-    "plan.slots, bytes(32)")  # fmt: skip
+@catches("slots kept after resuming", "training.dataloading.make_sampler", "broadcast(secrets.token_bytes(32))", "bytes(32)")
 def test_slots_depend_on_the_author_and_a_secret_key_alone(monkeypatch):
     dataset = make_dataset([1] * 60)
     plan = make_plan(arguments(), Args, dataset.offsets)
