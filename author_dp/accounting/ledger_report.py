@@ -135,6 +135,8 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
     for ledger, epsilon in zip(ledgers, epsilons):
         authors = ", ".join(sorted({format_num_authors(header) for header in ledger.runs}))
         lines.append(f"{ledger.path}: steps {ledger.steps:,} on {authors}: {format_guarantee(epsilon, delta)}")
+        if ledger.certificate and delta >= ledger.certificate["delta"]:
+            lines.append(format_certificate(ledger))
     lines.append(f"  together: {format_guarantee(joint, delta)}, for an author in all of them")
     if events and delta_promises_nothing(events, delta):
         lines.append(EMPTY_PROMISE)

@@ -160,10 +160,13 @@ def test_header_has_the_noise_of_its_certificate(tmp_path):
 def test_folders_are_certified_together(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("author_dp.accounting.ledger_report.certify_epsilon", lambda segments, *_: seen.extend(segments) or 9.0)
+    monkeypatch.setattr("author_dp.accounting.ledger_report.format_certificate", lambda ledger: f"repeated {ledger.steps}")
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()
     ledgers = [ledger_of(folders[0], certified_plan(), 7, "a"), ledger_of(folders[1], certified_plan(), 18, "b")]
+    assert all(f"repeated {steps}" in format_joint(ledgers) for steps in (7, 18))
+    seen.clear()
     assert "together: epsilon 9.00" in format_joint(ledgers) and [segment.steps for segment in seen] == [7, 18]
     seen.clear()
     poisson = make_plan(arguments(sampling=None, noise_multiplier=1.0, target_epsilon=None), Args, np.arange(25))
