@@ -6,7 +6,7 @@ over data. Fewer steps than planned are post-processing of all of them, so they 
 
 How: noise is calibrated on some draws, and certified on others, whose key comes from the operating system once the noise is
 fixed. Attempt i may fail with probability delta / 100 / 2^i; after one that does not pass there is more noise. The ledger's
-header holds the key of every attempt, so that anybody can repeat it (`repeat`).
+header holds the key of every attempt, so that anybody can repeat it (`repeat_certificate`).
 
 Example:
 
@@ -281,7 +281,7 @@ def segment_of(header: dict[str, Any], steps: int) -> Segment:
     return Segment(np.array(header["certificate"]["coefficients"]), header["slots"], steps, header["noise_multiplier"])
 
 
-def repeat(header: dict[str, Any], earlier: Sequence[Segment]) -> bool:
+def repeat_certificate(header: dict[str, Any], earlier: Sequence[Segment]) -> bool:
     """Return whether the last attempt of a certificate passes with its own draws, repeated by their key.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, round_up
-from author_dp.accounting.certificates import certify_epsilon, repeat, segment_of
+from author_dp.accounting.certificates import certify_epsilon, repeat_certificate, segment_of
 from author_dp.accounting.events import delta_promises_nothing
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, event_of_run, find_reports
 from author_dp.errors import UserError
@@ -90,7 +90,7 @@ def format_certificate(ledger: PrivacyLedger) -> str:
     certificate, (*earlier, (last, _)) = ledger.certificate, ledger.runs_with_steps
     assert certificate is not None
     try:
-        passed = repeat(last, [segment_of(header, steps) for header, steps in earlier])
+        passed = repeat_certificate(last, [segment_of(header, steps) for header, steps in earlier])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{ledger.path}: its certificate was changed after it was made. Restore the file") from error
     if not passed:

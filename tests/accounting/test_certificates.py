@@ -137,23 +137,23 @@ def header_of(claim: Claim, **changed) -> dict:
     return {"slots": claim.slots, "noise_multiplier": certificate["noise_multiplier"], "certificate": certificate, **changed}
 
 
-@catches("a certificate of other noise", "accounting.certificates.repeat",
+@catches("a certificate of other noise", "accounting.certificates.repeat_certificate",
     'last["noise_multiplier"] != header["noise_multiplier"]', "False")  # fmt: skip
-@catches("draws of another key", "accounting.certificates.repeat", 'int(last["key"], 16)', "None")
+@catches("draws of another key", "accounting.certificates.repeat_certificate", 'int(last["key"], 16)', "None")
 def test_certificate_is_repeated_by_its_key(monkeypatch):
     header = json.loads(json.dumps(header_of(Claim(BANDS, 4, 9, 4.0, 1e-3))))
-    assert certificates.repeat(header, [])
+    assert certificates.repeat_certificate(header, [])
     last = header["certificate"]["attempts"][-1]
     made = certificates.attempt(certificates.claim_of(header, []), last["noise_multiplier"], 1, 2**14, int(last["key"], 16))
     with monkeypatch.context() as patched:
         patched.setattr(certificates, "attempt", lambda *args: seen.append(args) or made)
         seen: list = []
-        certificates.repeat(header, [])
+        certificates.repeat_certificate(header, [])
     assert seen[0][2:] == (1, header["certificate"]["draws"], int(last["key"], 16)) and len(last["key"]) == 32
-    assert not certificates.repeat({**header, "noise_multiplier": 0.9 * header["noise_multiplier"]}, [])
-    assert not certificates.repeat(header, [Segment(BANDS, 4, 9, header["noise_multiplier"])])  # beside other steps
+    assert not certificates.repeat_certificate({**header, "noise_multiplier": 0.9 * header["noise_multiplier"]}, [])
+    assert not certificates.repeat_certificate(header, [Segment(BANDS, 4, 9, header["noise_multiplier"])])  # beside other steps
     for name, value in (("steps", 20), ("epsilon", 2.0), ("delta", 1e-4)):
-        assert not certificates.repeat({**header, "certificate": {**header["certificate"], name: value}}, [])
+        assert not certificates.repeat_certificate({**header, "certificate": {**header["certificate"], name: value}}, [])
 
 
 @catches("noise of the first attempt", "accounting.certificates.make_certificate", '"noise_multiplier": attempts[-1]',
