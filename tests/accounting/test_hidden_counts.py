@@ -55,7 +55,7 @@ def without_randomness(name: str, content: bytes) -> object:
 
 @pytest.mark.integration
 @catches("a hidden number of authors in the ledger", "accounting.plan.PrivacyPlan.to_public_dict",
-    "if self.hide_counts else {}", "if False else {}")  # fmt: skip
+    "if self.hide_counts else []", "if False else []")  # fmt: skip
 def test_public_files_do_not_depend_on_number_of_authors(tmp_path):
     contents = []
     for name, authors, samples in (("run-a", 40, 3), ("run-b", 97, 2)):
@@ -135,7 +135,7 @@ def test_disclosed_counts_cannot_be_hidden_later(tmp_path):
 @catches("a divisor that follows the number of authors", "accounting.plan.make_plan", "expected_batch_size=batch_size",
     "expected_batch_size=round(sample_rate * num_authors)")  # fmt: skip
 @catches("steps that follow the number of authors", "accounting.plan.make_plan",
-    "planned_steps(args, sample_rate)", "planned_steps(args, 16 / num_authors)")  # fmt: skip
+    "planned_steps(args, sample_rate, slots)", "planned_steps(args, 16 / num_authors, slots)")  # fmt: skip
 def test_plan_follows_from_options_alone():
     args = SimpleNamespace(
         per_device_train_batch_size=8, gradient_accumulation_steps=2, world_size=1, max_steps=-1, num_train_epochs=3
