@@ -70,7 +70,7 @@ class RunReport:
         if not self.plan.disable_dp:
             self.budget.ledger.read()  # another run may have written to it since
             # Not the last run's: that may be a branch which was left, and made other weights.
-            made = {name: self.finished[name] for name in PLAN_KEYS if name in self.finished} | {"steps": steps}
+            made = {name: self.finished[name] for name in (*PLAN_KEYS, "slots") if name in self.finished} | {"steps": steps}
             plan = plan_of({**self.budget.ledger.last_run, **made})
             if plan.hide_counts:  # then neither the header nor the report holds them
                 plan = replace(plan, num_authors=self.plan.num_authors, num_samples=self.plan.num_samples)
