@@ -157,12 +157,16 @@ class PrivacyLedger:
         certificate = runs[-1][0].get("certificate") if runs else None
         return certificate if certificate and is_certified(certificate, runs[:-1], runs[-1][1]) else None
 
+    def certificate_at(self, delta: float) -> Optional[dict[str, Any]]:
+        """Return `certificate` if it holds at that delta, too: at its own, and at any larger one."""
+        return self.certificate if self.certificate and delta >= self.certificate["delta"] else None
+
     def epsilon(self, delta: float, *more_events: MechanismEvent) -> float:
         """Return the epsilon of all recorded steps and `more_events`; inf after a failure."""
         if self.failure is not None:
             return math.inf
-        certificate = None if any(event.steps for event in more_events) else self.certificate
-        if certificate and delta >= certificate["delta"]:
+        certificate = None if any(event.steps for event in more_events) else self.certificate_at(delta)
+        if certificate:
             return round_up(certificate["epsilon"])
         return epsilon_of([*self.events, *more_events], delta)
 

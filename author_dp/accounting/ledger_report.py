@@ -40,7 +40,7 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     if ledger.failure is not None:
         lines.append(f"  FAILURE: the mechanism was not as recorded in this ledger: {ledger.failure}")
     lines.append(f"  spent: {format_guarantee(spent, delta)}")
-    if ledger.certificate and delta >= ledger.certificate["delta"]:
+    if ledger.certificate_at(delta):
         lines.append(format_certificate(ledger))
     if ledger.steps and delta_promises_nothing(ledger.events, delta):
         lines.append(EMPTY_PROMISE)
@@ -135,7 +135,7 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
     for ledger, epsilon in zip(ledgers, epsilons):
         authors = ", ".join(sorted({format_num_authors(header) for header in ledger.runs}))
         lines.append(f"{ledger.path}: steps {ledger.steps:,} on {authors}: {format_guarantee(epsilon, delta)}")
-        if ledger.certificate and delta >= ledger.certificate["delta"]:
+        if ledger.certificate_at(delta):
             lines.append(format_certificate(ledger))
     lines.append(f"  together: {format_guarantee(joint, delta)}, for an author in all of them")
     if events and delta_promises_nothing(events, delta):

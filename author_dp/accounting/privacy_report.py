@@ -81,7 +81,7 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
     Args:
         delta: of the guarantee.
     """
-    epsilon, certificate = ledger.epsilon(delta), ledger.certificate
+    epsilon, certificate = ledger.epsilon(delta), ledger.certificate_at(delta)
     has_slots = any(header.get("slots") for header, _ in ledger.runs_with_steps)
     if not math.isfinite(epsilon):
         bounds = attack_bounds([], delta)

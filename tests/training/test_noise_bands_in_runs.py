@@ -129,10 +129,8 @@ def test_one_seed_deals_no_groups(tmp_path):
     assert within((groups[0] == groups[1]).mean(), 1 / 3, math.sqrt(2 / 9 / 60))
 
 
-@catches("draws thrown away", "mechanism.optimizer.AuthorDPOptimizer.check_batch", "self.batch_index != self.next_batch",
-    "False")  # fmt: skip
-def test_draws_thrown_away_end_the_run(tmp_path):
-    trainer = banded(tmp_path, steps=6)
+def throw_a_draw_away(trainer):
+    """Let the run sample a batch that no step uses."""
     watch = trainer.monitors.watch_sampler
 
     def watch_and_skip(sampler):
@@ -140,6 +138,13 @@ def test_draws_thrown_away_end_the_run(tmp_path):
         sampler.sample_batch()
 
     trainer.monitors.watch_sampler = watch_and_skip
+
+
+@catches("draws thrown away", "mechanism.optimizer.AuthorDPOptimizer.check_batch", "self.batch_index != self.next_batch",
+    "False")  # fmt: skip
+def test_draws_thrown_away_end_the_run(tmp_path):
+    trainer = banded(tmp_path, steps=6)
+    throw_a_draw_away(trainer)
     with pytest.raises(RuntimeError, match="discarded batch"):
         trainer.train()
     assert trainer.budget.ledger.steps == 0
