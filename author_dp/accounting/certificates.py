@@ -119,7 +119,7 @@ class Claim(NamedTuple):
         """The number of slots of all segments."""
         return self.slots + sum(segment.slots for segment in self.earlier)
 
-    def estimates(self, noise_multiplier: float, draws: int, key: int) -> dict[str, "Estimate"]:
+    def estimates(self, noise_multiplier: float, draws: int, key: int) -> dict[str, Estimate]:
         """Estimate delta(epsilon) in both directions. Nothing is drawn where the range alone is negligible."""
         worst = WorstCase([*self.earlier, Segment(self.coefficients, self.slots, self.steps, noise_multiplier)])
         generator, found = np.random.Generator(np.random.Philox(key=key)), {}
@@ -186,9 +186,13 @@ class Calibration:
         self.claim, self.key = claim, secrets.randbits(128)
         self.draws = max(ROUGH_DRAWS, min(draws, MAX_CELLS // claim.all_slots // 8))
 
-    def log_excess(self, noise_multiplier: float) -> tuple[float, int]:
-        """Return log(what a certificate will probably bound / what it may be), nearly linear in log sigma, and its draws."""
-        claim = self.claim
+    def log_excess(self, noise_multiplier: float, epsilon: Optional[float] = None) -> tuple[float, int]:
+        """Return log(what a certificate will probably bound / what it may be), nearly linear in log sigma, and its draws.
+
+        Args:
+            epsilon: another one than the claim's.
+        """
+        claim = self.claim if epsilon is None else self.claim._replace(epsilon=epsilon)
         found = claim.estimates(noise_multiplier, self.draws, self.key).values()
         draws, bounds = enough_draws(claim, found), []
         for each in found:
@@ -251,7 +255,7 @@ def make_certificate(claim: Claim, earlier: Sequence[tuple[str, int]]) -> dict[s
     Args:
         earlier: name and steps of each run behind `claim.earlier`.
     Raises:
-        UserError: if no noise is enough, because of earlier steps.
+        UserError: if no noise is enough, or hardly any is needed.
         ArithmeticError: if no attempt passes.
     """
     sigma, draws = Calibration(claim).find(first_guess(claim), 5e-3)
@@ -307,9 +311,9 @@ def certify_epsilon(segments: Sequence[Segment], delta: float, largest: float) -
     calibration, low, high = Calibration(claim), 0.0, largest
     _, draws = calibration.log_excess(last.noise_multiplier)
     while high - low > 2e-3 * high:
-        calibration.claim = claim._replace(epsilon=(low + high) / 2)
-        excess, needed = calibration.log_excess(last.noise_multiplier)
-        low, high, draws = ((low + high) / 2, high, draws) if excess > 0 else (low, (low + high) / 2, needed)
+        middle = (low + high) / 2
+        excess, needed = calibration.log_excess(last.noise_multiplier, middle)
+        low, high, draws = (middle, high, draws) if excess > 0 else (low, middle, needed)
     for number in range(1, MAX_ATTEMPTS + 1):
         if high < largest and attempt(claim._replace(epsilon=high), last.noise_multiplier, number, draws).passed:
             return high

@@ -36,7 +36,7 @@ class SlotMonitor(SequentialTest):
 
     def __init__(self, slots: np.ndarray, number: int, num_canaries: int):
         super().__init__()
-        self.number, self.members = number, split_by_group(slots.copy(), number)
+        self.number, self.members = number, split_by_group(slots, number)
         self.sizes = np.array([len(members) for members in self.members])
         self.real_sizes = np.bincount(slots[: len(slots) - num_canaries], minlength=number)
         self.batches, self.wrong_batches, self.wrong_sizes = 0, 0, 0
