@@ -229,13 +229,21 @@ def choose_sampling(privacy: Any, args: Any, num_authors: int, max_bands: int = 
     return "balls-in-bins" if in_slots_error < WORTH_SLOTS * error else "poisson"
 
 
+def check_can_certify(privacy: Any) -> None:
+    """Raise UserError where balls-in-bins sampling has no target that its certificate could be of, or is of a search."""
+    if privacy.target_epsilon is None:
+        raise UserError("--sampling balls-in-bins: its epsilon is certified for a target. Give --target_epsilon, and no noise")
+    if privacy.part_of_search:
+        raise UserError("--sampling balls-in-bins: a search needs Renyi differential privacy. Leave it out")
+
+
 def resolve_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: float) -> Optional[int]:
     """Return n, the whole number of steps of an epoch with balls-in-bins sampling; None for Poisson sampling.
 
     1 / q is rounded up, so an author is in a step's batch with probability 1 / n, at most q.
 
     Raises:
-        UserError: for another sampling than that of the run to resume, or without a target.
+        UserError: for another sampling than that of the run to resume, or as `check_can_certify`.
     """
     asked = privacy.sampling
     if earlier is not None:
@@ -245,8 +253,7 @@ def resolve_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: 
         asked = before
     if asked != "balls-in-bins":
         return None
-    if privacy.target_epsilon is None:
-        raise UserError("--sampling balls-in-bins: its epsilon is certified for a target. Give --target_epsilon, and no noise")
+    check_can_certify(privacy)
     slots = math.ceil(1 / sample_rate - 1e-9)
     if slots > MAX_SLOTS:
         raise UserError(

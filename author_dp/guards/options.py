@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
-from author_dp.accounting.plan import SAMPLINGS, check_planned_delta
+from author_dp.accounting.plan import SAMPLINGS, check_can_certify, check_planned_delta
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
@@ -134,15 +134,11 @@ def validate_options(
 
 
 def check_sampling(privacy: PrivacyOptions) -> None:
-    """Raise UserError where balls-in-bins sampling has no target that its certificate could be of."""
+    """Raise UserError for an unknown sampling, or one that cannot be certified."""
     if privacy.sampling is not None:
         check_choice("--sampling", privacy.sampling, [*SAMPLINGS, "auto"])
-    if privacy.sampling != "balls-in-bins" or privacy.disable_dp:
-        return
-    if privacy.target_epsilon is None:
-        raise UserError("--sampling balls-in-bins: its epsilon is certified for a target. Give --target_epsilon, and no noise")
-    if privacy.part_of_search:
-        raise UserError("--sampling balls-in-bins: a search needs Renyi differential privacy. Leave it out")
+    if privacy.sampling == "balls-in-bins" and not privacy.disable_dp:
+        check_can_certify(privacy)
 
 
 def check_ranges(args: TrainingArguments) -> None:
