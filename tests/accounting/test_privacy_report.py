@@ -36,6 +36,7 @@ SETTINGS = {  # by the accountant, or by the option
     "gaussian": ["--per_device_train_batch_size", "60", "--max_train_samples", "60"],
     "pld": ["--target_epsilon", "0.02"],
     "bands": ["--noise_bands", "2"],
+    "monte-carlo": ["--sampling", "balls-in-bins", "--noise_bands", "2"],
 }
 
 
@@ -122,7 +123,7 @@ def test_all_outputs_show_one_epsilon(checkpoint, comments, tmp_path, monkeypatc
     assert state["steps"] == spent.steps and state["accountant"] == {"bands": "prv"}.get(setting, setting)
     for _ in range(2):
         status, stdout, stderr = run(monkeypatch, capfd, caplog, *typed, "--resume_from_checkpoint", "True")
-        if lost:  # one step short of the plan, and no further step is allowed
+        if lost and setting != "monte-carlo":  # one step short of the plan, and no further step is allowed
             assert status == 2 and "used up" in stderr, stderr
         else:
             assert status == 0, stderr
