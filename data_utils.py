@@ -30,9 +30,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from author_dp.data.authors import encode_authors, get_column, split_id, suspicious_author_warnings
-from author_dp.data.chat import TARGETS, ChatFormatter, missing_end_warning, set_chat_template
-from author_dp.data.columns import ColumnSpec
+from author_dp.data.authors import encode_authors, suspicious_author_warnings
+from author_dp.data.chat import TARGETS, ChatFormatter, missing_chat_end_warning
+from author_dp.data.chat_template import set_chat_template
+from author_dp.data.columns import ColumnSpec, get_column
 from author_dp.data.hub import read_hub
 from author_dp.data.loading import drop_blank_texts, load_files, read_local_files
 from author_dp.data.splits import (
@@ -41,6 +42,7 @@ from author_dp.data.splits import (
     describe_held_out,
     limit_eval_texts,
     split_by_author,
+    split_id,
     subsample_authors,
 )
 from author_dp.data.storage import exit_on_sigterm, temp_dirs
@@ -200,7 +202,7 @@ def load_tokens(
         train, evaluation = load_train_and_eval(args, seed, Path(texts), eval_is_public, tokenizer)
         if args.has_loss_mask and not args.append_eos:
             form = ChatFormatter(tokenizer, args.targets)
-            if warning := missing_end_warning(form, train[0][args.text_column]["is_templated"]):
+            if warning := missing_chat_end_warning(form, train[0][args.text_column]["is_templated"]):
                 logger.warning(warning)
         train = tokenize(train, tokenizer, **options)
         if evaluation is not None:

@@ -37,24 +37,24 @@ from author_dp.accounting.budget import StopAtTargetEpsilon
 from author_dp.accounting.output_dir import failures_recorded, lock_output_dir
 from author_dp.clipping import ENGINES
 from author_dp.distributed import all_reduce_gradients
-from author_dp.errors import UserError
+from author_dp.errors import UserError, as_user_error
 from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.options import check_launch
+from author_dp.guards.options import check_launch_options
 from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.guards.trainer_options import check_optimizer, check_trainer_arguments
-from author_dp.mechanism.fsdp import missing_rounds
+from author_dp.mechanism.fsdp import missing_fsdp_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
+from author_dp.missing_options import find_missing
 from author_dp.models.modes import frozen_weights_cast
-from author_dp.option_names import find_missing
-from author_dp.outputs.model_card import public_settings
-from author_dp.outputs.privacy_statement import starting_model
+from author_dp.outputs.model_card import model_card_settings
+from author_dp.outputs.privacy_statement import statement_starting_model
 from author_dp.outputs.uploads import UploadingTrainer
 from author_dp.permissions import owner_only
 from author_dp.training.checkpointing import find_checkpoint
@@ -62,14 +62,13 @@ from author_dp.training.dataloading import (
     NoDDPWrapper,
     PlainEngine,
     adapt_trainer_args,
-    as_user_error,
     broadcast_parameters,
     load_logical_batches,
     make_sampler,
 )
 from author_dp.training.interruption import StopOnSignal, signals_end_with_message
 from author_dp.training.run_report import RunReport
-from author_dp.training.setup import check_model_choice, make_dp_optimizer, make_secret_generators, set_up_run
+from author_dp.training.setup import check_model_choice, set_up_dp_optimizer, set_up_run, set_up_secret_generators
 from author_dp.validation import check_choice, check_exclusive, check_range, option
 
 __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
@@ -204,7 +203,10 @@ class DPTrainer(UploadingTrainer):
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
         self.folder, self.made_with = Path(str(args.output_dir)), setup.made_with
         self.engine = PlainEngine(model, self.plan.expected_batch_size) if privacy.disable_dp else None
-        base_model, settings = starting_model(name) if args.process_index == 0 else None, public_settings(args, model, name)
+        base_model, settings = (
+            statement_starting_model(name) if args.process_index == 0 else None,
+            model_card_settings(args, model, name),
+        )
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
         self.run_report.find_finished(self.checkpoint)
         self._step_loss = torch.zeros((), device=args.device)
@@ -213,7 +215,7 @@ class DPTrainer(UploadingTrainer):
         kwargs |= {"train_dataset": setup.train_dataset, "data_collator": setup.data_collator}
         super().__init__(model=model, args=args, **kwargs)
         args.max_steps = self.plan.steps  # this late, or the Trainer would log that it overrides --num_train_epochs
-        check_launch(self.accelerator, args.bf16)
+        check_launch_options(self.accelerator, args.bf16)
         if full_shard:  # or copies of all gathered weights in bfloat16 would wait for the end of a forward
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if not privacy.disable_dp:
@@ -247,7 +249,7 @@ class DPTrainer(UploadingTrainer):
             with lock_output_dir(self.budget), failures_recorded(self.budget, self.create_model_card):
                 self.rehearse()
                 with (
-                    make_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
+                    set_up_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
                     full_precision_sums(),
                     deterministic_kernels(self.args.device) if self.args.activation_checkpointing else nullcontext(),
                 ):
@@ -295,7 +297,7 @@ class DPTrainer(UploadingTrainer):
         if self.privacy.disable_dp:
             return optimizer
         if not isinstance(noisy, AuthorDPOptimizer):
-            self.optimizer = noisy = make_dp_optimizer(optimizer, self)
+            self.optimizer = noisy = set_up_dp_optimizer(optimizer, self)
         noisy.start_training(self.plan.coefficients(), in_turn=bool(self.plan.slots))
         self.dp_optimizer = noisy
         return self.optimizer
@@ -322,7 +324,9 @@ class DPTrainer(UploadingTrainer):
         model.train()
         self.optimizer.zero_grad()  # also what an interrupted step left
         total = torch.zeros_like(self._step_loss)
-        missing = missing_rounds(model, len(inputs.microbatches))  # of a sharded model: all processes gather its layers together
+        missing = missing_fsdp_rounds(
+            model, len(inputs.microbatches)
+        )  # of a sharded model: all processes gather its layers together
         inputs = inputs._replace(microbatches=self.tracked(inputs.microbatches))
         with self.accelerator.autocast(), frozen_weights_cast(self.model):  # of all microbatches: weights are cast once
             for microbatch in inputs.microbatches:

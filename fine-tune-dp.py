@@ -30,7 +30,7 @@ import os
 import sys
 
 from author_dp import startup  # first: imports are a fifth faster, and Ctrl-C ends them
-from author_dp.option_names import exit_if_missing
+from author_dp.missing_options import exit_if_missing
 
 if __name__ == "__main__":
     exit_if_missing("fine-tune-dp.py", sys.argv[1:], rank=int(os.environ.get("RANK", 0)))  # before seconds of imports
@@ -49,17 +49,17 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from author_dp import cli
-from author_dp.accounting.output_dir import check_not_model
-from author_dp.data.authors import get_column
+from author_dp.accounting.output_dir import check_output_is_not_model
 from author_dp.data.chat import resolve_bos_token
+from author_dp.data.columns import get_column
 from author_dp.data.splits import author_hashes
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
-from author_dp.guards.options import check_launcher_variables, validate_options
+from author_dp.guards.options import check_launcher_options, validate_options
 from author_dp.guards.text_canaries import TextCanaries
-from author_dp.logs import get_logger
-from author_dp.mechanism.sampling import append_canary_hashes
+from author_dp.logs import configure_logging, get_logger
+from author_dp.mechanism.sampling import append_canary_sampling_hashes
 from author_dp.models.fusion import fuse_operations
 from author_dp.models.loading import check_sequence_len, load_model
 from author_dp.models.lora import LoraArguments
@@ -69,8 +69,8 @@ from author_dp.outputs.samples import TextSamples
 from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.interruption import finished_training
-from author_dp.training.public_loss import ReleaseArguments, check_release, release_eval_loss
-from author_dp.training.resuming import program_options
+from author_dp.training.loss_release import LossReleaseArguments, check_loss_release, release_eval_loss
+from author_dp.training.resuming import resumable_options
 from author_dp.validation import option
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
 from dp_utils import DPTrainer, PrivacyArguments
@@ -109,7 +109,7 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError(f"--fsdp {self.fsdp} does not work here: give full_shard, or leave it out")
         if self.fsdp and self.fsdp_config:
             raise UserError("--fsdp_config: it has no part in --fsdp full_shard here. Leave it out")
-        check_launcher_variables(self.bf16)  # before Hugging Face's code follows them
+        check_launcher_options(self.bf16)  # before Hugging Face's code follows them
         # The Trainer must not see it: accelerate would shard gradients that are not per author.
         self.full_shard, self.fsdp = bool(self.fsdp), None
         if self.evaluation_strategy is not None:
@@ -123,7 +123,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 # Of options, as --help and docs/options.md show them.
-GROUPS = (ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, ReleaseArguments, TrainingArguments)
+GROUPS = (ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, LossReleaseArguments, TrainingArguments)
 
 
 def parse_arguments() -> tuple:
@@ -138,9 +138,9 @@ def parse_arguments() -> tuple:
         training_args, privacy_args, full_shard=training_args.full_shard, shared_authors=data_args.allow_shared_authors,
         base_precision_flag=lora_args.base_precision_flag(),
     )  # fmt: skip
-    check_not_model(Path(training_args.output_dir), model_args.model_name)
-    _, ledger = find_checkpoint(training_args, privacy_args, lora_args.enable_lora, program_options(*groups))
-    check_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation, ledger)
+    check_output_is_not_model(Path(training_args.output_dir), model_args.model_name)
+    _, ledger = find_checkpoint(training_args, privacy_args, lora_args.enable_lora, resumable_options(*groups))
+    check_loss_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation, ledger)
     if model_args.dry_run:
         release_args.release_eval_epsilon = None  # a dry run releases nothing
     return groups
@@ -159,7 +159,7 @@ def group_datasets(
     hashes = author_hashes(authors) if needs_hashes else None
     if isinstance(canaries, TextCanaries):
         grouped = canaries.join(*grouped)
-        hashes = append_canary_hashes(hashes, len(grouped[1]) - 1 - len(hashes)) if hashes is not None else None
+        hashes = append_canary_sampling_hashes(hashes, len(grouped[1]) - 1 - len(hashes)) if hashes is not None else None
     if evaluation is None:
         return AuthorDataset(*grouped, hashes), None
     held_out = AuthorDataset(evaluation, *group_by_author(get_column(evaluation, data_args.author_column)))
@@ -177,7 +177,7 @@ def make_text_samples(
 
 def main() -> None:
     model_args, lora_args, data_args, privacy_args, audit_args, release_args, training_args = parse_arguments()
-    cli.configure_logging(training_args)
+    configure_logging(training_args)
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise, sampling or dropout
     resumes, released = bool(training_args.resume_from_checkpoint), release_args.release_eval_epsilon is not None
 

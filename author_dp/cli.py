@@ -1,4 +1,4 @@
-"""Parse command lines and YAML files of options, report errors as one line and an exit status, and filter logs.
+"""Parse command lines and YAML files of options, and report errors as one line and an exit status.
 
 Exit statuses: 0 for success, 2 for an error that the user can fix (`UserError`), 3 where the run's mechanism is not what its
 ledger says (`MechanismError`), 128 + n after signal n. Other exceptions are bugs and keep their traceback.
@@ -18,35 +18,21 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
-import datasets
 import torch.distributed as dist
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import logging
+from transformers import HfArgumentParser
 
 from author_dp.errors import NOT_SAVED, MechanismError, PeerLostError, SignalError, UserError, to_user_error
-from author_dp.option_names import suggest_option
+from author_dp.missing_options import suggest_option
 
 OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and its exit ends the other ranks
 
 SECRET_NAME = re.compile("token$|secret|password|key$")  # of options whose values no report shows
 HIDDEN = "HIDDEN"
-
-# Log lines of transformers that do not help. Padding is on the right, where causal attention ignores it. GPT-2's class name,
-# which is not set in a config, selects the default loss.
-NOISY_LOG_PREFIXES = (
-    "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
-    "loading configuration file", "Model config ", "Generate config ",  # pages at each save
-    "Configuration saved in", "Model weights saved in", "tokenizer config file saved in", "Special tokens file saved in",
-    "chat template saved in", "Saving model checkpoint to", "max_steps is given, it will override",
-)  # fmt: skip
-NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "tokenization_utils_base", "trainer")
-warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
 
 
 # --- options ------------------------------------------------------------------------------------------
@@ -113,7 +99,7 @@ def load_config_args(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     try:
         options = yaml.compose(parsed.config.read_text(encoding="utf-8"))
-        check_keys(options)
+        check_config_keys(options)
         words = [word for name, value in options.value for word in to_cli_args(name.value, value)] if options else []
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = f"{error}. It must hold one option per line, like 'target_epsilon: 8'"
@@ -121,7 +107,7 @@ def load_config_args(arguments: Sequence[str]) -> list[str]:
     return words + rest
 
 
-def check_keys(node: Optional[yaml.Node]) -> None:
+def check_config_keys(node: Optional[yaml.Node]) -> None:
     """Raise ValueError where a YAML mapping has a key twice: only the last one would count."""
     children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
@@ -130,7 +116,7 @@ def check_keys(node: Optional[yaml.Node]) -> None:
             raise ValueError(f"{duplicates[0]} is in it {keys.count(duplicates[0])} times")
         children = [value for _, value in node.value]
     for child in children:
-        check_keys(child)
+        check_config_keys(child)
 
 
 def to_cli_args(name: str, value: yaml.Node) -> list[str]:
@@ -157,35 +143,18 @@ def command_line() -> str:
     shown: list[str] = []
     for word in (os.fsencode(word).decode(errors="replace") for word in sys.argv):  # a path need not be UTF-8
         option, equals, _ = word.partition("=")
-        if shown and is_secret(shown[-1]) and not word.startswith("--"):
+        if shown and is_secret_option(shown[-1]) and not word.startswith("--"):
             word = HIDDEN
-        elif equals and is_secret(option):
+        elif equals and is_secret_option(option):
             word = option + equals + HIDDEN
         shown.append(word)
     return f"python {shlex.join(shown)}"
 
 
-def is_secret(option: str) -> bool:
+def is_secret_option(option: str) -> bool:
     """Return whether a word of the command line is an option, perhaps abbreviated, whose value is secret."""
     name = option.removeprefix("--").replace("-", "_")
     return option.startswith("--") and bool(name) and ("hub_token".startswith(name) or SECRET_NAME.search(name) is not None)
-
-
-# --- logs ---------------------------------------------------------------------------------------------
-
-
-def is_useful(record: Any) -> bool:
-    """Return whether a log record starts with none of NOISY_LOG_PREFIXES."""
-    return not record.getMessage().startswith(NOISY_LOG_PREFIXES)
-
-
-def configure_logging(args: TrainingArguments) -> None:
-    """Show progress bars on rank 0, unless disabled, and drop log lines with NOISY_LOG_PREFIXES."""
-    if args.disable_tqdm or args.process_index > 0:
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
-    for name in NOISY_LOGGERS:
-        logging.get_logger(f"transformers.{name}").addFilter(is_useful)  # type: ignore[arg-type]
 
 
 # --- exit statuses ------------------------------------------------------------------------------------

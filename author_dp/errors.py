@@ -7,6 +7,8 @@ A `UserError` names the option, file or column and the remedy. A program prints 
 import errno
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
@@ -96,3 +98,12 @@ def temp_dir_at_fault(error: Exception) -> Optional[Path]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def as_user_error(option: str) -> Iterator[None]:
+    """Prefix an error of the Trainer with the option that it concerns, as a UserError."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        raise UserError(f"{option}: {error}") from error

@@ -1,10 +1,12 @@
 """Write files atomically, and keep private ones readable by their owner only."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from author_dp.errors import UserError
 from author_dp.permissions import USER_UMASK
 
 
@@ -41,3 +43,15 @@ def fsync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: it cannot be read ({error.strerror}). Restore it") from error
+    return digest.hexdigest()

@@ -11,19 +11,33 @@ Example:
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 from tqdm import tqdm
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 PROJECT = "author_dp"
 ROOT = f"transformers.{PROJECT}"
 TRANSFORMERS_FORMAT = "[transformers] %(message)s"
 
+# Log lines of transformers that do not help. Padding is on the right, where causal attention ignores it. GPT-2's class name,
+# which is not set in a config, selects the default loss.
+NOISY_LOG_PREFIXES = (
+    "We strongly recommend passing in an `attention_mask`", "`loss_type=None` was set in the config",
+    "loading configuration file", "Model config ", "Generate config ",  # pages at each save
+    "Configuration saved in", "Model weights saved in", "tokenizer config file saved in", "Special tokens file saved in",
+    "chat template saved in", "Saving model checkpoint to", "max_steps is given, it will override",
+)  # fmt: skip
+NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "tokenization_utils_base", "trainer")
+warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
 
-class ConsoleFormatter(logging.Formatter):
+
+class LogFormatter(logging.Formatter):
     """Begin each record with the library that it comes from."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -31,7 +45,7 @@ class ConsoleFormatter(logging.Formatter):
         return f"[{library}] {super().format(record)}"
 
 
-class ConsoleHandler(logging.StreamHandler):
+class LogHandler(logging.StreamHandler):
     """Write each record on lines of its own: progress bars are cleared before, and drawn again after."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -59,17 +73,31 @@ def without_lines(logger: str, beginnings: tuple[str, ...]) -> Iterator[None]:
         filtered.removeFilter(is_kept)
 
 
-def replace_console_handler() -> None:
+def replace_log_handler() -> None:
     """Replace transformers' console handler, if it is still as transformers has made it."""
     root = transformers_logging.get_logger("transformers")  # creates the handler
     for handler in list(root.handlers):
         is_default = getattr(handler.formatter, "_fmt", None) == TRANSFORMERS_FORMAT
-        if is_default and isinstance(handler, logging.StreamHandler) and not isinstance(handler, ConsoleHandler):
-            console = ConsoleHandler(handler.stream)
-            console.setFormatter(ConsoleFormatter())
+        if is_default and isinstance(handler, logging.StreamHandler) and not isinstance(handler, LogHandler):
+            console = LogHandler(handler.stream)
+            console.setFormatter(LogFormatter())
             root.removeHandler(handler)
             root.addHandler(console)
             transformers_logging._default_handler = console  # so that `disable_default_handler` removes it
 
 
-replace_console_handler()
+def is_useful(record: Any) -> bool:
+    """Return whether a log record starts with none of NOISY_LOG_PREFIXES."""
+    return not record.getMessage().startswith(NOISY_LOG_PREFIXES)
+
+
+def configure_logging(args: TrainingArguments) -> None:
+    """Show progress bars on rank 0, unless disabled, and drop log lines with NOISY_LOG_PREFIXES."""
+    if args.disable_tqdm or args.process_index > 0:
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+    for name in NOISY_LOGGERS:
+        transformers_logging.get_logger(f"transformers.{name}").addFilter(is_useful)  # type: ignore[arg-type]
+
+
+replace_log_handler()

@@ -1,6 +1,8 @@
-"""Word messages: numbers with their nouns, lists of names, and options as a command line or Python has them."""
+"""Word messages: numbers, also with their nouns, lists of names, and options as a command line or Python has them."""
 
+import math
 import re
+from typing import Optional
 
 # A launcher's options stay: "accelerate launch --mixed_precision".
 LEADING = re.compile(r"^--(\w+) (\S+): ")
@@ -31,3 +33,15 @@ def to_python_names(message: str) -> str:
         message = re.sub(rf"{option}\b(?!_)", argument, message)
     message = LEADING.sub(r"\1=\2: ", message)
     return OPTION.sub(r"\1", WITH_VALUE.sub(r"\1=\2", message))
+
+
+def format_number(value: Optional[float]) -> str:
+    """Return a number with six significant digits; "none" for None."""
+    return "none" if value is None else f"{value:,.6g}"
+
+
+def format_percent_up(share: float) -> str:
+    """Return a share in percent, rounded up to one decimal; to two below 1 %."""
+    decimals = 1 if share >= 0.01 else 2
+    percent = math.ceil(round(share * 100 * 10**decimals, 6)) / 10**decimals
+    return f"{percent:g} %"

@@ -23,17 +23,17 @@ from scipy import stats
 from transformers import GPT2TokenizerFast
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
-from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, step_noise_std, toeplitz_coefficients
+from author_dp.accounting.banded_mf import BAND_CHOICES, banded_step_noise_std, prefix_sum_rmse, toeplitz_coefficients
 from author_dp.accounting.events import MechanismEvent, cyclic_event
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.tuning import Release, RunCount, least_noise, run_rdp, search_epsilon
-from author_dp.data.authors import get_column, suspicious_author_warnings
-from author_dp.data.columns import ColumnSpec
+from author_dp.accounting.tuning import RunCount, TuningRelease, least_tuning_noise, run_rdp, search_epsilon
+from author_dp.data.authors import suspicious_author_warnings
+from author_dp.data.columns import ColumnSpec, get_column
 from author_dp.data.loading import load_files
 from author_dp.data.tokenization import tokenize
 from author_dp.mechanism.microbatches import LogicalBatchDataset
 from author_dp.mechanism.sampling import PoissonAuthorSampler
-from author_dp.training.public_loss import GRID, discrete_laplace, noisy_mean, quantize_loss
+from author_dp.training.loss_release import GRID, discrete_laplace, noisy_released_loss, quantize_released_loss
 from data_utils import AuthorDataset, collate, group_by_author, split_by_author
 
 # --- speed ----------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def noise_bands(args: argparse.Namespace) -> None:
                 sigma = find_noise_multiplier(accounted.sample_rate, accounted.steps, epsilon, 1 / authors)
                 c = toeplitz_coefficients(bands, steps)
                 error = sigma * prefix_sum_rmse(c, steps) / (plain * prefix_sum_rmse(np.ones(1), steps))
-                cells.append(f"{error:.2f} ({sigma * step_noise_std(c, steps) / plain:.1f})")
+                cells.append(f"{error:.2f} ({sigma * banded_step_noise_std(c, steps) / plain:.1f})")
             print_row(name, epsilon, *cells)
 
 
@@ -220,10 +220,11 @@ RELEASES = 300
 
 def error_of_release(authors: int, epsilon: float, upper: float) -> float:
     losses = np.random.default_rng(0).normal(3.6, 0.5, authors)
-    sums = np.sum([quantize_loss(float(loss), upper) for loss in losses], axis=0).tolist()
+    sums = np.sum([quantize_released_loss(float(loss), upper) for loss in losses], axis=0).tolist()
     scale = Fraction(GRID) / Fraction(epsilon)
     found = [
-        noisy_mean([total + discrete_laplace(scale) for total in sums], upper, GRID / epsilon)["loss"] for _ in range(RELEASES)
+        noisy_released_loss([total + discrete_laplace(scale) for total in sums], upper, GRID / epsilon)["loss"]
+        for _ in range(RELEASES)
     ]
     return float(np.sqrt(np.mean((np.array(found) - losses.mean()) ** 2)))
 
@@ -232,7 +233,7 @@ def error_of_release(authors: int, epsilon: float, upper: float) -> float:
 def release_error(args: argparse.Namespace) -> None:
     """How far is a published evaluation loss from the true one?
 
-    The noise of training/public_loss.py on losses of made-up held-out authors (normal, mean 3.6, standard deviation 0.5), as
+    The noise of training/loss_release.py on losses of made-up held-out authors (normal, mean 3.6, standard deviation 0.5), as
     --release_eval_epsilon would release them with GPT-2's vocabulary: the root of the mean squared error over 300 releases.
     """
     largest = math.log(50_257)
@@ -257,10 +258,10 @@ def tuning(args: argparse.Namespace) -> None:
     heads = ("epsilon", "expected runs", "at most, 99 %", "law", "noise multiplier", "single run", "ratio", "alone", "Poisson")
     print_head(*heads, "same noise")
     for epsilon in (1.0, 8.0):
-        single, release = find_noise_multiplier(rate, steps, epsilon, delta), Release(epsilon / 16)
+        single, release = find_noise_multiplier(rate, steps, epsilon, delta), TuningRelease(epsilon / 16)
         for expected in (2.0, 6.0, 20.0):
             counts = [RunCount(expected, eta) for eta in (0.0, 1.0, math.inf)]
-            noise = {count: least_noise(count, rate, steps, epsilon, delta, release) for count in counts}
+            noise = {count: least_tuning_noise(count, rate, steps, epsilon, delta, release) for count in counts}
             best = min(counts[:2], key=lambda count: noise[count])
             same = search_epsilon(run_rdp([MechanismEvent(single, rate, steps)], release), best, delta)
             alone = compute_epsilon(noise[best], rate, steps, delta)

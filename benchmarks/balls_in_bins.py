@@ -16,9 +16,9 @@ from scipy.special import ndtr
 
 from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.banded_mf import BAND_CHOICES, prefix_sum_rmse, toeplitz_coefficients
-from author_dp.accounting.certificates import FAILURE_SHARE, Claim, make_certificate
 from author_dp.accounting.events import cyclic_event
 from author_dp.accounting.gaussian import gaussian_delta
+from author_dp.accounting.slot_certificates import FAILURE_SHARE, CertificateClaim, make_certificate
 
 # --- judges ---------------------------------------------------------------------------------------------------
 
@@ -34,14 +34,14 @@ class Judge(NamedTuple):
     epsilon: float
     exact: Exact
 
-    def claim_at(self, delta: float) -> tuple[Claim, float]:
+    def claim_at(self, delta: float) -> tuple[CertificateClaim, float]:
         """Return the claim, and the noise multiplier whose larger delta is `delta`."""
         low, high = 0.05, 50.0
         for _ in range(30):
             middle = math.sqrt(low * high)
             above = max(self.exact(middle, self.epsilon, added) for added in (False, True)) > delta
             low, high = (middle, high) if above else (low, middle)
-        return Claim(self.coefficients, self.slots, self.steps, self.epsilon, delta), high
+        return CertificateClaim(self.coefficients, self.slots, self.steps, self.epsilon, delta), high
 
 
 def call(mean: np.ndarray, strike: np.ndarray, deviation: float) -> np.ndarray:
@@ -135,7 +135,7 @@ def certificate(args: argparse.Namespace) -> None:
     print(f"n = {slots}, T = {args.steps}, epsilon {args.epsilon:g}, delta {delta:.4g}, failures {FAILURE_SHARE * delta:.2g}\n")
     print_head("b", "attempt", "noise multiplier", "fails with", "author removed", "author added", "draws", "key", "seconds")
     for bands in args.bands:
-        claim = Claim(toeplitz_coefficients(bands, args.steps), slots, args.steps, args.epsilon, delta)
+        claim = CertificateClaim(toeplitz_coefficients(bands, args.steps), slots, args.steps, args.epsilon, delta)
         seconds, made = timed(lambda claim=claim: make_certificate(claim, []))
         for number, attempt in enumerate(made["attempts"], 1):
             bounds = (f"{bound / delta:.3g}" for bound in attempt["bounds"].values())
@@ -183,7 +183,7 @@ def compare(args: argparse.Namespace) -> None:
                 cyclic[bands] = sigma * factor
                 if bands not in COMPARED:
                     continue
-                claim = Claim(coefficients, slots, steps, epsilon, delta)
+                claim = CertificateClaim(coefficients, slots, steps, epsilon, delta)
                 seconds, made = timed(lambda claim=claim: make_certificate(claim, []))
                 mine = made["noise_multiplier"]
                 bins[bands] = mine * factor * slots * rate

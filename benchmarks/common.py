@@ -41,7 +41,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from author_dp.outputs.page import STATISTICS_NAME  # noqa: E402
+from author_dp.outputs.html_page import STATISTICS_NAME  # noqa: E402
 from data_utils import AuthorDataset, collate, group_by_author  # noqa: E402
 from dp_utils import DPTrainer, PrivacyArguments  # noqa: E402
 

@@ -34,12 +34,12 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
-from author_dp.accounting import prediction
+from author_dp.accounting import loss_prediction
 from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.events import cyclic_event
 from author_dp.accounting.plan import make_plan
 from author_dp.clipping.ghost import GhostClipping
-from author_dp.data.authors import get_column
+from author_dp.data.columns import get_column
 from author_dp.data.splits import author_hashes
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.losses import author_losses
@@ -200,7 +200,7 @@ class Run(NamedTuple):
     """A measured run, as the formula sees it, with its loss: the mean, where a setting was measured several times."""
 
     key: Setting
-    setting: prediction.Setting
+    setting: loss_prediction.PredictionSetting
     loss: float
 
 
@@ -215,8 +215,8 @@ def read_runs(path: Path) -> dict[str, tuple[float, list[Run]]]:
     before = {key.corpus: statistics.mean(found) for key, found in losses.items() if not key.steps}
     for key, found in losses.items():
         if key.steps:
-            noise, bands, size = rows[key]["noise_multiplier"], rows[key]["bands"], prediction.MEASURED_PARAMETERS
-            setting = prediction.Setting(noise, key.batch, key.steps, bands, key.rate, size, size, is_lora=False)
+            noise, bands, size = rows[key]["noise_multiplier"], rows[key]["bands"], loss_prediction.MEASURED_PARAMETERS
+            setting = loss_prediction.PredictionSetting(noise, key.batch, key.steps, bands, key.rate, size, size, is_lora=False)
             runs[key.corpus].append(Run(key, setting, statistics.mean(found)))
     complete = [corpus for corpus, found in runs.items() if any(run.key.epsilon is None for run in found)]
     return {corpus: (before[corpus], runs[corpus]) for corpus in complete}
@@ -228,18 +228,18 @@ def measured_shares(before: float, runs: list[Run]) -> np.ndarray:
     return np.array([(before - run.loss) / most for run in runs])
 
 
-def predicted_shares(runs: list[Run], constants: prediction.Constants) -> np.ndarray:
+def predicted_shares(runs: list[Run], constants: loss_prediction.PredictionConstants) -> np.ndarray:
     """Return the same, predicted."""
-    gains = np.array([prediction.predicted_gain(run.setting, constants) for run in runs])
+    gains = np.array([loss_prediction.predicted_gain(run.setting, constants) for run in runs])
     return gains / max(gain for gain, run in zip(gains, runs) if run.key.epsilon is None)
 
 
-def fit_constants(corpora: dict[str, tuple[float, list[Run]]]) -> prediction.Constants:
+def fit_constants(corpora: dict[str, tuple[float, list[Run]]]) -> loss_prediction.PredictionConstants:
     """Return the constants with the least squares of stretched shares; each corpus has equal weight."""
     targets, start = {corpus: measured_shares(*found) for corpus, found in corpora.items()}, np.log(START)
 
     def residuals(logs: np.ndarray) -> np.ndarray:
-        constants = prediction.Constants(*np.exp(np.clip(logs, start - 3, start + 3)))
+        constants = loss_prediction.PredictionConstants(*np.exp(np.clip(logs, start - 3, start + 3)))
         differences = [
             (stretch(predicted_shares(runs, constants)) - stretch(targets[corpus])) / math.sqrt(len(runs))
             for corpus, (_, runs) in corpora.items()
@@ -248,7 +248,7 @@ def fit_constants(corpora: dict[str, tuple[float, list[Run]]]) -> prediction.Con
 
     starts = [start, start + 0.4 * np.random.default_rng(1).standard_normal(len(start))]
     fits = [least_squares(residuals, begin, loss="soft_l1", f_scale=0.1, max_nfev=40) for begin in starts]
-    return prediction.Constants(*np.exp(min(fits, key=lambda fit: fit.cost).x).tolist())
+    return loss_prediction.PredictionConstants(*np.exp(min(fits, key=lambda fit: fit.cost).x).tolist())
 
 
 def stretch(shares: np.ndarray) -> np.ndarray:
@@ -315,8 +315,8 @@ def other_model(args: argparse.Namespace) -> None:
         for kind, rate, epsilon, bands, measured in runs:
             event = cyclic_event(0.0, 128 / authors, steps, bands)
             noise = find_noise_multiplier(event.sample_rate, event.steps, epsilon, delta)
-            setting = prediction.Setting(noise, 128, steps, bands, rate, *SMOLLM2_SIZES[kind], kind == "LoRA")
-            share, low, high = prediction.predicted_share(setting)
+            setting = loss_prediction.PredictionSetting(noise, 128, steps, bands, rate, *SMOLLM2_SIZES[kind], kind == "LoRA")
+            share, low, high = loss_prediction.predicted_share(setting)
             predicted = f"{share:.0%} ({low:.0%} to {high:.0%})"
             print_row(corpus, kind, f"{rate:g}", epsilon, bands, f"{noise:.3f}", predicted, f"{measured:.0%}")
 

@@ -23,7 +23,7 @@ from common import ROOT, cache_option, cached, drawing, fine_tune, main, option,
 from transformers import TrainerCallback
 
 from author_dp.outputs.privacy_statement import check_statement
-from author_dp.outputs.synthetic_report import add_options, read_real, read_synthetic, split
+from author_dp.outputs.synthetic_report import add_options, read_real, read_synthetic, split_synthetic_texts
 from dp_utils import DPTrainer
 
 # --- epsilon, recipe, LoRA, few authors -----------------------------------------------------------------------
@@ -376,7 +376,7 @@ def synthetic_utility(args: argparse.Namespace) -> None:
     steps. The held-out authors are those of the training. All results are computed on private data: do not publish them.
     """
     model = check_statement(args.synthetic).get("model") or {}
-    training, held_out = split(read_real("FILE", args.files, args), model, args)
+    training, held_out = split_synthetic_texts(read_real("FILE", args.files, args), model, args)
     texts = {"synthetic": read_synthetic(args.synthetic, args.text_column), "real": [row.text for row in training]}
     number = min(map(len, texts.values()))
     metrics = {}

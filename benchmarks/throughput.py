@@ -47,7 +47,7 @@ from opacus.optimizers import DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from transformers import GPT2TokenizerFast, Trainer, TrainingArguments, default_data_collator
 
-from author_dp.data.authors import get_column
+from author_dp.data.columns import get_column
 from author_dp.data.tokenization import tokenize
 from author_dp.mechanism.microbatches import make_microbatch_shape, make_microbatches
 from author_dp.types import IGNORE_INDEX

@@ -28,14 +28,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from author_dp.accounting.accountant import find_noise_multiplier
-from author_dp.accounting.ledger import event_of_run
-from author_dp.accounting.planning import Task, candidates
-from author_dp.accounting.prediction import Setting
-from author_dp.accounting.tuning import Release, RunCount, calibrate_search
+from author_dp.accounting.ledger import ledger_event_of_run
+from author_dp.accounting.loss_prediction import PredictionSetting
+from author_dp.accounting.run_planning import PlanningTask, planning_candidates
+from author_dp.accounting.tuning import RunCount, TuningRelease, calibrate_search
 from author_dp.data.splits import author_hashes
 from author_dp.models.quantization import model_sizes
-from author_dp.training.public_loss import GRID as STEPS_OF_LOSS
-from author_dp.training.public_loss import discrete_laplace, noisy_mean
+from author_dp.training.loss_release import GRID as STEPS_OF_LOSS
+from author_dp.training.loss_release import discrete_laplace, noisy_released_loss
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
 from dp_utils import DPTrainer, PrivacyArguments
 
@@ -182,11 +182,11 @@ def simulate_searches(study: Study, runs: dict[str, list[dict[str, Any]]], count
 
 
 def noisy_score(run: dict[str, Any], largest: float) -> float:
-    """Return what a run releases of its loss, of at most `largest`: with the noise of public_loss.py."""
+    """Return what a run releases of its loss, of at most `largest`: with the noise of loss_release.py."""
     total, share = run["authors"] * STEPS_OF_LOSS, min(1.0, run["author_loss"] / largest)
     scale = Fraction(STEPS_OF_LOSS) / Fraction(SCORE_EPSILON)
     sums = [round(total * part) + discrete_laplace(scale) for part in (share, 1 - share)]
-    return noisy_mean(sums, largest, float(scale))["loss"]
+    return noisy_released_loss(sums, largest, float(scale))["loss"]
 
 
 def print_losses(name: str, rate: str, sigma: float, losses: list[float]) -> None:
@@ -194,12 +194,12 @@ def print_losses(name: str, rate: str, sigma: float, losses: list[float]) -> Non
     print_row(name, rate, f"{sigma:.3f}", cells, f"{statistics.mean(losses):.2f}")
 
 
-def planned(study: Study, header: dict[str, Any]) -> Setting:
+def planned(study: Study, header: dict[str, Any]) -> PredictionSetting:
     """Return the planner's pick for as many authors sampled in all as a run of the study samples."""
     trained, parameters = model_sizes(make_model(study))
     authors = round(study.batch / header["sample_rate"])
-    task = Task(authors, EPSILON, header["delta"], parameters, trained, study.is_lora, study.steps * study.batch)
-    return candidates(task)[0]
+    task = PlanningTask(authors, EPSILON, header["delta"], parameters, trained, study.is_lora, study.steps * study.batch)
+    return planning_candidates(task)[0]
 
 
 @table(
@@ -231,7 +231,7 @@ def choices(args: argparse.Namespace) -> None:
             runs = of(rate, **alone)
             print_losses(name, rate, runs[0]["header"]["noise_multiplier"], [run["loss"] for run in runs])
     header = of(DEFAULT, **alone)[0]["header"]
-    event, bands = event_of_run(header, header["steps"]), header["noise_bands"]
+    event, bands = ledger_event_of_run(header, header["steps"]), header["noise_bands"]
 
     pick = planned(study, header)
     size, bands_of_pick = Size(pick.steps, pick.batch), {"target_epsilon": EPSILON, "noise_bands": str(pick.bands)}
@@ -246,7 +246,7 @@ def choices(args: argparse.Namespace) -> None:
     print_losses("synthetic text of a first model", rate, pair, [run["loss"] for run in runs])
 
     counts = [RunCount(EXPECTED_RUNS, eta) for eta in (0.0, 1.0)]
-    noise = calibrate_search(counts, event.sample_rate, event.steps, EPSILON, header["delta"], Release(SCORE_EPSILON))
+    noise = calibrate_search(counts, event.sample_rate, event.steps, EPSILON, header["delta"], TuningRelease(SCORE_EPSILON))
     privacy = {"target_epsilon": round(noise.run_epsilon, 6), "noise_bands": str(bands)}
     in_search = {rate: of(rate, args.search_repetitions, **privacy) for rate in study.grid}
     for rate, runs in in_search.items():

@@ -3,7 +3,7 @@
 test_mutation.py checks that each bug stands once.
 """
 
-CLIP = "clipping.author_groups.ClipFactors.__init__"
+CLIP = "clipping.author_groups.AuthorClipFactors.__init__"
 ADD_NOISE = "mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide"
 NOISE = "mechanism.noise.GaussianNoise"
 SAMPLER = "mechanism.sampling.PoissonAuthorSampler"
@@ -22,8 +22,8 @@ CLIP_PER_SAMPLE = (
     "n = len(microbatch['author']); microbatch.update(author=torch.arange(n), num_authors=n, samples_each=1, "
     "is_real=torch.arange(n) < microbatch['num_real'])",
 )  # fmt: skip
-TIED_COUNTED_AS_TWO = ("clipping.grad_factors.tied_squared_norm", "2 * rows.mul_", "0 * rows.mul_")
-TIED_COUNTED_AS_TWO_FORMED = ("clipping.grad_factors.add", "grad.gradients.float()", "0 * grad.gradients")
+TIED_COUNTED_AS_TWO = ("clipping.grad_factors.squared_norm_of_tied_factors", "2 * rows.mul_", "0 * rows.mul_")
+TIED_COUNTED_AS_TWO_FORMED = ("clipping.grad_factors.add_factors", "grad.gradients.float()", "0 * grad.gradients")
 
 # --- noise ----------------------------------------------------------------------------------------------
 
@@ -70,4 +70,4 @@ THE_SAME_HALF_ON_EACH = (f"{SAMPLER}.sample_batch", "self.rank ::", "0 ::")
 
 # --- outputs --------------------------------------------------------------------------------------------
 
-WEIGHTS_NOT_CHECKED = ("outputs.privacy_statement.read_guarantee", "check_weights(folder, report)", "pass")
+WEIGHTS_NOT_CHECKED = ("outputs.privacy_statement.read_privacy_statement", "check_weights(folder, report)", "pass")

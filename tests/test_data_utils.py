@@ -15,8 +15,8 @@ from mutation import catches
 from transformers import AutoTokenizer
 
 from author_dp.data import storage
-from author_dp.data.authors import get_column, suspicious_author_warnings
-from author_dp.data.columns import ColumnSpec
+from author_dp.data.authors import suspicious_author_warnings
+from author_dp.data.columns import ColumnSpec, get_column
 from author_dp.data.hub import read_hub
 from author_dp.data.loading import drop_blank_texts, load_files
 from author_dp.data.splits import format_data_summary

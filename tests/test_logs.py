@@ -10,23 +10,23 @@ from conftest import ROOT
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from author_dp.logs import ConsoleFormatter, ConsoleHandler, get_logger, replace_console_handler
+from author_dp.logs import LogFormatter, LogHandler, get_logger, replace_log_handler
 
 
 @pytest.mark.parametrize("module", ["author_dp.training.saving", "data_utils", "dp_utils", "__main__"])
 def test_lines_carry_the_name_of_this_project(module):
     line = logging.LogRecord(get_logger(module).name, logging.INFO, "", 0, "trained %d authors", (9,), None)
-    assert ConsoleFormatter().format(line) == "[author_dp] trained 9 authors"
+    assert LogFormatter().format(line) == "[author_dp] trained 9 authors"
     assert get_logger(module).getEffectiveLevel() == transformers_logging.get_verbosity()
 
 
 def test_lines_of_transformers_keep_its_name():
     line = logging.LogRecord("transformers.trainer", logging.INFO, "", 0, "Saving", (), None)
-    assert ConsoleFormatter().format(line) == "[transformers] Saving"
+    assert LogFormatter().format(line) == "[transformers] Saving"
 
 
 def test_a_line_does_not_end_a_progress_bar():
-    handler = ConsoleHandler(stream := io.StringIO())
+    handler = LogHandler(stream := io.StringIO())
     with tqdm(total=3, file=stream, ncols=40, mininterval=0) as bar:
         bar.update()
         handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "a line", (), None))
@@ -40,7 +40,7 @@ def test_handlers_and_formats_of_the_user_stay():
     root.addHandler(own)
     try:
         before = list(root.handlers)
-        replace_console_handler()
+        replace_log_handler()
         assert root.handlers == before
     finally:
         root.removeHandler(own)

@@ -248,14 +248,14 @@ def find_noise_multiplier(sample_rate: float, steps: int, target_epsilon: float,
     return high
 
 
-def format_epsilon(epsilon: float) -> str:
-    """Return epsilon for people: all digits that `round_up` leaves, with at least two decimals."""
-    integer, _, decimals = f"{Decimal(repr(round_up(epsilon))):,f}".partition(".")
-    return f"{integer}.{decimals:0<2}"
-
-
 def format_guarantee(epsilon: Optional[float], delta: float) -> str:
     """Return the guarantee as one phrase; epsilon is rounded up."""
     if epsilon is None or math.isinf(epsilon):
         return "no privacy guarantee (epsilon is infinite)"
     return f"epsilon {format_epsilon(epsilon)} at delta {delta:.2g} (author level, add or remove one)"
+
+
+def format_epsilon(epsilon: float) -> str:
+    """Return epsilon for people: all digits that `round_up` leaves, with at least two decimals."""
+    integer, _, decimals = f"{Decimal(repr(round_up(epsilon))):,f}".partition(".")
+    return f"{integer}.{decimals:0<2}"

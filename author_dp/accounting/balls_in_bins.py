@@ -4,7 +4,7 @@ Each author has one secret slot of n, uniform and independent of all else, and t
 in each epoch of n steps, floor(T / n) or ceil(T / n) times in T steps ([1], [2]). n is public, and q = 1 / n.
 
 Guarantees: the mean of `TiltedMixture.weigh` and of `MeanShift.weigh` over their draws is at least delta(epsilon) of T steps, for
-an author removed and for one added, and no draw is above exp(log_range). `certificates.py` makes an upper bound of this.
+an author removed and for one added, and no draw is above exp(log_range). `slot_certificates.py` makes an upper bound of this.
 
 The worst case. Outputs up to a step determine the rows of C x + z up to that step, and the reverse, as in `banded_mf`. Let x_j be
 the sum of the columns j, j + n, j + 2n, ... of C, in units of the clip norm. Then no author's delta is larger, at any epsilon and
@@ -53,7 +53,7 @@ from scipy.sparse import csr_array
 SCALES = np.geomspace(1, 16, 40)
 
 
-def slot_sums(coefficients: np.ndarray, slots: int, steps: int) -> np.ndarray:
+def balls_in_bins_sums(coefficients: np.ndarray, slots: int, steps: int) -> np.ndarray:
     """Return x_j of each slot j: the sum of C's columns j, j + n, j + 2n, ..., (slots, steps).
 
     Args:
@@ -84,7 +84,7 @@ def log_mean_exp(a: np.ndarray) -> np.ndarray:
     return largest[..., 0] + np.log(np.exp(a - largest).mean(axis=-1))
 
 
-class Segment(NamedTuple):
+class SlotSegment(NamedTuple):
     """The steps of one training, whose authors have slots of its own."""
 
     coefficients: np.ndarray  # c_0, ..., c_{b-1}
@@ -93,7 +93,7 @@ class Segment(NamedTuple):
     noise_multiplier: float
 
 
-class SlotMixture:
+class BallsInBinsMixture:
     """The worst case of one segment, in units of sigma, by the inner products S_j = <x_j, y>: all that the loss depends on.
 
     Attributes:
@@ -101,8 +101,8 @@ class SlotMixture:
         factor: a triangular F with F^T F = gram, from x itself: S = F^T z differs from x y by what rounding moves x.
     """
 
-    def __init__(self, segment: Segment):
-        sums = slot_sums(segment.coefficients, segment.slots, segment.steps) / segment.noise_multiplier
+    def __init__(self, segment: SlotSegment):
+        sums = balls_in_bins_sums(segment.coefficients, segment.slots, segment.steps) / segment.noise_multiplier
         self.slots, self.gram = segment.slots, sums @ sums.T
         self.half_squares = np.diag(self.gram) / 2
         self.overlaps = csr_array(self.gram)  # the few pairs whose rows overlap
@@ -113,14 +113,14 @@ class SlotMixture:
         return generator.standard_normal((size, len(self.factor))) @ self.factor - self.half_squares
 
 
-class WorstCase:
+class WorstCaseMixture:
     """The worst cases of all segments together. Slots of different segments are independent, so their losses add up.
 
     a has the slots of all segments side by side, (draws, all slots).
     """
 
-    def __init__(self, segments: Sequence[Segment]):
-        self.mixtures = [SlotMixture(segment) for segment in segments]
+    def __init__(self, segments: Sequence[SlotSegment]):
+        self.mixtures = [BallsInBinsMixture(segment) for segment in segments]
         self._ends = np.cumsum([mixture.slots for mixture in self.mixtures])[:-1]
 
     def draw(self, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -136,10 +136,10 @@ class WorstCase:
         return np.sum([log_mean_exp(part if scale == 1 else scale * part) for part in self.parts(a)], axis=0)
 
 
-class SlotTuples:
+class BallsInBinsTuples:
     """Tuples of p slots of one segment, with chances proportional to their term in the mean of A_s^p without the author."""
 
-    def __init__(self, mixture: SlotMixture, copies: int, scale: float):
+    def __init__(self, mixture: BallsInBinsMixture, copies: int, scale: float):
         self.mixture, self.copies, self.scale = mixture, copies, scale
         with np.errstate(over="ignore"):
             self.weights = np.exp(scale * (scale - 1) * mixture.half_squares)  # the factor of each slot
@@ -199,12 +199,12 @@ class TiltedMixture:
         log_range: logarithm of that bound, the least over p and s; at p = s = 1, plain sampling, it is 0.
     """
 
-    def __init__(self, worst: WorstCase, epsilon: float):
+    def __init__(self, worst: WorstCaseMixture, epsilon: float):
         self.worst, self.epsilon, self.log_range = worst, epsilon, math.inf
         for copies in (1, 2, 3):
             before = math.inf
             for scale in SCALES.tolist():
-                tuples = [SlotTuples(mixture, copies, scale) for mixture in worst.mixtures]
+                tuples = [BallsInBinsTuples(mixture, copies, scale) for mixture in worst.mixtures]
                 log_mean = sum(each.log_mean() for each in tuples)
                 log_range = log_mean + (1 - copies * scale) * epsilon + log_peak(copies * scale)
                 if log_range > before:  # convex in s
@@ -244,7 +244,7 @@ class MeanShift:
         log_range: logarithm of that bound, the least over g; at g = 0, plain sampling, it is 0.
     """
 
-    def __init__(self, worst: WorstCase, epsilon: float):
+    def __init__(self, worst: WorstCaseMixture, epsilon: float):
         self.worst, self.epsilon = worst, epsilon
         self.square = sum(float(mixture.gram.mean()) for mixture in worst.mixtures)
         self.half = sum(float(mixture.half_squares.mean()) for mixture in worst.mixtures)

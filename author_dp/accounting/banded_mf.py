@@ -60,15 +60,15 @@ def toeplitz_coefficients(bands: int, steps: int) -> np.ndarray:
     if bands == 1:
         return start
     horizon = min(steps, HORIZON)
-    optimum = minimize(log_error, start[1:], args=(horizon,), jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    best = min((start[1:], optimum.x), key=lambda rest: log_error(rest, horizon)[0])
+    optimum = minimize(log_banded_error, start[1:], args=(horizon,), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    best = min((start[1:], optimum.x), key=lambda rest: log_banded_error(rest, horizon)[0])
     coefficients = np.concatenate([[1.0], best])
     coefficients /= np.linalg.norm(coefficients) * (1 + 1e-12)  # at most 1, however rounded
     coefficients.flags.writeable = False
     return coefficients
 
 
-def log_error(rest: np.ndarray, steps: int) -> tuple[float, np.ndarray]:
+def log_banded_error(rest: np.ndarray, steps: int) -> tuple[float, np.ndarray]:
     """Return 2 log(`prefix_sum_rmse` * sqrt(steps)) for (1, *rest) scaled to norm 1, and its gradient, (bands - 1,).
 
     As power series, with m(x) = 1 / ((1 - x) c(x)), the noise of the t-th sum is sum_j m_j z_{t-j}; dm / dc_i = -x^i m(x) / c(x).
@@ -94,7 +94,7 @@ def prefix_sum_rmse(coefficients: np.ndarray, steps: int) -> float:
     return math.sqrt(np.arange(steps, 0, -1) @ m**2 / steps)
 
 
-def step_noise_std(coefficients: np.ndarray, steps: int) -> float:
+def banded_step_noise_std(coefficients: np.ndarray, steps: int) -> float:
     """Return the standard deviation of the last step's noise, from the diagonal of C^-1 C^-T.
 
     In units of sigma times the clip norm.
@@ -112,12 +112,12 @@ def choose_bands(sample_rate: float, steps: int, target_epsilon: float, delta: f
     errors = {}
     for bands in BAND_CHOICES:
         if bands == 1 or (bands <= min(max_bands, steps) and bands * sample_rate <= 1):
-            sigma = rdp_noise_multiplier(cyclic_event(1.0, sample_rate, steps, bands), target_epsilon, delta)
+            sigma = banded_rdp_noise_multiplier(cyclic_event(1.0, sample_rate, steps, bands), target_epsilon, delta)
             errors[bands] = sigma * prefix_sum_rmse(toeplitz_coefficients(bands, steps), steps)
     return min(bands for bands, error in errors.items() if error <= NEGLIGIBLE_GAIN * min(errors.values()))
 
 
-def rdp_noise_multiplier(event: MechanismEvent, target_epsilon: float, delta: float) -> float:
+def banded_rdp_noise_multiplier(event: MechanismEvent, target_epsilon: float, delta: float) -> float:
     """Return the noise multiplier that reaches a target by Renyi differential privacy, to 1 %."""
     low, high = 1e-2, 1e4
     while high / low > 1.01:
@@ -127,7 +127,9 @@ def rdp_noise_multiplier(event: MechanismEvent, target_epsilon: float, delta: fl
     return high
 
 
-def error_ratio(noise_multiplier: float, sample_rate: float, steps: int, bands: int, epsilon: float, delta: float) -> float:
+def banded_error_ratio(
+    noise_multiplier: float, sample_rate: float, steps: int, bands: int, epsilon: float, delta: float
+) -> float:
     """Return the prefix-sum error, relative to that of independent noise at the same epsilon."""
     independent = find_noise_multiplier(sample_rate, steps, epsilon, delta) * prefix_sum_rmse(np.ones(1), steps)
     return noise_multiplier * prefix_sum_rmse(toeplitz_coefficients(bands, steps), steps) / independent

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from author_dp.accounting.accountant import round_up
 from author_dp.accounting.events import check_delta
-from author_dp.accounting.ledger import COUNTS_NAME, PrivacyLedger, is_certified
+from author_dp.accounting.ledger import COUNTS_NAME, PrivacyLedger, ledger_is_certified
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
@@ -114,7 +114,7 @@ class Budget:
         return self._earlier_steps + self.steps - PrivacyLedger(self.ledger.path).steps if self.is_main_process else 0
 
     def record_release(self, release: dict[str, Any]) -> None:
-        """Record a released evaluation loss (public_loss.py) with its epsilon; main process only."""
+        """Record a released evaluation loss (loss_release.py) with its epsilon; main process only."""
         with self.ledger.locked():
             self.ledger.record_release({**release, "split": self.split})
 
@@ -128,7 +128,7 @@ class Budget:
         if self.plan.disable_dp:
             return math.inf
         certificate, earlier = self.plan.certificate, self.ledger.runs_with_steps[: -1 if self.steps else None]
-        if certificate and self.ledger.failure is None and is_certified(certificate, earlier, self.steps + more_steps):
+        if certificate and self.ledger.failure is None and ledger_is_certified(certificate, earlier, self.steps + more_steps):
             return round_up(certificate["epsilon"]) if earlier or self.steps + more_steps else 0.0
         return self.ledger.epsilon(self.plan.delta, self.plan.event(more_steps))
 

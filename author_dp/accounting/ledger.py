@@ -47,7 +47,7 @@ class PrivacyLedger:
     Attributes:
         runs: the headers, in order.
         steps_per_run: the number of steps under each header.
-        releases: all released evaluation losses (public_loss.py), in order.
+        releases: all released evaluation losses (loss_release.py), in order.
         current_release: the last release, if no step followed it; else None.
         failure: how a run's mechanism differed from this ledger; then no result in the directory has a guarantee.
     Raises:
@@ -73,7 +73,7 @@ class PrivacyLedger:
             for record in records:
                 self._apply(record)
             if self._chain.truncated and self.runs:
-                self._replacement = interpret_truncated(self._chain.truncated, self.steps + 1)
+                self._replacement = interpret_truncated_ledger(self._chain.truncated, self.steps + 1)
                 logger.warning_once(f"The last record of {self.path} is truncated. It counts as: {self._replacement['record']}.")
                 self._apply(self._replacement)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -84,7 +84,7 @@ class PrivacyLedger:
 
     def _apply(self, record: dict[str, Any]) -> None:
         """Update the attributes by one record; raise ValueError, KeyError, TypeError or IndexError for an invalid one."""
-        check_record(record)
+        check_ledger_record(record)
         if record["record"] == "run":
             self.steps_per_run.append(0)
             self.runs.append(record)
@@ -138,7 +138,7 @@ class PrivacyLedger:
 
         With balls-in-bins sampling they cost more than the run: see `certificate`.
         """
-        return [event_of_run(header, steps) for header, steps in zip(self.runs, self.steps_per_run)]
+        return [ledger_event_of_run(header, steps) for header, steps in zip(self.runs, self.steps_per_run)]
 
     @property
     def accounted_steps(self) -> int:
@@ -152,10 +152,10 @@ class PrivacyLedger:
 
     @property
     def certificate(self) -> Optional[dict[str, Any]]:
-        """The certificate of the last run with steps, if it is of all steps in the ledger (certificates.py)."""
+        """The certificate of the last run with steps, if it is of all steps in the ledger (slot_certificates.py)."""
         runs = self.runs_with_steps
         certificate = runs[-1][0].get("certificate") if runs else None
-        return certificate if certificate and is_certified(certificate, runs[:-1], runs[-1][1]) else None
+        return certificate if certificate and ledger_is_certified(certificate, runs[:-1], runs[-1][1]) else None
 
     def certificate_at(self, delta: float) -> Optional[dict[str, Any]]:
         """Return `certificate` if it holds at that delta, too: at its own, and at any larger one."""
@@ -239,18 +239,18 @@ class PrivacyLedger:
         self._append({**cost, **release})
 
     def _append(self, record: dict[str, Any]) -> None:
-        check_record(record)  # before it is written: the ledger could not be read again
+        check_ledger_record(record)  # before it is written: the ledger could not be read again
         self._chain.repair_tail(self._replacement)
         self._chain.append(record)
         self._apply(record)
 
 
-def check_record(record: dict[str, Any]) -> None:
+def check_ledger_record(record: dict[str, Any]) -> None:
     """Raise ValueError, KeyError or TypeError for a header without a mechanism, or a release without a valid epsilon."""
     if record["record"] == "run":
-        event_of_run(record, 0)
+        ledger_event_of_run(record, 0)
         if record.get("slots") is not None:
-            is_certified(record["certificate"], [], 0)
+            ledger_is_certified(record["certificate"], [], 0)
             made = record["certificate"]
             if (made["noise_multiplier"], len(made["coefficients"])) != (record["noise_multiplier"], record["noise_bands"]):
                 raise ValueError("the certificate is of other noise")
@@ -258,7 +258,7 @@ def check_record(record: dict[str, Any]) -> None:
         raise ValueError("the epsilon of a release must be above 0 and finite")
 
 
-def interpret_truncated(tail: bytes, next_step: int) -> dict[str, Any]:
+def interpret_truncated_ledger(tail: bytes, next_step: int) -> dict[str, Any]:
     """Return the record that a truncated one counts as: a release or failure if it says so, otherwise a step."""
     if found := TRUNCATED_RELEASE.match(tail):  # long enough that the loss may follow
         return {"record": "release", "epsilon": float(found[1]), "split": json.loads(found[2]), "torn": True}
@@ -267,7 +267,7 @@ def interpret_truncated(tail: bytes, next_step: int) -> dict[str, Any]:
     return {"record": "step", "step": next_step, "torn": True}
 
 
-def event_of_run(header: dict[str, Any], steps: int) -> MechanismEvent:
+def ledger_event_of_run(header: dict[str, Any], steps: int) -> MechanismEvent:
     """Return the mechanism event of `steps` steps of the run with that header.
 
     Raises:
@@ -284,7 +284,7 @@ def event_of_run(header: dict[str, Any], steps: int) -> MechanismEvent:
     return slot_event(noise_multiplier, slots, steps)
 
 
-def is_certified(certificate: dict[str, Any], earlier: Sequence[tuple[dict[str, Any], int]], steps: int) -> bool:
+def ledger_is_certified(certificate: dict[str, Any], earlier: Sequence[tuple[dict[str, Any], int]], steps: int) -> bool:
     """Return whether a certificate is of at most so many steps of its run, after exactly these of earlier ones.
 
     Args:
@@ -293,12 +293,12 @@ def is_certified(certificate: dict[str, Any], earlier: Sequence[tuple[dict[str, 
     return [[header["name"], taken] for header, taken in earlier] == certificate["earlier"] and steps <= certificate["steps"]
 
 
-def find_reports(folder: Path) -> list[Path]:
+def find_ledger_reports(folder: Path) -> list[Path]:
     """Return the privacy.json of a run, if it saved its model, and those of its checkpoints."""
     return sorted([*folder.glob(REPORT_NAME), *folder.glob(f"checkpoint-*/{REPORT_NAME}")])
 
 
-def read_private_count(folder: Path) -> Optional[int]:
+def read_ledger_private_count(folder: Path) -> Optional[int]:
     """Return the number of authors of the last run with --hide_counts in `folder`; None if unknown."""
     try:
         return int(json.loads((folder / COUNTS_NAME).read_text(encoding="utf-8"))["num_authors"])

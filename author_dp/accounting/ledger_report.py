@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, round_up
-from author_dp.accounting.certificates import certify_epsilon, repeat_certificate, segment_of
 from author_dp.accounting.events import delta_promises_nothing
-from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, event_of_run, find_reports
+from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, find_ledger_reports, ledger_event_of_run
+from author_dp.accounting.slot_certificates import certify_epsilon, repeat_certificate, slot_segment_of
 from author_dp.errors import UserError
 from author_dp.validation import check_usage
 from author_dp.wording import format_count
@@ -32,16 +32,16 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     """
     last = ledger.last_run
     delta = delta or last["delta"]
-    spent, after = ledger.epsilon(delta), ledger.epsilon(delta, event_of_run(last, last["steps"]))
+    spent, after = ledger.epsilon(delta), ledger.epsilon(delta, ledger_event_of_run(last, last["steps"]))
     target = last["target_epsilon"]
     lines = [f"{ledger.path}: runs {len(ledger.runs)}, steps {ledger.steps:,}, hash chain intact"]
     for number, (header, steps) in enumerate(zip(ledger.runs, ledger.steps_per_run), 1):
-        lines.append(f"  run {number}: {format_run(header, steps)}")
+        lines.append(f"  run {number}: {format_ledger_run(header, steps)}")
     if ledger.failure is not None:
         lines.append(f"  FAILURE: the mechanism was not as recorded in this ledger: {ledger.failure}")
     lines.append(f"  spent: {format_guarantee(spent, delta)}")
     if ledger.certificate_at(delta):
-        lines.append(format_certificate(ledger))
+        lines.append(format_ledger_certificate(ledger))
     if ledger.steps and delta_promises_nothing(ledger.events, delta):
         lines.append(EMPTY_PROMISE)
     if ledger.releases:
@@ -59,29 +59,29 @@ def format_ledger(ledger: PrivacyLedger, delta: Optional[float] = None) -> str:
     )
 
 
-def format_run(header: dict[str, Any], steps: int) -> str:
+def format_ledger_run(header: dict[str, Any], steps: int) -> str:
     """Describe one run of a ledger: its steps and its mechanism."""
     words = (
         f"{steps:,} of {format_count(header['steps'], 'step')}, noise multiplier {header['noise_multiplier']:.4f}, "
-        f"{format_sampling(header)} of {format_num_authors(header)}, clip norm {header['clip_norm']:g}"
+        f"{format_ledger_sampling(header)} of {format_ledger_num_authors(header)}, clip norm {header['clip_norm']:g}"
     )
     bands = header.get("noise_bands", 1)
     if bands > 1 and header.get("slots"):
         words += f", {bands} noise bands"
     elif bands > 1:
-        event = event_of_run(header, steps)
+        event = ledger_event_of_run(header, steps)
         words += f", {bands} noise bands: accounted as {format_count(event.steps, 'step')} at sample rate {event.sample_rate:.6g}"
     return words
 
 
-def format_sampling(header: dict[str, Any]) -> str:
+def format_ledger_sampling(header: dict[str, Any]) -> str:
     """Return how a run sampled authors."""
     if slots := header.get("slots"):
         return f"balls-in-bins sampling in {slots:,} slots"
     return f"sample rate {header['sample_rate']:.6g}"
 
 
-def format_certificate(ledger: PrivacyLedger) -> str:
+def format_ledger_certificate(ledger: PrivacyLedger) -> str:
     """Repeat the certificate of the ledger's steps by its key, and describe it.
 
     Raises:
@@ -90,7 +90,7 @@ def format_certificate(ledger: PrivacyLedger) -> str:
     certificate, (*earlier, (last, _)) = ledger.certificate, ledger.runs_with_steps
     assert certificate is not None
     try:
-        passed = repeat_certificate(last, [segment_of(header, steps) for header, steps in earlier])
+        passed = repeat_certificate(last, [slot_segment_of(header, steps) for header, steps in earlier])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{ledger.path}: its certificate was changed after it was made. Restore the file") from error
     if not passed:
@@ -103,13 +103,13 @@ def format_certificate(ledger: PrivacyLedger) -> str:
     return words + ("; it holds if no run was stopped because of its results" if earlier else "")
 
 
-def format_num_authors(header: dict[str, Any]) -> str:
+def format_ledger_num_authors(header: dict[str, Any]) -> str:
     """Return the number of authors of a run, if it is public."""
     number = header["num_authors"]
     return "an undisclosed number of authors" if number is None else f"{number:,} authors"
 
 
-def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) -> str:
+def format_joint_ledgers(ledgers: list[PrivacyLedger], delta: Optional[float] = None) -> str:
     """Describe what several output directories have spent on authors that are in all of them.
 
     All their releases are one mechanism, the steps of all ledgers composed; its epsilon is less than the sum. The epsilon of
@@ -120,7 +120,7 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
     Raises:
         UserError: if they do not agree, or a record is in two ledgers and would be counted twice.
     """
-    check_no_shared_records(ledgers)
+    check_no_shared_ledger_records(ledgers)
     deltas = sorted({ledger.last_run["delta"] for ledger in ledgers})
     if delta is None and len(deltas) > 1:
         raise UserError(f"DELTA: the runs have different deltas ({', '.join(map(str, deltas))}). Add one DELTA as last argument")
@@ -130,13 +130,13 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
     joint = epsilon_of(events, delta) if max(epsilons) < math.inf else math.inf
     runs = [run for ledger in ledgers for run in ledger.runs_with_steps]
     if runs and joint < math.inf and all(header.get("slots") for header, _ in runs):
-        joint = round_up(certify_epsilon([segment_of(*run) for run in runs], delta, joint))
+        joint = round_up(certify_epsilon([slot_segment_of(*run) for run in runs], delta, joint))
     lines = []
     for ledger, epsilon in zip(ledgers, epsilons):
-        authors = ", ".join(sorted({format_num_authors(header) for header in ledger.runs}))
+        authors = ", ".join(sorted({format_ledger_num_authors(header) for header in ledger.runs}))
         lines.append(f"{ledger.path}: steps {ledger.steps:,} on {authors}: {format_guarantee(epsilon, delta)}")
         if ledger.certificate_at(delta):
-            lines.append(format_certificate(ledger))
+            lines.append(format_ledger_certificate(ledger))
     lines.append(f"  together: {format_guarantee(joint, delta)}, for an author in all of them")
     if events and delta_promises_nothing(events, delta):
         lines.append(EMPTY_PROMISE)
@@ -146,7 +146,7 @@ def format_joint(ledgers: list[PrivacyLedger], delta: Optional[float] = None) ->
     return "\n".join([*lines, ADAPTIVE_CHOICES])
 
 
-def check_no_shared_records(ledgers: list[PrivacyLedger]) -> None:
+def check_no_shared_ledger_records(ledgers: list[PrivacyLedger]) -> None:
     """Raise UserError if two ledgers hold the same record: they are one file or copies, and would be counted twice."""
     owners: dict[str, Path] = {}
     for ledger in ledgers:
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
         ledger = PrivacyLedger(folder / LEDGER_NAME)
         if not ledger.runs:
             raise UserError(f"OUTPUT_DIR {folder}: holds no {LEDGER_NAME} with a run in it. Give the --output_dir of a run")
-        for path in find_reports(folder):
+        for path in find_ledger_reports(folder):
             ledger.check_report(path)
         ledgers.append(ledger)
-    print(format_ledger(ledgers[0], delta) if len(ledgers) == 1 else format_joint(ledgers, delta))
+    print(format_ledger(ledgers[0], delta) if len(ledgers) == 1 else format_joint_ledgers(ledgers, delta))

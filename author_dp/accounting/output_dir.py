@@ -38,7 +38,7 @@ def check_output_dir(folder: Path) -> None:
             f"{name} cannot be written ({error.strerror}). Make it writable, or choose another --output_dir"
         ) from None
     for path in place.iterdir() if place == folder.absolute() else ():
-        check_target(path, path.name in FOLDERS or path.name.startswith("checkpoint-"), path.name in FILES)
+        check_output_target(path, path.name in FOLDERS or path.name.startswith("checkpoint-"), path.name in FILES)
 
 
 def has_checkpoint_name(folder: Path) -> bool:
@@ -46,7 +46,7 @@ def has_checkpoint_name(folder: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
 
 
-def check_not_model(folder: Path, model_name: str) -> None:
+def check_output_is_not_model(folder: Path, model_name: str) -> None:
     """Raise UserError where a result would lie where its base is looked up; a hub name is looked up as a folder first."""
     try:
         is_model = folder.resolve() == Path(model_name).resolve()
@@ -59,7 +59,7 @@ def check_not_model(folder: Path, model_name: str) -> None:
         )
 
 
-def check_target(path: Path, is_folder: bool, is_file: bool) -> None:
+def check_output_target(path: Path, is_folder: bool, is_file: bool) -> None:
     """Raise UserError where `path` exists and is not what a run writes there: a folder, or a file."""
     if (is_folder and not path.is_dir()) or (is_file and path.is_dir()):
         raise UserError(f"--output_dir: {path} is {'not ' * is_folder}a folder. Move it away, or choose another --output_dir")
@@ -67,7 +67,7 @@ def check_target(path: Path, is_folder: bool, is_file: bool) -> None:
         raise UserError(f"--output_dir: {path} cannot be written. Make it writable, or choose another --output_dir")
 
 
-def remove_trials(folder: Path) -> None:
+def remove_output_trials(folder: Path) -> None:
     """Remove what a killed run has left of its trial."""
     for path in folder.glob(f"{TRIAL_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -19,16 +19,16 @@ import numpy as np
 
 from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.banded_mf import BAND_CHOICES, choose_bands, prefix_sum_rmse, toeplitz_coefficients
-from author_dp.accounting.certificates import (
-    MAX_SLOTS,
-    Claim,
-    choose_slot_bands,
-    first_guess,
-    make_certificate,
-    rough_error,
-    segment_of,
-)
 from author_dp.accounting.events import MechanismEvent, check_delta, cyclic_event, cyclic_sample_rate, slot_event
+from author_dp.accounting.slot_certificates import (
+    MAX_SLOTS,
+    CertificateClaim,
+    choose_slot_bands,
+    guess_slot_noise_multiplier,
+    make_certificate,
+    rough_slot_error,
+    slot_segment_of,
+)
 from author_dp.errors import UserError
 from author_dp.logs import get_logger
 from author_dp.wording import format_count
@@ -127,13 +127,13 @@ def make_plan(
         raise UserError("--author_column: the data have one author only, and no noise can hide one. Give data of many authors")
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     sample_rate = privacy.sample_rate or min(1.0, batch_size / num_authors)
-    slots = None if privacy.disable_dp else resolve_slots(privacy, earlier, sample_rate)
+    slots = None if privacy.disable_dp else resolve_plan_slots(privacy, earlier, sample_rate)
     sample_rate = 1 / slots if slots else sample_rate
     steps = planned_steps(args, sample_rate, slots)
     delta = privacy.target_delta if privacy.target_delta is not None else 1 / num_authors
-    bands = 1 if privacy.disable_dp else resolve_num_bands(privacy, earlier, sample_rate, steps, delta, max_bands, slots)
+    bands = 1 if privacy.disable_dp else resolve_plan_bands(privacy, earlier, sample_rate, steps, delta, max_bands, slots)
     event = None if slots else cyclic_event(0.0, sample_rate, steps, bands)
-    if earlier is None and has_guarantee(privacy):  # a resumed run may be finished: `Budget.start` checks it when it trains
+    if earlier is None and plan_has_guarantee(privacy):  # a resumed run may be finished: `Budget.start` checks it when it trains
         check_delta([slot_event(0.0, slots, steps) if slots else MechanismEvent(0.0, sample_rate, steps)], delta)
     return PrivacyPlan(
         target_epsilon=None if privacy.disable_dp else privacy.target_epsilon,
@@ -170,8 +170,8 @@ def certify_plan(plan: PrivacyPlan, runs: Sequence[tuple[dict[str, Any], int]], 
         last = earlier[-1][0]
         return replace(plan, noise_multiplier=last["noise_multiplier"], certificate=last["certificate"])
     assert plan.slots is not None and plan.target_epsilon is not None
-    segments = tuple(segment_of(header, taken) for header, taken in earlier)
-    claim = Claim(plan.coefficients(), plan.slots, steps, plan.target_epsilon, plan.delta, segments)
+    segments = tuple(slot_segment_of(header, taken) for header, taken in earlier)
+    claim = CertificateClaim(plan.coefficients(), plan.slots, steps, plan.target_epsilon, plan.delta, segments)
     logger.info(
         f"Certify the noise of {format_count(steps, 'step')} in {plan.slots:,} slots: seconds, or minutes for a long epoch."
     )
@@ -196,16 +196,16 @@ def check_planned_delta(privacy: Any, args: Any) -> None:
     """Raise UserError for a delta that promises nothing, where options alone tell, so that no data need be loaded."""
     rate, delta = privacy.sample_rate, privacy.target_delta
     is_poisson = privacy.sampling in (None, "poisson")
-    if has_guarantee(privacy) and is_poisson and not args.resume_from_checkpoint and rate is not None and delta is not None:
+    if plan_has_guarantee(privacy) and is_poisson and not args.resume_from_checkpoint and rate is not None and delta is not None:
         check_delta([MechanismEvent(0.0, rate, planned_steps(args, rate))], delta)
 
 
-def has_guarantee(privacy: Any) -> bool:
+def plan_has_guarantee(privacy: Any) -> bool:
     """Return whether a run claims any epsilon: --disable_dp and --noise_multiplier 0 do not."""
     return not privacy.disable_dp and privacy.noise_multiplier != 0
 
 
-def choose_sampling(privacy: Any, args: Any, num_authors: int, max_bands: int = BAND_CHOICES[-1]) -> str:
+def choose_plan_sampling(privacy: Any, args: Any, num_authors: int, max_bands: int = BAND_CHOICES[-1]) -> str:
     """Return which sampling, poisson or balls-in-bins, has less noise in sums of updates: for --sampling auto.
 
     It takes seconds. The result depends on chance where both are nearly equal, so one process chooses for all.
@@ -221,15 +221,15 @@ def choose_sampling(privacy: Any, args: Any, num_authors: int, max_bands: int = 
         return "poisson"
     in_slots = make_plan(replace(privacy, sampling="balls-in-bins"), args, offsets, None, max_bands)
     assert in_slots.slots is not None
-    claim = Claim(np.ones(1), in_slots.slots, in_slots.steps, privacy.target_epsilon, in_slots.delta)
+    claim = CertificateClaim(np.ones(1), in_slots.slots, in_slots.steps, privacy.target_epsilon, in_slots.delta)
     error = poisson.noise_multiplier * prefix_sum_rmse(poisson.coefficients(), poisson.steps)
     # Errors are relative to the expected sum, which has fewer authors where 1 / q is no whole number.
-    in_slots_error, _ = rough_error(claim, in_slots.noise_bands, first_guess(claim))
+    in_slots_error, _ = rough_slot_error(claim, in_slots.noise_bands, guess_slot_noise_multiplier(claim))
     in_slots_error *= poisson.sample_rate / in_slots.sample_rate
     return "balls-in-bins" if in_slots_error < WORTH_SLOTS * error else "poisson"
 
 
-def check_can_certify(privacy: Any) -> None:
+def check_plan_can_certify(privacy: Any) -> None:
     """Raise UserError where balls-in-bins sampling has no target that its certificate could be of, or is of a search."""
     if privacy.target_epsilon is None:
         raise UserError("--sampling balls-in-bins: its epsilon is certified for a target. Give --target_epsilon, and no noise")
@@ -237,13 +237,13 @@ def check_can_certify(privacy: Any) -> None:
         raise UserError("--sampling balls-in-bins: a search needs Renyi differential privacy. Leave it out")
 
 
-def resolve_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: float) -> Optional[int]:
+def resolve_plan_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: float) -> Optional[int]:
     """Return n, the whole number of steps of an epoch with balls-in-bins sampling; None for Poisson sampling.
 
     1 / q is rounded up, so an author is in a step's batch with probability 1 / n, at most q.
 
     Raises:
-        UserError: for another sampling than that of the run to resume, or as `check_can_certify`.
+        UserError: for another sampling than that of the run to resume, or as `check_plan_can_certify`.
     """
     asked = privacy.sampling
     if earlier is not None:
@@ -253,7 +253,7 @@ def resolve_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_rate: 
         asked = before
     if asked != "balls-in-bins":
         return None
-    check_can_certify(privacy)
+    check_plan_can_certify(privacy)
     slots = math.ceil(1 / sample_rate - 1e-9)
     if slots > MAX_SLOTS:
         raise UserError(
@@ -283,7 +283,7 @@ def resolve_noise_multiplier(
     return find_noise_multiplier(event.sample_rate, event.steps, privacy.target_epsilon, delta)
 
 
-def resolve_num_bands(
+def resolve_plan_bands(
     privacy: Any,
     earlier: Optional[dict[str, Any]],
     sample_rate: float,
@@ -304,7 +304,7 @@ def resolve_num_bands(
             raise UserError(f"--noise_bands {asked}: the resumed run has {before}. Give that number, or leave the option out")
         asked = str(before)
     if asked == "auto" and slots:
-        return choose_slot_bands(Claim(np.ones(1), slots, steps, privacy.target_epsilon, delta), max_bands)
+        return choose_slot_bands(CertificateClaim(np.ones(1), slots, steps, privacy.target_epsilon, delta), max_bands)
     if asked == "auto":
         return choose_bands(sample_rate, steps, privacy.target_epsilon, delta, max_bands)
     bands = int(asked or 1)

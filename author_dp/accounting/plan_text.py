@@ -6,7 +6,7 @@ from typing import Optional
 import numpy as np
 
 from author_dp.accounting.accountant import format_guarantee
-from author_dp.accounting.banded_mf import error_ratio
+from author_dp.accounting.banded_mf import banded_error_ratio
 from author_dp.accounting.events import prob_ever_sampled
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.wording import format_count
@@ -54,8 +54,8 @@ def format_plan(
         *([f"  processes               {devices}"] if devices else []),
         f"  authors (N)             {plan.num_authors:,} with {format_count(plan.num_samples, 'sample')}; samples per author: "
         f"median {np.median(samples):g}, maximum {samples.max():,}, at most {plan.samples_per_author} in one step (k)",
-        f"  sample rate (q)         {plan.sample_rate:.6g}, {format_batch(plan)}",
-        *([f"  sampling                {format_slots(plan)}"] if plan.slots else []),
+        f"  sample rate (q)         {plan.sample_rate:.6g}, {format_plan_batch(plan)}",
+        *([f"  sampling                {format_plan_slots(plan)}"] if plan.slots else []),
         f"  steps                   {plan.steps:,}"
         + (f", {earlier_steps:,} taken by earlier runs, {remaining_steps:,} left" if earlier_steps else ""),
         f"  trained parameters      {num_trained:,} of {num_parameters:,}",
@@ -67,33 +67,33 @@ def format_plan(
         f"  noise multiplier        {plan.noise_multiplier:.4f}",
     ]
     if plan.noise_bands > 1:
-        lines.append(f"  noise bands (b)         {format_bands(plan)}")
+        lines.append(f"  noise bands (b)         {format_plan_bands(plan)}")
     if earlier_steps and (plan.slots or plan.noise_bands > 1):
         lines.append(f"                          {NEW_SLOTS_NOTE if plan.slots else RESUME_NOTE}")
     lines.append(f"  guarantee at the end    {format_guarantee(epsilon, plan.delta)}")
-    if plan.num_authors < FEW_AUTHORS and delta_warning(plan) is None:
-        lines.append(f"  delta                   {format_delta(plan.delta)}")
+    if plan.num_authors < FEW_AUTHORS and plan_delta_warning(plan) is None:
+        lines.append(f"  delta                   {format_plan_delta(plan.delta)}")
     lines.append("  Not covered by the guarantee: losses, metrics and gradient statistics in logs, computed on private data.")
     if plan.hide_counts:
         lines.append("  --hide_counts: this log discloses the numbers of authors and samples, so keep it private.")
     return "\n".join(lines)
 
 
-def format_bands(plan: PrivacyPlan) -> str:
+def format_plan_bands(plan: PrivacyPlan) -> str:
     """Describe the noise bands: what is accounted, and how much less noise the weights get."""
     words = f"{plan.noise_bands}: noise correlated over steps"
     if not plan.slots:
         event = plan.event(plan.steps)
         words += f", accounted as {format_count(event.steps, 'step')} at sample rate {event.sample_rate:.6g}"
     if plan.target_epsilon is not None:
-        ratio = error_ratio(
+        ratio = banded_error_ratio(
             plan.noise_multiplier, plan.sample_rate, plan.steps, plan.noise_bands, plan.target_epsilon, plan.delta
         )
         words += f"; noise in sums of updates {ratio:.2f} times that of independent noise at the same epsilon"
     return words
 
 
-def format_slots(plan: PrivacyPlan) -> str:
+def format_plan_slots(plan: PrivacyPlan) -> str:
     """Describe balls-in-bins sampling, and where its epsilon comes from."""
     words = f"balls-in-bins: each author in one secret step of every {plan.slots:,}"
     if plan.certificate is None:
@@ -102,7 +102,7 @@ def format_slots(plan: PrivacyPlan) -> str:
     return f"{words}; epsilon certified by {plan.certificate['draws']:,} draws, in {attempts}"
 
 
-def format_batch(plan: PrivacyPlan) -> str:
+def format_plan_batch(plan: PrivacyPlan) -> str:
     """Describe the expected batch, and the divisor of the sum if that is another number."""
     expected, divisor = plan.sample_rate * plan.num_authors, plan.expected_batch_size
     if abs(min(divisor, plan.num_authors) - expected) < 1e-6 * expected:
@@ -110,7 +110,7 @@ def format_batch(plan: PrivacyPlan) -> str:
     return f"expected batch {expected:,.1f} authors, their sum divided by the constant {divisor:,} (B)"
 
 
-def format_delta(delta: float) -> str:
+def format_plan_delta(delta: float) -> str:
     """Explain delta by a mechanism that it would allow."""
     return f"{delta:.2g}: it would allow publishing all texts of one author in {1 / delta:,.0f}, and nothing of the others"
 
@@ -125,15 +125,15 @@ def plan_warnings(plan: PrivacyPlan) -> list[str]:
             f"--target_epsilon: epsilon {plan.target_epsilon:g} promises little: one author may make an outcome e^epsilon times "
             "as likely. Lower it, to 8 or less."
         )
-    return warnings if (of_delta := delta_warning(plan)) is None else [*warnings, of_delta]
+    return warnings if (of_delta := plan_delta_warning(plan)) is None else [*warnings, of_delta]
 
 
-def delta_warning(plan: PrivacyPlan) -> Optional[str]:
+def plan_delta_warning(plan: PrivacyPlan) -> Optional[str]:
     """Return a warning of a delta that protects little."""
     sampled = prob_ever_sampled([plan.event(plan.steps)])
     expected = plan.delta * plan.num_authors
     if plan.delta > LARGE_DELTA:
-        words = format_delta(plan.delta)
+        words = format_plan_delta(plan.delta)
     elif expected > 1 + 1e-9:
         words = f"{plan.delta:.2g}, more than 1 / N: it would allow publishing all texts of about {expected:.2g} authors"
     elif plan.delta > LARGE_DELTA_SHARE * sampled:
@@ -143,11 +143,11 @@ def delta_warning(plan: PrivacyPlan) -> Optional[str]:
     return f"--target_delta: delta is {words}. Lower it, to about 1e-5 or less; the noise is calibrated accordingly."
 
 
-def utility_hint(plan: PrivacyPlan) -> Optional[str]:
+def plan_utility_hint(plan: PrivacyPlan) -> Optional[str]:
     """Return a hint if the plan alone shows that the model will be poor."""
     expected = plan.sample_rate * plan.num_authors
     if expected < SMALL_BATCH and plan.sample_rate < 1:
-        return f"An expected batch of {expected:.3g} authors is small, so noise dominates: {batch_remedy(plan)}."
+        return f"An expected batch of {expected:.3g} authors is small, so noise dominates: {plan_batch_remedy(plan)}."
     if plan.steps < FEW_STEPS:
         epochs = math.ceil(ENOUGH_STEPS * plan.sample_rate)
         return (
@@ -157,7 +157,7 @@ def utility_hint(plan: PrivacyPlan) -> Optional[str]:
     return None
 
 
-def batch_remedy(plan: PrivacyPlan) -> str:
+def plan_batch_remedy(plan: PrivacyPlan) -> str:
     """Return how to get a larger batch, up to GOOD_BATCH authors and LARGE_RATE of them all."""
     batch = math.floor(min(GOOD_BATCH, LARGE_RATE * plan.num_authors))
     if batch <= 1.5 * plan.sample_rate * plan.num_authors:

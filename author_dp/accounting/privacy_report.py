@@ -22,21 +22,21 @@ PLAN_KEYS = (
 MECHANISM_KEYS = ("noise_multiplier", "sample_rate", "noise_bands", "clip_norm", "samples_per_author")
 
 
-def make_report(plan: PrivacyPlan, ledger: PrivacyLedger, steps: int = 0) -> dict[str, Any]:
+def make_privacy_report(plan: PrivacyPlan, ledger: PrivacyLedger, steps: int = 0) -> dict[str, Any]:
     """Return privacy.json of a run.
 
     Args:
         steps: of the training, reported if there is no privacy and hence no ledger.
     """
     if plan.disable_dp:
-        return plan_entries(plan, steps)
-    report = plan_entries(plan, ledger.steps) | spent_entries(ledger, plan.delta)
+        return privacy_report_of_plan(plan, steps)
+    report = privacy_report_of_plan(plan, ledger.steps) | privacy_report_of_spending(ledger, plan.delta)
     if ledger.releases:
         report["evaluation_release"] = ledger.last_release
     return {**report, "ledger_link": ledger.record_hashes[-1]}
 
 
-def recompute_report(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
+def recompute_privacy_report(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the report at `path`, updated by all steps in its ledger.
 
     If the run has not finished and there is no file, the report is of the ledger's last run and certifies no weights.
@@ -44,20 +44,23 @@ def recompute_report(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
     Raises:
         UserError: for a report that knows of records that the ledger lacks.
     """
-    report = ledger.check_report(path) if path.exists() else make_interrupted_report(ledger)
+    report = ledger.check_report(path) if path.exists() else make_interrupted_privacy_report(ledger)
     if report["disable_dp"] or not (ledger.steps or ledger.failure):
         return report
-    return report | spent_entries(ledger, report["delta"])
+    return report | privacy_report_of_spending(ledger, report["delta"])
 
 
-def make_interrupted_report(ledger: PrivacyLedger) -> dict[str, Any]:
+def make_interrupted_privacy_report(ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the report of an interrupted run, without what it has spent."""
     plan = plan_of(ledger.last_run)
-    return {**plan_entries(plan, ledger.steps), "interrupted": True, "ledger_link": ledger.record_hashes[-1]}
+    return {**privacy_report_of_plan(plan, ledger.steps), "interrupted": True, "ledger_link": ledger.record_hashes[-1]}
 
 
-def plan_entries(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
-    """Return the entries of privacy.json that follow from the plan; epsilon is null until `spent_entries` replaces it."""
+def privacy_report_of_plan(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
+    """Return the entries of privacy.json that follow from the plan.
+
+    Epsilon is null until `privacy_report_of_spending` replaces it.
+    """
     public = plan.to_public_dict()
     if plan.disable_dp:
         public |= dict.fromkeys(("delta", "noise_multiplier", "clip_norm", "clipping"))
@@ -75,7 +78,7 @@ def plan_entries(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
     }
 
 
-def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
+def privacy_report_of_spending(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
     """Return the entries of privacy.json that follow from the steps, releases and failures in the ledger.
 
     Args:
@@ -96,7 +99,7 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
         "steps": ledger.steps,
         "accounted_steps": None if has_slots else ledger.accounted_steps,
         **({"certificate": certificate} if certificate else {}),
-        **mechanism_entry(ledger),
+        **privacy_report_of_mechanism(ledger),
         **({} if ledger.failure is None else {"alarm": ledger.failure}),
         # Of any run: one that restarts without the option has the settings, and maybe steps, of one that a search ran.
         **({"tuning": {"ended": False}} if any(header.get("part_of_search") for header in ledger.runs) else {}),
@@ -107,7 +110,7 @@ def spent_entries(ledger: PrivacyLedger, delta: float) -> dict[str, Any]:
     return entries
 
 
-def mechanism_entry(ledger: PrivacyLedger) -> dict[str, Any]:
+def privacy_report_of_mechanism(ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the entry `mechanisms`, each with its steps, where the ledger's steps had several: other entries are of one only."""
     steps: dict[tuple, int] = {}
     for header, number in ledger.runs_with_steps:

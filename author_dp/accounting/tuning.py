@@ -112,7 +112,7 @@ class RunCount:
 
 
 @dataclass(frozen=True)
-class Release:
+class TuningRelease:
     """The evaluation loss that each run releases, its score.
 
     Attributes:
@@ -153,7 +153,7 @@ def rdp_of_run_step(noise_multiplier: float, sample_rate: float) -> np.ndarray:
     return result
 
 
-def run_rdp(events: Sequence[MechanismEvent], release: Release) -> np.ndarray:
+def run_rdp(events: Sequence[MechanismEvent], release: TuningRelease) -> np.ndarray:
     """Return the Renyi divergences of one run and its score, (orders,): a bound for every author."""
     with np.errstate(over="ignore"):
         training = np.sum([event.steps * rdp_of_run_step(*event[:2]) for event in events if event.steps], axis=0)
@@ -168,7 +168,7 @@ def search_rdp(rdp: np.ndarray, count: RunCount) -> np.ndarray:
     """
     mean = count.expected * (1 + 1e-12)  # gamma is exact to less
     if count.eta == math.inf:
-        hockey_stick = np.array([delta_of_rdp(rdp, math.log1p(1 / (order - 1))) for order in SEARCH_ORDERS])
+        hockey_stick = np.array([tuning_delta_of_rdp(rdp, math.log1p(1 / (order - 1))) for order in SEARCH_ORDERS])
         result = rdp + mean * hockey_stick + np.maximum(0, math.log(mean)) / (SEARCH_ORDERS - 1)
     else:
         times = (1 + count.eta) * np.min((1 - 1 / SEARCH_ORDERS) * rdp - math.log(count.gamma) / SEARCH_ORDERS)
@@ -176,7 +176,7 @@ def search_rdp(rdp: np.ndarray, count: RunCount) -> np.ndarray:
     return result * (1 + 64 * ULP)
 
 
-def delta_of_rdp(rdp: np.ndarray, epsilon: float) -> float:
+def tuning_delta_of_rdp(rdp: np.ndarray, epsilon: float) -> float:
     """Return delta at an epsilon from Renyi divergences at SEARCH_ORDERS ([2], Proposition 12)."""
     log_deltas = (SEARCH_ORDERS - 1) * (rdp - epsilon + np.log1p(-1 / SEARCH_ORDERS)) - np.log(SEARCH_ORDERS)
     return float(np.exp(np.minimum(0, np.min(log_deltas))) * (1 + 1e-12))
@@ -214,7 +214,7 @@ class SearchNoise(NamedTuple):
 
 
 def calibrate_search(
-    counts: Sequence[RunCount], sample_rate: float, steps: int, target_epsilon: float, delta: float, release: Release
+    counts: Sequence[RunCount], sample_rate: float, steps: int, target_epsilon: float, delta: float, release: TuningRelease
 ) -> SearchNoise:
     """Return the least noise with which a search ends at `target_epsilon`, and the best of `counts` for it.
 
@@ -225,7 +225,7 @@ def calibrate_search(
         UserError: if no noise reaches the target.
     """
     count, sigma = min(
-        ((count, least_noise(count, sample_rate, steps, target_epsilon, delta, release)) for count in counts),
+        ((count, least_tuning_noise(count, sample_rate, steps, target_epsilon, delta, release)) for count in counts),
         key=lambda found: found[1],
     )
     if sigma == math.inf:
@@ -244,7 +244,9 @@ def calibrate_search(
         run_epsilon = float(f"{run_epsilon * (1 - 2e-4):.6g}")
 
 
-def least_noise(count: RunCount, sample_rate: float, steps: int, epsilon: float, delta: float, release: Release) -> float:
+def least_tuning_noise(
+    count: RunCount, sample_rate: float, steps: int, epsilon: float, delta: float, release: TuningRelease
+) -> float:
     """Return the smallest noise multiplier of a search, to 0.01 %; inf if there is none."""
 
     def is_enough(sigma: float) -> bool:

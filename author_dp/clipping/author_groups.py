@@ -52,7 +52,7 @@ class AuthorIndex:
         return tensor.new_zeros(self.num_authors, *tensor.shape[1:]).index_add_(0, self.author, tensor)
 
 
-class ClipFactors:
+class AuthorClipFactors:
     """The clipping factor of each author of a microbatch.
 
     Args:

@@ -85,7 +85,9 @@ class LayerCapture:
         self._anchor = torch.zeros((), requires_grad=True, device=device)
         self._is_active = self._is_muted = False
         self._hooks: list[Any] = [layer.register_forward_hook(self._attach, with_kwargs=True) for layer in rules]
-        self._hooks += [layer.register_forward_pre_hook(cast_input) for layer in rules if isinstance(layer, nn.Linear | Conv1D)]
+        self._hooks += [
+            layer.register_forward_pre_hook(cast_captured_input) for layer in rules if isinstance(layer, nn.Linear | Conv1D)
+        ]
         self._hooks.append(model.register_forward_pre_hook(self._remember_inputs, with_kwargs=True))
 
     def backward(self, losses: torch.Tensor, parameters: list[Any], retain_graph: bool) -> None:
@@ -127,7 +129,7 @@ class LayerCapture:
 
     def _attach_embedding(self, layer: nn.Module, output: torch.Tensor) -> torch.Tensor:
         """As `_attach`, with the ids that were looked up: OPT computes its positions inside the layer."""
-        lookup = find_lookup(output)
+        lookup = find_captured_lookup(output)
         padding_idx: Any = 2**64 - 1 if layer.padding_idx is None else layer.padding_idx
         if lookup is None or lookup._saved_padding_idx != padding_idx:
             self._fallback.add(layer, self._rules[layer].params.values())
@@ -150,7 +152,7 @@ class LayerCapture:
             self._is_muted = False
 
 
-def cast_input(layer: nn.Module, args: tuple) -> Optional[tuple]:
+def cast_captured_input(layer: nn.Module, args: tuple) -> Optional[tuple]:
     """Forward pre-hook: cast an input as autocast would in the layer, so that the layer's backward and the capture share it."""
     if len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].dtype != torch.float32:
         return None
@@ -158,7 +160,7 @@ def cast_input(layer: nn.Module, args: tuple) -> Optional[tuple]:
     return (args[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else None
 
 
-def find_lookup(output: torch.Tensor) -> Any:
+def find_captured_lookup(output: torch.Tensor) -> Any:
     """Return the graph node in which an embedding's output was looked up; None where there is not exactly one."""
     node = output.grad_fn
     while node is not None and node.name() != "EmbeddingBackward0":

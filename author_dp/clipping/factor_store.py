@@ -8,8 +8,14 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
-from author_dp.clipping.grad_factors import GradFactors, MaterializedGrad, add_clipped, merge_factors, total_squared_norms
+from author_dp.clipping.author_groups import AuthorClipFactors, AuthorIndex
+from author_dp.clipping.grad_factors import (
+    GradFactors,
+    MaterializedGrad,
+    add_clipped_factors,
+    merge_factors,
+    squared_norms_of_factors,
+)
 from author_dp.clipping.norms import SquaredNorm, squared_norms, stack_squares
 
 JOIN_ELEMENTS = 2**14  # of an author's gradient of one parameter that is joined with others
@@ -75,16 +81,16 @@ class FactorStore:
         self._joined = JoinedGrads({p: self.factors.pop(p)[0] for p in small}) if small else None  # type: ignore[misc]
         unknown = [grads for p, grads in self.factors.items() if p not in self.squares]
         joined = [] if self._joined is None else [self._joined.squared()]
-        return [*self.squares.values(), *joined, *(total_squared_norms(grads, self._authors) for grads in unknown)]
+        return [*self.squares.values(), *joined, *(squared_norms_of_factors(grads, self._authors) for grads in unknown)]
 
-    def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
+    def sum_pass(self, run_backward: Callable[[bool], None], clip: AuthorClipFactors) -> None:
         """Add the clipped sums to each `summed_grad`."""
         if self._joined is not None:
             self._joined.add_clipped(clip)
             self._joined = None
         for parameter in list(self.factors):  # free each tensor once it is used
             for grad in self.factors.pop(parameter):
-                add_clipped(grad, parameter.summed_grad, clip)
+                add_clipped_factors(grad, parameter.summed_grad, clip)
 
 
 class JoinedGrads:
@@ -102,7 +108,7 @@ class JoinedGrads:
     def squared(self) -> SquaredNorm:
         return SquaredNorm(squared_norms(self.gradients))
 
-    def add_clipped(self, clip: ClipFactors) -> None:
+    def add_clipped(self, clip: AuthorClipFactors) -> None:
         """Add the clipped sums to each `summed_grad`."""
         gradients = self.gradients
         if clip.non_finite is not None:  # the factor is zero, but zero times nan would be nan

@@ -24,7 +24,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
+from author_dp.clipping.author_groups import AuthorClipFactors, AuthorIndex
 from author_dp.clipping.capture import LayerCall, LayerCapture
 from author_dp.clipping.factor_store import FactorStore, total_norms
 from author_dp.clipping.fallback import PerAuthorFallback
@@ -93,7 +93,7 @@ class GhostClipping:
         norms = total_norms(self.store.squared_norms([p for p in self.parameters if p not in fallback]), losses)
         if fallback:
             norms = self._fallback.add_clipped(fallback, losses, norms, self.clip_norm)
-        self.store.sum_pass(run_backward, ClipFactors(self.clip_norm, norms, authors))
+        self.store.sum_pass(run_backward, AuthorClipFactors(self.clip_norm, norms, authors))
         return norms
 
     def _backward(self, losses: torch.Tensor, ordinary: list[Any], retain_graph: bool) -> None:

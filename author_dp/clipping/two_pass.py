@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
+from author_dp.clipping.author_groups import AuthorClipFactors, AuthorIndex
 from author_dp.clipping.factor_store import FactorStore
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.clipping.grad_factors import (
@@ -45,9 +45,9 @@ from author_dp.clipping.grad_factors import (
     GradFactors,
     MaterializedGrad,
     OuterProduct,
-    add_clipped,
-    looked_up_rows,
-    tied_squared_norm,
+    add_clipped_factors,
+    factor_lookup_rows,
+    squared_norm_of_tied_factors,
 )
 from author_dp.clipping.norms import MATERIALIZE_ELEMENTS, SquaredNorm
 from author_dp.errors import UserError
@@ -75,7 +75,7 @@ class TwoPassStore(FactorStore):
         self._head_rows: dict[Any, tuple[torch.Tensor, torch.Tensor, SquaredNorm]] = {}  # ids, rows, square of the whole head
         self._kept = 0  # bytes
         self._replay = ReplayCheck()
-        self._clip: ClipFactors | None = None  # in the second pass
+        self._clip: AuthorClipFactors | None = None  # in the second pass
         self._to_sum: set[Any] = set()  # parameters of the second pass
 
     def norm_pass(self, run_backward: Callable[[bool], None], authors: AuthorIndex, retain_graph: bool) -> None:
@@ -88,7 +88,7 @@ class TwoPassStore(FactorStore):
             super().norm_pass(run_backward, authors, retain_graph=True)
         self._head_rows.clear()
 
-    def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
+    def sum_pass(self, run_backward: Callable[[bool], None], clip: AuthorClipFactors) -> None:
         """Run the second pass if a parameter needs it, and free the graph; then add what was kept.
 
         Raises:
@@ -124,7 +124,7 @@ class TwoPassStore(FactorStore):
         """First pass: add to the squared norms, and keep what is small. Second pass: add the clipped sum."""
         if self._clip is not None:
             if parameter in self._to_sum:
-                add_clipped(grad, parameter.summed_grad, self._clip)
+                add_clipped_factors(grad, parameter.summed_grad, self._clip)
         elif parameter in self.kept_params or parameter in self.factors:
             super().add(parameter, grad, input_ids)
         elif parameter in self.squares:
@@ -135,7 +135,7 @@ class TwoPassStore(FactorStore):
             squared = grad.squared(self._authors)
             if isinstance(grad, OuterProduct) and parameter in self._tied and input_ids.shape == grad.left.shape[:2]:
                 ids = input_ids.clamp(0, grad.left.shape[-1] - 1)
-                self._head_rows[parameter] = input_ids, looked_up_rows(ids, grad, self._authors), squared
+                self._head_rows[parameter] = input_ids, factor_lookup_rows(ids, grad, self._authors), squared
             self.squares[parameter] = squared
 
     def _can_keep(self, grad: GradFactors) -> bool:
@@ -151,7 +151,7 @@ class TwoPassStore(FactorStore):
         if head is None or not isinstance(grad, EmbeddingGrad) or not same_ids(head[0], grad.ids):
             self.kept_params.add(parameter)
             return
-        self.squares[parameter] = tied_squared_norm(grad, *head[1:], self._authors)
+        self.squares[parameter] = squared_norm_of_tied_factors(grad, *head[1:], self._authors)
 
 
 def same_ids(one: torch.Tensor, other: torch.Tensor) -> bool:

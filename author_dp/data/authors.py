@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from author_dp.data.columns import get_column
 from author_dp.errors import UserError
 
 PLACEHOLDER_AUTHORS = [
@@ -40,11 +41,6 @@ def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
     return values.dictionary_encode()
 
 
-def get_column(samples: Dataset, name: str) -> pa.ChunkedArray:
-    """Return a column as Arrow data, without converting it to Python objects or reading other columns."""
-    return samples.select_columns([name]).with_format("arrow")[:][name]
-
-
 def hash_authors(authors: list, prefix: str) -> np.ndarray:
     """Return 64 bits for each author, uint64 (authors,), from the author's value and `prefix` only."""
     digests = [hashlib.blake2b(f"{prefix}{author}".encode(), digest_size=8).digest() for author in authors]
@@ -54,17 +50,6 @@ def hash_authors(authors: list, prefix: str) -> np.ndarray:
 def hash_to_unit(authors: list, prefix: str) -> np.ndarray:
     """Return `hash_authors` as numbers in [0, 1), float64 (authors,)."""
     return hash_authors(authors, prefix) / 2.0**64
-
-
-def holdout_scores(authors: list, seed: int) -> np.ndarray:
-    """Return a number in [0, 1) for each author, (authors,): authors below --eval_fraction are held out."""
-    return hash_to_unit(authors, f"{seed}:")
-
-
-def split_id(seed: int, eval_fraction: float, author_column: str) -> str:
-    """Return an ID of the rule that holds authors out. Under one ID, held-out authors are never trained on."""
-    rule = f"{seed}:{eval_fraction}:{author_column}"  # another column has other values for the same people
-    return hashlib.sha256(rule.encode()).hexdigest()[:16]
 
 
 def suspicious_author_warnings(

@@ -20,20 +20,18 @@ References:
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from author_dp.data.chat_template import ChatTemplate
-from author_dp.errors import UserError
 from author_dp.types import IGNORE_INDEX
 
 TARGETS = ("assistant", "all")
 
 
-class Example(NamedTuple):
+class ChatExample(NamedTuple):
     """A text, and the spans of its characters to learn. `columns.EXAMPLE_TYPE` is its type in Arrow."""
 
     text: str
@@ -53,7 +51,7 @@ class ChatFormatter(ChatTemplate):
         super().__init__(tokenizer)
         self.targets = targets
 
-    def format_messages(self, value: Any) -> Optional[Example]:
+    def format_messages(self, value: Any) -> Optional[ChatExample]:
         """Return a conversation as an example, None where it is missing.
 
         Raises:
@@ -66,7 +64,7 @@ class ChatFormatter(ChatTemplate):
         if not any(m["content"].strip() for m in messages if self.targets == "all" or m["role"] == "assistant"):
             return None  # a missing text, whatever the template adds
         if self.targets == "all":
-            return Example(text, [(0, len(text))], True)
+            return ChatExample(text, [(0, len(text))], True)
         if self.has_marks:
             return self.render_with_generation_mask(messages)
         spans = []
@@ -77,9 +75,9 @@ class ChatFormatter(ChatTemplate):
                 )
                 end = self.prefix_length(text, messages[: number + 1], is_prompt=False)
                 spans.append((start, end + self.borrowed_length(text[end:])))
-        return Example(text, spans, True)
+        return ChatExample(text, spans, True)
 
-    def format_completion(self, prompt: Any, completion: Any) -> Optional[Example]:
+    def format_completion(self, prompt: Any, completion: Any) -> Optional[ChatExample]:
         """Return a prompt and its completion as an example.
 
         Both are texts, or both are lists of messages. A missing completion gives None, no example, and so do messages without
@@ -93,7 +91,7 @@ class ChatFormatter(ChatTemplate):
         prompt = type(completion)() if prompt is None and isinstance(completion, (str, list)) else prompt
         if type(prompt) is str and type(completion) is str:
             text = prompt + completion
-            return Example(text, [(0 if self.targets == "all" else len(prompt), len(text))], False)
+            return ChatExample(text, [(0 if self.targets == "all" else len(prompt), len(text))], False)
         if type(prompt) is not list or type(completion) is not list:
             raise ValueError("must hold a prompt and a completion that are both texts, or both lists of messages")
         before, after = (to_messages(value) if value else [] for value in (prompt, completion))
@@ -103,7 +101,7 @@ class ChatFormatter(ChatTemplate):
         if self.targets != "all":
             is_answer = after[0]["role"] == "assistant"
             start = self.prefix_length(text, before, is_prompt=is_answer) if before else self.first_content(text, after)
-        return Example(text, [(start, len(text))], True)
+        return ChatExample(text, [(start, len(text))], True)
 
     def prefix_length(self, text: str, messages: list[dict[str, str]], is_prompt: bool) -> int:
         """Return the length of the prefix of `text` that these messages render to.
@@ -113,14 +111,14 @@ class ChatFormatter(ChatTemplate):
         Raises:
             ValueError: where they render to no prefix.
         """
-        return common_length(self.render(messages, is_prompt), text, len(messages))
+        return common_chat_length(self.render(messages, is_prompt), text, len(messages))
 
     def first_content(self, text: str, messages: list[dict[str, str]]) -> int:
         """Return the position in `text` of the first message's words, after a system prompt that the template adds.
 
         Many templates cannot render the empty conversation before it.
         """
-        return common_length(self.opening(messages), text, 0)
+        return common_chat_length(self.opening(messages), text, 0)
 
     def render_all(self, messages: list[dict[str, str]]) -> str:
         """Return the text of a conversation to learn, with the end of the assistant's last turn.
@@ -139,7 +137,7 @@ class ChatFormatter(ChatTemplate):
         found = self.find_token(text)
         return found.end if found and not text[: found.start].strip() else 0
 
-    def render_with_generation_mask(self, messages: list[dict[str, str]]) -> Example:
+    def render_with_generation_mask(self, messages: list[dict[str, str]]) -> ChatExample:
         """Return a conversation with the template's {% generation %} spans as targets."""
         text, spans = self._apply_template(messages, return_assistant_tokens_mask=True)
         # Inside macros and filters, transformers counts positions from another start. Text outside the spans then depends on the
@@ -151,10 +149,10 @@ class ChatFormatter(ChatTemplate):
                 "cannot be divided into turns: {% generation %} is where its position in the text is unknown, or not around all "
                 "of the assistant's words. Move it out of macros, filters and set blocks, or give --targets all"
             )
-        return Example(text, [(start, end) for start, end in spans if start < end], True)
+        return ChatExample(text, [(start, end) for start, end in spans if start < end], True)
 
 
-def common_length(prefix: str, text: str, num_messages: int) -> int:
+def common_chat_length(prefix: str, text: str, num_messages: int) -> int:
     """Return the length of `prefix`; raise ValueError unless `text` begins with it.
 
     Args:
@@ -168,7 +166,7 @@ def common_length(prefix: str, text: str, num_messages: int) -> int:
     return len(prefix)
 
 
-def missing_end_warning(formatter: ChatFormatter, is_templated: bool) -> Optional[str]:
+def missing_chat_end_warning(formatter: ChatFormatter, is_templated: bool) -> Optional[str]:
     """Return a warning where nothing ends what is learned, so that a generator will not learn to stop; None otherwise.
 
     Args:
@@ -230,8 +228,8 @@ def resolve_bos_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool = Fa
     return (tokenizer.eos_token_id if bos is None else bos) if prepend_bos else None
 
 
-def tokenize_examples(
-    examples: Sequence[Optional[Example]], tokenizer: PreTrainedTokenizerBase, start: list[int], end: list[int]
+def tokenize_chat_examples(
+    examples: Sequence[Optional[ChatExample]], tokenizer: PreTrainedTokenizerBase, start: list[int], end: list[int]
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return token IDs and labels of examples.
 
@@ -269,7 +267,7 @@ def untrimmed_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Inside, a token's offsets include its white space, which some post-processors leave out of them.
 
     A token of white space alone would have no character otherwise. Nothing else of a post-processor is needed: it adds special
-    tokens, which `tokenize_examples` does itself.
+    tokens, which `tokenize_chat_examples` does itself.
     """
     backend = tokenizer.backend_tokenizer
     processor, backend.post_processor = backend.post_processor, ByteLevel(trim_offsets=False)
@@ -277,13 +275,3 @@ def untrimmed_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         yield
     finally:
         backend.post_processor = processor
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:
-    """Give the tokenizer the chat template in a file, if one is named."""
-    if path is None:
-        return
-    try:
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--chat_template {path}: it cannot be read ({error}). Name a file with a Jinja template") from error

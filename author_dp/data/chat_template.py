@@ -13,17 +13,20 @@ References:
 import functools
 import json
 import re
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from author_dp.errors import UserError
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # in a template, before the assistant's words
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 WORD = "zq0qz"  # in place of a message's words, to find where a template writes them
 
 
-class FoundToken(NamedTuple):
+class TemplateToken(NamedTuple):
     """A token, and where its name is in a text."""
 
     id: int
@@ -79,9 +82,11 @@ class ChatTemplate:
         """Raise ValueError where a message's words are not in the text that the template makes of all messages."""
         missing = self.left_out(tuple(message["role"] for message in messages))
         if missing is None:
-            normalized = normalize(text)
+            normalized = normalize_template(text)
             forms = [(m["content"], json.dumps(m["content"], ensure_ascii=False)[1:-1]) for m in messages]
-            missing = next((i for i, pair in enumerate(forms) if not any(normalize(form) in normalized for form in pair)), None)
+            missing = next(
+                (i for i, pair in enumerate(forms) if not any(normalize_template(form) in normalized for form in pair)), None
+            )
         if missing is not None:
             raise ValueError(
                 f"loses words: the chat template leaves out those of message {missing + 1} ({messages[missing]['role']}). Remove "
@@ -112,13 +117,13 @@ class ChatTemplate:
             return TurnEnd(None, "")
         return TurnEnd(found.id, following[: found.end])
 
-    def find_token(self, text: str) -> Optional[FoundToken]:
+    def find_token(self, text: str) -> Optional[TemplateToken]:
         """Return the first token in `text` that a template can write by its name, such as <|im_end|>."""
         assert self.tokenizer is not None
         names = {token.content: id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
         places = [(text.find(name), -len(name), name) for name in names if name in text]
         start, _, name = min(places, default=(0, 0, ""))
-        return FoundToken(names[name], start, start + len(name)) if name else None
+        return TemplateToken(names[name], start, start + len(name)) if name else None
 
     def _apply_template(self, messages: list[dict[str, str]], **options) -> tuple[str, list[tuple[int, int]]]:
         """Return the rendered text, and the spans of its generation marks if asked for."""
@@ -135,6 +140,16 @@ class ChatTemplate:
         return texts[0], marks[0] if marks else []
 
 
-def normalize(text: str) -> str:
+def normalize_template(text: str) -> str:
     """Return a text without the differences that templates make: of case, and of white space."""
     return " ".join(text.casefold().split())
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: Optional[str]) -> None:
+    """Give the tokenizer the chat template in a file, if one is named."""
+    if path is None:
+        return
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat_template {path}: it cannot be read ({error}). Name a file with a Jinja template") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import pyarrow as pa
+from datasets import Dataset
 
 from author_dp.errors import UserError, first_line
 
@@ -56,7 +57,7 @@ class ColumnSpec(NamedTuple):
         return f"{self.text_option} {self.text!r} of {self.option} {name}"
 
 
-class Row(NamedTuple):
+class ColumnRow(NamedTuple):
     """One sample as written in a file."""
 
     author: Optional[str]
@@ -82,7 +83,7 @@ def split_suffix(name: str) -> tuple[str, Optional[str]]:
     return (Path(path.stem) if compression else path).suffix.lower(), compression
 
 
-def format_text(name: str, place: str, values: list[Any], columns: ColumnSpec) -> Optional[dict[str, Any]]:
+def format_text_columns(name: str, place: str, values: list[Any], columns: ColumnSpec) -> Optional[dict[str, Any]]:
     """Return the fields of the example that `columns.as_text` makes of a row's values; None where it is missing.
 
     Raises:
@@ -130,7 +131,7 @@ def check_unique(names: list[str], file: str, option: str) -> None:
             raise UserError(f"{option} {file}: {names.count(name)} columns are called {name!r}. Rename all but one")
 
 
-def check_author_type(author_type: str, place: str, author_types: dict[str, str], columns: ColumnSpec) -> None:
+def check_author_column_type(author_type: str, place: str, author_types: dict[str, str], columns: ColumnSpec) -> None:
     """Record where the first author of a type is; raise UserError for a second type."""
     for other, other_place in author_types.items():
         raise UserError(
@@ -143,17 +144,17 @@ def check_author_type(author_type: str, place: str, author_types: dict[str, str]
 # --- errors -----------------------------------------------------------------------------------------------
 
 
-def missing_author_error(name: str, place: str, columns: ColumnSpec) -> UserError:
+def missing_author_column_error(name: str, place: str, columns: ColumnSpec) -> UserError:
     return UserError(f"{columns.author_of(name)}: it is empty in {place}. Remove such rows, or give each an author")
 
 
-def author_value_error(name: str, place: str, value: Any, columns: ColumnSpec) -> UserError:
+def author_column_error(name: str, place: str, value: Any, columns: ColumnSpec) -> UserError:
     return UserError(
         f"{columns.author_of(name)}: it holds {str(value)[:40]!r} in {place}, neither text nor a number. Write authors as strings"
     )
 
 
-def text_value_error(name: str, place: str, value: Any, columns: ColumnSpec) -> UserError:
+def text_column_error(name: str, place: str, value: Any, columns: ColumnSpec) -> UserError:
     return UserError(
         f"{columns.text_of(name)}: it holds {str(value)[:40]!r} in {place}, not text. Name another column, or fix the row"
     )
@@ -171,3 +172,8 @@ def unreadable_error(name: str, columns: ColumnSpec, error: BaseException | str)
         )
     reason = error if isinstance(error, str) else f"{first_line(error)}. Fix the file, or save it again"
     return UserError(f"{columns.option} {name}: it cannot be read as {split_suffix(name)[0]}: {reason}")
+
+
+def get_column(samples: Dataset, name: str) -> pa.ChunkedArray:
+    """Return a column as Arrow data, without converting it to Python objects or reading other columns."""
+    return samples.select_columns([name]).with_format("arrow")[:][name]

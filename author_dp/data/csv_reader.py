@@ -9,13 +9,13 @@ References:
 import csv
 from collections.abc import Iterator
 
-from author_dp.data.columns import ColumnSpec, Row, check_columns, format_text, unreadable_error
+from author_dp.data.columns import ColumnRow, ColumnSpec, check_columns, format_text_columns, unreadable_error
 from author_dp.errors import UserError
 
 FIELD_SIZE_LIMIT = 2**29  # characters; a longer value means a quote that was not closed
 
 
-def read_csv(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[Row]:
+def read_csv(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[ColumnRow]:
     """Yield the samples of a CSV file; every author is text."""
     records = csv_records(lines, name, columns)
     for _, header in records:
@@ -25,9 +25,9 @@ def read_csv(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[R
             raise UserError(f"{columns.option} {name}: a .csv holds no lists of messages. Write them as .jsonl or .parquet")
         break
     for number, (line, values) in enumerate(records, 1):
-        row = Row(values[author], values[text_indices[-1]], "a string", line, number)
+        row = ColumnRow(values[author], values[text_indices[-1]], "a string", line, number)
         if columns.as_text is not None:
-            row = row._replace(text=format_text(name, row.place, [values[i] for i in text_indices], columns))
+            row = row._replace(text=format_text_columns(name, row.place, [values[i] for i in text_indices], columns))
         yield row
 
 

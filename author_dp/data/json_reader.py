@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from author_dp.data.columns import (
+    ColumnRow,
     ColumnSpec,
-    Row,
-    author_value_error,
+    author_column_error,
     check_columns,
     format_place,
-    format_text,
-    text_value_error,
+    format_text_columns,
+    text_column_error,
     unreadable_error,
 )
 from author_dp.errors import UserError
@@ -24,24 +24,24 @@ from author_dp.errors import UserError
 SPACE = re.compile(r"[ \t\r\n]*")  # JSON's white space
 
 
-class IntLiteral(str):
+class JsonIntLiteral(str):
     """An integer as written."""
 
 
-class FloatLiteral(str):
+class JsonFloatLiteral(str):
     """A number with a point or an exponent, as written."""
 
 
 AUTHOR_TYPES = {
     str: "a string",
-    IntLiteral: "an integer",
-    FloatLiteral: "a number with a point or an exponent",
+    JsonIntLiteral: "an integer",
+    JsonFloatLiteral: "a number with a point or an exponent",
     bool: "a Boolean",
 }
 BOOL_LITERALS = {True: "true", False: "false"}
 
 
-def read_json(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[Row]:
+def read_json(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[ColumnRow]:
     """Yield the samples of a file: one object a line, or those of one array.
 
     An author that is a number is the text of that number.
@@ -56,14 +56,14 @@ def read_json(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterator[
             if columns.author not in seen:
                 check_columns(columns, list(value), name)
         author, text = value.get(columns.author), value.get(columns.text)
-        row = Row(author, text, AUTHOR_TYPES.get(type(author), ""), line, number)
+        row = ColumnRow(author, text, AUTHOR_TYPES.get(type(author), ""), line, number)
         if author is not None and not row.author_type:
-            raise author_value_error(name, row.place, author, columns)
+            raise author_column_error(name, row.place, author, columns)
         if columns.as_text is not None:
             values = [value.get(column) for column in columns.text_columns]
-            row = row._replace(text=format_text(name, row.place, values, columns))
+            row = row._replace(text=format_text_columns(name, row.place, values, columns))
         elif text is not None and type(text) is not str:
-            raise text_value_error(name, row.place, text, columns)
+            raise text_column_error(name, row.place, text, columns)
         yield row if type(author) is not bool else row._replace(author=BOOL_LITERALS[author])
     if first_names:
         check_columns(columns, [*first_names, *(seen - set(first_names))], name)
@@ -94,13 +94,13 @@ def json_values(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterato
         return result
 
     decoder = json.JSONDecoder(
-        object_pairs_hook=to_dict, parse_int=IntLiteral, parse_float=FloatLiteral, parse_constant=lambda _: None
+        object_pairs_hook=to_dict, parse_int=JsonIntLiteral, parse_float=JsonFloatLiteral, parse_constant=lambda _: None
     )
     number, is_first = 0, True
     try:
         for number, line in enumerate(lines, 1):
             if is_first and line.lstrip().startswith("["):
-                yield from ((0, value) for value in array_values("".join([line, *lines]), decoder))
+                yield from ((0, value) for value in json_array_values("".join([line, *lines]), decoder))
             elif line := line.strip(" \t\r\n"):
                 value, end = decoder.raw_decode(line)
                 if end < len(line):
@@ -114,7 +114,7 @@ def json_values(lines: Iterator[str], name: str, columns: ColumnSpec) -> Iterato
         raise unreadable_error(name, columns, f"line {line_number}: {reason}. Fix the line") from error
 
 
-def array_values(text: str, decoder: json.JSONDecoder) -> Iterator[Any]:
+def json_array_values(text: str, decoder: json.JSONDecoder) -> Iterator[Any]:
     """Yield the values of a JSON array one by one."""
     position = skip_space(text, text.index("[") + 1)
     if text[position : position + 1] != "]":

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 
 from author_dp.data.columns import (
     ColumnSpec,
-    author_value_error,
-    check_author_type,
+    author_column_error,
+    check_author_column_type,
     check_columns,
     check_unique,
     encoding_error,
-    format_text,
-    missing_author_error,
-    text_value_error,
+    format_text_columns,
+    missing_author_column_error,
+    text_column_error,
     unreadable_error,
 )
 
@@ -28,7 +28,7 @@ BATCH_ROWS = 2**12
 
 def read_parquet_rows(name: str, compression: Optional[str], columns: ColumnSpec) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with all columns, as Python values."""
-    with decompressed(name, compression) as source:
+    with decompressed_parquet(name, compression) as source:
         file = open_parquet(source, name, columns)
         check_unique(file.schema_arrow.names, name, columns.option)
         for batch in file.iter_batches(BATCH_ROWS):
@@ -36,7 +36,7 @@ def read_parquet_rows(name: str, compression: Optional[str], columns: ColumnSpec
 
 
 @contextmanager
-def decompressed(name: str, compression: Optional[str]) -> Iterator[Any]:
+def decompressed_parquet(name: str, compression: Optional[str]) -> Iterator[Any]:
     """Give the path of a file, or a decompressed copy in the system's temporary directory."""
     if not compression:
         yield name
@@ -50,7 +50,7 @@ def decompressed(name: str, compression: Optional[str]) -> Iterator[Any]:
 def open_parquet(source: Any, name: str, columns: ColumnSpec) -> pq.ParquetFile:
     """Open a path or an open file object as one Parquet file."""
     file = pq.ParquetFile(source, page_checksum_verification=True)
-    check_not_concatenated(source, file.metadata, name, columns)
+    check_parquet_not_concatenated(source, file.metadata, name, columns)
     return file
 
 
@@ -64,37 +64,37 @@ def read_open_parquet(source: Any, name: str, columns: ColumnSpec, author_types:
     check_columns(columns, file.schema_arrow.names, name)
     wanted = [columns.author, *columns.text_columns]
     author, *texts = (file.schema_arrow.field(column).type for column in wanted)
-    if (author_type := describe_author_type(author)) is None:
-        raise author_value_error(name, "column", author, columns)
-    if columns.as_text is None and not (pa.types.is_null(texts[0]) or describe_author_type(texts[0]) == "a string"):
-        raise text_value_error(name, "column", texts[0], columns)
+    if (author_type := describe_parquet_author_type(author)) is None:
+        raise author_column_error(name, "column", author, columns)
+    if columns.as_text is None and not (pa.types.is_null(texts[0]) or describe_parquet_author_type(texts[0]) == "a string"):
+        raise text_column_error(name, "column", texts[0], columns)
     has_dots = any("." in column for column in wanted)  # a dot would name a field inside a column: then read all columns
     start = 0
     for batch in file.iter_batches(BATCH_ROWS, columns=None if has_dots else wanted):
-        authors = to_strings(batch.column(columns.author), columns.author, name, start, columns)
+        authors = parquet_to_strings(batch.column(columns.author), columns.author, name, start, columns)
         blank = pc.or_kleene(pc.is_null(authors), pc.equal(pc.utf8_trim_whitespace(pc.fill_null(authors, "")), ""))
         if (row := pc.index(blank, True).as_py()) >= 0:
-            raise missing_author_error(name, f"row {start + row + 1}", columns)
+            raise missing_author_column_error(name, f"row {start + row + 1}", columns)
         if author_type not in author_types and len(batch):
-            check_author_type(author_type, f"{name}, row {start + 1}", author_types, columns)
-        texts = read_texts(batch, name, start, columns)
+            check_author_column_type(author_type, f"{name}, row {start + 1}", author_types, columns)
+        texts = read_parquet_texts(batch, name, start, columns)
         start += len(batch)
         yield pa.record_batch([authors, texts], names=[columns.author, columns.text])
 
 
-def read_texts(batch: pa.RecordBatch, name: str, start: int, columns: ColumnSpec) -> pa.Array:
+def read_parquet_texts(batch: pa.RecordBatch, name: str, start: int, columns: ColumnSpec) -> pa.Array:
     """Return the texts or examples of a batch whose first row is `start`, counted from 0."""
     if columns.as_text is None:
-        return pc.fill_null(to_strings(batch.column(columns.text), columns.text, name, start, columns), "")
+        return pc.fill_null(parquet_to_strings(batch.column(columns.text), columns.text, name, start, columns), "")
     try:
         rows = list(zip(*(batch.column(column).to_pylist() for column in columns.text_columns)))
     except UnicodeDecodeError as error:
         raise encoding_error(name, f"column {columns.text!r}", columns) from error
-    texts = [format_text(name, f"row {number}", list(row), columns) for number, row in enumerate(rows, start + 1)]
+    texts = [format_text_columns(name, f"row {number}", list(row), columns) for number, row in enumerate(rows, start + 1)]
     return pa.array(texts, columns.text_type)
 
 
-def check_not_concatenated(source: Any, metadata: pq.FileMetaData, name: str, columns: ColumnSpec) -> None:
+def check_parquet_not_concatenated(source: Any, metadata: pq.FileMetaData, name: str, columns: ColumnSpec) -> None:
     """Raise UserError for several Parquet files in one.
 
     The last footer would be read with the first file's rows.
@@ -109,10 +109,10 @@ def check_not_concatenated(source: Any, metadata: pq.FileMetaData, name: str, co
             raise unreadable_error(name, columns, "it is several Parquet files in one. Give them separately")
 
 
-def describe_author_type(type_: pa.DataType) -> Optional[str]:
+def describe_parquet_author_type(type_: pa.DataType) -> Optional[str]:
     """Return the type of a column's authors in words; None where their text would not be exact."""
     if pa.types.is_dictionary(type_):
-        return describe_author_type(type_.value_type)
+        return describe_parquet_author_type(type_.value_type)
     if pa.types.is_null(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
         return "a string"
     if pa.types.is_integer(type_):
@@ -124,7 +124,7 @@ def describe_author_type(type_: pa.DataType) -> Optional[str]:
     return None
 
 
-def to_strings(values: pa.Array, column: str, name: str, start: int, columns: ColumnSpec) -> pa.Array:
+def parquet_to_strings(values: pa.Array, column: str, name: str, start: int, columns: ColumnSpec) -> pa.Array:
     """Return a column of a batch as large_string, each value as Arrow writes it; nulls stay."""
     if isinstance(values, pa.DictionaryArray):
         values = values.dictionary_decode()

@@ -23,18 +23,18 @@ from typing import Any, Optional
 import pyarrow as pa
 
 from author_dp.data.columns import (
+    ColumnRow,
     ColumnSpec,
-    Row,
-    check_author_type,
+    check_author_column_type,
     check_unique,
     encoding_error,
-    missing_author_error,
+    missing_author_column_error,
     split_suffix,
     unreadable_error,
 )
 from author_dp.data.csv_reader import csv_records, read_csv
 from author_dp.data.json_reader import json_objects, read_json
-from author_dp.data.parquet_reader import decompressed, read_open_parquet, read_parquet_rows
+from author_dp.data.parquet_reader import decompressed_parquet, read_open_parquet, read_parquet_rows
 from author_dp.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -60,7 +60,7 @@ def read_files(
         suffix, compression = split_suffix(name)
         with unreadable_as_user_error(name, columns):
             if suffix == ".parquet":
-                with decompressed(name, compression) as source:
+                with decompressed_parquet(name, compression) as source:
                     yield from read_open_parquet(source, name, columns, author_types)
             else:
                 read = read_csv if suffix == ".csv" else read_json
@@ -113,16 +113,16 @@ def decoded_lines(name: str, compression: Optional[str], columns: ColumnSpec) ->
 
 
 def to_record_batches(
-    rows: Iterable[Row], name: str, columns: ColumnSpec, author_types: dict[str, str]
+    rows: Iterable[ColumnRow], name: str, columns: ColumnSpec, author_types: dict[str, str]
 ) -> Iterator[pa.RecordBatch]:
     """Check the authors of rows, and collect the rows into record batches."""
-    batch: list[Row] = []
+    batch: list[ColumnRow] = []
     characters = 0
     for row in rows:
         if row.author is None or not row.author.strip():
-            raise missing_author_error(name, row.place, columns)
+            raise missing_author_column_error(name, row.place, columns)
         if row.author_type not in author_types:
-            check_author_type(row.author_type, f"{name}, {row.place}", author_types, columns)
+            check_author_column_type(row.author_type, f"{name}, {row.place}", author_types, columns)
         batch.append(row)
         characters += len(characters_of(row))
         if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
@@ -132,7 +132,7 @@ def to_record_batches(
         yield to_record_batch(batch, name, columns)
 
 
-def to_record_batch(rows: list[Row], name: str, columns: ColumnSpec) -> pa.RecordBatch:
+def to_record_batch(rows: list[ColumnRow], name: str, columns: ColumnSpec) -> pa.RecordBatch:
     """Return rows as a record batch of author and text."""
     missing = "" if columns.as_text is None else None
     try:
@@ -146,7 +146,7 @@ def to_record_batch(rows: list[Row], name: str, columns: ColumnSpec) -> pa.Recor
     return pa.record_batch(arrays, names=[columns.author, columns.text])
 
 
-def characters_of(row: Row) -> str:
+def characters_of(row: ColumnRow) -> str:
     """Return the characters of a row's text or example."""
     return (row.text["text"] if isinstance(row.text, dict) else row.text) or ""
 

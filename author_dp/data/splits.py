@@ -4,6 +4,7 @@ An author's hash does not depend on which other authors exist. So adding or remo
 training and evaluation. `split_by_author` has one exception.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
@@ -16,8 +17,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from author_dp.data.authors import encode_authors, get_column, hash_authors, hash_to_unit, holdout_scores
+from author_dp.data.authors import encode_authors, hash_authors, hash_to_unit
 from author_dp.data.chat import resolve_bos_token
+from author_dp.data.columns import get_column
 from author_dp.data.storage import filter_rows, new_arrow_file
 from author_dp.errors import UserError
 
@@ -219,3 +221,14 @@ def format_data_summary(summary: dict[str, Any]) -> list[str]:
     if summary["end_token"] is not None:
         lines.append(f"  end_token               {summary['end_token']!r} ends each sample that is not truncated")
     return lines
+
+
+def holdout_scores(authors: list, seed: int) -> np.ndarray:
+    """Return a number in [0, 1) for each author, (authors,): authors below --eval_fraction are held out."""
+    return hash_to_unit(authors, f"{seed}:")
+
+
+def split_id(seed: int, eval_fraction: float, author_column: str) -> str:
+    """Return an ID of the rule that holds authors out. Under one ID, held-out authors are never trained on."""
+    rule = f"{seed}:{eval_fraction}:{author_column}"  # another column has other values for the same people
+    return hashlib.sha256(rule.encode()).hexdigest()[:16]

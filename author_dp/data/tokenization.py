@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from author_dp.data.authors import get_column
-from author_dp.data.chat import Example, resolve_bos_token, tokenize_examples
+from author_dp.data.chat import ChatExample, resolve_bos_token, tokenize_chat_examples
+from author_dp.data.columns import get_column
 from author_dp.errors import UserError
 from author_dp.logs import get_logger
 from author_dp.types import IGNORE_INDEX
@@ -117,8 +117,8 @@ def tokenize_batch(batch: dict[str, list], numbers: list[int], spec: TokenizeSpe
     """
     values = batch.pop(spec.text_column)
     if spec.has_loss_mask:
-        examples = [value and Example(**value) for value in values]
-        ids, labels = tokenize_examples(examples, spec.tokenizer, spec.start, spec.end)
+        examples = [value and ChatExample(**value) for value in values]
+        ids, labels = tokenize_chat_examples(examples, spec.tokenizer, spec.start, spec.end)
     else:
         options: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
         texts = [text if text and not text.isspace() else "" for text in values]

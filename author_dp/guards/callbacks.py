@@ -147,35 +147,35 @@ class WatchedCallbacks(CallbackHandler):
             *((id(other), get_declaration(other)) for other in self.callbacks),
         ]
         functions = [value for value in vars(trainer).values() if callable(value) and not isinstance(value, torch.nn.Module)]
-        state["a function of the trainer"] = [to_comparable(value) for value in functions]
-        state["the model's weights, hooks or settings"] = [snapshot_module(module) for module in trainer.model.modules()]
+        state["a function of the trainer"] = [to_comparable_callback_value(value) for value in functions]
+        state["the model's weights, hooks or settings"] = [snapshot_callback_module(module) for module in trainer.model.modules()]
         state["the optimizer: its learning rate, another option, its state or its hooks"] = [
-            to_comparable(trainer.optimizer),
-            to_comparable(torch_optimizer._global_optimizer_pre_hooks),
-            to_comparable(torch_optimizer._global_optimizer_post_hooks),
+            to_comparable_callback_value(trainer.optimizer),
+            to_comparable_callback_value(torch_optimizer._global_optimizer_pre_hooks),
+            to_comparable_callback_value(torch_optimizer._global_optimizer_post_hooks),
         ]
         if (scheduler := trainer.lr_scheduler) is not None:
             held = [value for value in vars(scheduler).values() if not isinstance(value, Optimizer)]
-            state["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), to_comparable(held)
+            state["the scheduler"] = id(scheduler), repr(scheduler.state_dict()), to_comparable_callback_value(held)
         return state
 
 
-def snapshot_module(module: torch.nn.Module) -> list[Any]:
+def snapshot_callback_module(module: torch.nn.Module) -> list[Any]:
     """Return what decides a module's output, except its training mode, which each step sets again."""
     held = vars(module)
     return [
         id(module),
         [(name, value) for name, value in held.items() if type(value) in SCALARS and name != "training"],
-        *[(name, to_comparable(held[name])) for name in MODULE_STATE if held.get(name)],
+        *[(name, to_comparable_callback_value(held[name])) for name in MODULE_STATE if held.get(name)],
     ]
 
 
-def snapshot_attributes(thing: Any) -> list[Any]:
+def snapshot_callback_attributes(thing: Any) -> list[Any]:
     """Return an object's attributes: scalars by value, tensors by how often they were written, others by identity."""
-    return [(name, to_comparable(value)) for name, value in vars(thing).items()]
+    return [(name, to_comparable_callback_value(value)) for name, value in vars(thing).items()]
 
 
-def to_comparable(value: Any) -> Any:
+def to_comparable_callback_value(value: Any) -> Any:
     """Return a snapshot of a value; equal snapshots mean that it did not change.
 
     The snapshot holds the value itself, as another object could otherwise get its id.
@@ -183,16 +183,16 @@ def to_comparable(value: Any) -> Any:
     if type(value) in SCALARS:
         return value
     if isinstance(value, torch.Tensor):
-        return id(value), count_writes(value), (value,)
+        return id(value), count_callback_writes(value), (value,)
     if isinstance(value, (list, tuple)):
-        return [to_comparable(item) for item in value]
+        return [to_comparable_callback_value(item) for item in value]
     if isinstance(value, dict):
-        return [(id(key), to_comparable(item)) for key, item in value.items()]
+        return [(id(key), to_comparable_callback_value(item)) for key, item in value.items()]
     if isinstance(value, PARTS_OF_A_STEP):
-        return id(value), snapshot_attributes(value)
+        return id(value), snapshot_callback_attributes(value)
     return id(value), repr(value) if isinstance(value, partial) else "", (value,)
 
 
-def count_writes(tensor: torch.Tensor) -> int:
+def count_callback_writes(tensor: torch.Tensor) -> int:
     """Return how often a tensor was written; 0 for one of inference mode, for which torch does not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -20,7 +20,7 @@ from scipy.special import expit, ndtr, ndtri
 
 from author_dp.guards.noise_inversion import MatchedFilter
 from author_dp.guards.noise_monitor import NoiseMonitor
-from author_dp.guards.normal_statistics import Duplicates
+from author_dp.guards.noise_statistics import NoiseDuplicates
 
 MAX_SCORE = 8.0  # at which scores are clipped, so that all their moments exist
 TILTS = np.geomspace(1e-3, 4.0, 40)  # at which Chernoff's bound is evaluated; the best one counts
@@ -40,7 +40,7 @@ class CanaryMonitor(NoiseMonitor):
         super().__init__(std=scale)
         self.sigma, self.sample_rate, self.included = sigma, sample_rate, included
         # Of very many float32 numbers near 0 or 1 some are equal.
-        self.statistics = [statistic for statistic in self.statistics if not isinstance(statistic, Duplicates)]
+        self.statistics = [statistic for statistic in self.statistics if not isinstance(statistic, NoiseDuplicates)]
         self.scores = CanaryScores(sigma, sample_rate, int(included.sum()))
         self._log_likelihood_ratio = np.zeros(len(included))  # of included over excluded, for each canary
         self._filter: Optional[MatchedFilter] = None
@@ -70,7 +70,7 @@ class CanaryMonitor(NoiseMonitor):
         self._log_likelihood_ratio += log_ratio
         self.scores.add(values[self.included])
         normal = values / self.sigma
-        normal[self.included] = to_normal(values[self.included], self.sigma, self.sample_rate)
+        normal[self.included] = canary_score_to_normal(values[self.included], self.sigma, self.sample_rate)
         super().add_step(normal)
 
     def log_likelihood_ratios(self) -> np.ndarray:
@@ -85,7 +85,7 @@ class CanaryMonitor(NoiseMonitor):
         return f"gradient canaries fail a test: {failed} (after {self.steps} steps)"
 
 
-def to_normal(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
+def canary_score_to_normal(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
     """Map (1 - rate) N(0, sigma^2) + rate N(1, sigma^2) to N(0, 1), through the distribution function."""
     below = (1 - rate) * ndtr(x / sigma) + rate * ndtr((x - 1) / sigma)
     above = (1 - rate) * ndtr(-x / sigma) + rate * ndtr((1 - x) / sigma)
@@ -102,13 +102,13 @@ class CanaryScores:
 
     def __init__(self, sigma: float, sample_rate: float, canaries: int):
         self.sigma, self.sample_rate, self.steps = sigma, sample_rate, 0
-        self.null = ScoreDistribution(sigma, sample_rate)
+        self.null = CanaryScoreDistribution(sigma, sample_rate)
         self._sums = np.zeros((2, canaries))  # of centered scores of rate and clip norm, for each included canary
 
     def add(self, x: np.ndarray) -> None:
         """Add one step's values of the included canaries, (canaries,)."""
         self.steps += 1
-        self._sums += score(x, self.sigma, self.sample_rate) - self.null.mean[:, None]
+        self._sums += score_canaries(x, self.sigma, self.sample_rate) - self.null.mean[:, None]
 
     def p_values(self) -> dict[str, float]:
         of_rate, canaries = self._sums[0], self._sums.shape[1]
@@ -121,7 +121,7 @@ class CanaryScores:
         }
 
 
-def score(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
+def score_canaries(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
     """Return the scores of rate and clip norm at their true values, (2, ...), clipped at `MAX_SCORE`.
 
     With L the ratio of the densities of sampled and not sampled, and w = q L / (1 - q + q L) the probability of having been
@@ -134,7 +134,7 @@ def score(x: np.ndarray, sigma: float, rate: float) -> np.ndarray:
     return np.clip(np.stack([of_rate, sampled * (x - 1) / sigma]), -MAX_SCORE, MAX_SCORE)
 
 
-class ScoreDistribution:
+class CanaryScoreDistribution:
     """Distribution of both scores if the mechanism is correct, by quadrature.
 
     Attributes:
@@ -146,7 +146,7 @@ class ScoreDistribution:
         normal = np.exp(-(np.stack([x, x - 1]) ** 2) / (2 * sigma**2)) / (sigma * np.sqrt(2 * np.pi))
         weights = (1 - rate) * normal[0] + rate * normal[1]
         weights /= weights.sum()
-        scores = score(x, sigma, rate)
+        scores = score_canaries(x, sigma, rate)
         self.mean = scores @ weights
         centered = scores - self.mean[:, None]
         self.variance = centered**2 @ weights

@@ -16,7 +16,7 @@ import torch
 from author_dp.clipping import ENGINES
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
-from author_dp.guards.precision import tolerance_factor
+from author_dp.guards.precision import precision_tolerance_factor
 from author_dp.guards.probing import model_errors_as_user_error, random_tokens
 from author_dp.mechanism.fsdp import (
     FSDP_REMEDY,
@@ -36,7 +36,7 @@ MAX_SHOWN_NAMES = 3  # parameters named in an error
 TRANSFORMERS_MODULE = {"every_n_layers", "offload"}  # of --activation_checkpointing_kwargs; the others are torch's
 
 
-def make_random_microbatch(model: Any, max_len: int, samples_per_author: tuple[int, ...] = SAMPLES_PER_AUTHOR) -> Batch:
+def make_clipping_check_batch(model: Any, max_len: int, samples_per_author: tuple[int, ...] = SAMPLES_PER_AUTHOR) -> Batch:
     """Return a microbatch of random tokens, with ragged samples of up to `max_len` tokens.
 
     Args:
@@ -51,7 +51,7 @@ def make_random_microbatch(model: Any, max_len: int, samples_per_author: tuple[i
     return {**batch, "num_authors": len(samples_per_author)}
 
 
-def split_authors(batch: Batch) -> list[Batch]:
+def split_clipping_batch(batch: Batch) -> list[Batch]:
     """Return a microbatch for each author of a microbatch."""
     microbatches = []
     for author in range(batch["num_authors"]):
@@ -119,7 +119,7 @@ def check_engine(
         UserError: naming the parameters that differ.
     """
     parameters = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with temporary_sums(parameters):
+    with temporary_clipped_sums(parameters):
         norms, fallback = run_engine(model, clipping, 1.0, [batches[0], batches[-1]], None, checkpointing)
         layers = {strip_expert_index(parameters[parameter]) for parameter in fallback}  # other texts may reach other experts
         fallback |= {parameter for parameter, name in parameters.items() if strip_expert_index(name) in layers}
@@ -134,20 +134,20 @@ def check_engine(
             for parameter in parameters:
                 parameter.summed_grad.zero_()
             # As in training: fallback parameters come with microbatches of one author.
-            microbatches = split_authors(batch) if fallback else [batch]
+            microbatches = split_clipping_batch(batch) if fallback else [batch]
             norms = run(microbatches)
             expected = (reference_gradient(model, batch, author, list(parameters)) for author in range(len(norms)))
-            tolerance = TOLERANCE * tolerance_factor(model)
-            max_error = max(max_error, compare_to_reference(clipping, clip_norm, norms, expected, parameters, tolerance))
+            tolerance = TOLERANCE * precision_tolerance_factor(model)
+            max_error = max(max_error, compare_clipping_to_reference(clipping, clip_norm, norms, expected, parameters, tolerance))
         with torch.autocast(next(iter(parameters)).device.type, torch.bfloat16, enabled=bf16):
             if not fallback:
-                check_non_finite_author(model, clipping, batches[0], bf16, lambda: run(batches[:1]))
+                check_clipping_of_non_finite(model, clipping, batches[0], bf16, lambda: run(batches[:1]))
             elif bf16:
-                run(split_authors(batches[0])[:1])
+                run(split_clipping_batch(batches[0])[:1])
     return max_error, fallback
 
 
-def check_non_finite_author(model: Any, clipping: str, batch: Batch, bf16: bool, compute_norms: Callable[[], Any]) -> None:
+def check_clipping_of_non_finite(model: Any, clipping: str, batch: Batch, bf16: bool, compute_norms: Callable[[], Any]) -> None:
     """Raise UserError if an author whose values are nan changes another author's norm, or reaches the clipped sum.
 
     A kernel that multiplies by zero what lies beyond its row would do so, and nan stays nan.
@@ -155,7 +155,7 @@ def check_non_finite_author(model: Any, clipping: str, batch: Batch, bf16: bool,
     Args:
         compute_norms: runs the engine on `batch` and returns its norms, (authors,).
     """
-    expected, rtol = compute_norms().cpu(), TOLERANCE * tolerance_factor(model) * (100 if bf16 else 1)
+    expected, rtol = compute_norms().cpu(), TOLERANCE * precision_tolerance_factor(model) * (100 if bf16 else 1)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parity in (1, 0):  # the author in the middle, then the first and the last one
         broken = torch.arange(batch["num_authors"]) % 2 == parity
@@ -188,7 +188,7 @@ def nan_embeddings(model: Any, is_broken: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def temporary_sums(parameters: Iterable[Any]) -> Iterator[None]:
+def temporary_clipped_sums(parameters: Iterable[Any]) -> Iterator[None]:
     """Give the parameters a `summed_grad` of zeros; restore what they had."""
     before = {parameter: getattr(parameter, "summed_grad", None) for parameter in parameters}
     for parameter in before:
@@ -244,7 +244,7 @@ def activation_checkpointing(model: Any, options: Optional[dict[str, Any]]) -> I
 # --- the comparison -------------------------------------------------------------------------------------
 
 
-def compare_to_reference(
+def compare_clipping_to_reference(
     clipping: str,
     clip_norm: float,
     norms: torch.Tensor,

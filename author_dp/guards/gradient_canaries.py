@@ -28,9 +28,9 @@ from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.errors import UserError
 from author_dp.guards.canary_monitor import CanaryMonitor
-from author_dp.guards.one_run_audit import CONFIDENCE, gaussian_mu_lower_bound, lower_bound
+from author_dp.guards.one_run_audit import CONFIDENCE, gaussian_mu_lower_bound, one_run_lower_bound
 from author_dp.guards.slot_monitors import SlotCanaryMonitor
-from author_dp.mechanism.sampling import append_canary_hashes
+from author_dp.mechanism.sampling import append_canary_sampling_hashes
 from author_dp.types import IGNORE_INDEX, Batch
 
 SAMPLES, TOKENS = 2, 2  # of a canary; with two samples or more, clipping each of them separately would show
@@ -56,9 +56,9 @@ class GradientCanaries:
         nn.init.zeros_(self.table.weight)
         self.monitor: Optional[CanaryMonitor | SlotCanaryMonitor] = None
 
-    def join(self, dataset: Any) -> "CanaryDataset":
+    def join(self, dataset: Any) -> "GradientCanaryDataset":
         """Return the data set (`data_utils.AuthorDataset`) with the included canaries as its last authors."""
-        return CanaryDataset(dataset, np.flatnonzero(self.included))
+        return GradientCanaryDataset(dataset, np.flatnonzero(self.included))
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         """Return a model that calls `model` and also holds the canaries' table, for a clipping engine."""
@@ -102,7 +102,7 @@ class GradientCanaries:
         """
         assert self.monitor is not None
         self.monitor.flush()
-        return audit_result(self.monitor, trainer) if self.monitor.steps else load_audit_result(trainer)
+        return gradient_canary_result(self.monitor, trainer) if self.monitor.steps else load_gradient_canary_result(trainer)
 
 
 # --- canaries in data and model -----------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class ModelWithCanaries(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class CanaryDataset(torch.utils.data.Dataset):
+class GradientCanaryDataset(torch.utils.data.Dataset):
     """A data set whose last authors are canaries, with `SAMPLES` samples each.
 
     Args:
@@ -132,7 +132,7 @@ class CanaryDataset(torch.utils.data.Dataset):
         self.num_rows = len(dataset.indices)
         ends = np.arange(1, len(canaries) + 1) * SAMPLES
         self.offsets = np.concatenate([dataset.offsets, self.num_rows + ends])
-        self.hashes = append_canary_hashes(getattr(dataset, "hashes", None), len(canaries))
+        self.hashes = append_canary_sampling_hashes(getattr(dataset, "hashes", None), len(canaries))
         # A data set may have more rows than its authors use: canaries' rows follow all of them.
         self.first_row = int(max(dataset.indices.max(initial=-1) + 1, len(dataset.samples)))
         self.indices = np.concatenate([dataset.indices, self.first_row + np.arange(len(canaries) * SAMPLES)])
@@ -152,7 +152,7 @@ class CanaryDataset(torch.utils.data.Dataset):
         return [{"input_ids": np.zeros(TOKENS, np.int32), "canary": canary} for _ in rows]
 
 
-class CollateWithCanaries:
+class CollateWithGradientCanaries:
     """Collate samples, and add `canary`, int64 (samples,), -1 for other authors; canaries' samples have no targets.
 
     A class, so that workers can be spawned.
@@ -171,20 +171,20 @@ class CollateWithCanaries:
 # --- the audit's result -------------------------------------------------------------------------------------
 
 
-def audit_result(monitor: CanaryMonitor | SlotCanaryMonitor, trainer: Any) -> dict[str, Any]:
+def gradient_canary_result(monitor: CanaryMonitor | SlotCanaryMonitor, trainer: Any) -> dict[str, Any]:
     """Return lower bounds on epsilon, and on the main process the intervals that the noise gives."""
     scores, delta = monitor.log_likelihood_ratios(), trainer.plan.delta
     mu = gaussian_mu_lower_bound(scores, monitor.included)
     return {
-        **lower_bound(scores, monitor.included, delta),
+        **one_run_lower_bound(scores, monitor.included, delta),
         "kind": "gradient",
         "epsilon_lower_bound_if_gaussian": round(gaussian_epsilon(mu, delta), 4) if mu > 0 else 0.0,
         "steps_checked": monitor.steps,
-        **confidence_intervals(trainer),
+        **gradient_canary_intervals(trainer),
     }
 
 
-def confidence_intervals(trainer: Any) -> dict[str, Any]:
+def gradient_canary_intervals(trainer: Any) -> dict[str, Any]:
     """Return intervals for noise multiplier and epsilon at `CONFIDENCE`, from the probe; on the main process only.
 
     With balls-in-bins sampling there is none for epsilon: each of its ends would need a certificate.
@@ -203,7 +203,7 @@ def confidence_intervals(trainer: Any) -> dict[str, Any]:
     return {**of_noise, "epsilon_between": [epsilon if np.isfinite(epsilon) else None for epsilon in epsilons]}
 
 
-def load_audit_result(trainer: Any) -> Optional[dict[str, Any]]:
+def load_gradient_canary_result(trainer: Any) -> Optional[dict[str, Any]]:
     """Return the gradient audit in the output directory's privacy.json; None if it has none."""
     path = Path(str(trainer.args.output_dir)) / REPORT_NAME
     audit = json.loads(path.read_text(encoding="utf-8")).get("audit") if path.exists() else None

@@ -46,16 +46,16 @@ def check_loggers(args: TrainingArguments) -> None:
                 f"or {remedy}"
             )
         for variable, value in VARIABLES[name].items():
-            check_variable(variable, value)
+            check_logger_variable(variable, value)
     for option in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
         place = getattr(args, option, None) or os.environ.get(option.upper())
         if "trackio" in (args.report_to or []) and place and not args.hub_private_repo:
             raise UserError(f"--{option} {place}: it would show private losses to everybody. Add --hub_private_repo True")
 
 
-def check_variable(variable: str, value: str) -> None:
+def check_logger_variable(variable: str, value: str) -> None:
     """Raise UserError if the user set `variable` to a directory that others can read, or to upload files."""
-    chosen = get_user_variable(variable)
+    chosen = get_logger_variable(variable)
     if chosen is None:
         return
     if value == DISABLED:
@@ -75,7 +75,7 @@ def check_variable(variable: str, value: str) -> None:
         )
 
 
-def get_user_variable(variable: str) -> str | None:
+def get_logger_variable(variable: str) -> str | None:
     """Return the value that the user set `variable` to; None if unset, or set by `redirect_loggers`."""
     value = os.environ.get(variable)
     return None if value == _assigned.get(variable) else value
@@ -88,17 +88,17 @@ def redirect_loggers(args: TrainingArguments) -> None:
         logs.parent.mkdir(parents=True, exist_ok=True)
     for name in {*used, "comet_ml"} if used else ():  # comet_ml, where installed, also starts with other loggers
         for variable, value in VARIABLES[name].items():
-            if (chosen := get_user_variable(variable)) is None:
+            if (chosen := get_logger_variable(variable)) is None:
                 os.environ[variable] = _assigned[variable] = value.format(logs / name)
             if name in used and args.process_index == 0 and value != DISABLED and "://" not in str(chosen):
-                make_private_dir(logs / name if chosen is None else Path(chosen).expanduser())
+                make_private_logger_dir(logs / name if chosen is None else Path(chosen).expanduser())
     if used:
         logger.info(
             f"--report_to {' '.join(used)}: losses go to {logs}, and to these loggers' online services, if any. They are private."
         )
 
 
-def make_private_dir(directory: Path) -> None:
+def make_private_logger_dir(directory: Path) -> None:
     """Create a directory and its missing parents, for the owner only."""
     for path in [*reversed(directory.parents), directory]:
         if not path.exists():

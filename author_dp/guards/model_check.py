@@ -22,7 +22,13 @@ from torch import nn
 from author_dp.clipping import ClippingEngine
 from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
-from author_dp.guards.clipping_check import MAX_SHOWN_NAMES, check_engine, clipping_remedy, freeze_unused, make_random_microbatch
+from author_dp.guards.clipping_check import (
+    MAX_SHOWN_NAMES,
+    check_engine,
+    clipping_remedy,
+    freeze_unused,
+    make_clipping_check_batch,
+)
 from author_dp.guards.probing import (
     MIN_LEN,
     deterministic_train_mode,
@@ -31,7 +37,7 @@ from author_dp.guards.probing import (
     resolve_sequence_len,
 )
 from author_dp.guards.sample_independence import MAX_LEN, check_sample_independence
-from author_dp.mechanism.fsdp import find_non_finite
+from author_dp.mechanism.fsdp import find_non_finite_shard
 from author_dp.models.quantization import check_quantized_frozen
 from author_dp.progress import track_calls
 from author_dp.wording import format_names
@@ -96,8 +102,8 @@ def verify_model(
     with track_calls(model, "Check the model", MODEL_CALLS):
         check_sample_independence(model, max_len, bf16)
         with deterministic_train_mode(model), perturb_zero_params(model), model_errors_as_user_error(cannot_run):
-            batches = [make_random_microbatch(model, length) for length in MICROBATCH_LENS]
-            batches.append(make_random_microbatch(model, max(MIN_LEN, min(max_len, MAX_LEN)), samples_per_author=(1, 1)))
+            batches = [make_clipping_check_batch(model, length) for length in MICROBATCH_LENS]
+            batches.append(make_clipping_check_batch(model, max(MIN_LEN, min(max_len, MAX_LEN)), samples_per_author=(1, 1)))
             unused = freeze_unused(model, batches[0])
             error, fallback_params = check_engine(model, clipping, batches, checkpointing, bf16)
     return ModelCheck(error, fallback_params, unused)
@@ -112,11 +118,11 @@ def check_model(model: nn.Module, call_model: bool = True) -> None:
     Args:
         call_model: whether to check that samples are independent, too. DPTrainer does so in `verify_model`.
     """
-    check_weights(model.named_parameters(), "--model_name: ", "Choose another model, or fix the checkpoint")
+    check_model_weights(model.named_parameters(), "--model_name: ", "Choose another model, or fix the checkpoint")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError("--model_name: an encoder-decoder model is not supported. Choose a decoder (causal language model)")
     for name, module in model.named_modules():
-        if is_compiled(module):
+        if is_compiled_model(module):
             # Checks run it uncompiled, so that random numbers would be others than those that are checked.
             raise UserError(f"--model_name: {name or 'the model'} is compiled. Pass the model as it was before torch.compile")
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -131,7 +137,7 @@ def check_model(model: nn.Module, call_model: bool = True) -> None:
         check_sample_independence(model)
 
 
-def is_compiled(module: nn.Module) -> bool:
+def is_compiled_model(module: nn.Module) -> bool:
     """Return whether torch.compile or torch.jit made the module, or its forward."""
     if "_orig_mod" in module._modules or module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
         return True
@@ -139,19 +145,19 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
 
 
-def check_fsdp_model(model: nn.Module) -> None:
+def check_sharded_model(model: nn.Module) -> None:
     """Raise UserError for a model that --fsdp full_shard cannot shard exactly."""
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()) or getattr(model, "hf_device_map", None):
         raise UserError("--fsdp: all weights must be in float32, and on no device yet. Load the model without quantization")
 
 
-def check_trained_weights(model: nn.Module, step: int) -> None:
+def check_trained_model_weights(model: nn.Module, step: int) -> None:
     """Raise UserError if training has made a weight infinite or nan by `step`."""
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    check_weights(trained, f"--learning_rate: by step {step}, ", "Lower it, and restart")
+    check_model_weights(trained, f"--learning_rate: by step {step}, ", "Lower it, and restart")
 
 
-def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], prefix: str, remedy: str) -> None:
+def check_model_weights(parameters: Iterable[tuple[str, nn.Parameter]], prefix: str, remedy: str) -> None:
     """Raise UserError if a weight is not finite. Weights are public, so the error discloses nothing about an author."""
-    if (name := find_non_finite(parameters)) is not None:
+    if (name := find_non_finite_shard(parameters)) is not None:
         raise UserError(f"{prefix}{name} holds weights that are not finite. {remedy}")

@@ -23,12 +23,12 @@ from author_dp.accounting.plan import PrivacyPlan
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import gather
 from author_dp.errors import MechanismError
-from author_dp.guards.agreement import RankMonitor, find_mismatches
 from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.noise_inversion import NoiseDecorrelator
 from author_dp.guards.noise_monitor import NoiseMonitor, make_noise_monitor
 from author_dp.guards.precision import PrecisionMonitor
+from author_dp.guards.process_agreement import RankMonitor, find_process_mismatches
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor, SamplingMonitor
 from author_dp.guards.seed_checks import check_unseeded, check_unseeded_groups, check_unseeded_sampling
 from author_dp.guards.slot_monitors import SlotCanaryMonitor, SlotMonitor
@@ -173,7 +173,7 @@ class RunMonitors:
             except MechanismError as error:
                 failures.append(str(error))
         gathered = gather((failures, None if self._ranks is None else self._ranks.record(self.norms.authors)))
-        mismatches = [] if self._ranks is None else find_mismatches([record for _, record in gathered])
+        mismatches = [] if self._ranks is None else find_process_mismatches([record for _, record in gathered])
         if found := [*mismatches, *(failure for of_process, _ in gathered for failure in of_process)]:
             raise MechanismError(found[0])
 

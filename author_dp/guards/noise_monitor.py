@@ -31,7 +31,14 @@ from scipy import stats
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import barrier, is_main_process
-from author_dp.guards.normal_statistics import Correlations, Duplicates, Moments, Shape, Statistic, Tails
+from author_dp.guards.noise_statistics import (
+    NoiseCorrelations,
+    NoiseDuplicates,
+    NoiseMoments,
+    NoiseShape,
+    NoiseStatistic,
+    NoiseTails,
+)
 from author_dp.guards.seed_checks import check_unseeded
 from author_dp.guards.sequential_test import SequentialTest
 from author_dp.mechanism.noise import GaussianNoise
@@ -56,8 +63,8 @@ class NoiseMonitor(SequentialTest):
         self.std, self.file = std, file
         self._saved = [] if file is None else load_probe_history(file)
         self._buffer: list[torch.Tensor] = []
-        self.moments, self.correlations = Moments(), Correlations(self._saved)
-        self.statistics: list[Statistic] = [self.moments, Shape(), Tails(), Duplicates(), self.correlations]
+        self.moments, self.correlations = NoiseMoments(), NoiseCorrelations(self._saved)
+        self.statistics: list[NoiseStatistic] = [self.moments, NoiseShape(), NoiseTails(), NoiseDuplicates(), self.correlations]
 
     def add(self, probe: torch.Tensor) -> None:
         """Add what one step released in the probe, flat."""

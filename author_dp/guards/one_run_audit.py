@@ -6,7 +6,7 @@ guarantee does not hold. One below it proves nothing: most leaks are weaker than
 
 Example:
 
-    >>> lower_bound(scores, included, delta=1e-5)
+    >>> one_run_lower_bound(scores, included, delta=1e-5)
     {'method': ..., 'confidence': 0.95, 'canaries': 1000, 'epsilon_lower_bound': 1.02, 'guesses': 250, 'correct': 197}
 
 References:
@@ -26,7 +26,7 @@ CONFIDENCE = 0.95
 GUESS_SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the canaries; each is a test of its own, so 1 - CONFIDENCE is divided among them
 
 
-def lower_bound(scores: np.ndarray, included: np.ndarray, delta: float) -> dict[str, Any]:
+def one_run_lower_bound(scores: np.ndarray, included: np.ndarray, delta: float) -> dict[str, Any]:
     """Return the best lower bound on epsilon over `GUESS_SHARES`, as in privacy.json.
 
     Args:
@@ -68,11 +68,11 @@ def largest_rejected(rejects: Callable[[float], bool], limit: float) -> float:
 
 def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float, confidence: float) -> float:
     """Return the largest epsilon that this many correct guesses reject; 0 if they reject none."""
-    epsilon = largest_rejected(lambda e: p_value(canaries, guesses, correct, e, delta) <= 1 - confidence, 64.0)
+    epsilon = largest_rejected(lambda e: one_run_p_value(canaries, guesses, correct, e, delta) <= 1 - confidence, 64.0)
     return round(epsilon, 4)
 
 
-def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
+def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
     """Bound the probability of at least `correct` correct guesses if the run is (epsilon, delta)-DP [1, Theorem 5.2].
 
     P[W >= v] <= beta + 2 m delta alpha, for B binomial with r trials of probability e^epsilon / (1 + e^epsilon):
@@ -94,12 +94,12 @@ def gaussian_mu_lower_bound(scores: np.ndarray, included: np.ndarray) -> float:
     """Return the largest mu for which mu-GDP is rejected over `GUESS_SHARES`, with CONFIDENCE; 0 if none is."""
     level = (1 - CONFIDENCE) / len(GUESS_SHARES)
     return max(
-        largest_rejected(partial(rejects_mu, canaries=len(scores), guesses=guesses, correct=correct, level=level), 40.0)
+        largest_rejected(partial(one_run_rejects_mu, canaries=len(scores), guesses=guesses, correct=correct, level=level), 40.0)
         for guesses, correct in guess_counts(scores, included)
     )
 
 
-def rejects_mu(mu: float, canaries: int, guesses: int, correct: int, level: float) -> bool:
+def one_run_rejects_mu(mu: float, canaries: int, guesses: int, correct: int, level: float) -> bool:
     """Whether `correct` of `guesses` have probability below `level` if the run is mu-GDP. Algorithm 3 of [2].
 
     With p_j the probability of j correct guesses, r_i = sum_{j >= i} j p_j / m is the probability that a random canary is
@@ -116,7 +116,7 @@ def rejects_mu(mu: float, canaries: int, guesses: int, correct: int, level: floa
     return False
 
 
-def format_audit(audit: dict[str, Any]) -> str:
+def format_one_run_audit(audit: dict[str, Any]) -> str:
     """Return epsilon's bounds for the run's last line."""
     bounds = f"at least {audit['epsilon_lower_bound']:.2f}"
     if None not in (between := audit.get("epsilon_between", [None])):

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
-from author_dp.accounting.plan import SAMPLINGS, check_can_certify, check_planned_delta
+from author_dp.accounting.plan import SAMPLINGS, check_plan_can_certify, check_planned_delta
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
@@ -118,30 +118,30 @@ def validate_options(
         UserError: for an option under which the guarantee would not hold, or training would be nothing.
     """
     check_trainer_options(args)
-    check_ranges(args)
-    check_checkpointing(args, privacy)
-    check_environment(args)
+    check_option_ranges(args)
+    check_checkpointing_options(args, privacy)
+    check_environment_options(args)
     check_loggers(args)
     if args.push_to_hub:
-        check_uploads(args, privacy)
-    check_gradients(args, privacy)
+        check_upload_options(args, privacy)
+    check_gradient_options(args, privacy)
     use_adam_bc(OptimizerNames(args.optim).value, privacy.adam_noise_correction, num_bands=1)
     check_planned_delta(privacy, args)
-    check_sampling(privacy)
+    check_sampling_options(privacy)
     if full_shard:
-        check_fsdp(args, privacy, base_precision_flag)
-    check_metric_driven_choice(shared_authors, metric_driven_option(args), privacy)
+        check_fsdp_options(args, privacy, base_precision_flag)
+    check_metric_options(shared_authors, metric_driven_option(args), privacy)
 
 
-def check_sampling(privacy: PrivacyOptions) -> None:
+def check_sampling_options(privacy: PrivacyOptions) -> None:
     """Raise UserError for an unknown sampling, or one that cannot be certified."""
     if privacy.sampling is not None:
         check_choice("--sampling", privacy.sampling, [*SAMPLINGS, "auto"])
     if privacy.sampling == "balls-in-bins" and not privacy.disable_dp:
-        check_can_certify(privacy)
+        check_plan_can_certify(privacy)
 
 
-def check_ranges(args: TrainingArguments) -> None:
+def check_option_ranges(args: TrainingArguments) -> None:
     """Raise UserError for a number out of its range, or an option that is no JSON object."""
     for name, interval in RANGES.items():
         check_range(f"--{name}", getattr(args, name, None), interval)
@@ -157,12 +157,12 @@ def check_ranges(args: TrainingArguments) -> None:
         raise UserError(f"--num_train_epochs {args.num_train_epochs}: nothing to train. Give a number above 0, or --max_steps")
 
 
-def check_environment(args: TrainingArguments) -> None:
+def check_environment_options(args: TrainingArguments) -> None:
     """Raise UserError where a launcher would start unconnected processes, or asks for what the run does not know."""
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("--use_cpu: the processes of torch.distributed.run are not connected. On CPUs add --use_cpu")
     check_processes_connected()
-    check_launcher_variables(args.bf16)
+    check_launcher_options(args.bf16)
 
 
 def check_processes_connected() -> None:
@@ -182,7 +182,7 @@ def check_processes_connected() -> None:
         )
 
 
-def check_launcher_variables(bf16: bool) -> None:
+def check_launcher_options(bf16: bool) -> None:
     """Raise UserError for an environment variable by which `accelerate launch` asks for what the run does not know.
 
     Args:
@@ -194,7 +194,7 @@ def check_launcher_variables(bf16: bool) -> None:
             raise UserError(f"{name} {value} (accelerate launch {option}): {reason}")
 
 
-def check_gradients(args: TrainingArguments, privacy: PrivacyOptions) -> None:
+def check_gradient_options(args: TrainingArguments, privacy: PrivacyOptions) -> None:
     """Raise UserError for options that change gradients, samples or updates outside the mechanism."""
     if args.max_grad_norm and not privacy.disable_dp:
         raise UserError(
@@ -207,7 +207,7 @@ def check_gradients(args: TrainingArguments, privacy: PrivacyOptions) -> None:
     check_optimizer_name(OptimizerNames(args.optim).value)
 
 
-def check_uploads(args: TrainingArguments, privacy: PrivacyOptions) -> None:
+def check_upload_options(args: TrainingArguments, privacy: PrivacyOptions) -> None:
     """Raise UserError where --push_to_hub would upload private files, or a model without a guarantee."""
     if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise UserError(
@@ -219,7 +219,7 @@ def check_uploads(args: TrainingArguments, privacy: PrivacyOptions) -> None:
         raise UserError(f"--push_to_hub: it publishes models with a guarantee only, and {option} gives none. Leave one out")
 
 
-def check_checkpointing(args: TrainingArguments, privacy: PrivacyOptions) -> None:
+def check_checkpointing_options(args: TrainingArguments, privacy: PrivacyOptions) -> None:
     """Raise UserError for activation checkpointing that reruns layers without the clipping engine's knowledge."""
     name = next((n for n in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, n, None)), None)
     if name is None or privacy.disable_dp:
@@ -236,7 +236,7 @@ def check_checkpointing(args: TrainingArguments, privacy: PrivacyOptions) -> Non
         )
 
 
-def check_fsdp(args: TrainingArguments, privacy: PrivacyOptions, base_precision_flag: Optional[str] = None) -> None:
+def check_fsdp_options(args: TrainingArguments, privacy: PrivacyOptions, base_precision_flag: Optional[str] = None) -> None:
     """Raise UserError for options that do not work, or were not verified, with --fsdp full_shard."""
     if base_precision_flag is not None:
         raise UserError(f"--fsdp: it shards float32 weights only. Leave out {base_precision_flag}, or --fsdp")
@@ -252,7 +252,7 @@ def check_fsdp(args: TrainingArguments, privacy: PrivacyOptions, base_precision_
         raise UserError("--load_best_model_at_end: not supported with --fsdp. Leave it out, and choose a checkpoint yourself")
 
 
-def check_launch(accelerator: Accelerator, bf16: bool) -> None:
+def check_launch_options(accelerator: Accelerator, bf16: bool) -> None:
     """Raise UserError where accelerate's own configuration would change the mechanism.
 
     Args:
@@ -289,7 +289,7 @@ def metric_driven_option(args: TrainingArguments) -> Optional[str]:
     return None
 
 
-def check_metric_driven_choice(allowed: bool, option: Optional[str], privacy: PrivacyOptions) -> None:
+def check_metric_options(allowed: bool, option: Optional[str], privacy: PrivacyOptions) -> None:
     """Raise UserError where metrics of training authors, which have no noise, would choose the model.
 
     Args:
@@ -303,7 +303,7 @@ def check_metric_driven_choice(allowed: bool, option: Optional[str], privacy: Pr
         )
 
 
-def have_shared_authors(train: Any, evaluation: Any) -> bool:
+def options_share_authors(train: Any, evaluation: Any) -> bool:
     """Return whether evaluation authors are known to be training authors.
 
     Args:

@@ -261,6 +261,6 @@ def full_precision_sums() -> AbstractContextManager[None]:
     return temporarily_set(*((torch.backends.cuda.matmul, flag, False) for flag in flags))
 
 
-def tolerance_factor(model: nn.Module) -> float:
+def precision_tolerance_factor(model: nn.Module) -> float:
     """Return how much coarser than float32 the model computes: a frozen base may do so in bfloat16."""
     return 1.0 if computes_in_float32(model) else 100.0

@@ -4,19 +4,17 @@ Checks call the user's model on random tokens, never on the user's texts. They c
 the check of random operations, without dropout. Modes, buffers, parameters and random generators are restored at the end.
 """
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import nn
 
 from author_dp.errors import UserError, first_line
 from author_dp.guards.precision import float32_products
 from author_dp.mechanism.fsdp import local_shard
-from author_dp.models.modes import temporarily_set
+from author_dp.models.modes import is_dropout_rate, temporarily_set, training_mode
 from author_dp.models.quantization import float32_compute
 
 MODEL_CODE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
@@ -55,28 +53,6 @@ def model_errors_as_user_error(problem: str) -> Iterator[None]:
 
 
 @contextmanager
-def training_mode(model: Any) -> Iterator[None]:
-    """Put the model into training mode; restore modes, buffers and all global random generators."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(module, name, b, b.clone()) for module in modes for name, b in module._buffers.items() if b is not None]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            model.train()
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer
-
-
-@contextmanager
 def float32_train_mode(model: nn.Module) -> Iterator[None]:
     """Use training mode, in which alone batch norm mixes samples, without autocast, TF32 or bfloat16 products."""
     autocast = torch.autocast(next(model.parameters()).device.type, enabled=False)
@@ -91,12 +67,6 @@ def deterministic_train_mode(model: nn.Module) -> Iterator[None]:
     rates = [(o, name, type(v)(0)) for o in owners.values() for name, v in vars(o).items() if is_dropout_rate(o, name, v)]
     with float32_train_mode(model), temporarily_set(*rates):
         yield
-
-
-def is_dropout_rate(owner: Any, name: str, value: Any) -> bool:
-    """Return whether an attribute says how much is dropped, or jittered, at random in training."""
-    is_rate = "drop" in name or "jitter" in name or (name == "p" and isinstance(owner, nn.modules.dropout._DropoutNd))
-    return is_rate and isinstance(value, float) and value > 0
 
 
 @contextmanager

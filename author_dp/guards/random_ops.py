@@ -26,8 +26,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from author_dp.errors import UserError
-from author_dp.guards.probing import training_mode
 from author_dp.mechanism.secret_generators import default_generators
+from author_dp.models.modes import training_mode
 
 FEW, MORE = 2, 3  # copies of one sample whose operations are compared
 BATCH_SIZE = 7  # samples in the test for independence
@@ -109,7 +109,7 @@ class RandomOpMode(TorchDispatchMode):
         if not self.other_seed or ATTENTION in str(func):
             return output
         if tensor.shape[dim] % BATCH_SIZE:  # experts, which see some of the tokens only
-            raise refusal_error(self.ops[-1], WRONG_PROPORTION)
+            raise random_op_error(self.ops[-1], WRONG_PROPORTION)
         fixed = torch.tensor(FIXED_SAMPLES, device=tensor.device)
         # The mask, too, that dropout on a GPU returns for its backward pass.
         before = [t.unflatten(dim, (BATCH_SIZE, -1)).index_select(dim, fixed) for t in same_shape_tensors(output)]
@@ -139,7 +139,7 @@ def same_shape_tensors(output: Any) -> list[torch.Tensor]:
     return [t for t in tensors if t.shape == tensors[0].shape]
 
 
-class ModelCall(NamedTuple):
+class RandomOpModelCall(NamedTuple):
     """How the run calls its model."""
 
     model: Any
@@ -170,7 +170,7 @@ class ModelCall(NamedTuple):
         return logits.detach(), torch.zeros_like(logits) if gradient is None else gradient.float()
 
 
-def check_random_ops(call: ModelCall, ids: torch.Tensor, max_len: int, tolerance: float) -> None:
+def check_random_ops(call: RandomOpModelCall, ids: torch.Tensor, max_len: int, tolerance: float) -> None:
     """Raise UserError if a random operation is not independent between samples.
 
     Args:
@@ -184,11 +184,11 @@ def check_random_ops(call: ModelCall, ids: torch.Tensor, max_len: int, tolerance
         copies = ids[:1, torch.arange(max_len, device=ids.device) % ids.shape[1]]  # (1, max_len)
         long = [record_random_ops(call, copies.expand(num_samples, -1), backward=False) for num_samples in (FEW, MORE)]
         few, more = (record_random_ops(call, ids[:1].expand(num_samples, -1)) for num_samples in (FEW, MORE))
-        dims = find_sample_dims(few, more)
-        if None in find_sample_dims(*long) + dims:
-            check_shared_ops(call, ids, few, dims, tolerance)
+        dims = find_random_op_sample_dims(few, more)
+        if None in find_random_op_sample_dims(*long) + dims:
+            check_shared_random_ops(call, ids, few, dims, tolerance)
         if few:
-            check_independence(call, ids, few, dims, tolerance)
+            check_random_op_independence(call, ids, few, dims, tolerance)
 
 
 def check_no_model_generators(model: Any) -> None:
@@ -201,20 +201,20 @@ def check_no_model_generators(model: Any) -> None:
             )
 
 
-def check_shared_ops(
-    call: ModelCall, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float
+def check_shared_random_ops(
+    call: RandomOpModelCall, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float
 ) -> None:
     """Raise UserError if an outcome that all samples share changes logits or gradients."""
     shared = [op for op, dim in zip(few, dims) if dim is None]
     if not shared or not all(any(word in op.name for word in FILLABLE) for op in shared):
-        raise refusal_error((shared or few)[0] if few else None, SHARED_OPS)
+        raise random_op_error((shared or few)[0] if few else None, SHARED_OPS)
     low, high = (call(ids[:FEW], RandomOpMode(dims, shared_outcome=outcome)) for outcome in (0, 1))
     if not all(is_close(*pair, tolerance) for pair in zip(low, high)):
-        raise refusal_error(shared[0], SHARED_OPS)
+        raise random_op_error(shared[0], SHARED_OPS)
 
 
-def check_independence(
-    call: ModelCall, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float
+def check_random_op_independence(
+    call: RandomOpModelCall, ids: torch.Tensor, few: list[RandomOp], dims: list[Optional[int]], tolerance: float
 ) -> None:
     """Raise UserError if other samples' random numbers or tokens change FIXED_SAMPLES' logits or gradients."""
     fixed, outputs = list(FIXED_SAMPLES), []
@@ -223,47 +223,47 @@ def check_independence(
         changed[fixed] = ids[fixed]
         mode = RandomOpMode(dims, other_seed=seed)
         outputs.append([values[fixed] for values in call(changed, mode)])
-        check_same_ops(few, mode.ops)
+        check_same_random_ops(few, mode.ops)
     if not all(is_close(*pair, tolerance) for output in outputs[1:] for pair in zip(outputs[0], output)):
-        raise refusal_error(few[0], "lets random numbers or texts of other samples change a sample's logits")
+        raise random_op_error(few[0], "lets random numbers or texts of other samples change a sample's logits")
 
 
-def record_random_ops(call: ModelCall, ids: torch.Tensor, backward: bool = True) -> list[RandomOp]:
+def record_random_ops(call: RandomOpModelCall, ids: torch.Tensor, backward: bool = True) -> list[RandomOp]:
     """Return the random operations of a call; refuse all generators but torch's global ones."""
-    before, mode = python_and_numpy_states(), RandomOpMode()
+    before, mode = python_and_numpy_random_states(), RandomOpMode()
     call(ids, mode, backward)
-    if python_and_numpy_states() != before:
-        raise refusal_error(None, "uses Python's random or NumPy, for all samples at once, as LayerDrop does")
+    if python_and_numpy_random_states() != before:
+        raise random_op_error(None, "uses Python's random or NumPy, for all samples at once, as LayerDrop does")
     if op := next((op for op in mode.ops if op.has_generator), None):
-        raise refusal_error(op, "uses a random generator of its own, which is not secret")
+        raise random_op_error(op, "uses a random generator of its own, which is not secret")
     if op := next((op for op in mode.ops if op.is_seeded), None):
-        raise refusal_error(op, "seeds torch's random generators, so that its random numbers are not secret")
+        raise random_op_error(op, "seeds torch's random generators, so that its random numbers are not secret")
     return mode.ops
 
 
-def python_and_numpy_states() -> tuple[Any, bytes]:
+def python_and_numpy_random_states() -> tuple[Any, bytes]:
     """Return the states of the global generators of Python and NumPy, to be compared."""
     return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
 
 
-def check_same_ops(few: list[RandomOp], other: list[RandomOp]) -> None:
+def check_same_random_ops(few: list[RandomOp], other: list[RandomOp]) -> None:
     """Raise UserError if the operations of two calls differ in more than sizes."""
     for one, two in zip(few, other):
         if one.name != two.name or one.scalars != two.scalars or len(one.shape) != len(two.shape):
             problem = "generates other random numbers for other samples, as a permutation or choice across samples does"
-            raise refusal_error(one, problem)
+            raise random_op_error(one, problem)
     if len(few) != len(other):
-        raise refusal_error((few or other)[-1], "uses random numbers more or less often by chance, as LayerDrop does")
+        raise random_op_error((few or other)[-1], "uses random numbers more or less often by chance, as LayerDrop does")
 
 
-def find_sample_dims(few: list[RandomOp], more: list[RandomOp]) -> list[Optional[int]]:
+def find_random_op_sample_dims(few: list[RandomOp], more: list[RandomOp]) -> list[Optional[int]]:
     """Return for each operation the dimension that grows with the samples; None if they share its outcome."""
-    check_same_ops(few, more)
+    check_same_random_ops(few, more)
     dims: list[Optional[int]] = []
     for one, two in zip(few, more):
         changed = [dim for dim, sizes in enumerate(zip(one.shape, two.shape)) if sizes[0] != sizes[1]]
         if len(changed) > 1 or (changed and one.shape[changed[0]] * MORE != two.shape[changed[0]] * FEW):
-            raise refusal_error(one, WRONG_PROPORTION)
+            raise random_op_error(one, WRONG_PROPORTION)
         dims.append(changed[0] if changed else None)
     return dims
 
@@ -273,7 +273,7 @@ def is_close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return bool((one - other).norm() <= tolerance * one.norm())
 
 
-def refusal_error(op: Optional[RandomOp], problem: str) -> UserError:
+def random_op_error(op: Optional[RandomOp], problem: str) -> UserError:
     """Return the error for a model with this problem, caused by `op` if known."""
     name = "" if op is None else f" ({op.name})"
     return UserError(f"--model_name: in training this model {problem}{name}. {REMEDY}")

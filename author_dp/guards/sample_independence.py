@@ -17,7 +17,7 @@ from typing import Any, Optional
 import torch
 
 from author_dp.errors import UserError
-from author_dp.guards.precision import BFloat16Watch, check_rows_are_separate, tolerance_factor
+from author_dp.guards.precision import BFloat16Watch, check_rows_are_separate, precision_tolerance_factor
 from author_dp.guards.probing import (
     deterministic_train_mode,
     float32_train_mode,
@@ -26,7 +26,7 @@ from author_dp.guards.probing import (
     random_tokens,
     resolve_sequence_len,
 )
-from author_dp.guards.random_ops import BATCH_SIZE, ModelCall, check_random_ops
+from author_dp.guards.random_ops import BATCH_SIZE, RandomOpModelCall, check_random_ops
 
 LOGIT_TOLERANCE = 1e-4  # relative difference of logits that another order of summation may cause
 REPEAT_TOLERANCE = 1e-7  # the same for two computations on one text: kernels on a GPU may not be deterministic
@@ -48,8 +48,8 @@ def check_sample_independence(model: Any, sequence_len: Optional[int] = None, bf
     with perturb_zero_params(model), model_errors_as_user_error(cannot_run):
         ids = random_tokens(model, BATCH_SIZE * min(max_len, RANDOM_OPS_LEN), 5).view(BATCH_SIZE, -1)
         with float32_train_mode(model):
-            tolerance = LOGIT_TOLERANCE * (100.0 if bf16 else tolerance_factor(model))
-            check_random_ops(ModelCall(model, bf16), ids, min(max_len, MAX_LEN), tolerance)
+            tolerance = LOGIT_TOLERANCE * (100.0 if bf16 else precision_tolerance_factor(model))
+            check_random_ops(RandomOpModelCall(model, bf16), ids, min(max_len, MAX_LEN), tolerance)
         with deterministic_train_mode(model):
             with BFloat16Watch() as watch:
                 check_saved_buffers(model, max_len)
@@ -107,5 +107,5 @@ def check_logits_independent(model: Any, max_len: int) -> None:
         (mixes.format("another sample"), alone[: len(shortest)], in_crowd),
     ):
         difference = float((other - one).norm() / one.norm())
-        if not difference < LOGIT_TOLERANCE * tolerance_factor(model):
+        if not difference < LOGIT_TOLERANCE * precision_tolerance_factor(model):
             raise UserError(f"--model_name: this model {problem}, or choose another one (relative difference {difference:.1e})")

@@ -18,9 +18,9 @@ from scipy import stats
 
 from author_dp.accounting.balls_in_bins import log_mean_exp
 from author_dp.guards.noise_monitor import NoiseMonitor
-from author_dp.guards.normal_statistics import Duplicates, normal_p_value
+from author_dp.guards.noise_statistics import NoiseDuplicates, normal_p_value
 from author_dp.guards.sequential_test import SequentialTest
-from author_dp.mechanism.sampling import split_by_group
+from author_dp.mechanism.sampling import split_by_sampling_group
 
 TILTS = np.geomspace(1e-3, 1e2, 60)  # at which Chernoff's bound is evaluated; the best one counts
 
@@ -36,7 +36,7 @@ class SlotMonitor(SequentialTest):
 
     def __init__(self, slots: np.ndarray, number: int, num_canaries: int):
         super().__init__()
-        self.number, self.members = number, split_by_group(slots, number)
+        self.number, self.members = number, split_by_sampling_group(slots, number)
         self.sizes = np.array([len(members) for members in self.members])
         self.real_sizes = np.bincount(slots[: len(slots) - num_canaries], minlength=number)
         self.batches, self.wrong_batches, self.wrong_sizes = 0, 0, 0
@@ -58,14 +58,14 @@ class SlotMonitor(SequentialTest):
             "authors other than those of the step's slot": 0.0 if self.wrong_batches else 1.0,
             "batch size": 0.0 if self.wrong_sizes else 1.0,
             "size of one slot": min(1.0, 2 * self.number * float(extremes.min())),
-            "slots of equal size": even_sizes_p_value(self.sizes),
+            "slots of equal size": slot_sizes_p_value(self.sizes),
         }
 
     def failure_message(self, failed: str) -> str:
         return f"balls-in-bins sampling of authors fails a test: {failed} (after {self.steps} steps)"
 
 
-def even_sizes_p_value(sizes: np.ndarray) -> float:
+def slot_sizes_p_value(sizes: np.ndarray) -> float:
     """Bound the probability that independent slots have sizes with so small a sum of squares, (slots,).
 
     The sizes are independent Poisson numbers, given that their sum is the number of authors ([2], Theorem 5.6). So a probability
@@ -99,7 +99,7 @@ class SlotCanaryMonitor(NoiseMonitor):
     def __init__(self, sigma: float, coefficients: np.ndarray, number: int, included: np.ndarray, scale: float = 1.0):
         super().__init__(std=scale)
         self.sigma, self.coefficients, self.number, self.included = sigma, coefficients, number, included
-        self.statistics = [statistic for statistic in self.statistics if not isinstance(statistic, Duplicates)]
+        self.statistics = [statistic for statistic in self.statistics if not isinstance(statistic, NoiseDuplicates)]
         self._products = np.zeros((len(included), number))  # <x_j, y> of each canary and slot
         self._squares = np.zeros(number)  # |x_j|^2
         self._score, self._score_variance = 0.0, 0.0  # of the clip norm

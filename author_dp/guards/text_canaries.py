@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from author_dp.accounting.plan import PrivacyPlan
-from author_dp.guards.one_run_audit import CONFIDENCE, lower_bound
+from author_dp.guards.one_run_audit import CONFIDENCE, one_run_lower_bound
 from author_dp.logs import get_logger
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import make_microbatches
@@ -83,7 +83,7 @@ class TextCanaries:
 
     def finish(self, trainer: AuditedTrainer) -> dict[str, Any]:
         """Return the audit for privacy.json, and log an error if it contradicts the guarantee."""
-        result = lower_bound(self.losses_before - self.losses(trainer), self.included, trainer.plan.delta)
+        result = one_run_lower_bound(self.losses_before - self.losses(trainer), self.included, trainer.plan.delta)
         epsilon = trainer.epsilon() if trainer.is_world_process_zero() and not trainer.plan.disable_dp else np.inf
         if result["epsilon_lower_bound"] > epsilon:
             logger.error(

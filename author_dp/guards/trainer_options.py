@@ -106,25 +106,25 @@ TRAINER_ARGUMENTS = frozenset("eval_dataset processing_class callbacks optimizer
 def check_trainer_options(args: transformers.TrainingArguments) -> None:
     """Raise UserError for an option that is refused, or unknown to the table and set to another value than its default."""
     for name, reason in REFUSED_OPTIONS.items():
-        if is_set(args, name):
+        if trainer_option_is_set(args, name):
             raise UserError(f"--{name}: {reason}")
     for field in dataclasses.fields(transformers.TrainingArguments):
-        if field.name not in WORKS and field.name not in NO_EFFECT and is_set(args, field.name):
+        if field.name not in WORKS and field.name not in NO_EFFECT and trainer_option_is_set(args, field.name):
             raise UserError(
                 f"--{field.name} {getattr(args, field.name)}: not examined, as it is new in transformers "
                 f"{transformers.__version__}. It may reach behind the training loop. Leave it out"
             )
 
 
-def is_set(args: transformers.TrainingArguments, name: str) -> bool:
+def trainer_option_is_set(args: transformers.TrainingArguments, name: str) -> bool:
     """Return whether an option has another value than its default."""
     value, default = getattr(args, name, None), default_trainer_option(transformers.TrainingArguments, name)
     if isinstance(value, AcceleratorConfig):
         return value != AcceleratorConfig()
-    return value != default and not (is_empty(value) and is_empty(default))
+    return value != default and not (trainer_option_is_empty(value) and trainer_option_is_empty(default))
 
 
-def is_empty(value: Any) -> bool:
+def trainer_option_is_empty(value: Any) -> bool:
     """Return whether a value is one of the kinds of nothing that TrainingArguments turns into one another."""
     return value in (None, False, "", "no", [], {})
 
@@ -137,7 +137,7 @@ def default_trainer_option(arguments_class: type, name: str) -> Any:
     return None
 
 
-def options_without_effect(args: transformers.TrainingArguments) -> list[str]:
+def trainer_options_without_effect(args: transformers.TrainingArguments) -> list[str]:
     """Return the options that were given and have no effect."""
     names = sorted(NO_EFFECT.keys() - set(SET_BY_OTHERS))
     return [f"--{name}" for name in names if getattr(args, name, None) != default_trainer_option(type(args), name)]
@@ -192,7 +192,7 @@ def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
             raise UserError(f"{name} of DPTrainer: training and evaluation use the losses of authors alone. Leave it out")
 
 
-def check_adapted(trainer: Any) -> None:
+def check_trainer_adapted(trainer: Any) -> None:
     """Raise UserError where options were changed after DPTrainer was made, or accelerate accumulates.
 
     Args:

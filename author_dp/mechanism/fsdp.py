@@ -129,7 +129,7 @@ def global_norm(tensor: torch.Tensor) -> float:
     return float(square) ** 0.5
 
 
-def find_non_finite(parameters: Iterable[tuple[str, Any]]) -> Optional[str]:
+def find_non_finite_shard(parameters: Iterable[tuple[str, Any]]) -> Optional[str]:
     """Return the name of a parameter with a number that is not finite; None if there is none. Collective for sharded ones.
 
     The host waits once for each device, not for each parameter.
@@ -165,7 +165,7 @@ def autograd_gradients(loss: torch.Tensor, parameters: list[Any]) -> list[Option
 # --- collectives: as many forwards and backwards on every process -----------------------------------------
 
 
-def missing_rounds(model: nn.Module, rounds: int) -> int:
+def missing_fsdp_rounds(model: nn.Module, rounds: int) -> int:
     """Return how many rounds this process has fewer than the one with the most; 0 if the model is not sharded. Collective."""
     if not is_sharded(model.parameters()):
         return 0
@@ -285,7 +285,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=options)  # type: ignore[return-value]
 
 
-def load_weights(model: Any, folder: Path) -> None:
+def load_sharded_weights(model: Any, folder: Path) -> None:
     """Load this process' shards of the weights that `save_pretrained` has written, one tensor at a time.
 
     Raises:

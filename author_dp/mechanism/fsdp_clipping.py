@@ -18,11 +18,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from author_dp.clipping import ClippingEngine, engine_class
-from author_dp.clipping.author_groups import ClipFactors
+from author_dp.clipping.author_groups import AuthorClipFactors
 from author_dp.clipping.factor_store import FactorStore
 from author_dp.clipping.fallback import PerAuthorFallback
 from author_dp.clipping.ghost import GhostClipping
-from author_dp.clipping.grad_factors import add_clipped
+from author_dp.clipping.grad_factors import add_clipped_factors
 from author_dp.errors import UserError
 from author_dp.mechanism.fsdp import FSDP_REMEDY, dummy_batch, is_sharded, local_shard
 from author_dp.mechanism.losses import author_losses
@@ -59,12 +59,12 @@ class ShardedStore(FactorStore):
     def __init__(self, model: nn.Module, tied: set[Any]):
         super().__init__(model, tied)
         self.is_dummy = False
-        self._buckets = list(make_buckets([p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor)]))
+        self._buckets = list(make_sharded_buckets([p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor)]))
 
     def is_joined(self, grads: list[Any]) -> bool:
         return False  # `sum_pass` reduces each parameter
 
-    def sum_pass(self, run_backward: Callable[[bool], None], clip: ClipFactors) -> None:
+    def sum_pass(self, run_backward: Callable[[bool], None], clip: AuthorClipFactors) -> None:
         if self.is_dummy:
             self.factors.clear()
         for bucket in self._buckets:
@@ -74,7 +74,7 @@ class ShardedStore(FactorStore):
                 rows = -(-len(parameter) // world_size) * world_size
                 total = torch.zeros(rows, *parameter.shape[1:], device=clip.factors.device)
                 for grad in self.factors.pop(parameter, []):
-                    add_clipped(grad, total[: len(parameter)], clip)
+                    add_clipped_factors(grad, total[: len(parameter)], clip)
                 totals.append(total.view(world_size, -1))
             sizes = [total.shape[1] for total in totals]
             flat = totals[0] if len(totals) == 1 else torch.cat(totals, 1)
@@ -110,7 +110,7 @@ class ShardedClipping(GhostClipping):
             self.store.is_dummy = False
 
 
-def make_buckets(parameters: list[Any]) -> Iterator[list[Any]]:
+def make_sharded_buckets(parameters: list[Any]) -> Iterator[list[Any]]:
     """Yield the parameters, small ones together."""
     bucket: list[Any] = []
     for parameter in parameters:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from author_dp.accounting.banded_mf import step_noise_std
+from author_dp.accounting.banded_mf import banded_step_noise_std
 
 COPIED_AT_ONCE = 2**24  # elements of secure noise that are copied to a device: 64 MB
 CHUNK_PAIRS = 2**17  # pairs of normals that are made at once: their memory stays in a CPU's cache
@@ -144,4 +144,4 @@ class BandMFNoise:
     @property
     def variance(self) -> float:
         """Variance of the last step's noise, in units of (sigma C)^2."""
-        return step_noise_std(self.coefficients, self.steps) ** 2
+        return banded_step_noise_std(self.coefficients, self.steps) ** 2

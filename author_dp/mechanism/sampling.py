@@ -124,7 +124,7 @@ class CyclicAuthorSampler(PoissonAuthorSampler):
 
     Args:
         sample_rate: q, the mean over b steps.
-        groups: int (authors,), of each author, from `assign_groups`; the same on all processes.
+        groups: int (authors,), of each author, from `assign_sampling_groups`; the same on all processes.
         bands: b, the number of groups.
         options: PoissonAuthorSampler's.
     Raises:
@@ -139,7 +139,7 @@ class CyclicAuthorSampler(PoissonAuthorSampler):
             raise ValueError("with noise bands every author needs a group, or all would be sampled in each step")
         super().__init__(offsets, indices, sample_rate=cyclic_sample_rate(sample_rate, bands), **options)
         self.groups = groups
-        self.members = split_by_group(groups, bands)
+        self.members = split_by_sampling_group(groups, bands)
 
     def sample_authors(self) -> np.ndarray:
         """Sample from the group whose turn it is."""
@@ -154,7 +154,7 @@ class BallsInBinsAuthorSampler(PoissonAuthorSampler):
     training, so an author's batches are n steps apart. Otherwise as PoissonAuthorSampler.
 
     Args:
-        slots: int (authors,), of each author, from `assign_groups`; secret, and the same on all processes.
+        slots: int (authors,), of each author, from `assign_sampling_groups`; secret, and the same on all processes.
         options: PoissonAuthorSampler's; `steps` is n.
     Raises:
         ValueError: where an author has no slot of the epoch.
@@ -164,14 +164,14 @@ class BallsInBinsAuthorSampler(PoissonAuthorSampler):
         super().__init__(offsets, indices, sample_rate=1.0, **options)
         if len(slots) != len(offsets) - 1 or slots.min(initial=0) < 0 or slots.max(initial=0) >= self.steps:
             raise ValueError("every author needs a slot of the epoch, or the author would never be sampled")
-        self.groups, self.members = slots, split_by_group(slots, self.steps)
+        self.groups, self.members = slots, split_by_sampling_group(slots, self.steps)
 
     def sample_authors(self) -> np.ndarray:
         """Return all authors of the slot whose turn it is."""
         return self.members[self.batches % self.steps]
 
 
-def split_by_group(groups: np.ndarray, number: int) -> list[np.ndarray]:
+def split_by_sampling_group(groups: np.ndarray, number: int) -> list[np.ndarray]:
     """Return the authors of each of `number` groups, ascending.
 
     Args:
@@ -205,7 +205,7 @@ def choose_samples(
     return np.split(samples, np.cumsum(np.minimum(sizes, max_samples))[:-1]) if len(authors) else []
 
 
-def assign_groups(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
+def assign_sampling_groups(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
     """Assign each author to one of `bands` groups, uniformly at random; return int64 (authors,).
 
     Guarantee: a group depends on the author and the key alone. Adding or removing an author moves no other author.
@@ -220,6 +220,6 @@ def assign_groups(hashes: np.ndarray, bands: int, key: bytes) -> np.ndarray:
     return (np.frombuffer(b"".join(digests), dtype=">u8") % np.uint64(bands)).astype(np.int64)
 
 
-def append_canary_hashes(hashes: Optional[np.ndarray], num_canaries: int) -> Optional[np.ndarray]:
+def append_canary_sampling_hashes(hashes: Optional[np.ndarray], num_canaries: int) -> Optional[np.ndarray]:
     """Append hashes for canaries. They have no author value, so their index is used."""
     return None if hashes is None else np.concatenate([hashes, np.arange(num_canaries, dtype=np.uint64)])

@@ -48,7 +48,7 @@ def load_model(
     Raises:
         UserError: where model or tokenizer cannot be loaded, or they do not fit each other or the options.
     """
-    name = to_absolute(name)  # an adapter then finds its base from everywhere
+    name = to_absolute_model_path(name)  # an adapter then finds its base from everywhere
     adapter_base = adapter_base_model(name)
     if adapter_base is not None and lora is None:
         raise UserError(
@@ -141,23 +141,23 @@ def adapter_base_model(name: str) -> Optional[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model_name {name}: {ADAPTER_CONFIG} does not name its base model. Copy the adapter again") from error
     sibling = Path(name) / base
-    resolved = str(sibling.resolve()) if not os.path.isdir(base) and sibling.is_dir() else to_absolute(base)
+    resolved = str(sibling.resolve()) if not os.path.isdir(base) and sibling.is_dir() else to_absolute_model_path(base)
     if (Path(resolved) / ADAPTER_CONFIG).exists():
         raise UserError(f"--model_name {name}: its base {resolved} holds an adapter itself. Merge that one into its base first")
     return resolved
 
 
-def to_absolute(name: str) -> str:
+def to_absolute_model_path(name: str) -> str:
     """Return the absolute path of a local folder; a hub name unchanged."""
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def public_name(name: str) -> str:
+def public_model_name(name: str) -> str:
     """Return the last component of a local path, without private folder names; a hub name unchanged."""
     return Path(name).resolve().name if os.path.isdir(name) else name
 
 
-def check_folder(name: str) -> None:
+def check_model_folder(name: str) -> None:
     """Raise UserError for a local folder without a model, or with unusable files."""
     folder = Path(name)
     if not folder.is_dir():
@@ -257,7 +257,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> 
     Raises:
         UserError: where weights are missing, or do not fit config.json.
     """
-    check_folder(name)
+    check_model_folder(name)
     fix = "Copy both from one place"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

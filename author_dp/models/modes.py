@@ -1,9 +1,11 @@
 """Switch a model's mode, or another setting, for a while."""
 
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -76,3 +78,31 @@ def frozen_weights_cast(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, name, parameter in replaced:
             layer._parameters[name] = parameter
+
+
+@contextmanager
+def training_mode(model: Any) -> Iterator[None]:
+    """Put the model into training mode; restore modes, buffers and all global random generators."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(module, name, b, b.clone()) for module in modes for name, b in module._buffers.items() if b is not None]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            model.train()
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
+
+
+def is_dropout_rate(owner: Any, name: str, value: Any) -> bool:
+    """Return whether an attribute says how much is dropped, or jittered, at random in training."""
+    is_rate = "drop" in name or "jitter" in name or (name == "p" and isinstance(owner, nn.modules.dropout._DropoutNd))
+    return is_rate and isinstance(value, float) and value > 0

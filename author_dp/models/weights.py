@@ -6,12 +6,11 @@ generation_config.json are not certified: they hold nothing that was trained.
 
 Example:
 
-    >>> with write_certified(Path("scratch"), adapter=False, make_report=trainer.privacy_report):
+    >>> with write_certified_weights(Path("scratch"), adapter=False, make_report=trainer.privacy_report):
     ...     model.save_pretrained("scratch")
     >>> check_weights(Path("scratch"), json.loads(Path("scratch/privacy.json").read_text(encoding="utf-8")))
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,8 +22,8 @@ from typing import Any, Optional
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.output_dir import has_checkpoint_name
 from author_dp.errors import UserError
-from author_dp.files import fsync_folder, write_json
-from author_dp.models.loading import adapter_base_model, public_name
+from author_dp.files import fsync_folder, sha256_of, write_json
+from author_dp.models.loading import adapter_base_model, public_model_name
 
 # Files that a library may load as weights, and files that say how: shard index, configuration, adapter configuration.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -38,7 +37,7 @@ RETRAIN_REMEDY = "Train again in a new folder"
 DELETE_REMEDY = f"or delete {REPORT_NAME} to use the model without a guarantee"
 
 
-def read_marker(checkpoint: Path) -> dict[str, Any]:
+def read_weights_marker(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself: its files, their hashes, its place in the order of saving, and its options."""
     return json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
 
@@ -68,24 +67,12 @@ def weight_name_pattern(adapter: bool) -> re.Pattern[str]:
     return ADAPTER_FILES if adapter else MODEL_FILES
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: it cannot be read ({error.strerror}). Restore it") from error
-    return digest.hexdigest()
-
-
 def hash_weights(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each weight file in a folder, by relative name."""
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in weight_files(folder)}
 
 
-def describe_base(name: Optional[str], revision: Optional[str] = None) -> dict[str, Any]:
+def describe_base_weights(name: Optional[str], revision: Optional[str] = None) -> dict[str, Any]:
     """Identify an adapter's base for privacy.json, by hashes (local folder) or commit (hub).
 
     Args:
@@ -93,12 +80,12 @@ def describe_base(name: Optional[str], revision: Optional[str] = None) -> dict[s
         revision: the commit, if known.
     """
     if name and os.path.isdir(name):
-        return {"name": public_name(name), "files": hash_weights(Path(name))}
+        return {"name": public_model_name(name), "files": hash_weights(Path(name))}
     return {"name": name or None, "revision": revision}
 
 
 @contextmanager
-def write_certified(
+def write_certified_weights(
     folder: Path, adapter: bool, make_report: Callable[[], dict[str, Any]], disable_dp: bool = False
 ) -> Iterator[None]:
     """Certify the weights that the caller writes to `folder` inside.
@@ -117,7 +104,7 @@ def write_certified(
     if disable_dp:
         write_json(folder / REPORT_NAME, make_report())
     else:
-        remove_report(folder)
+        remove_weights_report(folder)
     for path in weight_files(folder):
         if pattern.fullmatch(path.name):
             path.unlink()
@@ -131,13 +118,13 @@ def write_certified(
     write_json(folder / REPORT_NAME, {**make_report(), "weights": hashes})
 
 
-def has_no_guarantee(folder: Path) -> bool:
+def weights_have_no_guarantee(folder: Path) -> bool:
     """Return whether a folder's privacy.json says that its weights were trained without privacy."""
     path = folder / REPORT_NAME
     return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("disable_dp") is True
 
 
-def remove_report(folder: Path) -> None:
+def remove_weights_report(folder: Path) -> None:
     """Remove a folder's privacy.json, durably, before its weights change."""
     if (folder / REPORT_NAME).exists():
         (folder / REPORT_NAME).unlink()
@@ -169,10 +156,10 @@ def check_weights(folder: Path, report: dict[str, Any], base: bool = True) -> No
                 f"the file, {DELETE_REMEDY}"
             )
     if base and any(Path(name).name in ("adapter_config.json", "adapter_model.safetensors") for name in named):
-        check_base(folder, report)
+        check_base_weights(folder, report)
 
 
-def check_base(folder: Path, report: dict[str, Any]) -> None:
+def check_base_weights(folder: Path, report: dict[str, Any]) -> None:
     """Raise UserError unless an adapter's base is the one that its privacy.json, `report`, names."""
     known = report.get("adapter_base")
     if not isinstance(known, dict):
@@ -199,11 +186,11 @@ def check_base(folder: Path, report: dict[str, Any]) -> None:
         )
 
 
-def check_same_base(base: Optional[dict[str, Any]], known: Optional[dict[str, Any]]) -> None:
+def check_same_base_weights(base: Optional[dict[str, Any]], known: Optional[dict[str, Any]]) -> None:
     """Raise UserError where an adapter would be resumed on another base than it was trained on.
 
     Args:
-        base, known: bases of this run and of the checkpoint, from `describe_base`; None without an adapter.
+        base, known: bases of this run and of the checkpoint, from `describe_base_weights`; None without an adapter.
     """
     for name in ("files",) if "files" in {**(base or {}), **(known or {})} else ("name",):
         if (base or {}).get(name) != (known or {}).get(name):

@@ -11,9 +11,9 @@ import numpy as np
 
 from author_dp.accounting.accountant import epsilon_of, format_epsilon
 from author_dp.accounting.events import MechanismEvent
-from author_dp.accounting.ledger import PrivacyLedger, event_of_run
+from author_dp.accounting.ledger import PrivacyLedger, ledger_event_of_run
 from author_dp.files import make_private
-from author_dp.outputs.page import AUTHOR_LOSS, BLUE, GRAY, RED, STANDARD_ERRORS
+from author_dp.outputs.html_page import AUTHOR_LOSS, BLUE, GRAY, RED, STANDARD_ERRORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def loss_points(log: list[dict], evaluation: dict[str, dict]) -> tuple[list, list]:
+def figure_loss_points(log: list[dict], evaluation: dict[str, dict]) -> tuple[list, list]:
     """Return (step, loss) of training, and (step, loss, standard error) of evaluation; the error is None if unknown.
 
     Both losses are means over authors of each author's mean over tokens.
@@ -48,7 +48,7 @@ def loss_points(log: list[dict], evaluation: dict[str, dict]) -> tuple[list, lis
     return training, [(step, *values) for step, values in sorted(found.items())]  # one for each step
 
 
-def draw_losses(axes: "Axes", training: list, evaluated: list) -> None:
+def draw_losses_figure(axes: "Axes", training: list, evaluated: list) -> None:
     """Draw losses; those of held-out authors with two standard errors, where they are known."""
     if training:
         marker = "o" if len(training) == 1 else None  # a line of one point is invisible
@@ -71,9 +71,9 @@ def put_legend_above(axes: "Axes") -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2, fontsize=9, columnspacing=1.2)
 
 
-def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Optional[float]) -> None:
+def draw_epsilon_figure(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Optional[float]) -> None:
     """Draw epsilon over the steps of all runs in the ledger, as a staircase."""
-    steps = staircase_steps(ledger)
+    steps = figure_staircase_steps(ledger)
     # With balls-in-bins sampling the events cost more than the steps, whose epsilon is certified together.
     largest = ledger.epsilon(delta) if any(header.get("slots") for header, _ in ledger.runs_with_steps) else math.inf
     epsilons = [min(epsilon_of(first_steps(ledger, number), delta), largest) for number in steps]
@@ -88,7 +88,7 @@ def draw_epsilon(axes: "Axes", ledger: PrivacyLedger, delta: float, target: Opti
     put_legend_above(axes)
 
 
-def staircase_steps(ledger: PrivacyLedger, most: int = 30) -> list[int]:
+def figure_staircase_steps(ledger: PrivacyLedger, most: int = 30) -> list[int]:
     """Return the steps at which a stair ends, ascending; the last one is the ledger's last step.
 
     With noise bands, epsilon is the same for all steps of a cycle, so a cycle is a stair. Where there are more than `most`, a
@@ -108,17 +108,17 @@ def first_steps(ledger: PrivacyLedger, steps: int) -> list[MechanismEvent]:
     """Return the event of each run, limited to the first `steps` steps of all runs."""
     ends = np.cumsum(ledger.steps_per_run)
     steps_of_runs = np.clip(steps - (ends - ledger.steps_per_run), 0, ledger.steps_per_run)
-    return [event_of_run(header, int(number)) for header, number in zip(ledger.runs, steps_of_runs)]
+    return [ledger_event_of_run(header, int(number)) for header, number in zip(ledger.runs, steps_of_runs)]
 
 
-def draw_samples(axes: "Axes", samples: list[int], authors: list[int], bound: int) -> None:
+def draw_samples_figure(axes: "Axes", samples: list[int], authors: list[int], bound: int) -> None:
     """Draw how many authors have how many samples, as bars of equal width with their numbers on top.
 
     Args:
         samples, authors: for each number of samples that occurs, how many authors have it.
         bound: k, samples of an author per step.
     """
-    starts = sample_bins(max(samples), bound)
+    starts = figure_sample_bins(max(samples), bound)
     counts = np.histogram(samples, [*starts, max(samples) + 1], weights=authors)[0].astype(int)
     bars = axes.bar(range(len(starts)), counts, width=0.85, color=BLUE)
     axes.bar_label(bars, [f"{count:,}" if count else "" for count in counts], fontsize=7)
@@ -129,17 +129,17 @@ def draw_samples(axes: "Axes", samples: list[int], authors: list[int], bound: in
         axes.axvline(starts.index(bound + 1) - 0.5, color=RED, linestyle=":", label=f"used per step: up to {bound:,} (k)")
         put_legend_above(axes)
     axes.set(title="Samples per author", xlabel="samples of an author", ylabel="authors", yscale="log")
-    scale_counts(axes, max(counts))
+    scale_figure_counts(axes, max(counts))
     axes.grid(visible=False, axis="x")
 
 
-def scale_counts(axes: "Axes", largest: float) -> None:
+def scale_figure_counts(axes: "Axes", largest: float) -> None:
     """Scale a logarithmic axis of counts: 1 is visible, and a number fits above the highest bar."""
     axes.set_ylim(LOG_BOTTOM, 3 * max(1, largest))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}" if value >= 1 else "")
 
 
-def sample_bins(largest: int, bound: int, bins: int = 14) -> list[int]:
+def figure_sample_bins(largest: int, bound: int, bins: int = 14) -> list[int]:
     """Return the smallest number of samples in each bar of a figure; one of them begins after `bound`.
 
     Bars cover single numbers first, then ranges that grow by a constant factor.
@@ -148,7 +148,7 @@ def sample_bins(largest: int, bound: int, bins: int = 14) -> list[int]:
     return sorted(start for start in starts if start <= largest)
 
 
-def draw_norms(axes: "Axes", edges: np.ndarray, counts: np.ndarray, clip_norm: float) -> None:
+def draw_norms_figure(axes: "Axes", edges: np.ndarray, counts: np.ndarray, clip_norm: float) -> None:
     """Draw a histogram of gradient norms on a logarithmic axis.
 
     Args:
@@ -161,14 +161,14 @@ def draw_norms(axes: "Axes", edges: np.ndarray, counts: np.ndarray, clip_norm: f
     axes.stairs(np.maximum(counts[1:-1], LOG_BOTTOM), edges, baseline=LOG_BOTTOM, fill=True, color=BLUE)
     axes.axvline(clip_norm, color=RED, linestyle=":", label=f"clip norm {clip_norm:g}: {100 * clipped:.0f} % are clipped")
     axes.set(title="Author gradient norms", xlabel="norm before clipping", ylabel="sampled authors", xscale="log", yscale="log")
-    scale_counts(axes, max(counts))
+    scale_figure_counts(axes, max(counts))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if len(shown):
         axes.set_xlim(min(edges[shown[0]], clip_norm) / 1.5, max(edges[shown[-1] + 1], clip_norm) * 1.5)
     put_legend_above(axes)
 
 
-def draw_times(axes: "Axes", seconds: list[float]) -> None:
+def draw_times_figure(axes: "Axes", seconds: list[float]) -> None:
     axes.plot(range(1, len(seconds) + 1), seconds, color=BLUE, linewidth=1)
     axes.axhline(float(np.median(seconds)), color=GRAY, linestyle=":", label=f"median {np.median(seconds):.2g} s")
     axes.set(title="Time per step", xlabel="step of the last run", ylabel="seconds", ylim=(0, None))
@@ -184,18 +184,22 @@ def draw_figures(folder: Path, report: dict, ledger: PrivacyLedger, statistics: 
         for each name its file, and whether it is private.
     """
     drawings: dict[str, tuple] = {}
-    if any(points := loss_points(statistics.get("log", []), statistics.get("evaluation", {}))):
-        drawings["loss"] = (draw_losses, points, True)
+    if any(points := figure_loss_points(statistics.get("log", []), statistics.get("evaluation", {}))):
+        drawings["loss"] = (draw_losses_figure, points, True)
     if ledger.steps and report["epsilon"] is not None:
-        drawings["epsilon"] = (draw_epsilon, (ledger, report["delta"], report["target_epsilon"]), False)
+        drawings["epsilon"] = (draw_epsilon_figure, (ledger, report["delta"], report["target_epsilon"]), False)
     if "samples_per_author" in statistics:
         samples = statistics["samples_per_author"]
-        drawings["samples"] = (draw_samples, (samples["samples"], samples["authors"], report["samples_per_author"]), True)
+        drawings["samples"] = (draw_samples_figure, (samples["samples"], samples["authors"], report["samples_per_author"]), True)
         norms = statistics["norms_over_clip_norm"]
         if report["clip_norm"] and sum(norms["counts"]):
-            drawings["norms"] = (draw_norms, (np.array(norms["edges"]), np.array(norms["counts"]), report["clip_norm"]), True)
+            drawings["norms"] = (
+                draw_norms_figure,
+                (np.array(norms["edges"]), np.array(norms["counts"]), report["clip_norm"]),
+                True,
+            )
         if statistics["seconds_per_step"]:
-            drawings["time"] = (draw_times, (statistics["seconds_per_step"],), True)
+            drawings["time"] = (draw_times_figure, (statistics["seconds_per_step"],), True)
     from matplotlib import rc_context  # slow: not before a run's first step
     from matplotlib.figure import Figure  # pyplot would take a second more, and change the backend of a notebook
 

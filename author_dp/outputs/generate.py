@@ -29,14 +29,14 @@ from author_dp.cli import OptionParser
 from author_dp.data.chat_template import ChatTemplate, TurnEnd
 from author_dp.data.loading import expand_files
 from author_dp.errors import UserError, first_line
+from author_dp.files import sha256_of
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.logs import get_logger
 from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer
 from author_dp.models.lora import adapts_tied_weights
-from author_dp.models.weights import sha256_of
 from author_dp.outputs import privacy_statement, synthetic_report
 from author_dp.outputs.partial_file import PartialFile
-from author_dp.outputs.prompts import Prompt, Source, make_prompts
+from author_dp.outputs.prompts import Prompt, PromptSource, make_prompts
 
 logger = get_logger(__name__)
 
@@ -53,7 +53,7 @@ RUN_RECORD_PREFIXES = ("privacy", "training_args", "trainer_state", "optimizer",
 # --- Options ----------------------------------------------------------------------------------------------
 
 
-def make_parser() -> OptionParser:
+def make_generate_parser() -> OptionParser:
     parser = OptionParser("python -m author_dp.generate", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="the --output_dir of a run, or a checkpoint in it")
@@ -108,7 +108,7 @@ def make_parser() -> OptionParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_generate_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for options out of range, or that contradict each other."""
     if not Path(args.folder).is_dir():
         raise UserError(f"FOLDER {args.folder} is not a folder: give the --output_dir of a run")
@@ -165,7 +165,7 @@ def sampling_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str,
 # --- The model --------------------------------------------------------------------------------------------
 
 
-def load_model(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_generating_model(folder: str, revision: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the model of a folder, with a LoRA adapter merged into its base where that is the same model, and the tokenizer.
 
     Args:
@@ -213,7 +213,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tu
     return sorted({int(token) for token in tokens if token is not None})
 
 
-def token_budget(
+def generation_token_budget(
     model: PreTrainedModel, prompts: list[Prompt], max_new_tokens: Optional[int], sequence_len: Optional[int], has_file: bool
 ) -> int:
     """Return how many tokens to generate; the default is limited to the model's positions.
@@ -236,7 +236,7 @@ def token_budget(
 # --- Writing ----------------------------------------------------------------------------------------------
 
 
-def batch_seed(seed: int, index: int) -> int:
+def generation_batch_seed(seed: int, index: int) -> int:
     """Return the seed of a batch, which depends on its index only, not on the batches before."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest(), "big") >> 1
 
@@ -259,7 +259,7 @@ def generate_batch(
     return texts, ended
 
 
-def to_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[str, Any]:
+def to_generated_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[str, Any]:
     """Return a row of the output, in TRL's columns, which training reads too."""
     if "messages" in prompt.row:
         return {**prompt.row, "messages": [*prompt.row["messages"], {"role": "assistant", "content": text.strip()}]}
@@ -270,22 +270,24 @@ def to_row(prompt: Prompt, text: str, column: str, with_prompt: bool) -> dict[st
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """Write the file and its privacy statement; return the statement."""
-    check_arguments(args)
-    guarantee = privacy_statement.read_guarantee(Path(args.folder))
-    source = privacy_statement.declared_prompt_source(args.private_prompts, args.prompts, args.prompt_template)
+    check_generate_arguments(args)
+    guarantee = privacy_statement.read_privacy_statement(Path(args.folder))
+    source = privacy_statement.statement_prompt_source(args.private_prompts, args.prompts, args.prompt_template)
     statement = privacy_statement.make_statement(guarantee, source)
     data = (guarantee or {}).get("data") or {}
-    model, tokenizer = load_model(args.folder, (guarantee or {}).get("adapter_base", {}).get("revision"))
+    model, tokenizer = load_generating_model(args.folder, (guarantee or {}).get("adapter_base", {}).get("revision"))
     prompts = make_prompts(
         tokenizer,
         data.get("start_token"),
-        Source(args.prompts, args.prompt_column, args.messages_column, args.prompt_template, tuple(args.keep_columns), args.chat),
+        PromptSource(
+            args.prompts, args.prompt_column, args.messages_column, args.prompt_template, tuple(args.keep_columns), args.chat
+        ),
     )
     args.text_column = args.text_column or data.get("text_column") or "content"
     if args.text_column in prompts[0].row and not (args.with_prompt and args.text_column == "prompt"):
         raise UserError(f"--text_column {args.text_column!r} is the name of another column of the output: choose another")
     number = args.number or (len(prompts) if args.prompts else 1_000)
-    tokens = token_budget(model, prompts, args.max_new_tokens, data.get("sequence_len"), bool(args.prompts))
+    tokens = generation_token_budget(model, prompts, args.max_new_tokens, data.get("sequence_len"), bool(args.prompts))
     options = sampling_options(args, tokens)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not args.use_cpu else None
     device = device or torch.device("cpu")
@@ -298,7 +300,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     prompts_hash = hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest()
     output = PartialFile(args.out, {**settings, "texts of prompts": prompts_hash}, 0o666 if statement["covered"] else 0o600)
     turn_end = ChatTemplate(tokenizer).turn_end if "messages" in prompts[0].row else None
-    for warning in make_warnings(statement, data, args, turn_end):
+    for warning in make_generation_warnings(statement, data, args, turn_end):
         logger.warning(warning)
     model.to(device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     ends = eos_token_ids(model, tokenizer, turn_end)
@@ -326,17 +328,19 @@ def write_texts(
     with tqdm(total=number, initial=output.rows, unit=" texts", desc="Generate") as bar:
         while output.rows < number:
             batch = [prompts[i % len(prompts)] for i in range(output.rows, min(output.rows + args.batch_size, number))]
-            seed = batch_seed(args.seed, output.rows // args.batch_size)
+            seed = generation_batch_seed(args.seed, output.rows // args.batch_size)
             try:
                 tokens, ended = generate_batch(model, [prompt.ids for prompt in batch], config, seed)
             except (ValueError, TypeError) as error:  # raised by transformers for its options
                 raise UserError(f"--generation_options, --temperature and the like: {first_line(error)}") from error
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            output.add([to_row(p, text, args.text_column, args.with_prompt) for p, text in zip(batch, texts)], sum(ended))
+            output.add(
+                [to_generated_row(p, text, args.text_column, args.with_prompt) for p, text in zip(batch, texts)], sum(ended)
+            )
             bar.update(len(batch))
 
 
-def make_warnings(
+def make_generation_warnings(
     statement: dict[str, Any], data: dict[str, Any], args: argparse.Namespace, turn_end: Optional[TurnEnd]
 ) -> list[str]:
     """Return warnings about a missing guarantee, and about texts that will not begin or end well.
@@ -357,11 +361,11 @@ def make_warnings(
 
 
 def main(arguments: list[str]) -> None:
-    args = make_parser().parse_args(arguments)
+    args = make_generate_parser().parse_args(arguments)
     content = generate(args)
     ended = f"{content['rows_that_end']:,} of {content['rows']:,} texts reach their end"
     print(f"{content['file']}: {ended}. {content['statement']}")
     if args.report:
         # Here the columns are those of the output, not of the real text.
         options = argparse.Namespace(**{**vars(args), **dict.fromkeys(synthetic_report.COLUMN_OPTIONS)})
-        print(synthetic_report.format_report(synthetic_report.make_report(args.out, args.report, options)))
+        print(synthetic_report.format_synthetic_report(synthetic_report.make_synthetic_report(args.out, args.report, options)))

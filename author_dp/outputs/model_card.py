@@ -12,7 +12,15 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from author_dp.models.quantization import model_sizes
-from author_dp.outputs.guarantee import Row, epsilon_in_words, fmt, guarantee_rows, has_guarantee, is_tuned, plain_summary
+from author_dp.outputs.guarantee_table import (
+    Row,
+    guarantee_in_words,
+    guarantee_is_tuned,
+    guarantee_table_rows,
+    report_has_guarantee,
+    summarize_guarantee,
+)
+from author_dp.wording import format_number
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -23,7 +31,7 @@ IMPORTS = {
 }
 
 
-def public_settings(args: TrainingArguments, model: Any, model_name: Optional[str]) -> dict[str, Any]:
+def model_card_settings(args: TrainingArguments, model: Any, model_name: Optional[str]) -> dict[str, Any]:
     """Return the options of a run that privacy.json names under no other key.
 
     Args:
@@ -46,7 +54,7 @@ def public_settings(args: TrainingArguments, model: Any, model_name: Optional[st
     return settings
 
 
-def public_options(report: dict[str, Any]) -> dict[str, Any]:
+def model_card_options(report: dict[str, Any]) -> dict[str, Any]:
     """Return the options and the data of a run, by name; base_model and dataset are None unless they have a public name.
 
     Args:
@@ -64,8 +72,8 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         report: content of privacy.json.
         name: hub name or path that the model is loaded by.
     """
-    covered, is_adapter = has_guarantee(report), bool(report.get("adapter_base"))
-    library, options = "peft" if is_adapter else "transformers", public_options(report)
+    covered, is_adapter = report_has_guarantee(report), bool(report.get("adapter_base"))
+    library, options = "peft" if is_adapter else "transformers", model_card_options(report)
     base_model, dataset = options["base_model"], options["dataset"]
     metadata = ModelCardData(
         base_model=base_model,
@@ -78,26 +86,26 @@ def model_card(report: dict[str, Any], name: str = ".") -> str:
         metadata,
         template_path=str(TEMPLATE),
         title="Fine-tuned with author-level differential privacy" if covered else "Fine-tuned without a privacy guarantee",
-        summary="\n\n".join(filter(None, (plain_summary(report), epsilon_in_words(report)))),
+        summary="\n\n".join(filter(None, (summarize_guarantee(report), guarantee_in_words(report)))),
         imports=IMPORTS[library],
         model_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         name=name,
         needs_base_path=is_adapter and not base_model,
-        tuned=is_tuned(report),
+        tuned=guarantee_is_tuned(report),
         counts_are_hidden=report["num_authors"] is None,
-        guarantee=table_rows(guarantee_rows(report)),
-        settings=table_rows(
+        guarantee=model_card_table_rows(guarantee_table_rows(report)),
+        settings=model_card_table_rows(
             (option, value) for option, value in {"date": report.get("started"), **options}.items() if value is not None
         ),
     )
     return str(card)
 
 
-def table_rows(rows: Iterable[tuple[str, Any]]) -> list[Row]:
+def model_card_table_rows(rows: Iterable[tuple[str, Any]]) -> list[Row]:
     """Return the rows of a Markdown table as text that cannot leave its cell."""
-    return [(name, format_value(value).replace("|", r"\|").replace("\n", " ")) for name, value in rows]
+    return [(name, format_model_card_value(value).replace("|", r"\|").replace("\n", " ")) for name, value in rows]
 
 
-def format_value(value: Any) -> str:
+def format_model_card_value(value: Any) -> str:
     """Return an option's value for people: numbers with separators of thousands."""
-    return f"{value:,}" if type(value) is int else fmt(value) if isinstance(value, float) else str(value)
+    return f"{value:,}" if type(value) is int else format_number(value) if isinstance(value, float) else str(value)

@@ -28,7 +28,7 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial hash modulo 2^64; odd, so that no word's bits are lost
 
 
-class Hashes(NamedTuple):
+class OverlapHashes(NamedTuple):
     """Hashes of words or n-grams, in the order of the texts.
 
     Attributes:
@@ -60,7 +60,7 @@ def words_of(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
-def hash_words(texts: Iterable[str]) -> Hashes:
+def hash_words(texts: Iterable[str]) -> OverlapHashes:
     """Return the hash of each word of each text."""
     # Python's hash is keyed anew in each process: nobody can choose words that collide.
     hashes = [np.array([hash(word) for word in words_of(text)], np.int64) for text in texts]
@@ -68,10 +68,10 @@ def hash_words(texts: Iterable[str]) -> Hashes:
     values = np.concatenate([*hashes, np.zeros(0, np.int64)]).view(np.uint64)
     text = np.repeat(np.arange(len(hashes), dtype=np.int32), lengths)
     starts = np.cumsum([0, *lengths[:-1]], dtype=np.int32) if lengths else np.zeros(0, np.int32)
-    return Hashes(values, text, np.arange(len(values), dtype=np.int32) - starts[text])
+    return OverlapHashes(values, text, np.arange(len(values), dtype=np.int32) - starts[text])
 
 
-def hash_ngrams(words: Hashes, length: int) -> Hashes:
+def hash_ngrams(words: OverlapHashes, length: int) -> OverlapHashes:
     """Return the hash of each n-gram of `length` words."""
     size = max(0, len(words.values) - length + 1)
     within_text = words.text[:size] == words.text[len(words.text) - size :]
@@ -79,10 +79,10 @@ def hash_ngrams(words: Hashes, length: int) -> Hashes:
     for offset in range(length):
         values *= BASE
         values += words.values[offset : offset + size]
-    return Hashes(values[within_text], words.text[:size][within_text], words.position[:size][within_text])
+    return OverlapHashes(values[within_text], words.text[:size][within_text], words.position[:size][within_text])
 
 
-def find_overlap(ngrams: Hashes, training: Hashes, authors: np.ndarray) -> Overlap:
+def find_overlap(ngrams: OverlapHashes, training: OverlapHashes, authors: np.ndarray) -> Overlap:
     """Return which n-grams are in training texts.
 
     Args:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from author_dp.accounting.accountant import MIN_DELTA
-from author_dp.accounting.planning import Task
+from author_dp.accounting.run_planning import PlanningTask
 from author_dp.errors import UserError, first_line
 from author_dp.hub_access import hub_is_reachable
 from author_dp.models.lora import LoraArguments
-from author_dp.outputs.page import STATISTICS_NAME
-from author_dp.outputs.privacy_statement import read_json
+from author_dp.outputs.html_page import STATISTICS_NAME
+from author_dp.outputs.privacy_statement import read_statement_json
 from author_dp.training.dry_run import MEASURED_NAME
 from author_dp.validation import check_exclusive, check_range, option
 
@@ -64,7 +64,7 @@ class PlanArguments:
 
 
 @dataclass(frozen=True)
-class Costs:
+class PlannerCosts:
     """What a run costs beside privacy. None: unknown.
 
     Attributes:
@@ -76,39 +76,43 @@ class Costs:
     peak: Optional[tuple[float, int]] = None
 
 
-def resolve(args: PlanArguments, lora: LoraArguments) -> tuple[Task, Costs]:
+def resolve_planner_options(args: PlanArguments, lora: LoraArguments) -> tuple[PlanningTask, PlannerCosts]:
     """Return what is asked for, from the options and the files of the dry run.
 
     Raises:
         UserError: for what neither has, or a folder that holds no dry run.
     """
-    found, costs, sampled = read_dry_run(Path(args.from_dry_run)) if args.from_dry_run is not None else ({}, Costs(), None)
+    found, costs, sampled = (
+        read_dry_run_for_planner(Path(args.from_dry_run)) if args.from_dry_run is not None else ({}, PlannerCosts(), None)
+    )
     authors, epsilon = args.authors or found.get("num_authors"), args.target_epsilon or found.get("target_epsilon")
     if authors is None or epsilon is None:
         missing = [name for name, value in (("--authors", authors), ("--target_epsilon", epsilon)) if value is None]
         raise UserError(f"{', '.join(missing)}: missing. Give {'it' if len(missing) == 1 else 'them'}, such as --authors 10000")
-    parameters, trained = count_parameters(args, lora, found)
+    parameters, trained = count_planner_parameters(args, lora, found)
     seconds = args.seconds_per_author or costs.seconds_per_author
     if args.hours is not None and seconds is not None:  # checked with the options
-        sampled, costs = 3600 * args.hours / seconds, Costs(seconds, costs.peak)
+        sampled, costs = 3600 * args.hours / seconds, PlannerCosts(seconds, costs.peak)
     delta = args.target_delta or (found.get("delta") if args.authors is None else None) or 1 / authors
     is_lora = lora.enable_lora or trained < parameters
-    return Task(authors, epsilon, delta, parameters, trained, is_lora, sampled), costs
+    return PlanningTask(authors, epsilon, delta, parameters, trained, is_lora, sampled), costs
 
 
-def count_parameters(args: PlanArguments, lora: LoraArguments, found: dict[str, Any]) -> tuple[int, int]:
+def count_planner_parameters(args: PlanArguments, lora: LoraArguments, found: dict[str, Any]) -> tuple[int, int]:
     """Return the numbers of all and of trained parameters."""
     if args.model is not None:
-        return count_of_model(args.model, lora)
+        return count_model_for_planner(args.model, lora)
     if args.parameters is None and "parameters" in found:
         return found["parameters"], found["trained_parameters"]
     if args.parameters is None:
         raise UserError("--model, --parameters: the model's size is missing. Give one of them")
-    trained = args.trained_parameters or (estimate_adapters(args.parameters, lora) if lora.enable_lora else args.parameters)
+    trained = args.trained_parameters or (
+        estimate_planner_adapters(args.parameters, lora) if lora.enable_lora else args.parameters
+    )
     return int(args.parameters), int(trained)
 
 
-def estimate_adapters(parameters: float, lora: LoraArguments) -> float:
+def estimate_planner_adapters(parameters: float, lora: LoraArguments) -> float:
     """Return about how many parameters adapters have, for a transformer of the usual shape.
 
     Its layers have 12 width^2 parameters each, and number width / 64. Rank (r + c) parameters adapt a matrix of r x c:
@@ -118,7 +122,7 @@ def estimate_adapters(parameters: float, lora: LoraArguments) -> float:
     return min(parameters, (18 if lora.lora_target_modules else 4) * width * lora.lora_dim * width / 64)
 
 
-def count_of_model(name: str, lora: LoraArguments) -> tuple[int, int]:
+def count_model_for_planner(name: str, lora: LoraArguments) -> tuple[int, int]:
     """Return the numbers of all and of trained parameters of a model, from its configuration, without its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -142,21 +146,21 @@ def count_of_model(name: str, lora: LoraArguments) -> tuple[int, int]:
     return total, model_sizes(model)[0]
 
 
-def read_dry_run(folder: Path) -> tuple[dict[str, Any], Costs, float]:
+def read_dry_run_for_planner(folder: Path) -> tuple[dict[str, Any], PlannerCosts, float]:
     """Return a dry run's public values, its costs, and how many authors the run that was asked for samples."""
     try:
-        report, measured = read_json(folder / "privacy.json"), read_json(folder / MEASURED_NAME)
+        report, measured = read_statement_json(folder / "privacy.json"), read_statement_json(folder / MEASURED_NAME)
         settings = report["settings"]
         found = {name: report.get(name) for name in ("num_authors", "target_epsilon", "delta", "noise_bands")}
         found |= {"parameters": settings["parameters"], "trained_parameters": settings["trained_parameters"]}
         batch = report["expected_batch_size"]
-        costs = Costs(measured["seconds_per_step"] / batch, (measured["peak_gib"], report["noise_bands"]))
+        costs = PlannerCosts(measured["seconds_per_step"] / batch, (measured["peak_gib"], report["noise_bands"]))
         return found, costs, measured["planned_steps"] * batch
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--from_dry_run {folder}: it holds no dry run. Give the --output_dir of one (--dry_run)") from error
 
 
-def lora_words(lora: LoraArguments) -> list[str]:
+def planner_lora_options(lora: LoraArguments) -> list[str]:
     """Return the LoRA options that are given, as words of a command line."""
     words = []
     for one in fields(lora):
@@ -167,23 +171,23 @@ def lora_words(lora: LoraArguments) -> list[str]:
     return words
 
 
-def words_of_dry_run(folder: Path) -> list[str]:
+def planner_options_of_dry_run(folder: Path) -> list[str]:
     """Return the options of a dry run's command, from its private statistics; [] where they have none."""
     path = folder / STATISTICS_NAME
-    command = read_json(path).get("command", "") if path.exists() else ""
-    return without_options(shlex.split(command)[2:], {"dry_run", "output_dir"})
+    command = read_statement_json(path).get("command", "") if path.exists() else ""
+    return without_planner_options(shlex.split(command)[2:], {"dry_run", "output_dir"})
 
 
-def option_name(word: str) -> Optional[str]:
+def planner_option_name(word: str) -> Optional[str]:
     """Return the name of the option that a word of a command line is; None if it is a value."""
     return word.partition("=")[0].removeprefix("--").replace("-", "_") if word.startswith("--") else None
 
 
-def without_options(words: Sequence[str], names: Collection[str]) -> list[str]:
+def without_planner_options(words: Sequence[str], names: Collection[str]) -> list[str]:
     """Return the words of a command line without these options and their values. Abbreviations count as what they abbreviate."""
     kept, is_kept = [], True
     for word in words:
-        if (name := option_name(word)) is not None:
+        if (name := planner_option_name(word)) is not None:
             is_kept = not any(option.startswith(name) for option in names)
         if is_kept:
             kept.append(word)

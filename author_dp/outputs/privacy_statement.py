@@ -19,13 +19,14 @@ from typing import Any, Optional
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
 from author_dp.accounting.output_dir import has_checkpoint_name
-from author_dp.accounting.privacy_report import recompute_report
+from author_dp.accounting.privacy_report import recompute_privacy_report
 from author_dp.data.hub import cached_copy
 from author_dp.errors import UserError
+from author_dp.files import sha256_of
 from author_dp.logs import get_logger
-from author_dp.models.loading import adapter_base_model, public_name
-from author_dp.models.weights import check_weights, sha256_of
-from author_dp.outputs.guarantee import format_model, no_guarantee_reason
+from author_dp.models.loading import adapter_base_model, public_model_name
+from author_dp.models.weights import check_weights
+from author_dp.outputs.guarantee_table import format_guarantee_model, why_no_guarantee
 
 logger = get_logger(__name__)
 
@@ -57,7 +58,7 @@ PUBLIC_PROMPTS = (
 )
 
 
-def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
+def read_privacy_statement(folder: Path) -> Optional[dict[str, Any]]:
     """Return the public part of a model's guarantee; None if it has none. Epsilon is recomputed if the ledger is there.
 
     Raises:
@@ -66,12 +67,12 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
     path = folder / REPORT_NAME
     if not path.exists():
         return None
-    ledger = PrivacyLedger(ledger_path(folder))
+    ledger = PrivacyLedger(statement_ledger_path(folder))
     if ledger.runs:
-        report = recompute_report(path, ledger)
+        report = recompute_privacy_report(path, ledger)
         report["alarm"] = ledger.failure
     else:
-        report = read_json(path)
+        report = read_statement_json(path)
         if not {"epsilon", "delta", "disable_dp"} <= report.keys():
             raise UserError(f"{path} is not a report of this program: restore it, or generate from another folder")
     if not report["disable_dp"]:
@@ -80,12 +81,12 @@ def read_guarantee(folder: Path) -> Optional[dict[str, Any]]:
     return {**{key: report[key] for key in PUBLIC_KEYS if key in report}, **split, "ledger_was_read": bool(ledger.runs)}
 
 
-def ledger_path(folder: Path) -> Path:
+def statement_ledger_path(folder: Path) -> Path:
     """Return the path of the ledger of a model: in its folder, or for a checkpoint in the folder above."""
     return (folder.resolve().parent if has_checkpoint_name(folder) else folder) / LEDGER_NAME
 
 
-def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
+def statement_starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
     """Describe the guarantee of a model that training starts from; None if this program did not train it.
 
     Args:
@@ -95,28 +96,28 @@ def starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
         return None
     reason: Optional[str]
     try:
-        guarantee = read_guarantee(folder)
+        guarantee = read_privacy_statement(folder)
     except UserError as error:
         logger.warning(f"--model_name {name}: {error}")
         reason = "its privacy.json does not certify its weights"
     else:
         if guarantee is not None:
-            reason = no_guarantee_reason(guarantee)
-        elif ledger_path(folder).exists():
+            reason = why_no_guarantee(guarantee)
+        elif statement_ledger_path(folder).exists():
             reason = "it has a privacy ledger, but no privacy.json: its run did not finish"
         else:
             base = adapter_base_model(name)
-            return None if base is None else starting_model(base)
-    description: dict[str, Any] = {"name": public_name(name), "covered": reason is None, "epsilon": None, "delta": None}
+            return None if base is None else statement_starting_model(base)
+    description: dict[str, Any] = {"name": public_model_name(name), "covered": reason is None, "epsilon": None, "delta": None}
     if reason is None and guarantee is not None:
         description |= {key: guarantee[key] for key in ("epsilon", "delta", "base_model") if key in guarantee}
     else:
         description["reason"] = reason
-    logger.warning(f"--model_name {name} was trained by this program: {format_model(description)}")
+    logger.warning(f"--model_name {name} was trained by this program: {format_guarantee_model(description)}")
     return description
 
 
-def declared_prompt_source(private: bool, file: Optional[str], template: Optional[str]) -> str:
+def statement_prompt_source(private: bool, file: Optional[str], template: Optional[str]) -> str:
     """Return where prompts come from, as the user declared: private ones, a public file, a fixed template, or none."""
     if private:
         return PRIVATE
@@ -129,14 +130,14 @@ def make_statement(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[st
     """Return the privacy statement of a text, without what identifies the text.
 
     Args:
-        guarantee: of the model, from `read_guarantee`.
+        guarantee: of the model, from `read_privacy_statement`.
         prompts: their source, one of NO_PROMPTS, FIXED, PUBLIC, PRIVATE.
     """
     reason: Optional[str] = None
     if guarantee is None:
         reason = f"its model has no {REPORT_NAME}: nothing is known about the protection of its training data"
     else:
-        reason = no_guarantee_reason(guarantee)
+        reason = why_no_guarantee(guarantee)
         if reason is None and prompts == PRIVATE:
             reason = "its prompts or fields are taken from private data"
     covered = reason is None and guarantee is not None
@@ -146,7 +147,7 @@ def make_statement(guarantee: Optional[dict[str, Any]], prompts: str) -> dict[st
             "guarantee for each author of its training data, and costs nothing more, however much of it there is."
         )
         if "base_model" in guarantee:
-            words += f" The training started from another model: {format_model(guarantee['base_model'])}."
+            words += f" The training started from another model: {format_guarantee_model(guarantee['base_model'])}."
     else:
         words = f"NO PRIVACY GUARANTEE: {reason}. The text may repeat what people wrote: do not publish it."
     excluded = [PRIVATE_PROMPTS] if prompts == PRIVATE else [] if prompts == NO_PROMPTS else [PUBLIC_PROMPTS]
@@ -175,7 +176,7 @@ def check_statement(text: Path) -> dict[str, Any]:
     path = statement_path(text)
     if not path.exists():
         raise UserError(f"{text} has no {path.name} beside it: nothing says what it is. Copy both, or generate it again")
-    statement = read_json(path)
+    statement = read_statement_json(path)
     if statement.get("sha256") != sha256_of(text):
         raise UserError(
             f"{text} is not the text that {path.name} was written for, by its SHA-256: the statement does not hold for it. "
@@ -189,7 +190,7 @@ def check_statement(text: Path) -> dict[str, Any]:
     return statement
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_statement_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise UserError if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

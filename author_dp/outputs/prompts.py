@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, Optional
 
 from transformers import PreTrainedTokenizerBase
 
-from author_dp.data.chat import ChatFormatter, Example, resolve_bos_token, to_messages, tokenize_examples
+from author_dp.data.chat import ChatExample, ChatFormatter, resolve_bos_token, to_messages, tokenize_chat_examples
 from author_dp.data.readers import read_rows
 from author_dp.errors import UserError
 
 
-class Source(NamedTuple):
+class PromptSource(NamedTuple):
     """Where prompts come from, by the options."""
 
     file: Optional[str] = None
@@ -39,7 +39,7 @@ class Prompt(NamedTuple):
     row: dict[str, Any]  # further columns of the output
 
 
-def make_prompts(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str], source: Source) -> list[Prompt]:
+def make_prompts(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str], source: PromptSource) -> list[Prompt]:
     """Return the prompts; a single one if there is no file.
 
     Args:
@@ -56,9 +56,9 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str],
     rendered = [render_prompt(row, source, fields, formatter, place) for place, row in prompt_rows(source)]
     if not rendered:
         raise UserError(f"--prompts {source.file} holds no rows: give a file with one prompt per row")
-    start = start_ids(tokenizer, start_token)
-    ids, _ = tokenize_examples([example for example, _ in rendered], tokenizer, start, [])
-    default = start or default_start_ids(tokenizer)
+    start = prompt_start_ids(tokenizer, start_token)
+    ids, _ = tokenize_chat_examples([example for example, _ in rendered], tokenizer, start, [])
+    default = start or default_prompt_start_ids(tokenizer)
     if not default and (empty := [number for number, prompt in enumerate(ids, 1) if not prompt]):
         raise UserError(
             f"--prompts, row {empty[0]}: it is empty, and the tokenizer has no token that begins a text: give a prompt"
@@ -66,7 +66,7 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str],
     return [Prompt(prompt or default, columns) for prompt, (_, columns) in zip(ids, rendered)]
 
 
-def prompt_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def prompt_rows(source: PromptSource) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row of the file, and its place for error messages; one empty row if there is no file."""
     if source.file is None:
         yield "--prompt_template", {}
@@ -76,24 +76,24 @@ def prompt_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def render_prompt(
-    row: dict[str, Any], source: Source, fields: list[str], formatter: ChatFormatter, place: str
-) -> tuple[Example, dict[str, Any]]:
+    row: dict[str, Any], source: PromptSource, fields: list[str], formatter: ChatFormatter, place: str
+) -> tuple[ChatExample, dict[str, Any]]:
     """Return the beginning of the row's text, and the further columns of its output."""
-    columns = {name: get_value(row, name, place) for name in dict.fromkeys([*source.keep, *fields])}
+    columns = {name: get_prompt_value(row, name, place) for name in dict.fromkeys([*source.keep, *fields])}
     if source.messages is not None:
-        prompt: Any = get_value(row, source.messages, place)
+        prompt: Any = get_prompt_value(row, source.messages, place)
     elif source.template is not None:
         prompt = "".join(
-            literal + (get_text(row, name, place) if name is not None else "")
+            literal + (get_prompt_text(row, name, place) if name is not None else "")
             for literal, name, _, _ in string.Formatter().parse(source.template)
         )
     elif source.file is not None:
-        prompt = get_value(row, source.column, place)
+        prompt = get_prompt_value(row, source.column, place)
     else:
-        return Example("", [], False), columns
+        return ChatExample("", [], False), columns
     if isinstance(prompt, str) and source.messages is None:
         if not source.chat:
-            return Example(prompt, [], False), {**columns, "prompt": prompt}
+            return ChatExample(prompt, [], False), {**columns, "prompt": prompt}
         prompt = [{"role": "user", "content": prompt}]
     try:
         messages = to_messages(prompt)
@@ -102,7 +102,7 @@ def render_prompt(
         text = formatter.render_prompt(messages)
     except ValueError as error:
         raise UserError(f"{place} {error}") from error
-    return Example(text, [], True), {**columns, "messages": messages}
+    return ChatExample(text, [], True), {**columns, "messages": messages}
 
 
 def prompt_template_fields(template: str) -> list[str]:
@@ -117,20 +117,20 @@ def prompt_template_fields(template: str) -> list[str]:
     return [name for _, name, _, _ in parts if name is not None]
 
 
-def get_value(row: dict[str, Any], name: str, place: str) -> Any:
+def get_prompt_value(row: dict[str, Any], name: str, place: str) -> Any:
     if name not in row:
         raise UserError(f"{place} has no column {name!r}: its columns are {', '.join(map(str, row))}")
     return row[name]
 
 
-def get_text(row: dict[str, Any], name: str, place: str) -> str:
-    value = get_value(row, name, place)
+def get_prompt_text(row: dict[str, Any], name: str, place: str) -> str:
+    value = get_prompt_value(row, name, place)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{place} holds {str(value)[:40]!r} as {name!r}, neither text nor a number: fix the row")
     return str(value)
 
 
-def start_ids(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str]) -> list[int]:
+def prompt_start_ids(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str]) -> list[int]:
     """Return the token that training texts began with, as a list of one; an empty list if there was none."""
     token: Any = resolve_bos_token(tokenizer)
     if token is None and start_token is not None:
@@ -138,7 +138,7 @@ def start_ids(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str]) ->
     return [] if token is None else [int(token)]
 
 
-def default_start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def default_prompt_start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return a token for empty prompts: a model must read one to write the next."""
     tokens = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     return [int(token) for token in tokens[:1]]

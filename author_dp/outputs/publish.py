@@ -24,9 +24,9 @@ from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.models.loading import adapter_base_model
 from author_dp.models.weights import hash_weights, weight_name_pattern
-from author_dp.outputs.guarantee import in_search, no_guarantee_reason
+from author_dp.outputs.guarantee_table import guarantee_in_search, why_no_guarantee
 from author_dp.outputs.model_card import CARD_NAME, model_card
-from author_dp.outputs.privacy_statement import PUBLIC_KEYS, ledger_path, read_guarantee
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_privacy_statement, statement_ledger_path
 from author_dp.validation import check_usage
 
 # What transformers reads to load and use a model, beside the weights that privacy.json names. All of it is the base model's.
@@ -48,7 +48,7 @@ def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
     Raises:
         UserError: if the result has no guarantee, privacy.json does not certify its weights, or `out` cannot be used.
     """
-    check_out(folder, out)
+    check_publish_target(folder, out)
     return copy_publishable(folder, out, publishable_report(folder), name)
 
 
@@ -75,7 +75,7 @@ def copy_publishable(folder: Path, out: Path, report: dict[str, Any], name: str 
                 raise UserError(f"FOLDER {folder}: its weights changed while they were copied. Publish after the run has ended")
             write_json(temporary / REPORT_NAME, report)
             (temporary / CARD_NAME).write_text(model_card(report, name), encoding="utf-8")
-            make_public(temporary)
+            make_publishable(temporary)
             os.replace(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -86,12 +86,12 @@ def copy_publishable(folder: Path, out: Path, report: dict[str, Any], name: str 
     return sorted(os.fsencode(name).decode(errors="replace") for name in left_out)
 
 
-def check_out(folder: Path, out: Path) -> None:
+def check_publish_target(folder: Path, out: Path) -> None:
     """Raise UserError if `out` is not empty, or lies in the output directory of a run."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"OUT {out} exists and is not an empty folder: choose a new one")
-    for parent in (folder, ledger_path(folder).parent):  # the latter is the run's folder if `folder` is a checkpoint
-        if out.resolve().is_relative_to(parent.resolve()) and (parent == folder or ledger_path(folder).exists()):
+    for parent in (folder, statement_ledger_path(folder).parent):  # the latter is the run's folder if `folder` is a checkpoint
+        if out.resolve().is_relative_to(parent.resolve()) and (parent == folder or statement_ledger_path(folder).exists()):
             raise UserError(f"OUT {out} lies in {parent}, and would be taken for weights of that run: choose a folder outside it")
 
 
@@ -106,10 +106,12 @@ def publishable_report(folder: Path) -> dict[str, Any]:
             f"FOLDER {folder} holds no {REPORT_NAME}, so nothing certifies its weights: give the --output_dir of a finished run, "
             "or a checkpoint in it"
         )
-    guarantee = read_guarantee(folder)
+    guarantee = read_privacy_statement(folder)
     assert guarantee is not None  # the file exists
-    if reason := no_guarantee_reason(guarantee):
-        remedy = "Publish the result of the search" if in_search(guarantee) else "Train it with privacy, in a new folder"
+    if reason := why_no_guarantee(guarantee):
+        remedy = (
+            "Publish the result of the search" if guarantee_in_search(guarantee) else "Train it with privacy, in a new folder"
+        )
         raise UserError(f"FOLDER {folder} has no guarantee to publish: {reason}. {remedy}")
     if guarantee.get("dry_run"):
         raise UserError(f"FOLDER {folder}: it holds the result of --dry_run, not a finished model. Give that of a full run")
@@ -119,14 +121,16 @@ def publishable_report(folder: Path) -> dict[str, Any]:
     return {key: guarantee[key] for key in PUBLIC_KEYS if key in guarantee and key != "alarm"}
 
 
-def make_public(folder: Path) -> None:
+def make_publishable(folder: Path) -> None:
     """Make `folder` readable for everyone, with the same modification time for all files."""
     for path in [*folder.rglob("*"), folder]:
         path.chmod(0o755 if path.is_dir() else 0o644)
         os.utime(path, (MTIME, MTIME))
 
 
-def upload(folder: Path, repo: str, message: str, token: Optional[str], revision: Optional[str], in_background: bool) -> Any:
+def publish_to_hub(
+    folder: Path, repo: str, message: str, token: Optional[str], revision: Optional[str], in_background: bool
+) -> Any:
     """Upload to the hub what `publish` copies of `folder`.
 
     Args:

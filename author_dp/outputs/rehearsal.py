@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
-from author_dp.accounting.output_dir import TRIAL_PREFIX, check_target, remove_trials
+from author_dp.accounting.output_dir import TRIAL_PREFIX, check_output_target, remove_output_trials
 from author_dp.errors import UserError, first_line, to_user_error
 from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict
@@ -34,7 +34,7 @@ from author_dp.models.quantization import computes_in_float32, weight_bytes
 from author_dp.outputs.samples import sample_rows
 from author_dp.permissions import owner_only
 from author_dp.training.evaluation import EvalBatches, evaluate
-from author_dp.training.rescue import check_saved, result_bytes
+from author_dp.training.rescue import check_rescued, result_bytes
 from author_dp.training.saving import CertifiedTrainer
 
 logger = get_logger(__name__)
@@ -56,19 +56,19 @@ def rehearse(trainer: Any) -> None:
         UserError: if the result could not be saved, loaded or evaluated.
     """
     if trainer.args.should_save:
-        check_room(trainer)
+        rehearse_disk_space(trainer)
     if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         # As training does; a configuration that has changed must be valid to be saved.
         align_special_tokens(trainer.model, trainer.processing_class)
-    with quiet():
-        try_saving(trainer)
-        try_evaluating(trainer)
+    with quiet_rehearsal():
+        rehearse_saving(trainer)
+        rehearse_evaluation(trainer)
         if not trainer.full_shard and trainer.is_world_process_zero():
-            try_generating(trainer)
+            rehearse_generation(trainer)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_rehearsal() -> Iterator[None]:
     """Inside, log errors only, and show no progress bar: a trial is not the run."""
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -84,7 +84,7 @@ def quiet() -> Iterator[None]:
 # --- saving -------------------------------------------------------------------------------------------------
 
 
-def check_room(trainer: Any) -> None:
+def rehearse_disk_space(trainer: Any) -> None:
     """Raise UserError unless the result and one checkpoint fit beside what is on the disk; warn unless all checkpoints do."""
     args, result = trainer.args, result_bytes(trainer.model)
     adam = 0 if args.save_only_model or "adam" not in str(args.optim).lower() else 2
@@ -113,14 +113,14 @@ def existing_parent(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def try_saving(trainer: Any) -> None:
+def rehearse_saving(trainer: Any) -> None:
     """Save the model for a trial, and find out how it loads. Collective if the model is sharded."""
     if result_bytes(trainer.model) > LARGE:
         return
     state_dict = full_state_dict(trainer.model) if trainer.full_shard else None
     if not trainer.args.should_save:
         return
-    remove_trials(trainer.folder)
+    remove_output_trials(trainer.folder)
     place: Optional[Path] = None
     try:
         with owner_only(), nullcontext() if trainer.full_shard else perturbed_adapter(trainer.model):
@@ -128,21 +128,21 @@ def try_saving(trainer: Any) -> None:
             place = Path(tempfile.mkdtemp(prefix=TRIAL_PREFIX, dir=trainer.folder))
             model = place / "model"  # two levels deep, where nothing takes it for a result
             super(CertifiedTrainer, trainer)._save(str(model), state_dict)
-            check_saved(model, trainer.model, state_dict)
+            check_rescued(model, trainer.model, state_dict)
             for path in model.iterdir():
-                check_target(trainer.folder / path.name, path.is_dir(), path.is_file())
+                check_output_target(trainer.folder / path.name, path.is_dir(), path.is_file())
             if not trainer.full_shard:
-                trainer.loader = find_loader(model, trainer.model)
+                trainer.loader = find_rehearsal_loader(model, trainer.model)
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors, peft and each tokenizer raise their own
-        raise saving_error(error) from error
+        raise rehearsal_saving_error(error) from error
     finally:
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def saving_error(error: Exception) -> UserError:
+def rehearsal_saving_error(error: Exception) -> UserError:
     """Return what to change where a trial of saving fails."""
     if (known := to_user_error(error)) is not None:
         return known
@@ -174,7 +174,7 @@ def perturbed_adapter(model: Any) -> Iterator[None]:
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def find_loader(folder: Path, model: Any) -> Optional[str]:
+def find_rehearsal_loader(folder: Path, model: Any) -> Optional[str]:
     """Return the call that loads the saved model as it is in memory; None if that cannot be known without more memory or a base.
 
     Raises:
@@ -213,7 +213,7 @@ def find_loader(folder: Path, model: Any) -> Optional[str]:
 # --- evaluating and generating ------------------------------------------------------------------------------
 
 
-def try_evaluating(trainer: Any) -> None:
+def rehearse_evaluation(trainer: Any) -> None:
     """Evaluate the batch of the longest texts. Collective.
 
     Raises:
@@ -234,17 +234,17 @@ def try_evaluating(trainer: Any) -> None:
             raise UserError(
                 f"--per_device_eval_batch_size {args.per_device_eval_batch_size}: not enough memory to evaluate. Lower it"
             ) from error
-        check_best_model_metric(args.metric_for_best_model, {*(found or {}), *TIMES})
+        rehearse_best_model_metric(args.metric_for_best_model, {*(found or {}), *TIMES})
 
 
-def check_best_model_metric(name: Optional[str], known: set[str]) -> None:
+def rehearse_best_model_metric(name: Optional[str], known: set[str]) -> None:
     """Raise UserError where --metric_for_best_model `name` is none of the `known` metrics of an evaluation."""
     if name is not None and name not in known and f"eval_{name}" not in known:
         names = ", ".join(sorted(metric.removeprefix("eval_") for metric in known if metric.endswith(("loss", "perplexity"))))
         raise UserError(f"--metric_for_best_model {name}: no such metric. Give one of {names}")
 
 
-def try_generating(trainer: Any) -> None:
+def rehearse_generation(trainer: Any) -> None:
     """Generate two tokens; warn if the model cannot, as it may be meant for other things."""
     try:
         sample_rows(trainer.model, [[0]], 2, None)

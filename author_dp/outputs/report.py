@@ -18,22 +18,22 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from author_dp.accounting.accountant import format_guarantee
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
-from author_dp.accounting.privacy_report import recompute_report
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
+from author_dp.accounting.privacy_report import recompute_privacy_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError, first_line
 from author_dp.files import make_private, write_json
-from author_dp.guards.one_run_audit import format_audit
+from author_dp.guards.one_run_audit import format_one_run_audit
 from author_dp.logs import get_logger
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
-from author_dp.outputs.guarantee import has_guarantee, is_tuned
+from author_dp.outputs.guarantee_table import guarantee_is_tuned, report_has_guarantee
+from author_dp.outputs.html_page import PAGE_NAME, STATISTICS_NAME, make_html_page
 from author_dp.outputs.model_card import CARD_NAME, model_card
-from author_dp.outputs.page import PAGE_NAME, STATISTICS_NAME, page
-from author_dp.outputs.privacy_statement import read_json
+from author_dp.outputs.privacy_statement import read_statement_json
 from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER
 from author_dp.outputs.samples import TextSamples
-from author_dp.training.public_loss import format_release
+from author_dp.training.loss_release import format_released_loss
 from author_dp.validation import check_usage
 
 logger = get_logger(__name__)
@@ -173,19 +173,19 @@ def report_result(trainer: Any, statistics: RunStatistics, release: Optional[dic
             f"--output_dir {folder}: training is finished and the model saved, but its report cannot be written "
             f"({first_line(error)}). Fix that, then python -m author_dp.report {folder}"
         ) from error
-    if (loader := loader_of(trainer)) != PLAIN_LOADER:
+    if (loader := report_loader(trainer)) != PLAIN_LOADER:
         logger.warning(f"Load the result with {loader}.from_pretrained({folder!r}). Other classes may lose weights of it.")
     report, metrics = trainer.privacy_report(), statistics.after.get("evaluation", {}).get("after")
     loss = f", eval loss {metrics['eval_loss']:.2f}" if metrics else ""
     if release is not None:
-        loss = f", {format_release(release)}, both public"
-    audit = f", audit: epsilon {format_audit(report['audit'])}" if report.get("audit") else ""
-    logger.info(f"Report: {Path(folder) / PAGE_NAME}, private{publish_hint(report, folder)}")
+        loss = f", {format_released_loss(release)}, both public"
+    audit = f", audit: epsilon {format_one_run_audit(report['audit'])}" if report.get("audit") else ""
+    logger.info(f"Report: {Path(folder) / PAGE_NAME}, private{report_publish_hint(report, folder)}")
     kind = "dry run, not a finished model: " if report.get("dry_run") else ""
     print(f"{kind}{format_guarantee(report['epsilon'], report['delta'])}{loss}{audit}, saved to {folder}")
 
 
-def loader_of(trainer: Any) -> str:
+def report_loader(trainer: Any) -> str:
     """Return the class that loads the result as it was trained: as tried before training, or peft's for an adapter."""
     return trainer.loader or (PEFT_LOADER if isinstance(trainer.model, PeftModel) else PLAIN_LOADER)
 
@@ -193,9 +193,9 @@ def loader_of(trainer: Any) -> str:
 # --- The report ---------------------------------------------------------------------------------------------
 
 
-def publish_hint(report: dict[str, Any], folder: str | Path) -> str:
+def report_publish_hint(report: dict[str, Any], folder: str | Path) -> str:
     """Return how to publish a result; empty if `publish` refuses it."""
-    if not has_guarantee(report) or report.get("alarm") or report.get("dry_run"):
+    if not report_has_guarantee(report) or report.get("alarm") or report.get("dry_run"):
         return ""
     return f". What may be published: python -m author_dp.publish {folder} OUT"
 
@@ -216,22 +216,22 @@ def write_report(folder: Path) -> dict[str, Any]:
     path = folder / PAGE_NAME
     make_private(path)
     header = ledger.last_run if ledger.runs else None
-    path.write_text(page(folder.resolve().name, report, figures, statistics, header), encoding="utf-8")
+    path.write_text(make_html_page(folder.resolve().name, report, figures, statistics, header), encoding="utf-8")
     return report
 
 
 def read_report(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the report at `path`: recomputed from the ledger, or as it is if it is the result of a search, which has none."""
-    if not ledger.runs and path.exists() and is_tuned(report := read_json(path)):
+    if not ledger.runs and path.exists() and guarantee_is_tuned(report := read_statement_json(path)):
         return report
-    return recompute_report(path, ledger)
+    return recompute_privacy_report(path, ledger)
 
 
 def main(arguments: list[str]) -> None:
     check_usage(arguments, "author_dp.report OUTPUT_DIR", range(1, 2))
     folder = Path(arguments[0])
     ledger = PrivacyLedger(folder / LEDGER_NAME)
-    for path in find_reports(folder):
+    for path in find_ledger_reports(folder):
         if path.parent != folder:
             ledger.check_report(path)
             continue
@@ -240,4 +240,4 @@ def main(arguments: list[str]) -> None:
             check_weights(folder, report)
         if not report.get("dry_run"):
             (folder / CARD_NAME).write_text(model_card(report), encoding="utf-8")
-    print(f"{folder / PAGE_NAME}: private{publish_hint(write_report(folder), folder)}")
+    print(f"{folder / PAGE_NAME}: private{report_publish_hint(write_report(folder), folder)}")

@@ -22,14 +22,14 @@ from typing import Any, Optional
 
 import numpy as np
 
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, event_of_run
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, ledger_event_of_run
 from author_dp.accounting.tradeoff import bounds_of_guarantee
-from author_dp.accounting.tuning import Release, RunCount, SearchNoise, run_rdp
+from author_dp.accounting.tuning import RunCount, SearchNoise, TuningRelease, run_rdp
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
-from author_dp.outputs.guarantee import base_is_covered, format_model, in_search
-from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_guarantee, read_json
-from author_dp.outputs.publish import check_out, copy_publishable
+from author_dp.outputs.guarantee_table import format_guarantee_model, guarantee_covers_base, guarantee_in_search
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_privacy_statement, read_statement_json
+from author_dp.outputs.publish import check_publish_target, copy_publishable
 from author_dp.outputs.tune_options import TuneArguments
 from author_dp.permissions import owner_only
 from author_dp.training.resuming import SAMPLES_NAME
@@ -65,7 +65,7 @@ class Search:
     def make_folder(self) -> None:
         """Create the folder, and make it private; raise UserError if it is in use for something else."""
         if not (self.folder / PLAN_NAME).exists():
-            check_out(self.folder, self.out)
+            check_publish_target(self.folder, self.out)
             if {path.name for pattern in ("*", "runs/*") for path in self.folder.glob(pattern)} - BEFORE_THE_DRAW:
                 raise UserError(
                     f"--output_dir {self.out}: {self.folder} is in use for something else. Choose another --output_dir"
@@ -81,9 +81,9 @@ class Search:
             UserError: if the folder belongs to another search, or to one that has ended.
         """
         path = self.folder / PLAN_NAME
-        self.plan = read_json(path) if path.exists() else {}
+        self.plan = read_statement_json(path) if path.exists() else {}
         if self.plan.get("ended"):
-            delete_runs(self.folder, self.plan)
+            delete_search_runs(self.folder, self.plan)
             raise UserError(
                 f"--output_dir {self.out}: its search has ended. A further search would add its own epsilon for the same "
                 "authors: choose another --output_dir for it"
@@ -112,12 +112,16 @@ class Search:
             runs = PrivacyLedger(folder / LEDGER_NAME).runs
             if status or not runs:
                 lines = [line for line in output.splitlines() if "error:" in line] or output.splitlines()[-1:] or ["no output"]
-                raise UserError(f"--search: a dry run with {format_settings(settings)} failed with status {status}: {lines[0]}")
-            report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
-            if not base_is_covered(report):
-                raise UserError(f"--model_name: {format_model(report['base_model'])}, and no search gives it one. Choose another")
+                raise UserError(
+                    f"--search: a dry run with {format_search_settings(settings)} failed with status {status}: {lines[0]}"
+                )
+            report = read_statement_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
+            if not guarantee_covers_base(report):
+                raise UserError(
+                    f"--model_name: {format_guarantee_model(report['base_model'])}, and no search gives it one. Choose another"
+                )
             settings_of_runs.append(report.get("settings"))
-            headers.append({**runs[0], "samples": read_sample_hashes(folder)})
+            headers.append({**runs[0], "samples": read_search_sample_hashes(folder)})
             if found := SECONDS.search(output):
                 seconds = max(
                     0 if math.isnan(seconds) else seconds, time.monotonic() - started + float(found[1]) * runs[0]["steps"]
@@ -131,7 +135,7 @@ class Search:
 
     def draw(self, header: dict[str, Any], noise: SearchNoise) -> None:
         """Draw the number of runs and all of their settings, and write them: once in the life of a search."""
-        event = event_of_run(header, header["steps"])
+        event = ledger_event_of_run(header, header["steps"])
         grid = self.args.grid
         runs = [
             {"name": secrets.token_hex(8), "settings": {name: secrets.choice(values) for name, values in grid.items()}}
@@ -153,7 +157,7 @@ class Search:
             "started": header["started"],
             "rdp": noise.rdp.tolist(),
             "tuning": {
-                **describe_law(noise.run_count),
+                **describe_search_law(noise.run_count),
                 "grid": grid,
                 "score_epsilon": self.args.release_eval_epsilon,
                 "single_noise_multiplier": header["noise_multiplier"],
@@ -178,12 +182,12 @@ class Search:
             self.save()
 
     def start(self, folder: Path, settings: dict[str, str], own: dict[str, Any], log: Path) -> int:
-        """Run the script in `folder`, and return its exit status; see `run_command`."""
+        """Run the script in `folder`, and return its exit status; see `run_search_command`."""
         own |= {"output_dir": folder, "part_of_search": True, "report_to": "none"}
         own["release_eval_epsilon"] = self.args.release_eval_epsilon
         options = self.folder / OPTIONS_NAME
         write_json(options, {name: str(value) for name, value in {**settings, **own}.items()}, private=True)
-        return run_command([*shlex.split(self.args.launch), self.args.script, *self.words, "--config", str(options)], log)
+        return run_search_command([*shlex.split(self.args.launch), self.args.script, *self.words, "--config", str(options)], log)
 
     def score(self, folder: Path) -> Optional[float]:
         """Return the released loss of a finished run; None, the worst score, for a run that has none or broke its share.
@@ -191,16 +195,16 @@ class Search:
         The share is a bound on the Renyi divergences of all that the run's ledger holds.
         """
         try:
-            guarantee = read_guarantee(folder)
+            guarantee = read_privacy_statement(folder)
             if guarantee is None or guarantee["disable_dp"] or guarantee.get("alarm"):
                 return None
-            if not (guarantee["ledger_was_read"] and in_search(guarantee) and base_is_covered(guarantee)):
+            if not (guarantee["ledger_was_read"] and guarantee_in_search(guarantee) and guarantee_covers_base(guarantee)):
                 return None
-            if read_sample_hashes(folder) != self.plan["samples"]:
+            if read_search_sample_hashes(folder) != self.plan["samples"]:
                 return None
             ledger = PrivacyLedger(folder / LEDGER_NAME)
             splits = {record.get("split") for record in [*ledger.runs, *ledger.releases]}
-            release = Release(self.args.release_eval_epsilon, len(splits) > 1 or None in splits, len(ledger.releases))
+            release = TuningRelease(self.args.release_eval_epsilon, len(splits) > 1 or None in splits, len(ledger.releases))
             if any(record["epsilon"] != release.epsilon for record in ledger.releases):
                 return None
             if not np.all(run_rdp(ledger.events, release) <= np.array(self.plan["rdp"])):
@@ -219,17 +223,17 @@ class Search:
         report = None
         if best < len(self.plan["runs"]):
             folder = self.runs / self.plan["runs"][best]["name"]
-            guarantee = read_guarantee(folder)
+            guarantee = read_privacy_statement(folder)
             assert guarantee is not None  # it had a score
             report = self.final_report(guarantee)
             released = self.out / REPORT_NAME
             if not (released.exists() and json.loads(released.read_text("utf-8")) == report):  # otherwise an earlier call did it
-                check_out(self.folder, self.out)
+                check_publish_target(self.folder, self.out)
                 copy_publishable(folder, self.out, report)
         kept = self.plan if self.args.keep_runs else {}
         self.plan = {**kept, "ended": True, "keep_runs": self.args.keep_runs}
         self.save()
-        delete_runs(self.folder, self.plan)
+        delete_search_runs(self.folder, self.plan)
         return report
 
     def final_report(self, guarantee: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +247,7 @@ class Search:
         return report | bounds_of_guarantee(epsilon, delta) | {"tuning": self.plan["tuning"]}
 
 
-def describe_law(count: RunCount) -> dict[str, Any]:
+def describe_search_law(count: RunCount) -> dict[str, Any]:
     """Return how a search chose among its runs, for privacy.json."""
     has_gamma = math.isfinite(count.eta)
     return {
@@ -256,12 +260,12 @@ def describe_law(count: RunCount) -> dict[str, Any]:
     }
 
 
-def read_sample_hashes(folder: Path) -> dict[str, Any]:
+def read_search_sample_hashes(folder: Path) -> dict[str, Any]:
     """Return the hashes of the samples of the run in `folder`; raise UserError if it has not come so far."""
-    return read_json(folder / SAMPLES_NAME)
+    return read_statement_json(folder / SAMPLES_NAME)
 
 
-def delete_runs(folder: Path, plan: dict[str, Any]) -> None:
+def delete_search_runs(folder: Path, plan: dict[str, Any]) -> None:
     """Delete all but the plan, which says that the search has ended, unless runs are kept."""
     for entry in [] if plan["keep_runs"] else folder.iterdir():
         if entry.is_dir():
@@ -270,7 +274,7 @@ def delete_runs(folder: Path, plan: dict[str, Any]) -> None:
             entry.unlink()
 
 
-def run_command(command: list[str], log: Path) -> int:
+def run_search_command(command: list[str], log: Path) -> int:
     """Run a command with its output appended to `log`, which is private; return its exit status.
 
     Raises:
@@ -308,5 +312,5 @@ def run_command(command: list[str], log: Path) -> int:
     return status
 
 
-def format_settings(settings: dict[str, str]) -> str:
+def format_search_settings(settings: dict[str, str]) -> str:
     return " ".join(f"--{name} {value}" for name, value in settings.items())

@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from author_dp.cli import OptionParser
-from author_dp.data.authors import holdout_scores, split_id
-from author_dp.data.chat import Example
+from author_dp.data.chat import ChatExample
 from author_dp.data.columns import ColumnSpec
 from author_dp.data.loading import expand_files
 from author_dp.data.readers import read_files, read_rows
+from author_dp.data.splits import holdout_scores, split_id
 from author_dp.errors import UserError
 from author_dp.files import write_json
-from author_dp.outputs.overlap import Hashes, Overlap, find_overlap, hash_ngrams, hash_words, words_of
+from author_dp.outputs.overlap import Overlap, OverlapHashes, find_overlap, hash_ngrams, hash_words, words_of
 from author_dp.outputs.privacy_statement import check_statement
 
 SUFFIX = ".report.json"
@@ -35,7 +35,7 @@ NUM_EXAMPLES = 10
 COLUMN_OPTIONS = ("text_column", "messages_column", "synthetic_column")
 
 
-class Text(NamedTuple):
+class SyntheticText(NamedTuple):
     author: str
     text: str
 
@@ -72,7 +72,7 @@ def read_synthetic(path: Path, column: str) -> list[str]:
     return texts
 
 
-def read_real(option: str, files: list[str], args: argparse.Namespace) -> list[Text]:
+def read_real(option: str, files: list[str], args: argparse.Namespace) -> list[SyntheticText]:
     """Return the texts of files, each with its author; of a conversation the assistant's messages.
 
     Raises:
@@ -80,23 +80,27 @@ def read_real(option: str, files: list[str], args: argparse.Namespace) -> list[T
     """
     columns = ColumnSpec(option, args.text_column, args.author_column)
     if args.messages_column is not None:
-        columns = columns._replace(text=args.messages_column, as_text=assistant_example, text_option="--messages_column")
-    texts: list[Text] = []
+        columns = columns._replace(
+            text=args.messages_column, as_text=synthetic_assistant_example, text_option="--messages_column"
+        )
+    texts: list[SyntheticText] = []
     for batch in read_files(expand_files(option, files), columns):
         written = batch.column(columns.text)
         written = written if columns.as_text is None else pc.struct_field(written, "text")
-        texts += map(Text, batch.column(columns.author).to_pylist(), written.to_pylist())
+        texts += map(SyntheticText, batch.column(columns.author).to_pylist(), written.to_pylist())
     return [row for row in texts if row.text.strip()]  # as the training does: without a text, there is no sample
 
 
-def assistant_example(messages: Any) -> Example:
+def synthetic_assistant_example(messages: Any) -> ChatExample:
     """Return an example whose text is the assistant's messages of a conversation, joined."""
     turns = messages if isinstance(messages, list) else []
     answers = (str(turn["content"]) for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant")
-    return Example("\n".join(answers), [], False)
+    return ChatExample("\n".join(answers), [], False)
 
 
-def split(real: list[Text], model: dict[str, Any], args: argparse.Namespace) -> tuple[list[Text], list[Text]]:
+def split_synthetic_texts(
+    real: list[SyntheticText], model: dict[str, Any], args: argparse.Namespace
+) -> tuple[list[SyntheticText], list[SyntheticText]]:
     """Return the texts that the model was trained on and those of held-out authors, as the training split them.
 
     Args:
@@ -127,16 +131,16 @@ def split(real: list[Text], model: dict[str, Any], args: argparse.Namespace) -> 
 # --- The report -------------------------------------------------------------------------------------------
 
 
-def make_report(path: Path, files: list[str], args: argparse.Namespace) -> dict[str, Any]:
+def make_synthetic_report(path: Path, files: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Write the report of a file of synthetic text beside it, and return it.
 
     Args:
         files: with the real text.
     """
     statement = check_statement(path)
-    args = with_default_columns(args, statement)
+    args = with_default_synthetic_columns(args, statement)
     synthetic = read_synthetic(path, args.synthetic_column)
-    training, held_out = split(read_real("FILE", files, args), statement.get("model") or {}, args)
+    training, held_out = split_synthetic_texts(read_real("FILE", files, args), statement.get("model") or {}, args)
     for name, rows in (("trained on", training), ("held out", held_out)):
         if not any(row.text for row in rows):
             raise UserError(f"FILE {' '.join(files)}: it has no text of an author who was {name}: give the text of the training")
@@ -145,13 +149,13 @@ def make_report(path: Path, files: list[str], args: argparse.Namespace) -> dict[
         "file": path.name,
         "sha256": statement["sha256"],
         "statement": statement["statement"],
-        **overlap_report(synthetic, training, [row.text for row in held_out]),
+        **synthetic_overlap_report(synthetic, training, [row.text for row in held_out]),
     }
     write_json(path.with_name(path.name + SUFFIX), report, private=True)
     return report
 
 
-def with_default_columns(args: argparse.Namespace, statement: dict[str, Any]) -> argparse.Namespace:
+def with_default_synthetic_columns(args: argparse.Namespace, statement: dict[str, Any]) -> argparse.Namespace:
     """Return the options with the columns that are not given: those of the training, and the one that was generated."""
     data = (statement.get("model") or {}).get("data") or {}
     columns = {**vars(args), "author_column": args.author_column or data.get("author_column") or "author"}
@@ -163,7 +167,7 @@ def with_default_columns(args: argparse.Namespace, statement: dict[str, Any]) ->
     return argparse.Namespace(**columns)
 
 
-def overlap_report(synthetic: list[str], training: list[Text], held_out: list[str]) -> dict[str, Any]:
+def synthetic_overlap_report(synthetic: list[str], training: list[SyntheticText], held_out: list[str]) -> dict[str, Any]:
     """Return the n-grams that synthetic and held-out texts share with training texts."""
     authors = np.unique([row.author for row in training], return_inverse=True)[1]
     training_words = hash_words(row.text for row in training)
@@ -177,9 +181,9 @@ def overlap_report(synthetic: list[str], training: list[Text], held_out: list[st
         for side in words:
             ngrams = hash_ngrams(words[side], length)
             overlap = find_overlap(ngrams, training_ngrams, authors)
-            shares[str(length)][side] = overlap_shares(ngrams, overlap, num_texts[side])
+            shares[str(length)][side] = synthetic_overlap_shares(ngrams, overlap, num_texts[side])
             if side == "synthetic":
-                examples = single_author_examples(ngrams, overlap, synthetic, length) | examples
+                examples = synthetic_single_author_examples(ngrams, overlap, synthetic, length) | examples
     examples = dict(sorted(examples.items(), key=lambda item: -item[1]["words"])[:NUM_EXAMPLES])
     return {
         "num_texts": num_texts,
@@ -189,7 +193,7 @@ def overlap_report(synthetic: list[str], training: list[Text], held_out: list[st
     }
 
 
-def overlap_shares(ngrams: Hashes, overlap: Overlap, num_texts: int) -> dict[str, Any]:
+def synthetic_overlap_shares(ngrams: OverlapHashes, overlap: Overlap, num_texts: int) -> dict[str, Any]:
     """Return the share of texts with an n-gram of a training text, and with one that a single training author wrote."""
     return {
         "texts": len(np.unique(ngrams.text[overlap.shared])) / num_texts,
@@ -198,7 +202,9 @@ def overlap_shares(ngrams: Hashes, overlap: Overlap, num_texts: int) -> dict[str
     }
 
 
-def single_author_examples(ngrams: Hashes, overlap: Overlap, texts: list[str], length: int) -> dict[int, dict[str, Any]]:
+def synthetic_single_author_examples(
+    ngrams: OverlapHashes, overlap: Overlap, texts: list[str], length: int
+) -> dict[int, dict[str, Any]]:
     """Return the first n-gram of a single training author in each of NUM_EXAMPLES texts, by index of the text."""
     matches = np.flatnonzero(overlap.single_author)
     found, first_match = np.unique(ngrams.text[matches], return_index=True)
@@ -210,7 +216,7 @@ def single_author_examples(ngrams: Hashes, overlap: Overlap, texts: list[str], l
     return examples
 
 
-def format_report(report: dict[str, Any]) -> str:
+def format_synthetic_report(report: dict[str, Any]) -> str:
     """Return the report as a table for the terminal."""
     sides = ("synthetic", "held_out")
     rows = [("words per text", [f"{report['words_per_text'][side]:.1f}" for side in sides])]
@@ -236,4 +242,4 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--synthetic_column", help="column of the synthetic text; default: the one that was generated")
     add_options(parser)
     args = parser.parse_args(arguments)
-    print(format_report(make_report(args.synthetic, args.files, args)))
+    print(format_synthetic_report(make_synthetic_report(args.synthetic, args.files, args)))

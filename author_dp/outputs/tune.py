@@ -3,7 +3,7 @@
     python -m author_dp.tune --search learning_rate=1e-3,1e-2 lora_dim=4,16 --expected_runs 6 --target_epsilon 8 \\
         --release_eval_epsilon 0.5 -- [options of fine-tune-dp.py, with --output_dir OUT, without an epsilon]
 
-Each run has settings drawn at random, and is scored by its released evaluation loss (public_loss.py). OUT gets what
+Each run has settings drawn at random, and is scored by its released evaluation loss (loss_release.py). OUT gets what
 `author_dp.publish` would copy of the best run, and a privacy.json with the epsilon of the search (accounting/tuning.py).
 
 Guarantees: those of search.py, and of the theorem for what it does. OUT appears when the search has ended. All else is in
@@ -23,22 +23,22 @@ from filelock import FileLock, Timeout
 
 from author_dp import cli
 from author_dp.accounting.accountant import format_guarantee
-from author_dp.accounting.ledger import event_of_run
-from author_dp.accounting.planning import Task, missing_ground
-from author_dp.accounting.prediction import Setting, predicted_gain
-from author_dp.accounting.tuning import Release, SearchNoise, calibrate_search
+from author_dp.accounting.ledger import ledger_event_of_run
+from author_dp.accounting.loss_prediction import PredictionSetting, predicted_gain
+from author_dp.accounting.run_planning import PlanningTask, find_planning_limits
+from author_dp.accounting.tuning import SearchNoise, TuningRelease, calibrate_search
 from author_dp.errors import SignalError, UserError
 from author_dp.outputs.search import Search
 from author_dp.outputs.tune_options import TuneArguments, split_script_options
-from author_dp.training.public_loss import format_release
+from author_dp.training.loss_release import format_released_loss
 
 
-def format_cost(noise: SearchNoise, header: dict[str, Any], seconds: float, folder: Path) -> str:
+def format_tune_cost(noise: SearchNoise, header: dict[str, Any], seconds: float, folder: Path) -> str:
     """Return what a search costs, before it begins: public values, and an estimate of the time."""
     count, single = noise.run_count, header["noise_multiplier"]
     most = count.quantile(Decimal("0.99"))
     hours = "" if math.isnan(seconds) else f", about {timedelta(seconds=round(seconds * most))}"
-    prediction = format_prediction(noise, header)
+    prediction = format_tune_prediction(noise, header)
     lines = [
         f"runs              {count.expected:g} expected ({count.name}); with probability 99 % at most {most}{hours}",
         f"noise multiplier  {noise.noise_multiplier:.4f}, {noise.noise_multiplier / single:.2f} times the {single:.4f} of "
@@ -55,17 +55,19 @@ def format_cost(noise: SearchNoise, header: dict[str, Any], seconds: float, fold
     return "\n".join(lines)
 
 
-def format_prediction(noise: SearchNoise, header: dict[str, Any]) -> str:
+def format_tune_prediction(noise: SearchNoise, header: dict[str, Any]) -> str:
     """Return what the noise of a search costs by the planner's formula; empty where the formula has no ground."""
     batch, steps, authors = header["expected_batch_size"], header["steps"], header["num_authors"]
     gains = []
     for settings in filter(None, header["settings"] if authors is not None else []):
         sizes = (settings["parameters"], settings["trained_parameters"])
         is_lora = "lora" in settings
-        if missing_ground(Task(authors, header["target_epsilon"], header["delta"], *sizes, is_lora), batch * steps):
+        if find_planning_limits(PlanningTask(authors, header["target_epsilon"], header["delta"], *sizes, is_lora), batch * steps):
             continue
         gains.append([
-            predicted_gain(Setting(sigma, batch, steps, header["noise_bands"], settings["learning_rate"], *sizes, is_lora))
+            predicted_gain(
+                PredictionSetting(sigma, batch, steps, header["noise_bands"], settings["learning_rate"], *sizes, is_lora)
+            )
             for sigma in (noise.noise_multiplier, header["noise_multiplier"])
         ])  # fmt: skip
     if not gains:
@@ -77,7 +79,7 @@ def format_prediction(noise: SearchNoise, header: dict[str, Any]) -> str:
     )
 
 
-def check_same_samples(search: Search) -> None:
+def check_same_tune_samples(search: Search) -> None:
     """Raise UserError if the data of an interrupted search are not those that it was drawn for, by one more dry run."""
     has_ended = len(search.plan["scores"]) == len(search.plan["runs"])
     if not has_ended and search.probe(most=1)[0]["samples"] != search.plan["samples"]:
@@ -101,15 +103,15 @@ def tune(args: TuneArguments, words: Sequence[str]) -> None:
             search.open()
             if not search.plan:
                 header, seconds = search.probe()
-                event = event_of_run(header, header["steps"])
-                release = Release(args.release_eval_epsilon, header["split"] is None)
+                event = ledger_event_of_run(header, header["steps"])
+                release = TuningRelease(args.release_eval_epsilon, header["split"] is None)
                 noise = calibrate_search(
                     args.run_counts, event.sample_rate, event.steps, args.target_epsilon, header["delta"], release
                 )
-                print(format_cost(noise, header, seconds, search.folder), flush=True)
+                print(format_tune_cost(noise, header, seconds, search.folder), flush=True)
                 search.draw(header, noise)
             else:
-                check_same_samples(search)
+                check_same_tune_samples(search)
             search.run_all()
             report = search.end()
     except Timeout as error:
@@ -117,7 +119,7 @@ def tune(args: TuneArguments, words: Sequence[str]) -> None:
     if report is None:
         print("The search has ended and releases nothing. This, too, has spent its epsilon.")
     else:
-        guarantee, loss = format_guarantee(report["epsilon"], report["delta"]), format_release(report["evaluation_release"])
+        guarantee, loss = format_guarantee(report["epsilon"], report["delta"]), format_released_loss(report["evaluation_release"])
         print(f"{guarantee} for the search, {loss}, both public, saved to {search.out}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from author_dp import cli
 from author_dp.accounting.tuning import RunCount
 from author_dp.errors import UserError
-from author_dp.training.public_loss import ReleaseArguments
+from author_dp.training.loss_release import LossReleaseArguments
 from author_dp.validation import check_choice, check_range
 
 LAWS = {"auto": (0.0, 1.0), "logarithmic": (0.0,), "geometric": (1.0,), "poisson": (math.inf,)}
@@ -58,7 +58,7 @@ class TuneArguments:
     def __post_init__(self):
         check_range("--target_epsilon", self.target_epsilon, "(0, inf)")
         check_choice("--law", self.law, LAWS)
-        ReleaseArguments(self.release_eval_epsilon)  # checks its range
+        LossReleaseArguments(self.release_eval_epsilon)  # checks its range
         self.run_counts = [RunCount(self.expected_runs, eta) for eta in LAWS[self.law]]
         self.grid = parse_grid(self.search)
 

@@ -10,7 +10,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from author_dp.outputs.model_card import CARD_NAME, model_card
-from author_dp.outputs.publish import upload
+from author_dp.outputs.publish import publish_to_hub
 from author_dp.outputs.rehearsal import rehearse
 from author_dp.training.saving import CertifiedTrainer
 
@@ -51,7 +51,7 @@ class UploadingTrainer(CertifiedTrainer):
 
     def _upload(self, folder: Path, message: str, token: Any = None, revision: Any = None, *, in_background: bool) -> Any:
         token, revision = token or self.args.hub_token, revision or self.args.hub_revision
-        return upload(folder, str(self.hub_model_id), message, token, revision, in_background)
+        return publish_to_hub(folder, str(self.hub_model_id), message, token, revision, in_background)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write a card of public values instead of the Trainer's, which would show private metrics; none of a dry run."""

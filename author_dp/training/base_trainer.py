@@ -12,12 +12,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 
 from author_dp.accounting.plan import PrivacyPlan
+from author_dp.errors import as_user_error
 from author_dp.guards.callbacks import check_no_trial
 from author_dp.logs import without_lines
 from author_dp.mechanism.microbatches import LogicalBatch
 from author_dp.progress import Progress, TrackedList
 from author_dp.training.console import TRAINER_LINES, set_up_console
-from author_dp.training.dataloading import as_user_error
 from author_dp.training.evaluation import EvalBatches, evaluate
 from author_dp.types import Batch
 

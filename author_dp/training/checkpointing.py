@@ -7,8 +7,8 @@ back to an earlier checkpoint. (What may change when a run resumes: resuming.py.
 
 Example:
 
-    >>> mark_complete(Path("scratch/checkpoint-100"))
-    >>> latest_complete(Path("scratch"))
+    >>> mark_checkpoint_complete(Path("scratch/checkpoint-100"))
+    >>> latest_complete_checkpoint(Path("scratch"))
     PosixPath('scratch/checkpoint-100')
 """
 
@@ -27,22 +27,21 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from author_dp.accounting.hash_chain import HashChain
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_reports
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
 from author_dp.accounting.output_dir import check_output_dir, has_checkpoint_name
 from author_dp.distributed import barrier
 from author_dp.errors import UserError
-from author_dp.files import fsync_folder, make_private, write_json
+from author_dp.files import fsync_folder, make_private, sha256_of, write_json
 from author_dp.guards.options import metric_driven_option
 from author_dp.logs import get_logger
 from author_dp.models.weights import (
     COMPLETE_MARKER,
     check_weights,
-    has_no_guarantee,
-    read_marker,
-    remove_report,
-    sha256_of,
+    read_weights_marker,
+    remove_weights_report,
     weight_files,
     weight_name_pattern,
+    weights_have_no_guarantee,
 )
 from author_dp.training.resuming import check_same_options
 from author_dp.wording import format_names
@@ -53,7 +52,7 @@ logger = get_logger(__name__)
 # --- complete checkpoints ---------------------------------------------------------------------------------
 
 
-def mark_complete(checkpoint: Path, made_with: Optional[dict[str, Any]] = None) -> None:
+def mark_checkpoint_complete(checkpoint: Path, made_with: Optional[dict[str, Any]] = None) -> None:
     """Flush every file of `checkpoint` to disk, then write the marker file with their sizes, as the newest checkpoint.
 
     All files but the report become readable by their owner only: the Trainer's state discloses losses, how much was computed,
@@ -72,36 +71,38 @@ def mark_complete(checkpoint: Path, made_with: Optional[dict[str, Any]] = None) 
         sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
     hashes = {name: sha256_of(checkpoint / name) for name in sizes if name == OPTIMIZER_NAME}
     fsync_folder(checkpoint)
-    marker = {"files": sizes, "sha256": hashes, "saved": next_number(checkpoint.parent), **(made_with or {})}
+    marker = {"files": sizes, "sha256": hashes, "saved": next_checkpoint_number(checkpoint.parent), **(made_with or {})}
     write_json(checkpoint / COMPLETE_MARKER, marker, private=True)
     fsync_folder(checkpoint.parent)
 
 
-def mark_newest(checkpoint: Path) -> None:
+def mark_checkpoint_newest(checkpoint: Path) -> None:
     """Make `checkpoint` the newest one of its folder, before a run continues from it: later ones are of another branch."""
-    if find_corruption(checkpoint) is None and save_number(checkpoint) + 1 < next_number(checkpoint.parent):
-        marker = read_marker(checkpoint)
-        write_json(checkpoint / COMPLETE_MARKER, {**marker, "saved": next_number(checkpoint.parent)}, private=True)
+    if find_checkpoint_corruption(checkpoint) is None and checkpoint_number(checkpoint) + 1 < next_checkpoint_number(
+        checkpoint.parent
+    ):
+        marker = read_weights_marker(checkpoint)
+        write_json(checkpoint / COMPLETE_MARKER, {**marker, "saved": next_checkpoint_number(checkpoint.parent)}, private=True)
 
 
-def save_number(checkpoint: Path) -> float:
+def checkpoint_number(checkpoint: Path) -> float:
     """Return the place of `checkpoint` in the order of saving; 0 if an older version saved it, infinity if incomplete."""
     try:
-        return int(read_marker(checkpoint).get("saved", 0))
+        return int(read_weights_marker(checkpoint).get("saved", 0))
     except (OSError, ValueError, TypeError, AttributeError):
         return math.inf
 
 
-def next_number(output_dir: Path) -> int:
+def next_checkpoint_number(output_dir: Path) -> int:
     """Return the number of the next checkpoint to be saved in `output_dir`."""
-    numbers = (save_number(checkpoint) for checkpoint in checkpoints_by_step(output_dir))
+    numbers = (checkpoint_number(checkpoint) for checkpoint in checkpoints_by_step(output_dir))
     return 1 + max((int(number) for number in numbers if math.isfinite(number)), default=0)
 
 
-def find_corruption(checkpoint: Path) -> Optional[str]:
+def find_checkpoint_corruption(checkpoint: Path) -> Optional[str]:
     """Return what is missing in `checkpoint`, or None if it is complete."""
     try:
-        sizes = read_marker(checkpoint)["files"]
+        sizes = read_weights_marker(checkpoint)["files"]
     except FileNotFoundError:
         return f"it is incomplete ({COMPLETE_MARKER} is missing)"
     except (OSError, ValueError, KeyError, TypeError):
@@ -113,10 +114,10 @@ def find_corruption(checkpoint: Path) -> Optional[str]:
     return None
 
 
-def latest_complete(output_dir: Path) -> Optional[Path]:
+def latest_complete_checkpoint(output_dir: Path) -> Optional[Path]:
     """Return the complete checkpoint that was saved last; skip incomplete ones with a warning."""
     for checkpoint in reversed(checkpoints_by_age(output_dir)):
-        corruption = find_corruption(checkpoint)
+        corruption = find_checkpoint_corruption(checkpoint)
         if corruption is None:
             return checkpoint
         logger.warning_once(f"Skipped {checkpoint}: {corruption}.")
@@ -131,14 +132,14 @@ def checkpoints_by_step(output_dir: Path) -> list[Path]:
 
 def checkpoints_by_age(output_dir: Path) -> list[Path]:
     """Return the checkpoints in the order of saving, incomplete ones last; those of older versions by step."""
-    return sorted(checkpoints_by_step(output_dir), key=save_number)  # a stable sort
+    return sorted(checkpoints_by_step(output_dir), key=checkpoint_number)  # a stable sort
 
 
 def prune_checkpoints(newest: Path, limit: Optional[int], best: Optional[str]) -> None:
     """Delete the oldest complete checkpoints until `limit` are left, `newest` included; never `newest` or `best`."""
     if limit is None or limit <= 0:
         return
-    others = [path for path in checkpoints_by_age(newest.parent) if path != newest and find_corruption(path) is None]
+    others = [path for path in checkpoints_by_age(newest.parent) if path != newest and find_checkpoint_corruption(path) is None]
     for path in others[: max(0, len(others) + 1 - limit)]:
         if best is None or path.resolve() != Path(best).resolve():
             remove_checkpoint(path)
@@ -151,8 +152,8 @@ def remove_checkpoint(path: Path) -> None:
     privacy.json that certifies nothing: without it they would pass for those of a base model.
     """
     (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    if not has_no_guarantee(path):
-        remove_report(path)
+    if not weights_have_no_guarantee(path):
+        remove_weights_report(path)
     for weights in weight_files(path):
         weights.unlink()
     shutil.rmtree(path)
@@ -174,11 +175,11 @@ def atomic_checkpoint(
         args.save_total_limit = limit
     barrier()  # all processes have written their files
     if args.should_save:
-        mark_complete(checkpoint, made_with)
+        mark_checkpoint_complete(checkpoint, made_with)
         prune_checkpoints(checkpoint, limit, state.best_model_checkpoint)
 
 
-def load_trainer_state(checkpoint: Path) -> TrainerState:
+def load_checkpoint_state(checkpoint: Path) -> TrainerState:
     """Return the Trainer's state in `checkpoint`."""
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
@@ -206,22 +207,22 @@ def find_checkpoint(
         UserError: where steps would be forgotten, the folder holds results of another run, or there is no such checkpoint.
     """
     folder, is_main_process = Path(str(args.output_dir)), args.process_index == 0
-    check_path(folder, "--output_dir")
+    check_checkpoint_path(folder, "--output_dir")
     check_output_dir(folder)
-    ledger = open_ledger(folder, metric_driven_option(args), privacy.disable_dp, is_main_process)
+    ledger = open_checkpoint_ledger(folder, metric_driven_option(args), privacy.disable_dp, is_main_process)
     if not args.resume_from_checkpoint:
         check_unused(folder, ledger)
         return None, ledger
-    check_own_results(folder, ledger, privacy.disable_dp, adapter, is_main_process)
+    check_checkpoint_kind(folder, ledger, privacy.disable_dp, adapter, is_main_process)
     checkpoint = choose_checkpoint(args.resume_from_checkpoint, folder, ledger, privacy.disable_dp)
     if checkpoint is not None and not privacy.disable_dp:
-        check_ledger_covers(checkpoint, ledger, is_main_process)
+        check_ledger_covers_checkpoint(checkpoint, ledger, is_main_process)
     if checkpoint is not None and options is not None:
         check_same_options(checkpoint, options, training)
     return checkpoint, ledger
 
 
-def check_path(path: Path, option: str) -> None:
+def check_checkpoint_path(path: Path, option: str) -> None:
     """Raise UserError where the operating system rejects a path: a null byte, bad Unicode, or a name too long."""
     try:
         os.stat(path / LEDGER_NAME)
@@ -231,7 +232,7 @@ def check_path(path: Path, option: str) -> None:
             raise UserError(f"{option} {ascii(str(path))[:80]}: not a valid path ({problem}). Choose another path") from error
 
 
-def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_process: bool) -> PrivacyLedger:
+def open_checkpoint_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_process: bool) -> PrivacyLedger:
     """Return the ledger of `folder`, after checks that the run may use this folder.
 
     Args:
@@ -246,7 +247,7 @@ def open_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_p
     with HashChain(path).locked() if is_main_process and path.exists() else nullcontext():
         ledger = PrivacyLedger(path)
     ledger.check_no_failure()
-    check_not_released(ledger, option)
+    check_checkpoint_not_released(ledger, option)
     if ledger.steps and disable_dp:
         raise UserError(f"--output_dir {folder}: it holds a private run. Choose another --output_dir for one with --disable_dp")
     return ledger
@@ -262,7 +263,7 @@ def check_unused(folder: Path, ledger: PrivacyLedger) -> None:
             f"--output_dir {folder} holds the privacy ledger of an earlier run. Resume that run with "
             "--resume_from_checkpoint True, or choose another --output_dir"
         )
-    results = [*weight_files(folder), *find_reports(folder), *checkpoints_by_step(folder)]
+    results = [*weight_files(folder), *find_ledger_reports(folder), *checkpoints_by_step(folder)]
     if results:
         names = format_names(sorted(str(path.relative_to(folder)) for path in results), 4)
         raise UserError(
@@ -279,9 +280,9 @@ def choose_checkpoint(resume: str | bool, folder: Path, ledger: PrivacyLedger, d
     Raises:
         UserError: where there is no checkpoint, or it cannot be resumed.
     """
-    checkpoint = latest_complete(folder) if resume is True else Path(str(resume))
+    checkpoint = latest_complete_checkpoint(folder) if resume is True else Path(str(resume))
     if checkpoint is not None:
-        check_resumable(checkpoint)
+        check_checkpoint_resumable(checkpoint)
     elif ledger.steps or (disable_dp and checkpoints_by_step(folder)):
         logger.warning_once(f"No complete checkpoint in {folder}: restarting; the {ledger.steps} recorded steps still count.")
     else:
@@ -289,13 +290,13 @@ def choose_checkpoint(resume: str | bool, folder: Path, ledger: PrivacyLedger, d
     return checkpoint
 
 
-def check_resumable(checkpoint: Path) -> None:
+def check_checkpoint_resumable(checkpoint: Path) -> None:
     """Raise UserError unless `checkpoint` is a complete folder that holds the optimizer and the scheduler too."""
     name = f"--resume_from_checkpoint {checkpoint}"
-    check_path(checkpoint, "--resume_from_checkpoint")
+    check_checkpoint_path(checkpoint, "--resume_from_checkpoint")
     if not checkpoint.is_dir():
         raise UserError(f"{name}: no such folder. Give a checkpoint folder, or True for the newest")
-    if corruption := find_corruption(checkpoint):
+    if corruption := find_checkpoint_corruption(checkpoint):
         raise UserError(f"{name}: {corruption}. Give an earlier checkpoint, or True for the newest complete one")
     if not (checkpoint / "scheduler.pt").exists():
         raise UserError(
@@ -304,7 +305,7 @@ def check_resumable(checkpoint: Path) -> None:
         )
 
 
-def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, adapter: bool, is_main_process: bool) -> None:
+def check_checkpoint_kind(folder: Path, ledger: PrivacyLedger, disable_dp: bool, adapter: bool, is_main_process: bool) -> None:
     """Raise UserError where `folder` holds results of another kind of run than the resumed one.
 
     Args:
@@ -314,7 +315,7 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
     checkpoints, foreign = checkpoints_by_step(folder), []
     for directory in (folder, *checkpoints):
         foreign += [path for path in weight_files(directory) if not weight_name_pattern(adapter).fullmatch(path.name)]
-    foreign += [path for path in find_reports(folder) if ledger.check_report(path)["disable_dp"] != disable_dp]
+    foreign += [path for path in find_ledger_reports(folder) if ledger.check_report(path)["disable_dp"] != disable_dp]
     # This program writes privacy.json before the Trainer's state, and removes it after that.
     foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
     if foreign:
@@ -328,7 +329,7 @@ def check_own_results(folder: Path, ledger: PrivacyLedger, disable_dp: bool, ada
         check_weights(folder, ledger.check_report(folder / REPORT_NAME), base=False)
 
 
-def check_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
+def check_checkpoint_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
     """Raise UserError where `option` chooses a model by authors whose evaluation loss was released."""
     if ledger.releases and option is not None:
         raise UserError(
@@ -337,7 +338,7 @@ def check_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
         )
 
 
-def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_main_process: bool = True) -> None:
+def check_ledger_covers_checkpoint(checkpoint: Path, ledger: PrivacyLedger, is_main_process: bool = True) -> None:
     """Raise UserError unless `ledger` holds the steps behind `checkpoint`, and its weights are those that were saved.
 
     Args:
@@ -355,13 +356,13 @@ def check_ledger_covers(checkpoint: Path, ledger: PrivacyLedger, is_main_process
         )
     if is_main_process:
         check_weights(checkpoint, report, base=False)  # the run compares its base itself, wherever the base is stored now
-        known = read_marker(checkpoint).get("sha256") or {}
+        known = read_weights_marker(checkpoint).get("sha256") or {}
         for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
             if sha256_of(checkpoint / name) != known.get(name):
                 raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {COMPLETE_MARKER}. Restore the file")
 
 
-def check_author_count(
+def check_checkpoint_author_count(
     runs: list[dict[str, Any]], private_count: Optional[int], num_authors: int, hidden: bool, allowed: bool
 ) -> None:
     """Raise UserError for another number of authors than in the previous run, unless `allowed`.
@@ -387,9 +388,9 @@ def check_author_count(
         )
 
 
-def check_counts_hidden(ledger: PrivacyLedger, hidden: bool) -> None:
+def check_checkpoint_hides_counts(ledger: PrivacyLedger, hidden: bool) -> None:
     """Raise UserError where the public ledger discloses the number of authors, despite --hide_counts (`hidden`)."""
-    # Headers with steps are checked by check_author_count, which knows a remedy.
+    # Headers with steps are checked by check_checkpoint_author_count, which knows a remedy.
     unused = (header for header, steps in zip(ledger.runs, ledger.steps_per_run) if not steps)
     if hidden and any(header.get("num_authors") is not None for header in unused):
         raise UserError(

@@ -6,8 +6,7 @@ Guarantees: keys of sampling and groups come from the operating system, agree on
 import copy
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Optional
 
 import psutil
@@ -19,10 +18,14 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.distributed import broadcast
-from author_dp.errors import UserError
 from author_dp.logs import get_logger
 from author_dp.mechanism.microbatches import LogicalBatchDataset, MicrobatchShape
-from author_dp.mechanism.sampling import BallsInBinsAuthorSampler, CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
+from author_dp.mechanism.sampling import (
+    BallsInBinsAuthorSampler,
+    CyclicAuthorSampler,
+    PoissonAuthorSampler,
+    assign_sampling_groups,
+)
 from author_dp.models.quantization import quant_scales
 
 logger = get_logger(__name__)
@@ -57,7 +60,7 @@ def make_sampler(dataset: Any, plan: PrivacyPlan, args: TrainingArguments, num_c
     )
     if plan.noise_bands == 1 and not plan.slots:
         return PoissonAuthorSampler(dataset.offsets, dataset.indices, **options)
-    groups = assign_groups(dataset.hashes, plan.slots or plan.noise_bands, broadcast(secrets.token_bytes(32)))
+    groups = assign_sampling_groups(dataset.hashes, plan.slots or plan.noise_bands, broadcast(secrets.token_bytes(32)))
     if plan.slots:
         del options["sample_rate"]
         return BallsInBinsAuthorSampler(dataset.offsets, dataset.indices, slots=groups, **options)
@@ -145,15 +148,6 @@ class NoDDPWrapper(nn.Module):
 def identity_collate(batch: Any) -> Any:
     """Return a batch unchanged, as the data set returns complete ones. A named function, so that workers can be spawned."""
     return batch
-
-
-@contextmanager
-def as_user_error(option: str) -> Iterator[None]:
-    """Prefix an error of the Trainer with the option that it concerns, as a UserError."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        raise UserError(f"{option}: {error}") from error
 
 
 def broadcast_parameters(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ The plan, with its noise and epsilon, is that of the full run. The ledger record
 saved is not a finished model: it gets no model card, and is not published.
 
 On a GPU, the log also proposes how many authors should be in memory at once, from the memory that the steps took. Its last line
-is the planner's advice (accounting/planning.py), which follows from the plan alone.
+is the planner's advice (accounting/run_planning.py), which follows from the plan alone.
 """
 
 import resource
@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from author_dp.accounting.accountant import format_guarantee
-from author_dp.accounting.planning import format_advice
+from author_dp.accounting.run_planning import format_planning_advice
 from author_dp.files import write_json
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import SUPPORTED
@@ -110,7 +110,7 @@ class DryRun(TrainerCallback):
         if plan.target_epsilon is None or OptimizerNames(args.optim).value not in SUPPORTED:
             return ""
         trained, parameters = model_sizes(model)
-        return format_advice(plan, args.learning_rate, parameters, trained, isinstance(model, PeftModel))
+        return format_planning_advice(plan, args.learning_rate, parameters, trained, isinstance(model, PeftModel))
 
     def summary(self) -> str:
         """Return the privacy cost so far, and the time and memory of the full run."""

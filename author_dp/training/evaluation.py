@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import EvalLoopOutput
 
-from author_dp.data.authors import get_column
+from author_dp.data.columns import get_column
 from author_dp.distributed import all_reduce_sum
-from author_dp.mechanism.fsdp import dummy_forwards, missing_rounds
+from author_dp.mechanism.fsdp import dummy_forwards, missing_fsdp_rounds
 from author_dp.mechanism.losses import token_losses
 from author_dp.types import Batch
 
@@ -88,7 +88,7 @@ def evaluate(model: nn.Module, loader: DataLoader, on_batch: Callable[[], None],
     device = next(model.parameters()).device
     batches: Any = loader.dataset
     sums = torch.zeros(2, len(batches.dataset), dtype=torch.float64)  # (2, authors): losses, target tokens
-    num_dummies = missing_rounds(model, len(loader))
+    num_dummies = missing_fsdp_rounds(model, len(loader))
     with torch.no_grad():
         for batch in loader:
             author = batch.pop("author")

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from author_dp.errors import NOT_SAVED, RESUME, SignalError
 from author_dp.logs import get_logger
-from author_dp.training.checkpointing import latest_complete, load_trainer_state
+from author_dp.training.checkpointing import latest_complete_checkpoint, load_checkpoint_state
 
 logger = get_logger(__name__)
 
@@ -153,8 +153,8 @@ def describe_interruption(trainer: Any, saved: bool = False) -> str:
         saved: whether the model is saved in the output directory.
     """
     folder = trainer.folder
-    checkpoint = latest_complete(folder)
-    resumable = checkpoint is not None and load_trainer_state(checkpoint).global_step >= trainer.plan.steps
+    checkpoint = latest_complete_checkpoint(folder)
+    resumable = checkpoint is not None and load_checkpoint_state(checkpoint).global_step >= trainer.plan.steps
     if not saved and not resumable:
         return RESUME if checkpoint else NOT_SAVED
     words = f"interrupted; training is finished, and its model is saved in {folder if saved else checkpoint}. "

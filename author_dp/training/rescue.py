@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from author_dp.errors import RESUME_REMEDY, UserError, first_line, to_user_error
-from author_dp.models.weights import write_certified
+from author_dp.models.weights import write_certified_weights
 from author_dp.permissions import owner_only
 
 
@@ -29,7 +29,7 @@ def result_bytes(model: nn.Module) -> int:
     return sum(sizes)
 
 
-def check_saved(folder: Path, model: Any, state_dict: Optional[dict[str, torch.Tensor]] = None) -> None:
+def check_rescued(folder: Path, model: Any, state_dict: Optional[dict[str, torch.Tensor]] = None) -> None:
     """Compare the weights in `folder` with those in memory, one tensor at a time.
 
     Tensors that the library saves under names or in shapes of its own are left out.
@@ -74,9 +74,9 @@ def rescue_weights(trainer: Any, state_dict: Optional[dict[str, torch.Tensor]]) 
         try:
             place = Path(tempfile.mkdtemp(prefix=f"{trainer.folder.name}-rescued-", dir=parent))  # of mode 0700
             is_adapter = isinstance(trainer.model, PeftModel)
-            with write_certified(place, is_adapter, trainer.privacy_report, trainer.plan.disable_dp), owner_only():
-                save_weights_only(trainer.model, place, state_dict)
-                check_saved(place, trainer.model, state_dict)
+            with write_certified_weights(place, is_adapter, trainer.privacy_report, trainer.plan.disable_dp), owner_only():
+                rescue_weights_only(trainer.model, place, state_dict)
+                check_rescued(place, trainer.model, state_dict)
                 if trainer.processing_class is not None:
                     with suppress(Exception):  # the tokenizer is that of the base model, which has it too
                         trainer.processing_class.save_pretrained(place)
@@ -87,7 +87,7 @@ def rescue_weights(trainer: Any, state_dict: Optional[dict[str, torch.Tensor]]) 
     return None
 
 
-def save_weights_only(model: Any, place: Path, state_dict: Optional[dict[str, torch.Tensor]]) -> None:
+def rescue_weights_only(model: Any, place: Path, state_dict: Optional[dict[str, torch.Tensor]]) -> None:
     """Save weights and configuration, without a generation configuration that may be the reason why saving failed."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     kept, base.generation_config = getattr(base, "generation_config", None), GenerationConfig()

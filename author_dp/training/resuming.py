@@ -7,7 +7,7 @@ its marker file, which is private, as is the checkpoint.
 
 Example:
 
-    >>> options = program_options(training_args, privacy_args, lora_args)
+    >>> options = resumable_options(training_args, privacy_args, lora_args)
     >>> check_same_options(Path("scratch/checkpoint-100"), options)
 """
 
@@ -19,11 +19,11 @@ from typing import Any, Optional
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from author_dp.data.authors import get_column
+from author_dp.data.columns import get_column
 from author_dp.errors import UserError
 from author_dp.files import write_json
-from author_dp.models.loading import public_name
-from author_dp.models.weights import read_marker
+from author_dp.models.loading import public_model_name
+from author_dp.models.weights import read_weights_marker
 
 # Options that take effect when they change. All others, those of later versions too, are compared.
 MAY_CHANGE = {
@@ -64,15 +64,15 @@ PEFT_NAMES = {
 }  # where this program's name of a --lora option is not peft's
 
 
-def program_options(*groups: Any) -> dict[str, Any]:
+def resumable_options(*groups: Any) -> dict[str, Any]:
     """Return the options of dataclasses by name, as JSON can hold them; tokens are left out."""
     options: dict[str, Any] = {}
     for group in groups:
         options |= group.to_dict() if isinstance(group, TrainingArguments) else vars(group)
-    return to_json(options)
+    return to_resumable_json(options)
 
 
-def to_json(value: Any) -> Any:
+def to_resumable_json(value: Any) -> Any:
     """Return a value as it is after it was written to JSON; sets become sorted lists."""
     return json.loads(json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other)))
 
@@ -88,8 +88,8 @@ def describe_training(model: Any, dataset: Any, tokenizer: Optional[Any], name: 
     config = {key: value for key, value in model.config.to_dict().items() if key not in VOLATILE_CONFIG and key[0] != "_"}
     adapter = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
     shapes = [(key, list(value.shape)) for key, value in model.named_parameters() if value.requires_grad]
-    is_named = bool(name) and public_name(str(name)) == name and not Path(str(name)).is_absolute()
-    return to_json({
+    is_named = bool(name) and public_model_name(str(name)) == name and not Path(str(name)).is_absolute()
+    return to_resumable_json({
         "hub name": name if is_named else None,
         "config": config,
         "adapter": {key: value for key, value in (adapter.to_dict() if adapter else {}).items() if key not in VOLATILE_ADAPTER},
@@ -130,24 +130,24 @@ def check_same_options(checkpoint: Path, options: dict[str, Any], training: Opti
     """Raise UserError where the resumed run has another option, model or data than `checkpoint` was made with.
 
     Args:
-        options: from `program_options`. Only names that the checkpoint knows too are compared.
+        options: from `resumable_options`. Only names that the checkpoint knows too are compared.
         training: from `describe_training`; None where model and data are not loaded yet.
     """
-    marker = read_marker(checkpoint)
+    marker = read_weights_marker(checkpoint)
     before, others_allowed = marker.get("options"), bool(options.get("allow_other_authors"))
     if before is None:  # an older version wrote it
         return
     free = MAY_CHANGE | (CHOICE_OF_AUTHORS if others_allowed else set())
     changed = [name for name in options if name in before and name not in free and options[name] != before[name]]
     if changed:
-        now = ", ".join(f"--{name} {format_value(options[name])}" for name in changed)
-        then = ", ".join(f"--{name} {format_value(before[name])}" for name in changed)
+        now = ", ".join(f"--{name} {format_resumed_value(options[name])}" for name in changed)
+        then = ", ".join(f"--{name} {format_resumed_value(before[name])}" for name in changed)
         raise UserError(f"{now}: {checkpoint} was made with {then}. Give what it was made with, or start in a new --output_dir")
     if training is not None:
         check_same_training(checkpoint, marker.get("training") or {}, training, others_allowed)
 
 
-def format_value(value: Any) -> str:
+def format_resumed_value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return "(not given)" if value is None else str(value)
@@ -163,7 +163,8 @@ def check_same_training(checkpoint: Path, before: dict[str, Any], now: dict[str,
                 is_adapter = key == "adapter"
                 option = f"--lora_{PEFT_NAMES.get(name, name)}" if is_adapter else f"--model_name: its config.json has {name}"
                 raise UserError(
-                    f"{option} {format_value(new[name])}: {checkpoint} was made with {format_value(old[name])}. {remedy}"
+                    f"{option} {format_resumed_value(new[name])}: {checkpoint} was made with "
+                    f"{format_resumed_value(old[name])}. {remedy}"
                 )
     if None not in (before.get("hub name"), now["hub name"]) and before["hub name"] != now["hub name"]:
         raise UserError(f"--model_name {now['hub name']}: {checkpoint} was made from {before['hub name']}. {remedy}")

@@ -13,10 +13,10 @@ from peft import PeftModel
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import plan_of
-from author_dp.accounting.privacy_report import PLAN_KEYS, make_report
+from author_dp.accounting.privacy_report import PLAN_KEYS, make_privacy_report
 from author_dp.errors import UserError
-from author_dp.models.weights import check_same_base, describe_base
-from author_dp.training.checkpointing import load_trainer_state
+from author_dp.models.weights import check_same_base_weights, describe_base_weights
+from author_dp.training.checkpointing import load_checkpoint_state
 from author_dp.wording import format_count
 
 
@@ -53,7 +53,7 @@ class RunReport:
             UserError: if `checkpoint` is beyond the end.
         """
         self.finished, self.audit, self.budget.plan = None, None, self.plan
-        if not checkpoint or (steps := load_trainer_state(checkpoint).global_step) < self.plan.steps:
+        if not checkpoint or (steps := load_checkpoint_state(checkpoint).global_step) < self.plan.steps:
             return
         if steps > self.plan.steps:
             planned = format_count(self.plan.steps, "step")
@@ -84,17 +84,17 @@ class RunReport:
         """
         if isinstance(model, PeftModel):
             name = model.peft_config[model.active_adapter].base_model_name_or_path
-            self.adapter_base = describe_base(name, getattr(model.get_base_model().config, "_commit_hash", None))
+            self.adapter_base = describe_base_weights(name, getattr(model.get_base_model().config, "_commit_hash", None))
         if checkpoint:
             report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
             if not self.plan.disable_dp:
-                check_same_base(self.adapter_base, report.get("adapter_base"))
+                check_same_base_weights(self.adapter_base, report.get("adapter_base"))
                 self.secure_noise = self.secure_noise and report.get("secure_noise") is True  # of all steps behind the weights
             self.base_model = report.get("base_model")
 
     def to_dict(self, step: int) -> dict[str, Any]:
         """Return the contents of privacy.json at a step of the training; on rank 0 only."""
-        report = make_report(self.budget.plan, self.budget.ledger, step)
+        report = make_privacy_report(self.budget.plan, self.budget.ledger, step)
         if self.finished is not None and self.finished["disable_dp"] == self.plan.disable_dp:
             kept = {name: value for name, value in self.finished.items() if name != "weights"}
             return report | kept if self.plan.disable_dp else kept | report

@@ -16,23 +16,28 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
-from author_dp.accounting.plan_text import format_plan, plan_warnings, utility_hint
+from author_dp.accounting.plan_text import format_plan, plan_utility_hint, plan_warnings
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
 from author_dp.errors import to_user_error
 from author_dp.files import write_json
-from author_dp.guards.model_check import check_trained_weights
+from author_dp.guards.model_check import check_trained_model_weights
 from author_dp.guards.monitors import RunMonitors
 from author_dp.logs import get_logger
-from author_dp.mechanism.fsdp import full_state_dict, load_weights
+from author_dp.mechanism.fsdp import full_state_dict, load_sharded_weights
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.quantization import model_sizes
-from author_dp.models.weights import write_certified
+from author_dp.models.weights import write_certified_weights
 from author_dp.permissions import owner_only
 from author_dp.training.base_trainer import LogicalBatchTrainer
-from author_dp.training.checkpointing import atomic_checkpoint, check_ledger_covers, load_trainer_state, mark_newest
+from author_dp.training.checkpointing import (
+    atomic_checkpoint,
+    check_ledger_covers_checkpoint,
+    load_checkpoint_state,
+    mark_checkpoint_newest,
+)
 from author_dp.training.dataloading import format_devices
-from author_dp.training.rescue import check_saved, rescue_message, rescue_weights
+from author_dp.training.rescue import check_rescued, rescue_message, rescue_weights
 from author_dp.training.run_report import RunReport
 
 logger = get_logger(__name__)
@@ -69,7 +74,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
             UserError: if weights are not finite.
         """
         self.monitors.test(full)
-        check_trained_weights(self.model, self.state.global_step)
+        check_trained_model_weights(self.model, self.state.global_step)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the epsilon spent so far to every line, and public statistics to those of training."""
@@ -84,7 +89,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
 
     def summary(self) -> str:
         """Return what the run will do and cost, for the log before training."""
-        steps_before = load_trainer_state(self.checkpoint).global_step if self.checkpoint else 0
+        steps_before = load_checkpoint_state(self.checkpoint).global_step if self.checkpoint else 0
         steps, epsilon = self.budget.forecast(max(0, self.plan.steps - steps_before))
         offsets, sizes = self.train_dataset.offsets, model_sizes(self.model)
         devices = format_devices(self.args)
@@ -94,7 +99,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
         """Log what the run will do and cost, and warn of likely mistakes."""
         data = self.run_report.data
         logger.info("\n".join([self.summary(), *(format_data_summary(data) if data else [])]))
-        for warning in (*plan_warnings(self.budget.plan), utility_hint(self.budget.plan)):
+        for warning in (*plan_warnings(self.budget.plan), plan_utility_hint(self.budget.plan)):
             if warning and not self.plan.disable_dp and self.is_world_process_zero():
                 logger.warning(warning)
 
@@ -123,9 +128,9 @@ class CertifiedTrainer(LogicalBatchTrainer):
             self.run_report.identify_base(self.model, None)
         folder, disable_dp = Path(output_dir or self.folder), self.plan.disable_dp
         try:
-            with write_certified(folder, adapter, self.privacy_report, disable_dp), owner_only():
+            with write_certified_weights(folder, adapter, self.privacy_report, disable_dp), owner_only():
                 super()._save(output_dir, state_dict)
-                check_saved(folder, self.model, state_dict)
+                check_rescued(folder, self.model, state_dict)
         except Exception as error:  # of the system, transformers, safetensors, peft or a tokenizer
             rescued = rescue_weights(self, state_dict)
             raise (to_user_error(error) or error) if rescued is None else rescue_message(error, folder, rescued) from error
@@ -158,17 +163,17 @@ class CertifiedTrainer(LogicalBatchTrainer):
         """Load a checkpoint's weights, also into a sharded model."""
         if not self.full_shard:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_weights(self.model, Path(resume_from_checkpoint))
+        load_sharded_weights(self.model, Path(resume_from_checkpoint))
 
     def continue_from_checkpoint(self) -> None:
         """Let the checkpoint from which this run starts be the newest: those of a branch that was left are older."""
         if self.checkpoint is not None and self.args.should_save and self.checkpoint.resolve().parent == self.folder.resolve():
-            mark_newest(self.checkpoint)
+            mark_checkpoint_newest(self.checkpoint)
 
     def load_finished(self) -> None:
         """Load the model of a checkpoint at which the training has finished."""
         logger.info(f"{self.checkpoint}: training already finished at this checkpoint; no privacy budget spent.")
-        self.state = load_trainer_state(Path(str(self.checkpoint)))
+        self.state = load_checkpoint_state(Path(str(self.checkpoint)))
         self._load_from_checkpoint(str(self.checkpoint))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
@@ -176,7 +181,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
     def _load_best_model(self) -> None:
         """Load the best checkpoint, checked like a resumed one: trainer_state.json, which can be edited, names its folder."""
         if self.budget.is_main_process and not self.plan.disable_dp:
-            check_ledger_covers(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
+            check_ledger_covers_checkpoint(Path(str(self.state.best_model_checkpoint)), self.budget.ledger)
         super()._load_best_model()
 
     def save_metrics(self, *args, **kwargs) -> None:

@@ -15,40 +15,40 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from author_dp.accounting.budget import Budget
-from author_dp.accounting.ledger import read_private_count
-from author_dp.accounting.output_dir import check_not_model
-from author_dp.accounting.plan import PrivacyPlan, certify_plan, choose_sampling, make_plan
+from author_dp.accounting.ledger import read_ledger_private_count
+from author_dp.accounting.output_dir import check_output_is_not_model
+from author_dp.accounting.plan import PrivacyPlan, certify_plan, choose_plan_sampling, make_plan
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.guards.agreement import check_same_start
 from author_dp.guards.callbacks import metric_driven_callback, metric_driven_scheduler
-from author_dp.guards.gradient_canaries import CollateWithCanaries, GradientCanaries
-from author_dp.guards.model_check import ModelCheck, check_fsdp_model, check_model, verify_model
+from author_dp.guards.gradient_canaries import CollateWithGradientCanaries, GradientCanaries
+from author_dp.guards.model_check import ModelCheck, check_model, check_sharded_model, verify_model
 from author_dp.guards.monitors import RunMonitors
 from author_dp.guards.options import (
-    check_metric_driven_choice,
-    have_shared_authors,
+    check_metric_options,
     metric_driven_option,
+    options_share_authors,
     validate_options,
 )
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
-from author_dp.guards.trainer_options import check_adapted, options_without_effect
+from author_dp.guards.process_agreement import check_processes_agree_at_start
+from author_dp.guards.trainer_options import check_trainer_adapted, trainer_options_without_effect
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC, use_adam_bc
 from author_dp.mechanism.fsdp import ShardedOptimizer, gather_in_bfloat16, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.training.checkpointing import (
-    check_author_count,
-    check_counts_hidden,
-    check_not_released,
+    check_checkpoint_author_count,
+    check_checkpoint_hides_counts,
+    check_checkpoint_not_released,
     find_checkpoint,
-    load_trainer_state,
+    load_checkpoint_state,
 )
 from author_dp.training.dataloading import max_bands_in_memory, to_device
-from author_dp.training.resuming import describe_training, program_options, write_sample_hashes
+from author_dp.training.resuming import describe_training, resumable_options, write_sample_hashes
 
 logger = get_logger(__name__)
 
@@ -102,15 +102,15 @@ def set_up_run(
         UserError: if the guarantee would not hold for the options, the model, the data or the output directory.
     """
     validate_options(args, privacy, full_shard=full_shard, shared_authors=shared_authors)
-    if names := options_without_effect(args):
+    if names := trainer_options_without_effect(args):
         logger.info(f"Without effect here: {', '.join(names)} (docs/options.md).")
     made_with = {
-        "options": program_options(*program_args, privacy, args),
+        "options": resumable_options(*program_args, privacy, args),
         "training": describe_training(model, train_dataset, tokenizer, model_name),
     }
     checkpoint, ledger = find_checkpoint(args, privacy, isinstance(model, PeftModel), **made_with)
     if model_name:
-        check_not_model(Path(str(args.output_dir)), model_name)
+        check_output_is_not_model(Path(str(args.output_dir)), model_name)
     earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
     if is_auto := privacy.sampling == "auto" and not privacy.disable_dp:
         privacy = replace(privacy, sampling=None)
@@ -123,10 +123,10 @@ def set_up_run(
     if sequence_len is None and (found := getattr(train_dataset, "longest", 0)) > longest:
         raise UserError(f"sequence_len of DPTrainer: a sample is longer than {longest} tokens. Give sequence_len={found}")
     if canaries is not None:
-        train_dataset, data_collator = canaries.join(train_dataset), CollateWithCanaries(data_collator)
+        train_dataset, data_collator = canaries.join(train_dataset), CollateWithGradientCanaries(data_collator)
     max_bands = max_bands_in_memory(model, args)
     if is_auto and not earlier:  # a resumed run keeps what it has; the main process chooses for all
-        chosen = None if args.process_index else choose_sampling(privacy, args, len(train_dataset), max_bands)
+        chosen = None if args.process_index else choose_plan_sampling(privacy, args, len(train_dataset), max_bands)
         privacy = replace(privacy, sampling=broadcast(chosen))
     plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
     if (plan.noise_bands > 1 or plan.slots) and getattr(train_dataset, "hashes", None) is None:
@@ -134,12 +134,12 @@ def set_up_run(
             "noise bands and slots need the hashes of all authors. Use AuthorDataset(..., hashes=author_hashes(authors))"
         )
     if plan.slots:  # the main process draws for all
-        left = plan.steps - (load_trainer_state(checkpoint).global_step if checkpoint else 0)
+        left = plan.steps - (load_checkpoint_state(checkpoint).global_step if checkpoint else 0)
         plan = broadcast(certify_plan(plan, ledger.runs_with_steps, left) if args.process_index == 0 else plan)
-    check_same_start(plan, train_dataset, model, args.bf16)
-    hidden_count = broadcast(read_private_count(ledger.path.parent))
-    check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
-    check_counts_hidden(ledger, privacy.hide_counts)
+    check_processes_agree_at_start(plan, train_dataset, model, args.bf16)
+    hidden_count = broadcast(read_ledger_private_count(ledger.path.parent))
+    check_checkpoint_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
+    check_checkpoint_hides_counts(ledger, privacy.hide_counts)
     budget = Budget(plan, ledger, is_main_process=args.process_index == 0)
     budget.by_metrics, budget.split = metric_driven_option(args), split_id
     norms = NormStatistics(plan.clip_norm, args.device)
@@ -152,7 +152,7 @@ def check_budget_left(budget: Budget, checkpoint: Optional[Path]) -> None:
 
     `Budget.start` does so again. This call is before the model check, which may take minutes.
     """
-    if checkpoint is None or load_trainer_state(checkpoint).global_step < budget.plan.steps:
+    if checkpoint is None or load_checkpoint_state(checkpoint).global_step < budget.plan.steps:
         budget.check_left()
 
 
@@ -166,7 +166,7 @@ def check_and_place_model(
     """
     check_model(model, call_model=False)
     if full_shard:
-        check_fsdp_model(model)
+        check_sharded_model(model)
         shard_model(model, args.device)
     model_check = None
     if not privacy.disable_dp:
@@ -179,7 +179,7 @@ def check_and_place_model(
     return model_check
 
 
-def make_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> AuthorDPOptimizer:
+def set_up_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> AuthorDPOptimizer:
     """Wrap an optimizer in one that adds the noise, and records each step before its noisy gradient exists.
 
     Args:
@@ -208,7 +208,7 @@ def make_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> AuthorD
     )
 
 
-def make_secret_generators(
+def set_up_secret_generators(
     model: PreTrainedModel, device: torch.device, disable_dp: bool
 ) -> AbstractContextManager[Optional[SecretGenerators]]:
     """Return a context that makes random numbers inside the model secret; one without effect if `disable_dp`."""
@@ -229,12 +229,12 @@ def check_model_choice(trainer: Any, shared_authors: bool) -> None:
         UserError: if an option is refused, or no epsilon covers that choice.
     """
     validate_options(trainer.args, trainer.privacy, full_shard=trainer.full_shard, shared_authors=shared_authors)
-    check_adapted(trainer)
+    check_trainer_adapted(trainer)
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
-    shared = shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
-    check_metric_driven_choice(shared, option, trainer.privacy)
+    shared = shared_authors or options_share_authors(trainer.train_dataset, trainer.eval_dataset)
+    check_metric_options(shared, option, trainer.privacy)
     if not trainer.plan.disable_dp:
-        check_not_released(trainer.budget.ledger, option)
+        check_checkpoint_not_released(trainer.budget.ledger, option)
     trainer.budget.by_metrics = option
     write_sample_hashes(trainer)

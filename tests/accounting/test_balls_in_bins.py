@@ -13,14 +13,22 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from balls_in_bins import JUDGES
 
-from author_dp.accounting import certificates
+from author_dp.accounting import slot_certificates
 from author_dp.accounting.accountant import compute_epsilon
-from author_dp.accounting.balls_in_bins import MeanShift, Segment, SlotTuples, TiltedMixture, WorstCase, log_mean_exp, slot_sums
-from author_dp.accounting.certificates import Claim
+from author_dp.accounting.balls_in_bins import (
+    BallsInBinsTuples,
+    MeanShift,
+    SlotSegment,
+    TiltedMixture,
+    WorstCaseMixture,
+    balls_in_bins_sums,
+    log_mean_exp,
+)
+from author_dp.accounting.slot_certificates import CertificateClaim
 
 DELTA = 1e-5
 BANDS = np.array([0.8, 0.5, 0.3])
-CLAIM = Claim(BANDS, 5, 13, 1.0, DELTA)  # two slots take part twice, three take part three times
+CLAIM = CertificateClaim(BANDS, 5, 13, 1.0, DELTA)  # two slots take part twice, three take part three times
 
 
 def dense_sums(coefficients: np.ndarray, slots: int, steps: int) -> np.ndarray:
@@ -46,7 +54,7 @@ def plain_delta(epsilon: float, log_ratio: np.ndarray, added: bool) -> tuple[flo
 )
 @catches(
     "slots are drawn evenly",
-    "accounting.balls_in_bins.SlotTuples.prepare",
+    "accounting.balls_in_bins.BallsInBinsTuples.prepare",
     "np.cumsum(self._terms())",
     "np.cumsum(1 + 0 * self._terms())",
     name="n = 2, T = 2, b = 1: an integral",
@@ -67,7 +75,10 @@ def test_estimates_agree_with_exact_deltas(name):
 
 
 @catches(
-    "the last steps are left out", "accounting.balls_in_bins.slot_sums", "in range(steps):", "in range(steps - steps % slots):"
+    "the last steps are left out",
+    "accounting.balls_in_bins.balls_in_bins_sums",
+    "in range(steps):",
+    "in range(steps - steps % slots):",
 )
 def test_estimates_agree_with_plain_sampling_of_all_steps():
     for epsilon in (0.5, 1.5):
@@ -94,7 +105,7 @@ def test_step_of_poisson_is_the_one_that_the_accountant_knows():
 )
 def test_losses_are_those_of_jax_privacy(coefficients, sample, loss):
     """The losses that its tests/experimental/monte_carlo/sample_generation_test.py expects, with 2 slots and 4 steps."""
-    x = slot_sums(np.array(coefficients), 2, 4)
+    x = balls_in_bins_sums(np.array(coefficients), 2, 4)
     assert_allclose(log_mean_exp(x @ np.array(sample) - (x**2).sum(axis=1) / 2), loss, rtol=1e-12)
 
 
@@ -115,7 +126,7 @@ def test_adaptive_gradients_in_any_direction_are_no_worse(added):
             total += ((y[t] * v).sum(axis=1) - (v**2).sum(axis=1) / 2) / 1.2**2
         log_ratios.append(total)
     delta, error = plain_delta(0.5, log_mean_exp(np.stack(log_ratios, axis=1)), added)
-    worst = Claim(coefficients, slots, steps, 0.5, DELTA).estimates(1.2, 2**16, key=1)["added" if added else "removed"]
+    worst = CertificateClaim(coefficients, slots, steps, 0.5, DELTA).estimates(1.2, 2**16, key=1)["added" if added else "removed"]
     assert 0.01 < delta < worst.mean - 5 * math.hypot(error, worst.standard_error)
 
 
@@ -136,7 +147,7 @@ def test_adaptive_gradients_in_any_direction_are_no_worse(added):
 )
 @pytest.mark.parametrize("sigma", [0.6, 1.0, 2.0])
 def test_range_holds_for_every_outcome(sigma):
-    worst = WorstCase([Segment(CLAIM.coefficients, CLAIM.slots, CLAIM.steps, sigma)])
+    worst = WorstCaseMixture([SlotSegment(CLAIM.coefficients, CLAIM.slots, CLAIM.steps, sigma)])
     a = np.random.default_rng(0).normal(size=(20_000, CLAIM.slots)) * np.geomspace(1e-3, 10, 20_000)[:, None]
     level = np.linspace(-12, 12, 20_000)[:, None]
     for make in (TiltedMixture, MeanShift):
@@ -148,39 +159,44 @@ def test_range_holds_for_every_outcome(sigma):
                 assert proposal.weigh(np.repeat(level, CLAIM.slots, axis=1)).max() > 0.99 * largest
 
 
-@catches("overlaps of three slots left out", "accounting.balls_in_bins.SlotTuples.log_mean",
+@catches("overlaps of three slots left out", "accounting.balls_in_bins.BallsInBinsTuples.log_mean",
     " + w @ (s * (s @ (s * w[:, None]))) @ w", "", copies=3)  # fmt: skip
-@catches("pairs counted once", "accounting.balls_in_bins.SlotTuples.log_mean", "terms += w @ by_slot", "pass", copies=2)
+@catches("pairs counted once", "accounting.balls_in_bins.BallsInBinsTuples.log_mean", "terms += w @ by_slot", "pass", copies=2)
 @pytest.mark.parametrize("copies", [1, 2, 3])
 def test_sparse_mean_is_that_of_all_terms(copies):
     for slots, steps in ((5, 13), (9, 30), (8, 5)):
-        (mixture,) = WorstCase([Segment(BANDS, slots, steps, 0.9)]).mixtures
+        (mixture,) = WorstCaseMixture([SlotSegment(BANDS, slots, steps, 0.9)]).mixtures
         for scale in (1.0, 2.5):
-            tuples = SlotTuples(mixture, copies, scale)
+            tuples = BallsInBinsTuples(mixture, copies, scale)
             assert_allclose(tuples.log_mean(), math.log(tuples._terms().sum() / slots**copies), rtol=1e-12)
 
 
 def test_draw_outside_of_its_range_is_an_error(monkeypatch):
-    proposal = TiltedMixture(WorstCase([Segment(CLAIM.coefficients, CLAIM.slots, CLAIM.steps, 1.0)]), 1.0)
+    proposal = TiltedMixture(WorstCaseMixture([SlotSegment(CLAIM.coefficients, CLAIM.slots, CLAIM.steps, 1.0)]), 1.0)
     proposal.log_range -= 10
     with pytest.raises(ArithmeticError, match="above its bound"):
-        certificates.estimate(proposal, 1_000, np.random.default_rng(0))
+        slot_certificates.estimate_certified_delta(proposal, 1_000, np.random.default_rng(0))
 
 
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
-@catches("a negative coefficient", "accounting.balls_in_bins.slot_sums", " and (coefficients >= 0).all()", "")
+@catches("a negative coefficient", "accounting.balls_in_bins.balls_in_bins_sums", " and (coefficients >= 0).all()", "")
 @catches(
-    "bands wider than an epoch", "accounting.balls_in_bins.slot_sums", "<= slots:", ":", coefficients=[0.5, 0.5, 0.5], slots=2
+    "bands wider than an epoch",
+    "accounting.balls_in_bins.balls_in_bins_sums",
+    "<= slots:",
+    ":",
+    coefficients=[0.5, 0.5, 0.5],
+    slots=2,
 )
 @pytest.mark.parametrize("coefficients, slots", [([0.9, -0.1], 4), ([0.9, math.nan], 4), ([0.5, 0.5, 0.5], 2)])
 def test_worst_case_refuses_what_the_theorem_does_not_cover(coefficients, slots):
     with pytest.raises(ValueError, match=r"negative|bands"):
-        slot_sums(np.array(coefficients), slots, 8)
+        balls_in_bins_sums(np.array(coefficients), slots, 8)
 
 
 def test_slot_sums_are_sums_of_columns():
     for slots, steps in ((3, 3), (5, 13), (7, 4), (1, 5)):
         coefficients = BANDS[:slots]
-        assert_allclose(slot_sums(coefficients, slots, steps), dense_sums(coefficients, slots, steps))
+        assert_allclose(balls_in_bins_sums(coefficients, slots, steps), dense_sums(coefficients, slots, steps))

@@ -15,11 +15,11 @@ from script_runs import run_here
 
 from author_dp.accounting.accountant import compute_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.ledger_report import format_joint, format_ledger
+from author_dp.accounting.ledger_report import format_joint_ledgers, format_ledger
 from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
 from author_dp.models.weights import COMPLETE_MARKER
-from author_dp.outputs.guarantee import guarantee_rows
+from author_dp.outputs.guarantee_table import guarantee_table_rows
 from author_dp.outputs.report import RunStatistics, write_report
 from dp_utils import PrivacyArguments
 
@@ -103,10 +103,10 @@ def test_summary_and_reports_work_without_counts(tmp_path):
     assert "private" in trainer.summary() and "divided by the constant 4" in trainer.summary()
     trainer.train()
     ledger = PrivacyLedger(tmp_path / "privacy_ledger.jsonl")
-    assert "an undisclosed number of authors" in format_ledger(ledger) and "an undisclosed number of authors" in format_joint(
-        [ledger]
-    )
-    assert dict(guarantee_rows(trainer.privacy_report()))["Authors"] == "not disclosed"
+    assert "an undisclosed number of authors" in format_ledger(
+        ledger
+    ) and "an undisclosed number of authors" in format_joint_ledgers([ledger])
+    assert dict(guarantee_table_rows(trainer.privacy_report()))["Authors"] == "not disclosed"
 
 
 @pytest.mark.integration
@@ -162,7 +162,12 @@ def test_invalid_options_are_named(tmp_path, monkeypatch, capfd, options, named)
     assert status == 2 and named in stderr, stderr
 
 
-@catches("a number that a run without steps has told", "training.checkpointing.check_counts_hidden", "if not steps", "if False")
+@catches(
+    "a number that a run without steps has told",
+    "training.checkpointing.check_checkpoint_hides_counts",
+    "if not steps",
+    "if False",
+)
 def test_a_run_that_took_no_step_has_told_the_number_too(tmp_path):
     options = {"dataset": make_dataset([3] * 40), "max_steps": 4}
     make_trainer(tmp_path, privacy={**HIDDEN, "hide_counts": False}, **options).budget.start()

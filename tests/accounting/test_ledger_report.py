@@ -93,7 +93,9 @@ def test_joint_report_needs_one_delta(tmp_path, capsys):
     assert "together" in capsys.readouterr().out
 
 
-@catches("a folder counted twice", "accounting.ledger_report.format_joint", "check_no_shared_records(ledgers)", "pass")
+@catches(
+    "a folder counted twice", "accounting.ledger_report.format_joint_ledgers", "check_no_shared_ledger_records(ledgers)", "pass"
+)
 def test_joint_report_refuses_shared_records(tmp_path):
     a, copy, link = (str(tmp_path / name) for name in ("a", "copy", "link"))
     os.mkdir(a)

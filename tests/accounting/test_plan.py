@@ -8,7 +8,7 @@ import pytest
 from mutation import catches
 
 from author_dp.accounting.plan import make_plan
-from author_dp.accounting.plan_text import format_plan, plan_warnings, utility_hint
+from author_dp.accounting.plan_text import format_plan, plan_utility_hint, plan_warnings
 from author_dp.errors import UserError
 from dp_utils import PrivacyArguments
 
@@ -18,13 +18,13 @@ def test_tuning_hint_names_small_batches_and_few_steps_only():
         per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = 8, 1, 1, -1, 3
 
     privacy = PrivacyArguments(noise_multiplier=0.5, per_sample_max_grad_norm=1.0)
-    assert "--gradient_accumulation_steps" in utility_hint(make_plan(privacy, Args, np.arange(1_001)))
+    assert "--gradient_accumulation_steps" in plan_utility_hint(make_plan(privacy, Args, np.arange(1_001)))
     Args.gradient_accumulation_steps = 32
-    assert utility_hint(make_plan(privacy, Args, np.arange(10_001))) is None
-    hint = utility_hint(make_plan(privacy, Args, np.arange(201)))  # all 200 authors are in each of three steps
+    assert plan_utility_hint(make_plan(privacy, Args, np.arange(10_001))) is None
+    hint = plan_utility_hint(make_plan(privacy, Args, np.arange(201)))  # all 200 authors are in each of three steps
     assert hint.startswith("3 steps") and "--num_train_epochs, to about 60" in hint
     Args.max_steps = 1
-    assert utility_hint(make_plan(privacy, Args, np.arange(10_001))).startswith("1 step will train")
+    assert plan_utility_hint(make_plan(privacy, Args, np.arange(10_001))).startswith("1 step will train")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_tuning_hint_recommends_no_rate_that_few_authors_cannot_bear(authors, ba
         per_device_train_batch_size, gradient_accumulation_steps, world_size, max_steps, num_train_epochs = batch, 1, 1, 100, 3
 
     privacy = PrivacyArguments(noise_multiplier=0.5, per_sample_max_grad_norm=1.0, **options)
-    assert re.search(words, utility_hint(make_plan(privacy, Args, np.arange(authors + 1))))
+    assert re.search(words, plan_utility_hint(make_plan(privacy, Args, np.arange(authors + 1))))
 
 
 def test_make_plan_sets_default_delta_steps_and_rate():

@@ -23,11 +23,11 @@ from author_dp.accounting.accountant import (
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.events import MechanismEvent, merge_events
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.privacy_report import make_interrupted_report, recompute_report
+from author_dp.accounting.privacy_report import make_interrupted_privacy_report, recompute_privacy_report
 from author_dp.accounting.tradeoff import attack_bounds
-from author_dp.guards.one_run_audit import lower_bound
+from author_dp.guards.one_run_audit import one_run_lower_bound
 from author_dp.outputs import generate
-from author_dp.outputs.privacy_statement import check_statement, read_guarantee
+from author_dp.outputs.privacy_statement import check_statement, read_privacy_statement
 from author_dp.outputs.report import write_report
 
 NUMBER = r"([\d.,]*\d)"
@@ -226,13 +226,14 @@ def test_summary_of_resumed_run_states_its_end(tmp_path, stop, steps, target):
     assert f"{stop} taken by earlier runs, {again.budget.ledger.steps - stop} left" in summary
 
 
-@catches("a report of the plan, not of what was spent", "accounting.privacy_report.make_report",
-    "spent_entries(ledger, plan.delta)",
-    "spent_entries(ledger, plan.delta) | {'epsilon': ledger.epsilon(plan.delta, plan.event(plan.steps - "
+@catches("a report of the plan, not of what was spent", "accounting.privacy_report.make_privacy_report",
+    "privacy_report_of_spending(ledger, plan.delta)",
+    "privacy_report_of_spending(ledger, plan.delta) | {'epsilon': ledger.epsilon(plan.delta, plan.event(plan.steps - "
     "ledger.steps))}")  # fmt: skip
-@catches("a page and a sidecar that compute on their own", "accounting.privacy_report.recompute_report",
-    'spent_entries(ledger, report["delta"])',
-    'spent_entries(ledger, report["delta"]) | {"epsilon": ledger.epsilon(report["delta"], ledger.events[-1])}')  # fmt: skip
+@catches("a page and a sidecar that compute on their own", "accounting.privacy_report.recompute_privacy_report",
+    'privacy_report_of_spending(ledger, report["delta"])',
+    'privacy_report_of_spending(ledger, report["delta"]) | '
+    '{"epsilon": ledger.epsilon(report["delta"], ledger.events[-1])}')  # fmt: skip
 @pytest.mark.integration
 def test_recomputed_report_and_guarantee_match_privacy_json(tmp_path):
     trainer = resumable(tmp_path)
@@ -241,8 +242,8 @@ def test_recomputed_report_and_guarantee_match_privacy_json(tmp_path):
     trainer.save_model()
     found = read_report(tmp_path)
     assert found["epsilon"] == trainer.epsilon() < trainer.plan.target_epsilon
-    assert recompute_report(tmp_path / "privacy.json", PrivacyLedger(trainer.budget.ledger.path)) == found
-    sidecar = read_guarantee(tmp_path)
+    assert recompute_privacy_report(tmp_path / "privacy.json", PrivacyLedger(trainer.budget.ledger.path)) == found
+    sidecar = read_privacy_statement(tmp_path)
     assert {name: sidecar[name] for name in found if name in sidecar} == {name: found[name] for name in found if name in sidecar}
     assert {"epsilon", "accountant", "mu_gdp", "tpr_at_fpr", "steps", "accounted_steps"} <= sidecar.keys()
 
@@ -275,7 +276,7 @@ def finished(folder, **options):
         {"name": "base", "covered": True, "epsilon": 1.0, "delta": 1e-5},
     )
     trainer.train()
-    trainer.run_report.audit = lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
+    trainer.run_report.audit = one_run_lower_bound(np.zeros(4), np.ones(4, bool), 0.01)
     trainer.save_model()
     trainer.create_model_card()
     return trainer
@@ -331,7 +332,8 @@ def test_finished_run_keeps_its_report_when_called_again(tmp_path, how):
 
 
 @pytest.mark.integration
-@catches("the page's delta of a run that took no step", "accounting.privacy_report.make_interrupted_report", "ledger.last_run",
+@catches("the page's delta of a run that took no step", "accounting.privacy_report.make_interrupted_privacy_report",
+    "ledger.last_run",
     "ledger.runs[-1]")  # fmt: skip
 def test_more_steps_with_another_delta_report_that_delta(tmp_path):
     finished(tmp_path)
@@ -351,8 +353,8 @@ def test_more_steps_with_another_delta_report_that_delta(tmp_path):
                          learning_rate=0.1, resume_from_checkpoint=True)  # fmt: skip
     begun.budget.start()  # and no step
     assert (
-        make_interrupted_report(begun.budget.ledger)["delta"]
-        == recompute_report(tmp_path / "privacy.json", begun.budget.ledger)["delta"]
+        make_interrupted_privacy_report(begun.budget.ledger)["delta"]
+        == recompute_privacy_report(tmp_path / "privacy.json", begun.budget.ledger)["delta"]
     )
 
 

@@ -8,7 +8,7 @@ from scipy.special import ndtr, ndtri
 
 from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.tradeoff import FALSE_POSITIVE_RATES, PrivacyProfile, attack_bounds, gdp_mu_at
-from author_dp.outputs.guarantee import attack_rows, epsilon_in_words
+from author_dp.outputs.guarantee_table import guarantee_attack_rows, guarantee_in_words
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.report import write_report
 
@@ -71,8 +71,10 @@ def test_report_and_card_show_attack_bounds(tmp_path):
     trainer.save_model()
     report = read_report(tmp_path)
     assert report["mu_gdp"] == pytest.approx(1.0) and report["tpr_at_fpr"]["0.01"] == pytest.approx(ndtr(1 + ndtri(0.01)))
-    assert attack_rows(report)[0][1].startswith("mu 1.001") or attack_rows(report)[0][1].startswith("mu 1.000")
+    assert guarantee_attack_rows(report)[0][1].startswith("mu 1.001") or guarantee_attack_rows(report)[0][1].startswith(
+        "mu 1.000"
+    )
     assert "| Membership inference | TPR at most 9.3 % at 1 % FPR, at most 1.9 % at 0.1 % FPR (" in model_card(report)
-    assert "finds at most 9.3 % of those who were" in epsilon_in_words(report)
+    assert "finds at most 9.3 % of those who were" in guarantee_in_words(report)
     write_report(tmp_path)
     assert "at most 1.9 % at 0.1 % FPR" in (tmp_path / "report.html").read_text()

@@ -18,8 +18,8 @@ from author_dp.accounting.accountant import compute_epsilon, find_noise_multipli
 from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.tuning import (
     SEARCH_ORDERS,
-    Release,
     RunCount,
+    TuningRelease,
     calibrate_search,
     rdp_of_run_step,
     run_rdp,
@@ -28,7 +28,7 @@ from author_dp.accounting.tuning import (
 from author_dp.errors import UserError
 
 ETAS = [0.0, 1.0, math.inf]
-TINY = Release(1e-6)  # costs nothing beside a training
+TINY = TuningRelease(1e-6)  # costs nothing beside a training
 
 
 @catches("a geometric number of runs at the price of a logarithmic one", "accounting.tuning.search_rdp",
@@ -99,7 +99,7 @@ def test_search_epsilon_is_never_below_the_exact_law_where_the_score_is_all(eta)
         none = generating(count, np.zeros(2))
         low, high = generating(count, worse) - none, 1 - generating(count, worse)
         for delta in (1e-2, 1e-6):
-            bound = math.exp(search_epsilon(run_rdp([], Release(epsilon)), count, delta))
+            bound = math.exp(search_epsilon(run_rdp([], TuningRelease(epsilon)), count, delta))
             for a, b in ((0, 1), (1, 0)):
                 assert sum(max(0, part[a] - bound * part[b]) for part in (none, low, high)) <= delta, (mean, epsilon)
 
@@ -156,20 +156,20 @@ def mpmath_log_mean(sigma, rate, order):
 def test_release_rdp_is_that_of_randomized_response():
     for epsilon in (0.01, 0.5, 3.0):
         p = math.exp(epsilon) / (1 + math.exp(epsilon))
-        rdp = dict(zip(SEARCH_ORDERS.tolist(), Release(epsilon).rdp()))
+        rdp = dict(zip(SEARCH_ORDERS.tolist(), TuningRelease(epsilon).rdp()))
         for order in (2, 3, 8):
             exact = math.log(p**order * (1 - p) ** (1 - order) + (1 - p) ** order * p ** (1 - order)) / (order - 1)
             assert exact * (1 - 1e-12) <= rdp[order] <= exact * (1 + 1e-9)
-        assert np.all(Release(epsilon).rdp() <= epsilon * (1 + 1e-9))
+        assert np.all(TuningRelease(epsilon).rdp() <= epsilon * (1 + 1e-9))
 
 
 @catches("scores that cost nothing", "accounting.tuning.run_rdp", "np.maximum(training, release.rdp())", "training")
 def test_run_rdp_counts_the_score():
     events = [MechanismEvent(1.0, 0.02, 50), MechanismEvent(2.0, 1.0, 3)]
-    training, score = run_rdp(events, TINY), Release(3.0).rdp()
-    assert np.allclose(run_rdp(events, Release(3.0)), np.maximum(training, score))
-    assert np.allclose(run_rdp(events, Release(3.0, both=True)), training + score)
-    assert np.allclose(run_rdp([], Release(3.0, times=2)), 2 * score)
+    training, score = run_rdp(events, TINY), TuningRelease(3.0).rdp()
+    assert np.allclose(run_rdp(events, TuningRelease(3.0)), np.maximum(training, score))
+    assert np.allclose(run_rdp(events, TuningRelease(3.0, both=True)), training + score)
+    assert np.allclose(run_rdp([], TuningRelease(3.0, times=2)), 2 * score)
 
 
 @catches("the noise of a single run", "accounting.tuning.calibrate_search",
@@ -179,7 +179,7 @@ def test_run_rdp_counts_the_score():
     target=8.0)  # fmt: skip
 @pytest.mark.parametrize("target", [1.0, 8.0])
 def test_calibrate_search_ends_at_the_target(target):
-    counts, rate, steps, delta, release = [RunCount(6.0, 0.0), RunCount(6.0, 1.0)], 0.05, 40, 1e-5, Release(0.1)
+    counts, rate, steps, delta, release = [RunCount(6.0, 0.0), RunCount(6.0, 1.0)], 0.05, 40, 1e-5, TuningRelease(0.1)
     noise = calibrate_search(counts, rate, steps, target, delta, release)
     assert 0.995 * target < noise.epsilon <= target
     assert noise.noise_multiplier == find_noise_multiplier(rate, steps, noise.run_epsilon, delta)  # as a run will
@@ -192,6 +192,6 @@ def test_calibrate_search_ends_at_the_target(target):
 
 def test_calibrate_search_refuses_what_no_noise_reaches():
     with pytest.raises(UserError, match="no noise reaches it"):
-        calibrate_search([RunCount(6.0, 0.0)], 0.05, 40, 1.0, 1e-5, Release(2.0))
+        calibrate_search([RunCount(6.0, 0.0)], 0.05, 40, 1.0, 1e-5, TuningRelease(2.0))
     with pytest.raises(UserError, match=r"--expected_runs 0\.5"):
         RunCount(0.5, 1.0)

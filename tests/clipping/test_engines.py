@@ -59,14 +59,16 @@ def reference_gradients(family: str, kind: str, batch: str) -> torch.Tensor:
 
 @catches("half the clip: a bound of twice C", *bugs.TWICE_THE_CLIP_NORM, engine="ghost", family="gpt2", kind="tied",
     batch="ragged")  # fmt: skip
-@catches("scaled up to C, not only down", "clipping.author_groups.ClipFactors.__init__", "(clip_norm / norms).clamp(max=1.0)",
+@catches("scaled up to C, not only down", "clipping.author_groups.AuthorClipFactors.__init__",
+    "(clip_norm / norms).clamp(max=1.0)",
     "clip_norm / norms", engine="ghost", family="gpt2", kind="tied", batch="ragged")  # fmt: skip
 @catches("tied weights counted as two", *bugs.TIED_COUNTED_AS_TWO, engine="ghost", family="gpt2", kind="tied", batch="short")
 @catches("tied weights counted as two where they are formed", *bugs.TIED_COUNTED_AS_TWO_FORMED, engine="ghost", family="gpt2",
     kind="tied", batch="ragged")  # fmt: skip
 @catches("no clip in two passes", *bugs.NO_CLIP, engine="two_pass", family="gpt2", kind="tied", batch="ragged")
 @catches("no factor in the second pass", "clipping.two_pass.TwoPassStore.add", "summed_grad, self._clip)",
-    "summed_grad, ClipFactors(torch.inf, self._clip.factors, self._authors))", engine="two_pass", family="gpt2", kind="untied",
+    "summed_grad, AuthorClipFactors(torch.inf, self._clip.factors, self._authors))", engine="two_pass", family="gpt2",
+    kind="untied",
     batch="ragged")  # fmt: skip
 @catches("tied weights counted as two in two passes", *bugs.TIED_COUNTED_AS_TWO, engine="two_pass", family="gpt2", kind="tied",
     batch="ragged")  # fmt: skip
@@ -180,7 +182,7 @@ def test_an_author_whose_loss_is_not_finite_contributes_zero(engine, poison):
     check_only_author_3_is_left_out(engine, tiny_gpt2(), make_batch(), weights)
 
 
-@catches("zero times infinity in two passes", "clipping.author_groups.ClipFactors.__init__",
+@catches("zero times infinity in two passes", "clipping.author_groups.AuthorClipFactors.__init__",
     "None if norms.isfinite().all() else ~norms.isfinite()", "None", engine="two_pass")  # fmt: skip
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 def test_an_author_whose_activations_are_not_finite_contributes_zero(engine):

@@ -7,7 +7,7 @@ import torch
 from mutation import catches
 
 from author_dp.clipping import grad_factors, norms
-from author_dp.clipping.author_groups import AuthorIndex, ClipFactors
+from author_dp.clipping.author_groups import AuthorClipFactors, AuthorIndex
 from author_dp.clipping.factor_store import total_norms
 from author_dp.clipping.grad_factors import OuterProduct
 from author_dp.clipping.norms import SquaredNorm, lookup_squared_norms, product_squared_norms
@@ -102,7 +102,8 @@ def test_a_norm_of_a_lookup_where_tokens_cancel(tokens, kind):
     assert is_above(found, truth, gradients.norm(dim=2).sum(1))
 
 
-@catches("what cancels of tied weights not rounded up", "clipping.grad_factors.tied_squared_norm", "square.bound + head.bound",
+@catches("what cancels of tied weights not rounded up", "clipping.grad_factors.squared_norm_of_tied_factors",
+    "square.bound + head.bound",
     "cross * 0", vocabulary=50, features=64)  # fmt: skip
 @pytest.mark.parametrize(("vocabulary", "features"), [(50, 64), (600, 300)])  # the explicit way, and the ghost norm
 def test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(vocabulary, features):
@@ -112,11 +113,16 @@ def test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(vocabulary, features):
     logits = -torch.nn.functional.one_hot(ids, vocabulary).float()
     truth = (gradients.double() - hidden.double()).sum(1).square().sum(1)
     parts = [grad_factors.EmbeddingGrad(ids, gradients), OuterProduct(logits, hidden)]
-    found = grad_factors.total_squared_norms(parts, AuthorIndex(torch.arange(8), 8)).with_margin()
+    found = grad_factors.squared_norms_of_factors(parts, AuthorIndex(torch.arange(8), 8)).with_margin()
     assert is_above(found, truth, gradients.norm(dim=2).sum(1) + hidden.norm(dim=2).sum(1))
 
 
-@catches("no room for what bfloat16 rounds, of tied weights", "clipping.grad_factors.tied_squared_norm", "head.rounded", "None")
+@catches(
+    "no room for what bfloat16 rounds, of tied weights",
+    "clipping.grad_factors.squared_norm_of_tied_factors",
+    "head.rounded",
+    "None",
+)
 def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
     tokens = torch.tensor([*[1.0, 1.015625, -2.015625] * 5, 2.0**-8])  # times most factors, rounded, they sum to something else
     logits, hidden = tokens.view(1, -1, 1).expand(1, -1, 20).bfloat16(), torch.ones(1, len(tokens), 30, dtype=torch.bfloat16)
@@ -125,11 +131,11 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
         OuterProduct(logits, hidden),
     ]
     authors = AuthorIndex(torch.tensor([0]), 1)
-    norm = grad_factors.total_squared_norms(parts, authors).with_margin().sqrt()
+    norm = grad_factors.squared_norms_of_factors(parts, authors).with_margin().sqrt()
     for share in torch.linspace(0.05, 0.85, 17):
         total = torch.zeros(20, 30)
         for part in parts:
-            part.add_clipped(total, ClipFactors(1.0, 1 / share.view(1), authors))
+            part.add_clipped(total, AuthorClipFactors(1.0, 1 / share.view(1), authors))
         assert total.norm() <= share * norm
 
 
@@ -176,7 +182,7 @@ def test_authors_line_up_and_add_up_their_samples():
 
 def test_product_scales_the_narrower_side():
     factors = torch.tensor([0.5, 0.25])
-    clip = ClipFactors(1.0, 1 / factors, AuthorIndex(torch.arange(2), 2))
+    clip = AuthorClipFactors(1.0, 1 / factors, AuthorIndex(torch.arange(2), 2))
     for rows, columns in ((3, 9), (9, 3)):
         left, right = torch.randn(2, 4, rows), torch.randn(2, 4, columns)
         total = torch.ones(rows, columns)

@@ -14,7 +14,8 @@ from mutation import catches
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from author_dp.data.chat import ChatFormatter, Example, set_chat_template, tokenize_examples
+from author_dp.data.chat import ChatExample, ChatFormatter, tokenize_chat_examples
+from author_dp.data.chat_template import set_chat_template
 from author_dp.data.tokenization import tokenize
 from author_dp.errors import UserError
 from author_dp.guards.text_canaries import TextCanaries
@@ -49,7 +50,7 @@ def tokenizer():
     return loaded
 
 
-def learned(example: Example) -> str:
+def learned(example: ChatExample) -> str:
     return "|".join(example.text[start:end] for start, end in example.targets)
 
 
@@ -88,7 +89,7 @@ def test_tokens_of_targets_and_the_start_and_end_tokens(tokenizer):
         ChatFormatter(tokenizer, "assistant").format_completion("Q: ", "<s>an answer"),
         None,
     ]
-    ids, labels = tokenize_examples(examples, tokenizer, start, end)
+    ids, labels = tokenize_chat_examples(examples, tokenizer, start, end)
     assert [row.count(start[0]) for row in ids] == [1, 1, 0] and [row.count(end[0]) for row in ids] == [1, 1, 0]
     targets = [tokenizer.decode([token for token in row if token != IGNORE_INDEX]) for row in labels]
     assert targets[0].replace(" ", "").startswith("one<end>two<end>") and "<s>an answer" in targets[1] and targets[2] == ""
@@ -108,9 +109,9 @@ def write(folder: Path, name: str, rows: list[dict]) -> str:
     return str(path)
 
 
-def load(path: str, tokenizer, **options) -> list[Example]:
+def load(path: str, tokenizer, **options) -> list[ChatExample]:
     args = DataArguments(train_file=[path], eval_fraction=0.0, **options)
-    return [Example(**row) for row in load_train_and_eval(args, 0, tokenizer=tokenizer)[0][args.text_column]]
+    return [ChatExample(**row) for row in load_train_and_eval(args, 0, tokenizer=tokenizer)[0][args.text_column]]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -264,7 +265,7 @@ def test_rows_of_labels_stay_beside_their_ids():
     assert (second["input_ids"].tolist(), second["labels"].tolist()) == ([6, 7], [IGNORE_INDEX, 7])
 
 
-@catches("targets found where none are", "data.chat.common_length", "not text.startswith(prefix)", "False")
+@catches("targets found where none are", "data.chat.common_chat_length", "not text.startswith(prefix)", "False")
 def test_what_is_no_beginning_is_refused():
     loaded = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
     loaded.chat_template = "{{ messages|length }}" + MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")

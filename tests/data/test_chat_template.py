@@ -9,11 +9,11 @@ from test_chat import MARKED, PLAIN, TALK, learned
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, TrainingArguments
 
-from author_dp.data.chat import ChatFormatter, missing_end_warning, tokenize_examples
+from author_dp.data.chat import ChatFormatter, missing_chat_end_warning, tokenize_chat_examples
 from author_dp.data.chat_template import ChatTemplate, TurnEnd
 from author_dp.errors import UserError
 from author_dp.outputs import generate
-from author_dp.outputs.prompts import Source, make_prompts
+from author_dp.outputs.prompts import PromptSource, make_prompts
 from data_utils import DataArguments, load_author_datasets
 
 GLM = (  # the next role's mark is all that ends a turn
@@ -59,7 +59,7 @@ def test_the_mark_that_ends_a_turn_is_learned_where_it_begins_the_next(tokenizer
     assert learned(example) == "one<|user|>|two<|user|>"
     text = example.text
     assert text == form.render(TALK) + "<|user|>" and text.count("<|user|>") == 3
-    _, (labels,) = tokenize_examples([example], tokenizer, [], [])
+    _, (labels,) = tokenize_chat_examples([example], tokenizer, [], [])
     assert labels[-1] == form.turn_end.token and labels.count(form.turn_end.token) == 2
     assert learned(form.format_completion(TALK[:1], TALK[1:2])) == "one<|user|>"
     call = [*TALK[:2], {"role": "observation", "content": "42"}, TALK[3]]
@@ -77,7 +77,7 @@ def test_the_mark_that_ends_a_turn_is_learned_where_it_begins_the_next(tokenizer
 )  # fmt: skip
 def test_the_token_that_ends_a_turn_is_found_or_its_absence_is_a_warning(tokenizer, template, end):
     form = formatter(tokenizer, template)
-    warning = missing_end_warning(form, is_templated=True)
+    warning = missing_chat_end_warning(form, is_templated=True)
     assert form.turn_end == TurnEnd(None if end is None else tokenizer.convert_tokens_to_ids(end), "")
     assert (warning is None) == (end is not None)
     assert warning is None or "a generator goes on to --max_new_tokens. Add --append_eos" in warning
@@ -123,8 +123,8 @@ def test_generation_stops_at_the_token_that_ends_a_turn(tokenizer):
     ],
 )
 def test_generation_warns_where_no_end_was_learned(data, turn_end, warns):
-    args = generate.make_parser().parse_args(["folder", "--prompt_template", "a"])
-    found = generate.make_warnings({"covered": True}, data, args, turn_end)
+    args = generate.make_generate_parser().parse_args(["folder", "--prompt_template", "a"])
+    found = generate.make_generation_warnings({"covered": True}, data, args, turn_end)
     assert any("never saw how a text ends" in warning for warning in found) == warns
 
 
@@ -197,9 +197,9 @@ def test_generation_may_begin_with_the_assistant(tokenizer, tmp_path):
     tokenizer.chat_template = CHATML
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"messages": ANSWER_FIRST[:1]}) + "\n" + json.dumps({"messages": [SYSTEM, TALK[0]]}) + "\n")
-    first, second = make_prompts(tokenizer, None, Source(str(path), messages="messages"))
+    first, second = make_prompts(tokenizer, None, PromptSource(str(path), messages="messages"))
     assert tokenizer.decode(first.ids).endswith("assistant\n") and first.row == {"messages": []}
     assert "pirate" in tokenizer.decode(second.ids)
     tokenizer.chat_template = NO_SYSTEM
     with pytest.raises(UserError, match=r"row 2.*loses words"):
-        make_prompts(tokenizer, None, Source(str(path), messages="messages"))
+        make_prompts(tokenizer, None, PromptSource(str(path), messages="messages"))

@@ -122,7 +122,7 @@ def test_a_quote_that_does_not_close_is_refused_with_its_line(tmp_path):
         read(path)
 
 
-@catches("1 and '1' are one author", "data.columns.check_author_type", "in author_types.items():", "in []:")
+@catches("1 and '1' are one author", "data.columns.check_author_column_type", "in author_types.items():", "in []:")
 def test_authors_of_two_kinds_are_refused(tmp_path):
     one, other = '{"user": 1, "body": "x"}\n', '{"user": "1", "body": "x"}\n'
     with pytest.raises(UserError, match=r"--author_column 'user'.*a\.jsonl, line 2.*holds a string.*line 1.*holds an integer"):

@@ -16,9 +16,10 @@ from test_tokenization import small_tokenizer
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
-from author_dp.data.authors import get_column, suspicious_author_warnings
-from author_dp.data.chat import ChatFormatter, set_chat_template, tokenize_examples
-from author_dp.data.columns import ColumnSpec
+from author_dp.data.authors import suspicious_author_warnings
+from author_dp.data.chat import ChatFormatter, tokenize_chat_examples
+from author_dp.data.chat_template import set_chat_template
+from author_dp.data.columns import ColumnSpec, get_column
 from author_dp.data.loading import load_files
 from author_dp.data.readers import read_files, read_rows
 from author_dp.data.splits import describe_held_out, limit_eval_texts
@@ -204,7 +205,7 @@ def test_white_space_of_a_completion_is_learned(trimmed, completion):
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trimmed)
     processor = str(tokenizer.backend_tokenizer.post_processor)
     example = ChatFormatter(tokenizer, "assistant").format_completion("Say:", completion)
-    _, (labels,) = tokenize_examples([example], tokenizer, [], [])
+    _, (labels,) = tokenize_chat_examples([example], tokenizer, [], [])
     assert tokenizer.decode([token for token in labels if token != IGNORE_INDEX]) == completion
     assert str(tokenizer.backend_tokenizer.post_processor) == processor  # which is saved with the model
 
@@ -213,7 +214,7 @@ def test_a_tokenizer_without_post_processor_is_left_as_it_was():
     tokenizer = small_tokenizer(start=False)
     tokenizer.backend_tokenizer.post_processor = None
     example = ChatFormatter(tokenizer, "assistant").format_completion("a ", "b")
-    assert tokenize_examples([example], tokenizer, [], []) == ([[3, 4]], [[IGNORE_INDEX, 4]])
+    assert tokenize_chat_examples([example], tokenizer, [], []) == ([[3, 4]], [[IGNORE_INDEX, 4]])
     assert tokenizer.backend_tokenizer.post_processor is None
 
 

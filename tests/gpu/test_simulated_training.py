@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Traine
 
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.outputs.generate import generate_batch
-from author_dp.training.public_loss import release_eval_loss
+from author_dp.training.loss_release import release_eval_loss
 
 SMALL_LLAMA = dict(
     vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,

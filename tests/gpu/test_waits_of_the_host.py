@@ -40,7 +40,7 @@ def test_waits_of_a_log_line(run):
         ("copy to the CPU", "author_dp/clipping/norm_stats.py:pop"): 1,
         ("copy to the CPU", "author_dp/guards/noise_monitor.py:flush"): 1,
         ("_local_scalar_dense", "author_dp/guards/precision.py:test"): 1,
-        ("copy to the CPU", "author_dp/mechanism/fsdp.py:find_non_finite"): 1,
+        ("copy to the CPU", "author_dp/mechanism/fsdp.py:find_non_finite_shard"): 1,
     }
 
 

@@ -105,8 +105,9 @@ WHATS = (
 @catches("callbacks that nobody watches", "dp_utils.DPTrainer.__init__", "self.callback_handler = WatchedCallbacks(self)",
     "pass", what="stop", event="step_end")  # fmt: skip
 @catches("a callback that sets the learning rate", "guards.callbacks.WatchedCallbacks.snapshot",
-    "to_comparable(trainer.optimizer),", "id(trainer.optimizer),", what="learning rate", event="evaluate")  # fmt: skip
-@catches("a callback that takes back a step", "guards.callbacks.count_writes", "tensor._version", "0", what="weights",
+    "to_comparable_callback_value(trainer.optimizer),", "id(trainer.optimizer),", what="learning rate",
+    event="evaluate")  # fmt: skip
+@catches("a callback that takes back a step", "guards.callbacks.count_callback_writes", "tensor._version", "0", what="weights",
     event="step_end")  # fmt: skip
 @pytest.mark.parametrize("event", ["step_begin", "step_end", "evaluate"])
 @pytest.mark.parametrize("what", WHATS)
@@ -253,17 +254,18 @@ class Door(TrainerCallback):
             self.act()
 
 
-@catches("a callback that takes the sums away from the noise", "guards.callbacks.snapshot_attributes", "vars(thing).items()",
+@catches("a callback that takes the sums away from the noise", "guards.callbacks.snapshot_callback_attributes",
+    "vars(thing).items()",
     "vars(thing).items() if name != 'sums'", name="other sums", event="log")  # fmt: skip
-@catches("a hook that sets the learning rate", "guards.callbacks.snapshot_attributes", "vars(thing).items()",
+@catches("a hook that sets the learning rate", "guards.callbacks.snapshot_callback_attributes", "vars(thing).items()",
     'vars(thing).items() if name != "_optimizer_step_pre_hooks"', name="inner hook", event="train_begin")  # fmt: skip
-@catches("a scheduler known by its state_dict alone", "guards.callbacks.WatchedCallbacks.snapshot", ", to_comparable(held)",
-    "", name="options of the lambda", event="log")  # fmt: skip
+@catches("a scheduler known by its state_dict alone", "guards.callbacks.WatchedCallbacks.snapshot",
+    ", to_comparable_callback_value(held)", "", name="options of the lambda", event="log")  # fmt: skip
 @catches("options that a callback changes", "guards.callbacks.WatchedCallbacks.snapshot", "vars(trainer.args).items()",
     "{}.items()", name="save_strategy", event="log")  # fmt: skip
 @catches("a callback that brings another", "guards.callbacks.WatchedCallbacks.snapshot", "for other in self.callbacks",
     "for other in []", name="adds", event="log")  # fmt: skip
-@catches("a callback that changes dropout", "guards.callbacks.snapshot_module", "type(value) in SCALARS",
+@catches("a callback that changes dropout", "guards.callbacks.snapshot_callback_module", "type(value) in SCALARS",
     "type(value) is bool", name="dropout", event="log")  # fmt: skip
 @pytest.mark.parametrize("event", ["train_begin", "log"])
 @pytest.mark.parametrize("name", DOORS)

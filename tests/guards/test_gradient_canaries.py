@@ -17,21 +17,21 @@ from transformers import TrainingArguments
 from author_dp.accounting.gaussian import gaussian_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.canary_monitor import CanaryMonitor, ScoreDistribution, score, to_normal
+from author_dp.guards.canary_monitor import CanaryMonitor, CanaryScoreDistribution, canary_score_to_normal, score_canaries
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.monitors import without_groups
-from author_dp.guards.one_run_audit import gaussian_mu_lower_bound, lower_bound, rejects_mu
+from author_dp.guards.one_run_audit import gaussian_mu_lower_bound, one_run_lower_bound, one_run_rejects_mu
 from author_dp.guards.sampling_monitor import SamplingMonitor
 from author_dp.guards.seed_checks import check_unseeded_sampling
 from author_dp.mechanism.optimizer import PROBE_SIZE
-from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
-from author_dp.outputs.guarantee import guarantee_rows
+from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_sampling_groups
+from author_dp.outputs.guarantee_table import guarantee_table_rows
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
 STEP = "author_dp.mechanism.optimizer.AuthorDPOptimizer.pre_step"
 ADD_NOISE = "author_dp.mechanism.optimizer.AuthorDPOptimizer.add_noise_and_divide"
-CLIP = "author_dp.clipping.author_groups.ClipFactors.__init__"
+CLIP = "author_dp.clipping.author_groups.AuthorClipFactors.__init__"
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler"
 
 
@@ -160,15 +160,15 @@ def test_gradient_canary_adds_the_clip_norm_in_its_coordinate(tmp_path, monkeypa
 def test_to_normal_gives_standard_normals(sigma, rate):
     generator = np.random.default_rng(0)
     x = (generator.random(200_000) < rate) + sigma * generator.standard_normal(200_000)
-    assert stats.kstest(to_normal(x, sigma, rate), "norm").pvalue > 1e-4
-    assert np.isfinite(to_normal(np.array([-8.0 * sigma, 1 + 8 * sigma]), sigma, rate)).all()
+    assert stats.kstest(canary_score_to_normal(x, sigma, rate), "norm").pvalue > 1e-4
+    assert np.isfinite(canary_score_to_normal(np.array([-8.0 * sigma, 1 + 8 * sigma]), sigma, rate)).all()
 
 
 @pytest.mark.parametrize(("sigma", "rate"), [(0.65, 0.013), (1.0, 0.3), (2.0, 1.0)])
 def test_score_distribution_has_the_moments_of_samples(sigma, rate):
     generator = np.random.default_rng(0)
     x = (generator.random(400_000) < rate) + sigma * generator.standard_normal(400_000)
-    scores, null = score(x, sigma, rate), ScoreDistribution(sigma, rate)
+    scores, null = score_canaries(x, sigma, rate), CanaryScoreDistribution(sigma, rate)
     mean, variance = null.mean, null.variance
     assert np.abs(mean).max() < 1e-3  # scores are centered, but for the clipping at MAX_SCORE
     for k in range(2):
@@ -177,11 +177,11 @@ def test_score_distribution_has_the_moments_of_samples(sigma, rate):
 
 
 def test_score_p_values_are_bounds_and_find_wrong_rate_and_norm():
-    generator, null = np.random.default_rng(0), ScoreDistribution(1.0, 0.1)
+    generator, null = np.random.default_rng(0), CanaryScoreDistribution(1.0, 0.1)
 
     def p_values(rate, norm):
         x = norm * (generator.random((300, 1_000)) < rate) + generator.standard_normal((300, 1_000))
-        totals = (score(x, 1.0, 0.1) - null.mean[:, None, None]).sum(2)
+        totals = (score_canaries(x, 1.0, 0.1) - null.mean[:, None, None]).sum(2)
         return [np.array([null.p_value(k, total, 1_000) for total in totals[k]]) for k in range(2)]
 
     for values in p_values(0.1, 1.0):
@@ -234,7 +234,7 @@ def test_check_unseeded_sampling_finds_seeds_behind_groups(bands):
 
     def sampler_maker(key):
         def make():
-            groups = assign_groups(np.arange(6, dtype=np.uint64), bands, secrets.token_bytes(16))
+            groups = assign_sampling_groups(np.arange(6, dtype=np.uint64), bands, secrets.token_bytes(16))
             sampler = CyclicAuthorSampler(np.arange(7), np.arange(6), sample_rate=0.02, samples_per_author=1, steps=1, key=key(),
                                           groups=groups, bands=bands)  # fmt: skip
             return without_groups(sampler)
@@ -259,7 +259,7 @@ def test_gaussian_mu_lower_bound_holds_and_is_tighter():
             included = generator.random(1_000) < 0.5
             scores = mu * included + generator.standard_normal(1_000)
             found.append(gaussian_mu_lower_bound(scores, included))
-            other.append(lower_bound(scores, included, 1e-5)["epsilon_lower_bound"])
+            other.append(one_run_lower_bound(scores, included, 1e-5)["epsilon_lower_bound"])
         assert np.mean(np.array(found) > mu) <= 0.15  # 5 % expected at most
         assert np.median(found) > 0.3 * mu and gaussian_epsilon(np.median(found), 1e-5) > np.median(other)
 
@@ -268,8 +268,8 @@ def test_rejects_mu_accepts_likely_guesses():
     for mu in (0.3, 1.0, 3.0):
         right = stats.norm.cdf(mu / 2)  # of a guess by which side of the middle a score lies on
         likely = int(stats.binom.ppf(0.5, 500, right))
-        assert not rejects_mu(mu, 500, 500, likely, 0.05)
-        assert rejects_mu(0.2 * mu, 500, 500, int(stats.binom.ppf(0.999, 500, right)), 0.05) or mu < 0.5
+        assert not one_run_rejects_mu(mu, 500, 500, likely, 0.05)
+        assert one_run_rejects_mu(0.2 * mu, 500, 500, int(stats.binom.ppf(0.999, 500, right)), 0.05) or mu < 0.5
 
 
 # --- options and whole runs -----------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_finished_run_keeps_its_audit(tmp_path):
     again.train()
     again.run_report.audit = again.canaries.finish(again)
     assert again.run_report.audit == trainer.run_report.audit and again.run_report.audit["steps_checked"] == 3
-    assert dict(guarantee_rows(again.privacy_report()))["Audit of gradients"]
+    assert dict(guarantee_table_rows(again.privacy_report()))["Audit of gradients"]
 
 
 @pytest.mark.parametrize(("sigma", "rate"), [(1.0, 1.0), (0.5, 0.5)])

@@ -14,8 +14,8 @@ from mutation import catches
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from author_dp.errors import UserError
-from author_dp.guards.loggers import DISABLED, VARIABLES, check_loggers, check_variable, redirect_loggers
-from author_dp.training.checkpointing import mark_complete
+from author_dp.guards.loggers import DISABLED, VARIABLES, check_logger_variable, check_loggers, redirect_loggers
+from author_dp.training.checkpointing import mark_checkpoint_complete
 
 OFFLINE = {
     "WANDB_MODE": "offline", "COMET_START_ONLINE": "false", "COMET_API_KEY": "", "CLEARML_OFFLINE_MODE": "1",
@@ -55,10 +55,13 @@ def run_with(folder: Path, monkeypatch, *loggers: str):
     return trainer
 
 
-@catches("losses in the current folder", "guards.loggers.redirect_loggers", "if (chosen := get_user_variable(variable)) is None:",
-    "if (chosen := get_user_variable(variable)) is None and args.push_to_hub:", name="tensorboard")  # fmt: skip
+@catches("losses in the current folder", "guards.loggers.redirect_loggers",
+    "if (chosen := get_logger_variable(variable)) is None:",
+    "if (chosen := get_logger_variable(variable)) is None and args.push_to_hub:", name="tensorboard")  # fmt: skip
 @catches("logs that others can read", "permissions.owner_only", "os.umask(0o077)", "os.umask(0o022)", name="tensorboard")
-@catches("log folders that others can enter", "guards.loggers.make_private_dir", "mode=0o700", "mode=0o755", name="tensorboard")
+@catches(
+    "log folders that others can enter", "guards.loggers.make_private_logger_dir", "mode=0o700", "mode=0o755", name="tensorboard"
+)
 @pytest.mark.parametrize("name", ["tensorboard", *sorted(VARIABLES.keys() - {"tensorboard"})])
 def test_loggers_keep_losses_in_the_output_folder(tmp_path, monkeypatch, name):
     if importlib.util.find_spec(name) is None:  # not imported yet: some read their variables then
@@ -93,13 +96,18 @@ def test_metrics_that_a_program_saves_are_its_owners(tmp_path):
 
 
 @catches("private states that all may read", "files.make_private", "path.chmod(0o600)", "pass")
-@catches("an older checkpoint's files stay everybody's", "training.checkpointing.mark_complete", "make_private(path)", "pass")
+@catches(
+    "an older checkpoint's files stay everybody's",
+    "training.checkpointing.mark_checkpoint_complete",
+    "make_private(path)",
+    "pass",
+)
 def test_a_sealed_checkpoint_is_its_owners(tmp_path):
     """The same holds for readable files that an older version wrote."""
     for name in ("privacy.json", "trainer_state.json", "optimizer.pt", "whatever_comes_next.bin"):
         (tmp_path / name).write_text("{}")
         (tmp_path / name).chmod(0o644)
-    mark_complete(tmp_path)
+    mark_checkpoint_complete(tmp_path)
     assert {path.name for path in files_of(tmp_path) if mode(path) & 0o077} == {"privacy.json"}
 
 
@@ -111,7 +119,7 @@ def test_check_loggers_refuses_unknown_loggers(name):
         check_loggers(SimpleNamespace(report_to=[name]))
 
 
-@catches("a log folder of the user's that others can read", "guards.loggers.check_variable", "& 0o077", "& 0")
+@catches("a log folder of the user's that others can read", "guards.loggers.check_logger_variable", "& 0o077", "& 0")
 def test_trainer_wants_log_directories_to_be_private(tmp_path, monkeypatch):
     shared, private, new = (tmp_path / name for name in ("shared", "private", "new"))
     shared.mkdir(mode=0o755), private.mkdir(mode=0o700)
@@ -127,14 +135,14 @@ def test_trainer_wants_log_directories_to_be_private(tmp_path, monkeypatch):
         make_trainer(tmp_path / "out", report_to=["mlflow"])
 
 
-@catches("logs that a group can read", "guards.loggers.check_variable", "& 0o077", "& 0o007", permissions=488)
+@catches("logs that a group can read", "guards.loggers.check_logger_variable", "& 0o077", "& 0o007", permissions=488)
 @pytest.mark.parametrize("permissions", [0o750, 0o705, 0o710, 0o755])
 def test_check_variable_refuses_directories_that_others_can_open(tmp_path, monkeypatch, permissions):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs").chmod(permissions)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     with pytest.raises(UserError, match=r"TENSORBOARD_LOGGING_DIR=.*logs"):
-        check_variable("TENSORBOARD_LOGGING_DIR", "{}")
+        check_logger_variable("TENSORBOARD_LOGGING_DIR", "{}")
         pytest.fail("not noticed")
 
 
@@ -155,7 +163,7 @@ def test_redirect_loggers_separates_two_runs_of_one_process(tmp_path, monkeypatc
         assert len(files_of(tmp_path / name / "_logs" / "tensorboard")) == 1
 
 
-@catches("a logger that uploads checkpoints", "guards.loggers.check_variable", "if value == DISABLED:",
+@catches("a logger that uploads checkpoints", "guards.loggers.check_logger_variable", "if value == DISABLED:",
     "if value == DISABLED and False:", name="wandb", variable="WANDB_LOG_MODEL")  # fmt: skip
 @pytest.mark.parametrize(
     ("name", "variable"), sample((n, v) for n, values in VARIABLES.items() for v, value in values.items() if value == DISABLED)

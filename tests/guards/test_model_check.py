@@ -133,13 +133,13 @@ class ReadsOn(nn.Module):
 
 
 @catches("the model check has finite authors only", "guards.clipping_check.nan_embeddings", "torch.nan", "0.0", when="always")
-@catches("the model check compares no norm beside a non-finite author", "guards.clipping_check.check_non_finite_author",
+@catches("the model check compares no norm beside a non-finite author", "guards.clipping_check.check_clipping_of_non_finite",
     "if not is_equal or", "if", when="always")  # fmt: skip
 @catches("isolation is checked in float32 only", "guards.clipping_check.check_engine", "enabled=bf16", "enabled=False",
     when="under autocast")  # fmt: skip
-@catches("isolation is checked for nan only", "guards.clipping_check.check_non_finite_author", "(100 if bf16 else 1)", "1e9",
+@catches("isolation is checked for nan only", "guards.clipping_check.check_clipping_of_non_finite", "(100 if bf16 else 1)", "1e9",
     when="by a finite number")  # fmt: skip
-@catches("isolation is checked for the author in the middle only", "guards.clipping_check.check_non_finite_author", "(1, 0)",
+@catches("isolation is checked for the author in the middle only", "guards.clipping_check.check_clipping_of_non_finite", "(1, 0)",
     "(1,)", when="from the last sample")  # fmt: skip
 @pytest.mark.parametrize(
     "when",
@@ -157,10 +157,10 @@ def test_verify_model_refuses_samples_that_nan_reaches(clipping, when):
         verify_model(model, clipping, bf16=bf16)
 
 
-@catches("a clipped sum of nan passes the model check", "guards.clipping_check.check_non_finite_author",
+@catches("a clipped sum of nan passes the model check", "guards.clipping_check.check_clipping_of_non_finite",
     " or not all(math.isfinite(global_norm(parameter.summed_grad)) for parameter in parameters)", "")  # fmt: skip
 def test_verify_model_refuses_an_engine_that_adds_zero_times_nan(monkeypatch):
-    function = find("author_dp.clipping.author_groups.ClipFactors.__init__")
+    function = find("author_dp.clipping.author_groups.AuthorClipFactors.__init__")
     code = with_edit(function, "None if norms.isfinite().all() else ~norms.isfinite()", "None")
     monkeypatch.setattr(function, "__code__", code)
     with pytest.raises(UserError, match="an author whose gradient is not finite reaches other authors"):
@@ -169,7 +169,7 @@ def test_verify_model_refuses_an_engine_that_adds_zero_times_nan(monkeypatch):
 
 # --- clipping matches the reference ---------------------------------------------------------------------
 
-CLIP = "author_dp.clipping.author_groups.ClipFactors"
+CLIP = "author_dp.clipping.author_groups.AuthorClipFactors"
 PLANTED = {
     "a rule with a wrong factor": ("author_dp.clipping.layer_rules.conv1d", "(inputs, gradients,", "(inputs, 1.01 * gradients,"),
     "a clipped sum with a wrong factor": (f"{CLIP}.__init__", "(clip_norm / norms)", "(1.01 * clip_norm / norms)"),
@@ -181,7 +181,7 @@ PLANTED = {
                                   "if self._is_muted or (self._fallback.is_frozen and isinstance(layer, nn.LayerNorm)) or"),
     "tied weights counted as two": bugs.TIED_COUNTED_AS_TWO,
     "tied weights counted as two, formed": bugs.TIED_COUNTED_AS_TWO_FORMED,
-    "one author's gradient twice": ("author_dp.clipping.author_groups.ClipFactors.scale", "self._of_samples",
+    "one author's gradient twice": ("author_dp.clipping.author_groups.AuthorClipFactors.scale", "self._of_samples",
                                     "self._of_samples.roll(1, 0)"),
     "the other engine without a clip": bugs.NO_CLIP_BY_GRAD_SAMPLE,
 }  # fmt: skip

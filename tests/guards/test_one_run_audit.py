@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, load_or_create_key, make_canaries
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.one_run_audit import epsilon_lower_bound, lower_bound, p_value
+from author_dp.guards.one_run_audit import epsilon_lower_bound, one_run_lower_bound, one_run_p_value
 from author_dp.guards.text_canaries import TextCanaries
 from data_utils import AuthorDataset
 
@@ -28,7 +28,7 @@ def test_p_value_without_delta_is_the_binomial_tail():
         expected = sum(
             stats.binom.pmf(w, guesses, math.exp(epsilon) / (1 + math.exp(epsilon))) for w in range(correct, guesses + 1)
         )
-        assert p_value(1_000, guesses, correct, epsilon, 0.0) == pytest.approx(expected, rel=1e-9)
+        assert one_run_p_value(1_000, guesses, correct, epsilon, 0.0) == pytest.approx(expected, rel=1e-9)
 
 
 def test_epsilon_lower_bound_has_closed_form_if_all_guesses_are_correct():
@@ -40,7 +40,7 @@ def test_epsilon_lower_bound_has_closed_form_if_all_guesses_are_correct():
         )
 
 
-@catches("an audit that forgets delta", "guards.one_run_audit.p_value", "+ 2 * canaries * delta * alpha", "")
+@catches("an audit that forgets delta", "guards.one_run_audit.one_run_p_value", "+ 2 * canaries * delta * alpha", "")
 def test_p_value_follows_the_theorem_in_delta():
     """Theorem 5.2, summand by summand."""
     canaries, guesses, correct, epsilon, delta = 300, 60, 51, 1.2, 1e-3
@@ -48,8 +48,8 @@ def test_p_value_follows_the_theorem_in_delta():
     mass = [math.comb(guesses, w) * accuracy**w * (1 - accuracy) ** (guesses - w) for w in range(guesses + 1)]
     alpha = max(sum(mass[correct - i : correct]) / i for i in range(1, correct + 1))
     expected = sum(mass[correct:]) + 2 * canaries * delta * alpha
-    assert p_value(canaries, guesses, correct, epsilon, delta) == pytest.approx(expected, rel=1e-9)
-    assert p_value(canaries, guesses, correct, epsilon, 1.0) == 1.0
+    assert one_run_p_value(canaries, guesses, correct, epsilon, delta) == pytest.approx(expected, rel=1e-9)
+    assert one_run_p_value(canaries, guesses, correct, epsilon, 1.0) == 1.0
     assert epsilon_lower_bound(canaries, guesses, correct, delta, 0.95) < epsilon_lower_bound(canaries, guesses, correct, 0, 0.95)
 
 
@@ -59,7 +59,7 @@ def test_epsilon_lower_bound_is_zero_for_chance_and_wrong_guesses():
 
 
 @pytest.mark.integration
-@catches("an audit that picks its best guess for free", "guards.one_run_audit.lower_bound",
+@catches("an audit that picks its best guess for free", "guards.one_run_audit.one_run_lower_bound",
     "1 - (1 - CONFIDENCE) / len(GUESS_SHARES)", "0.8", epsilon=0.5)  # fmt: skip
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])
 def test_lower_bound_covers_epsilon_of_randomized_response(epsilon, monkeypatch):
@@ -71,13 +71,13 @@ def test_lower_bound_covers_epsilon_of_randomized_response(epsilon, monkeypatch)
         included = generator.random(200) < 0.5
         responses = included ^ (generator.random(200) >= 1 / (1 + math.exp(-epsilon)))
         scores = responses + generator.random(200) * 0.5  # chance decides which canaries are guessed
-        exceeded += lower_bound(scores, included, 0.0)["epsilon_lower_bound"] > epsilon
+        exceeded += one_run_lower_bound(scores, included, 0.0)["epsilon_lower_bound"] > epsilon
     assert exceeded <= stats.binom.ppf(1 - 1e-6, runs, 0.05)
 
 
 def test_lower_bound_is_positive_without_privacy():
     included = np.arange(200) % 3 == 0
-    found = lower_bound(included + 0.0, included, 1e-6)
+    found = one_run_lower_bound(included + 0.0, included, 1e-6)
     assert found["epsilon_lower_bound"] > 2 and found["correct"] == found["guesses"] > 0
 
 

@@ -10,12 +10,12 @@ from transformers import BertConfig, BertLMHeadModel, TrainingArguments
 
 from author_dp.errors import UserError
 from author_dp.guards import check_model
-from author_dp.guards.options import have_shared_authors, validate_options
+from author_dp.guards.options import options_share_authors, validate_options
 from author_dp.guards.trainer_options import REFUSED_OPTIONS
 from dp_utils import PrivacyArguments
 
 
-@catches("the Trainer's clipping on top", "guards.options.check_gradients",
+@catches("the Trainer's clipping on top", "guards.options.check_gradient_options",
     "if args.max_grad_norm and not privacy.disable_dp:", "if False:", options={"max_grad_norm": 1.0},
     words="--max_grad_norm")  # fmt: skip
 @pytest.mark.parametrize(
@@ -36,7 +36,8 @@ def test_validate_options_names_what_would_change_the_mechanism(tmp_path, option
         make_trainer(tmp_path, **options)
 
 
-@catches("masks that are not replayed", "guards.options.check_checkpointing", 'if not options.get("preserve_rng_state", True)',
+@catches("masks that are not replayed", "guards.options.check_checkpointing_options",
+    'if not options.get("preserve_rng_state", True)',
     "if False", clipping="ghost",
     options={"gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False}},
     words="preserve")  # fmt: skip
@@ -118,8 +119,10 @@ def test_check_model_refuses_a_model_that_sees_later_tokens():
     check_model(tiny_gpt2())
 
 
-@catches("a compiled block is not seen", "guards.model_check.is_compiled", "module._compiled_call_impl is not None", "False")
-@catches("a compiled forward is not seen", "guards.model_check.is_compiled", "hasattr(forward,", "not hasattr(module,")
+@catches(
+    "a compiled block is not seen", "guards.model_check.is_compiled_model", "module._compiled_call_impl is not None", "False"
+)
+@catches("a compiled forward is not seen", "guards.model_check.is_compiled_model", "hasattr(forward,", "not hasattr(module,")
 def test_trainer_refuses_a_model_that_was_compiled(tmp_path):
     whole, in_place, block, forward, script = torch.compile(tiny_gpt2()), *(tiny_gpt2() for _ in range(4))
     in_place.compile()
@@ -148,10 +151,10 @@ def test_check_model_refuses_what_mixes_authors_or_rounds_noise(tmp_path):
             make_trainer(tmp_path, model)
 
 
-@catches("an author in common overlooked beside others", "guards.options.have_shared_authors", ".any()", ".all()")
+@catches("an author in common overlooked beside others", "guards.options.options_share_authors", ".any()", ".all()")
 def test_have_shared_authors_finds_one_author_in_common():
     train, held_out, nobody = make_dataset([1, 1, 1]), make_dataset([1, 1], seed=1), make_dataset([1], seed=2)
     foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)
     held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
-    assert have_shared_authors(train, held_out) and have_shared_authors(train, {"a": nobody, "b": held_out})
-    assert not have_shared_authors(train, nobody) and not have_shared_authors(train, None)
+    assert options_share_authors(train, held_out) and options_share_authors(train, {"a": nobody, "b": held_out})
+    assert not options_share_authors(train, nobody) and not options_share_authors(train, None)

@@ -14,7 +14,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from author_dp.errors import UserError
 from author_dp.guards.model_check import check_model
-from author_dp.guards.random_ops import BATCH_SIZE, ModelCall, check_random_ops
+from author_dp.guards.random_ops import BATCH_SIZE, RandomOpModelCall, check_random_ops
 
 IDS = torch.arange(BATCH_SIZE * 7).view(BATCH_SIZE, 7) % VOCABULARY
 OWN = torch.Generator()
@@ -102,24 +102,26 @@ class InTraining(nn.Module):
         return output
 
 
-@catches("a coin for all samples", "guards.random_ops.check_shared_ops", "if not all(is_close(",
+@catches("a coin for all samples", "guards.random_ops.check_shared_random_ops", "if not all(is_close(",
     "if False and not all(is_close(", what="a rare coin")  # fmt: skip
 @catches("a coin that is never tossed", "guards.random_ops.RandomOpMode._fill", "tensor.fill_(",
     "tensor.mul_(1) if True else (", what="a rare coin")  # fmt: skip
-@catches("a permutation of samples", "guards.random_ops.check_independence", "if not all(is_close(",
+@catches("a permutation of samples", "guards.random_ops.check_random_op_independence", "if not all(is_close(",
     "if False and not all(is_close(", what="a permutation by sorting")  # fmt: skip
-@catches("others keep their texts and numbers", "guards.random_ops.check_independence", "RandomOpMode(dims, other_seed=seed)",
+@catches("others keep their texts and numbers", "guards.random_ops.check_random_op_independence",
+    "RandomOpMode(dims, other_seed=seed)",
     "RandomOpMode(dims)", what="a choice by ranks")  # fmt: skip
-@catches("a choice across samples", "guards.random_ops.check_same_ops", "one.scalars != two.scalars", "False",
+@catches("a choice across samples", "guards.random_ops.check_same_random_ops", "one.scalars != two.scalars", "False",
     what="a choice of samples")  # fmt: skip
-@catches("operations of more samples not compared", "guards.random_ops.check_independence", "check_same_ops(few, mode.ops)",
+@catches("operations of more samples not compared", "guards.random_ops.check_random_op_independence",
+    "check_same_random_ops(few, mode.ops)",
     "pass", what="one mask for several samples")  # fmt: skip
-@catches("a mask for long samples", "guards.random_ops.check_random_ops", "None in find_sample_dims(*long) + dims",
+@catches("a mask for long samples", "guards.random_ops.check_random_ops", "None in find_random_op_sample_dims(*long) + dims",
     "None in dims", what="one mask for long samples")  # fmt: skip
 @catches("random numbers of the backward pass", "guards.random_ops.check_random_ops",
     "record_random_ops(call, ids[:1].expand(num_samples, -1))",
     "record_random_ops(call, ids[:1].expand(num_samples, -1), backward=False)", what="a coin in the backward pass")  # fmt: skip
-@catches("layers dropped by Python", "guards.random_ops.record_random_ops", "if python_and_numpy_states() != before:",
+@catches("layers dropped by Python", "guards.random_ops.record_random_ops", "if python_and_numpy_random_states() != before:",
     "if False:", what="Python's random")  # fmt: skip
 @catches("layers dropped by a generator of the model's", "guards.random_ops.record_random_ops", "if op.has_generator",
     "if False", what="a generator of its own")  # fmt: skip
@@ -128,7 +130,7 @@ class InTraining(nn.Module):
 def test_check_random_ops_refuses_what_samples_share(what):
     function, words = SHARED[what]
     with pytest.raises(UserError, match=words):
-        check_random_ops(ModelCall(InTraining(function).eval(), "autocast" in what), IDS, LONGEST, 1e-4)
+        check_random_ops(RandomOpModelCall(InTraining(function).eval(), "autocast" in what), IDS, LONGEST, 1e-4)
 
 
 @pytest.mark.parametrize("generator", [OWN, np.random.default_rng(0), np.random.RandomState(0), random.Random(0)])
@@ -136,14 +138,14 @@ def test_check_random_ops_refuses_a_module_that_holds_a_generator(generator):
     model = tiny_gpt2(dropout=0.1)
     model.transformer.h[1].generator = generator
     with pytest.raises(UserError, match=r"transformer\.h\.1 holds a random generator"):
-        check_random_ops(ModelCall(model, False), IDS, LONGEST, 1e-4)
+        check_random_ops(RandomOpModelCall(model, False), IDS, LONGEST, 1e-4)
 
 
 @pytest.mark.parametrize("what", INDEPENDENT)
 def test_check_random_ops_accepts_independent_samples(what):
     model = InTraining(INDEPENDENT[what]).eval()
     state, python = torch.get_rng_state(), random.getstate()
-    check_random_ops(ModelCall(model, False), IDS, LONGEST, 1e-4)
+    check_random_ops(RandomOpModelCall(model, False), IDS, LONGEST, 1e-4)
     assert torch.equal(state, torch.get_rng_state()) and random.getstate() == python and not model.inner.training
 
 
@@ -155,7 +157,7 @@ def test_check_model_accepts_checkpointed_layers(dropout):
     check_model(model)
 
 
-@catches("random operations looked at without dropout", "guards.probing.training_mode", "model.train()", "pass", rate=0.05,
+@catches("random operations looked at without dropout", "models.modes.training_mode", "model.train()", "pass", rate=0.05,
     lora=True)  # fmt: skip
 @catches("random operations not looked at", "guards.sample_independence.check_sample_independence", "check_random_ops(",
     "(lambda *_: None)(", rate=0.05, lora=False)  # fmt: skip

@@ -6,7 +6,7 @@ from mutation import catches
 from test_callbacks import declared, header, trainer_with
 
 from author_dp.errors import UserError
-from author_dp.training.public_loss import release_eval_loss
+from author_dp.training.loss_release import release_eval_loss
 
 
 def given_scheduler(trainer):
@@ -20,10 +20,11 @@ def given_scheduler(trainer):
 @catches("a callback that follows metrics not in the header", "guards.callbacks.metric_driven_callback", "== EVALUATION",
     "== 0", kind="callback", reason="shared authors")  # fmt: skip
 @catches("training data that evaluate", "training.setup.check_model_choice",
-    "shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)", "shared_authors", kind="option",
+    "shared_authors or options_share_authors(trainer.train_dataset, trainer.eval_dataset)", "shared_authors", kind="option",
     reason="same hashes")  # fmt: skip
 @catches("a callback chooses after a release", "training.setup.check_model_choice",
-    "check_not_released(trainer.budget.ledger, option)", "pass", kind="callback", reason="an earlier release")  # fmt: skip
+    "check_checkpoint_not_released(trainer.budget.ledger, option)", "pass", kind="callback",
+    reason="an earlier release")  # fmt: skip
 @pytest.mark.parametrize("kind", ["callback", "scheduler", "option"])
 @pytest.mark.parametrize("reason", ["shared authors", "same data", "same hashes", "an earlier release"])
 def test_where_nothing_pays_no_metrics_choose(tmp_path, kind, reason):
@@ -48,8 +49,8 @@ def test_where_nothing_pays_no_metrics_choose(tmp_path, kind, reason):
 
 @catches("a scheduler that was given taken for harmless", "guards.callbacks.metric_driven_scheduler",
     "if scheduler is None or", "if True or", kind="scheduler")  # fmt: skip
-@catches("a loss released of a model that it chose", "training.public_loss.release_eval_loss",
-    "check_not_chosen(broadcast(trainer.budget.ledger.by_metrics))", "pass", kind="callback")  # fmt: skip
+@catches("a loss released of a model that it chose", "training.loss_release.release_eval_loss",
+    "check_release_not_chosen(broadcast(trainer.budget.ledger.by_metrics))", "pass", kind="callback")  # fmt: skip
 @pytest.mark.parametrize("kind", ["callback", "scheduler"])
 def test_after_metrics_have_chosen_nothing_is_released(tmp_path, kind):
     trainer = trainer_with(tmp_path, *([declared("evaluation")] if kind == "callback" else []), eval_strategy="no")

@@ -9,7 +9,7 @@ from test_gradient_canaries import audited
 from test_slots import TARGET, sampler_of
 
 from author_dp.errors import MechanismError
-from author_dp.guards.slot_monitors import SlotCanaryMonitor, SlotMonitor, even_sizes_p_value
+from author_dp.guards.slot_monitors import SlotCanaryMonitor, SlotMonitor, slot_sizes_p_value
 
 
 def watched(sampler, epochs=3, num_canaries=0):
@@ -79,10 +79,10 @@ def test_monitor_finds_slots_that_are_not_independent():
 def test_bound_on_even_sizes_is_a_bound():
     generator = np.random.default_rng(0)
     for authors, number in ((3, 2), (20, 2), (50, 7), (500, 40), (40, 100)):
-        p_values = [even_sizes_p_value(generator.multinomial(authors, np.ones(number) / number)) for _ in range(2_000)]
+        p_values = [slot_sizes_p_value(generator.multinomial(authors, np.ones(number) / number)) for _ in range(2_000)]
         for level in (0.5, 0.1, 0.01):
             assert np.mean(np.array(p_values) <= level) <= level + 5 * math.sqrt(level / 2_000)
-    assert even_sizes_p_value(np.array([5, 5])) > 0.1 and even_sizes_p_value(np.full(100, 20)) < 1e-12
+    assert slot_sizes_p_value(np.array([5, 5])) > 0.1 and slot_sizes_p_value(np.full(100, 20)) < 1e-12
 
 
 def canary_monitor(rows, slots, included, sigma=0.7, coefficients=(0.8, 0.5, 0.3), number=5) -> SlotCanaryMonitor:

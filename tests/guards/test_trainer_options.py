@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from author_dp.errors import UserError
 from author_dp.guards import trainer_options
 from author_dp.guards.options import LAUNCHER_VARIABLES, validate_options
-from author_dp.guards.trainer_options import NO_EFFECT, OPTIMIZERS, REFUSED_OPTIONS, WORKS, options_without_effect
+from author_dp.guards.trainer_options import NO_EFFECT, OPTIMIZERS, REFUSED_OPTIONS, WORKS, trainer_options_without_effect
 from dp_utils import PrivacyArguments
 
 # A value that is not the default, for each option that works and each without effect.
@@ -73,7 +73,7 @@ def test_table_knows_every_option_of_the_installed_transformers():
 
 
 @catches("a new option of transformers taken for harmless", "guards.trainer_options.check_trainer_options",
-    "and is_set(args, field.name)", "and False")  # fmt: skip
+    "and trainer_option_is_set(args, field.name)", "and False")  # fmt: skip
 def test_option_that_the_table_does_not_know_is_refused(args, privacy, monkeypatch):
     monkeypatch.setattr(trainer_options, "WORKS", WORKS - {"warmup_steps", "logging_nan_inf_filter"})
     monkeypatch.setattr(trainer_options, "NO_EFFECT", {k: v for k, v in NO_EFFECT.items() if k != "include_for_metrics"})
@@ -86,7 +86,7 @@ def test_option_that_the_table_does_not_know_is_refused(args, privacy, monkeypat
         setattr(args, name, default)
 
 
-@catches("accelerate told to accumulate", "guards.trainer_options.is_set", "return value != AcceleratorConfig()",
+@catches("accelerate told to accumulate", "guards.trainer_options.trainer_option_is_set", "return value != AcceleratorConfig()",
     "return False", option="accelerator_config", value={"gradient_accumulation_kwargs": {"num_steps": 4}})  # fmt: skip
 @pytest.mark.parametrize(
     ("option", "value"),
@@ -142,7 +142,7 @@ def test_options_without_effect_change_neither_weights_nor_losses(tmp_path, half
     _, plain, plain_loss = run("plain")
     trainer, weights, loss = run("options", **{**options, half: True})
     assert torch.allclose(weights, plain, atol=1e-6) and abs(loss - plain_loss) < 1e-5
-    named = options_without_effect(trainer.args)
+    named = trainer_options_without_effect(trainer.args)
     assert f"--{half}" in named and len(named) >= 20
 
 
@@ -194,7 +194,7 @@ def test_arguments_of_trainer_that_are_not_followed_are_refused(name):
         trainer_options.check_trainer_arguments({name: lambda *_: None})
 
 
-@catches("batches thrown away by a later change", "guards.trainer_options.check_adapted",
+@catches("batches thrown away by a later change", "guards.trainer_options.check_trainer_adapted",
     "trainer.args.gradient_accumulation_steps != 1 or ", "")  # fmt: skip
 def test_accumulation_changed_after_the_plan_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)

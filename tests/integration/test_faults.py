@@ -16,7 +16,7 @@ from script_runs import Program, command, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.training.checkpointing import latest_complete
+from author_dp.training.checkpointing import latest_complete_checkpoint
 
 pytestmark = pytest.mark.integration
 
@@ -76,7 +76,7 @@ def children(pid: int) -> dict[int, dict[str, str]]:
 
 def check_resumes(arguments: list[str], folder: Path, recorded_before: int, processes: int = 0) -> None:
     """Resume for two steps from the newest complete checkpoint; all recorded steps must still count."""
-    checkpoint = latest_complete(folder)
+    checkpoint = latest_complete_checkpoint(folder)
     steps = int(checkpoint.name.split("-")[1]) + 2
     arguments = [*arguments, *RESUME, "--max_steps", str(steps)]
     done = run_script(*arguments, processes=processes)
@@ -92,7 +92,7 @@ def test_sigkill_loses_no_step(checkpoint, comments, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert wait_for_end(process)[0] == -signal.SIGKILL
     recorded = PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps
-    assert recorded >= 8 and latest_complete(tmp_path / "out") is not None
+    assert recorded >= 8 and latest_complete_checkpoint(tmp_path / "out") is not None
     check_resumes(arguments, tmp_path / "out", recorded)
 
 
@@ -117,7 +117,7 @@ def test_signal_saves_a_checkpoint(checkpoint, comments, tmp_path, number):
     status, stderr = wait_for_end(process)
     assert status == 128 + number and "Traceback" not in stderr and "--resume_from_checkpoint True" in stderr, stderr
     recorded = count_step_records(tmp_path / "out")
-    assert latest_complete(tmp_path / "out").name == f"checkpoint-{recorded}"  # no step is lost
+    assert latest_complete_checkpoint(tmp_path / "out").name == f"checkpoint-{recorded}"  # no step is lost
     if number == signal.SIGINT:
         check_resumes(arguments, tmp_path / "out", recorded)
 
@@ -131,7 +131,7 @@ def test_signal_to_the_launcher_saves_one_checkpoint(checkpoint, comments, tmp_p
         os.kill(pid, number)  # a terminal sends Ctrl-C to all
     status, stderr = wait_for_end(process)
     recorded = count_step_records(tmp_path / "out")
-    assert status != 0 and latest_complete(tmp_path / "out").name == f"checkpoint-{recorded}", stderr
+    assert status != 0 and latest_complete_checkpoint(tmp_path / "out").name == f"checkpoint-{recorded}", stderr
 
 
 def test_sigint_during_imports_prints_no_traceback(checkpoint, comments, tmp_path):
@@ -213,7 +213,7 @@ def test_non_finite_weights_stop_the_run_unsaved(checkpoint, comments, tmp_path)
     arguments = small(checkpoint, comments, tmp_path / "out", *NOISE, "--learning_rate", "1e38", "--optim", "sgd")
     done = run_script(*arguments, "--noise_multiplier", "100")
     assert done.returncode == 2 and "--learning_rate" in done.stderr and "not finite" in done.stderr, done.stderr
-    assert latest_complete(tmp_path / "out") is None and "Traceback" not in done.stderr
+    assert latest_complete_checkpoint(tmp_path / "out") is None and "Traceback" not in done.stderr
 
 
 def test_dead_data_loader_worker_ends_the_run(checkpoint, comments, tmp_path):

@@ -18,8 +18,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from author_dp.data.authors import get_column
-from author_dp.data.columns import ColumnSpec
+from author_dp.data.columns import ColumnSpec, get_column
 from author_dp.data.loading import load_files
 from author_dp.errors import UserError
 from data_utils import group_by_author

@@ -11,13 +11,13 @@ from conftest import ROOT, make_trainer, sample, tiny_gpt2, trainable
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from author_dp.accounting.output_dir import check_not_model
+from author_dp.accounting.output_dir import check_output_is_not_model
 from author_dp.errors import UserError
 from author_dp.models import loading
 from author_dp.models.lora import adapts_tied_weights, add_lora_adapters
 from author_dp.outputs import generate, report
-from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER, find_loader
-from author_dp.training.rescue import check_saved
+from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER, find_rehearsal_loader
+from author_dp.training.rescue import check_rescued
 
 DEMO = ROOT / "demo" / "model"
 NAMES = {"gpt2": ("c_attn", "wte", "ln_f"), "llama": ("q_proj", "embed_tokens", "model.norm")}
@@ -96,10 +96,10 @@ def test_every_adapter_loads_as_it_was_trained(tmp_path, family, tied, targets):
             continue
         expected, folder = change(model), tmp_path / f"{tried}"
         model.save_pretrained(folder)
-        check_saved(folder, model)
-        loader = find_loader(folder, model)
+        check_rescued(folder, model)
+        loader = find_rehearsal_loader(folder, model)
         assert loader == (PEFT_LOADER if options.get("use_dora") else PLAIN_LOADER), options
-        for load in (class_named(loader).from_pretrained, lambda path: generate.load_model(str(path))[0]):
+        for load in (class_named(loader).from_pretrained, lambda path: generate.load_generating_model(str(path))[0]):
             assert is_close(load(folder), expected), options
         tried += 1
     assert tried >= 6
@@ -110,8 +110,8 @@ def test_a_full_model_loads_as_it_was_trained(tmp_path, tied):
     model = tiny_gpt2(tied)
     expected = change(model)
     model.save_pretrained(tmp_path)
-    check_saved(tmp_path, model)
-    assert find_loader(tmp_path, model) == PLAIN_LOADER
+    check_rescued(tmp_path, model)
+    assert find_rehearsal_loader(tmp_path, model) == PLAIN_LOADER
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
 
 
@@ -140,7 +140,7 @@ def test_adapters_made_elsewhere_are_resumed_and_generated_from(tmp_path, tied, 
     expected, folder = change(model), tmp_path / "adapter"
     model.save_pretrained(folder)
     saved.save_pretrained(folder)
-    for load in (AutoPeftModelForCausalLM.from_pretrained, lambda path: generate.load_model(str(path))[0]):
+    for load in (AutoPeftModelForCausalLM.from_pretrained, lambda path: generate.load_generating_model(str(path))[0]):
         assert is_close(load(folder), expected)
     resumed, _ = loading.load_model(str(folder), {"targets": None})
     assert is_close(resumed, expected)
@@ -180,8 +180,8 @@ def test_a_result_is_not_put_in_the_place_of_its_base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder, name in (("gpt2", "gpt2"), (str(tmp_path / "gpt2"), "gpt2"), ("org/../gpt2", str(tmp_path / "gpt2"))):
         with pytest.raises(UserError, match=r"^--output_dir .*gpt2, --model_name .*Choose another --output_dir"):
-            check_not_model(Path(folder), name)
-    check_not_model(tmp_path / "out", "gpt2")
+            check_output_is_not_model(Path(folder), name)
+    check_output_is_not_model(tmp_path / "out", "gpt2")
     model = tiny_gpt2()
     model.name_or_path = "gpt2"
     with pytest.raises(UserError, match="--model_name gpt2"):

@@ -21,7 +21,7 @@ from author_dp.accounting.accountant import find_noise_multiplier
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
-from author_dp.accounting.privacy_report import make_report
+from author_dp.accounting.privacy_report import make_privacy_report
 from author_dp.accounting.tuning import RunCount
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
@@ -29,14 +29,14 @@ from author_dp.models.weights import hash_weights
 from author_dp.outputs import search, tune
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.publish import publish
-from author_dp.outputs.search import PLAN_NAME, run_command
+from author_dp.outputs.search import PLAN_NAME, run_search_command
 from author_dp.training.resuming import SAMPLES_NAME
 
 RATES = {"1": 4.0, "2": 1.0, "3": 2.0}  # released loss by learning rate
 
 
 class FakeRuns:
-    """What `run_command` starts: runs of 3 steps with every author in each, whose loss follows from RATES.
+    """What `run_search_command` starts: runs of 3 steps with every author in each, whose loss follows from RATES.
 
     Attributes:
         started: the settings of each call, dry runs left out.
@@ -86,13 +86,13 @@ class FakeRuns:
         (folder / "model.safetensors").write_text(options["learning_rate"])
         (folder / "config.json").write_text("{}")
         (folder / "run_statistics.json").write_text(json.dumps({"evaluation": {"after": {"eval_loss": self.private_loss(loss)}}}))
-        write_json(folder / "privacy.json", make_report(plan, ledger) | {"weights": hash_weights(folder)})
+        write_json(folder / "privacy.json", make_privacy_report(plan, ledger) | {"weights": hash_weights(folder)})
         return 0
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    monkeypatch.setattr(search, "run_command", fake := FakeRuns())
+    monkeypatch.setattr(search, "run_search_command", fake := FakeRuns())
     return fake
 
 
@@ -132,7 +132,7 @@ def files_in(folder):
 
 @catches("scores without noise", "outputs.search.Search.score", 'return guarantee["evaluation_release"]["loss"]',
     'return json.loads((folder / "run_statistics.json").read_text())["evaluation"]["after"]["eval_loss"]')  # fmt: skip
-@catches("losers left behind", "outputs.search.Search.end", "delete_runs(self.folder, self.plan)", "pass")
+@catches("losers left behind", "outputs.search.Search.end", "delete_search_runs(self.folder, self.plan)", "pass")
 def test_best_run_is_released_by_its_released_loss(tmp_path, monkeypatch, runs):
     runs.before = lambda *_: check_modes(tmp_path / "out-search")
     runs.private_loss = lambda loss: -loss  # others are best by the exact loss
@@ -181,8 +181,8 @@ def test_settings_are_drawn_with_replacement_before_the_first_run(tmp_path, monk
     assert all(within(number, 100, 9.2) for number in found.values()) and within(repeated, 100, 9.2)
 
 
-@catches("the best of an unfinished search published", "outputs.guarantee.no_guarantee_reason",
-    "if in_search(guarantee):", "if False:")  # fmt: skip
+@catches("the best of an unfinished search published", "outputs.guarantee_table.why_no_guarantee",
+    "if guarantee_in_search(guarantee):", "if False:")  # fmt: skip
 def test_interrupted_search_resumes_as_it_was_drawn(tmp_path, monkeypatch, runs):
     def stop(number, folder, budget):
         if number == 2:
@@ -238,7 +238,7 @@ def test_failed_run_is_worst_and_not_replaced(tmp_path, monkeypatch, runs):
             return 1
 
     runs.before = fail
-    monkeypatch.setattr(search, "run_command", run_command_that_fails)
+    monkeypatch.setattr(search, "run_search_command", run_command_that_fails)
     draws(monkeypatch, 3)
     choices(monkeypatch, "2", "1", "3")
     call(tmp_path)
@@ -269,7 +269,9 @@ def test_run_that_breaks_its_share_is_not_released(tmp_path, monkeypatch, runs, 
         runs.before = lambda number, folder, budget: budget.ledger.record_failure("the noise is too small")
     if "ledger" in changes:
         changes.clear()
-        monkeypatch.setattr(search, "run_command", lambda *words: [runs(*words), *map(Path.unlink, ledgers_of_runs(tmp_path))][0])
+        monkeypatch.setattr(
+            search, "run_search_command", lambda *words: [runs(*words), *map(Path.unlink, ledgers_of_runs(tmp_path))][0]
+        )
     runs.changes = changes
     draws(monkeypatch, 2)
     call(tmp_path)
@@ -305,7 +307,7 @@ def test_kept_runs_are_private_and_refused(tmp_path, monkeypatch, runs):
 def test_release_that_was_interrupted_is_completed(tmp_path, monkeypatch, runs):
     draws(monkeypatch, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(search, "delete_runs", lambda *_: sys.exit(1))
+        patch.setattr(search, "delete_search_runs", lambda *_: sys.exit(1))
         with pytest.raises(SystemExit):
             call(tmp_path)
     with pytest.raises(UserError, match="its search has ended"):
@@ -373,13 +375,13 @@ def test_run_command_hands_a_signal_on_and_waits(tmp_path):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(SignalError) as error:
-        run_command([sys.executable, "-c", script], log)
+        run_search_command([sys.executable, "-c", script], log)
     thread.join()
     assert error.value.number == signal.SIGINT and log.read_text() == "ready\nsaved\n"
     assert log.stat().st_mode & 0o777 == 0o600
-    assert run_command([sys.executable, "-c", "raise SystemExit(3)"], log) == 3
+    assert run_search_command([sys.executable, "-c", "raise SystemExit(3)"], log) == 3
     with pytest.raises(UserError, match="cannot be started"):
-        run_command(["no-such-command"], log)
+        run_search_command(["no-such-command"], log)
 
 
 @pytest.mark.integration
@@ -389,7 +391,7 @@ def test_whole_search_on_the_demo_with_two_processes(tmp_path, monkeypatch, caps
         log.write_text(done.stdout + done.stderr)
         return done.returncode
 
-    monkeypatch.setattr(search, "run_command", run_forked)
+    monkeypatch.setattr(search, "run_search_command", run_forked)
     draws(monkeypatch, 1)
     monkeypatch.chdir(ROOT)
     call(

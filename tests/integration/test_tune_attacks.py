@@ -11,7 +11,7 @@ from test_tune import FakeRuns, begin_and_interrupt, call, choices, draws
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
 from author_dp.accounting.plan import PrivacyPlan
-from author_dp.accounting.privacy_report import make_report
+from author_dp.accounting.privacy_report import make_privacy_report
 from author_dp.accounting.tuning import MOST_RUNS, RunCount, SearchNoise
 from author_dp.errors import SignalError, UserError
 from author_dp.files import write_json
@@ -25,7 +25,7 @@ UNCOVERED = {"name": "m", "covered": False, "epsilon": None, "delta": None, "rea
 
 @pytest.fixture
 def runs(monkeypatch):
-    monkeypatch.setattr(search, "run_command", fake := FakeRuns())
+    monkeypatch.setattr(search, "run_search_command", fake := FakeRuns())
     return fake
 
 
@@ -38,7 +38,7 @@ def call_with_reports(tmp_path, monkeypatch, runs, entry: dict) -> None:
             write_json(path, json.loads(path.read_text()) | entry)
         return status
 
-    monkeypatch.setattr(search, "run_command", run)
+    monkeypatch.setattr(search, "run_search_command", run)
     draws(monkeypatch, 1)
     call(tmp_path)
 
@@ -47,7 +47,7 @@ def interrupt(*_):
     raise SignalError(15)
 
 
-@catches("a run of a search restarted outside of it, published", "accounting.privacy_report.spent_entries",
+@catches("a run of a search restarted outside of it, published", "accounting.privacy_report.privacy_report_of_spending",
     'any(header.get("part_of_search") for header in ledger.runs)', 'ledger.last_run.get("part_of_search")')  # fmt: skip
 def test_run_of_a_search_that_restarts_outside_of_it_is_not_published(tmp_path):
     """Without a checkpoint, no options are compared; the ledger still knows."""
@@ -57,7 +57,7 @@ def test_run_of_a_search_that_restarts_outside_of_it_is_not_published(tmp_path):
         budget.start()
         budget.record_step()
     (tmp_path / "model.safetensors").write_text("weights")
-    write_json(tmp_path / "privacy.json", make_report(plan, budget.ledger) | {"weights": hash_weights(tmp_path)})
+    write_json(tmp_path / "privacy.json", make_privacy_report(plan, budget.ledger) | {"weights": hash_weights(tmp_path)})
     with pytest.raises(UserError, match="one run of a search"):
         publish(tmp_path, tmp_path.with_name("copy"))
 
@@ -69,14 +69,14 @@ def test_search_whose_base_has_no_guarantee_is_refused_before_the_draw(tmp_path,
         write_json(folder / "privacy.json", {"base_model": UNCOVERED})
         return status
 
-    monkeypatch.setattr(search, "run_command", run)
+    monkeypatch.setattr(search, "run_search_command", run)
     with pytest.raises(UserError, match="--model_name: m has no guarantee"):
         call(tmp_path)
     assert not runs.started and not (tmp_path / "out-search" / PLAN_NAME).exists()
 
 
 @catches("a search that starts from a model without a guarantee", "outputs.search.Search.score",
-    "and base_is_covered(guarantee)", "")  # fmt: skip
+    "and guarantee_covers_base(guarantee)", "")  # fmt: skip
 def test_run_whose_base_has_no_guarantee_is_not_released(tmp_path, monkeypatch, runs):
     call_with_reports(tmp_path, monkeypatch, runs, {"base_model": UNCOVERED})
     assert runs.started and not (tmp_path / "out").exists()
@@ -142,7 +142,7 @@ def test_run_whose_only_release_is_torn_counts_as_failed(tmp_path, monkeypatch, 
     assert runs.started and not (tmp_path / "out").exists()
 
 
-@catches("a search resumed on other data", "outputs.tune.tune", "check_same_samples(search)", "pass")
+@catches("a search resumed on other data", "outputs.tune.tune", "check_same_tune_samples(search)", "pass")
 def test_interrupted_search_is_not_resumed_on_other_data(tmp_path, monkeypatch, runs):
     begin_and_interrupt(tmp_path, monkeypatch, runs, 2)
     runs.data = lambda *_: "other data"
@@ -155,7 +155,7 @@ def test_interrupted_search_is_not_resumed_on_other_data(tmp_path, monkeypatch, 
 
 
 @catches("a run on other data released", "outputs.search.Search.score",
-    'if read_sample_hashes(folder) != self.plan["samples"]:', "if False:")  # fmt: skip
+    'if read_search_sample_hashes(folder) != self.plan["samples"]:', "if False:")  # fmt: skip
 def test_run_on_data_that_changed_meanwhile_counts_as_failed(tmp_path, monkeypatch, runs):
     runs.data = lambda number, is_dry: "data" if is_dry or number == 0 else "other data"
     draws(monkeypatch, 2)
@@ -206,10 +206,10 @@ def test_prediction_falls_with_the_noise_of_a_search():
         "settings": [{"learning_rate": rate, "parameters": 413_664, "trained_parameters": 413_664} for rate in (1e-3, 1e-2)],
     }  # fmt: skip
     noises = [SearchNoise(RunCount(6.0, 0.0), 4.0, sigma, np.zeros(1), 8.0) for sigma in (0.48, 2.0, 8.0)]
-    shares = [int(re.search(r"gains (\d+)%", tune.format_prediction(noise, header))[1]) for noise in noises]
+    shares = [int(re.search(r"gains (\d+)%", tune.format_tune_prediction(noise, header))[1]) for noise in noises]
     assert shares[0] == 100 > shares[1] > shares[2]
-    assert tune.format_prediction(noises[0], header | {"settings": [None]}) == ""
-    assert tune.format_prediction(noises[0], header | {"num_authors": 5}) == ""
+    assert tune.format_tune_prediction(noises[0], header | {"settings": [None]}) == ""
+    assert tune.format_tune_prediction(noises[0], header | {"num_authors": 5}) == ""
 
 
 @catches("the date of the best run", "outputs.search.Search.final_report", 'report["started"] = self.plan["started"]',

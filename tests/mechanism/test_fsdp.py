@@ -36,8 +36,8 @@ from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.model_check import check_fsdp_model, verify_model
-from author_dp.guards.options import check_fsdp
+from author_dp.guards.model_check import check_sharded_model, verify_model
+from author_dp.guards.options import check_fsdp_options
 from author_dp.mechanism import fsdp
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import (
@@ -45,10 +45,10 @@ from author_dp.mechanism.fsdp import (
     find_blocks,
     gather_in_bfloat16,
     local_shard,
-    missing_rounds,
+    missing_fsdp_rounds,
     shard_model,
 )
-from author_dp.mechanism.fsdp_clipping import ShardedClipping, make_buckets, make_engine
+from author_dp.mechanism.fsdp_clipping import ShardedClipping, make_engine, make_sharded_buckets
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.optimizer import PROBE_SIZE
 
@@ -77,7 +77,7 @@ def released(kind: str, counts: list, checkpointing: bool = False, bf16: bool = 
     before = flat(parameters)
     optimizer.zero_grad()
     rank, authors = dist.get_rank(), []
-    idle = missing_rounds(model, len(counts[rank]))
+    idle = missing_fsdp_rounds(model, len(counts[rank]))
     for number, samples in enumerate(counts[rank]):
         batch = make_batch(samples, seed=10 * rank + number)
         authors += [[row.tolist() for row in rows] for rows in as_arrays(batch)]
@@ -373,7 +373,13 @@ def test_sharded_engine_leaves_nothing_complete_and_no_ordinary_gradient(tmp_pat
 def test_buckets_hold_small_parameters_together(monkeypatch):
     monkeypatch.setattr("author_dp.mechanism.fsdp_clipping.BUCKET_ELEMENTS", 10)
     sizes = [3, 4, 5, 20, 1, 9, 1]
-    assert [[p.numel() for p in b] for b in make_buckets([torch.zeros(n) for n in sizes])] == [[3, 4], [5], [20], [1, 9], [1]]
+    assert [[p.numel() for p in b] for b in make_sharded_buckets([torch.zeros(n) for n in sizes])] == [
+        [3, 4],
+        [5],
+        [20],
+        [1, 9],
+        [1],
+    ]
 
 
 def test_find_blocks_refuses_a_model_without_blocks():
@@ -412,9 +418,9 @@ def test_check_fsdp_refuses_what_was_not_verified(change, words):
         "disable_dp": False,
     }
     options = SimpleNamespace(**given)
-    check_fsdp(options, options)
-    check_fsdp_model(tiny_gpt2())
+    check_fsdp_options(options, options)
+    check_sharded_model(tiny_gpt2())
     vars(options).update(change)
     with pytest.raises(UserError, match=words):
-        check_fsdp(options, options)
-        check_fsdp_model(tiny_gpt2().to(change.get("dtype", torch.float32)))
+        check_fsdp_options(options, options)
+        check_sharded_model(tiny_gpt2().to(change.get("dtype", torch.float32)))

@@ -17,11 +17,11 @@ from test_mechanism import make_optimizer
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.banded_mf import (
+    banded_error_ratio,
+    banded_step_noise_std,
     choose_bands,
-    error_ratio,
-    log_error,
+    log_banded_error,
     prefix_sum_rmse,
-    step_noise_std,
     toeplitz_coefficients,
 )
 from author_dp.accounting.events import MechanismEvent, cyclic_event, cyclic_sample_rate
@@ -29,7 +29,7 @@ from author_dp.data.splits import author_hashes
 from author_dp.errors import UserError
 from author_dp.guards.noise_inversion import NoiseDecorrelator
 from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
-from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_groups
+from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_sampling_groups
 from data_utils import group_by_author
 
 KEY = bytes(32)
@@ -63,13 +63,13 @@ def test_prefix_sum_rmse_and_step_noise_std_match_dense_matrices():
     assert prefix_sum_rmse(c, steps) == pytest.approx(np.linalg.norm(sums) / math.sqrt(steps))
     assert prefix_sum_rmse(np.ones(1), steps) == pytest.approx(math.sqrt((steps + 1) / 2))
     inverse = np.linalg.inv(matrix(c, steps))
-    assert step_noise_std(c, steps) == pytest.approx(np.linalg.norm(inverse[-1]))
+    assert banded_step_noise_std(c, steps) == pytest.approx(np.linalg.norm(inverse[-1]))
 
 
 def test_toeplitz_coefficients_beat_the_square_roots():
     start = np.array([0.5, 0.375, 0.3125])
-    assert check_grad(lambda c: log_error(c, 40)[0], lambda c: log_error(c, 40)[1], start) < 1e-5
-    assert math.exp(log_error(start, 40)[0] / 2) == pytest.approx(prefix_sum_rmse(square_roots(4), 40) * math.sqrt(40))
+    assert check_grad(lambda c: log_banded_error(c, 40)[0], lambda c: log_banded_error(c, 40)[1], start) < 1e-5
+    assert math.exp(log_banded_error(start, 40)[0] / 2) == pytest.approx(prefix_sum_rmse(square_roots(4), 40) * math.sqrt(40))
     for bands in (2, 4, 8):
         best = prefix_sum_rmse(toeplitz_coefficients(bands, 154), 154)
         assert best < 0.97 * prefix_sum_rmse(square_roots(bands), 154)
@@ -154,7 +154,7 @@ def make_sampler(counts, sample_rate, bands, groups=None, key=7, **options) -> P
 
 def participation(authors: int, sample_rate: float, bands: int, steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Who was drawn when, bool (steps, authors), and the groups."""
-    groups = assign_groups(np.random.default_rng(seed).integers(2**63, size=authors).astype(np.uint64), bands, KEY)
+    groups = assign_sampling_groups(np.random.default_rng(seed).integers(2**63, size=authors).astype(np.uint64), bands, KEY)
     sampler, found = make_sampler([1] * authors, sample_rate, bands, groups, key=seed), np.zeros((steps, authors), bool)
     for row in found:
         samples = sampler.sample_batch().samples
@@ -162,15 +162,17 @@ def participation(authors: int, sample_rate: float, bands: int, steps: int, seed
     return found, groups
 
 
-@catches("groups that move when an author leaves", "mechanism.sampling.assign_groups", "for value in hashes",
+@catches("groups that move when an author leaves", "mechanism.sampling.assign_sampling_groups", "for value in hashes",
     "for value in range(len(hashes))")  # fmt: skip
 def test_a_group_follows_from_the_author_and_the_key_alone():
     names = [f"author {i}" for i in range(5_000)]
     hashes, rest = author_hashes(names), author_hashes([name for i, name in enumerate(names) if i % 3])
     assert len(set(hashes.tolist())) == 5_000
-    groups = assign_groups(hashes, 8, KEY)
-    assert np.array_equal(assign_groups(rest, 8, KEY), groups[np.arange(5_000) % 3 != 0])  # nobody moves when others leave
-    other = assign_groups(hashes, 8, b"1" * 32)
+    groups = assign_sampling_groups(hashes, 8, KEY)
+    assert np.array_equal(
+        assign_sampling_groups(rest, 8, KEY), groups[np.arange(5_000) % 3 != 0]
+    )  # nobody moves when others leave
+    other = assign_sampling_groups(hashes, 8, b"1" * 32)
     assert within((other == groups).mean(), 1 / 8, math.sqrt(7 / 64 / 5_000))
     sizes = np.bincount(groups, minlength=8)
     assert len(sizes) == 8 and all(within(size, 625, math.sqrt(625)) for size in sizes)
@@ -212,13 +214,15 @@ def test_sensitivity_of_what_the_sampler_can_draw(bands):
 
 
 def test_draws_are_numbered_over_epochs_and_processes():
-    sampler = make_sampler([1] * 50, 0.1, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), steps=4)
+    sampler = make_sampler([1] * 50, 0.1, 3, assign_sampling_groups(np.arange(50, dtype=np.uint64), 3, KEY), steps=4)
     assert [batch.batch_index for _ in range(3) for batch in sampler] == list(range(12))
     shares = [
-        make_sampler([1] * 50, 0.3, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), key=5, rank=r, world_size=2)
+        make_sampler(
+            [1] * 50, 0.3, 3, assign_sampling_groups(np.arange(50, dtype=np.uint64), 3, KEY), key=5, rank=r, world_size=2
+        )
         for r in range(2)
     ]
-    whole = make_sampler([1] * 50, 0.3, 3, assign_groups(np.arange(50, dtype=np.uint64), 3, KEY), key=5)
+    whole = make_sampler([1] * 50, 0.3, 3, assign_sampling_groups(np.arange(50, dtype=np.uint64), 3, KEY), key=5)
     for _ in range(9):
         parts = [int(s[0]) for share in shares for s in share.sample_batch().samples]
         assert sorted(parts) == [int(s[0]) for s in whole.sample_batch().samples]
@@ -287,4 +291,4 @@ def test_choose_bands_has_nearly_the_least_error_allowed():
     assert choose_bands(0.3, 154, 8.0, 5e-5, 64) <= 3 and choose_bands(1.0, 60, 8.0, 1e-3, 64) == 1
     accounted = cyclic_event(0, 0.013, 154, few)
     sigma = find_noise_multiplier(accounted.sample_rate, accounted.steps, 8.0, 5e-5)
-    assert 0.5 < error_ratio(sigma, 0.013, 154, few, 8.0, 5e-5) < 0.6
+    assert 0.5 < banded_error_ratio(sigma, 0.013, 154, few, 8.0, 5e-5) < 0.6

@@ -16,11 +16,11 @@ from author_dp.accounting.accountant import epsilon_of
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.events import slot_event
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.ledger_report import format_joint, format_ledger
-from author_dp.accounting.plan import certify_plan, choose_sampling, make_plan, plan_of
+from author_dp.accounting.ledger_report import format_joint_ledgers, format_ledger
+from author_dp.accounting.plan import certify_plan, choose_plan_sampling, make_plan, plan_of
 from author_dp.data.splits import author_hashes
 from author_dp.errors import UserError
-from author_dp.mechanism.sampling import BallsInBinsAuthorSampler, assign_groups
+from author_dp.mechanism.sampling import BallsInBinsAuthorSampler, assign_sampling_groups
 from author_dp.training.dataloading import make_sampler
 from data_utils import group_by_author
 from dp_utils import PrivacyArguments
@@ -46,7 +46,7 @@ def arguments(**options) -> PrivacyArguments:
 # --- the plan -------------------------------------------------------------------------------------------------
 
 
-@catches("fewer slots than steps of an epoch", "accounting.plan.resolve_slots", "math.ceil(1 / sample_rate - 1e-9)",
+@catches("fewer slots than steps of an epoch", "accounting.plan.resolve_plan_slots", "math.ceil(1 / sample_rate - 1e-9)",
     "int(1 / sample_rate)")  # fmt: skip
 @catches("epochs of other steps", "accounting.plan.planned_steps", "args.num_train_epochs * slots - 1e-9", "3 / 0.16")
 def test_slots_are_a_whole_number_and_epochs_have_so_many_steps():
@@ -57,8 +57,8 @@ def test_slots_are_a_whole_number_and_epochs_have_so_many_steps():
     assert plan.sampling == "balls-in-bins" and math.isnan(plan.noise_multiplier)  # until it is certified
 
 
-@catches("slots from the counted authors", "accounting.plan.make_plan", "resolve_slots(privacy, earlier, sample_rate)",
-    "resolve_slots(privacy, earlier, batch_size / num_authors)")  # fmt: skip
+@catches("slots from the counted authors", "accounting.plan.make_plan", "resolve_plan_slots(privacy, earlier, sample_rate)",
+    "resolve_plan_slots(privacy, earlier, batch_size / num_authors)")  # fmt: skip
 def test_hidden_counts_do_not_set_the_slots():
     privacy = arguments(hide_counts=True, sample_rate=0.1, noise_bands=None)
     plans = [make_plan(privacy, Args, np.arange(authors + 1)) for authors in (30, 100)]
@@ -94,11 +94,21 @@ def certified(plan, **changed):
 @catches(
     "a larger epsilon", "accounting.plan.certify_plan", "plan.target_epsilon, plan.delta", "plan.target_epsilon + 1, plan.delta"
 )
-@catches("fewer steps before", "accounting.plan.certify_plan", "segment_of(header, taken)", "segment_of(header, taken - 1)")
 @catches(
-    "other noise before", "accounting.certificates.segment_of", 'header["noise_multiplier"]', '4 * header["noise_multiplier"]'
+    "fewer steps before", "accounting.plan.certify_plan", "slot_segment_of(header, taken)", "slot_segment_of(header, taken - 1)"
 )
-@catches("no bands before", "accounting.certificates.segment_of", 'np.array(header["certificate"]["coefficients"])', "np.ones(1)")
+@catches(
+    "other noise before",
+    "accounting.slot_certificates.slot_segment_of",
+    'header["noise_multiplier"]',
+    '4 * header["noise_multiplier"]',
+)
+@catches(
+    "no bands before",
+    "accounting.slot_certificates.slot_segment_of",
+    'np.array(header["certificate"]["coefficients"])',
+    "np.ones(1)",
+)
 def test_plan_is_certified_for_what_the_run_does(monkeypatch):
     plan, claims = certified_plan(), []
     monkeypatch.setattr("author_dp.accounting.plan.make_certificate", lambda claim, earlier: claims.append(claim) or CERTIFICATE)
@@ -148,7 +158,7 @@ def test_budget_counts_on_the_certificate_for_its_steps_alone(tmp_path):
     assert Budget(resumed, after.ledger, is_main_process=True).epsilon(13) == 8.0
 
 
-@catches("other noise than the certificate's", "accounting.ledger.check_record", "!= (record[", "is (record[")
+@catches("other noise than the certificate's", "accounting.ledger.check_ledger_record", "!= (record[", "is (record[")
 def test_header_has_the_noise_of_its_certificate(tmp_path):
     with pytest.raises(ValueError, match="other noise"):
         ledger_of(tmp_path, replace(certified_plan(), noise_multiplier=0.5), 0)
@@ -156,22 +166,22 @@ def test_header_has_the_noise_of_its_certificate(tmp_path):
         ledger_of(tmp_path, certified_plan(earlier=None), 0).start_run({"slots": 6, "noise_multiplier": 1.0})
 
 
-@catches("the last folder alone", "accounting.ledger_report.format_joint", "[segment_of(*run) for run in runs]",
-    "[segment_of(*runs[-1])]")  # fmt: skip
+@catches("the last folder alone", "accounting.ledger_report.format_joint_ledgers", "[slot_segment_of(*run) for run in runs]",
+    "[slot_segment_of(*runs[-1])]")  # fmt: skip
 def test_folders_are_certified_together(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("author_dp.accounting.ledger_report.certify_epsilon", lambda segments, *_: seen.extend(segments) or 9.0)
-    monkeypatch.setattr("author_dp.accounting.ledger_report.format_certificate", lambda ledger: f"repeated {ledger.steps}")
+    monkeypatch.setattr("author_dp.accounting.ledger_report.format_ledger_certificate", lambda ledger: f"repeated {ledger.steps}")
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()
     ledgers = [ledger_of(folders[0], certified_plan(), 7, "a"), ledger_of(folders[1], certified_plan(), 18, "b")]
-    assert all(f"repeated {steps}" in format_joint(ledgers) for steps in (7, 18))
+    assert all(f"repeated {steps}" in format_joint_ledgers(ledgers) for steps in (7, 18))
     seen.clear()
-    assert "together: epsilon 9.00" in format_joint(ledgers) and [segment.steps for segment in seen] == [7, 18]
+    assert "together: epsilon 9.00" in format_joint_ledgers(ledgers) and [segment.steps for segment in seen] == [7, 18]
     seen.clear()
     poisson = make_plan(arguments(sampling=None, noise_multiplier=1.0, target_epsilon=None), Args, np.arange(25))
-    assert "together: epsilon 9.00" not in format_joint([*ledgers, ledger_of(folders[2], poisson, 3, "c")]) and not seen
+    assert "together: epsilon 9.00" not in format_joint_ledgers([*ledgers, ledger_of(folders[2], poisson, 3, "c")]) and not seen
 
 
 @pytest.mark.parametrize(
@@ -200,7 +210,7 @@ def test_delta_that_promises_nothing_is_refused():
 
 def sampler_of(authors=50, slots=7, key=bytes(32)) -> BallsInBinsAuthorSampler:
     ids = [f"author {number}" for number in range(authors)]
-    assigned = assign_groups(author_hashes(ids), slots, key)
+    assigned = assign_sampling_groups(author_hashes(ids), slots, key)
     return BallsInBinsAuthorSampler(*group_by_author(ids), slots=assigned, samples_per_author=1, steps=slots, key=1)
 
 
@@ -219,7 +229,7 @@ def test_each_author_is_in_one_batch_of_every_epoch_the_same_one():
 
 
 @catches("a slot that moves when someone leaves", "training.dataloading.make_sampler",
-    "assign_groups(dataset.hashes, plan.slots or plan.noise_bands, broadcast(secrets.token_bytes(32)))",
+    "assign_sampling_groups(dataset.hashes, plan.slots or plan.noise_bands, broadcast(secrets.token_bytes(32)))",
     "torch.randperm(len(dataset)).numpy() % plan.slots")  # fmt: skip
 @catches("slots kept after resuming", "training.dataloading.make_sampler", "broadcast(secrets.token_bytes(32))", "bytes(32)")
 def test_slots_depend_on_the_author_and_a_secret_key_alone(monkeypatch):
@@ -247,8 +257,10 @@ def test_every_author_needs_a_slot():
 
 
 @pytest.mark.integration
-@catches("epsilon of the planned end kept beyond it", "accounting.ledger.is_certified", ' and steps <= certificate["steps"]', "")
-@catches("steps of earlier runs not asked for", "accounting.ledger.is_certified",
+@catches(
+    "epsilon of the planned end kept beyond it", "accounting.ledger.ledger_is_certified", ' and steps <= certificate["steps"]', ""
+)
+@catches("steps of earlier runs not asked for", "accounting.ledger.ledger_is_certified",
     '[[header["name"], taken] for header, taken in earlier] == certificate["earlier"] and ', "")  # fmt: skip
 def test_report_and_ledger_tell_what_was_certified(tmp_path):
     trainer = in_slots(tmp_path)
@@ -368,16 +380,18 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.integration
-@catches("the sampling with more noise", "accounting.plan.choose_sampling", "in_slots_error < WORTH_SLOTS * error",
+@catches("the sampling with more noise", "accounting.plan.choose_plan_sampling", "in_slots_error < WORTH_SLOTS * error",
     "in_slots_error > WORTH_SLOTS * error")  # fmt: skip
 def test_auto_takes_the_sampling_with_less_noise():
     options = {"target_delta": 1e-5, "noise_bands": "auto"}
     few, many = (type("Args", (Args,), {"per_device_train_batch_size": 64, "max_steps": steps}) for steps in (60, 24))
-    assert choose_sampling(arguments(target_epsilon=1.0, **options), few, 500) == "poisson"
-    assert choose_sampling(arguments(target_epsilon=2.0, **options), many, 4_000) == "balls-in-bins"
+    assert choose_plan_sampling(arguments(target_epsilon=1.0, **options), few, 500) == "poisson"
+    assert choose_plan_sampling(arguments(target_epsilon=2.0, **options), many, 4_000) == "balls-in-bins"
     for more in ({"part_of_search": True}, {"target_epsilon": None, "noise_bands": None, "noise_multiplier": 1.0}):
-        assert choose_sampling(arguments(**{**options, **more}), many, 4_000) == "poisson"
-    assert choose_sampling(arguments(**options), type("Args", (many,), {"max_steps": 4}), 64 * 5_000) == "poisson"  # too long
+        assert choose_plan_sampling(arguments(**{**options, **more}), many, 4_000) == "poisson"
+    assert (
+        choose_plan_sampling(arguments(**options), type("Args", (many,), {"max_steps": 4}), 64 * 5_000) == "poisson"
+    )  # too long
 
 
 @pytest.mark.integration

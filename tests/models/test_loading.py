@@ -17,7 +17,7 @@ from author_dp.models.loading import (
     load_base,
     load_model,
     load_tokenizer,
-    to_absolute,
+    to_absolute_model_path,
 )
 from author_dp.models.lora import LoraArguments
 from author_dp.models.quantization import quantized_layers
@@ -102,10 +102,10 @@ def make_adapter(checkpoint, folder: Path) -> None:
 
 
 def test_an_adapter_names_its_base_from_everywhere(checkpoint, tmp_path, monkeypatch):
-    assert adapter_base_model(checkpoint) is None and to_absolute("gpt2") == "gpt2"
+    assert adapter_base_model(checkpoint) is None and to_absolute_model_path("gpt2") == "gpt2"
     shutil.copytree(checkpoint, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    model = get_peft_model(load_base(to_absolute("base")), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True))
+    model = get_peft_model(load_base(to_absolute_model_path("base")), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True))
     model.save_pretrained("adapter")
     monkeypatch.chdir("/")
     assert adapter_base_model(str(tmp_path / "adapter")) == str(tmp_path / "base")

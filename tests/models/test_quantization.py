@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from author_dp.clipping import engine_class
 from author_dp.errors import UserError
 from author_dp.guards.model_check import verify_model
-from author_dp.guards.precision import tolerance_factor
+from author_dp.guards.precision import precision_tolerance_factor
 from author_dp.mechanism.losses import author_losses
 from author_dp.models import quantization
 from author_dp.models.loading import load_adapter, load_base, reload_adapter_weights
@@ -98,7 +98,7 @@ def test_it_computes_what_a_float32_model_with_the_rounded_weights_does(folders,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_are_clipped_exactly_and_float32(folders, family, bits):
     model, batch = make(folders[family], bits), make_batch()
-    assert tolerance_factor(model) == 1 and verify_model(model, "ghost").error < 1e-5
+    assert precision_tolerance_factor(model) == 1 and verify_model(model, "ghost").error < 1e-5
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point())
     for clipping in ("ghost", "grad_sample"):

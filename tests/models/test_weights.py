@@ -18,7 +18,7 @@ from author_dp.models.weights import (
     check_weights,
     hash_weights,
     weight_files,
-    write_certified,
+    write_certified_weights,
 )
 from author_dp.outputs import generate, report
 from author_dp.outputs import privacy_statement as sidecar
@@ -65,7 +65,7 @@ def all_that_read(folder: Path) -> list:
     out = folder / "out"
     options = ["--out", str(folder / "s.jsonl"), "--number", "1", "--max_new_tokens", "2", "--use_cpu"]
     return [
-        lambda: sidecar.read_guarantee(out),
+        lambda: sidecar.read_privacy_statement(out),
         lambda: generate.main([str(out), *options]),
         lambda: report.main([str(out)]),
         lambda: make_trainer(
@@ -85,7 +85,8 @@ def refused_by_all(folder: Path, words: str) -> None:
 
 
 @pytest.mark.integration
-@catches("hashes of another folder", "models.weights.write_certified", "hash_weights(folder)", "hash_weights(folder.parent)",
+@catches("hashes of another folder", "models.weights.write_certified_weights", "hash_weights(folder)",
+    "hash_weights(folder.parent)",
     lora=False)  # fmt: skip
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_run_certifies_its_own_weights_and_those_of_its_checkpoints(tmp_path, lora):
@@ -98,7 +99,7 @@ def test_a_run_certifies_its_own_weights_and_those_of_its_checkpoints(tmp_path, 
         base = read_report(tmp_path / "out")["adapter_base"]
         assert base == {"name": "base", "files": hash_weights(tmp_path / "base")}
         assert base["files"].keys() == {"model.safetensors", "config.json"}
-    guarantee = sidecar.read_guarantee(tmp_path / "out")
+    guarantee = sidecar.read_privacy_statement(tmp_path / "out")
     assert guarantee["weights"] == hash_weights(tmp_path / "out") and "base_model" not in guarantee
 
 
@@ -167,7 +168,9 @@ def test_other_weights_are_refused_by_all_that_read_a_guarantee(tmp_path, how):
 
 
 @pytest.mark.integration
-@catches("another base under the adapter", "models.weights.check_weights", "check_base(folder, report)", "pass", how="base")
+@catches(
+    "another base under the adapter", "models.weights.check_weights", "check_base_weights(folder, report)", "pass", how="base"
+)
 @pytest.mark.parametrize("how", sample(["base", "adapter's configuration", "base's configuration", "base's format", "adapter"]))
 def test_another_adapter_or_base_is_refused(tmp_path, how):
     run(tmp_path, lora=True)
@@ -190,7 +193,7 @@ def test_another_adapter_or_base_is_refused(tmp_path, how):
     )
 
 
-@catches("a local folder for a base of the hub", "models.weights.check_base", "if files is None:",
+@catches("a local folder for a base of the hub", "models.weights.check_base_weights", "if files is None:",
     "if files is None:\n        return\n    if False:")  # fmt: skip
 def test_a_folder_that_is_named_like_a_base_of_the_hub_is_not_that_base(tmp_path):
     run(tmp_path, lora=True)
@@ -198,14 +201,14 @@ def test_a_folder_that_is_named_like_a_base_of_the_hub_is_not_that_base(tmp_path
         tmp_path / "out" / "privacy.json", {**read_report(tmp_path / "out"), "adapter_base": {"name": "base", "revision": "1a"}}
     )
     with pytest.raises(UserError, match="on the hub, but"):
-        sidecar.read_guarantee(tmp_path / "out")
+        sidecar.read_privacy_statement(tmp_path / "out")
         pytest.fail("not noticed")
 
 
 def test_a_base_of_the_hub_is_loaded_at_its_commit(tmp_path, monkeypatch):
     run(tmp_path, lora=True)
-    guarantee = {**sidecar.read_guarantee(tmp_path / "out"), "adapter_base": {"name": "gpt2", "revision": "1a2b"}}
-    monkeypatch.setattr(sidecar, "read_guarantee", lambda folder: guarantee)
+    guarantee = {**sidecar.read_privacy_statement(tmp_path / "out"), "adapter_base": {"name": "gpt2", "revision": "1a2b"}}
+    monkeypatch.setattr(sidecar, "read_privacy_statement", lambda folder: guarantee)
     asked = []
     monkeypatch.setattr(generate, "load_base", lambda name, **options: asked.append(options) or make_model(tmp_path))
     with pytest.raises(UserError):  # of which tokenizer and model do not fit
@@ -217,13 +220,13 @@ def test_an_adapter_and_a_full_model_in_one_folder_are_ambiguous_without_a_certi
     make_model(tmp_path, lora=True).save_pretrained(tmp_path / "out")
     make_model(tmp_path).save_pretrained(tmp_path / "out")
     with pytest.raises(UserError, match=r"FOLDER .* both an adapter .* and a full model \(model\.safetensors\)"):
-        generate.load_model(str(tmp_path / "out"))
+        generate.load_generating_model(str(tmp_path / "out"))
 
 
 def test_without_a_privacy_json_a_model_writes_uncertified(tmp_path):
-    assert sidecar.read_guarantee(tmp_path) is None
+    assert sidecar.read_privacy_statement(tmp_path) is None
     run(tmp_path, privacy=PLAIN)
-    assert not sidecar.make_statement(sidecar.read_guarantee(tmp_path / "out"), "none")["covered"]
+    assert not sidecar.make_statement(sidecar.read_privacy_statement(tmp_path / "out"), "none")["covered"]
 
 
 @catches("a sidecar that names no weights", "outputs.privacy_statement.check_statement", 'statement.get("covered") and',
@@ -239,19 +242,21 @@ def test_a_text_whose_sidecar_names_no_weights_is_not_covered(tmp_path):
     assert sidecar.check_statement(path)["covered"]
 
 
-@catches("shards of before write_certified with the weights", "models.weights.write_certified", "path.unlink()", "pass")
+@catches(
+    "shards of before write_certified_weights with the weights", "models.weights.write_certified_weights", "path.unlink()", "pass"
+)
 def test_sharded_weights_are_certified_and_replaced_by_others(tmp_path):
     model = tiny_gpt2()
-    with write_certified(tmp_path, adapter=False, make_report=dict):
+    with write_certified_weights(tmp_path, adapter=False, make_report=dict):
         model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert is_certified(tmp_path) and len(weight_files(tmp_path)) > 3
-    with write_certified(tmp_path, adapter=False, make_report=dict):
+    with write_certified_weights(tmp_path, adapter=False, make_report=dict):
         model.save_pretrained(tmp_path)
     assert {path.name for path in weight_files(tmp_path)} == {"config.json", "model.safetensors"} and is_certified(tmp_path)
 
 
 @pytest.mark.integration
-@catches("weights of another run write_certified with ours", "models.weights.write_certified",
+@catches("weights of another run write_certified_weights with ours", "models.weights.write_certified_weights",
     "if not pattern.fullmatch(Path(name).name)]", "if False]")  # fmt: skip
 def test_what_somebody_puts_there_during_the_run_is_not_certified(tmp_path):
     trainer = resumable(tmp_path, max_steps=2)

@@ -18,15 +18,15 @@ from author_dp.accounting import privacy_report
 from author_dp.accounting.ledger_report import main
 from author_dp.errors import UserError
 from author_dp.models.weights import (
-    check_base,
+    check_base_weights,
     check_weights,
-    describe_base,
+    describe_base_weights,
     hash_weights,
     weight_files,
 )
 from author_dp.outputs import privacy_statement as sidecar
 from author_dp.outputs import report
-from author_dp.training.checkpointing import latest_complete, remove_checkpoint
+from author_dp.training.checkpointing import latest_complete_checkpoint, remove_checkpoint
 
 # --- interruptions ----------------------------------------------------------------------------------------
 
@@ -77,10 +77,11 @@ ENDS = {"killed": None, "Ctrl-C": KeyboardInterrupt(), "disk full": OSError(28, 
 
 
 @pytest.mark.integration
-@catches("privacy.json written before the weights", "models.weights.write_certified", "    yield\n",
+@catches("privacy.json written before the weights", "models.weights.write_certified_weights", "    yield\n",
     "    write_json(folder / REPORT_NAME, {**make_report(), 'weights': hash_weights(folder)})\n    yield\n", how="Ctrl-C",
     what="model")  # fmt: skip
-@catches("privacy.json of before left while weights are written", "models.weights.write_certified", "remove_report(folder)",
+@catches("privacy.json of before left while weights are written", "models.weights.write_certified_weights",
+    "remove_weights_report(folder)",
     "pass", how="killed", what="model")  # fmt: skip
 @pytest.mark.parametrize(("how", "what"), sample([(how, what) for what in ("model", "checkpoint") for how in ENDS]))
 def test_wherever_a_save_is_cut_nothing_false_is_certified(tmp_path, how, what):
@@ -112,7 +113,7 @@ def test_wherever_a_save_is_cut_nothing_false_is_certified(tmp_path, how, what):
         left, INTERRUPT.folder = INTERRUPT.left, ""
         outcomes.add((is_certified(place), (place / "model.safetensors").exists()))
         is_certified(out)
-        assert latest_complete(out) is not None or what == "checkpoint"
+        assert latest_complete_checkpoint(out) is not None or what == "checkpoint"
         resumable(out, max_steps=2, target=30.0, resume_from_checkpoint=True)  # nothing of it is in the way of going on
         if ended and (ENDS[how] is None or left > 0):
             break
@@ -122,7 +123,8 @@ def test_wherever_a_save_is_cut_nothing_false_is_certified(tmp_path, how, what):
 
 @pytest.mark.integration
 @catches("the folder's privacy.json written with each checkpoint", "training.saving.CertifiedTrainer._save",
-    "with write_certified(", "with write_certified(self.folder, adapter, self.privacy_report), write_certified(")  # fmt: skip
+    "with write_certified_weights(",
+    "with write_certified_weights(self.folder, adapter, self.privacy_report), write_certified_weights(")  # fmt: skip
 def test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(tmp_path):
     resumable(tmp_path, max_steps=4).train()
     assert not (tmp_path / "privacy.json").exists() and all(is_certified(tmp_path / f"checkpoint-{n}") for n in (2, 4))
@@ -130,19 +132,21 @@ def test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(tmp_pa
     report.main([str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
     assert "nothing yet" in page and "<td>4</td>" in page and "covered by the guarantee" not in page
-    assert sidecar.read_guarantee(tmp_path) is None
+    assert sidecar.read_privacy_statement(tmp_path) is None
 
 
 def test_a_report_of_the_ledger_tells_what_it_spent(tmp_path):
     trainer = resumable(tmp_path, max_steps=4)
     trainer.train()
-    found = privacy_report.recompute_report(tmp_path / "privacy.json", trainer.budget.ledger)
+    found = privacy_report.recompute_privacy_report(tmp_path / "privacy.json", trainer.budget.ledger)
     assert found["epsilon"] == pytest.approx(trainer.epsilon(), rel=3e-3) and found["interrupted"] and found["steps"] == 4
     assert found["num_authors"] == 60 and "weights" not in found
 
 
 @pytest.mark.integration
-@catches("a ledger rolled back behind its checkpoints", "accounting.ledger_report.main", "in find_reports(folder)", "in []")
+@catches(
+    "a ledger rolled back behind its checkpoints", "accounting.ledger_report.main", "in find_ledger_reports(folder)", "in []"
+)
 def test_checkpoints_know_of_records_that_a_ledger_has_lost(tmp_path):
     resumable(tmp_path, max_steps=4).train()
     path = tmp_path / "privacy_ledger.jsonl"
@@ -212,7 +216,8 @@ def test_an_output_folder_is_not_called_like_a_checkpoint(tmp_path):
 
 
 @pytest.mark.integration
-@catches("weights without privacy that pass for a base model", "models.weights.write_certified", "if disable_dp:", "if False:",
+@catches("weights without privacy that pass for a base model", "models.weights.write_certified_weights", "if disable_dp:",
+    "if False:",
     what="model")  # fmt: skip
 @pytest.mark.parametrize("what", ["model", "checkpoint", "rotation"])
 def test_wherever_a_run_without_privacy_is_killed_its_weights_are_not_a_base_model(tmp_path, what):
@@ -233,21 +238,21 @@ def test_wherever_a_run_without_privacy_is_killed_its_weights_are_not_a_base_mod
         ended = in_a_child(save) == 0
         INTERRUPT.folder = ""
         if weight_files(place) and (place / "model.safetensors").exists():
-            assert (place / "privacy.json").exists() and not sidecar.starting_model(str(place))["covered"]
+            assert (place / "privacy.json").exists() and not sidecar.statement_starting_model(str(place))["covered"]
         if ended:
             break
     assert number > 3
 
 
-@catches("a file beside the adapter's base", "models.weights.check_base", "files.keys() | present.keys()", "files")
+@catches("a file beside the adapter's base", "models.weights.check_base_weights", "files.keys() | present.keys()", "files")
 def test_a_file_beside_the_base_of_before_is_another_base(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
-    report = {"adapter_base": describe_base(str(tmp_path / "base"))}
-    check_base(tmp_path / "adapter", report)
+    report = {"adapter_base": describe_base_weights(str(tmp_path / "base"))}
+    check_base_weights(tmp_path / "adapter", report)
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"other weights")
     with pytest.raises(UserError, match=r"base/pytorch_model\.bin is not what"):
-        check_base(tmp_path / "adapter", report)
+        check_base_weights(tmp_path / "adapter", report)
         pytest.fail("not noticed")

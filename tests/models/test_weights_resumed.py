@@ -58,7 +58,7 @@ def test_foreign_weights_are_refused_with_their_names(tmp_path, where, name):
 
 
 @pytest.mark.integration
-@catches("results of another kind beside those resumed", "training.checkpointing.check_own_results", "    if foreign:",
+@catches("results of another kind beside those resumed", "training.checkpointing.check_checkpoint_kind", "    if foreign:",
     "    if False:", lora=True)  # fmt: skip
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_a_run_goes_on_among_results_of_its_own_kind_only(tmp_path, lora):
@@ -86,7 +86,7 @@ def test_a_folder_is_looked_into_before_model_and_data_are_read(tmp_path, monkey
 
 
 @catches("an adapter resumed on another base", "training.run_report.RunReport.identify_base",
-    "check_same_base(self.adapter_base, ", "print(self.adapter_base, ")  # fmt: skip
+    "check_same_base_weights(self.adapter_base, ", "print(self.adapter_base, ")  # fmt: skip
 def test_an_adapter_is_not_resumed_on_another_base(tmp_path):
     run(tmp_path, lora=True)
     tiny_gpt2(seed=8).save_pretrained(tmp_path / "b" / "base")
@@ -96,7 +96,7 @@ def test_an_adapter_is_not_resumed_on_another_base(tmp_path):
         pytest.fail("resumed")
 
 
-@catches("other weights resumed", "training.checkpointing.check_ledger_covers",
+@catches("other weights resumed", "training.checkpointing.check_ledger_covers_checkpoint",
     "check_weights(checkpoint, report, base=False)", "pass")  # fmt: skip
 def test_another_checkpoint_under_the_same_certificate_is_not_resumed(tmp_path):
     run(tmp_path)
@@ -109,7 +109,7 @@ def test_another_checkpoint_under_the_same_certificate_is_not_resumed(tmp_path):
         pytest.fail("resumed")
 
 
-@catches("moments of another run resumed", "training.checkpointing.check_ledger_covers",
+@catches("moments of another run resumed", "training.checkpointing.check_ledger_covers_checkpoint",
     "sha256_of(checkpoint / name) != known.get(name)", "False")  # fmt: skip
 def test_another_optimizers_state_is_not_resumed(tmp_path):
     """Its moments may hold gradients without noise; sizes are the same."""
@@ -122,7 +122,7 @@ def test_another_optimizers_state_is_not_resumed(tmp_path):
         pytest.fail("resumed")
 
 
-@catches("an optimizer's state without a hash", "training.checkpointing.check_ledger_covers",
+@catches("an optimizer's state without a hash", "training.checkpointing.check_ledger_covers_checkpoint",
     "[OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else []", "[]")  # fmt: skip
 def test_an_optimizers_state_without_a_hash_is_not_resumed(tmp_path):
     make_trainer(tmp_path, **STEPS).train()
@@ -151,8 +151,8 @@ def test_an_adapter_is_resumed_on_its_base_wherever_that_lies_now(tmp_path):
 @pytest.mark.integration
 @catches("a starting model without privacy not named", "training.run_report.RunReport.to_dict",
     '"base_model": self.base_model', '"base_model": None')  # fmt: skip
-@catches("text of a model that started from one without privacy is covered", "outputs.guarantee.no_guarantee_reason",
-    "if not base_is_covered(guarantee):", "if False:")  # fmt: skip
+@catches("text of a model that started from one without privacy is covered", "outputs.guarantee_table.why_no_guarantee",
+    "if not guarantee_covers_base(guarantee):", "if False:")  # fmt: skip
 def test_the_model_that_training_started_from_is_named_with_its_guarantee(tmp_path):
     for name, privacy in (("private", None), ("plain", PLAIN)):
         folder = tmp_path / name
@@ -163,7 +163,7 @@ def test_the_model_that_training_started_from_is_named_with_its_guarantee(tmp_pa
         named = read_report(folder / "second").get("base_model")
         assert named is not None
         assert named["name"] == "out" and named["covered"] == (name == "private")
-        said = sidecar.make_statement(sidecar.read_guarantee(folder / "second"), "none")
+        said = sidecar.make_statement(sidecar.read_privacy_statement(folder / "second"), "none")
         assert said["covered"] == named["covered"] and "out has" in said["statement"]
         report.main([str(folder / "second")])
         page = (folder / "second" / "report.html").read_text()
@@ -177,19 +177,24 @@ def test_the_model_that_training_started_from_is_named_with_its_guarantee(tmp_pa
         again.train()
         again.save_model()
         assert read_report(folder / "second")["base_model"] == named
-        third = sidecar.starting_model(str(folder / "second"))
+        third = sidecar.statement_starting_model(str(folder / "second"))
         assert third["covered"] == named["covered"] and "out" in json.dumps(third)
 
 
 def test_a_starting_model_that_its_certificate_does_not_fit_has_none(tmp_path):
-    assert sidecar.starting_model("gpt2") is sidecar.starting_model("") is sidecar.starting_model(str(tmp_path)) is None
+    assert (
+        sidecar.statement_starting_model("gpt2")
+        is sidecar.statement_starting_model("")
+        is sidecar.statement_starting_model(str(tmp_path))
+        is None
+    )
     run(tmp_path)
     spoil(tmp_path, "one byte")
-    assert "does not certify" in sidecar.starting_model(str(tmp_path / "out"))["reason"]
+    assert "does not certify" in sidecar.statement_starting_model(str(tmp_path / "out"))["reason"]
     (tmp_path / "out" / "privacy.json").unlink()
-    assert not sidecar.starting_model(str(tmp_path / "out"))["covered"]  # what was interrupted
+    assert not sidecar.statement_starting_model(str(tmp_path / "out"))["covered"]  # what was interrupted
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "copy")
-    assert sidecar.starting_model(str(tmp_path / "copy"))["covered"]  # with its own certificate
+    assert sidecar.statement_starting_model(str(tmp_path / "copy"))["covered"]  # with its own certificate
 
 
 def test_a_starting_model_of_the_hub_is_looked_at_too(tmp_path, monkeypatch):
@@ -202,13 +207,13 @@ def test_a_starting_model_of_the_hub_is_looked_at_too(tmp_path, monkeypatch):
     monkeypatch.setattr(
         hub, "hf_hub_download", lambda *names, **options: download(*names, cache_dir=tmp_path / "cache", **options)
     )
-    named = sidecar.starting_model("somebody/model")
+    named = sidecar.statement_starting_model("somebody/model")
     assert named["name"] == "somebody/model" and not named["covered"] and "--disable_dp" in named["reason"]
-    assert sidecar.starting_model("somebody/other") is None
+    assert sidecar.statement_starting_model("somebody/other") is None
 
 
 def test_the_base_of_an_adapter_from_elsewhere_is_named_too(tmp_path):
     run(tmp_path, privacy=PLAIN)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"])).save_pretrained(tmp_path / "adapter")
-    assert sidecar.starting_model(str(tmp_path / "adapter"))["name"] == "out"
+    assert sidecar.statement_starting_model(str(tmp_path / "adapter"))["name"] == "out"

@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.data.chat import ChatFormatter, resolve_bos_token, tokenize_examples
+from author_dp.data.chat import ChatFormatter, resolve_bos_token, tokenize_chat_examples
 from author_dp.data.readers import read_rows
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.outputs import generate
 from author_dp.outputs import privacy_statement as sidecar
-from author_dp.outputs.prompts import Source, make_prompts
+from author_dp.outputs.prompts import PromptSource, make_prompts
 
 SHORT = ["--max_new_tokens", "5", "--use_cpu", "--batch_size", "4"]
 
@@ -96,7 +96,7 @@ def test_the_guarantee_travels_with_the_text(trained, tmp_path, capsys):
     }  # fmt: skip
 
 
-@catches("a private count travels with the text", "outputs.privacy_statement.read_guarantee",
+@catches("a private count travels with the text", "outputs.privacy_statement.read_privacy_statement",
     "{key: report[key] for key in PUBLIC_KEYS if key in report}", "report")  # fmt: skip
 def test_a_sidecar_tells_public_values_only(folder, tmp_path):
     report = json.loads((folder / "privacy.json").read_text())
@@ -132,7 +132,7 @@ def test_public_and_fixed_prompts_are_said_to_be_so(trained, tmp_path):
     assert all(row.keys() == {"content"} and row["content"].startswith("I am") for row in rows_of(tmp_path / "f.jsonl"))
 
 
-@catches("nobody is asked where prompts come from", "outputs.generate.check_arguments",
+@catches("nobody is asked where prompts come from", "outputs.generate.check_generate_arguments",
     "if args.prompts and not (args.public_prompts or args.private_prompts):", "if False:")  # fmt: skip
 def test_prompts_need_a_word_on_where_they_come_from(trained, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
@@ -148,18 +148,18 @@ def test_text_of_a_model_without_privacy_is_loud_and_for_its_owner(folder, tmp_p
     assert mode(tmp_path / "s.jsonl") == 0o600
 
 
-@catches("an edited epsilon travels with the text", "outputs.privacy_statement.read_guarantee",
-    "report = recompute_report(path, ledger)", "report = read_json(path)")  # fmt: skip
+@catches("an edited epsilon travels with the text", "outputs.privacy_statement.read_privacy_statement",
+    "report = recompute_privacy_report(path, ledger)", "report = read_json(path)")  # fmt: skip
 def test_epsilon_is_that_of_the_ledger_not_of_an_edited_report(folder):
     path, ledger = folder / "privacy.json", PrivacyLedger(folder / "privacy_ledger.jsonl")
     report = json.loads(path.read_text())
     write_json(path, {**report, "epsilon": 0.1})
-    assert sidecar.read_guarantee(folder)["epsilon"] == pytest.approx(report["epsilon"], rel=3e-3)
+    assert sidecar.read_privacy_statement(folder)["epsilon"] == pytest.approx(report["epsilon"], rel=3e-3)
     ledger.record_failure("the noise is gone")
-    assert not sidecar.make_statement(sidecar.read_guarantee(folder), "none")["covered"]
+    assert not sidecar.make_statement(sidecar.read_privacy_statement(folder), "none")["covered"]
     write_json(path, {**report, "ledger_link": "0" * 64})
     with pytest.raises(UserError, match="lacks records"):
-        sidecar.read_guarantee(folder)
+        sidecar.read_privacy_statement(folder)
 
 
 def test_a_checkpoint_has_the_ledger_of_its_run(folder):
@@ -167,9 +167,9 @@ def test_a_checkpoint_has_the_ledger_of_its_run(folder):
     checkpoint.mkdir()
     for name in ("privacy.json", "config.json", "model.safetensors"):
         (checkpoint / name).write_bytes((folder / name).read_bytes())
-    assert sidecar.read_guarantee(checkpoint)["ledger_was_read"]
+    assert sidecar.read_privacy_statement(checkpoint)["ledger_was_read"]
     (folder / "privacy_ledger.jsonl").unlink()
-    assert not sidecar.read_guarantee(checkpoint)["ledger_was_read"]  # a model from elsewhere: as its privacy.json says
+    assert not sidecar.read_privacy_statement(checkpoint)["ledger_was_read"]  # a model from elsewhere: as its privacy.json says
 
 
 @catches("a sidecar of another text believed", "outputs.privacy_statement.check_statement",
@@ -263,7 +263,7 @@ def test_the_seed_decides_and_the_folders_own_sampling_does_not(folder, tmp_path
 
 
 def test_texts_of_a_batch_are_those_of_one_by_one(trained, tokenizer):
-    model, _ = generate.load_model(str(trained))
+    model, _ = generate.load_generating_model(str(trained))
     ids = [tokenizer(text)["input_ids"] for text in ("a", "the match was late", "goal")]
     config = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=[0], pad_token_id=0)
     together = generate.generate_batch(model, ids, config, 0)
@@ -294,7 +294,7 @@ def test_an_adapter_is_merged_into_its_base(trained, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     ids = torch.tensor([[3, 4, 5]])
-    merged, _ = generate.load_model(str(tmp_path))
+    merged, _ = generate.load_generating_model(str(tmp_path))
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trained), tmp_path)(ids).logits
     assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
     assert not torch.allclose(merged(ids).logits, AutoModelForCausalLM.from_pretrained(trained)(ids).logits, atol=1e-2)
@@ -307,24 +307,24 @@ def test_prompts_are_read_as_in_training(tokenizer, tmp_path):
     loaded.chat_template = (ROOT / "demo" / "chat.jinja").read_text()
     form = ChatFormatter(loaded, "assistant")
     start = [resolve_bos_token(loaded, prepend_bos=True)]
-    text, talk, empty = make_prompts(loaded, "<|endoftext|>", Source(str(tmp_path / "p.jsonl")))
+    text, talk, empty = make_prompts(loaded, "<|endoftext|>", PromptSource(str(tmp_path / "p.jsonl")))
     for prompt, example in (
         (text, form.format_completion("a <|endoftext|> b", " c")),
         (talk, form.format_messages([rows[1]["prompt"][0], {"role": "assistant", "content": "Four"}])),
     ):
-        (whole,), _ = tokenize_examples([example], loaded, start, [])
+        (whole,), _ = tokenize_chat_examples([example], loaded, start, [])
         assert whole[: len(prompt.ids)] == prompt.ids and start[0] not in prompt.ids[1:] and prompt.ids[0] == start[0]
     assert loaded.decode(talk.ids).endswith("Question: Two and two?\nAnswer: ") and empty.ids == start
-    written = generate.to_row(talk, " Four\n", "content", False)
+    written = generate.to_generated_row(talk, " Four\n", "content", False)
     assert written == {"messages": [*rows[1]["prompt"], {"role": "assistant", "content": "Four"}]}
-    (asked,) = make_prompts(loaded, None, Source(template="Two and two?", chat=True))
+    (asked,) = make_prompts(loaded, None, PromptSource(template="Two and two?", chat=True))
     assert asked.row == {"messages": rows[1]["prompt"]} and asked.ids == talk.ids[1:]
 
 
 def test_the_last_answer_of_a_conversation_is_written_anew(tokenizer):
     loaded = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
     loaded.chat_template = (ROOT / "demo" / "chat.jinja").read_text()
-    prompts = make_prompts(loaded, None, Source(str(ROOT / "demo" / "chat.jsonl"), messages="messages"))
+    prompts = make_prompts(loaded, None, PromptSource(str(ROOT / "demo" / "chat.jsonl"), messages="messages"))
     first = next(read_rows(str(ROOT / "demo" / "chat.jsonl")))
     assert prompts[0].row == {"messages": first["messages"][:-1]} and "author" not in prompts[0].row
 
@@ -338,7 +338,7 @@ def test_rows_of_each_format(tmp_path, suffix):
     {"jsonl": lambda: table.to_json(path, orient="records", lines=True), "csv": lambda: table.to_csv(path, index=False),
      "parquet": lambda: table.to_parquet(path)}[suffix]()  # fmt: skip
     tokens = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
-    prompts = make_prompts(tokens, None, Source(str(path), template="{stars} for {topic} {{x}}", keep=("topic",)))
+    prompts = make_prompts(tokens, None, PromptSource(str(path), template="{stars} for {topic} {{x}}", keep=("topic",)))
     assert [prompt.row["prompt"] for prompt in prompts] == ["3 for chess {x}", "5 for a, b {x}"]
 
 

@@ -11,13 +11,13 @@ import pytest
 from conftest import make_dataset, make_trainer, run_script, tiny_gpt2
 from mutation import catches
 
-from author_dp.accounting.banded_mf import error_ratio
+from author_dp.accounting.banded_mf import banded_error_ratio
 from author_dp.accounting.plan import make_plan
-from author_dp.accounting.planning import format_advice
+from author_dp.accounting.run_planning import format_planning_advice
 from author_dp.cli import parse_options
 from author_dp.errors import UserError
 from author_dp.outputs import planner
-from author_dp.outputs.planner_options import without_options
+from author_dp.outputs.planner_options import without_planner_options
 from author_dp.training.dry_run import DryRun
 
 pytestmark = pytest.mark.integration  # each plan calibrates several noise multipliers exactly
@@ -48,8 +48,15 @@ def plan_of_run(words: list[str]):
     return make_plan(parsed["PrivacyArguments"], args, np.arange(3_001)), args
 
 
-@catches("the planner ignores the bands", "accounting.planning.calibrate", "setting.steps, setting.bands)", "setting.steps, 1)")
-@catches("the planner takes another delta", "accounting.planning.calibrate", "epsilon, task.delta)", "epsilon, 1e-9)")
+@catches(
+    "the planner ignores the bands",
+    "accounting.run_planning.calibrate_planned_run",
+    "setting.steps, setting.bands)",
+    "setting.steps, 1)",
+)
+@catches(
+    "the planner takes another delta", "accounting.run_planning.calibrate_planned_run", "epsilon, task.delta)", "epsilon, 1e-9)"
+)
 def test_noise_and_error_are_those_of_the_run(capsys, few_rows):
     report = plan(capsys, *ASKED, *IN_TIME)
     best, run = report["rows"][0], plan_of_run(shlex.split(report["command"])[2:])
@@ -61,7 +68,7 @@ def test_noise_and_error_are_those_of_the_run(capsys, few_rows):
         made.noise_multiplier,
     )
     assert best["noise_per_step"] == made.noise_multiplier / made.expected_batch_size
-    ratio = error_ratio(made.noise_multiplier, made.sample_rate, made.steps, made.noise_bands, 8.0, made.delta)
+    ratio = banded_error_ratio(made.noise_multiplier, made.sample_rate, made.steps, made.noise_bands, 8.0, made.delta)
     assert best["sum_error_ratio"] == pytest.approx(ratio, rel=1e-12)
     impulses = np.linalg.inv(
         sum(c * np.eye(made.steps, k=-i) for i, c in enumerate(made.coefficients()))
@@ -184,7 +191,7 @@ def test_the_dry_run_advises(tmp_path):
     trainer = make_trainer(
         tmp_path, tiny_gpt2(), make_dataset([1] * 400), privacy=privacy, max_steps=100, optim="adamw_torch", learning_rate=1e-6
     )
-    advice = format_advice(trainer.plan, 1e-6, 400_000, 400_000, is_lora=False)
+    advice = format_planning_advice(trainer.plan, 1e-6, 400_000, 400_000, is_lora=False)
     assert advice.startswith("Planner: these settings are predicted to keep 0% (0% to") and "--noise_bands" in advice
     args = trainer.args
     args.optim = "sgd"
@@ -204,8 +211,8 @@ def test_lora_is_counted_as_the_script_trains_it(tmp_path, capsys, few_rows):
 
 def test_options_and_their_values_are_left_out():
     words = ["--max_st", "3", "--lora_target_modules", "a", "b", "--max-steps=4", "--bf16"]
-    assert without_options(words, {"max_steps"}) == ["--lora_target_modules", "a", "b", "--bf16"]
-    assert without_options(words, {"lora_target_modules", "max_steps"}) == ["--bf16"]
+    assert without_planner_options(words, {"max_steps"}) == ["--lora_target_modules", "a", "b", "--bf16"]
+    assert without_planner_options(words, {"lora_target_modules", "max_steps"}) == ["--bf16"]
 
 
 def test_the_command_runs(checkpoint, comments, tmp_path, capsys, few_rows):

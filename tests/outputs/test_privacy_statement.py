@@ -15,10 +15,10 @@ def test_the_word_on_prompts_decides():
         assert said["statement"].startswith("NO PRIVACY GUARANTEE" if is_private else "epsilon 2.00 at delta 1e-05")
 
 
-@catches("text of a model with infinite epsilon is covered", "outputs.guarantee.no_guarantee_reason",
+@catches("text of a model with infinite epsilon is covered", "outputs.guarantee_table.why_no_guarantee",
     'if guarantee["epsilon"] is None:', "if False:", guarantee={"epsilon": None, "delta": 1e-05, "disable_dp": False},
     words="infinite")  # fmt: skip
-@catches("text of a model whose mechanism failed is covered", "outputs.guarantee.no_guarantee_reason",
+@catches("text of a model whose mechanism failed is covered", "outputs.guarantee_table.why_no_guarantee",
     'if guarantee.get("alarm"):', "if False:",
     guarantee={"epsilon": 2.0, "delta": 1e-05, "disable_dp": False, "alarm": "half the noise"},
     words="half the noise")  # fmt: skip
@@ -38,10 +38,10 @@ def test_nothing_is_claimed_where_there_is_no_guarantee(guarantee, words):
         assert said["statement"].startswith("NO PRIVACY GUARANTEE")
 
 
-@catches("the ledger of any folder named like a checkpoint is above it", "outputs.privacy_statement.ledger_path",
+@catches("the ledger of any folder named like a checkpoint is above it", "outputs.privacy_statement.statement_ledger_path",
     "has_checkpoint_name(folder)", 'folder.resolve().name.startswith("checkpoint-")')  # fmt: skip
 def test_ledger_path_is_above_a_checkpoint_only(tmp_path):
     """A run may have the name checkpoint-best: without its ledger, its alarm would not be known."""
     for name in ("checkpoint-best", "checkpoint-", "checkpoint-3-copy", "scratch"):
-        assert sidecar.ledger_path(tmp_path / name) == tmp_path / name / "privacy_ledger.jsonl"
-    assert sidecar.ledger_path(tmp_path / "checkpoint-3") == tmp_path / "privacy_ledger.jsonl"
+        assert sidecar.statement_ledger_path(tmp_path / name) == tmp_path / name / "privacy_ledger.jsonl"
+    assert sidecar.statement_ledger_path(tmp_path / "checkpoint-3") == tmp_path / "privacy_ledger.jsonl"

@@ -88,7 +88,7 @@ def test_nothing_private_is_in_what_is_published(result, tmp_path):
     assert local == (["adapter_config.json"] if kind == "lora" else [])  # where peft looks for a base that is on no hub
 
 
-@catches("times that tell how long steps took", "outputs.publish.make_public", "os.utime(path, (MTIME, MTIME))", "pass")
+@catches("times that tell how long steps took", "outputs.publish.make_publishable", "os.utime(path, (MTIME, MTIME))", "pass")
 def test_all_may_read_it_and_times_tell_nothing(full, tmp_path):
     publish(full, tmp_path / "out")
     paths = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
@@ -170,7 +170,7 @@ def test_weights_that_change_while_they_are_copied_are_not_published(full, tmp_p
 
 
 @catches("a model without a guarantee is published", "outputs.publish.publishable_report",
-    "if reason := no_guarantee_reason(guarantee):", "if reason := None:", change={"epsilon": None}, words="infinite")  # fmt: skip
+    "if reason := why_no_guarantee(guarantee):", "if reason := None:", change={"epsilon": None}, words="infinite")  # fmt: skip
 @pytest.mark.parametrize(
     ("change", "words"),
     sample(
@@ -227,7 +227,8 @@ def test_an_out_that_holds_something_is_left_alone(full, tmp_path, capsys):
         main([str(full)])
 
 
-@catches("a published model within the run", "outputs.publish.check_out", "if out.resolve().is_relative_to(parent.resolve())",
+@catches("a published model within the run", "outputs.publish.check_publish_target",
+    "if out.resolve().is_relative_to(parent.resolve())",
     "if False", place="", out="a/b")  # fmt: skip
 @pytest.mark.parametrize(
     ("place", "out"), [("", "public"), ("", "a/b"), ("checkpoint-1", "public"), ("checkpoint-1", "checkpoint-1/a")]
@@ -278,7 +279,7 @@ class FakeHub:
 
 
 @pytest.mark.integration
-@catches("the folder itself is uploaded", "outputs.publish.upload", 'publish(folder, temporary / "model", repo)',
+@catches("the folder itself is uploaded", "outputs.publish.publish_to_hub", 'publish(folder, temporary / "model", repo)',
     'shutil.copytree(folder, temporary / "model")', kind="full")  # fmt: skip
 @catches("the Trainer's own upload of checkpoints", "outputs.uploads.UploadingTrainer._push_from_checkpoint",
     "if not self.is_world_process_zero()",
@@ -302,7 +303,7 @@ def test_the_hub_gets_what_publish_copies(tmp_path, monkeypatch, kind):
     assert [message for message, _ in hub.uploads[3:]] == ["Model save", "again"]
 
 
-@catches("checkpoints with losses are uploaded", "guards.options.check_uploads",
+@catches("checkpoints with losses are uploaded", "guards.options.check_upload_options",
     "not in (HubStrategy.END, HubStrategy.EVERY_SAVE)", "in (HubStrategy.ALL_CHECKPOINTS,)",
     options={"hub_strategy": "checkpoint"}, words="--hub_strategy checkpoint")  # fmt: skip
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from author_dp.accounting.output_dir import TRIAL_PREFIX, check_output_dir
 from author_dp.errors import UserError, to_user_error
 from author_dp.models.weights import check_weights
 from author_dp.outputs import rehearsal, report
-from author_dp.training.rescue import check_saved
+from author_dp.training.rescue import check_rescued
 
 ADAPTER = {"task_type": "CAUSAL_LM", "r": 2, "fan_in_fan_out": True, "target_modules": ["c_attn"]}
 
@@ -252,17 +252,17 @@ def test_check_saved_notices_other_and_missing_weights(tmp_path, adapter):
     model = tiny_gpt2()
     model = get_peft_model(model, LoraConfig(**ADAPTER, use_dora=True, modules_to_save=["ln_f"])) if adapter else model
     model.save_pretrained(tmp_path)
-    check_saved(tmp_path, model)
+    check_rescued(tmp_path, model)
     parameter = list(trainable(model).values())[-1]
     with torch.no_grad():
         parameter.view(-1)[-1] += 1
     with pytest.raises(UserError, match="is not what is in memory"):
-        check_saved(tmp_path, model)
+        check_rescued(tmp_path, model)
     with torch.no_grad():
         parameter.view(-1)[-1] -= 1
     model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(UserError, match="extra was trained, and is not among the saved weights"):
-        check_saved(tmp_path, model)
+        check_rescued(tmp_path, model)
 
 
 def test_a_report_that_fails_says_that_the_model_is_saved(tmp_path, monkeypatch):

@@ -18,14 +18,20 @@ from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.cli import command_line
 from author_dp.errors import UserError
-from author_dp.outputs.figures import first_steps, loss_points
-from author_dp.outputs.guarantee import attack_rows, epsilon_in_words, format_interrupted, guarantee_rows, percent_up
+from author_dp.outputs.figures import figure_loss_points, first_steps
+from author_dp.outputs.guarantee_table import (
+    format_interrupted_guarantee,
+    guarantee_attack_rows,
+    guarantee_in_words,
+    guarantee_table_rows,
+)
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.publish import publish
-from author_dp.outputs.report import RunStatistics, evaluate_and_sample, publish_hint, report_result, write_report
+from author_dp.outputs.report import RunStatistics, evaluate_and_sample, report_publish_hint, report_result, write_report
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.dry_run import DryRun, shorten_for_dry_run
-from author_dp.training.public_loss import format_release
+from author_dp.training.loss_release import format_released_loss
+from author_dp.wording import format_percent_up
 
 
 def run(folder, **privacy):
@@ -84,43 +90,45 @@ def test_page_says_what_was_trained_and_by_which_command(tmp_path, monkeypatch):
 )
 def test_summary_says_what_epsilon_means_for_a_decision(epsilon, strength):
     report = {"disable_dp": False, "epsilon": epsilon, "delta": 1e-5, "tpr_at_fpr": {"0.01": 0.0555, "0.001": 0.00286}}
-    words = epsilon_in_words(report)
+    words = guarantee_in_words(report)
     assert f"itself), {format_epsilon(epsilon)} is {strength}." in words
     assert (
         "wrongly accuses 1 % of the authors who were not, finds at most 5.6 % of those who were; blind guessing finds 1 %"
         in words
     )
     assert ("Membership inference", "TPR at most 5.6 % at 1 % FPR, at most 0.29 % at 0.1 % FPR") == (
-        attack_rows(report)[0][0], attack_rows(report)[0][1].partition(" (")[0],
+        guarantee_attack_rows(report)[0][0], guarantee_attack_rows(report)[0][1].partition(" (")[0],
     )  # fmt: skip
-    assert "this one is large" not in epsilon_in_words({**report, "delta": 1e-5})
-    assert "this one is large: 0.0026: it would allow" in epsilon_in_words({**report, "delta": 0.0026})
+    assert "this one is large" not in guarantee_in_words({**report, "delta": 1e-5})
+    assert "this one is large: 0.0026: it would allow" in guarantee_in_words({**report, "delta": 0.0026})
     for change in ({"disable_dp": True}, {"epsilon": None}, {"interrupted": True}):
-        assert epsilon_in_words({**report, **change}) == ""
+        assert guarantee_in_words({**report, **change}) == ""
 
 
 def test_publishing_is_advised_only_where_it_would_work():
     result = {"epsilon": 3.0, "disable_dp": False}
-    assert "author_dp.publish out OUT" in publish_hint(result, "out")
+    assert "author_dp.publish out OUT" in report_publish_hint(result, "out")
     for change in ({"dry_run": True}, {"epsilon": None}, {"interrupted": True}, {"alarm": "noise"}, {"tuning": {"ended": False}}):
-        assert publish_hint({**result, **change}, "out") == ""
+        assert report_publish_hint({**result, **change}, "out") == ""
 
 
 def test_interrupted_report_explains_an_epsilon_of_zero():
-    assert "is 0, as they can disclose" in format_interrupted({"epsilon": 0.0})
-    assert "is 0" not in format_interrupted({"epsilon": 0.01})
+    assert "is 0, as they can disclose" in format_interrupted_guarantee({"epsilon": 0.0})
+    assert "is 0" not in format_interrupted_guarantee({"epsilon": 0.01})
 
 
-@catches("fewer are found than can be", "outputs.guarantee.percent_up", "math.ceil(", "round(", share=0.0561, words="5.7 %")
+@catches("fewer are found than can be", "wording.format_percent_up", "math.ceil(", "round(", share=0.0561, words="5.7 %")
 @pytest.mark.parametrize(
     ("share", "words"),
     [(0.0555, "5.6 %"), (0.056, "5.6 %"), (0.0561, "5.7 %"), (0.00281, "0.29 %"), (0.01, "1 %"), (1.0, "100 %")],
 )
 def test_shares_are_rounded_up(share, words):
-    assert percent_up(share) == words
+    assert format_percent_up(share) == words
 
 
-@catches("evaluation on another scale than training", "outputs.figures.loss_points", "row[AUTHOR_LOSS]", 'row["eval_loss"]')
+@catches(
+    "evaluation on another scale than training", "outputs.figures.figure_loss_points", "row[AUTHOR_LOSS]", 'row["eval_loss"]'
+)
 def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
     """Without dropout and learning, all authors in each step with all texts: the loss of training is that of evaluation."""
     dataset = make_dataset([1, 1, 2, 9], seed=3)
@@ -130,16 +138,16 @@ def test_losses_of_training_and_evaluation_are_on_one_scale(tmp_path):
     )  # fmt: skip
     metrics = trainer.evaluate(dataset)
     trainer.train()
-    training, evaluated = loss_points(trainer.state.log_history, {"before": metrics, "after": metrics})
+    training, evaluated = figure_loss_points(trainer.state.log_history, {"before": metrics, "after": metrics})
     assert [step for step, _ in training] == [1, 2, 3] and [step for step, *_ in evaluated] == [0, 3]
     assert [loss for _, loss in training] == pytest.approx([evaluated[0][1]] * 3, abs=1e-4)
     assert abs(metrics["eval_loss"] - evaluated[0][1]) > 1e-3  # the mean over tokens is another
-    assert loss_points([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], {})[0] == [(5.5, 2.0), (15.5, 1.0)]
+    assert figure_loss_points([{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}], {})[0] == [(5.5, 2.0), (15.5, 1.0)]
 
 
 @pytest.mark.integration
-@catches("every model's text called covered", "outputs.page.page", '"specimens", {}), has_guarantee(report))',
-    '"specimens", {}), True)', disable_dp=True)  # fmt: skip
+@catches("every model's text called covered", "outputs.html_page.make_html_page",
+    '"specimens", {}), report_has_guarantee(report))', '"specimens", {}), True)', disable_dp=True)  # fmt: skip
 @catches("a report for everybody", "outputs.report.write_report", "make_private(path)", "path.touch(mode=0o644)", disable_dp=True)
 @pytest.mark.parametrize("disable_dp", [False, True])
 def test_the_page_calls_text_covered_where_there_is_a_guarantee_alone(tmp_path, disable_dp):
@@ -231,7 +239,7 @@ def test_last_line_shows_a_released_loss_instead_of_the_exact_one(tmp_path, caps
     release = {"loss": 3.5, "authors": 9, "range": [0, 4.0], "standard_error": 0.1, "epsilon": 0.5}
     _, metrics = report_run(tmp_path, make_dataset([2] * 9, seed=1), release=release)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert f", {format_release(release)}, both public, saved to" in last and f"{metrics['eval_loss']:.2f}" not in last
+    assert f", {format_released_loss(release)}, both public, saved to" in last and f"{metrics['eval_loss']:.2f}" not in last
 
 
 @pytest.mark.integration
@@ -281,7 +289,7 @@ def test_without_privacy_nothing_is_promised(tmp_path):
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "without a privacy guarantee" in page and "--disable_dp" in page and page.count("data:image") == 3
-    assert guarantee_rows(trainer.privacy_report())[0][1].startswith("none")
+    assert guarantee_table_rows(trainer.privacy_report())[0][1].startswith("none")
     without_noise = {**trainer.privacy_report(), "disable_dp": False, "delta": 0.01, "samples_per_author": 1}
     for report in (trainer.privacy_report(), without_noise):  # neither by --disable_dp nor by --noise_multiplier 0
         text = model_card(report)

@@ -10,7 +10,7 @@ from conftest import ROOT, make_dataset, tiny_gpt2
 from mutation import catches
 from transformers import AutoTokenizer, GenerationConfig
 
-from author_dp.outputs.page import page, text_sections
+from author_dp.outputs.html_page import html_text_sections, make_html_page
 from author_dp.outputs.samples import NUM_TEXTS, SEED, TextSamples, heldout_prompts, sample_rows
 from author_dp.types import IGNORE_INDEX
 from data_utils import AuthorDataset, group_by_author
@@ -110,7 +110,7 @@ def test_a_model_that_cannot_write_ends_no_run():
     model.generate = lambda **_: 1 / 0
     samples = made(make_dataset([2] * 9))
     samples.write(model, "after")
-    assert text_sections(samples.found, covered=True) == [] and model.training is tiny_gpt2().training
+    assert html_text_sections(samples.found, covered=True) == [] and model.training is tiny_gpt2().training
 
 
 FOUND = {
@@ -119,19 +119,20 @@ FOUND = {
 }
 
 
-@catches("what held-out authors wrote called covered", "outputs.page.text_sections", '"kind": PRIVATE',
+@catches("what held-out authors wrote called covered", "outputs.html_page.html_text_sections", '"kind": PRIVATE',
     '"kind": COVERED if covered else PRIVATE', covered=True)  # fmt: skip
-@catches("text of a model without a guarantee called covered", "outputs.page.text_sections", "COVERED if covered else PRIVATE",
+@catches("text of a model without a guarantee called covered", "outputs.html_page.html_text_sections",
+    "COVERED if covered else PRIVATE",
     "COVERED", covered=False)  # fmt: skip
 @pytest.mark.parametrize("covered", [True, False])
 def test_only_free_texts_of_a_model_with_a_guarantee_are_called_covered(covered):
-    kinds = [section["kind"] for section in text_sections(FOUND, covered)]
+    kinds = [section["kind"] for section in html_text_sections(FOUND, covered)]
     assert kinds == ["covered" if covered else "private", "private"]
 
 
 def html_page(title: str = "run", alarm: str = "") -> str:
     report = {"epsilon": None, "disable_dp": not alarm, "alarm": alarm}
-    return page(title, report, {}, {"specimens": FOUND})
+    return make_html_page(title, report, {}, {"specimens": FOUND})
 
 
 def test_marks_stand_on_the_page():

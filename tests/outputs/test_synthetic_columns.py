@@ -8,11 +8,11 @@ import pytest
 from test_generate import rows_of, run, trained  # noqa: F401  # a fixture
 from test_synthetic_report import OPTIONS, files  # noqa: F401  # a fixture
 
-from author_dp.data.authors import split_id
+from author_dp.data.splits import split_id
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.outputs.privacy_statement import sha256_of, statement_path
-from author_dp.outputs.synthetic_report import main, make_report
+from author_dp.outputs.synthetic_report import main, make_synthetic_report
 
 
 def rename(paths: tuple[Path, Path], **columns: tuple[str, str]) -> None:
@@ -58,8 +58,8 @@ def test_real_text_may_be_a_glob_and_its_blank_rows_are_no_samples(files):  # no
     lines = real.read_text().splitlines(keepends=True)
     (real.parent / "part1.jsonl").write_text("".join(lines[:50]) + '{"author": "a1", "content": " "}\n' * 9)
     (real.parent / "part2.jsonl").write_text("".join(lines[50:]))
-    report = make_report(synthetic, [str(real)], Namespace(**OPTIONS))
-    parts = make_report(synthetic, [str(real.parent / "part*.jsonl")], Namespace(**OPTIONS))
+    report = make_synthetic_report(synthetic, [str(real)], Namespace(**OPTIONS))
+    parts = make_synthetic_report(synthetic, [str(real.parent / "part*.jsonl")], Namespace(**OPTIONS))
     assert report == parts and report["num_texts"]["held_out"] > 0
 
 

@@ -12,13 +12,19 @@ import pytest
 from datasets import Dataset
 from mutation import catches
 
-from author_dp.data.authors import split_id
+from author_dp.data.splits import split_id
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.outputs import synthetic_report
 from author_dp.outputs.overlap import find_overlap, hash_ngrams, hash_words, words_of
 from author_dp.outputs.privacy_statement import make_statement, sha256_of, statement_path
-from author_dp.outputs.synthetic_report import Text, main, make_report, overlap_report, split
+from author_dp.outputs.synthetic_report import (
+    SyntheticText,
+    main,
+    make_synthetic_report,
+    split_synthetic_texts,
+    synthetic_overlap_report,
+)
 from data_utils import DataArguments, split_by_author
 
 OPTIONS = {
@@ -82,11 +88,11 @@ def test_a_copied_text_of_one_author_shows():
     def text(n: int) -> str:
         return " ".join(generator.choices(words, k=n))
 
-    training = [Text(f"a{n // 2}", text(20)) for n in range(200)]
+    training = [SyntheticText(f"a{n // 2}", text(20)) for n in range(200)]
     synthetic = [text(20) for _ in range(100)]
     synthetic[7] = f"{text(3)} {training[5].text.upper()} {text(2)}"
     synthetic[9] = f"{text(3)} {' '.join(training[8].text.split()[4:14])}"
-    found = overlap_report(synthetic, training, [text(20) for _ in range(100)])
+    found = synthetic_overlap_report(synthetic, training, [text(20) for _ in range(100)])
     shares = {length: of["synthetic"]["texts_single_author"] for length, of in found["ngrams"].items()}
     assert shares == {"8": 0.02, "13": 0.01, "25": 0.0, "50": 0.0} and found["num_texts"]["synthetic"] == 100
     assert found["ngrams"]["8"]["synthetic"]["training_authors"] == 2 and found["ngrams"]["8"]["held_out"]["texts"] == 0
@@ -94,7 +100,7 @@ def test_a_copied_text_of_one_author_shows():
     assert (long["words"], long["row"]) == (13, 8) and long["passage"] == " ".join(words_of(training[5].text)[:13])
     assert (short["words"], short["row"]) == (8, 10) and short["passage"] in training[8].text
     several = [*training, *(row._replace(author="b") for row in training)]  # two authors wrote each: no single one
-    found = overlap_report(synthetic, several, [text(20)])
+    found = synthetic_overlap_report(synthetic, several, [text(20)])
     assert found["ngrams"]["8"]["synthetic"] == {"texts": 0.02, "texts_single_author": 0, "training_authors": 3}
     assert found["examples_single_author"] == []
 
@@ -111,20 +117,20 @@ def test_the_split_is_that_of_the_training(fraction):
         "split": DataArguments(eval_fraction=0.25).split_id(42),
         "data": {"train_fraction": fraction, "row_limit": None},
     }
-    ours = split([Text(row["author"], row["content"]) for row in rows], model, Namespace(**OPTIONS))
+    ours = split_synthetic_texts([SyntheticText(row["author"], row["content"]) for row in rows], model, Namespace(**OPTIONS))
     assert [[row.text for row in part] for part in ours] == [train["content"], held_out["content"]]
 
 
-@catches("authors of the training taken for strangers", "outputs.synthetic_report.split",
+@catches("authors of the training taken for strangers", "outputs.synthetic_report.split_synthetic_texts",
     "rule is not None and rule != split_id(args.split_seed, args.eval_fraction, args.author_column)", "False")  # fmt: skip
 def test_other_held_out_authors_than_the_runs_are_refused():
-    rows = [Text(str(n), "a") for n in range(9)]
+    rows = [SyntheticText(str(n), "a") for n in range(9)]
     for model, words in (({"split": split_id(1, 0.25, "author")}, "--split_seed"), ({"split": None}, "--validation_file")):
         with pytest.raises(UserError, match=words):
-            split(rows, model, Namespace(**OPTIONS))
+            split_synthetic_texts(rows, model, Namespace(**OPTIONS))
             pytest.fail("not noticed")
     with pytest.raises(UserError, match="leave out --validation_file"):
-        split(
+        split_synthetic_texts(
             rows,
             {"split": split_id(42, 0.25, "author"), "weights": {"a": "b"}},
             Namespace(**{**OPTIONS, "validation_file": ["v.jsonl"]}),
@@ -175,10 +181,12 @@ def test_the_report_is_private_and_marked(files, capsys):
     assert report["ngrams"]["6"]["synthetic"]["texts"] == 1 and "texts with 6 words in a row of a training text" in printed
 
 
-@catches("a report on private text for everybody", "outputs.synthetic_report.make_report", "private=True", "private=False")
+@catches(
+    "a report on private text for everybody", "outputs.synthetic_report.make_synthetic_report", "private=True", "private=False"
+)
 def test_the_report_is_for_its_owner(files):
     synthetic, real = files
-    make_report(synthetic, [str(real)], Namespace(**OPTIONS))
+    make_synthetic_report(synthetic, [str(real)], Namespace(**OPTIONS))
     assert stat.S_IMODE(synthetic.with_name("s.jsonl.report.json").stat().st_mode) == 0o600
 
 
@@ -189,7 +197,7 @@ def test_conversations_are_compared_by_their_answers(tmp_path, files):
         talks = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": row["content"]}] for row in rows]
         path.write_text("".join(json.dumps({**row, "content": None, "messages": talk}) + "\n" for row, talk in zip(rows, talks)))
     write_json(statement_path(synthetic), {**json.loads(statement_path(synthetic).read_text()), "sha256": sha256_of(synthetic)})
-    report = make_report(synthetic, [str(real)], Namespace(**{**OPTIONS, "messages_column": "messages"}))
+    report = make_synthetic_report(synthetic, [str(real)], Namespace(**{**OPTIONS, "messages_column": "messages"}))
     assert report["words_per_text"] == {"synthetic": 6, "held_out": 6}
 
 

@@ -6,8 +6,8 @@ from mutation import catches
 from transformers import TrainerCallback
 
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
-from author_dp.accounting.privacy_report import recompute_report
-from author_dp.outputs.guarantee import guarantee_rows
+from author_dp.accounting.privacy_report import recompute_privacy_report
+from author_dp.outputs.guarantee_table import guarantee_table_rows
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS
 
 STEPS = {"save_strategy": "steps", "save_steps": 1}
@@ -58,10 +58,10 @@ def test_several_mechanisms_are_named_wherever_the_guarantee_is(folder):
     wanted = ("steps", "noise_multiplier", "clip_norm", "sample_rate")
     assert [tuple(one[name] for name in wanted) for one in report["mechanisms"]] == [(2, 1.0, 0.5, 4 / 6), (1, 0.5, 7.0, 4 / 6)]
     assert "mechanisms" not in read_report(folder / "checkpoint-2")  # made before
-    assert "mechanisms" in PUBLIC_KEYS and "mechanisms" in recompute_report(
+    assert "mechanisms" in PUBLIC_KEYS and "mechanisms" in recompute_privacy_report(
         folder / "checkpoint-2" / "privacy.json", PrivacyLedger(folder / LEDGER_NAME)
     )
-    row = dict(guarantee_rows(report))["Mechanisms of all steps"]
+    row = dict(guarantee_table_rows(report))["Mechanisms of all steps"]
     assert row.startswith("2 steps with noise multiplier 1,") and "1 step with noise multiplier 0.5," in row
 
 

@@ -20,13 +20,18 @@ from author_dp.accounting.hash_chain import HashChain
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.models.weights import COMPLETE_MARKER
-from author_dp.training.checkpointing import check_ledger_covers, find_corruption, latest_complete, mark_complete
+from author_dp.training.checkpointing import (
+    check_ledger_covers_checkpoint,
+    find_checkpoint_corruption,
+    latest_complete_checkpoint,
+    mark_checkpoint_complete,
+)
 from author_dp.training.interruption import StopOnSignal
 
 
 @pytest.mark.integration
 @catches("a checkpoint without its ledger", "training.checkpointing.find_checkpoint",
-    "check_ledger_covers(checkpoint, ledger, is_main_process)", "pass")  # fmt: skip
+    "check_ledger_covers_checkpoint(checkpoint, ledger, is_main_process)", "pass")  # fmt: skip
 def test_find_checkpoint_requires_the_ledger_of_the_checkpoint(tmp_path):
     """Otherwise its steps would be forgotten."""
     resumable(tmp_path / "a", max_steps=2).train()
@@ -50,7 +55,7 @@ def test_find_checkpoint_refuses_a_checkpoint_without_privacy(tmp_path):
     with pytest.raises(UserError, match=r"another kind of run \(checkpoint-2/privacy\.json\)"):
         resumable(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     with pytest.raises(UserError, match=r"checkpoint-2: it was trained with --disable_dp"):
-        check_ledger_covers(tmp_path / "checkpoint-2", PrivacyLedger(tmp_path / "privacy_ledger.jsonl"))
+        check_ledger_covers_checkpoint(tmp_path / "checkpoint-2", PrivacyLedger(tmp_path / "privacy_ledger.jsonl"))
     with pytest.raises(UserError, match="holds a private run"):
         make_trainer(tmp_path, **plain)
 
@@ -116,15 +121,15 @@ def test_prune_checkpoints_ignores_the_clock(tmp_path, monkeypatch):
         return now[0]
 
     def mark_and_age(folder: Path, made_with: dict) -> None:
-        mark_complete(folder, made_with)
+        mark_checkpoint_complete(folder, made_with)
         os.utime(folder, (backwards(),) * 2)
 
-    monkeypatch.setattr("author_dp.training.checkpointing.mark_complete", mark_and_age)
+    monkeypatch.setattr("author_dp.training.checkpointing.mark_checkpoint_complete", mark_and_age)
     monkeypatch.setattr(time, "time", backwards)
     trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
-    assert latest_complete(tmp_path).name == "checkpoint-5" and trainer.budget.ledger.steps == 5
+    assert latest_complete_checkpoint(tmp_path).name == "checkpoint-5" and trainer.budget.ledger.steps == 5
 
 
 def corrupt(checkpoint: Path, how: str) -> None:
@@ -140,19 +145,20 @@ def corrupt(checkpoint: Path, how: str) -> None:
 
 
 @pytest.mark.integration
-@catches("a half-written checkpoint taken", "training.checkpointing.latest_complete", "if corruption is None:", "if True:",
+@catches("a half-written checkpoint taken", "training.checkpointing.latest_complete_checkpoint", "if corruption is None:",
+    "if True:",
     how="marker missing")  # fmt: skip
 @pytest.mark.parametrize("how", sample(["marker missing", "marker truncated", "optimizer truncated", "model missing"]))
 def test_latest_complete_skips_corrupt_checkpoints(tmp_path, how):
     make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
     corrupt(tmp_path / "checkpoint-4", how)
-    assert find_corruption(tmp_path / "checkpoint-4") and latest_complete(tmp_path).name == "checkpoint-2"
+    assert find_checkpoint_corruption(tmp_path / "checkpoint-4") and latest_complete_checkpoint(tmp_path).name == "checkpoint-2"
     with pytest.raises(UserError, match=r"checkpoint-4.*Give an earlier checkpoint"):
         make_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer = make_trainer(tmp_path, max_steps=4, resume_from_checkpoint=True, save_strategy="steps", save_steps=2)
     trainer.train()
     assert trainer.state.global_step == 4 and trainer.budget.ledger.steps == 6
-    assert latest_complete(tmp_path).name == "checkpoint-4"  # complete again
+    assert latest_complete_checkpoint(tmp_path).name == "checkpoint-4"  # complete again
 
 
 def test_crash_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -165,7 +171,9 @@ def test_crash_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypatch)
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", crash)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and latest_complete(tmp_path).name == "checkpoint-2"
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() and latest_complete_checkpoint(
+        tmp_path
+    ).name == "checkpoint-2"
 
 
 def test_restart_without_complete_checkpoint_counts_earlier_steps(tmp_path):

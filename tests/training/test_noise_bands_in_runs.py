@@ -25,7 +25,7 @@ from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.noise_inversion import MatchedFilter, NoiseDecorrelator
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor
 from author_dp.mechanism.noise import BandMFNoise, GaussianNoise
-from author_dp.mechanism.sampling import assign_groups
+from author_dp.mechanism.sampling import assign_sampling_groups
 from dp_utils import PrivacyArguments
 
 # --- whole runs -------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_honest_draws_of_groups_raise_no_alarm_and_wrong_ones_do():
         "never sampled": lambda sampler: setattr(sampler, "sample_indices", lambda number: np.arange(number // 10)),
     }
     for name, spoil in {"": lambda sampler: None, **wrong}.items():
-        groups = assign_groups(hashes, 4, KEY)
+        groups = assign_sampling_groups(hashes, 4, KEY)
         sampler, check = make_sampler([1] * 600, 0.025, 4, groups), CyclicSamplingMonitor(groups, 4, 0, 0.1)
         sampler.on_batch = check.on_sample
         spoil(sampler)
@@ -283,7 +283,7 @@ def test_a_wrong_mechanism_ends_a_real_run_and_a_right_one_does_not(tmp_path, mo
             trainer.train()
 
 
-@catches("bands forgotten by the ledger", "accounting.ledger.event_of_run", 'header.get("noise_bands", 1)', "1")
+@catches("bands forgotten by the ledger", "accounting.ledger.ledger_event_of_run", 'header.get("noise_bands", 1)', "1")
 def test_the_ledger_reads_bands_and_refuses_none(tmp_path):
     path = tmp_path / "privacy_ledger.jsonl"
     ledger = PrivacyLedger(path)

@@ -1,4 +1,4 @@
-"""public_loss.py: options, whole runs, and models that held-out authors chose."""
+"""loss_release.py: options, whole runs, and models that held-out authors chose."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from conftest import MODELS, make_dataset, make_trainer, read_report, run_script
 from mutation import catches
 from script_runs import PRIVACY, run_here, small
 from test_ledger import make_ledger
-from test_public_loss import with_eval_data
+from test_loss_release import with_eval_data
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.outputs.guarantee import guarantee_rows
-from author_dp.training.public_loss import (
+from author_dp.outputs.guarantee_table import guarantee_table_rows
+from author_dp.training.loss_release import (
     release_eval_loss,
 )
 from data_utils import DataArguments, load_train_and_eval
@@ -58,7 +58,7 @@ def test_script_prints_only_the_released_loss(checkpoint, comments, tmp_path, pr
     last = done.stdout.strip().splitlines()[-1]
     assert found == ledger.current_release and report["epsilon_with_evaluation"] == max(report["epsilon"], 2.0)
     assert "both public" in last and "eval loss" not in last
-    words = dict(guarantee_rows(report))["Evaluation, public"]
+    words = dict(guarantee_table_rows(report))["Evaluation, public"]
     assert words in (tmp_path / "README.md").read_text() and words in last
 
 

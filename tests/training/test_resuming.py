@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from author_dp.errors import UserError
 from author_dp.models.weights import COMPLETE_MARKER
-from author_dp.training.checkpointing import checkpoints_by_age, latest_complete
+from author_dp.training.checkpointing import checkpoints_by_age, latest_complete_checkpoint
 from author_dp.training.resuming import CHOICE_OF_AUTHORS, MAY_CHANGE, check_same_options
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -129,9 +129,9 @@ def test_the_newest_checkpoint_is_that_of_the_last_branch(tmp_path):
         tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"), max_steps=3, save_strategy="no",
     )  # fmt: skip
     back.train()
-    assert latest_complete(tmp_path).name == "checkpoint-1"  # where the branch began, as nothing of it was saved
+    assert latest_complete_checkpoint(tmp_path).name == "checkpoint-1"  # where the branch began, as nothing of it was saved
     make_trainer(tmp_path, **{**STEPS, "max_steps": 3}, resume_from_checkpoint=True).train()
-    assert latest_complete(tmp_path).name == "checkpoint-3"
+    assert latest_complete_checkpoint(tmp_path).name == "checkpoint-3"
     again = make_trainer(tmp_path, **{**STEPS, "max_steps": 3}, resume_from_checkpoint=True)
     again.train()
     again.save_model()

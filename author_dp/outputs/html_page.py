@@ -7,8 +7,14 @@ from typing import Any, Optional
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from author_dp.data.splits import FEW_HELD_OUT
-from author_dp.outputs.guarantee import epsilon_in_words, guarantee_rows, has_guarantee, is_tuned, plain_summary
-from author_dp.outputs.model_card import format_value, public_options
+from author_dp.outputs.guarantee_table import (
+    guarantee_in_words,
+    guarantee_is_tuned,
+    guarantee_table_rows,
+    report_has_guarantee,
+    summarize_guarantee,
+)
+from author_dp.outputs.model_card import format_model_card_value, model_card_options
 from author_dp.outputs.samples import CONTINUATION, UNCONDITIONAL
 
 STATISTICS_NAME = "_private_statistics.json"
@@ -24,7 +30,9 @@ EVALUATION_LABELS = (
 )
 
 
-def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statistics: dict, header: Optional[dict] = None) -> str:
+def make_html_page(
+    title: str, report: dict, figures: dict[str, tuple[Path, bool]], statistics: dict, header: Optional[dict] = None
+) -> str:
     """Return the page as HTML; all values are escaped.
 
     Args:
@@ -36,15 +44,15 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     return templates.get_template("page.html.jinja").render(
         title=title,
-        guarantee=guarantee_rows(report),
-        summary=plain_summary(report),
-        decision=epsilon_in_words(report),
-        run=run_rows(report, header or {}, statistics),
+        guarantee=guarantee_table_rows(report),
+        summary=summarize_guarantee(report),
+        decision=guarantee_in_words(report),
+        run=html_run_rows(report, header or {}, statistics),
         command=statistics.get("command"),
-        held_out=format_held_out(statistics.get("evaluation", {}).get("after", {})),
-        tuned=is_tuned(report),
-        accent=BLUE if has_guarantee(report) else RED,
-        losses=loss_rows(statistics.get("log", []), statistics.get("evaluation", {})),
+        held_out=format_held_out_html(statistics.get("evaluation", {}).get("after", {})),
+        tuned=guarantee_is_tuned(report),
+        accent=BLUE if report_has_guarantee(report) else RED,
+        losses=html_loss_rows(statistics.get("log", []), statistics.get("evaluation", {})),
         figures=[
             {
                 "name": name,
@@ -53,22 +61,22 @@ def page(title: str, report: dict, figures: dict[str, tuple[Path, bool]], statis
             }
             for name, (path, is_private) in figures.items()
         ],
-        texts=text_sections(statistics.get("specimens", {}), has_guarantee(report)),
+        texts=html_text_sections(statistics.get("specimens", {}), report_has_guarantee(report)),
     )
 
 
-def run_rows(report: dict, header: dict, statistics: dict) -> list[tuple[str, str]]:
+def html_run_rows(report: dict, header: dict, statistics: dict) -> list[tuple[str, str]]:
     """Return name and value of what was trained on which data, when and how; public values only.
 
     Args:
-        header, statistics: as for `page`.
+        header, statistics: as for `make_html_page`.
     """
-    options = public_options(report)
+    options = model_card_options(report)
     model, dataset = options.pop("base_model"), options.pop("dataset")
     named = ", named in the command" if statistics.get("command") else ""
     sizes = [options.pop(name, None) for name in ("architecture", "parameters", "trained_parameters")]
     size = "" if None in sizes else f" ({sizes[0]}, {sizes[1]:,} parameters, {sizes[2]:,} of them trained)"
-    settings = (f"{name} {format_value(value)}" for name, value in options.items() if value is not None)
+    settings = (f"{name} {format_model_card_value(value)}" for name, value in options.items() if value is not None)
     rows = [
         ("Base model", (model or f"a local folder{named}") + size),
         ("Data", dataset or f"local files{named}"),
@@ -77,10 +85,10 @@ def run_rows(report: dict, header: dict, statistics: dict) -> list[tuple[str, st
         ("Processes", report.get("world_size")),
         ("Settings", ", ".join(settings)),
     ]
-    return [(name, format_value(value)) for name, value in rows if value not in (None, "")]
+    return [(name, format_model_card_value(value)) for name, value in rows if value not in (None, "")]
 
 
-def format_held_out(metrics: dict[str, Any]) -> str:
+def format_held_out_html(metrics: dict[str, Any]) -> str:
     """Return a sentence about the number of held-out authors, which is private; empty if it is unknown."""
     authors, texts = metrics.get("eval_num_authors"), metrics.get("eval_num_texts")
     if authors is None or texts is None:
@@ -91,7 +99,7 @@ def format_held_out(metrics: dict[str, Any]) -> str:
     return words
 
 
-def loss_rows(log: list[dict], evaluation: dict[str, dict]) -> list[tuple[str, str, str]]:
+def html_loss_rows(log: list[dict], evaluation: dict[str, dict]) -> list[tuple[str, str, str]]:
     """Return label and value of each loss before and after training, with two standard errors where they are known.
 
     Args:
@@ -99,15 +107,19 @@ def loss_rows(log: list[dict], evaluation: dict[str, dict]) -> list[tuple[str, s
         evaluation: metrics "before" and "after" training.
     """
     before, after = evaluation.get("before", {}), evaluation.get("after", {})
-    rows = [(label, format_loss(before, name), format_loss(after, name)) for name, label in EVALUATION_LABELS if name in after]
+    rows = [
+        (label, format_html_loss(before, name), format_html_loss(after, name))
+        for name, label in EVALUATION_LABELS
+        if name in after
+    ]
     training = [row for row in log if row.get("loss") is not None]
     if training:
         label = "Training authors: mean over authors, last line of the log"
-        rows.insert(1 if rows else 0, (label, "", format_loss(training[-1], "loss")))
+        rows.insert(1 if rows else 0, (label, "", format_html_loss(training[-1], "loss")))
     return rows
 
 
-def format_loss(metrics: dict[str, Any], name: str) -> str:
+def format_html_loss(metrics: dict[str, Any], name: str) -> str:
     """Return a metric, with two standard errors if they are known; empty if there is none."""
     if metrics.get(name) is None:
         return ""
@@ -115,7 +127,7 @@ def format_loss(metrics: dict[str, Any], name: str) -> str:
     return f"{metrics[name]:,.3f}" + ("" if error is None else f" \u00b1 {2 * error:,.3f}")
 
 
-def text_sections(samples: dict[str, dict[str, list[str]]], covered: bool) -> list[dict[str, Any]]:
+def html_text_sections(samples: dict[str, dict[str, list[str]]], covered: bool) -> list[dict[str, Any]]:
     """Return the sections of texts that the model wrote; none if it wrote nothing.
 
     Args:
@@ -136,18 +148,20 @@ def text_sections(samples: dict[str, dict[str, list[str]]], covered: bool) -> li
             "bearing: it is public only if that model is."
         )
         kind = COVERED if covered else PRIVATE
-        sections.append({"title": "Texts that begin with nothing", "kind": kind, "note": note, "rows": text_rows(unconditional)})
+        sections.append(
+            {"title": "Texts that begin with nothing", "kind": kind, "note": note, "rows": html_text_rows(unconditional)}
+        )
     if continuation.get("after"):
         note = (
             "Prompts (gray) are word for word what held-out authors wrote. No guarantee covers these authors, or text that is "
             "made of what they wrote."
         )
-        rows = text_rows(continuation)
+        rows = html_text_rows(continuation)
         sections.append({"title": "Held-out texts, continued", "kind": PRIVATE, "note": note, "rows": rows})
     return sections
 
 
-def text_rows(texts: dict[str, list[str]]) -> list[tuple[str, str, str]]:
+def html_text_rows(texts: dict[str, list[str]]) -> list[tuple[str, str, str]]:
     """Return prompt, text before and text after training of each row."""
     after = texts["after"]
     empty = [""] * len(after)

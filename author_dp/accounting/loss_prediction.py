@@ -18,10 +18,10 @@ import functools
 import math
 from typing import NamedTuple
 
-from author_dp.accounting.banded_mf import prefix_sum_rmse, step_noise_std, toeplitz_coefficients
+from author_dp.accounting.banded_mf import banded_step_noise_std, prefix_sum_rmse, toeplitz_coefficients
 
 
-class Setting(NamedTuple):
+class PredictionSetting(NamedTuple):
     """A run, as far as the prediction depends on it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     is_lora: bool
 
 
-class Constants(NamedTuple):
+class PredictionConstants(NamedTuple):
     """What `predicted_gain` is fitted by. The lengths are those at which, alone, they cost half of the gain."""
 
     signal: float  # norm of the mean clipped gradient, in clip norms
@@ -55,7 +55,7 @@ class Constants(NamedTuple):
 
 
 # `python benchmarks/planner.py fit` prints them: 2026-11-30, torch 2.13.0, transformers 5.23.0.
-CONSTANTS = Constants(0.913, 0.134, 0.178, 1.21, 61.1, 1.86, 0.609, 23.3, 2.72)
+CONSTANTS = PredictionConstants(0.913, 0.134, 0.178, 1.21, 61.1, 1.86, 0.609, 23.3, 2.72)
 
 MEASURED_PARAMETERS, MEASURED_RATE = 413_664, 1e-2
 LORA_RATE = 3.0  # how much larger rates suit LoRA
@@ -64,36 +64,46 @@ BELOW_LORA = 0.55  # the distance below for LoRA, whose shares were predicted 0.
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
 
-def step_noise(setting: Setting) -> float:
+def predicted_step_noise(setting: PredictionSetting) -> float:
     """Return the norm of a step's noise over all trained parameters, in clip norms."""
-    return setting.noise_multiplier * band_errors(setting.bands, setting.steps)[0] * math.sqrt(setting.trained) / setting.batch
+    return (
+        setting.noise_multiplier
+        * predicted_band_errors(setting.bands, setting.steps)[0]
+        * math.sqrt(setting.trained)
+        / setting.batch
+    )
 
 
-def sum_noise(setting: Setting) -> float:
+def predicted_sum_noise(setting: PredictionSetting) -> float:
     """Return the root mean square norm of the noise in the sum of the first t updates, in clip norms."""
-    return setting.noise_multiplier * band_errors(setting.bands, setting.steps)[1] * math.sqrt(setting.trained) / setting.batch
+    return (
+        setting.noise_multiplier
+        * predicted_band_errors(setting.bands, setting.steps)[1]
+        * math.sqrt(setting.trained)
+        / setting.batch
+    )
 
 
 @functools.lru_cache(maxsize=1_024)
-def band_errors(bands: int, steps: int) -> tuple[float, float]:
+def predicted_band_errors(bands: int, steps: int) -> tuple[float, float]:
     """Return the noise of a step, and of the sums of updates, in noise multipliers."""
     coefficients = toeplitz_coefficients(bands, steps)
-    return step_noise_std(coefficients, steps), prefix_sum_rmse(coefficients, steps)
+    return banded_step_noise_std(coefficients, steps), prefix_sum_rmse(coefficients, steps)
 
 
-def predicted_gain(setting: Setting, constants: Constants = CONSTANTS) -> float:
+def predicted_gain(setting: PredictionSetting, constants: PredictionConstants = CONSTANTS) -> float:
     """Return the predicted gain, of the largest that the model can make on a corpus: 0 to 1, the smaller the more noise."""
-    c, rate = constants, setting.learning_rate / rate_unit(setting)
+    c, rate = constants, setting.learning_rate / predicted_rate_unit(setting)
     left = c.correction if setting.bands > 1 else 1.0  # of the noise variance, in Adam's divisor
-    divisor = math.hypot(c.signal, math.sqrt(left) * step_noise(setting))
+    divisor = math.hypot(c.signal, math.sqrt(left) * predicted_step_noise(setting))
     travel = rate * setting.steps * c.signal / divisor
-    wander = rate * sum_noise(setting) / divisor
+    wander = rate * predicted_sum_noise(setting) / divisor
     lost = (c.travel / travel) ** c.travel_power + c.steps / setting.steps
     lost += (wander / c.wander) ** c.wander_power + (wander / travel / c.ratio) ** c.ratio_power
     return 1 / (1 + lost)
 
 
-def rate_unit(setting: Setting) -> float:
+def predicted_rate_unit(setting: PredictionSetting) -> float:
     """Return a learning rate that suits the model: the measured one over the root of the sizes' ratio.
 
     That was not fitted. It agrees with what SmolLM2 was trained with (docs/planning.md), and is an assumption elsewhere.
@@ -101,16 +111,17 @@ def rate_unit(setting: Setting) -> float:
     return MEASURED_RATE * (LORA_RATE if setting.is_lora else 1) * math.sqrt(MEASURED_PARAMETERS / setting.parameters)
 
 
-def predicted_share(setting: Setting) -> tuple[float, float, float]:
+def predicted_share(setting: PredictionSetting) -> tuple[float, float, float]:
     """Return the predicted share of the gain without privacy in as many steps of as many authors, and its interval's ends.
 
-    Without privacy, the learning rate is the best of RATES. Check with `planning.missing_ground` that there is ground for it.
+    Without privacy, the learning rate is the best of RATES. First ask
+    `run_planning.find_planning_limits` whether there is ground for it.
     """
     free = (setting._replace(noise_multiplier=0.0, bands=1, learning_rate=rate) for rate in RATES)
-    return with_interval(predicted_gain(setting) / max(map(predicted_gain, free)), setting.is_lora)
+    return prediction_interval(predicted_gain(setting) / max(map(predicted_gain, free)), setting.is_lora)
 
 
-def with_interval(share: float, is_lora: bool) -> tuple[float, float, float]:
+def prediction_interval(share: float, is_lora: bool) -> tuple[float, float, float]:
     """Return a predicted share with the ends of its interval, all in 0 to 1."""
     ends = (share, share - (BELOW_LORA if is_lora else HALF_WIDTH), share + HALF_WIDTH)
     middle, low, high = (min(1.0, max(0.0, value)) for value in ends)

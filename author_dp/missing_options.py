@@ -79,7 +79,7 @@ def exit_if_missing(program: str, words: Sequence[str], rank: int) -> None:
 def read_option_names(program: str) -> set[str]:
     """Return the names of all options, and of more, from the source of their classes: importing them takes seconds."""
     root, spec = Path(__file__).parent, importlib.util.find_spec("transformers")
-    library = ["models/lora.py", "guards/canaries.py", "training/public_loss.py"]
+    library = ["models/lora.py", "guards/canaries.py", "training/loss_release.py"]
     paths = [root.parent / name for name in (program, "data_utils.py", "dp_utils.py")] + [root / name for name in library]
     paths.append(Path(spec.origin).with_name("training_args.py"))  # type: ignore[union-attr, arg-type]
     names = set()

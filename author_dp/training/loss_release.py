@@ -42,7 +42,7 @@ from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.distributed import all_reduce_sum, broadcast
 from author_dp.errors import UserError
 from author_dp.guards.options import metric_driven_option
-from author_dp.mechanism.fsdp import dummy_forwards, missing_rounds
+from author_dp.mechanism.fsdp import dummy_forwards, missing_fsdp_rounds
 from author_dp.mechanism.losses import token_losses
 from author_dp.progress import track
 from author_dp.validation import check_range, option
@@ -52,7 +52,7 @@ RANGES = {"release_eval_epsilon": "[1e-9, 1e9]", "release_eval_range": "[1e-6, 1
 
 
 @dataclass
-class ReleaseArguments:
+class LossReleaseArguments:
     """Options of an evaluation loss that may be published."""
 
     release_eval_epsilon: Optional[float] = option(
@@ -81,8 +81,8 @@ class EvaluatedTrainer(Protocol):
     data_collator: Callable
 
 
-def check_release(
-    arguments: ReleaseArguments, args: TrainingArguments, disable_dp: bool, has_evaluation: bool, ledger: PrivacyLedger
+def check_loss_release(
+    arguments: LossReleaseArguments, args: TrainingArguments, disable_dp: bool, has_evaluation: bool, ledger: PrivacyLedger
 ) -> None:
     """Raise UserError if nothing can be released, or the model depends on held-out authors otherwise."""
     if arguments.release_eval_epsilon is None:
@@ -96,10 +96,10 @@ def check_release(
         raise UserError(
             f"{chosen_by}: it lets held-out authors choose what is saved or trained, which {name} does not cover. Leave it out"
         )
-    check_not_chosen(ledger.by_metrics)
+    check_release_not_chosen(ledger.by_metrics)
 
 
-def check_not_chosen(option: Optional[str]) -> None:
+def check_release_not_chosen(option: Optional[str]) -> None:
     """Raise UserError if metrics chose the model of a run with steps, by `option` of its ledger."""
     if option is not None:
         raise UserError(
@@ -114,38 +114,38 @@ def release_eval_loss(
     """Release the evaluation loss of the current model, once per step of training. Collective.
 
     Args:
-        epsilon, upper: as in `ReleaseArguments`.
+        epsilon, upper: as in `LossReleaseArguments`.
         limited: whether the number of held-out authors is limited, so that hashes choose them.
     Returns:
         the value of "evaluation_release" in privacy.json on rank 0; None elsewhere.
     Raises:
         UserError: if held-out authors have chosen the model.
     """
-    check_not_chosen(broadcast(trainer.budget.ledger.by_metrics))
+    check_release_not_chosen(broadcast(trainer.budget.ledger.by_metrics))
     previous = broadcast(trainer.budget.ledger.current_release)
     upper = upper or math.log(len(trainer.model.get_input_embeddings().weight))  # type: ignore[arg-type]
     parameters = {"epsilon": epsilon, "step": trainer.state.global_step, "limited": limited}
     request = {**parameters, "split": trainer.budget.split, "range": [0.0, upper]}
     if previous is not None and previous["split"] is not None and {name: previous.get(name) for name in request} == request:
         return previous  # the loss of the same model on the same authors: publishing it again costs nothing
-    sums = all_reduce_sum(local_loss_sums(trainer, upper)).tolist()
+    sums = all_reduce_sum(local_released_loss_sums(trainer, upper)).tolist()
     if not trainer.budget.is_main_process:
         return None
     sensitivity = GRID * (2 if limited else 1)
     noisy_sums = [value + discrete_laplace(Fraction(sensitivity) / Fraction(epsilon)) for value in sums]
-    record = {**parameters, "unit": "held-out author", **noisy_mean(noisy_sums, upper, sensitivity / epsilon)}
+    record = {**parameters, "unit": "held-out author", **noisy_released_loss(noisy_sums, upper, sensitivity / epsilon)}
     trainer.budget.record_release(record)
     return record
 
 
-def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
+def local_released_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
     """Return the sums of (g, GRID - g) over this process's held-out authors, int64 (2,)."""
     dataset, size, device = trainer.eval_dataset, trainer.args.per_device_eval_batch_size, trainer.args.device
     totals = torch.zeros(2, dtype=torch.int64)
     trainer.model.eval()
     local_authors = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
     texts_per_author = np.diff(dataset.offsets)[local_authors.start :: local_authors.step]
-    num_dummies = missing_rounds(trainer.model, int((-(-texts_per_author // size)).clip(min=1).sum()))
+    num_dummies = missing_fsdp_rounds(trainer.model, int((-(-texts_per_author // size)).clip(min=1).sum()))
     for author in track(local_authors, "Release the evaluation loss", not trainer.args.disable_tqdm):
         texts = dataset.indices[dataset.offsets[author] : dataset.offsets[author + 1]]
         loss, num_targets = 0.0, 0
@@ -158,12 +158,12 @@ def local_loss_sums(trainer: EvaluatedTrainer, upper: float) -> torch.Tensor:
             sums = torch.stack([losses, has_target]).cpu().sum((1, 2), dtype=torch.float64).tolist()
             loss, num_targets = loss + sums[0], num_targets + int(sums[1])
         if num_targets:
-            totals += torch.tensor(quantize_loss(loss / num_targets, upper))
+            totals += torch.tensor(quantize_released_loss(loss / num_targets, upper))
     dummy_forwards(trainer.model, num_dummies)
     return totals.to(device)
 
 
-def format_release(release: Optional[dict[str, Any]]) -> str:
+def format_released_loss(release: Optional[dict[str, Any]]) -> str:
     """Return a sentence about the released loss, which is public."""
     if release is None or release["loss"] is None:
         return "no evaluation loss, as there are too few held-out authors for its noise"
@@ -175,14 +175,14 @@ def format_release(release: Optional[dict[str, Any]]) -> str:
     )
 
 
-def quantize_loss(loss: float, upper: float) -> tuple[int, int]:
+def quantize_released_loss(loss: float, upper: float) -> tuple[int, int]:
     """Return (g, GRID - g) for an author's mean loss, clipped to [0, upper]. A non-finite loss counts as `upper`."""
     clipped = min(max(loss, 0.0), upper) if math.isfinite(loss) else upper
     quantized = min(GRID, round(clipped / upper * GRID))
     return quantized, GRID - quantized
 
 
-def noisy_mean(noisy_sums: list[int], upper: float, scale: float) -> dict[str, Any]:
+def noisy_released_loss(noisy_sums: list[int], upper: float, scale: float) -> dict[str, Any]:
     """Compute loss, its standard error due to the noise, and the number of authors.
 
     Args:

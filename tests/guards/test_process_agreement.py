@@ -1,4 +1,4 @@
-"""agreement.py: processes with different data, keys, groups or shares all end the run."""
+"""process_agreement.py: processes with different data, keys, groups or shares all end the run."""
 
 import functools
 
@@ -13,8 +13,8 @@ from planting import find, with_edit
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
-from author_dp.guards.agreement import hash_data, set_hash
 from author_dp.guards.gradient_canaries import GradientCanaries
+from author_dp.guards.process_agreement import hash_data, set_hash
 
 DRAW = "author_dp.mechanism.sampling.PoissonAuthorSampler.sample_batch"
 TRAINING_STEP = "dp_utils.DPTrainer.training_step"
@@ -68,11 +68,11 @@ def check_passes(work, folder) -> None:
 
 
 @pytest.mark.integration
-@catches("draws that nobody compares", "guards.agreement.find_mismatches", '"batches": "sampled authors"', "",
+@catches("draws that nobody compares", "guards.process_agreement.find_process_mismatches", '"batches": "sampled authors"', "",
     bug="another sampler key on each")  # fmt: skip
-@catches("groups that nobody compares", "guards.agreement.RankMonitor.__init__", 'b"" if sampler.groups is None',
+@catches("groups that nobody compares", "guards.process_agreement.RankMonitor.__init__", 'b"" if sampler.groups is None',
     'b"" if True', bug="another group key on each")  # fmt: skip
-@catches("shares that nobody adds up", "guards.agreement.find_mismatches", "!= main.whole", "is None",
+@catches("shares that nobody adds up", "guards.process_agreement.find_process_mismatches", "!= main.whole", "is None",
     bug="the same half on each")  # fmt: skip
 @catches("an alarm that one process keeps to itself", "guards.monitors.RunMonitors.test", "gather(", "(lambda one: [one])(",
     bug="another sampler key on each")  # fmt: skip
@@ -115,7 +115,8 @@ def start_with_difference(folder, difference: str) -> str:
 
 
 @pytest.mark.integration
-@catches("data that nobody compares", "guards.agreement.check_same_start", 'start["data"] != starts[0]["data"]', "False",
+@catches("data that nobody compares", "guards.process_agreement.check_processes_agree_at_start",
+    'start["data"] != starts[0]["data"]', "False",
     difference="texts", words="training data")  # fmt: skip
 @pytest.mark.parametrize(
     ("difference", "words"),
@@ -143,7 +144,7 @@ def test_set_hash_is_additive():
     assert set_hash(authors[:0], 7) == 0
 
 
-@catches("authors clipped that nobody counts", "guards.agreement.find_mismatches", "!= main.sampled", "is None",
+@catches("authors clipped that nobody counts", "guards.process_agreement.find_process_mismatches", "!= main.sampled", "is None",
     bug="microbatches taken twice")  # fmt: skip
 @pytest.mark.parametrize("bug", ["microbatches taken twice"])
 def test_mismatch_within_one_process_ends_it(tmp_path, monkeypatch, bug):

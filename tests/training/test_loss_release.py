@@ -1,4 +1,4 @@
-"""public_loss.py: the distribution of its noise, its sensitivity, its cost, and what is refused."""
+"""loss_release.py: the distribution of its noise, its sensitivity, its cost, and what is refused."""
 
 import json
 import math
@@ -20,16 +20,16 @@ from author_dp.data.loading import load_files
 from author_dp.data.splits import subsample_authors
 from author_dp.errors import UserError
 from author_dp.guards.seed_checks import replay_global_rng
-from author_dp.training import public_loss as release
-from author_dp.training.public_loss import (
+from author_dp.training import loss_release as release
+from author_dp.training.loss_release import (
     GRID,
     RANGES,
     bernoulli_exp,
     discrete_laplace,
-    format_release,
-    local_loss_sums,
-    noisy_mean,
-    quantize_loss,
+    format_released_loss,
+    local_released_loss_sums,
+    noisy_released_loss,
+    quantize_released_loss,
     release_eval_loss,
 )
 from data_utils import AuthorDataset, DataArguments, split_by_author
@@ -39,7 +39,7 @@ COUNTS = [1, 3, 2, 1, 7]
 # --- the noise ----------------------------------------------------------------------------------------------
 
 
-@catches("noise that is zero twice as often", "training.public_loss.discrete_laplace", "if magnitude or not negative:",
+@catches("noise that is zero twice as often", "training.loss_release.discrete_laplace", "if magnitude or not negative:",
     "if True:", scale=Fraction(1))  # fmt: skip
 @pytest.mark.parametrize("scale", [Fraction(1, 3), Fraction(1), Fraction(7, 2)])
 def test_discrete_laplace_has_its_distribution(scale):
@@ -66,7 +66,7 @@ def test_bernoulli_exp_has_its_probability(rate):
     assert within(heads, 3_000 * p, (3_000 * p * (1 - p)) ** 0.5 + 1e-9)
 
 
-@catches("the noise of a public loss from --seed", "training.public_loss.discrete_laplace",
+@catches("the noise of a public loss from --seed", "training.loss_release.discrete_laplace",
     "t, s = scale.numerator, scale.denominator",
     "t, s = scale.numerator, scale.denominator\n    return round(np.random.laplace(scale=t / s))")  # fmt: skip
 def test_discrete_laplace_follows_no_seed():
@@ -78,11 +78,12 @@ def test_discrete_laplace_follows_no_seed():
 # --- sensitivity --------------------------------------------------------------------------------------------
 
 
-@catches("a public loss that is not clipped", "training.public_loss.quantize_loss", "min(max(loss, 0.0), upper)", "loss",
+@catches("a public loss that is not clipped", "training.loss_release.quantize_released_loss", "min(max(loss, 0.0), upper)",
+    "loss",
     loss=-3.0)  # fmt: skip
 @pytest.mark.parametrize("loss", [0.0, 1e-9, 2.5, 4.0, 4.1, 1e300, -3.0, math.inf, -math.inf, math.nan])
 def test_quantize_loss_has_constant_l1_norm(loss):
-    first, second = quantize_loss(loss, 4.0)
+    first, second = quantize_released_loss(loss, 4.0)
     assert min(first, second) >= 0 and first + second == GRID
 
 
@@ -92,7 +93,7 @@ def sums_of(trainer, dataset, which=None) -> list[int]:
     indices = np.concatenate([dataset.indices[slice(*bounds[a])] for a in authors])
     offsets = np.cumsum([0, *(np.diff(bounds[a])[0] for a in authors)])
     trainer.eval_dataset = AuthorDataset(dataset.samples, offsets, indices)
-    return local_loss_sums(trainer, upper=5.0).tolist()
+    return local_released_loss_sums(trainer, upper=5.0).tolist()
 
 
 def test_local_loss_sums_are_bitwise_independent_of_other_authors(tmp_path):
@@ -126,7 +127,7 @@ def test_release_with_little_noise_equals_the_mean_over_authors(tmp_path):
     found = release_eval_loss(trainer, 1e7, 9.0, limited=False)
     assert found["loss"] == pytest.approx(reference_losses(model, dataset)[1], abs=1e-3)
     assert found["authors"] == len(COUNTS) and found["range"] == [0.0, 9.0]
-    assert f"{found['loss']:.3f}" in format_release(found)
+    assert f"{found['loss']:.3f}" in format_released_loss(found)
 
 
 def with_eval_data(trainer, dataset):
@@ -137,9 +138,9 @@ def with_eval_data(trainer, dataset):
     return trainer
 
 
-@catches("a public loss with half the noise", "training.public_loss.release_eval_loss", "Fraction(sensitivity) / ",
+@catches("a public loss with half the noise", "training.loss_release.release_eval_loss", "Fraction(sensitivity) / ",
     "Fraction(sensitivity, 2) / ", limited=False, factor=1)  # fmt: skip
-@catches("a place that another author takes is free", "training.public_loss.release_eval_loss", "GRID * (2 if limited else 1)",
+@catches("a place that another author takes is free", "training.loss_release.release_eval_loss", "GRID * (2 if limited else 1)",
     "GRID", limited=True, factor=2)  # fmt: skip
 @pytest.mark.parametrize(("limited", "factor"), [(False, 1), (True, 2)])
 def test_release_noise_has_the_scale_of_the_sensitivity(tmp_path, monkeypatch, limited, factor):
@@ -152,15 +153,15 @@ def test_release_noise_has_the_scale_of_the_sensitivity(tmp_path, monkeypatch, l
 
 def test_noisy_mean_has_the_standard_error_of_the_noise():
     sums = [300 * GRID, 700 * GRID]
-    error = noisy_mean(sums, 6.0, GRID / 1.0)["standard_error"]
+    error = noisy_released_loss(sums, 6.0, GRID / 1.0)["standard_error"]
     generator = np.random.default_rng(0)
     noisy = np.array(sums) + generator.laplace(scale=GRID, size=(20_000, 2))
     assert error == pytest.approx((noisy[:, 0] / noisy.sum(1) * 6.0).std(), rel=0.05)
 
 
 def test_noisy_mean_of_too_few_authors_is_none():
-    found = noisy_mean([-5 * GRID, 2 * GRID], 6.0, GRID)
-    assert found["loss"] is None and found["authors"] == 0 and "too few" in format_release(found)
+    found = noisy_released_loss([-5 * GRID, 2 * GRID], 6.0, GRID)
+    assert found["loss"] is None and found["authors"] == 0 and "too few" in format_released_loss(found)
 
 
 @pytest.mark.integration
@@ -195,7 +196,7 @@ def test_split_by_author_forces_no_author_for_a_release(tmp_path):
 # --- cost ---------------------------------------------------------------------------------------------------
 
 
-@catches("a public loss that no ledger holds", "training.public_loss.release_eval_loss",
+@catches("a public loss that no ledger holds", "training.loss_release.release_eval_loss",
     "trainer.budget.record_release(record)", "pass")  # fmt: skip
 def test_release_is_recorded_before_it_is_disclosed(tmp_path, monkeypatch):
     # With little noise: no loss is at an end of the range, where two losses would be equal.
@@ -290,7 +291,7 @@ def test_shared_authors_choose_no_model_by_exact_losses(tmp_path, monkeypatch, c
 # --- truncated records of releases --------------------------------------------------------------------------
 
 
-@catches("a torn release is taken for a step", "accounting.ledger.interpret_truncated",
+@catches("a torn release is taken for a step", "accounting.ledger.interpret_truncated_ledger",
     "if found := TRUNCATED_RELEASE.match(tail):", "if found := None:", then="run")  # fmt: skip
 @catches("a record that sticks to a torn one", "accounting.ledger.PrivacyLedger._append",
     "self._chain.repair_tail(self._replacement)", "pass", then="release")  # fmt: skip
@@ -327,13 +328,13 @@ def test_release_truncated_before_its_loss_counts_as_a_step(tmp_path, length):
     assert truncated.releases == [] and truncated.steps == 2  # it counts as a step, like any unknown truncated record
 
 
-@catches("the loss of another checkpoint's model", "training.public_loss.release_eval_loss",
+@catches("the loss of another checkpoint's model", "training.loss_release.release_eval_loss",
     ', "step": trainer.state.global_step', ', "step": 4')  # fmt: skip
 def test_release_is_reused_for_the_same_step_only(tmp_path):
     trainer = with_eval_data(make_trainer(tmp_path), make_dataset(COUNTS))
     trainer.state.global_step = 4
     found = release_eval_loss(trainer, 20.0, 8.0, limited=False)
-    assert found["step"] == 4 and "at step 4" in format_release(found)
+    assert found["step"] == 4 and "at step 4" in format_released_loss(found)
     trainer.state.global_step = 2  # an earlier checkpoint
     assert release_eval_loss(trainer, 20.0, 8.0, limited=False)["loss"] != found["loss"]
     assert [one["step"] for one in PrivacyLedger(trainer.budget.ledger.path).releases] == [4, 2]
@@ -343,11 +344,11 @@ def test_release_is_reused_for_the_same_step_only(tmp_path):
 @pytest.mark.parametrize("upper", json.loads(RANGES["release_eval_range"]))
 def test_release_limits_give_finite_numbers(tmp_path, epsilon, upper):
     found = release_eval_loss(with_eval_data(make_trainer(tmp_path), make_dataset(COUNTS)), epsilon, upper, limited=True)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found and format_release(found)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found and format_released_loss(found)
     assert found == {k: v for k, v in PrivacyLedger(tmp_path / "privacy_ledger.jsonl").current_release.items() if k != "split"}
 
 
-@catches("a split that forgets by which column", "data.authors.split_id", ":{author_column}", "")
+@catches("a split that forgets by which column", "data.splits.split_id", ":{author_column}", "")
 def test_split_id_depends_on_every_rule():
     """With another column or rule, held-out authors may be trained on, so the epsilons add up."""
     options = [{}, {"eval_fraction": 0.1}, {"author_column": "device"}, {"author_column": "a:b"}]

@@ -7,22 +7,29 @@ import pytest
 from mutation import catches
 
 from author_dp.accounting.banded_mf import toeplitz_coefficients
-from author_dp.accounting.prediction import Setting, predicted_gain, predicted_share, step_noise, sum_noise, with_interval
+from author_dp.accounting.loss_prediction import (
+    PredictionSetting,
+    predicted_gain,
+    predicted_share,
+    predicted_step_noise,
+    predicted_sum_noise,
+    prediction_interval,
+)
 
-SETTING = Setting(0.8, 64, 20, 4, 3e-3, 400_000, 400_000, is_lora=False)
+SETTING = PredictionSetting(0.8, 64, 20, 4, 3e-3, 400_000, 400_000, is_lora=False)
 
 
-@catches("a step's noise is not divided by the batch", "accounting.prediction.step_noise", " / setting.batch", "")
-@catches("the sums' noise is that of a step", "accounting.prediction.sum_noise", "[1]", "[0]")
+@catches("a step's noise is not divided by the batch", "accounting.loss_prediction.predicted_step_noise", " / setting.batch", "")
+@catches("the sums' noise is that of a step", "accounting.loss_prediction.predicted_sum_noise", "[1]", "[0]")
 @pytest.mark.parametrize("bands", [1, 4])
 def test_noise_is_that_of_the_mechanism(bands):
     setting = SETTING._replace(bands=bands)
     c = toeplitz_coefficients(bands, setting.steps)
     inverse = np.linalg.inv(sum(value * np.eye(setting.steps, k=-i) for i, value in enumerate(c)))  # row t: noise of step t
     scale = setting.noise_multiplier * math.sqrt(setting.trained) / setting.batch
-    assert step_noise(setting) == pytest.approx(scale * np.linalg.norm(inverse[-1]), rel=1e-9)
+    assert predicted_step_noise(setting) == pytest.approx(scale * np.linalg.norm(inverse[-1]), rel=1e-9)
     sums = np.linalg.norm(np.cumsum(inverse, axis=0), axis=1)
-    assert sum_noise(setting) == pytest.approx(scale * np.sqrt((sums**2).mean()), rel=1e-9)
+    assert predicted_sum_noise(setting) == pytest.approx(scale * np.sqrt((sums**2).mean()), rel=1e-9)
 
 
 @pytest.mark.parametrize("rate", [1e-4, 1e-3, 1e-2, 1e-1])
@@ -42,8 +49,8 @@ def test_a_rate_can_be_too_large():
 
 def test_shares_and_intervals_stay_between_0_and_1():
     for share in (-0.3, 0.0, 0.5, 1.2):
-        middle, low, high = with_interval(share, is_lora=False)
-        assert 0 <= low <= middle <= high <= 1 and with_interval(share, is_lora=True)[1] <= low
+        middle, low, high = prediction_interval(share, is_lora=False)
+        assert 0 <= low <= middle <= high <= 1 and prediction_interval(share, is_lora=True)[1] <= low
     shares = [predicted_share(SETTING._replace(noise_multiplier=noise))[0] for noise in (0.1, 1.0, 10.0)]
     assert 1 >= shares[0] > shares[1] > shares[2] > 0
 

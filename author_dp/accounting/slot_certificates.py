@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from author_dp.accounting.accountant import LEAST_NOISE
-from author_dp.accounting.balls_in_bins import MeanShift, Segment, TiltedMixture, WorstCase
+from author_dp.accounting.balls_in_bins import MeanShift, SlotSegment, TiltedMixture, WorstCaseMixture
 from author_dp.accounting.banded_mf import BAND_CHOICES, NEGLIGIBLE_GAIN, prefix_sum_rmse, toeplitz_coefficients
 from author_dp.errors import UserError
 
@@ -45,7 +45,7 @@ CHUNK = 2**11  # draws at once
 DIRECTIONS: dict[str, type[TiltedMixture] | type[MeanShift]] = {"removed": TiltedMixture, "added": MeanShift}
 
 
-class Estimate(NamedTuple):
+class CertificateEstimate(NamedTuple):
     """What draws say of delta(epsilon) in one direction."""
 
     draws: int
@@ -70,14 +70,16 @@ class Estimate(NamedTuple):
         return min(largest, (self.mean + self.deviation(failure_probability, self.draws)) * (1 + ROUNDING))
 
 
-def chunks(draws: int) -> Iterator[int]:
+def certificate_chunks(draws: int) -> Iterator[int]:
     """Yield sizes of at most CHUNK that add up to `draws`."""
     yield from [CHUNK] * (draws // CHUNK)
     if draws % CHUNK:
         yield draws % CHUNK
 
 
-def estimate(proposal: TiltedMixture | MeanShift, draws: int, generator: np.random.Generator) -> Estimate:
+def estimate_certified_delta(
+    proposal: TiltedMixture | MeanShift, draws: int, generator: np.random.Generator
+) -> CertificateEstimate:
     """Estimate delta(epsilon) in the proposal's direction.
 
     Raises:
@@ -85,16 +87,16 @@ def estimate(proposal: TiltedMixture | MeanShift, draws: int, generator: np.rand
     """
     total = squares = 0.0
     largest = math.exp(proposal.log_range)
-    for size in chunks(draws):
+    for size in certificate_chunks(draws):
         values = proposal.weigh(proposal.draw(size, generator))
         if not (values.min() >= 0 and values.max() <= largest * (1 + 1e-9)):
             raise ArithmeticError(f"weight times loss is {values.max():.6g}, above its bound {largest:.6g}")
         total, squares = total + float(values.sum()), squares + float(values @ values)
     mean = total / draws
-    return Estimate(draws, mean, max(0.0, squares - draws * mean**2) / (draws - 1), proposal.log_range)
+    return CertificateEstimate(draws, mean, max(0.0, squares - draws * mean**2) / (draws - 1), proposal.log_range)
 
 
-class Attempt(NamedTuple):
+class CertificateAttempt(NamedTuple):
     """One certificate: sampled with its own key once the noise was fixed."""
 
     noise_multiplier: float
@@ -104,7 +106,7 @@ class Attempt(NamedTuple):
     passed: bool
 
 
-class Claim(NamedTuple):
+class CertificateClaim(NamedTuple):
     """What is certified: target, C's coefficients, n and T, and the steps of earlier trainings, which count too."""
 
     coefficients: np.ndarray
@@ -112,25 +114,31 @@ class Claim(NamedTuple):
     steps: int
     epsilon: float
     delta: float
-    earlier: tuple[Segment, ...] = ()
+    earlier: tuple[SlotSegment, ...] = ()
 
     @property
     def all_slots(self) -> int:
         """The number of slots of all segments."""
         return self.slots + sum(segment.slots for segment in self.earlier)
 
-    def estimates(self, noise_multiplier: float, draws: int, key: int) -> dict[str, Estimate]:
+    def estimates(self, noise_multiplier: float, draws: int, key: int) -> dict[str, CertificateEstimate]:
         """Estimate delta(epsilon) in both directions. Nothing is drawn where the range alone is negligible."""
-        worst = WorstCase([*self.earlier, Segment(self.coefficients, self.slots, self.steps, noise_multiplier)])
+        worst = WorstCaseMixture([*self.earlier, SlotSegment(self.coefficients, self.slots, self.steps, noise_multiplier)])
         generator, found = np.random.Generator(np.random.Philox(key=key)), {}
         for direction, make in DIRECTIONS.items():
             proposal = make(worst, self.epsilon)
             negligible = proposal.log_range <= math.log(NEGLIGIBLE * self.delta)
-            found[direction] = Estimate(0, 0.0, 0.0, proposal.log_range) if negligible else estimate(proposal, draws, generator)
+            found[direction] = (
+                CertificateEstimate(0, 0.0, 0.0, proposal.log_range)
+                if negligible
+                else estimate_certified_delta(proposal, draws, generator)
+            )
         return found
 
 
-def attempt(claim: Claim, noise_multiplier: float, number: int, draws: int, key: Optional[int] = None) -> Attempt:
+def attempt_certificate(
+    claim: CertificateClaim, noise_multiplier: float, number: int, draws: int, key: Optional[int] = None
+) -> CertificateAttempt:
     """Try to certify a noise multiplier with fresh draws. Attempt i is wrong with probability FAILURE_SHARE delta / 2^i at most.
 
     So a noise multiplier with a larger delta passes, in any attempt, with probability FAILURE_SHARE delta at most. That is added
@@ -146,18 +154,18 @@ def attempt(claim: Claim, noise_multiplier: float, number: int, draws: int, key:
     found = claim.estimates(noise_multiplier, draws, key)
     bounds = {direction: each.upper_bound(failure_probability / len(found)) for direction, each in found.items()}
     passed = max(bounds.values()) + FAILURE_SHARE * claim.delta <= claim.delta
-    return Attempt(noise_multiplier, key, failure_probability, bounds, passed)
+    return CertificateAttempt(noise_multiplier, key, failure_probability, bounds, passed)
 
 
-def certify(claim: Claim, noise_multiplier: float, draws: int) -> list[Attempt]:
+def certify_noise_multiplier(claim: CertificateClaim, noise_multiplier: float, draws: int) -> list[CertificateAttempt]:
     """Return the attempts to certify a noise multiplier, the last of which passed: each with more noise than the one before.
 
     Raises:
         ArithmeticError: if MAX_ATTEMPTS fail.
     """
-    attempts: list[Attempt] = []
+    attempts: list[CertificateAttempt] = []
     while len(attempts) < MAX_ATTEMPTS:
-        attempts.append(attempt(claim, noise_multiplier * MORE_NOISE ** len(attempts), len(attempts) + 1, draws))
+        attempts.append(attempt_certificate(claim, noise_multiplier * MORE_NOISE ** len(attempts), len(attempts) + 1, draws))
         if attempts[-1].passed:
             return attempts
     raise ArithmeticError(
@@ -165,7 +173,7 @@ def certify(claim: Claim, noise_multiplier: float, draws: int) -> list[Attempt]:
     )
 
 
-def enough_draws(claim: Claim, found: Iterable[Estimate]) -> int:
+def certificate_draws(claim: CertificateClaim, found: Iterable[CertificateEstimate]) -> int:
     """Return how many draws keep the confidence bound of the first attempt within SLACK of delta, if that takes no minutes."""
     draws, most = MIN_DRAWS, min(MAX_DRAWS, MAX_CELLS // claim.all_slots)
     while draws < most and any(
@@ -175,14 +183,14 @@ def enough_draws(claim: Claim, found: Iterable[Estimate]) -> int:
     return draws
 
 
-class Calibration:
+class CertificateCalibration:
     """What a certificate will probably say of a noise multiplier. No guarantee rests on it, nor on its draws.
 
     Args:
         draws: of each noise multiplier, always the same ones.
     """
 
-    def __init__(self, claim: Claim, draws: int = CALIBRATION_DRAWS):
+    def __init__(self, claim: CertificateClaim, draws: int = CALIBRATION_DRAWS):
         self.claim, self.key = claim, secrets.randbits(128)
         self.draws = max(ROUGH_DRAWS, min(draws, MAX_CELLS // claim.all_slots // 8))
 
@@ -194,7 +202,7 @@ class Calibration:
         """
         claim = self.claim if epsilon is None else self.claim._replace(epsilon=epsilon)
         found = claim.estimates(noise_multiplier, self.draws, self.key).values()
-        draws, bounds = enough_draws(claim, found), []
+        draws, bounds = certificate_draws(claim, found), []
         for each in found:
             margin = 2 * each.standard_error * math.sqrt(1 + each.draws / draws)  # of both estimates
             bound = each.mean + margin + each.deviation(FAILURE_SHARE * claim.delta / 4, draws) if each.draws else math.inf
@@ -240,7 +248,7 @@ class Calibration:
         return UserError(f"{target}. Raise --target_epsilon or --target_delta, or use --sampling poisson")
 
 
-def first_guess(claim: Claim) -> float:
+def guess_slot_noise_multiplier(claim: CertificateClaim) -> float:
     """Return a noise multiplier near that of one Gaussian step for each epoch (Dwork and Roth 2014, Theorem A.1)."""
     epochs = -(-claim.steps // claim.slots)
     return max(0.2, 0.4 * math.sqrt(2 * epochs * math.log(1.25 / claim.delta)) / claim.epsilon)
@@ -249,7 +257,7 @@ def first_guess(claim: Claim) -> float:
 # --- the certificate of a run -----------------------------------------------------------------------------------
 
 
-def make_certificate(claim: Claim, earlier: Sequence[tuple[str, int]]) -> dict[str, Any]:
+def make_certificate(claim: CertificateClaim, earlier: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """Calibrate noise and certify it; return what the ledger's header holds.
 
     Args:
@@ -258,8 +266,8 @@ def make_certificate(claim: Claim, earlier: Sequence[tuple[str, int]]) -> dict[s
         UserError: if no noise is enough, or hardly any is needed.
         ArithmeticError: if no attempt passes.
     """
-    sigma, draws = Calibration(claim).find(first_guess(claim), 5e-3)
-    attempts = certify(claim, sigma, draws)
+    sigma, draws = CertificateCalibration(claim).find(guess_slot_noise_multiplier(claim), 5e-3)
+    attempts = certify_noise_multiplier(claim, sigma, draws)
     return {
         "epsilon": claim.epsilon,
         "delta": claim.delta,
@@ -274,32 +282,34 @@ def make_certificate(claim: Claim, earlier: Sequence[tuple[str, int]]) -> dict[s
     }
 
 
-def claim_of(header: dict[str, Any], earlier: Sequence[Segment]) -> Claim:
+def claim_of_certificate(header: dict[str, Any], earlier: Sequence[SlotSegment]) -> CertificateClaim:
     """Return what the certificate in a ledger's header is of."""
     made = header["certificate"]
-    return Claim(np.array(made["coefficients"]), header["slots"], made["steps"], made["epsilon"], made["delta"], tuple(earlier))
+    return CertificateClaim(
+        np.array(made["coefficients"]), header["slots"], made["steps"], made["epsilon"], made["delta"], tuple(earlier)
+    )
 
 
-def segment_of(header: dict[str, Any], steps: int) -> Segment:
+def slot_segment_of(header: dict[str, Any], steps: int) -> SlotSegment:
     """Return the first `steps` steps of the run with that header."""
-    return Segment(np.array(header["certificate"]["coefficients"]), header["slots"], steps, header["noise_multiplier"])
+    return SlotSegment(np.array(header["certificate"]["coefficients"]), header["slots"], steps, header["noise_multiplier"])
 
 
-def repeat_certificate(header: dict[str, Any], earlier: Sequence[Segment]) -> bool:
+def repeat_certificate(header: dict[str, Any], earlier: Sequence[SlotSegment]) -> bool:
     """Return whether the last attempt of a certificate passes with its own draws, repeated by their key.
 
     Args:
         header: of the run, from the ledger.
         earlier: the segments of the runs before it.
     """
-    made, claim = header["certificate"], claim_of(header, earlier)
+    made, claim = header["certificate"], claim_of_certificate(header, earlier)
     last, number = made["attempts"][-1], len(made["attempts"])
     if last["noise_multiplier"] != header["noise_multiplier"]:
         return False
-    return attempt(claim, last["noise_multiplier"], number, made["draws"], int(last["key"], 16)).passed
+    return attempt_certificate(claim, last["noise_multiplier"], number, made["draws"], int(last["key"], 16)).passed
 
 
-def certify_epsilon(segments: Sequence[Segment], delta: float, largest: float) -> float:
+def certify_epsilon(segments: Sequence[SlotSegment], delta: float, largest: float) -> float:
     """Return an epsilon of all these segments together, certified by fresh draws.
 
     Args:
@@ -307,33 +317,33 @@ def certify_epsilon(segments: Sequence[Segment], delta: float, largest: float) -
         largest: an epsilon that is known to hold, returned where no smaller one passes.
     """
     *earlier, last = segments
-    claim = Claim(last.coefficients, last.slots, last.steps, largest, delta, tuple(earlier))
-    calibration, low, high = Calibration(claim), 0.0, largest
+    claim = CertificateClaim(last.coefficients, last.slots, last.steps, largest, delta, tuple(earlier))
+    calibration, low, high = CertificateCalibration(claim), 0.0, largest
     _, draws = calibration.log_excess(last.noise_multiplier)
     while high - low > 2e-3 * high:
         middle = (low + high) / 2
         excess, needed = calibration.log_excess(last.noise_multiplier, middle)
         low, high, draws = (middle, high, draws) if excess > 0 else (low, middle, needed)
     for number in range(1, MAX_ATTEMPTS + 1):
-        if high < largest and attempt(claim._replace(epsilon=high), last.noise_multiplier, number, draws).passed:
+        if high < largest and attempt_certificate(claim._replace(epsilon=high), last.noise_multiplier, number, draws).passed:
             return high
         high *= MORE_NOISE
     return largest
 
 
-def choose_slot_bands(claim: Claim, max_bands: int) -> int:
+def choose_slot_bands(claim: CertificateClaim, max_bands: int) -> int:
     """Return the number of bands, of BAND_CHOICES up to `max_bands`, with nearly the least prefix-sum error at that epsilon.
 
     Args:
         claim: its coefficients are replaced.
     """
-    errors, sigma = {}, first_guess(claim)
+    errors, sigma = {}, guess_slot_noise_multiplier(claim)
     for bands in [bands for bands in BAND_CHOICES if bands == 1 or bands <= min(max_bands, claim.steps, claim.slots)]:
-        errors[bands], sigma = rough_error(claim, bands, sigma)
+        errors[bands], sigma = rough_slot_error(claim, bands, sigma)
     return min(bands for bands, error in errors.items() if error <= NEGLIGIBLE_GAIN * min(errors.values()))
 
 
-def rough_error(claim: Claim, bands: int, start: float) -> tuple[float, float]:
+def rough_slot_error(claim: CertificateClaim, bands: int, start: float) -> tuple[float, float]:
     """Return about the prefix-sum error with so many bands, in units of the clip norm, and the noise multiplier: by few draws.
 
     Args:
@@ -342,5 +352,5 @@ def rough_error(claim: Claim, bands: int, start: float) -> tuple[float, float]:
     """
     coefficients = toeplitz_coefficients(bands, claim.steps)
     with_bands = claim._replace(coefficients=coefficients)
-    sigma, _ = Calibration(with_bands, ROUGH_DRAWS).find(start, 0.1)
+    sigma, _ = CertificateCalibration(with_bands, ROUGH_DRAWS).find(start, 0.1)
     return sigma * prefix_sum_rmse(coefficients, claim.steps), sigma

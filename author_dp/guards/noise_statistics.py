@@ -1,6 +1,6 @@
 """Statistics of values that are independent N(0, 1) if the mechanism is correct, with their p-values.
 
-Each statistic takes one vector of values a step, and keeps sums only; `Correlations` also keeps the last few vectors.
+Each statistic takes one vector of values a step, and keeps sums only; `NoiseCorrelations` also keeps the last few vectors.
 
 Example:
 
@@ -41,7 +41,7 @@ def normal_p_value(z: float) -> float:
     return 2 * float(stats.norm.sf(abs(z)))
 
 
-class Statistic(Protocol):
+class NoiseStatistic(Protocol):
     """Statistic of all values so far, and its p-values by name."""
 
     def add(self, values: np.ndarray) -> None: ...
@@ -49,7 +49,7 @@ class Statistic(Protocol):
     def p_values(self) -> dict[str, float]: ...
 
 
-class Moments:
+class NoiseMoments:
     """Sum, and sum of squares: normal, and chi-squared with `count` degrees of freedom."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Moments:
         return {"scale": 2 * float(min(tails)), "mean": normal_p_value(self.total / self.count**0.5)}
 
 
-class Shape:
+class NoiseShape:
     """Numbers of values in bins of equal probability: binomial, each."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Shape:
         return {"shape": min(1.0, 2 * bins * float(tails.min()))}
 
 
-class Tails:
+class NoiseTails:
     """Largest absolute value."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Tails:
         return {"tails": self.count * normal_p_value(self.largest)}
 
 
-class Duplicates:
+class NoiseDuplicates:
     """Largest number of repeated values in one probe: many if the noise is on a coarse grid."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Duplicates:
         return {"repeated values": 0.0 if self.largest > MAX_DUPLICATES else 1.0}
 
 
-class Correlations:
+class NoiseCorrelations:
     """Correlations within a step, between steps, and with earlier runs: a `ZStatistic` each.
 
     Args:
