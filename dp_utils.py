@@ -44,7 +44,7 @@ from author_dp.guards.loggers import redirect_loggers
 from author_dp.guards.options import check_launch_options
 from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
-from author_dp.guards.trainer_options import check_optimizer, check_trainer_arguments
+from author_dp.guards.trainer_arguments import check_optimizer, check_trainer_arguments
 from author_dp.mechanism.fsdp import missing_fsdp_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
@@ -57,16 +57,10 @@ from author_dp.outputs.model_card import model_card_settings
 from author_dp.outputs.privacy_statement import statement_starting_model
 from author_dp.outputs.uploads import UploadingTrainer
 from author_dp.permissions import owner_only
-from author_dp.training.checkpointing import find_checkpoint
-from author_dp.training.dataloading import (
-    NoDDPWrapper,
-    PlainEngine,
-    adapt_trainer_args,
-    broadcast_parameters,
-    load_logical_batches,
-    make_sampler,
-)
+from author_dp.training.base_trainer import NoDDPWrapper, PlainEngine
+from author_dp.training.dataloading import adapt_trainer_args, broadcast_parameters, load_logical_batches, make_sampler
 from author_dp.training.interruption import StopOnSignal, signals_end_with_message
+from author_dp.training.resuming import find_checkpoint
 from author_dp.training.run_report import RunReport
 from author_dp.training.setup import check_model_choice, set_up_dp_optimizer, set_up_run, set_up_secret_generators
 from author_dp.validation import check_choice, check_exclusive, check_range, option

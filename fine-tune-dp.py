@@ -63,14 +63,13 @@ from author_dp.mechanism.sampling import append_canary_sampling_hashes
 from author_dp.models.fusion import fuse_operations
 from author_dp.models.loading import check_sequence_len, load_model
 from author_dp.models.lora import LoraArguments
-from author_dp.models.quantization import weight_bytes
+from author_dp.models.sizes import weight_bytes
 from author_dp.outputs.report import RunStatistics, evaluate_and_sample, report_result
 from author_dp.outputs.samples import TextSamples
-from author_dp.training.checkpointing import find_checkpoint
 from author_dp.training.dry_run import DryRun, shorten_for_dry_run
 from author_dp.training.interruption import finished_training
 from author_dp.training.loss_release import LossReleaseArguments, check_loss_release, release_eval_loss
-from author_dp.training.resuming import resumable_options
+from author_dp.training.resuming import find_checkpoint, resumable_options
 from author_dp.validation import option
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
 from dp_utils import DPTrainer, PrivacyArguments

@@ -55,3 +55,8 @@ def sha256_of(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: it cannot be read ({error.strerror}). Restore it") from error
     return digest.hexdigest()
+
+
+def to_absolute_model_path(name: str) -> str:
+    """Return the absolute path of a local folder; a hub name unchanged."""
+    return os.path.abspath(name) if os.path.isdir(name) else name

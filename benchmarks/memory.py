@@ -53,7 +53,8 @@ from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.models.loading import load_base
 from author_dp.models.lora import add_lora_adapters
-from author_dp.models.quantization import cast_parameters, nf4_config, num_elements, weight_bytes
+from author_dp.models.quantization import cast_parameters, nf4_config
+from author_dp.models.sizes import num_elements, weight_bytes
 from author_dp.training import setup
 
 COMPUTED = option("--computed", action="store_true", help="compute instead of measuring")

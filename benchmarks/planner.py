@@ -45,7 +45,8 @@ from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatchDataset
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
-from author_dp.training.dataloading import PlainEngine, make_sampler
+from author_dp.training.base_trainer import PlainEngine
+from author_dp.training.dataloading import make_sampler
 from author_dp.training.evaluation import EvalBatches, evaluate
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
 from dp_utils import PrivacyArguments

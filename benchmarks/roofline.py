@@ -39,7 +39,7 @@ from author_dp.mechanism.fsdp_clipping import make_engine  # noqa: E402
 from author_dp.mechanism.microbatches import LogicalBatch, MicrobatchShape, make_microbatches  # noqa: E402
 from author_dp.mechanism.optimizer import AuthorDPOptimizer  # noqa: E402
 from author_dp.models.fusion import fuse_operations  # noqa: E402
-from author_dp.training.dataloading import NoDDPWrapper, PlainEngine  # noqa: E402
+from author_dp.training.base_trainer import NoDDPWrapper, PlainEngine  # noqa: E402
 from data_utils import collate  # noqa: E402
 from dp_utils import DPTrainer  # noqa: E402
 

@@ -33,7 +33,7 @@ from author_dp.accounting.loss_prediction import PredictionSetting
 from author_dp.accounting.run_planning import PlanningTask, planning_candidates
 from author_dp.accounting.tuning import RunCount, TuningRelease, calibrate_search
 from author_dp.data.splits import author_hashes
-from author_dp.models.quantization import model_sizes
+from author_dp.models.sizes import model_sizes
 from author_dp.training.loss_release import GRID as STEPS_OF_LOSS
 from author_dp.training.loss_release import discrete_laplace, noisy_released_loss
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets

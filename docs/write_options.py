@@ -53,7 +53,7 @@ def table(group: type, names: set[str]) -> str:
 
 def trainer_options() -> str:
     """Return the table of Hugging Face's options that are refused or have no effect."""
-    from author_dp.guards.trainer_options import NO_EFFECT, REFUSED_OPTIONS
+    from author_dp.guards.trainer_arguments import NO_EFFECT, REFUSED_OPTIONS
 
     rows = [f"| `--{name}` | refused | {reason} |" for name, reason in sorted(REFUSED_OPTIONS.items())]
     rows += [f"| `--{name}` | no effect | {reason} |" for name, reason in sorted(NO_EFFECT.items())]

@@ -122,8 +122,8 @@ def test_programs_name_what_they_want(program, tmp_path):
 def test_nothing_in_the_project_seeds_protected_randomness():
     for path in [ROOT / "dp_utils.py", *LIBRARY.values()]:
         # seed_checks seeds every generator to see that noise does not follow, and restores their states; generate comes after
-        # training, where nothing is left to protect; trainer_options names --data_seed, which has no effect.
-        if path.stem in ("seed_checks", "generate", "trainer_options"):
+        # training, where nothing is left to protect; trainer_arguments names --data_seed, which has no effect.
+        if path.stem in ("seed_checks", "generate", "trainer_arguments"):
             continue
         assert not re.search(r"args\.seed|data_seed|default_rng\(|torch\.randn|np\.random\.seed", path.read_text()), path
 

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.author_groups import AuthorIndex
 from author_dp.clipping.grad_factors import EmbeddingGrad, GradFactors, MaterializedGrad, OuterProduct, materialize_factors
-from author_dp.models.quantization import BF16Conv1D, BF16Linear, is_plain_linear
+from author_dp.models.bfloat16 import BF16Conv1D, BF16Linear, is_plain_linear
 
 SMALL_ELEMENTS = 2**17  # parameters of a layer whose per-sample gradients are formed by `vmap_rule`
 

@@ -28,7 +28,7 @@ from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.noise_inversion import NoiseDecorrelator
 from author_dp.guards.noise_monitor import NoiseMonitor, make_noise_monitor
 from author_dp.guards.precision import PrecisionMonitor
-from author_dp.guards.process_agreement import RankMonitor, find_process_mismatches
+from author_dp.guards.process_agreement import AgreementMonitor, find_process_mismatches
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor, SamplingMonitor
 from author_dp.guards.seed_checks import check_unseeded, check_unseeded_groups, check_unseeded_sampling
 from author_dp.guards.slot_monitors import SlotCanaryMonitor, SlotMonitor
@@ -53,7 +53,7 @@ class RunMonitors:
     """
 
     _monitors: list[Any]  # each with `test`
-    _ranks: Optional[RankMonitor]
+    _ranks: Optional[AgreementMonitor]
     _updates: Optional["UpdateMonitor"]
     _precision: Optional[PrecisionMonitor]
     _frozen: Optional["FrozenWeightsMonitor"]
@@ -115,7 +115,7 @@ class RunMonitors:
             if isinstance(self._canary_monitor, CanaryMonitor):
                 self._canary_monitor.set_groups(self.plan.coefficients(), sampler_groups(sampler))
         sampler.on_batch = self.sampling.on_sample
-        self._ranks, self.norms.authors = RankMonitor(sampler), 0
+        self._ranks, self.norms.authors = AgreementMonitor(sampler), 0
         self._monitors.append(self.sampling)
 
     def watch_frozen_weights(self, model: nn.Module) -> None:

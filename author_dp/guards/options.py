@@ -23,7 +23,7 @@ from author_dp.errors import UserError
 from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
 from author_dp.guards.loggers import check_loggers
 from author_dp.guards.precision import rounding_error, rounding_settings
-from author_dp.guards.trainer_options import check_optimizer_name, check_trainer_options
+from author_dp.guards.trainer_arguments import check_optimizer_name, check_trainer_options
 from author_dp.mechanism.adam_bc import use_adam_bc
 from author_dp.validation import check_choice, check_range
 

@@ -15,7 +15,7 @@ from author_dp.errors import UserError, first_line
 from author_dp.guards.precision import float32_products
 from author_dp.mechanism.fsdp import local_shard
 from author_dp.models.modes import is_dropout_rate, temporarily_set, training_mode
-from author_dp.models.quantization import float32_compute
+from author_dp.models.quantization import quantized_float32_compute
 
 MODEL_CODE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 DEFAULT_LEN = 128  # tokens of the longest sample where nothing says how long samples are
@@ -56,7 +56,7 @@ def model_errors_as_user_error(problem: str) -> Iterator[None]:
 def float32_train_mode(model: nn.Module) -> Iterator[None]:
     """Use training mode, in which alone batch norm mixes samples, without autocast, TF32 or bfloat16 products."""
     autocast = torch.autocast(next(model.parameters()).device.type, enabled=False)
-    with training_mode(model), autocast, float32_compute(model), float32_products():
+    with training_mode(model), autocast, quantized_float32_compute(model), float32_products():
         yield
 
 

@@ -13,7 +13,7 @@ Not found: an author clipped twice in place of another author of the same proces
 
 Example:
 
-    >>> monitor = RankMonitor(sampler)
+    >>> monitor = AgreementMonitor(sampler)
     >>> monitor.on_step(index=0, batch_size=12)
     >>> find_process_mismatches(gather(monitor.record(clipped=12)))  # empty if the processes agree
     []
@@ -73,7 +73,7 @@ def hash_data(dataset: Any) -> str:
 # --- while training ---------------------------------------------------------------------------------------
 
 
-class RankBatch(NamedTuple):
+class AgreementBatch(NamedTuple):
     """A batch as it was sampled."""
 
     digest: bytes  # of the indices of all its authors
@@ -82,19 +82,19 @@ class RankBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RankRecord:
+class AgreementRecord:
     """What a process knows of the steps so far. Private."""
 
     groups: bytes  # hash of the authors' groups
     batches: bytes = b""  # hash chain of the authors of each batch
     steps: int = 0
     sampled: int = 0  # sum of batch sizes, without canaries
-    whole: int = 0  # sums over the batches of `RankBatch.whole` and `share`, modulo 2^64
+    whole: int = 0  # sums over the batches of `AgreementBatch.whole` and `share`, modulo 2^64
     share: int = 0
     clipped: int = 0  # number of authors that this process has clipped
 
 
-class RankMonitor:
+class AgreementMonitor:
     """Record the batches of one process.
 
     Args:
@@ -105,8 +105,8 @@ class RankMonitor:
         counts = np.diff(sampler.offsets)
         self._author_of = np.zeros(int(sampler.indices.max(initial=0)) + 1, np.int32)  # of each sample
         self._author_of[sampler.indices] = np.repeat(np.arange(len(counts)), counts)
-        self._sampled: dict[int, RankBatch] = {}  # by the batch's index: the data loader is ahead of the steps
-        self._record = RankRecord(b"" if sampler.groups is None else hashlib.sha256(sampler.groups.tobytes()).digest())
+        self._sampled: dict[int, AgreementBatch] = {}  # by the batch's index: the data loader is ahead of the steps
+        self._record = AgreementRecord(b"" if sampler.groups is None else hashlib.sha256(sampler.groups.tobytes()).digest())
         sampler.on_local_batch = self.on_local_batch
 
     def on_local_batch(self, authors: np.ndarray, share: list[np.ndarray], index: int) -> None:
@@ -116,7 +116,7 @@ class RankMonitor:
         expected = np.repeat(sample_authors[starts], [len(samples) for samples in share])
         strays = sample_authors[sample_authors != expected]  # samples of another author than the first sample's
         share_hash = set_hash(sample_authors[starts], index) + set_hash(strays, index)
-        self._sampled[index] = RankBatch(hashlib.sha256(authors.tobytes()).digest(), set_hash(authors, index), share_hash)
+        self._sampled[index] = AgreementBatch(hashlib.sha256(authors.tobytes()).digest(), set_hash(authors, index), share_hash)
 
     def on_step(self, index: int, batch_size: int) -> None:
         """Add a step, with its batch's index and number of authors, without canaries."""
@@ -130,7 +130,7 @@ class RankMonitor:
             share=(old.share + batch.share) % 2**64,
         )
 
-    def record(self, clipped: int) -> RankRecord:
+    def record(self, clipped: int) -> AgreementRecord:
         """Return the record to compare.
 
         Args:
@@ -139,7 +139,7 @@ class RankMonitor:
         return replace(self._record, clipped=clipped)
 
 
-def find_process_mismatches(records: list[RankRecord]) -> list[str]:
+def find_process_mismatches(records: list[AgreementRecord]) -> list[str]:
     """Return the mismatches between the processes' records, in words that reveal nothing private."""
     main, found = records[0], []
     for name, words in {"steps": "number of steps", "groups": "groups of authors", "batches": "sampled authors"}.items():

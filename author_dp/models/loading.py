@@ -6,26 +6,21 @@ dropped, as a LoRA adapter's would be if only its base were loaded.
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from author_dp.errors import UserError, first_line
+from author_dp.files import to_absolute_model_path
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.logs import get_logger
-from author_dp.models.lora import add_lora_adapters
+from author_dp.models.lora import add_lora_adapters, load_adapter, reload_adapter_weights
 from author_dp.models.quantization import cast_parameters, nf4_config, quantized_layers
+from author_dp.models.weights import adapter_base_model, check_lfs_pointers, is_extra_layer_weight
 
 logger = get_logger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
-FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-LFS_POINTER = b"version https://git-lfs"
 
 
 def load_model(
@@ -118,45 +113,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def adapter_base_model(name: str) -> Optional[str]:
-    """Return the base model of the LoRA adapter in a local folder; None where it holds none.
-
-    A base with a relative path is looked up from the working directory, then from the adapter's folder.
-
-    Raises:
-        UserError: where the folder holds a full model too, the base is an adapter itself, or no base is named.
-    """
-    path = Path(name) / ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    if full := [entry.name for pattern in FULL_WEIGHTS for entry in sorted(Path(name).glob(pattern))]:
-        raise UserError(
-            f"--model_name {name}: it holds both an adapter ({ADAPTER_CONFIG}) and a full model ({', '.join(full)}), so it is "
-            "not clear which one to load. Move one of them to another folder"
-        )
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if not isinstance(base, str) or not base:
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--model_name {name}: {ADAPTER_CONFIG} does not name its base model. Copy the adapter again") from error
-    sibling = Path(name) / base
-    resolved = str(sibling.resolve()) if not os.path.isdir(base) and sibling.is_dir() else to_absolute_model_path(base)
-    if (Path(resolved) / ADAPTER_CONFIG).exists():
-        raise UserError(f"--model_name {name}: its base {resolved} holds an adapter itself. Merge that one into its base first")
-    return resolved
-
-
-def to_absolute_model_path(name: str) -> str:
-    """Return the absolute path of a local folder; a hub name unchanged."""
-    return os.path.abspath(name) if os.path.isdir(name) else name
-
-
-def public_model_name(name: str) -> str:
-    """Return the last component of a local path, without private folder names; a hub name unchanged."""
-    return Path(name).resolve().name if os.path.isdir(name) else name
-
-
 def check_model_folder(name: str) -> None:
     """Raise UserError for a local folder without a model, or with unusable files."""
     folder = Path(name)
@@ -172,62 +128,6 @@ def check_model_folder(name: str) -> None:
         raise UserError(f"--model_name {name}: config.json is not JSON ({error}). Copy it again") from error
     if not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
         raise UserError(f"--model_name {name}: no weights (model.safetensors). Copy them there, or give another folder")
-
-
-def check_lfs_pointers(folder: Path) -> None:
-    """Raise UserError where a file is only git-lfs' pointer to it."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.stat().st_size < 1_000 and path.read_bytes().startswith(LFS_POINTER):
-            raise UserError(
-                f"--model_name {folder}: {path.name} is a git-lfs pointer, not the file. Run 'git lfs pull' in its repository"
-            )
-
-
-def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Add the LoRA adapter in a local folder to its base, to resume training.
-
-    Raises:
-        UserError: for an adapter of another type, without weights, or that does not fit the base.
-    """
-    folder = Path(name)
-    check_lfs_pointers(folder)
-    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    if peft_type != "LORA":
-        raise UserError(f"--model_name {name}: it holds an adapter of type {peft_type}. Only LoRA adapters can be resumed")
-    if not any((folder / f"adapter_model{suffix}").exists() for suffix in (".safetensors", ".bin")):
-        raise UserError(f"--model_name {name}: no adapter weights (adapter_model.safetensors). Copy them there")
-    weights = load_peft_weights(name, device="cpu")
-    resize_for_adapter(model, weights)
-    adapted: Any = PeftModel.from_pretrained(model, name, is_trainable=True)
-    saved, loaded = (
-        {key for key in keys if "lora_" in key}
-        for keys in (weights, get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    )
-    if unmatched := sorted(saved ^ loaded):
-        raise UserError(
-            f"--model_name {name}: the adapter does not fit its base: {len(unmatched)} weights are missing, or have no layer in "
-            f"the base, such as {unmatched[0]}. Give the base that it was trained on"
-        )
-    return adapted
-
-
-def resize_for_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Give the base as many embeddings as an adapter was trained with; peft saves resized ones with the adapter."""
-    embeddings: Any = model.get_input_embeddings()
-    layers = (embeddings, model.get_output_embeddings())
-    names = [name for name, layer in model.named_modules() if any(layer is other for other in layers)]
-    ends = tuple(f".{name}.{weight}" for name in names for weight in ("weight", "base_layer.weight"))
-    rows = {len(tensor) for key, tensor in weights.items() if key.endswith(ends)}
-    if len(rows) == 1 and rows != {len(embeddings.weight)}:
-        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
-
-
-def reload_adapter_weights(model: PreTrainedModel, name: str) -> None:
-    """Load an adapter's weights again, after `cast_parameters`.
-
-    peft first copies fully trained layers into the base's dtype, which rounds them.
-    """
-    set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
@@ -279,13 +179,3 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> 
             f"--model_name {name}: the weights have layers that config.json does not ask for, such as {extra[0]}. {fix}"
         )
     return model
-
-
-def is_extra_layer_weight(key: str, model: torch.nn.Module) -> bool:
-    """Return whether an unexpected weight belongs to a list of layers in the model, beyond its end."""
-    match = re.match(r"(.+?)\.(\d+)\.", key)
-    if match is None:
-        return False
-    modules = dict(model.named_modules())
-    layers = [match[1], f"{getattr(model, 'base_model_prefix', '')}.{match[1]}"]
-    return any(name in modules and f"{name}.{match[2]}" not in modules for name in layers)

@@ -10,20 +10,25 @@ References:
     [1] Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685
 """
 
+import json
 from collections import Counter
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Optional
 
-from peft import LoraConfig, TaskType, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, load_peft_weights
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.errors import UserError, first_line
-from author_dp.models.quantization import check_quantized_frozen, is_plain_linear, is_quantized
+from author_dp.models.bfloat16 import is_plain_linear
+from author_dp.models.quantization import check_quantized_frozen, is_quantized
+from author_dp.models.weights import ADAPTER_CONFIG, check_lfs_pointers
 from author_dp.validation import check_range, option
 
 ALL_LINEAR = "all-linear"
@@ -161,3 +166,50 @@ def excluded_layers(model: Any) -> list[str]:
         if (isinstance(layer, nn.Linear) and not fits) or (is_mamba and name.split(".")[-1] in MAMBA_FUSED_LAYERS):
             names.append(name)
     return names
+
+
+def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Add the LoRA adapter in a local folder to its base, to resume training.
+
+    Raises:
+        UserError: for an adapter of another type, without weights, or that does not fit the base.
+    """
+    folder = Path(name)
+    check_lfs_pointers(folder)
+    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    if peft_type != "LORA":
+        raise UserError(f"--model_name {name}: it holds an adapter of type {peft_type}. Only LoRA adapters can be resumed")
+    if not any((folder / f"adapter_model{suffix}").exists() for suffix in (".safetensors", ".bin")):
+        raise UserError(f"--model_name {name}: no adapter weights (adapter_model.safetensors). Copy them there")
+    weights = load_peft_weights(name, device="cpu")
+    resize_for_adapter(model, weights)
+    adapted: Any = PeftModel.from_pretrained(model, name, is_trainable=True)
+    saved, loaded = (
+        {key for key in keys if "lora_" in key}
+        for keys in (weights, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    )
+    if unmatched := sorted(saved ^ loaded):
+        raise UserError(
+            f"--model_name {name}: the adapter does not fit its base: {len(unmatched)} weights are missing, or have no layer in "
+            f"the base, such as {unmatched[0]}. Give the base that it was trained on"
+        )
+    return adapted
+
+
+def resize_for_adapter(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give the base as many embeddings as an adapter was trained with; peft saves resized ones with the adapter."""
+    embeddings: Any = model.get_input_embeddings()
+    layers = (embeddings, model.get_output_embeddings())
+    names = [name for name, layer in model.named_modules() if any(layer is other for other in layers)]
+    ends = tuple(f".{name}.{weight}" for name in names for weight in ("weight", "base_layer.weight"))
+    rows = {len(tensor) for key, tensor in weights.items() if key.endswith(ends)}
+    if len(rows) == 1 and rows != {len(embeddings.weight)}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def reload_adapter_weights(model: PreTrainedModel, name: str) -> None:
+    """Load an adapter's weights again, after `cast_parameters`.
+
+    peft first copies fully trained layers into the base's dtype, which rounds them.
+    """
+    set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))

@@ -26,76 +26,16 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 
 from author_dp.errors import UserError
+from author_dp.models.bfloat16 import (
+    BF16Conv1D,
+    BF16Embedding,
+    BF16Linear,
+    bf16_class_for,
+)
 
 # --- bfloat16 -------------------------------------------------------------------------------------------
-
-
-class UpcastMatmul(torch.autograd.Function):
-    """Compute x W^T for a frozen W of a lower precision than x.
-
-    W is upcast in the forward pass and again in the backward pass. Between them, only W itself is kept.
-    """
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight)  # (outputs, inputs)
-        return x @ weight.to(x.dtype).T
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return gradient @ weight.to(gradient.dtype), None
-
-
-def upcast_linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """Return x W^T + b in x's dtype; `weight` is (outputs, inputs)."""
-    product: torch.Tensor = UpcastMatmul.apply(x, weight)
-    return product if bias is None else product + bias
-
-
-class BF16Linear(nn.Linear):
-    """Linear layer with a frozen bfloat16 matrix that computes in the dtype of its input."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        return upcast_linear(x, self.weight, self.bias)
-
-
-class BF16Conv1D(Conv1D):
-    """GPT-2's linear layer, whose matrix is (inputs, outputs), in the same way."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        return upcast_linear(x, self.weight.T, self.bias)
-
-
-class BF16Embedding(nn.Embedding):
-    """Embedding with a frozen bfloat16 matrix and float32 outputs."""
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(ids).float()
-
-
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Return whether a layer computes x W^T + b and nothing else; a subclass may compute anything."""
-    return type(layer).forward is nn.Linear.forward or type(layer).__name__ == "FalconLinear"
-
-
-def bf16_class_for(layer: nn.Module) -> Optional[type]:
-    """Return the class that runs a layer with a bfloat16 matrix.
-
-    None where the layer may compute anything else.
-    """
-    if is_plain_linear(layer):
-        return BF16Linear
-    if type(layer) is Conv1D:
-        return BF16Conv1D
-    return BF16Embedding if type(layer) is nn.Embedding else None
 
 
 def cast_parameters(model: Any, compute_dtype: Optional[torch.dtype] = None) -> Any:
@@ -125,7 +65,7 @@ def cast_parameters(model: Any, compute_dtype: Optional[torch.dtype] = None) -> 
             if buffer is not None and buffer.is_floating_point() and not is_quantized(layer):
                 layer._buffers[name] = buffer.float()
     for layer in quantized_layers(model):
-        set_compute_dtype([layer], compute_dtype or layer.compute_dtype)
+        set_quantized_compute_dtype([layer], compute_dtype or layer.compute_dtype)
     return model
 
 
@@ -161,7 +101,7 @@ def quantized_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if is_quantized(layer)]
 
 
-def set_compute_dtype(layers: Iterable[Any], dtype: torch.dtype) -> None:
+def set_quantized_compute_dtype(layers: Iterable[Any], dtype: torch.dtype) -> None:
     """Let 4-bit layers multiply in `dtype`, forward and backward."""
     for layer in layers:
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
@@ -172,16 +112,16 @@ def set_compute_dtype(layers: Iterable[Any], dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def float32_compute(model: nn.Module) -> Iterator[None]:
+def quantized_float32_compute(model: nn.Module) -> Iterator[None]:
     """Inside, 4-bit layers multiply in float32."""
     previous = [(layer, layer.compute_dtype) for layer in quantized_layers(model)]
-    set_compute_dtype((layer for layer, _ in previous), torch.float32)
+    set_quantized_compute_dtype((layer for layer, _ in previous), torch.float32)
     try:
         yield
     finally:
         for layer, dtype in previous:
             if dtype is not None:
-                set_compute_dtype([layer], dtype)
+                set_quantized_compute_dtype([layer], dtype)
 
 
 def check_quantized_frozen(model: nn.Module, names: Optional[list[str]] = None) -> None:
@@ -214,30 +154,13 @@ def check_quantized_frozen(model: nn.Module, names: Optional[list[str]] = None) 
 def computes_in_float32(model: nn.Module) -> bool:
     """Return whether the model is as exact as float32, however its frozen weights are stored.
 
-    4-bit layers are, inside `float32_compute`.
+    4-bit layers are, inside `quantized_float32_compute`.
     """
     return all(
         parameter.dtype == torch.float32 or isinstance(layer, BF16Linear | BF16Conv1D | BF16Embedding) or is_quantized(layer)
         for layer in model.modules()
         for parameter in layer.parameters(recurse=False)
     )
-
-
-def num_elements(parameter: Any) -> int:
-    """Return the number of elements of a parameter; in 4 bits, each stored byte holds two."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
-
-
-def model_sizes(model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of trainable and of all parameters."""
-    sizes = [(num_elements(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, is_trainable in sizes if is_trainable), sum(size for size, _ in sizes)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Return the memory of all weights in bytes, including quantization scales."""
-    return sum(t.numel() * t.element_size() for p in model.parameters() for t in (p, *quant_scales(p)))
 
 
 def quant_scales(parameter: Any) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ generation_config.json are not certified: they hold nothing that was trained.
 
 Example:
 
-    >>> with write_certified_weights(Path("scratch"), adapter=False, make_report=trainer.privacy_report):
+    >>> with write_hashed_weights(Path("scratch"), adapter=False, make_report=trainer.privacy_report):
     ...     model.save_pretrained("scratch")
     >>> check_weights(Path("scratch"), json.loads(Path("scratch/privacy.json").read_text(encoding="utf-8")))
 """
@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.output_dir import has_checkpoint_name
 from author_dp.errors import UserError
-from author_dp.files import fsync_folder, sha256_of, write_json
-from author_dp.models.loading import adapter_base_model, public_model_name
+from author_dp.files import fsync_folder, sha256_of, to_absolute_model_path, write_json
 
 # Files that a library may load as weights, and files that say how: shard index, configuration, adapter configuration.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -35,6 +36,9 @@ ADAPTER_FILES = re.compile(r"adapter_model\.safetensors|adapter_config\.json")
 COMPLETE_MARKER = "complete.json"  # written last to a checkpoint, when all other files are on disk
 RETRAIN_REMEDY = "Train again in a new folder"
 DELETE_REMEDY = f"or delete {REPORT_NAME} to use the model without a guarantee"
+ADAPTER_CONFIG = "adapter_config.json"
+FULL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+LFS_POINTER = b"version https://git-lfs"  # the first bytes of the file that stands in for one in git-lfs
 
 
 def read_weights_marker(checkpoint: Path) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def describe_base_weights(name: Optional[str], revision: Optional[str] = None) -
 
 
 @contextmanager
-def write_certified_weights(
+def write_hashed_weights(
     folder: Path, adapter: bool, make_report: Callable[[], dict[str, Any]], disable_dp: bool = False
 ) -> Iterator[None]:
     """Certify the weights that the caller writes to `folder` inside.
@@ -198,3 +202,56 @@ def check_same_base_weights(base: Optional[dict[str, Any]], known: Optional[dict
                 "--model_name: the base model is not the one that the checkpoint's adapter was trained on (its name or weights "
                 "differ). Restore that base, or give its path or hub name"
             )
+
+
+def check_lfs_pointers(folder: Path) -> None:
+    """Raise UserError where a file is only git-lfs' pointer to it."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < 1_000 and path.read_bytes().startswith(LFS_POINTER):
+            raise UserError(
+                f"--model_name {folder}: {path.name} is a git-lfs pointer, not the file. Run 'git lfs pull' in its repository"
+            )
+
+
+def is_extra_layer_weight(key: str, model: torch.nn.Module) -> bool:
+    """Return whether an unexpected weight belongs to a list of layers in the model, beyond its end."""
+    match = re.match(r"(.+?)\.(\d+)\.", key)
+    if match is None:
+        return False
+    modules = dict(model.named_modules())
+    layers = [match[1], f"{getattr(model, 'base_model_prefix', '')}.{match[1]}"]
+    return any(name in modules and f"{name}.{match[2]}" not in modules for name in layers)
+
+
+def public_model_name(name: str) -> str:
+    """Return the last component of a local path, without private folder names; a hub name unchanged."""
+    return Path(name).resolve().name if os.path.isdir(name) else name
+
+
+def adapter_base_model(name: str) -> Optional[str]:
+    """Return the base model of the LoRA adapter in a local folder; None where it holds none.
+
+    A base with a relative path is looked up from the working directory, then from the adapter's folder.
+
+    Raises:
+        UserError: where the folder holds a full model too, the base is an adapter itself, or no base is named.
+    """
+    path = Path(name) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    if full := [entry.name for pattern in FULL_WEIGHTS for entry in sorted(Path(name).glob(pattern))]:
+        raise UserError(
+            f"--model_name {name}: it holds both an adapter ({ADAPTER_CONFIG}) and a full model ({', '.join(full)}), so it is "
+            "not clear which one to load. Move one of them to another folder"
+        )
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model_name {name}: {ADAPTER_CONFIG} does not name its base model. Copy the adapter again") from error
+    sibling = Path(name) / base
+    resolved = str(sibling.resolve()) if not os.path.isdir(base) and sibling.is_dir() else to_absolute_model_path(base)
+    if (Path(resolved) / ADAPTER_CONFIG).exists():
+        raise UserError(f"--model_name {name}: its base {resolved} holds an adapter itself. Merge that one into its base first")
+    return resolved

@@ -32,8 +32,9 @@ from author_dp.errors import UserError, first_line
 from author_dp.files import sha256_of
 from author_dp.hub_access import hub_error, hub_is_reachable
 from author_dp.logs import get_logger
-from author_dp.models.loading import adapter_base_model, load_adapter, load_base, load_tokenizer
-from author_dp.models.lora import adapts_tied_weights
+from author_dp.models.loading import load_base, load_tokenizer
+from author_dp.models.lora import adapts_tied_weights, load_adapter
+from author_dp.models.weights import adapter_base_model
 from author_dp.outputs import privacy_statement, synthetic_report
 from author_dp.outputs.partial_file import PartialFile
 from author_dp.outputs.prompts import Prompt, PromptSource, make_prompts

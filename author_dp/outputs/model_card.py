@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from author_dp.models.quantization import model_sizes
+from author_dp.models.sizes import model_sizes
 from author_dp.outputs.guarantee_table import (
     Row,
     guarantee_in_words,

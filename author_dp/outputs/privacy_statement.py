@@ -24,8 +24,7 @@ from author_dp.data.hub import cached_copy
 from author_dp.errors import UserError
 from author_dp.files import sha256_of
 from author_dp.logs import get_logger
-from author_dp.models.loading import adapter_base_model, public_model_name
-from author_dp.models.weights import check_weights
+from author_dp.models.weights import adapter_base_model, check_weights, public_model_name
 from author_dp.outputs.guarantee_table import format_guarantee_model, why_no_guarantee
 
 logger = get_logger(__name__)

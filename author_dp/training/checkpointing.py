@@ -1,9 +1,8 @@
-"""Save complete checkpoints only, and decide whether and from where a run may resume.
+"""Save complete checkpoints only, and tell which of them is the newest.
 
 Guarantees: a checkpoint counts only when all its files are on disk, so a checkpoint that a crash left half written is skipped.
-A checkpoint is resumed only beside the ledger that holds its steps. This module decides nothing about epsilon: the ledger alone
-does. Checkpoints are in the order in which they were saved, so that the newest one is that of the last branch, after a run went
-back to an earlier checkpoint. (What may change when a run resumes: resuming.py.)
+Checkpoints are in the order in which they were saved, so that the newest one is that of the last branch, after a run went back
+to an earlier checkpoint. (From where a run resumes, and what may change then: resuming.py.)
 
 Example:
 
@@ -12,13 +11,12 @@ Example:
     PosixPath('scratch/checkpoint-100')
 """
 
-import errno
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,25 +24,17 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from author_dp.accounting.hash_chain import HashChain
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
-from author_dp.accounting.output_dir import check_output_dir, has_checkpoint_name
+from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.distributed import barrier
-from author_dp.errors import UserError
 from author_dp.files import fsync_folder, make_private, sha256_of, write_json
-from author_dp.guards.options import metric_driven_option
 from author_dp.logs import get_logger
 from author_dp.models.weights import (
     COMPLETE_MARKER,
-    check_weights,
     read_weights_marker,
     remove_weights_report,
     weight_files,
-    weight_name_pattern,
     weights_have_no_guarantee,
 )
-from author_dp.training.resuming import check_same_options
-from author_dp.wording import format_names
 
 logger = get_logger(__name__)
 
@@ -179,220 +169,4 @@ def atomic_checkpoint(
         prune_checkpoints(checkpoint, limit, state.best_model_checkpoint)
 
 
-def load_checkpoint_state(checkpoint: Path) -> TrainerState:
-    """Return the Trainer's state in `checkpoint`."""
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-
 # --- what may be resumed ----------------------------------------------------------------------------------
-
-
-def find_checkpoint(
-    args: TrainingArguments,
-    privacy: Any,
-    adapter: bool,
-    options: Optional[dict[str, Any]] = None,
-    training: Optional[dict[str, Any]] = None,
-) -> tuple[Optional[Path], PrivacyLedger]:
-    """Return the checkpoint to resume from, and the ledger of the folder.
-
-    Args:
-        args: Hugging Face's. Used are output_dir and resume_from_checkpoint (a path, or True for the newest).
-        privacy: dp_utils.PrivacyArguments.
-        adapter: whether the run trains an adapter.
-        options, training: as for `resuming.check_same_options`; None: not compared.
-    Returns:
-        (checkpoint, ledger); no checkpoint if the run starts with the model as given.
-    Raises:
-        UserError: where steps would be forgotten, the folder holds results of another run, or there is no such checkpoint.
-    """
-    folder, is_main_process = Path(str(args.output_dir)), args.process_index == 0
-    check_checkpoint_path(folder, "--output_dir")
-    check_output_dir(folder)
-    ledger = open_checkpoint_ledger(folder, metric_driven_option(args), privacy.disable_dp, is_main_process)
-    if not args.resume_from_checkpoint:
-        check_unused(folder, ledger)
-        return None, ledger
-    check_checkpoint_kind(folder, ledger, privacy.disable_dp, adapter, is_main_process)
-    checkpoint = choose_checkpoint(args.resume_from_checkpoint, folder, ledger, privacy.disable_dp)
-    if checkpoint is not None and not privacy.disable_dp:
-        check_ledger_covers_checkpoint(checkpoint, ledger, is_main_process)
-    if checkpoint is not None and options is not None:
-        check_same_options(checkpoint, options, training)
-    return checkpoint, ledger
-
-
-def check_checkpoint_path(path: Path, option: str) -> None:
-    """Raise UserError where the operating system rejects a path: a null byte, bad Unicode, or a name too long."""
-    try:
-        os.stat(path / LEDGER_NAME)
-    except (ValueError, OSError) as error:  # a missing path is fine; others fail where they are used
-        problem = error.strerror if isinstance(error, OSError) else error
-        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-            raise UserError(f"{option} {ascii(str(path))[:80]}: not a valid path ({problem}). Choose another path") from error
-
-
-def open_checkpoint_ledger(folder: Path, option: Optional[str], disable_dp: bool, is_main_process: bool) -> PrivacyLedger:
-    """Return the ledger of `folder`, after checks that the run may use this folder.
-
-    Args:
-        option: by which evaluation metrics choose the model, if any.
-    Raises:
-        UserError: for a checkpoint's folder, one in use or with a failed mechanism, or a ledger that this run would contradict.
-    """
-    if has_checkpoint_name(folder):
-        raise UserError(f"--output_dir {folder}: this is the name of a checkpoint, not of a run. Choose another --output_dir")
-    path = folder / LEDGER_NAME
-    # Fails if another run uses the folder.
-    with HashChain(path).locked() if is_main_process and path.exists() else nullcontext():
-        ledger = PrivacyLedger(path)
-    ledger.check_no_failure()
-    check_checkpoint_not_released(ledger, option)
-    if ledger.steps and disable_dp:
-        raise UserError(f"--output_dir {folder}: it holds a private run. Choose another --output_dir for one with --disable_dp")
-    return ledger
-
-
-def check_unused(folder: Path, ledger: PrivacyLedger) -> None:
-    """Raise UserError where `folder` holds steps, a model, a checkpoint or a privacy.json.
-
-    They could pass for results of a run that starts there.
-    """
-    if ledger.steps:
-        raise UserError(
-            f"--output_dir {folder} holds the privacy ledger of an earlier run. Resume that run with "
-            "--resume_from_checkpoint True, or choose another --output_dir"
-        )
-    results = [*weight_files(folder), *find_ledger_reports(folder), *checkpoints_by_step(folder)]
-    if results:
-        names = format_names(sorted(str(path.relative_to(folder)) for path in results), 4)
-        raise UserError(
-            f"--output_dir {folder}: it holds results of another run or other weights ({names}). Choose another --output_dir, or "
-            "resume that run with --resume_from_checkpoint True"
-        )
-
-
-def choose_checkpoint(resume: str | bool, folder: Path, ledger: PrivacyLedger, disable_dp: bool) -> Optional[Path]:
-    """Return the checkpoint that `resume` names, or the newest complete one in `folder` for True.
-
-    Returns:
-        None where the run was interrupted before its first complete checkpoint.
-    Raises:
-        UserError: where there is no checkpoint, or it cannot be resumed.
-    """
-    checkpoint = latest_complete_checkpoint(folder) if resume is True else Path(str(resume))
-    if checkpoint is not None:
-        check_checkpoint_resumable(checkpoint)
-    elif ledger.steps or (disable_dp and checkpoints_by_step(folder)):
-        logger.warning_once(f"No complete checkpoint in {folder}: restarting; the {ledger.steps} recorded steps still count.")
-    else:
-        raise UserError(f"--resume_from_checkpoint: there is no checkpoint in --output_dir {folder}. Leave it out to start")
-    return checkpoint
-
-
-def check_checkpoint_resumable(checkpoint: Path) -> None:
-    """Raise UserError unless `checkpoint` is a complete folder that holds the optimizer and the scheduler too."""
-    name = f"--resume_from_checkpoint {checkpoint}"
-    check_checkpoint_path(checkpoint, "--resume_from_checkpoint")
-    if not checkpoint.is_dir():
-        raise UserError(f"{name}: no such folder. Give a checkpoint folder, or True for the newest")
-    if corruption := find_checkpoint_corruption(checkpoint):
-        raise UserError(f"{name}: {corruption}. Give an earlier checkpoint, or True for the newest complete one")
-    if not (checkpoint / "scheduler.pt").exists():
-        raise UserError(
-            f"{name}: it holds the model alone (--save_only_model), so the learning rate and the optimizer would start afresh. "
-            "Resume from a checkpoint that was saved without --save_only_model"
-        )
-
-
-def check_checkpoint_kind(folder: Path, ledger: PrivacyLedger, disable_dp: bool, adapter: bool, is_main_process: bool) -> None:
-    """Raise UserError where `folder` holds results of another kind of run than the resumed one.
-
-    Args:
-        disable_dp, adapter: the kind of run: whether it is without privacy, and whether it trains an adapter.
-        is_main_process: only this process hashes weights.
-    """
-    checkpoints, foreign = checkpoints_by_step(folder), []
-    for directory in (folder, *checkpoints):
-        foreign += [path for path in weight_files(directory) if not weight_name_pattern(adapter).fullmatch(path.name)]
-    foreign += [path for path in find_ledger_reports(folder) if ledger.check_report(path)["disable_dp"] != disable_dp]
-    # This program writes privacy.json before the Trainer's state, and removes it after that.
-    foreign += [p for p in checkpoints if (p / TRAINER_STATE_NAME).exists() and not (p / REPORT_NAME).exists()]
-    if foreign:
-        names = format_names(sorted(str(path.relative_to(folder)) for path in foreign), 4)
-        kind = f"{'an adapter, --enable_lora' if adapter else 'a full model'}, {'without' if disable_dp else 'with'} privacy"
-        raise UserError(
-            f"--output_dir {folder}: it holds results of another kind of run ({names}) than the resumed "
-            f"one ({kind}). Move them away, or choose another --output_dir"
-        )
-    if is_main_process and not disable_dp and (folder / REPORT_NAME).exists():
-        check_weights(folder, ledger.check_report(folder / REPORT_NAME), base=False)
-
-
-def check_checkpoint_not_released(ledger: PrivacyLedger, option: Optional[str]) -> None:
-    """Raise UserError where `option` chooses a model by authors whose evaluation loss was released."""
-    if ledger.releases and option is not None:
-        raise UserError(
-            f"{option}: it lets held-out authors choose what is saved or trained, but their evaluation loss was released from "
-            f"--output_dir {ledger.path.parent}. Leave it out, or choose another --output_dir"
-        )
-
-
-def check_ledger_covers_checkpoint(checkpoint: Path, ledger: PrivacyLedger, is_main_process: bool = True) -> None:
-    """Raise UserError unless `ledger` holds the steps behind `checkpoint`, and its weights are those that were saved.
-
-    Args:
-        is_main_process: only this process hashes weights.
-    """
-    if checkpoint.resolve().parent != ledger.path.resolve().parent or not ledger.path.exists():
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: its privacy cost is not in {ledger.path}. Resume in the --output_dir that "
-            "the checkpoint was saved in, with its ledger"
-        )
-    report = ledger.check_report(checkpoint / REPORT_NAME)
-    if report["disable_dp"]:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: it was trained with --disable_dp. Start a new run, or add --disable_dp"
-        )
-    if is_main_process:
-        check_weights(checkpoint, report, base=False)  # the run compares its base itself, wherever the base is stored now
-        known = read_weights_marker(checkpoint).get("sha256") or {}
-        for name in {*known, *([OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else [])}:
-            if sha256_of(checkpoint / name) != known.get(name):
-                raise UserError(f"{checkpoint / name}: its SHA-256 is not the one in {COMPLETE_MARKER}. Restore the file")
-
-
-def check_checkpoint_author_count(
-    runs: list[dict[str, Any]], private_count: Optional[int], num_authors: int, hidden: bool, allowed: bool
-) -> None:
-    """Raise UserError for another number of authors than in the previous run, unless `allowed`.
-
-    Args:
-        runs: the ledger's headers. Other sample rates, noise, clip norms or samples per author compose as they ran. So do other
-            authors, but these are more likely a mistake.
-        private_count: the previous number of authors, where the headers do not disclose it.
-        hidden: --hide_counts. It holds for a folder: one header that discloses the number would disclose it for all runs.
-        allowed: --allow_other_authors.
-    """
-    if not runs:
-        return
-    previous = runs[-1]["num_authors"]
-    if hidden != (previous is None):
-        fix = "Add it again" if previous is None else "Leave it out, or start in a new --output_dir"
-        raise UserError(f"--hide_counts: the resumed run was started {'with' if previous is None else 'without'} it. {fix}")
-    previous = private_count if previous is None else previous
-    if previous not in (None, num_authors) and not allowed:
-        raise UserError(
-            f"--resume_from_checkpoint: there are {num_authors:,} training authors now, {previous:,} before. "
-            "Give the same data and options, or add --allow_other_authors if this is intended"
-        )
-
-
-def check_checkpoint_hides_counts(ledger: PrivacyLedger, hidden: bool) -> None:
-    """Raise UserError where the public ledger discloses the number of authors, despite --hide_counts (`hidden`)."""
-    # Headers with steps are checked by check_checkpoint_author_count, which knows a remedy.
-    unused = (header for header, steps in zip(ledger.runs, ledger.steps_per_run) if not steps)
-    if hidden and any(header.get("num_authors") is not None for header in unused):
-        raise UserError(
-            f"--hide_counts: {ledger.path} discloses the number of authors of an earlier run. Choose another --output_dir"
-        )

@@ -114,37 +114,6 @@ def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedMode
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]
 
 
-class PlainEngine:
-    """Compute gradients without privacy, with the interface of the clipping engines.
-
-    Args:
-        model: called unchanged.
-        expected_batch_size: divides the sum of losses.
-    """
-
-    def __init__(self, model: nn.Module, expected_batch_size: int):
-        self.module, self.expected_batch_size = model, expected_batch_size
-
-    def backward(self, losses: torch.Tensor, author: torch.Tensor, samples_each: Optional[int] = None) -> torch.Tensor:
-        """Add the gradients of the authors' losses, (authors,), to `grad`; return zeros in place of norms."""
-        (losses.sum() / self.expected_batch_size).backward()
-        return torch.zeros_like(losses.detach())
-
-    def close(self) -> None:
-        """Do nothing, as there are no hooks."""
-
-
-class NoDDPWrapper(nn.Module):
-    """Call the model, nothing else. accelerate adds DistributedDataParallel only to a bare model."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-
 def identity_collate(batch: Any) -> Any:
     """Return a batch unchanged, as the data set returns complete ones. A named function, so that workers can be spawned."""
     return batch

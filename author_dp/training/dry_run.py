@@ -24,7 +24,7 @@ from author_dp.files import write_json
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import SUPPORTED
 from author_dp.mechanism.microbatches import MicrobatchShape, max_microbatch_authors
-from author_dp.models.quantization import model_sizes
+from author_dp.models.sizes import model_sizes
 from author_dp.wording import format_count
 
 logger = get_logger(__name__)

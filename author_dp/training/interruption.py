@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from author_dp.errors import NOT_SAVED, RESUME, SignalError
 from author_dp.logs import get_logger
-from author_dp.training.checkpointing import latest_complete_checkpoint, load_checkpoint_state
+from author_dp.training.checkpointing import latest_complete_checkpoint
+from author_dp.training.resuming import load_checkpoint_state
 
 logger = get_logger(__name__)
 

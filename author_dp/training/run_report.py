@@ -16,7 +16,7 @@ from author_dp.accounting.plan import plan_of
 from author_dp.accounting.privacy_report import PLAN_KEYS, make_privacy_report
 from author_dp.errors import UserError
 from author_dp.models.weights import check_same_base_weights, describe_base_weights
-from author_dp.training.checkpointing import load_checkpoint_state
+from author_dp.training.resuming import load_checkpoint_state
 from author_dp.wording import format_count
 
 

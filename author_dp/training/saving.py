@@ -26,18 +26,14 @@ from author_dp.guards.monitors import RunMonitors
 from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict, load_sharded_weights
 from author_dp.mechanism.secret_generators import SecretGenerators
-from author_dp.models.quantization import model_sizes
-from author_dp.models.weights import write_certified_weights
+from author_dp.models.sizes import model_sizes
+from author_dp.models.weights import write_hashed_weights
 from author_dp.permissions import owner_only
 from author_dp.training.base_trainer import LogicalBatchTrainer
-from author_dp.training.checkpointing import (
-    atomic_checkpoint,
-    check_ledger_covers_checkpoint,
-    load_checkpoint_state,
-    mark_checkpoint_newest,
-)
+from author_dp.training.checkpointing import atomic_checkpoint, mark_checkpoint_newest
 from author_dp.training.dataloading import format_devices
 from author_dp.training.rescue import check_rescued, rescue_message, rescue_weights
+from author_dp.training.resuming import check_ledger_covers_checkpoint, load_checkpoint_state
 from author_dp.training.run_report import RunReport
 
 logger = get_logger(__name__)
@@ -128,7 +124,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
             self.run_report.identify_base(self.model, None)
         folder, disable_dp = Path(output_dir or self.folder), self.plan.disable_dp
         try:
-            with write_certified_weights(folder, adapter, self.privacy_report, disable_dp), owner_only():
+            with write_hashed_weights(folder, adapter, self.privacy_report, disable_dp), owner_only():
                 super()._save(output_dir, state_dict)
                 check_rescued(folder, self.model, state_dict)
         except Exception as error:  # of the system, transformers, safetensors, peft or a tokenizer

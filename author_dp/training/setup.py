@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from author_dp.accounting.budget import Budget
-from author_dp.accounting.ledger import read_ledger_private_count
+from author_dp.accounting.ledger import PrivacyLedger, read_ledger_private_count
 from author_dp.accounting.output_dir import check_output_is_not_model
 from author_dp.accounting.plan import PrivacyPlan, certify_plan, choose_plan_sampling, make_plan
 from author_dp.clipping.norm_stats import NormStatistics
@@ -34,21 +34,21 @@ from author_dp.guards.options import (
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
 from author_dp.guards.process_agreement import check_processes_agree_at_start
-from author_dp.guards.trainer_options import check_trainer_adapted, trainer_options_without_effect
+from author_dp.guards.trainer_arguments import check_trainer_adapted, trainer_options_without_effect
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC, use_adam_bc
 from author_dp.mechanism.fsdp import ShardedOptimizer, gather_in_bfloat16, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.secret_generators import SecretGenerators
-from author_dp.training.checkpointing import (
-    check_checkpoint_author_count,
-    check_checkpoint_hides_counts,
+from author_dp.training.dataloading import max_bands_in_memory, to_device
+from author_dp.training.resuming import (
     check_checkpoint_not_released,
+    describe_training,
     find_checkpoint,
     load_checkpoint_state,
+    resumable_options,
+    write_sample_hashes,
 )
-from author_dp.training.dataloading import max_bands_in_memory, to_device
-from author_dp.training.resuming import describe_training, resumable_options, write_sample_hashes
 
 logger = get_logger(__name__)
 
@@ -138,8 +138,8 @@ def set_up_run(
         plan = broadcast(certify_plan(plan, ledger.runs_with_steps, left) if args.process_index == 0 else plan)
     check_processes_agree_at_start(plan, train_dataset, model, args.bf16)
     hidden_count = broadcast(read_ledger_private_count(ledger.path.parent))
-    check_checkpoint_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
-    check_checkpoint_hides_counts(ledger, privacy.hide_counts)
+    check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
+    check_counts_hidden(ledger, privacy.hide_counts)
     budget = Budget(plan, ledger, is_main_process=args.process_index == 0)
     budget.by_metrics, budget.split = metric_driven_option(args), split_id
     norms = NormStatistics(plan.clip_norm, args.device)
@@ -238,3 +238,39 @@ def check_model_choice(trainer: Any, shared_authors: bool) -> None:
         check_checkpoint_not_released(trainer.budget.ledger, option)
     trainer.budget.by_metrics = option
     write_sample_hashes(trainer)
+
+
+def check_author_count(
+    runs: list[dict[str, Any]], private_count: Optional[int], num_authors: int, hidden: bool, allowed: bool
+) -> None:
+    """Raise UserError for another number of authors than in the previous run, unless `allowed`.
+
+    Args:
+        runs: the ledger's headers. Other sample rates, noise, clip norms or samples per author compose as they ran. So do other
+            authors, but these are more likely a mistake.
+        private_count: the previous number of authors, where the headers do not disclose it.
+        hidden: --hide_counts. It holds for a folder: one header that discloses the number would disclose it for all runs.
+        allowed: --allow_other_authors.
+    """
+    if not runs:
+        return
+    previous = runs[-1]["num_authors"]
+    if hidden != (previous is None):
+        fix = "Add it again" if previous is None else "Leave it out, or start in a new --output_dir"
+        raise UserError(f"--hide_counts: the resumed run was started {'with' if previous is None else 'without'} it. {fix}")
+    previous = private_count if previous is None else previous
+    if previous not in (None, num_authors) and not allowed:
+        raise UserError(
+            f"--resume_from_checkpoint: there are {num_authors:,} training authors now, {previous:,} before. "
+            "Give the same data and options, or add --allow_other_authors if this is intended"
+        )
+
+
+def check_counts_hidden(ledger: PrivacyLedger, hidden: bool) -> None:
+    """Raise UserError where the public ledger discloses the number of authors, despite --hide_counts (`hidden`)."""
+    # Headers with steps are checked by check_author_count, which knows a remedy.
+    unused = (header for header, steps in zip(ledger.runs, ledger.steps_per_run) if not steps)
+    if hidden and any(header.get("num_authors") is not None for header in unused):
+        raise UserError(
+            f"--hide_counts: {ledger.path} discloses the number of authors of an earlier run. Choose another --output_dir"
+        )

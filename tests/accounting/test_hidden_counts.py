@@ -164,7 +164,7 @@ def test_invalid_options_are_named(tmp_path, monkeypatch, capfd, options, named)
 
 @catches(
     "a number that a run without steps has told",
-    "training.checkpointing.check_checkpoint_hides_counts",
+    "training.setup.check_counts_hidden",
     "if not steps",
     "if False",
 )

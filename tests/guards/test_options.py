@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel, TrainingArguments
 from author_dp.errors import UserError
 from author_dp.guards import check_model
 from author_dp.guards.options import options_share_authors, validate_options
-from author_dp.guards.trainer_options import REFUSED_OPTIONS
+from author_dp.guards.trainer_arguments import REFUSED_OPTIONS
 from dp_utils import PrivacyArguments
 
 

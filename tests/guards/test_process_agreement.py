@@ -70,7 +70,7 @@ def check_passes(work, folder) -> None:
 @pytest.mark.integration
 @catches("draws that nobody compares", "guards.process_agreement.find_process_mismatches", '"batches": "sampled authors"', "",
     bug="another sampler key on each")  # fmt: skip
-@catches("groups that nobody compares", "guards.process_agreement.RankMonitor.__init__", 'b"" if sampler.groups is None',
+@catches("groups that nobody compares", "guards.process_agreement.AgreementMonitor.__init__", 'b"" if sampler.groups is None',
     'b"" if True', bug="another group key on each")  # fmt: skip
 @catches("shares that nobody adds up", "guards.process_agreement.find_process_mismatches", "!= main.whole", "is None",
     bug="the same half on each")  # fmt: skip

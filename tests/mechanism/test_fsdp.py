@@ -373,13 +373,8 @@ def test_sharded_engine_leaves_nothing_complete_and_no_ordinary_gradient(tmp_pat
 def test_buckets_hold_small_parameters_together(monkeypatch):
     monkeypatch.setattr("author_dp.mechanism.fsdp_clipping.BUCKET_ELEMENTS", 10)
     sizes = [3, 4, 5, 20, 1, 9, 1]
-    assert [[p.numel() for p in b] for b in make_sharded_buckets([torch.zeros(n) for n in sizes])] == [
-        [3, 4],
-        [5],
-        [20],
-        [1, 9],
-        [1],
-    ]
+    buckets = make_sharded_buckets([torch.zeros(n) for n in sizes])
+    assert [[p.numel() for p in b] for b in buckets] == [[3, 4], [5], [20], [1, 9], [1]]
 
 
 def test_find_blocks_refuses_a_model_without_blocks():

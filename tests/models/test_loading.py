@@ -10,17 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from author_dp.errors import UserError
-from author_dp.models.loading import (
-    adapter_base_model,
-    check_vocabulary,
-    load_adapter,
-    load_base,
-    load_model,
-    load_tokenizer,
-    to_absolute_model_path,
-)
-from author_dp.models.lora import LoraArguments
+from author_dp.files import to_absolute_model_path
+from author_dp.models.loading import check_vocabulary, load_base, load_model, load_tokenizer
+from author_dp.models.lora import LoraArguments, load_adapter
 from author_dp.models.quantization import quantized_layers
+from author_dp.models.weights import adapter_base_model
 
 
 def load(folder: Path):

@@ -21,8 +21,8 @@ from author_dp.guards.model_check import verify_model
 from author_dp.guards.precision import precision_tolerance_factor
 from author_dp.mechanism.losses import author_losses
 from author_dp.models import quantization
-from author_dp.models.loading import load_adapter, load_base, reload_adapter_weights
-from author_dp.models.lora import add_lora_adapters
+from author_dp.models.loading import load_base
+from author_dp.models.lora import add_lora_adapters, load_adapter, reload_adapter_weights
 
 SIZES = {**LLAMA, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
 BITS = ("bfloat16", "4 bits")
@@ -78,9 +78,9 @@ def in_float32(folder: str, model) -> nn.Module:
     return plain
 
 
-@catches("4 bits: the backward pass of other weights", "models.quantization.set_compute_dtype",
+@catches("4 bits: the backward pass of other weights", "models.quantization.set_quantized_compute_dtype",
     "layer.weight.quant_state.dtype = dtype", "pass", bits="4 bits")  # fmt: skip
-@catches("bfloat16: another product than that of the weights", "models.quantization.UpcastMatmul.backward",
+@catches("bfloat16: another product than that of the weights", "models.bfloat16.UpcastMatmul.backward",
     "weight.to(gradient.dtype)", "weight.to(gradient.dtype).round(decimals=2)", bits="bfloat16")  # fmt: skip
 @pytest.mark.parametrize("bits", BITS)
 def test_it_computes_what_a_float32_model_with_the_rounded_weights_does(folders, bits):
@@ -118,7 +118,7 @@ def test_trained_biases_of_a_base_in_bfloat16_are_float32_and_have_a_rule(folder
         assert close(clipped_sum(model, batch, 0.1, "ghost")[0], reference.clipped_sum(model, as_arrays(batch), 0.1))
 
 
-@catches("4 bits: an evaluation cuts the gradients off", "models.quantization.set_compute_dtype",
+@catches("4 bits: an evaluation cuts the gradients off", "models.quantization.set_quantized_compute_dtype",
     "layer.support_avx512bf16_for_cpu = False", "pass", bits="4 bits")  # fmt: skip
 @pytest.mark.parametrize("bits", BITS)
 def test_an_evaluation_leaves_the_gradients_as_they_are(folders, bits):
@@ -127,7 +127,7 @@ def test_an_evaluation_leaves_the_gradients_as_they_are(folders, bits):
     layers = quantization.quantized_layers(model)
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True  # as bitsandbytes finds on those
-    quantization.set_compute_dtype(layers, torch.float32)
+    quantization.set_quantized_compute_dtype(layers, torch.float32)
     expected, _ = clipped_sum(model, batch, 0.1, "ghost")
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_bf16_agrees_to_its_rounding_and_the_proof_is_in_float32(folders, bits):
     assert all(layer.compute_dtype == torch.bfloat16 for layer in quantization.quantized_layers(model))
     with torch.autocast("cpu", torch.bfloat16):
         ours, norms = clipped_sum(model, batch, 0.1, "ghost")
-    quantization.set_compute_dtype(quantization.quantized_layers(model), torch.float32)
+    quantization.set_quantized_compute_dtype(quantization.quantized_layers(model), torch.float32)
     assert ours.dtype == norms.dtype == torch.float32 and close(ours, reference.clipped_sum(model, as_arrays(batch), 0.1), 0.05)
 
 
@@ -166,7 +166,7 @@ def keep(kept: list, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-@catches("bfloat16: a copy in float32 waits for the backward pass", "models.quantization.UpcastMatmul.forward",
+@catches("bfloat16: a copy in float32 waits for the backward pass", "models.bfloat16.UpcastMatmul.forward",
     "save_for_backward(weight)", "save_for_backward(weight.float())")  # fmt: skip
 def test_no_float32_copy_of_a_frozen_matrix_waits_for_the_backward_pass(folders):
     for bits in BITS:
@@ -212,7 +212,7 @@ def test_two_processes_take_the_step_of_the_reference_loop(folders, tmp_path, bi
     assert torch.equal(first, second) and close(first, expected, 1e-4)
 
 
-@catches("bfloat16: what an adapter trains in full is rounded", "models.loading.reload_adapter_weights",
+@catches("bfloat16: what an adapter trains in full is rounded", "models.lora.reload_adapter_weights",
     "set_peft_model_state_dict(model, ", "(lambda *_: None)(model, ")  # fmt: skip
 def test_what_an_adapter_trains_in_full_is_loaded_exactly(folders, tmp_path):
     """peft makes its places in the base's type, bfloat16."""

@@ -18,7 +18,7 @@ from author_dp.models.weights import (
     check_weights,
     hash_weights,
     weight_files,
-    write_certified_weights,
+    write_hashed_weights,
 )
 from author_dp.outputs import generate, report
 from author_dp.outputs import privacy_statement as sidecar
@@ -85,7 +85,7 @@ def refused_by_all(folder: Path, words: str) -> None:
 
 
 @pytest.mark.integration
-@catches("hashes of another folder", "models.weights.write_certified_weights", "hash_weights(folder)",
+@catches("hashes of another folder", "models.weights.write_hashed_weights", "hash_weights(folder)",
     "hash_weights(folder.parent)",
     lora=False)  # fmt: skip
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -242,21 +242,19 @@ def test_a_text_whose_sidecar_names_no_weights_is_not_covered(tmp_path):
     assert sidecar.check_statement(path)["covered"]
 
 
-@catches(
-    "shards of before write_certified_weights with the weights", "models.weights.write_certified_weights", "path.unlink()", "pass"
-)
+@catches("shards of before certified with the weights", "models.weights.write_hashed_weights", "path.unlink()", "pass")
 def test_sharded_weights_are_certified_and_replaced_by_others(tmp_path):
     model = tiny_gpt2()
-    with write_certified_weights(tmp_path, adapter=False, make_report=dict):
+    with write_hashed_weights(tmp_path, adapter=False, make_report=dict):
         model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert is_certified(tmp_path) and len(weight_files(tmp_path)) > 3
-    with write_certified_weights(tmp_path, adapter=False, make_report=dict):
+    with write_hashed_weights(tmp_path, adapter=False, make_report=dict):
         model.save_pretrained(tmp_path)
     assert {path.name for path in weight_files(tmp_path)} == {"config.json", "model.safetensors"} and is_certified(tmp_path)
 
 
 @pytest.mark.integration
-@catches("weights of another run write_certified_weights with ours", "models.weights.write_certified_weights",
+@catches("weights of another run certified with ours", "models.weights.write_hashed_weights",
     "if not pattern.fullmatch(Path(name).name)]", "if False]")  # fmt: skip
 def test_what_somebody_puts_there_during_the_run_is_not_certified(tmp_path):
     trainer = resumable(tmp_path, max_steps=2)

@@ -77,10 +77,10 @@ ENDS = {"killed": None, "Ctrl-C": KeyboardInterrupt(), "disk full": OSError(28, 
 
 
 @pytest.mark.integration
-@catches("privacy.json written before the weights", "models.weights.write_certified_weights", "    yield\n",
+@catches("privacy.json written before the weights", "models.weights.write_hashed_weights", "    yield\n",
     "    write_json(folder / REPORT_NAME, {**make_report(), 'weights': hash_weights(folder)})\n    yield\n", how="Ctrl-C",
     what="model")  # fmt: skip
-@catches("privacy.json of before left while weights are written", "models.weights.write_certified_weights",
+@catches("privacy.json of before left while weights are written", "models.weights.write_hashed_weights",
     "remove_weights_report(folder)",
     "pass", how="killed", what="model")  # fmt: skip
 @pytest.mark.parametrize(("how", "what"), sample([(how, what) for what in ("model", "checkpoint") for how in ENDS]))
@@ -123,8 +123,8 @@ def test_wherever_a_save_is_cut_nothing_false_is_certified(tmp_path, how, what):
 
 @pytest.mark.integration
 @catches("the folder's privacy.json written with each checkpoint", "training.saving.CertifiedTrainer._save",
-    "with write_certified_weights(",
-    "with write_certified_weights(self.folder, adapter, self.privacy_report), write_certified_weights(")  # fmt: skip
+    "with write_hashed_weights(",
+    "with write_hashed_weights(self.folder, adapter, self.privacy_report), write_hashed_weights(")  # fmt: skip
 def test_an_interrupted_run_has_certified_checkpoints_and_none_of_its_own(tmp_path):
     resumable(tmp_path, max_steps=4).train()
     assert not (tmp_path / "privacy.json").exists() and all(is_certified(tmp_path / f"checkpoint-{n}") for n in (2, 4))
@@ -216,7 +216,7 @@ def test_an_output_folder_is_not_called_like_a_checkpoint(tmp_path):
 
 
 @pytest.mark.integration
-@catches("weights without privacy that pass for a base model", "models.weights.write_certified_weights", "if disable_dp:",
+@catches("weights without privacy that pass for a base model", "models.weights.write_hashed_weights", "if disable_dp:",
     "if False:",
     what="model")  # fmt: skip
 @pytest.mark.parametrize("what", ["model", "checkpoint", "rotation"])

@@ -23,7 +23,7 @@ from author_dp.outputs import report
 
 
 @pytest.mark.integration
-@catches("a private run among results without privacy", "training.checkpointing.check_unused", "if results:", "if False:",
+@catches("a private run among results without privacy", "training.resuming.check_unused", "if results:", "if False:",
     lora=True, interrupted=False)  # fmt: skip
 @pytest.mark.parametrize("lora", [True, False], ids=["lora then full", "full then lora"])
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -58,7 +58,7 @@ def test_foreign_weights_are_refused_with_their_names(tmp_path, where, name):
 
 
 @pytest.mark.integration
-@catches("results of another kind beside those resumed", "training.checkpointing.check_checkpoint_kind", "    if foreign:",
+@catches("results of another kind beside those resumed", "training.resuming.check_checkpoint_kind", "    if foreign:",
     "    if False:", lora=True)  # fmt: skip
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_a_run_goes_on_among_results_of_its_own_kind_only(tmp_path, lora):
@@ -96,7 +96,7 @@ def test_an_adapter_is_not_resumed_on_another_base(tmp_path):
         pytest.fail("resumed")
 
 
-@catches("other weights resumed", "training.checkpointing.check_ledger_covers_checkpoint",
+@catches("other weights resumed", "training.resuming.check_ledger_covers_checkpoint",
     "check_weights(checkpoint, report, base=False)", "pass")  # fmt: skip
 def test_another_checkpoint_under_the_same_certificate_is_not_resumed(tmp_path):
     run(tmp_path)
@@ -109,7 +109,7 @@ def test_another_checkpoint_under_the_same_certificate_is_not_resumed(tmp_path):
         pytest.fail("resumed")
 
 
-@catches("moments of another run resumed", "training.checkpointing.check_ledger_covers_checkpoint",
+@catches("moments of another run resumed", "training.resuming.check_ledger_covers_checkpoint",
     "sha256_of(checkpoint / name) != known.get(name)", "False")  # fmt: skip
 def test_another_optimizers_state_is_not_resumed(tmp_path):
     """Its moments may hold gradients without noise; sizes are the same."""
@@ -122,7 +122,7 @@ def test_another_optimizers_state_is_not_resumed(tmp_path):
         pytest.fail("resumed")
 
 
-@catches("an optimizer's state without a hash", "training.checkpointing.check_ledger_covers_checkpoint",
+@catches("an optimizer's state without a hash", "training.resuming.check_ledger_covers_checkpoint",
     "[OPTIMIZER_NAME] if (checkpoint / OPTIMIZER_NAME).exists() else []", "[]")  # fmt: skip
 def test_an_optimizers_state_without_a_hash_is_not_resumed(tmp_path):
     make_trainer(tmp_path, **STEPS).train()

@@ -17,7 +17,7 @@ from author_dp.accounting.run_planning import format_planning_advice
 from author_dp.cli import parse_options
 from author_dp.errors import UserError
 from author_dp.outputs import planner
-from author_dp.outputs.planner_options import without_planner_options
+from author_dp.outputs.planner import without_planner_options
 from author_dp.training.dry_run import DryRun
 
 pytestmark = pytest.mark.integration  # each plan calibrates several noise multipliers exactly

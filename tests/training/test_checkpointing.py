@@ -20,17 +20,13 @@ from author_dp.accounting.hash_chain import HashChain
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.models.weights import COMPLETE_MARKER
-from author_dp.training.checkpointing import (
-    check_ledger_covers_checkpoint,
-    find_checkpoint_corruption,
-    latest_complete_checkpoint,
-    mark_checkpoint_complete,
-)
+from author_dp.training.checkpointing import find_checkpoint_corruption, latest_complete_checkpoint, mark_checkpoint_complete
 from author_dp.training.interruption import StopOnSignal
+from author_dp.training.resuming import check_ledger_covers_checkpoint
 
 
 @pytest.mark.integration
-@catches("a checkpoint without its ledger", "training.checkpointing.find_checkpoint",
+@catches("a checkpoint without its ledger", "training.resuming.find_checkpoint",
     "check_ledger_covers_checkpoint(checkpoint, ledger, is_main_process)", "pass")  # fmt: skip
 def test_find_checkpoint_requires_the_ledger_of_the_checkpoint(tmp_path):
     """Otherwise its steps would be forgotten."""

@@ -1,4 +1,4 @@
-"""guards/trainer_options.py: each option of Hugging Face's TrainingArguments works, is refused, or has no effect."""
+"""guards/trainer_arguments.py: each option of Hugging Face's TrainingArguments works, is refused, or has no effect."""
 
 import dataclasses
 
@@ -10,9 +10,9 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from author_dp.errors import UserError
-from author_dp.guards import trainer_options
+from author_dp.guards import trainer_arguments
 from author_dp.guards.options import LAUNCHER_VARIABLES, validate_options
-from author_dp.guards.trainer_options import NO_EFFECT, OPTIMIZERS, REFUSED_OPTIONS, WORKS, trainer_options_without_effect
+from author_dp.guards.trainer_arguments import NO_EFFECT, OPTIMIZERS, REFUSED_OPTIONS, WORKS, trainer_options_without_effect
 from dp_utils import PrivacyArguments
 
 # A value that is not the default, for each option that works and each without effect.
@@ -72,11 +72,11 @@ def test_table_knows_every_option_of_the_installed_transformers():
     assert OTHER_VALUES.keys() | TESTED_ELSEWHERE == WORKS | NO_EFFECT.keys()
 
 
-@catches("a new option of transformers taken for harmless", "guards.trainer_options.check_trainer_options",
+@catches("a new option of transformers taken for harmless", "guards.trainer_arguments.check_trainer_options",
     "and trainer_option_is_set(args, field.name)", "and False")  # fmt: skip
 def test_option_that_the_table_does_not_know_is_refused(args, privacy, monkeypatch):
-    monkeypatch.setattr(trainer_options, "WORKS", WORKS - {"warmup_steps", "logging_nan_inf_filter"})
-    monkeypatch.setattr(trainer_options, "NO_EFFECT", {k: v for k, v in NO_EFFECT.items() if k != "include_for_metrics"})
+    monkeypatch.setattr(trainer_arguments, "WORKS", WORKS - {"warmup_steps", "logging_nan_inf_filter"})
+    monkeypatch.setattr(trainer_arguments, "NO_EFFECT", {k: v for k, v in NO_EFFECT.items() if k != "include_for_metrics"})
     validate_options(args, privacy)
     for name, value in (("warmup_steps", 5), ("logging_nan_inf_filter", False), ("include_for_metrics", ["inputs"])):
         default = getattr(args, name)
@@ -86,7 +86,7 @@ def test_option_that_the_table_does_not_know_is_refused(args, privacy, monkeypat
         setattr(args, name, default)
 
 
-@catches("accelerate told to accumulate", "guards.trainer_options.trainer_option_is_set", "return value != AcceleratorConfig()",
+@catches("accelerate told to accumulate", "guards.trainer_arguments.trainer_option_is_set", "return value != AcceleratorConfig()",
     "return False", option="accelerator_config", value={"gradient_accumulation_kwargs": {"num_steps": 4}})  # fmt: skip
 @pytest.mark.parametrize(
     ("option", "value"),
@@ -189,12 +189,12 @@ def test_optimizer_arguments_that_nothing_reads_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init"])
 def test_arguments_of_trainer_that_are_not_followed_are_refused(name):
-    trainer_options.check_trainer_arguments({name: None, "callbacks": []})
+    trainer_arguments.check_trainer_arguments({name: None, "callbacks": []})
     with pytest.raises(UserError, match=f"^{name} of DPTrainer: "):
-        trainer_options.check_trainer_arguments({name: lambda *_: None})
+        trainer_arguments.check_trainer_arguments({name: lambda *_: None})
 
 
-@catches("batches thrown away by a later change", "guards.trainer_options.check_trainer_adapted",
+@catches("batches thrown away by a later change", "guards.trainer_arguments.check_trainer_adapted",
     "trainer.args.gradient_accumulation_steps != 1 or ", "")  # fmt: skip
 def test_accumulation_changed_after_the_plan_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)

@@ -2,7 +2,7 @@
 
 Guarantees: an option that this table does not know, as of a later transformers, is refused unless it has its default. So no
 option reaches behind the training loop unexamined.
-tests/guards/test_trainer_options.py compares the table with the installed version.
+tests/guards/test_trainer_arguments.py compares the table with the installed version.
 
 Example:
 
