@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
 from tqdm import tqdm
-from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 PROJECT = "author_dp"
@@ -91,8 +89,14 @@ def is_useful(record: Any) -> bool:
     return not record.getMessage().startswith(NOISY_LOG_PREFIXES)
 
 
-def configure_logging(args: TrainingArguments) -> None:
-    """Show progress bars on rank 0, unless disabled, and drop log lines with NOISY_LOG_PREFIXES."""
+def configure_logging(args: Any) -> None:
+    """Show progress bars on rank 0, unless disabled, and drop log lines with NOISY_LOG_PREFIXES.
+
+    Args:
+        args: transformers.TrainingArguments. Like datasets, it is not imported above, or `author_dp.ledger` would start slowly.
+    """
+    import datasets
+
     if args.disable_tqdm or args.process_index > 0:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()

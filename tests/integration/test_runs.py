@@ -244,8 +244,17 @@ def tiny(family: str, vocabulary: int):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("lora", [[], ["--enable_lora"]], ids=["full", "lora"])
-@pytest.mark.parametrize("family", ["pythia", "opt", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("pythia", []),
+        ("opt", ["--enable_lora"]),
+        ("llama", []),
+        ("mistral", ["--enable_lora"]),
+        ("qwen2", []),
+        ("qwen3", ["--enable_lora"]),
+    ],
+)
 def test_other_families_train_by_name_alone(checkpoint, comments, tmp_path, monkeypatch, capfd, family, lora):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tiny(family, len(tokenizer)).save_pretrained(tmp_path / "model")

@@ -59,10 +59,13 @@ def test_positions_are_handed_only_to_models_whose_samples_share_them(model_type
     assert torch.equal(state, torch.get_rng_state()) and modes == [module.training for module in model.modules()]
 
 
-@pytest.mark.parametrize(("kind", "least"), [("full", 125), ("lora", 140)])
+@pytest.mark.parametrize(("kind", "least"), [("full", 65), ("lora", 70)])
 def test_every_class_is_exact_or_refused_for_what_is_known(kind, least):
+    """Each class in full or with LoRA, in turn, and FAMILIES both ways: `python benchmarks/models.py` tries all both ways."""
     verdicts = {}
-    for model_type in classes():
+    for number, model_type in enumerate(classes()):
+        if model_type not in FAMILIES and number % 2 == (kind == "full"):
+            continue
         with contextlib.suppress(Exception):  # the recipe does not fit every class; what fails later is a verdict
             verdicts[model_type] = try_out(model_type, kind)
     bad = {model_type: verdict for model_type, verdict in verdicts.items() if verdict.kind in ("wrong", "traceback")}

@@ -23,6 +23,7 @@ from author_dp.mechanism.losses import author_losses
 from author_dp.models import quantization
 from author_dp.models.loading import load_base
 from author_dp.models.lora import add_lora_adapters, load_adapter, reload_adapter_weights
+from author_dp.models.sizes import num_elements
 
 SIZES = {**LLAMA, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
 BITS = ("bfloat16", "4 bits")
@@ -172,7 +173,7 @@ def test_no_float32_copy_of_a_frozen_matrix_waits_for_the_backward_pass(folders)
     for bits in BITS:
         model = make(folders["llama"], bits)
         kept: list = []
-        frozen_sizes = {quantization.num_elements(p) for p in model.parameters() if not p.requires_grad and p.dim() > 1}
+        frozen_sizes = {num_elements(p) for p in model.parameters() if not p.requires_grad and p.dim() > 1}
         with torch.autograd.graph.saved_tensors_hooks(functools.partial(keep, kept), lambda t: t):
             model.train()(input_ids=make_batch()["input_ids"][:1, :3])
         lora = {p.data_ptr() for p in trainable(model).values()}
