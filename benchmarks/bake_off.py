@@ -32,18 +32,26 @@ SIGNIFICANCE = 0.05
 
 class Way(NamedTuple):
     rank: int = 8
+    rate_factor: float = 1.0
     batch_factor: int = 1  # a batch larger by it, and as many times fewer steps
     options: str = ""
+    variant: str = ""  # of variants.py
 
 
 WAYS = {
     "default": Way(),
+    "rate x2": Way(rate_factor=2),
+    "rate x4": Way(rate_factor=4),
     "rank 4": Way(rank=4),
     "rank 16": Way(rank=16),
     "rank 64": Way(rank=64),
     "batch x4": Way(batch_factor=4),
     "k = 4": Way(options="--samples_per_author 4"),
     "k = 16": Way(options="--samples_per_author 16"),
+    "FFA-LoRA: A frozen": Way(variant="freeze_a"),
+    "FFA-LoRA, rate x4": Way(rate_factor=4, variant="freeze_a"),
+    "LoRA+: B's rate x4": Way(variant="raise_rate_of_b"),
+    "scale-then-privatize": Way(options="--clipping grad_sample --adam_noise_correction False", variant="scale_then_privatize"),
     "independent noise": Way(options="--noise_bands 1"),
     "independent noise, batch x4": Way(batch_factor=4, options="--noise_bands 1"),
 }
@@ -57,6 +65,7 @@ def options_of(way: Way, rate: str, authors: int, steps: int, tokens: int, at_on
     bands = "1" if "--noise_bands 1" in way.options else "auto"
     more = way.options.replace("--noise_bands 1", "")
     steps = max(1, steps // way.batch_factor)
+    rate = rate if way.rate_factor == 1 else f"{float(rate) * way.rate_factor:g}"
     parts = (f"--sequence_len {tokens} {sizes} --max_steps {steps} --learning_rate {rate}", lora, private(2, bands), COMMON, more)
     return " ".join(" ".join(parts).split())
 
@@ -66,7 +75,7 @@ def train_and_evaluate(key: dict[str, Any], *, corpus: Corpus, model: Path) -> d
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         files = ("--model_name", str(model), "--train_file", str(corpus.write(Path(folder) / "train.jsonl")))
-        fine_tune(*files, *key["options"].split(), output_dir=out, threads=1)
+        fine_tune(*files, *key["options"].split(), output_dir=out, threads=1, variant=WAYS[key["way"]].variant)
         minutes = (processor_seconds() - start) / 60
         trained, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
         found = losses_of_authors(trained, tokenizer, corpus.held_out, key["sizes"]["tokens"])

@@ -139,11 +139,14 @@ def answer(name: str, arguments: str) -> None:
         dist.destroy_process_group()
 
 
-def fine_tune(*options: str, output_dir: Path | None = None, threads: int | None = None) -> dict[str, dict[str, float]]:
+def fine_tune(
+    *options: str, output_dir: Path | None = None, threads: int | None = None, variant: str = ""
+) -> dict[str, dict[str, float]]:
     """Run fine-tune-dp.py; return the metrics of its evaluations, "before" and "after".
 
     Args:
         output_dir: a temporary folder by default.
+        variant: of variants.py, which runs instead.
         threads: as the environment has it by default.
 
     Raises:
@@ -152,7 +155,8 @@ def fine_tune(*options: str, output_dir: Path | None = None, threads: int | None
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with tempfile.TemporaryDirectory() as folder:
         out = output_dir or Path(folder) / "out"
-        command = [sys.executable, str(ROOT / "fine-tune-dp.py"), *options, "--output_dir", str(out)]
+        script = [str(ROOT / "benchmarks" / "variants.py"), variant] if variant else [str(ROOT / "fine-tune-dp.py")]
+        command = [sys.executable, *script, *options, "--output_dir", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
