@@ -39,11 +39,11 @@ from author_dp.data.loading import drop_blank_texts, load_files, read_local_file
 from author_dp.data.splits import (
     check_author_overlap,
     data_summary,
-    describe_held_out,
-    limit_eval_texts,
+    describe_held_out_split,
+    limit_eval_split_texts,
     split_by_author,
     split_id,
-    subsample_authors,
+    subsample_split_authors,
 )
 from author_dp.data.storage import exit_on_sigterm, temp_dirs
 from author_dp.data.tokenization import tokenize
@@ -210,7 +210,9 @@ def load_tokens(
             evaluation = tokenize(evaluation, tokenizer, **options, option=option)
     if evaluation is not None:
         held_out, others = (get_column(side, args.author_column) for side in (evaluation, train))
-        logger.log(*describe_held_out(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples))
+        logger.log(
+            *describe_held_out_split(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples)
+        )
     return train, evaluation
 
 
@@ -256,7 +258,7 @@ def load_train_and_eval(
         if pc.count_distinct(get_column(train, args.author_column)).as_py() < 2:
             raise UserError(f"--max_train_samples {args.max_train_samples}: it leaves rows of one author only. Raise it")
     if evaluation is not None and args.max_eval_samples is not None:
-        cut = subsample_authors if eval_is_public else limit_eval_texts
+        cut = subsample_split_authors if eval_is_public else limit_eval_split_texts
         evaluation = cut(evaluation, args.author_column, args.max_eval_samples, seed, folder)
     for warning in suspicious_author_warnings(train, args.text_column, args.author_column, columns.text_option):
         logger.warning(warning)

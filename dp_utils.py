@@ -51,8 +51,8 @@ from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
-from author_dp.missing_options import find_missing
 from author_dp.models.modes import frozen_weights_cast
+from author_dp.option_names import find_missing_options
 from author_dp.outputs.model_card import model_card_settings
 from author_dp.outputs.privacy_statement import statement_starting_model
 from author_dp.outputs.uploads import UploadingTrainer
@@ -132,7 +132,7 @@ class PrivacyArguments:
             raise UserError("--noise_bands auto: it minimizes the noise for a --target_epsilon. Give one, or a number of bands")
         if self.disable_dp:
             return
-        if missing := find_missing(lambda name: getattr(self, name) is not None and getattr(self, name) is not False):
+        if missing := find_missing_options(lambda name: getattr(self, name) is not None and getattr(self, name) is not False):
             raise UserError(missing)
         check_exclusive(self, "target_epsilon", "noise_multiplier")
 

@@ -30,10 +30,10 @@ import os
 import sys
 
 from author_dp import startup  # first: imports are a fifth faster, and Ctrl-C ends them
-from author_dp.missing_options import exit_if_missing
+from author_dp.option_names import exit_if_options_missing
 
 if __name__ == "__main__":
-    exit_if_missing("fine-tune-dp.py", sys.argv[1:], rank=int(os.environ.get("RANK", 0)))  # before seconds of imports
+    exit_if_options_missing("fine-tune-dp.py", sys.argv[1:], rank=int(os.environ.get("RANK", 0)))  # before seconds of imports
 
 # ruff: isort: split
 from dataclasses import dataclass

@@ -27,7 +27,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from author_dp.errors import NOT_SAVED, MechanismError, PeerLostError, SignalError, UserError, to_user_error
-from author_dp.missing_options import suggest_option
+from author_dp.option_names import suggest_option
 
 OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and its exit ends the other ranks
 

@@ -22,8 +22,8 @@ CLIP_PER_SAMPLE = (
     "n = len(microbatch['author']); microbatch.update(author=torch.arange(n), num_authors=n, samples_each=1, "
     "is_real=torch.arange(n) < microbatch['num_real'])",
 )  # fmt: skip
-TIED_COUNTED_AS_TWO = ("clipping.grad_factors.squared_norm_of_tied_factors", "2 * rows.mul_", "0 * rows.mul_")
-TIED_COUNTED_AS_TWO_FORMED = ("clipping.grad_factors.add_factors", "grad.gradients.float()", "0 * grad.gradients")
+TIED_COUNTED_AS_TWO = ("clipping.grad_factors.tied_grad_factors_norm", "2 * rows.mul_", "0 * rows.mul_")
+TIED_COUNTED_AS_TWO_FORMED = ("clipping.grad_factors.add_grad_factors", "grad.gradients.float()", "0 * grad.gradients")
 
 # --- noise ----------------------------------------------------------------------------------------------
 

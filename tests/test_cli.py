@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from mutation import catches
 
-from author_dp import cli, missing_options
+from author_dp import cli, option_names
 from author_dp.accounting import ledger_report
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError
 from author_dp.guards.canaries import AuditArguments
@@ -90,7 +90,7 @@ def test_known_names_are_options():
     """Each name that others use leads to an option that there is."""
     script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
     options = {name for group in script["GROUPS"] for name in group.__dataclass_fields__}
-    assert set(missing_options.KNOWN_AS.values()) <= options and not set(missing_options.KNOWN_AS) & options
+    assert set(option_names.KNOWN_AS.values()) <= options and not set(option_names.KNOWN_AS) & options
 
 
 @pytest.mark.parametrize("word", ["--lora_r", "--lora-r", "--max_length", "--max-length"])
@@ -138,22 +138,22 @@ def test_missing_options_are_named_together_before_libraries_are_imported(tmp_pa
     (tmp_path / "options.yaml").write_text("{per_sample_max_grad_norm: 1, seed: 3}")
     words = words.replace("FILE", str(tmp_path / "options.yaml")).split()
     if error is None:
-        return missing_options.exit_if_missing("fine-tune-dp.py", words, rank=0)
-    missing_options.exit_if_missing("fine-tune-dp.py", words, rank=1)  # rank 0 says it
+        return option_names.exit_if_options_missing("fine-tune-dp.py", words, rank=0)
+    option_names.exit_if_options_missing("fine-tune-dp.py", words, rank=1)  # rank 0 says it
     with pytest.raises(SystemExit) as status:
-        missing_options.exit_if_missing("fine-tune-dp.py", words, rank=0)
+        option_names.exit_if_options_missing("fine-tune-dp.py", words, rank=0)
     assert status.value.code == 2 and capsys.readouterr().err.startswith(f"fine-tune-dp.py: error: {error}")
 
 
 def test_option_names_knows_all_options():
     script = runpy.run_path(str(ROOT / "fine-tune-dp.py"), run_name="options")
     options = {name for group in script["GROUPS"] for name in group.__dataclass_fields__} | {"lora_r", "max_length"}
-    assert options <= missing_options.read_option_names("fine-tune-dp.py")
+    assert options <= option_names.read_option_names("fine-tune-dp.py")
 
 
 def test_option_names_imports_no_large_library():
     code = (
-        "import sys, author_dp.startup, author_dp.missing_options\n"
+        "import sys, author_dp.startup, author_dp.option_names\n"
         "sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

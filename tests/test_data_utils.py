@@ -295,7 +295,7 @@ def test_split_depends_on_seed_and_author_alone():
 
 
 @pytest.mark.integration
-@catches("who is trained depends on who else is there", "data.splits.write_sides", "(scores < train_below)",
+@catches("who is trained depends on who else is there", "data.splits.write_split_sides", "(scores < train_below)",
     "(np.argsort(np.argsort(scores)) / len(scores) < train_below)")  # fmt: skip
 def test_a_fraction_of_the_authors_depends_on_each_alone():
     """Whole authors; without one of them, no other one moves."""

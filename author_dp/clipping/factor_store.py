@@ -12,9 +12,9 @@ from author_dp.clipping.author_groups import AuthorClipFactors, AuthorIndex
 from author_dp.clipping.grad_factors import (
     GradFactors,
     MaterializedGrad,
-    add_clipped_factors,
+    add_clipped_grad_factors,
+    grad_factors_norms,
     merge_factors,
-    squared_norms_of_factors,
 )
 from author_dp.clipping.norms import SquaredNorm, squared_norms, stack_squares
 
@@ -81,7 +81,7 @@ class FactorStore:
         self._joined = JoinedGrads({p: self.factors.pop(p)[0] for p in small}) if small else None  # type: ignore[misc]
         unknown = [grads for p, grads in self.factors.items() if p not in self.squares]
         joined = [] if self._joined is None else [self._joined.squared()]
-        return [*self.squares.values(), *joined, *(squared_norms_of_factors(grads, self._authors) for grads in unknown)]
+        return [*self.squares.values(), *joined, *(grad_factors_norms(grads, self._authors) for grads in unknown)]
 
     def sum_pass(self, run_backward: Callable[[bool], None], clip: AuthorClipFactors) -> None:
         """Add the clipped sums to each `summed_grad`."""
@@ -90,7 +90,7 @@ class FactorStore:
             self._joined = None
         for parameter in list(self.factors):  # free each tensor once it is used
             for grad in self.factors.pop(parameter):
-                add_clipped_factors(grad, parameter.summed_grad, clip)
+                add_clipped_grad_factors(grad, parameter.summed_grad, clip)
 
 
 class JoinedGrads:

@@ -1,8 +1,8 @@
 """Factors of per-author gradients: their norms and clipped sums.
 
 Guarantees: `squared` is the squared norm of each author's gradient, rounded up by what rounding may take.
-`add_clipped_factors` adds the sum of these gradients, each times its author's factor. Neither forms per-author gradients that
-are larger than their factors.
+`add_clipped_grad_factors` adds the sum of these gradients, each times its author's factor. Neither forms per-author gradients
+that are larger than their factors.
 
 With a_t the inputs and g_t the output gradients of a linear layer, t running over all tokens of all the author's samples, the
 author's weight gradient is G = sum_t g_t a_t^T, and
@@ -82,31 +82,31 @@ class EmbeddingGrad(NamedTuple):
 GradFactors = MaterializedGrad | OuterProduct | EmbeddingGrad
 
 
-def add_clipped_factors(grad: GradFactors, total: torch.Tensor, clip: AuthorClipFactors) -> None:
+def add_clipped_grad_factors(grad: GradFactors, total: torch.Tensor, clip: AuthorClipFactors) -> None:
     """Add the sum of all authors' gradients, each times the author's clipping factor, to `total`, of the parameter's shape."""
     if clip.non_finite is not None:  # the factor is zero, but zero times nan would be nan
-        grad = mask_authors_in_factors(grad, clip.non_finite, clip.authors.author)
+        grad = mask_authors_in_grad_factors(grad, clip.non_finite, clip.authors.author)
     grad.add_clipped(total, clip)
 
 
 # --- norms of all uses of a parameter ----------------------------------------------------------------------
 
 
-def squared_norms_of_factors(grads: list[GradFactors], authors: AuthorIndex) -> SquaredNorm:
+def grad_factors_norms(grads: list[GradFactors], authors: AuthorIndex) -> SquaredNorm:
     """Return ||sum of the gradients||^2 for one parameter, (authors,): of one, or of the two of a tied embedding."""
     if len(grads) == 1:
         return grads[0].squared(authors)
     lookup, product = sorted(grads, key=lambda grad: isinstance(grad, OuterProduct))
     assert isinstance(lookup, EmbeddingGrad) and isinstance(product, OuterProduct)
-    return squared_norm_of_tied_factors(
-        lookup, factor_lookup_rows(lookup.ids, product, authors), product.squared(authors), authors
+    return tied_grad_factors_norm(
+        lookup, grad_factor_lookup_rows(lookup.ids, product, authors), product.squared(authors), authors
     )
 
 
-def factor_lookup_rows(ids: torch.Tensor, product: OuterProduct, authors: AuthorIndex) -> torch.Tensor:
+def grad_factor_lookup_rows(ids: torch.Tensor, product: OuterProduct, authors: AuthorIndex) -> torch.Tensor:
     """Return the rows of each author's G_head that the ids look up, sum_t z_t[id_s] h_t.
 
-    `squared_norm_of_tied_factors` needs no more of it.
+    `tied_grad_factors_norm` needs no more of it.
 
     Args:
         ids: id_s, (samples, tokens).
@@ -119,13 +119,11 @@ def factor_lookup_rows(ids: torch.Tensor, product: OuterProduct, authors: Author
     return matmul(picked.mT, hidden.to(picked.dtype))
 
 
-def squared_norm_of_tied_factors(
-    lookup: EmbeddingGrad, rows: torch.Tensor, head: SquaredNorm, authors: AuthorIndex
-) -> SquaredNorm:
+def tied_grad_factors_norm(lookup: EmbeddingGrad, rows: torch.Tensor, head: SquaredNorm, authors: AuthorIndex) -> SquaredNorm:
     """Return ||G_embedding + G_head||^2 of each author, (authors,), for a matrix that is both.
 
     Args:
-        rows: of G_head, from `factor_lookup_rows`; overwritten.
+        rows: of G_head, from `grad_factor_lookup_rows`; overwritten.
         head: ||G_head||^2.
     """
     cross = 2 * rows.mul_(authors.gather(lookup.gradients)).sum((1, 2))  # 2 <G_embedding, G_head> = 2 sum_s <row_s, e_s>
@@ -144,31 +142,31 @@ def merge_factors(grads: list[GradFactors], authors: AuthorIndex) -> list[GradFa
     if materialized:
         total = materialized[0]
         for grad in [*materialized[1:], *(grad for grad in grads if not isinstance(grad, MaterializedGrad))]:
-            total = add_factors(total, grad, authors)
+            total = add_grad_factors(total, grad, authors)
         return [total]
     by_type = ([grad for grad in grads if isinstance(grad, type_)] for type_ in (EmbeddingGrad, OuterProduct))
     return [same[0] if len(same) == 1 else type(same[0])(*(torch.cat(t, 1) for t in zip(*same))) for same in by_type if same]
 
 
-def materialize_factors(grad: OuterProduct, authors: AuthorIndex) -> MaterializedGrad:
+def materialize_grad_factors(grad: OuterProduct, authors: AuthorIndex) -> MaterializedGrad:
     """Form the per-author gradients of a matrix: small ones for each sample first, which moves nothing."""
     if len(grad.left) * grad.left.shape[-1] * grad.right.shape[-1] <= MATERIALIZE_ELEMENTS:
         return MaterializedGrad(authors.sum(matmul(grad.left.mT, grad.right)))
     return MaterializedGrad(matmul(authors.gather(grad.left).mT, authors.gather(grad.right)))
 
 
-def add_factors(total: MaterializedGrad, grad: GradFactors, authors: AuthorIndex) -> MaterializedGrad:
+def add_grad_factors(total: MaterializedGrad, grad: GradFactors, authors: AuthorIndex) -> MaterializedGrad:
     """Return the sum of two gradients; a lookup is added in place, as a matrix that was formed has its own memory."""
     if isinstance(grad, EmbeddingGrad):
         rows = authors.author.view(-1, 1) * total.gradients.shape[1] + grad.ids  # (samples, tokens), among all authors' rows
         total.gradients.view(-1, total.gradients.shape[2]).index_add_(0, rows.flatten(), grad.gradients.float().flatten(0, 1))
         return total
     return MaterializedGrad(
-        total.gradients + (materialize_factors(grad, authors) if isinstance(grad, OuterProduct) else grad).gradients
+        total.gradients + (materialize_grad_factors(grad, authors) if isinstance(grad, OuterProduct) else grad).gradients
     )
 
 
-def mask_authors_in_factors(grad: GradFactors, masked: torch.Tensor, author: torch.Tensor) -> GradFactors:
+def mask_authors_in_grad_factors(grad: GradFactors, masked: torch.Tensor, author: torch.Tensor) -> GradFactors:
     """Return `grad` with zeros for the authors `masked`, bool (authors,), whatever values they had."""
     rows = masked if isinstance(grad, MaterializedGrad) else masked[author]
     return type(grad)(*(tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in grad))

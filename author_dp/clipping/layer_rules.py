@@ -24,8 +24,8 @@ from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.clipping.author_groups import AuthorIndex
-from author_dp.clipping.grad_factors import EmbeddingGrad, GradFactors, MaterializedGrad, OuterProduct, materialize_factors
-from author_dp.models.bfloat16 import BF16Conv1D, BF16Linear, is_plain_linear
+from author_dp.clipping.grad_factors import EmbeddingGrad, GradFactors, MaterializedGrad, OuterProduct, materialize_grad_factors
+from author_dp.models.bfloat16_layers import BF16Conv1D, BF16Linear, is_plain_linear
 
 SMALL_ELEMENTS = 2**17  # parameters of a layer whose per-sample gradients are formed by `vmap_rule`
 
@@ -170,7 +170,7 @@ def matrix_grad(left: torch.Tensor, right: torch.Tensor, authors: AuthorIndex, m
     product = OuterProduct(left, right)
     elements = authors.num_authors * left.shape[-1] * right.shape[-1]
     is_smaller = 4 * elements < sum(tensor.numel() * tensor.element_size() for tensor in product)
-    return materialize_factors(product, authors) if is_smaller and elements <= max_materialized else product
+    return materialize_grad_factors(product, authors) if is_smaller and elements <= max_materialized else product
 
 
 def bias_grad(layer: Any, gradients: torch.Tensor, authors: AuthorIndex) -> dict[str, MaterializedGrad]:

@@ -45,9 +45,9 @@ from author_dp.clipping.grad_factors import (
     GradFactors,
     MaterializedGrad,
     OuterProduct,
-    add_clipped_factors,
-    factor_lookup_rows,
-    squared_norm_of_tied_factors,
+    add_clipped_grad_factors,
+    grad_factor_lookup_rows,
+    tied_grad_factors_norm,
 )
 from author_dp.clipping.norms import MATERIALIZE_ELEMENTS, SquaredNorm
 from author_dp.errors import UserError
@@ -74,7 +74,7 @@ class TwoPassStore(FactorStore):
         self._tied = tied
         self._head_rows: dict[Any, tuple[torch.Tensor, torch.Tensor, SquaredNorm]] = {}  # ids, rows, square of the whole head
         self._kept = 0  # bytes
-        self._replay = ReplayCheck()
+        self._replay = TwoPassCheck()
         self._clip: AuthorClipFactors | None = None  # in the second pass
         self._to_sum: set[Any] = set()  # parameters of the second pass
 
@@ -83,7 +83,7 @@ class TwoPassStore(FactorStore):
         known: set[Any] | None = None
         while known != self.kept_params:
             known = set(self.kept_params)
-            self.squares, self._kept, self._replay = {}, 0, ReplayCheck()
+            self.squares, self._kept, self._replay = {}, 0, TwoPassCheck()
             self._head_rows.clear()
             super().norm_pass(run_backward, authors, retain_graph=True)
         self._head_rows.clear()
@@ -124,7 +124,7 @@ class TwoPassStore(FactorStore):
         """First pass: add to the squared norms, and keep what is small. Second pass: add the clipped sum."""
         if self._clip is not None:
             if parameter in self._to_sum:
-                add_clipped_factors(grad, parameter.summed_grad, self._clip)
+                add_clipped_grad_factors(grad, parameter.summed_grad, self._clip)
         elif parameter in self.kept_params or parameter in self.factors:
             super().add(parameter, grad, input_ids)
         elif parameter in self.squares:
@@ -135,7 +135,7 @@ class TwoPassStore(FactorStore):
             squared = grad.squared(self._authors)
             if isinstance(grad, OuterProduct) and parameter in self._tied and input_ids.shape == grad.left.shape[:2]:
                 ids = input_ids.clamp(0, grad.left.shape[-1] - 1)
-                self._head_rows[parameter] = input_ids, factor_lookup_rows(ids, grad, self._authors), squared
+                self._head_rows[parameter] = input_ids, grad_factor_lookup_rows(ids, grad, self._authors), squared
             self.squares[parameter] = squared
 
     def _can_keep(self, grad: GradFactors) -> bool:
@@ -151,7 +151,7 @@ class TwoPassStore(FactorStore):
         if head is None or not isinstance(grad, EmbeddingGrad) or not same_ids(head[0], grad.ids):
             self.kept_params.add(parameter)
             return
-        self.squares[parameter] = squared_norm_of_tied_factors(grad, *head[1:], self._authors)
+        self.squares[parameter] = tied_grad_factors_norm(grad, *head[1:], self._authors)
 
 
 def same_ids(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -160,7 +160,7 @@ def same_ids(one: torch.Tensor, other: torch.Tensor) -> bool:
     return is_view or torch.equal(one, other)
 
 
-class ReplayCheck:
+class TwoPassCheck:
     """Compare what the layers compute in two backward passes: all at once at the end, which takes few operations."""
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class ReplayCheck:
         """Take fingerprints of the tensors of one call."""
         index = len(self._calls[is_second])
         self._calls[is_second].append(source)
-        self._prints[is_second].extend(fingerprint(tensor, 31 * index) for tensor in tensors)
+        self._prints[is_second].extend(two_pass_fingerprint(tensor, 31 * index) for tensor in tensors)
 
     def is_same(self) -> bool:
         """Return whether the second pass saw the same calls with the same tensors."""
@@ -179,15 +179,15 @@ class ReplayCheck:
         sizes = [len(prints) for prints in expected]
         if [id(source) for source in self._calls[0]] != [id(source) for source in self._calls[1]]:
             return False
-        return sizes == [len(prints) for prints in found] and (not sizes or fingerprints_match(expected, found))
+        return sizes == [len(prints) for prints in found] and (not sizes or two_pass_fingerprints_match(expected, found))
 
 
-def fingerprint(tensor: torch.Tensor, index: int) -> torch.Tensor:
+def two_pass_fingerprint(tensor: torch.Tensor, index: int) -> torch.Tensor:
     """Return a copy of one feature of each token: the one at `index`, modulo the number of features."""
     return tensor.detach().select(-1, index % tensor.shape[-1]).to(torch.float32, copy=True).flatten()
 
 
-def fingerprints_match(expected: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
+def two_pass_fingerprints_match(expected: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
     """Return whether each pair of fingerprints agrees; values that are not finite are not compared. Waits for the device."""
     sizes, (before, after) = [len(prints) for prints in expected], (torch.cat(prints) for prints in (expected, found))
     finite = before.isfinite()

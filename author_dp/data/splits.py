@@ -58,7 +58,7 @@ def split_by_author(
         UserError: where a side that is needed has no author.
     """
     train_below = math.inf if train_fraction == 1 else eval_fraction + train_fraction * (1 - eval_fraction)
-    train, evaluation, scores = write_sides(samples, schema, folder, author_column, seed, eval_fraction, train_below)
+    train, evaluation, scores = write_split_sides(samples, schema, folder, author_column, seed, eval_fraction, train_below)
     if len(scores) < 2:
         raise UserError(f"--author_column {author_column!r}: one author only, whom no noise can hide. Give data of many authors")
     if eval_fraction > 0 and not len(evaluation):
@@ -67,7 +67,7 @@ def split_by_author(
                 f"--eval_fraction {eval_fraction}: it holds out none of {len(scores)} authors. Raise it to publish their loss"
             )
         lowest, batches = np.nextafter(scores[0], 1), train.data.to_batches()
-        train, evaluation, _ = write_sides(batches, schema, folder, author_column, seed, lowest, train_below)
+        train, evaluation, _ = write_split_sides(batches, schema, folder, author_column, seed, lowest, train_below)
     if not len(train):
         option = f"--eval_fraction {eval_fraction}" + (f" and --train_fraction {train_fraction}" if train_fraction < 1 else "")
         fix = "Raise the latter" if train_fraction < 1 else "Lower it"
@@ -75,7 +75,7 @@ def split_by_author(
     return train, evaluation if eval_fraction > 0 else None
 
 
-def write_sides(
+def write_split_sides(
     samples: Iterable[pa.RecordBatch],
     schema: pa.Schema,
     folder: Optional[Path],
@@ -93,14 +93,16 @@ def write_sides(
     with new_arrow_file(schema, folder) as (train_path, train), new_arrow_file(schema, folder) as (eval_path, evaluation):
         for batch in samples:
             authors = batch.column(author_column).dictionary_encode()
-            all_scores.append(holdout_scores(authors.dictionary.to_pylist(), seed))
+            all_scores.append(holdout_split_scores(authors.dictionary.to_pylist(), seed))
             scores = all_scores[-1][authors.indices.to_numpy()]
             evaluation.write(batch.filter(scores < eval_below))
             train.write(batch.filter((scores >= eval_below) & (scores < train_below)))
     return Dataset.from_file(train_path), Dataset.from_file(eval_path), np.unique(np.concatenate(all_scores))
 
 
-def subsample_authors(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
+def subsample_split_authors(
+    samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None
+) -> Dataset:
     """Return all samples of at most `limit` authors, those with the lowest hashes.
 
     Without one of them, one other author moves in.
@@ -110,7 +112,7 @@ def subsample_authors(samples: Dataset, author_column: str, limit: int, seed: in
     return filter_rows(samples, np.isin(values.indices.to_numpy(), lowest), folder)
 
 
-def limit_eval_texts(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
+def limit_eval_split_texts(samples: Dataset, author_column: str, limit: int, seed: int, folder: Optional[Path] = None) -> Dataset:
     """Return all samples of authors whose hash is below a threshold: about `limit` samples.
 
     The threshold is one of 1, 1/2, 1/4, 1/8, ... It follows from the number of samples, so an author moves others only where
@@ -127,7 +129,7 @@ def limit_eval_texts(samples: Dataset, author_column: str, limit: int, seed: int
     return filter_rows(samples, chosen[values.indices.to_numpy()], folder)
 
 
-def describe_held_out(
+def describe_held_out_split(
     held_out: pa.ChunkedArray, training: pa.ChunkedArray, validation_file: bool, eval_fraction: float, limit: Optional[int]
 ) -> tuple[int, str]:
     """Return level and text of a line for the log about held-out authors: a warning, where they are too few.
@@ -223,7 +225,7 @@ def format_data_summary(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def holdout_scores(authors: list, seed: int) -> np.ndarray:
+def holdout_split_scores(authors: list, seed: int) -> np.ndarray:
     """Return a number in [0, 1) for each author, (authors,): authors below --eval_fraction are held out."""
     return hash_to_unit(authors, f"{seed}:")
 

@@ -22,7 +22,7 @@ from author_dp.clipping.author_groups import AuthorClipFactors
 from author_dp.clipping.factor_store import FactorStore
 from author_dp.clipping.fallback import PerAuthorFallback
 from author_dp.clipping.ghost import GhostClipping
-from author_dp.clipping.grad_factors import add_clipped_factors
+from author_dp.clipping.grad_factors import add_clipped_grad_factors
 from author_dp.errors import UserError
 from author_dp.mechanism.fsdp import FSDP_REMEDY, dummy_batch, is_sharded, local_shard
 from author_dp.mechanism.losses import author_losses
@@ -74,7 +74,7 @@ class ShardedStore(FactorStore):
                 rows = -(-len(parameter) // world_size) * world_size
                 total = torch.zeros(rows, *parameter.shape[1:], device=clip.factors.device)
                 for grad in self.factors.pop(parameter, []):
-                    add_clipped_factors(grad, total[: len(parameter)], clip)
+                    add_clipped_grad_factors(grad, total[: len(parameter)], clip)
                 totals.append(total.view(world_size, -1))
             sizes = [total.shape[1] for total in totals]
             flat = totals[0] if len(totals) == 1 else torch.cat(totals, 1)

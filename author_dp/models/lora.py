@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.errors import UserError, first_line
-from author_dp.models.bfloat16 import is_plain_linear
+from author_dp.models.bfloat16_layers import is_plain_linear
 from author_dp.models.quantization import check_quantized_frozen, is_quantized
 from author_dp.models.weights import ADAPTER_CONFIG, check_lfs_pointers
 from author_dp.validation import check_range, option

@@ -22,7 +22,7 @@ from author_dp.data.chat import ChatExample
 from author_dp.data.columns import ColumnSpec
 from author_dp.data.loading import expand_files
 from author_dp.data.readers import read_files, read_rows
-from author_dp.data.splits import holdout_scores, split_id
+from author_dp.data.splits import holdout_split_scores, split_id
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.outputs.overlap import Overlap, OverlapHashes, find_overlap, hash_ngrams, hash_words, words_of
@@ -120,7 +120,7 @@ def split_synthetic_texts(
     fraction = 0.0 if by_file else args.eval_fraction
     notes = model.get("data") or {}
     authors = sorted({row.author for row in real})
-    score = dict(zip(authors, holdout_scores(authors, args.split_seed)))
+    score = dict(zip(authors, holdout_split_scores(authors, args.split_seed)))
     limit = fraction + (notes.get("train_fraction") or 1.0) * (1 - fraction)
     training = [row for row in real if fraction <= score[row.author] < limit][: notes.get("row_limit")]
     if by_file:

@@ -23,9 +23,9 @@ def test_a_matrix_that_is_embedding_and_head_takes_the_smaller_form(monkeypatch)
     """(61, 16) for each of three authors, or 61 + 16 numbers for each token of five samples."""
     forms = []
     monkeypatch.setattr(factor_store, "JOIN_ELEMENTS", 0)
-    norms = factor_store.squared_norms_of_factors
+    norms = factor_store.grad_factors_norms
     monkeypatch.setattr(
-        factor_store, "squared_norms_of_factors", lambda parts, authors: forms.append(parts) or norms(parts, authors)
+        factor_store, "grad_factors_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors)
     )
     for module in ("grad_factors", "norms"):  # so large that it is formed author by author
         monkeypatch.setattr(f"author_dp.clipping.{module}.MATERIALIZE_ELEMENTS", 1)
@@ -186,9 +186,9 @@ def test_the_trainer_checkpoints_and_rounds_as_asked(tmp_path):
 def test_no_per_author_gradient_of_a_large_layer_is_formed(monkeypatch):
     kept = []
     monkeypatch.setattr(factor_store, "JOIN_ELEMENTS", 0)
-    norms = factor_store.squared_norms_of_factors
+    norms = factor_store.grad_factors_norms
     monkeypatch.setattr(
-        factor_store, "squared_norms_of_factors", lambda parts, authors: kept.extend(parts) or norms(parts, authors)
+        factor_store, "grad_factors_norms", lambda parts, authors: kept.extend(parts) or norms(parts, authors)
     )
     model = make_model("gpt2", "tied")
     clipped_sum(model, make_batch([2] * 4, longest=4), 0.1, "ghost")

@@ -102,7 +102,7 @@ def test_a_norm_of_a_lookup_where_tokens_cancel(tokens, kind):
     assert is_above(found, truth, gradients.norm(dim=2).sum(1))
 
 
-@catches("what cancels of tied weights not rounded up", "clipping.grad_factors.squared_norm_of_tied_factors",
+@catches("what cancels of tied weights not rounded up", "clipping.grad_factors.tied_grad_factors_norm",
     "square.bound + head.bound",
     "cross * 0", vocabulary=50, features=64)  # fmt: skip
 @pytest.mark.parametrize(("vocabulary", "features"), [(50, 64), (600, 300)])  # the explicit way, and the ghost norm
@@ -113,13 +113,13 @@ def test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(vocabulary, features):
     logits = -torch.nn.functional.one_hot(ids, vocabulary).float()
     truth = (gradients.double() - hidden.double()).sum(1).square().sum(1)
     parts = [grad_factors.EmbeddingGrad(ids, gradients), OuterProduct(logits, hidden)]
-    found = grad_factors.squared_norms_of_factors(parts, AuthorIndex(torch.arange(8), 8)).with_margin()
+    found = grad_factors.grad_factors_norms(parts, AuthorIndex(torch.arange(8), 8)).with_margin()
     assert is_above(found, truth, gradients.norm(dim=2).sum(1) + hidden.norm(dim=2).sum(1))
 
 
 @catches(
     "no room for what bfloat16 rounds, of tied weights",
-    "clipping.grad_factors.squared_norm_of_tied_factors",
+    "clipping.grad_factors.tied_grad_factors_norm",
     "head.rounded",
     "None",
 )
@@ -131,7 +131,7 @@ def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
         OuterProduct(logits, hidden),
     ]
     authors = AuthorIndex(torch.tensor([0]), 1)
-    norm = grad_factors.squared_norms_of_factors(parts, authors).with_margin().sqrt()
+    norm = grad_factors.grad_factors_norms(parts, authors).with_margin().sqrt()
     for share in torch.linspace(0.05, 0.85, 17):
         total = torch.zeros(20, 30)
         for part in parts:

@@ -135,8 +135,11 @@ def test_a_run_that_checkpoints_takes_two_passes_and_its_update_is_the_reference
 
 
 def test_the_proof_at_the_start_is_of_the_engine_of_the_run(tmp_path, monkeypatch):
-    add, bug = find("author_dp.clipping.two_pass.TwoPassStore.add"), "self._clip.factors.mul_(1.01); add_clipped_factors(grad, "
-    monkeypatch.setattr(add, "__code__", with_edit(add, "add_clipped_factors(grad, ", bug))
+    add, bug = (
+        find("author_dp.clipping.two_pass.TwoPassStore.add"),
+        "self._clip.factors.mul_(1.01); add_clipped_grad_factors(grad, ",
+    )
+    monkeypatch.setattr(add, "__code__", with_edit(add, "add_clipped_grad_factors(grad, ", bug))
     make_trainer(tmp_path / "kept", tiny_gpt2())
     with pytest.raises(UserError, match=r"--clipping ghost: .* differ from the reference"):
         make_trainer(tmp_path / "out", tiny_gpt2(), activation_checkpointing=True)

@@ -22,7 +22,7 @@ from author_dp.data.chat_template import set_chat_template
 from author_dp.data.columns import ColumnSpec, get_column
 from author_dp.data.loading import load_files
 from author_dp.data.readers import read_files, read_rows
-from author_dp.data.splits import describe_held_out, limit_eval_texts
+from author_dp.data.splits import describe_held_out_split, limit_eval_split_texts
 from author_dp.data.tokenization import tokenize
 from author_dp.errors import UserError
 from author_dp.types import IGNORE_INDEX
@@ -147,22 +147,22 @@ def test_repeated_texts_of_one_author_are_counted():
 # --- who is evaluated -------------------------------------------------------------------------------------
 
 
-@catches("evaluated authors who move others", "data.splits.limit_eval_texts",
+@catches("evaluated authors who move others", "data.splits.limit_eval_split_texts",
     "scores < max(threshold, np.nextafter(scores.min(), 1))", "scores.argsort().argsort() < 20")  # fmt: skip
 def test_the_limit_of_evaluation_takes_complete_authors_and_moves_nobody():
     authors = [f"u{i // 5}" for i in range(1_000)]  # sorted by author
     samples = Dataset.from_dict({"author": authors, "content": [f"t{i}" for i in range(1_000)]})
-    limited = limit_eval_texts(samples, "author", 100, seed=0)
+    limited = limit_eval_split_texts(samples, "author", 100, seed=0)
     chosen = set(limited["author"])
     assert 10 <= len(chosen) <= 40 and len(limited) == 5 * len(chosen)
-    assert set(limit_eval_texts(samples, "author", 100, seed=1)["author"]) != chosen
+    assert set(limit_eval_split_texts(samples, "author", 100, seed=1)["author"]) != chosen
     for gone in {*sorted(chosen), "u1", "u7"}:
         rest = samples.select([i for i, author in enumerate(authors) if author != gone])
-        assert set(limit_eval_texts(rest, "author", 100, seed=0)["author"]) == chosen - {gone}
+        assert set(limit_eval_split_texts(rest, "author", 100, seed=0)["author"]) == chosen - {gone}
     more = Dataset.from_dict({"author": [*authors, "new"], "content": ["t"] * 1_001})
-    assert set(limit_eval_texts(more, "author", 100, seed=0)["author"]) - {"new"} == chosen
-    assert limit_eval_texts(samples, "author", 1_000, seed=0) is samples
-    assert len(limit_eval_texts(samples, "author", 1, seed=0)) == 5  # one author
+    assert set(limit_eval_split_texts(more, "author", 100, seed=0)["author"]) - {"new"} == chosen
+    assert limit_eval_split_texts(samples, "author", 1_000, seed=0) is samples
+    assert len(limit_eval_split_texts(samples, "author", 1, seed=0)) == 5  # one author
 
 
 def test_held_out_authors_are_counted_and_few_of_them_are_a_warning():
@@ -171,7 +171,7 @@ def test_held_out_authors_are_counted_and_few_of_them_are_a_warning():
         held_out, others = (
             pa.chunked_array([[f"{side}{i}" for i in range(n)] * 2]) for side, n in (("e", number), ("t", training))
         )
-        return describe_held_out(held_out, others, **options)
+        return describe_held_out_split(held_out, others, **options)
 
     assert describe(30) == (logging.INFO, "Held out for evaluation: 30 authors with 60 texts.")
     level, line = describe(2, 309)

@@ -81,7 +81,7 @@ def in_float32(folder: str, model) -> nn.Module:
 
 @catches("4 bits: the backward pass of other weights", "models.quantization.set_quantized_compute_dtype",
     "layer.weight.quant_state.dtype = dtype", "pass", bits="4 bits")  # fmt: skip
-@catches("bfloat16: another product than that of the weights", "models.bfloat16.UpcastMatmul.backward",
+@catches("bfloat16: another product than that of the weights", "models.bfloat16_layers.UpcastMatmul.backward",
     "weight.to(gradient.dtype)", "weight.to(gradient.dtype).round(decimals=2)", bits="bfloat16")  # fmt: skip
 @pytest.mark.parametrize("bits", BITS)
 def test_it_computes_what_a_float32_model_with_the_rounded_weights_does(folders, bits):
@@ -167,7 +167,7 @@ def keep(kept: list, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-@catches("bfloat16: a copy in float32 waits for the backward pass", "models.bfloat16.UpcastMatmul.forward",
+@catches("bfloat16: a copy in float32 waits for the backward pass", "models.bfloat16_layers.UpcastMatmul.forward",
     "save_for_backward(weight)", "save_for_backward(weight.float())")  # fmt: skip
 def test_no_float32_copy_of_a_frozen_matrix_waits_for_the_backward_pass(folders):
     for bits in BITS:

@@ -17,7 +17,7 @@ from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.data.columns import ColumnSpec
 from author_dp.data.loading import load_files
-from author_dp.data.splits import subsample_authors
+from author_dp.data.splits import subsample_split_authors
 from author_dp.errors import UserError
 from author_dp.guards.seed_checks import replay_global_rng
 from author_dp.training import loss_release as release
@@ -172,9 +172,9 @@ def test_subsample_authors_replaces_at_most_one(tmp_path, comments):
     for gone in [None, *range(40)]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["author"] != f"a{gone}"))
         samples = load_file(path)
-        taken.append({str(author) for author in subsample_authors(samples, "author", 10, seed=1)["author"]})
+        taken.append({str(author) for author in subsample_split_authors(samples, "author", 10, seed=1)["author"]})
     reference = taken[0]
-    assert len(reference) == 10 and len(subsample_authors(samples, "author", 10, seed=1)) == 50  # all texts of each author
+    assert len(reference) == 10 and len(subsample_split_authors(samples, "author", 10, seed=1)) == 50  # all texts of each author
     for gone, others in enumerate(taken[1:]):
         assert len(reference ^ others) == (2 if f"a{gone}" in reference else 0)
 

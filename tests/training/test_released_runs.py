@@ -80,7 +80,7 @@ def test_release_range_defaults_to_the_log_of_the_vocabulary(tmp_path):
 
 
 @catches("held-out rows that others move up into", "data_utils.load_train_and_eval",
-    "subsample_authors if eval_is_public else", "")  # fmt: skip
+    "subsample_split_authors if eval_is_public else", "")  # fmt: skip
 def test_max_eval_samples_limits_authors_for_a_release(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [{"author": f"a{i % 50}", "content": f"text {i}"} for i in range(500)]

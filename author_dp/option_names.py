@@ -28,7 +28,7 @@ KNOWN_AS = {
 }  # fmt: skip
 
 
-def find_missing(is_given: Callable[[str], bool]) -> str:
+def find_missing_options(is_given: Callable[[str], bool]) -> str:
     """Return the error that names all required options that are missing; empty if there are none.
 
     Args:
@@ -47,7 +47,7 @@ def find_missing(is_given: Callable[[str], bool]) -> str:
     return f"{', '.join(missing)}: missing. Give {' and '.join(remedies)}; or --disable_dp for no privacy"
 
 
-def exit_if_missing(program: str, words: Sequence[str], rank: int) -> None:
+def exit_if_options_missing(program: str, words: Sequence[str], rank: int) -> None:
     """Exit with status 2 where a command line lacks required options; return if the parser may have more to say.
 
     Args:
@@ -62,7 +62,7 @@ def exit_if_missing(program: str, words: Sequence[str], rank: int) -> None:
     try:
         text = Path(given.pop("config")).read_text("utf-8") if "config" in given else "{}"
         given |= dict.fromkeys(map(str, dict(yaml.load(text, yaml.BaseLoader))), "")
-        error = find_missing(lambda option: any(option.startswith(name) for name in given))
+        error = find_missing_options(lambda option: any(option.startswith(name) for name in given))
         if not error or rank != 0 or {"-h", "--h", "--he", "--hel", "--help"} & set(words):
             return
         known = {"config", *read_option_names(program)}
