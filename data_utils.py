@@ -1,7 +1,7 @@
 """Load samples with authors, split them by author, tokenize, group and collate them.
 
 Guarantees: no row silently changes its author. Authors are compared exactly as written in the files (" alice" and "alice" are two
-authors); a missing author is an error; no author is on both sides of the split. Only `dp_utils.py` deals with privacy.
+authors); a missing author is an error; no author is on both sides of the split, unless --allow_shared_authors is given.
 
 Example:
 
@@ -55,7 +55,7 @@ from author_dp.validation import check_choice, check_exclusive, check_range, opt
 
 logger = get_logger(__name__)
 
-TOKEN_COLUMNS = ("input_ids", "labels")  # of samples
+TOKEN_COLUMNS = ("input_ids", "labels")  # of tokenized samples
 DEFAULT_DATASET, DEFAULT_DATASET_SAMPLES = "webis/tldr-17", 500_000
 
 
@@ -67,7 +67,7 @@ class DataArguments:
     dataset_config_name: str = option("default", "Configuration of the hub data set.")
     dataset_revision: str = option("refs/convert/parquet", "Revision with Parquet files. Default: the hub's own conversion.")
     train_file: Optional[list[str]] = option(None, "Local .jsonl, .json, .csv or .parquet files, or globs; also .gz or .zst.")
-    validation_file: Optional[list[str]] = option(None, "The same for evaluation. Default: held-out authors of the training.")
+    validation_file: Optional[list[str]] = option(None, "The same for evaluation. Default: training authors who are held out.")
     text_column: str = option("content", "Column of the text.")
     author_column: str = option("author", "Column of the author, the privacy unit.")
     prompt_column: Optional[str] = option(None, "Column of the prompt before the text: context that is not learned.")
@@ -76,18 +76,18 @@ class DataArguments:
     chat_template: Optional[str] = option(None, "File with a chat template, for a tokenizer that has none; saved with the model.")
     sequence_len: int = option(128, "Tokens per sample; see --long_samples for longer texts.", alias="max_length")
     prepend_bos: bool = option(
-        False, "Begin each text with a start (or end-of-text) token if the tokenizer does not; generators learn to begin."
+        False, "Begin each text with a start (or end-of-text) token if the tokenizer does not; a generator then learns to begin."
     )
     append_eos: bool = option(False, "End each text with the end-of-text token, so that a generator learns to stop.")
     long_samples: str = option(
         "truncate", "Truncate longer texts, or split them into samples of the same author.", ["truncate", "split"]
     )
     eval_fraction: float = option(0.02, "Fraction of the authors to hold out for evaluation if there is no --validation_file.")
-    train_fraction: float = option(1.0, "Fraction of the training authors to train on, with all samples; by a hash of each.")
+    train_fraction: float = option(1.0, "Fraction of the training authors to train on, chosen by a hash of each.")
     allow_shared_authors: bool = option(False, "Allow texts of training authors in --validation_file.")
     max_train_samples: Optional[int] = option(None, "Train on the first N rows; the guarantee covers only these.")
     max_eval_samples: Optional[int] = option(
-        None, "Evaluate on about N texts, all of authors whom a hash selects (of N authors, with --release_eval_epsilon)."
+        None, "Evaluate on about N texts, of complete authors chosen by a hash (on N authors, with --release_eval_epsilon)."
     )
     preprocessing_num_workers: Optional[int] = option(None, "Number of processes that tokenize.")
 
@@ -106,7 +106,7 @@ class DataArguments:
                 "--prompt_column"
             )
         if self.author_column in TOKEN_COLUMNS:
-            raise UserError(f"--author_column {self.author_column}: the name is that of a column of tokens. Rename the column")
+            raise UserError(f"--author_column {self.author_column}: this name is reserved for tokens. Rename the column")
         names = ["text_column" if self.messages_column is None else "messages_column", "prompt_column", "author_column"]
         for name, other in itertools.combinations(names, 2):
             if (column := getattr(self, name)) == getattr(self, other):
@@ -127,7 +127,7 @@ class DataArguments:
     def row_limit(self) -> Optional[int]:
         """Return the number of rows that are used, whoever wrote them; None: all.
 
-        Without one author, other authors' rows would move up into the limit.
+        Without one author, other authors' rows would move up into the limit: the guarantee covers the selected rows only.
         """
         default = DEFAULT_DATASET_SAMPLES if self.train_file is None and self.dataset_name is None else None
         return min((limit for limit in (default, self.max_train_samples) if limit is not None), default=None)
@@ -143,7 +143,7 @@ class DataArguments:
         return columns._replace(as_text=formatter.format_completion, prompt=self.prompt_column)
 
     def split_id(self, seed: int) -> Optional[str]:
-        """Return the ID of the rule that holds authors out, None with a file; see `authors.split_id`."""
+        """Return the ID of the rule that holds authors out, None with a file; see `splits.split_id`."""
         return None if self.validation_file is not None else split_id(seed, self.eval_fraction, self.author_column)
 
     def summary(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -202,17 +202,15 @@ def load_tokens(
         train, evaluation = load_train_and_eval(args, seed, Path(texts), eval_is_public, tokenizer)
         if args.has_loss_mask and not args.append_eos:
             form = ChatFormatter(tokenizer, args.targets)
-            if warning := missing_chat_end_warning(form, train[0][args.text_column]["is_templated"]):
+            if warning := missing_chat_end_warning(form, train[0][args.text_column]["is_templated"]):  # a `chat.ChatExample`
                 logger.warning(warning)
         train = tokenize(train, tokenizer, **options)
         if evaluation is not None:
-            option = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
-            evaluation = tokenize(evaluation, tokenizer, **options, option=option)
+            source = "--validation_file" if args.validation_file else "--eval_fraction: of the held-out authors"
+            evaluation = tokenize(evaluation, tokenizer, **options, option=source)
     if evaluation is not None:
-        held_out, others = (get_column(side, args.author_column) for side in (evaluation, train))
-        logger.log(
-            *describe_held_out_split(held_out, others, bool(args.validation_file), args.eval_fraction, args.max_eval_samples)
-        )
+        sides = get_column(evaluation, args.author_column), get_column(train, args.author_column)
+        logger.log(*describe_held_out_split(*sides, bool(args.validation_file), args.eval_fraction, args.max_eval_samples))
     return train, evaluation
 
 
@@ -236,7 +234,7 @@ def load_train_and_eval(
     Raises:
         UserError: for a file or column that cannot be used.
     """
-    author_types: dict[str, str] = {}  # one for both files: 7 and "7" in two files would not be seen to be one author
+    author_types: dict[str, str] = {}  # shared, so that 7 in one file and "7" in another are not taken for two authors
     if args.train_file is not None:
         columns = args.column_spec("--train_file", tokenizer)
         samples = read_local_files(args.train_file, columns, author_types)
@@ -292,7 +290,7 @@ class AuthorDataset(torch.utils.data.Dataset):
     Args:
         samples: data set with a column `input_ids`, and `labels` where samples have a loss mask.
         offsets, indices: the grouping of its rows, from `group_by_author`.
-        hashes: of the authors in that order, from `splits.author_hashes`; needed with noise bands only.
+        hashes: of the authors in that order, from `splits.author_hashes`; needed with noise bands or balls-in-bins sampling.
     Raises:
         UserError: for samples of fewer than two tokens, which predict nothing.
     """
@@ -300,9 +298,7 @@ class AuthorDataset(torch.utils.data.Dataset):
     def __init__(self, samples: Dataset, offsets: np.ndarray, indices: np.ndarray, hashes: Optional[np.ndarray] = None):
         self.columns = [name for name in TOKEN_COLUMNS if name in samples.column_names]
         self.samples = samples.select_columns(self.columns).with_format("arrow")
-        self.offsets = offsets
-        self.indices = indices
-        self.hashes = hashes
+        self.offsets, self.indices, self.hashes = offsets, indices, hashes
         if num_short := (pc.list_value_length(get_column(self.samples, "input_ids")).to_numpy() < 2).sum():
             raise UserError(
                 f"AuthorDataset: {num_short:,} samples have fewer than two tokens, so nothing to predict. Drop them before you "
@@ -318,25 +314,25 @@ class AuthorDataset(torch.utils.data.Dataset):
         """Return the number of tokens in the longest sample."""
         return pc.max(pc.list_value_length(get_column(self.samples, "input_ids"))).as_py() or 0
 
-    def __getitems__(self, authors: list[np.ndarray]) -> list[list[dict[str, np.ndarray]]]:
-        """Fetch samples of several authors at once.
+    def __getitems__(self, indices_by_author: list[np.ndarray]) -> list[list[dict[str, np.ndarray]]]:
+        """Fetch samples of several authors at once; torch's DataLoader calls this.
 
         Args:
-            authors: an array of sample indices for each author.
+            indices_by_author: an array of sample indices for each author.
         Returns:
             the samples of each author: {"input_ids": int32 (tokens,)}, and "labels" of the same shape if there are any.
         """
-        if not authors:
+        if not indices_by_author:
             return []
-        fetched, rows = self.samples[np.concatenate(authors)], {}
+        fetched, rows = self.samples[np.concatenate(indices_by_author)], {}
         for name in self.columns:
             column = fetched[name].combine_chunks()
             bounds = column.offsets.to_numpy()
             rows[name] = np.split(column.values.to_numpy(), bounds[1:-1])
-            rows[name][0] = rows[name][0][bounds[0] :]
+            rows[name][0] = rows[name][0][bounds[0] :]  # `values` also holds what precedes the first row
         samples = [dict(zip(rows, values)) for values in zip(*rows.values())]
-        ends = np.cumsum([len(indices) for indices in authors])
-        return [samples[end - len(indices) : end] for indices, end in zip(authors, ends)]
+        ends = np.cumsum([len(indices) for indices in indices_by_author])
+        return [samples[end - len(indices) : end] for indices, end in zip(indices_by_author, ends)]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -344,7 +340,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     Returns:
         input_ids and labels, int64 (samples, tokens); labels are the sample's labels, or its input_ids without any, and -100
-        at the padding, so that it counts in no loss.
+        at the padding, which is excluded from the loss.
     """
     rows = [np.asarray(sample["input_ids"]) for sample in samples]
     present = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]  # (samples, tokens)

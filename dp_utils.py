@@ -1,12 +1,13 @@
 """Author-level differential privacy for Hugging Face's Trainer: the options, and the Trainer.
 
-Guarantees: every model that a run saves is (epsilon, delta)-differentially private under add-or-remove-one-author adjacency: two
-data sets are neighbors if they differ by all samples of one author. The number of authors N, the sample rate q, the number of
-steps and all options are public. Losses, evaluation metrics and gradient statistics are not covered: they are computed on private
-data without noise.
+Guarantees: every model that a private run saves is (epsilon, delta)-differentially private under add-or-remove-one-author
+adjacency: two data sets are neighbors if they differ by all samples of one author. The number of authors N (without
+--hide_counts), the sample rate q, the number of steps and all options are public. Losses, evaluation metrics and gradient
+statistics are not covered: they are computed on private data without noise.
 
-The parts are in `author_dp/`: a step in `mechanism/` and `clipping/`, what a run may spend in `accounting/`, checks in `guards/`,
-checkpoints and evaluation in `training/`. `DPTrainer` connects them, in the order in which the Trainer calls it.
+The parts are in `author_dp/`. A step is in `mechanism/` and `clipping/`: read `mechanism/optimizer.py` first: it adds the noise.
+What a run may spend is in `accounting/`, checks are in `guards/`, checkpoints and evaluation in `training/`. `DPTrainer` connects
+them, in the order in which the Trainer calls it.
 
 Example:
 
@@ -41,7 +42,7 @@ from author_dp.errors import UserError, as_user_error
 from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.options import check_launch_options
+from author_dp.guards.options import check_accelerate_options
 from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.guards.trainer_arguments import check_optimizer, check_trainer_arguments
@@ -62,7 +63,7 @@ from author_dp.training.dataloading import adapt_trainer_args, broadcast_paramet
 from author_dp.training.interruption import StopOnSignal, signals_end_with_message
 from author_dp.training.resuming import find_checkpoint
 from author_dp.training.run_report import RunReport
-from author_dp.training.setup import check_model_choice, set_up_dp_optimizer, set_up_run, set_up_secret_generators
+from author_dp.training.setup import recheck_before_training, set_up_dp_optimizer, set_up_run, set_up_secret_generators
 from author_dp.validation import check_choice, check_exclusive, check_range, option
 
 __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
@@ -72,7 +73,7 @@ __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multi
 
 @dataclass
 class PrivacyArguments:
-    """The guarantee, and how it is kept. All of it is public."""
+    """Privacy target and mechanism. All of these options are public."""
 
     target_epsilon: Optional[float] = option(None, "Target epsilon; the noise follows from it. Give it or --noise_multiplier.")
     noise_multiplier: Optional[float] = option(None, "Noise standard deviation over clip norm, instead of --target_epsilon.")
@@ -83,7 +84,7 @@ class PrivacyArguments:
     samples_per_author: int = option(1, "Maximum number of samples of one author in one step (k).")
     clipping: str = option(
         "ghost",
-        "How per-author gradients are clipped: ghost stores almost none of them; grad_sample (Opacus) all, for comparison.",
+        "How per-author gradients are clipped: ghost stores almost none; grad_sample (Opacus) stores all, for comparison.",
         tuple(ENGINES),
     )
     secure_noise: bool = option(False, "Harden the noise against floating-point attacks, at four times the cost.")
@@ -108,14 +109,14 @@ class PrivacyArguments:
     hide_counts: bool = option(
         False, "Keep the numbers of authors and samples out of all public files; needs --sample_rate and --target_delta."
     )
-    allow_other_authors: bool = option(False, "Resume with another number of training authors than before, on purpose.")
+    allow_other_authors: bool = option(False, "Resume although the number of training authors has changed.")
     part_of_search: bool = option(False, "Set by python -m author_dp.tune: one run of a search, without a guarantee of its own.")
     disable_dp: bool = option(False, "Ordinary fine-tuning through the same data path, for comparison. No privacy.")
 
     def __post_init__(self):
         check_range("--target_epsilon", self.target_epsilon, "(0, inf)")
-        check_range("--target_delta", self.target_delta, "[1e-100, 1)", "Often it is 1e-5, or 1 / N")
-        # Beyond these, float32 does not hold the noise, its square or that of a clipped gradient, or an epoch has too many steps.
+        check_range("--target_delta", self.target_delta, "[1e-100, 1)", "Often it is 1e-5, or 1 / (10 N) for N authors")
+        # Beyond these, squares in float32 overflow or vanish; at a smaller rate, an epoch has too many steps.
         check_range("--per_sample_max_grad_norm", self.per_sample_max_grad_norm, "[1e-6, 1e6]", "Often it is 0.1 to 10")
         if self.noise_multiplier != 0:  # 0 is for no privacy
             check_range("--noise_multiplier", self.noise_multiplier, "[1e-6, 1e6]", "Often it is near 1; 0 is for no privacy")
@@ -141,20 +142,22 @@ class PrivacyArguments:
 
 
 class DPTrainer(UploadingTrainer):
-    """Trainer whose training is the mechanism of author_dp/mechanism; everything else is the Trainer's.
+    """Trainer whose steps are those of author_dp/mechanism.
 
-    The batch size that is accounted for, B, is per_device_train_batch_size x gradient_accumulation_steps x world_size authors. A
-    sampled batch is cut into microbatches of at most per_device_train_batch_size authors, and the Trainer's own loop sees one
-    logical batch per step.
+    The expected batch size B is per_device_train_batch_size x gradient_accumulation_steps x world_size authors: the constant that
+    divides each sum, and by default the sample rate is q = B / N. A sampled batch is cut into microbatches of at most
+    per_device_train_batch_size authors, and the Trainer's own loop sees one logical batch per step. The base classes adapt the
+    rest of the Trainer: LogicalBatchTrainer counts and evaluates, CertifiedTrainer saves, UploadingTrainer uploads.
 
     Args:
-        model: in float32; its trainable parameters are trained, all others are left as they are.
+        model: its trainable parameters, in float32, are trained, except those that the loss does not use.
         args: Hugging Face's, with max_grad_norm 0.
-        privacy: the guarantee, and how it is kept.
+        privacy: privacy target and mechanism.
         train_dataset: `data_utils.AuthorDataset`: offsets and indices, and the samples of many authors at once.
         data_collator: pads a list of samples to input_ids and labels of shape (samples, tokens).
-        sequence_len: tokens of the longest sample, and so of microbatches; default: 128, or the model's positions.
-        canaries: by which the run audits itself: GradientCanaries, not yet in the data set, or TextCanaries, which are.
+        sequence_len: maximum tokens per sample; microbatches are padded to one of a few lengths up to it. Default: 128, or the
+            model's positions where these are fewer.
+        canaries: for an audit. TextCanaries must be in `train_dataset` already; GradientCanaries are added here.
         full_shard: shard weights, gradients, noise and optimizer state over the processes (author_dp/mechanism/fsdp.py).
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
         data_summary: how texts became samples, for privacy.json; public.
@@ -197,20 +200,18 @@ class DPTrainer(UploadingTrainer):
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
         self.folder, self.made_with = Path(str(args.output_dir)), setup.made_with
         self.engine = PlainEngine(model, self.plan.expected_batch_size) if privacy.disable_dp else None
-        base_model, settings = (
-            statement_starting_model(name) if args.process_index == 0 else None,
-            model_card_settings(args, model, name),
-        )
+        base_model = statement_starting_model(name) if args.process_index == 0 else None
+        settings = model_card_settings(args, model, name)
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
-        self.run_report.find_finished(self.checkpoint)
+        self.run_report.adopt_finished_run(self.checkpoint)
         self._step_loss = torch.zeros((), device=args.device)
         redirect_loggers(args)
         args = adapt_trainer_args(args)
         kwargs |= {"train_dataset": setup.train_dataset, "data_collator": setup.data_collator}
         super().__init__(model=model, args=args, **kwargs)
-        args.max_steps = self.plan.steps  # this late, or the Trainer would log that it overrides --num_train_epochs
-        check_launch_options(self.accelerator, args.bf16)
-        if full_shard:  # or copies of all gathered weights in bfloat16 would wait for the end of a forward
+        args.max_steps = self.plan.steps  # set only now: otherwise the Trainer would log that it overrides --num_train_epochs
+        check_accelerate_options(self.accelerator, args.bf16)
+        if full_shard:  # otherwise bfloat16 copies of all gathered weights would be kept until the forward ends
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if not privacy.disable_dp:
             self.callback_handler = WatchedCallbacks(self)
@@ -232,10 +233,10 @@ class DPTrainer(UploadingTrainer):
             self.checkpoint, _ = find_checkpoint(self.args, self.privacy, isinstance(self.model, PeftModel), **self.made_with)
         if self.args.process_index == 0:
             self.run_report.identify_base(self.model, self.checkpoint)
-        self.run_report.find_finished(self.checkpoint)
+        self.run_report.adopt_finished_run(self.checkpoint)
         if self.checkpoint and self.run_report.finished is not None:
             return self.load_finished()
-        check_model_choice(self, self.shared_authors)
+        recheck_before_training(self, self.shared_authors)
         if isinstance(self.canaries, TextCanaries):
             self.canaries.start(self)
         self.add_callback(signals := StopOnSignal())
@@ -286,7 +287,7 @@ class DPTrainer(UploadingTrainer):
         """Wrap the Trainer's optimizer in the one that adds the noise."""
         with as_user_error(f"--optim {OptimizerNames(self.args.optim).value}, with --optim_args {self.args.optim_args}"):
             optimizer = super().create_optimizer(*args, **kwargs)
-        noisy = getattr(optimizer, "optimizer", optimizer)  # for a second training it is there, in accelerate's wrapper
+        noisy = getattr(optimizer, "optimizer", optimizer)  # when train() is called again, accelerate has wrapped ours
         check_optimizer(getattr(noisy, "original_optimizer", noisy), self.args)
         if self.privacy.disable_dp:
             return optimizer
@@ -297,7 +298,7 @@ class DPTrainer(UploadingTrainer):
         return self.optimizer
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Optional[DataLoader] = None) -> nn.Module:
-        """Return the clipping engine's module, for training only; wrapped, so that accelerate adds no DistributedDataParallel."""
+        """Build the clipping engine, watch frozen weights, and return the module to train: no DistributedDataParallel."""
         if not training:
             return model
         if not self.full_shard:
@@ -312,27 +313,28 @@ class DPTrainer(UploadingTrainer):
     def training_step(self, model: nn.Module, inputs: LogicalBatch, *_) -> torch.Tensor:  # type: ignore[override]
         """Accumulate the clipped gradients of one logical batch; an empty one costs nothing.
 
+        The Trainer's loop then calls the optimizer, whose `pre_step` adds the noise (author_dp/mechanism/optimizer.py).
+
         Returns:
-            the mean loss over the authors of the logical batch, as this process' summand of a mean over processes. Not private.
+            this process' sum of losses x world_size / batch size, whose mean over processes is that over authors. Not private.
         """
         model.train()
         self.optimizer.zero_grad()  # also what an interrupted step left
         total = torch.zeros_like(self._step_loss)
-        missing = missing_fsdp_rounds(
-            model, len(inputs.microbatches)
-        )  # of a sharded model: all processes gather its layers together
+        # All processes of a sharded model gather its layers together, so each needs as many rounds.
+        missing = missing_fsdp_rounds(model, len(inputs.microbatches))
         inputs = inputs._replace(microbatches=self.tracked(inputs.microbatches))
-        with self.accelerator.autocast(), frozen_weights_cast(self.model):  # of all microbatches: weights are cast once
+        with self.accelerator.autocast(), frozen_weights_cast(self.model):  # weights are cast once for all microbatches
             for microbatch in inputs.microbatches:
                 microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
                 losses = author_losses(model, microbatch)
-                with torch.autocast(self.args.device.type, enabled=False):  # or norms and sums would be rounded
+                with torch.autocast(self.args.device.type, enabled=False):  # otherwise norms and sums would be rounded
                     if self.gradient_canaries is not None:
                         losses = self.gradient_canaries.add_canary_losses(losses, microbatch)
                     norms = self.engine.backward(losses, microbatch["author"], microbatch["samples_each"])
                     self.norms.add(norms, microbatch["is_real"], microbatch["num_real"])
                 total += losses.detach().nan_to_num(posinf=0.0).sum()
-                del losses  # and what of its graph is not freed yet
+                del losses  # also frees what is left of its graph
             for _round in range(missing):
                 self.engine.dummy_backward()
         if self.privacy.disable_dp:
@@ -342,6 +344,6 @@ class DPTrainer(UploadingTrainer):
             self.dp_optimizer.batch_index = inputs.batch_index
         self.norms.end_step()
         self.monitors.on_step(inputs.batch_size, inputs.batch_index)
-        if inputs.batch_size:  # the loss of an empty batch does not exist: repeat the last one
+        if inputs.batch_size:  # an empty batch has no loss: repeat the last one
             self._step_loss = total * self.args.world_size / inputs.batch_size
         return self._step_loss.clone()

@@ -16,7 +16,7 @@ Full fine-tuning on Reddit (500,000 comments of 304,279 authors), one process pe
         --logging_steps 5 --max_grad_norm 0 --lr_scheduler_type constant --learning_rate 1e-4 \
         --disable_tqdm True --label_names labels --dataloader_num_workers 2
 
-LoRA: the same with
+LoRA: the same in another --output_dir, with
 
         --per_device_train_batch_size 64 --gradient_accumulation_steps 1 --learning_rate 3e-4 \
         --enable_lora --lora_dim 4 --lora_alpha 32 --lora_dropout 0.0
@@ -56,7 +56,7 @@ from author_dp.data.splits import author_hashes
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
-from author_dp.guards.options import check_launcher_options, validate_options
+from author_dp.guards.options import check_launcher_variables, validate_options
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.logs import configure_logging, get_logger
 from author_dp.mechanism.sampling import append_canary_sampling_hashes
@@ -84,7 +84,9 @@ class ModelArguments:
     """What to fine-tune."""
 
     model_name: str = option("gpt2", "Hub name or local folder of a causal language model.")
-    dry_run: bool = option(False, "Two steps of the run that is asked for, with evaluation at each; says how long it will take.")
+    dry_run: bool = option(
+        False, "Run two steps, evaluate after each, and estimate the run's time and memory. Needs an --output_dir of its own."
+    )
 
 
 @dataclass
@@ -92,23 +94,25 @@ class TrainingArguments(transformers.TrainingArguments):
     """Hugging Face's, with the defaults of this script."""
 
     max_grad_norm: float = option(0.0, "Must be 0 under DP: --per_sample_max_grad_norm clips each author's gradient instead.")
-    learning_rate: float = option(1e-3, "Higher than for ordinary fine-tuning: the steps are few, and noise is averaged out.")
+    learning_rate: float = option(
+        1e-3, "Higher than in ordinary fine-tuning: steps are few, and the noise averages out across them."
+    )
     lr_scheduler_type: SchedulerType | str = option(
-        "constant_with_warmup", "Shape of the learning rate; warmup is of 0 steps by default."
+        "constant_with_warmup", "Shape of the learning rate; there is no warmup by default."
     )
     log_level: str = option("info", "Log level of the main process.", [*logging.get_log_levels_dict(), "passive"])
-    remove_unused_columns: bool = option(False, "Of no effect: the samples hold what is used.")
+    remove_unused_columns: bool = option(False, "Has no effect: samples contain only the columns that are used.")
     evaluation_strategy: Optional[str] = option(None, "Older name of --eval_strategy.")
     fsdp: Optional[str] = option(
-        None, "full_shard: shard weights, clipped sums, noise and optimizer state: each of W processes holds 1/W."
+        None, "full_shard: split weights, clipped sums, noise and optimizer state evenly across the processes."
     )
 
     def __post_init__(self):
-        if not set((self.fsdp or "").split()) <= {"full_shard", "auto_wrap"}:
+        if self.fsdp and {"full_shard"} != {*self.fsdp.split()} - {"auto_wrap"}:
             raise UserError(f"--fsdp {self.fsdp} does not work here: give full_shard, or leave it out")
         if self.fsdp and self.fsdp_config:
-            raise UserError("--fsdp_config: it has no part in --fsdp full_shard here. Leave it out")
-        check_launcher_options(self.bf16)  # before Hugging Face's code follows them
+            raise UserError("--fsdp_config: not supported with --fsdp full_shard. Leave it out")
+        check_launcher_variables(self.bf16)  # before Hugging Face's code follows them
         # The Trainer must not see it: accelerate would shard gradients that are not per author.
         self.full_shard, self.fsdp = bool(self.fsdp), None
         if self.evaluation_strategy is not None:
@@ -121,7 +125,7 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
 
 
-# Of options, as --help and docs/options.md show them.
+# Option groups, in the order of --help and docs/options.md.
 GROUPS = (ModelArguments, LoraArguments, DataArguments, PrivacyArguments, AuditArguments, LossReleaseArguments, TrainingArguments)
 
 
@@ -151,7 +155,7 @@ def group_datasets(
     """Group samples by author, and add text canaries to the training authors.
 
     Args:
-        needs_hashes: whether authors may be assigned to the groups of noise bands.
+        needs_hashes: whether author hashes are needed: for noise bands, for balls-in-bins sampling, or to resume a run with them.
     """
     authors = get_column(train, data_args.author_column)
     grouped = (train, *group_by_author(authors))
@@ -178,18 +182,18 @@ def main() -> None:
     model_args, lora_args, data_args, privacy_args, audit_args, release_args, training_args = parse_arguments()
     configure_logging(training_args)
     set_seed(training_args.seed)  # the data split and LoRA's initialization; never noise, sampling or dropout
-    resumes, released = bool(training_args.resume_from_checkpoint), release_args.release_eval_epsilon is not None
+    resumes, releases_loss = bool(training_args.resume_from_checkpoint), release_args.release_eval_epsilon is not None
 
     model, tokenizer = load_model(
         model_args.model_name, lora_args.to_options(), lora_args.base_precision, training_args.device, training_args.bf16
     )
     fuse_operations(model)
-    logging.set_verbosity(training_args.get_process_log_level())  # after loading, which would log pages
+    logging.set_verbosity(training_args.get_process_log_level())  # set after loading, which would otherwise log a lot
     if flag := lora_args.base_precision_flag():
         logger.info(f"{flag}: all weights, adapters included, take {weight_bytes(model) / 2**20:,.1f} MiB.")
     check_sequence_len(model, data_args.sequence_len)
 
-    train, evaluation = load_author_datasets(data_args, training_args, tokenizer, released)
+    train, evaluation = load_author_datasets(data_args, training_args, tokenizer, releases_loss)
     canaries = make_canaries(
         audit_args.audit_canaries, audit_args.audit_kind, samples=privacy_args.samples_per_author, tokens=data_args.sequence_len,
         vocab_size=len(model.get_input_embeddings().weight), output_dir=training_args.output_dir, resume=resumes,
@@ -227,11 +231,13 @@ def main() -> None:
     trainer.train()
     with finished_training(trainer):  # saves the model first
         evaluate_and_sample(trainer, statistics, "after")
-        release = None
-        if released and not model_args.dry_run:  # not of a model that nobody wants
+        released_loss = None
+        if releases_loss and not model_args.dry_run:  # a dry run's model is discarded
             limited = data_args.max_eval_samples is not None
-            release = release_eval_loss(trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited)
-        report_result(trainer, statistics, release)
+            released_loss = release_eval_loss(
+                trainer, release_args.release_eval_epsilon, release_args.release_eval_range, limited
+            )
+        report_result(trainer, statistics, released_loss)
 
 
 if __name__ == "__main__":

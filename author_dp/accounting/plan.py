@@ -49,7 +49,7 @@ class PrivacyPlan:
         noise_bands: b, the number of steps over which the noise is correlated; 1 for independent noise.
         part_of_search: whether the run is one of many, of which only the best will be released (tuning.py).
         slots: n, the steps of an epoch in which each author takes part once, in a secret slot; None for Poisson sampling.
-        certificate: of the noise with slots, from `certificates.make_certificate`.
+        certificate: of the noise with slots, from `slot_certificates.make_certificate`.
     """
 
     target_epsilon: Optional[float]

@@ -162,7 +162,7 @@ def check_environment_options(args: TrainingArguments) -> None:
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError("--use_cpu: the processes of torch.distributed.run are not connected. On CPUs add --use_cpu")
     check_processes_connected()
-    check_launcher_options(args.bf16)
+    check_launcher_variables(args.bf16)
 
 
 def check_processes_connected() -> None:
@@ -182,7 +182,7 @@ def check_processes_connected() -> None:
         )
 
 
-def check_launcher_options(bf16: bool) -> None:
+def check_launcher_variables(bf16: bool) -> None:
     """Raise UserError for an environment variable by which `accelerate launch` asks for what the run does not know.
 
     Args:
@@ -252,7 +252,7 @@ def check_fsdp_options(args: TrainingArguments, privacy: PrivacyOptions, base_pr
         raise UserError("--load_best_model_at_end: not supported with --fsdp. Leave it out, and choose a checkpoint yourself")
 
 
-def check_launch_options(accelerator: Accelerator, bf16: bool) -> None:
+def check_accelerate_options(accelerator: Accelerator, bf16: bool) -> None:
     """Raise UserError where accelerate's own configuration would change the mechanism.
 
     Args:

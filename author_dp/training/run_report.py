@@ -46,7 +46,7 @@ class RunReport:
         self.adapter_base: Optional[dict[str, Any]] = None
         self.finished: Optional[dict[str, Any]] = None
 
-    def find_finished(self, checkpoint: Optional[Path]) -> None:
+    def adopt_finished_run(self, checkpoint: Optional[Path]) -> None:
         """Report the run that took the steps, if `checkpoint` is the end of the training.
 
         Raises:

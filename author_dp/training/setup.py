@@ -130,8 +130,9 @@ def set_up_run(
         privacy = replace(privacy, sampling=broadcast(chosen))
     plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
     if (plan.noise_bands > 1 or plan.slots) and getattr(train_dataset, "hashes", None) is None:
-        raise ValueError(
-            "noise bands and slots need the hashes of all authors. Use AuthorDataset(..., hashes=author_hashes(authors))"
+        raise UserError(
+            "train_dataset: noise bands and balls-in-bins sampling need the hashes of all authors. Give AuthorDataset(..., "
+            "hashes=author_hashes(authors))"
         )
     if plan.slots:  # the main process draws for all
         left = plan.steps - (load_checkpoint_state(checkpoint).global_step if checkpoint else 0)
@@ -217,7 +218,7 @@ def set_up_secret_generators(
     return SecretGenerators({device, *(parameter.device for parameter in model.parameters())})
 
 
-def check_model_choice(trainer: Any, shared_authors: bool) -> None:
+def recheck_before_training(trainer: Any, shared_authors: bool) -> None:
     """Check options once more, as they may have changed, and record the option by which metrics choose the model.
 
     A run of a search also records its samples.

@@ -304,7 +304,7 @@ def test_script_certifies_no_run_without_steps(checkpoint, comments, tmp_path, m
 
 
 @pytest.mark.integration
-@catches("a finished run called again reports the options of now", "training.run_report.RunReport.find_finished",
+@catches("a finished run called again reports the options of now", "training.run_report.RunReport.adopt_finished_run",
     "plan_of({**self.budget.ledger.last_run, **made})", "self.plan", how="options")  # fmt: skip
 @catches("settings of now in the report of a finished run", "training.run_report.RunReport.to_dict",
     "if self.finished is not None and", "if False and", how="options")  # fmt: skip

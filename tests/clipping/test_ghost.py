@@ -24,9 +24,7 @@ def test_a_matrix_that_is_embedding_and_head_takes_the_smaller_form(monkeypatch)
     forms = []
     monkeypatch.setattr(factor_store, "JOIN_ELEMENTS", 0)
     norms = factor_store.grad_factors_norms
-    monkeypatch.setattr(
-        factor_store, "grad_factors_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors)
-    )
+    monkeypatch.setattr(factor_store, "grad_factors_norms", lambda parts, authors: forms.append(parts) or norms(parts, authors))
     for module in ("grad_factors", "norms"):  # so large that it is formed author by author
         monkeypatch.setattr(f"author_dp.clipping.{module}.MATERIALIZE_ELEMENTS", 1)
     for tokens, kinds in ((7, {"EmbeddingGrad", "OuterProduct"}), (8, {"MaterializedGrad"})):
@@ -187,9 +185,7 @@ def test_no_per_author_gradient_of_a_large_layer_is_formed(monkeypatch):
     kept = []
     monkeypatch.setattr(factor_store, "JOIN_ELEMENTS", 0)
     norms = factor_store.grad_factors_norms
-    monkeypatch.setattr(
-        factor_store, "grad_factors_norms", lambda parts, authors: kept.extend(parts) or norms(parts, authors)
-    )
+    monkeypatch.setattr(factor_store, "grad_factors_norms", lambda parts, authors: kept.extend(parts) or norms(parts, authors))
     model = make_model("gpt2", "tied")
     clipped_sum(model, make_batch([2] * 4, longest=4), 0.1, "ghost")
     sizes = [part.gradients[0].numel() for part in kept if isinstance(part, MaterializedGrad)]

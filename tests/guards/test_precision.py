@@ -12,7 +12,7 @@ from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards import precision
 from author_dp.guards.model_check import verify_model
-from author_dp.guards.options import check_launch_options
+from author_dp.guards.options import check_accelerate_options
 from author_dp.guards.precision import check_float32, exact_factors, find_rounding, full_precision_sums
 
 CPU = torch.device("cpu")
@@ -316,7 +316,7 @@ def test_shapes_of_follows_the_model():
     check_float32(tiny_gpt2(), bf16=True)
 
 
-@catches("a compiler that switches TF32 on", "guards.options.check_launcher_options", '(without, "", "false", "0")',
+@catches("a compiler that switches TF32 on", "guards.options.check_launcher_variables", '(without, "", "false", "0")',
     '(without, "", "false", "0", "inductor")', backend="inductor")  # fmt: skip
 @pytest.mark.parametrize("backend", ["inductor", "eager"])
 def test_trainer_refuses_settings_of_accelerate(tmp_path, monkeypatch, backend):
@@ -327,7 +327,7 @@ def test_trainer_refuses_settings_of_accelerate(tmp_path, monkeypatch, backend):
     accelerator = make_trainer(tmp_path).accelerator
     monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp8")  # as accelerate launch --mixed_precision sets it
     with pytest.raises(UserError, match="fp8"):
-        check_launch_options(accelerator, bf16=False)
+        check_accelerate_options(accelerator, bf16=False)
 
 
 def test_trainer_refuses_bfloat16_of_accelerate_without_bf16(tmp_path, monkeypatch):

@@ -99,7 +99,10 @@ def test_disable_dp(checkpoint, comments, tmp_path, monkeypatch, capfd):
     assert read_report(tmp_path / "out")["disable_dp"] is True
 
 
-@pytest.mark.parametrize(("value", "words"), [("hybrid_shard", "full_shard"), ("full_shard", "torch.distributed.run")])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("hybrid_shard", "give full_shard"), ("auto_wrap", "give full_shard"), ("full_shard", "torch.distributed.run")],
+)
 def test_fsdp_that_does_not_work_is_refused(checkpoint, comments, tmp_path, monkeypatch, capfd, value, words):
     status, stderr = run_here(monkeypatch, capfd, *small(checkpoint, comments, tmp_path / "out", *PRIVACY, "--fsdp", value))
     assert status == 2 and f"--fsdp {value}" in stderr and words in stderr and "Traceback" not in stderr

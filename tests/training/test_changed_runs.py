@@ -41,7 +41,9 @@ def folder(tmp_path_factory):
     return leave_a_branch(tmp_path_factory.mktemp("run"))
 
 
-@catches("a finished run called again reports the last branch", "training.run_report.RunReport.find_finished", ", **made}", "}")
+@catches(
+    "a finished run called again reports the last branch", "training.run_report.RunReport.adopt_finished_run", ", **made}", "}"
+)
 def test_a_finished_model_is_reported_with_the_mechanism_that_made_it(folder):
     trainer = resume(folder, 2)
     trainer.train()  # finished: no step
