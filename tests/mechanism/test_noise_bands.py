@@ -1,4 +1,4 @@
-"""bands.py: each condition of its theorem, in the parts and in whole runs, and what is accounted for."""
+"""noise.py and banded_mf.py: each condition of its theorem, in the parts and in whole runs, and what is accounted for."""
 
 import functools
 import math

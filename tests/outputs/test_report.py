@@ -1,4 +1,4 @@
-"""report.py, page.py, model_card.py: what the page and the card say, from the ledger, and that the card tells nothing private."""
+"""report.py, html_page.py, model_card.py: what page and card say, from the ledger; the card tells nothing private."""
 
 import html
 import json
