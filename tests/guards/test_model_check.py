@@ -197,7 +197,7 @@ def test_verify_model_finds_bugs_in_the_clipping(tmp_path, monkeypatch, name):
         return
     clipping = "grad_sample" if "other engine" in name else "ghost"
     model = tiny_gpt2()
-    if "tied_grad_factors_norm" in place:  # a matrix this wide is not formed for each author, in texts as short as those of the check
+    if "tied_grad_factors_norm" in place:  # so wide a matrix is not formed for each author of texts as short as the check's
         model = GPT2LMHeadModel(GPT2Config(**{**model.config.to_dict(), "n_embd": 64}))
     with pytest.raises(UserError, match=f"--clipping {clipping}: .* differ from the reference"):
         make_trainer(tmp_path / "out", model, privacy={"clipping": clipping})
