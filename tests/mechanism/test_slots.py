@@ -134,7 +134,8 @@ def ledger_of(folder, plan, steps, name="first", failure=None) -> PrivacyLedger:
 
 @catches("a certificate despite a failure", "accounting.budget.Budget.epsilon", " and self.ledger.failure is None", "")
 @catches("steps before that no certificate is of", "accounting.budget.Budget.epsilon",
-    "is_certified(certificate, earlier, self.steps + more_steps)", 'self.steps + more_steps <= certificate["steps"]')  # fmt: skip
+    "ledger_is_certified(certificate, earlier, self.steps + more_steps)",
+    'self.steps + more_steps <= certificate["steps"]')  # fmt: skip
 @catches("one more step of the ledger for nothing", "accounting.ledger.PrivacyLedger.epsilon",
     "None if any(event.steps for event in more_events) else ", "")  # fmt: skip
 @catches("more steps than certified", "accounting.budget.Budget.start", "self.affordable_steps(self.plan.steps)", "math.inf")
