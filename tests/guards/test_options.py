@@ -1,5 +1,7 @@
 """guards/options.py, and check_model: options and models under which the guarantee would not hold are refused by name."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from transformers import BertConfig, BertLMHeadModel, TrainingArguments
 
 from author_dp.errors import UserError
 from author_dp.guards import check_model
-from author_dp.guards.options import options_share_authors, validate_options
+from author_dp.guards.model_check import check_sharded_model
+from author_dp.guards.options import check_fsdp_options, options_share_authors, validate_options
 from author_dp.guards.trainer_arguments import REFUSED_OPTIONS
 from dp_utils import PrivacyArguments
 
@@ -158,3 +161,23 @@ def test_have_shared_authors_finds_one_author_in_common():
     held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
     assert options_share_authors(train, held_out) and options_share_authors(train, {"a": nobody, "b": held_out})
     assert not options_share_authors(train, nobody) and not options_share_authors(train, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"world_size": 1}, "torch.distributed.run"), ({"optim": "adafactor"}, "--optim adafactor"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end"), ({"clipping": "grad_sample"}, "--clipping grad_sample"),
+        ({"disable_dp": True}, "--disable_dp"), ({"dtype": torch.bfloat16}, "float32"),
+    ],
+)  # fmt: skip
+def test_check_fsdp_refuses_what_was_not_verified(change, words):
+    options = SimpleNamespace(
+        world_size=2, optim="adamw_torch", load_best_model_at_end=False, clipping="ghost", disable_dp=False
+    )  # fmt: skip
+    check_fsdp_options(options, options)
+    check_sharded_model(tiny_gpt2())
+    vars(options).update(change)
+    with pytest.raises(UserError, match=words):
+        check_fsdp_options(options, options)
+        check_sharded_model(tiny_gpt2().to(change.get("dtype", torch.float32)))

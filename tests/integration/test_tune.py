@@ -5,7 +5,6 @@ Most tests replace the script by `FakeRuns`, which write what a run leaves: the 
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -344,18 +343,6 @@ def test_settings_that_change_what_a_run_costs_are_found_by_the_dry_runs(tmp_pat
     original = PrivacyLedger.start_run
     monkeypatch.setattr(PrivacyLedger, "start_run", lambda self, header: original(self, {**header, "steps": next(headers)}))
     with pytest.raises(UserError, match="its settings change steps"):
-        call(tmp_path)
-
-
-def test_folders_of_others_are_left_alone(tmp_path, runs):
-    (tmp_path / "out-search").mkdir()
-    (tmp_path / "out-search" / "mine").touch()
-    with pytest.raises(UserError, match="in use for something else"):
-        call(tmp_path)
-    shutil.rmtree(tmp_path / "out-search")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
-    with pytest.raises(UserError, match="not an empty folder"):
         call(tmp_path)
 
 

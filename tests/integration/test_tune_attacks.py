@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -227,3 +228,15 @@ def test_date_of_the_result_is_that_of_the_draw(tmp_path, monkeypatch, runs):
     call(tmp_path)
     assert json.loads((tmp_path / "out" / "privacy.json").read_text())["started"] == "2026-01-01"
     assert "2026-01-01" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_folders_of_others_are_left_alone(tmp_path, runs):
+    (tmp_path / "out-search").mkdir()
+    (tmp_path / "out-search" / "mine").touch()
+    with pytest.raises(UserError, match="in use for something else"):
+        call(tmp_path)
+    shutil.rmtree(tmp_path / "out-search")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="not an empty folder"):
+        call(tmp_path)

@@ -3,7 +3,6 @@
 import functools
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import bugs
 import numpy as np
@@ -36,8 +35,7 @@ from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.guards.gradient_canaries import GradientCanaries
-from author_dp.guards.model_check import check_sharded_model, verify_model
-from author_dp.guards.options import check_fsdp_options
+from author_dp.guards.model_check import verify_model
 from author_dp.mechanism import fsdp
 from author_dp.mechanism.adam_bc import AdamBC
 from author_dp.mechanism.fsdp import (
@@ -394,28 +392,3 @@ def proven(family: str, kind: str) -> float:
 def test_verify_model_accepts_sharded_families(tmp_path, family, kind):
     first, second = in_processes(tmp_path, 2, proven, family, kind)
     assert first == second < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"world_size": 1}, "torch.distributed.run"), ({"optim": "adafactor"}, "--optim adafactor"),
-        ({"load_best_model_at_end": True}, "--load_best_model_at_end"), ({"clipping": "grad_sample"}, "--clipping grad_sample"),
-        ({"disable_dp": True}, "--disable_dp"), ({"dtype": torch.bfloat16}, "float32"),
-    ],
-)  # fmt: skip
-def test_check_fsdp_refuses_what_was_not_verified(change, words):
-    given: dict = {
-        "world_size": 2,
-        "optim": "adamw_torch",
-        "load_best_model_at_end": False,
-        "clipping": "ghost",
-        "disable_dp": False,
-    }
-    options = SimpleNamespace(**given)
-    check_fsdp_options(options, options)
-    check_sharded_model(tiny_gpt2())
-    vars(options).update(change)
-    with pytest.raises(UserError, match=words):
-        check_fsdp_options(options, options)
-        check_sharded_model(tiny_gpt2().to(change.get("dtype", torch.float32)))

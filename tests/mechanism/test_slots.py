@@ -94,21 +94,12 @@ def certified(plan, **changed):
 @catches(
     "a larger epsilon", "accounting.plan.certify_plan", "plan.target_epsilon, plan.delta", "plan.target_epsilon + 1, plan.delta"
 )
-@catches(
-    "fewer steps before", "accounting.plan.certify_plan", "slot_segment_of(header, taken)", "slot_segment_of(header, taken - 1)"
-)
-@catches(
-    "other noise before",
-    "accounting.slot_certificates.slot_segment_of",
-    'header["noise_multiplier"]',
-    '4 * header["noise_multiplier"]',
-)
-@catches(
-    "no bands before",
-    "accounting.slot_certificates.slot_segment_of",
-    'np.array(header["certificate"]["coefficients"])',
-    "np.ones(1)",
-)
+@catches("fewer steps before", "accounting.plan.certify_plan", "slot_segment_of(header, taken)",
+    "slot_segment_of(header, taken - 1)")  # fmt: skip
+@catches("other noise before", "accounting.slot_certificates.slot_segment_of", 'header["noise_multiplier"]',
+    '4 * header["noise_multiplier"]')  # fmt: skip
+@catches("no bands before", "accounting.slot_certificates.slot_segment_of",
+    'np.array(header["certificate"]["coefficients"])', "np.ones(1)")  # fmt: skip
 def test_plan_is_certified_for_what_the_run_does(monkeypatch):
     plan, claims = certified_plan(), []
     monkeypatch.setattr("author_dp.accounting.plan.make_certificate", lambda claim, earlier: claims.append(claim) or CERTIFICATE)
@@ -390,9 +381,8 @@ def test_auto_takes_the_sampling_with_less_noise():
     assert choose_plan_sampling(arguments(target_epsilon=2.0, **options), many, 4_000) == "balls-in-bins"
     for more in ({"part_of_search": True}, {"target_epsilon": None, "noise_bands": None, "noise_multiplier": 1.0}):
         assert choose_plan_sampling(arguments(**{**options, **more}), many, 4_000) == "poisson"
-    assert (
-        choose_plan_sampling(arguments(**options), type("Args", (many,), {"max_steps": 4}), 64 * 5_000) == "poisson"
-    )  # too long
+    short = type("Args", (many,), {"max_steps": 4})  # of an epoch that is too long
+    assert choose_plan_sampling(arguments(**options), short, 64 * 5_000) == "poisson"
 
 
 @pytest.mark.integration
