@@ -36,7 +36,12 @@ OPTIONS = [
 TARGETS = ["attention", "embedding", "head", "attention head", "embedding head", "all-linear"]
 CASES = [(family, tied, targets) for targets in TARGETS[1:-1] for family in NAMES for tied in (True, False)]
 # Neither adapts embedding or head: whether these are tied matters less.
-CASES += [("gpt2", True, "attention"), ("llama", False, "attention"), ("gpt2", False, "all-linear"), ("llama", True, "all-linear")]
+CASES += [
+    ("gpt2", True, "attention"),
+    ("llama", False, "attention"),
+    ("gpt2", False, "all-linear"),
+    ("llama", True, "all-linear"),
+]
 IDS = torch.arange(1, 9)[None]
 
 
