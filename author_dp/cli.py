@@ -18,6 +18,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Optional
@@ -33,6 +34,8 @@ OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and it
 
 SECRET_NAME = re.compile("token$|secret|password|key$")  # of options whose values no report shows
 HIDDEN = "HIDDEN"
+
+warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
 
 
 # --- options ------------------------------------------------------------------------------------------

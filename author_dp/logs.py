@@ -11,7 +11,6 @@ Example:
 """
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +31,6 @@ NOISY_LOG_PREFIXES = (
     "chat template saved in", "Saving model checkpoint to", "max_steps is given, it will override",
 )  # fmt: skip
 NOISY_LOGGERS = ("modeling_utils", "configuration_utils", "generation.configuration_utils", "tokenization_utils_base", "trainer")
-warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")  # raised by peft's calls
 
 
 class LogFormatter(logging.Formatter):

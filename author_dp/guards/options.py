@@ -303,7 +303,7 @@ def check_metric_options(allowed: bool, option: Optional[str], privacy: PrivacyO
         )
 
 
-def options_share_authors(train: Any, evaluation: Any) -> bool:
+def have_shared_authors(train: Any, evaluation: Any) -> bool:
     """Return whether evaluation authors are known to be training authors.
 
     Args:

@@ -39,9 +39,6 @@ from author_dp.models.weights import (
 logger = get_logger(__name__)
 
 
-# --- complete checkpoints ---------------------------------------------------------------------------------
-
-
 def mark_checkpoint_complete(checkpoint: Path, made_with: Optional[dict[str, Any]] = None) -> None:
     """Flush every file of `checkpoint` to disk, then write the marker file with their sizes, as the newest checkpoint.
 
@@ -167,6 +164,3 @@ def atomic_checkpoint(
     if args.should_save:
         mark_checkpoint_complete(checkpoint, made_with)
         prune_checkpoints(checkpoint, limit, state.best_model_checkpoint)
-
-
-# --- what may be resumed ----------------------------------------------------------------------------------

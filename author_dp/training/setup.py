@@ -27,8 +27,8 @@ from author_dp.guards.model_check import ModelCheck, check_model, check_sharded_
 from author_dp.guards.monitors import RunMonitors
 from author_dp.guards.options import (
     check_metric_options,
+    have_shared_authors,
     metric_driven_option,
-    options_share_authors,
     validate_options,
 )
 from author_dp.guards.precision import check_float32
@@ -233,7 +233,7 @@ def recheck_before_training(trainer: Any, shared_authors: bool) -> None:
     check_trainer_adapted(trainer)
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
-    shared = shared_authors or options_share_authors(trainer.train_dataset, trainer.eval_dataset)
+    shared = shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
     check_metric_options(shared, option, trainer.privacy)
     if not trainer.plan.disable_dp:
         check_checkpoint_not_released(trainer.budget.ledger, option)

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertLMHeadModel, TrainingArguments
 from author_dp.errors import UserError
 from author_dp.guards import check_model
 from author_dp.guards.model_check import check_sharded_model
-from author_dp.guards.options import check_fsdp_options, options_share_authors, validate_options
+from author_dp.guards.options import check_fsdp_options, have_shared_authors, validate_options
 from author_dp.guards.trainer_arguments import REFUSED_OPTIONS
 from dp_utils import PrivacyArguments
 
@@ -154,13 +154,13 @@ def test_check_model_refuses_what_mixes_authors_or_rounds_noise(tmp_path):
             make_trainer(tmp_path, model)
 
 
-@catches("an author in common overlooked beside others", "guards.options.options_share_authors", ".any()", ".all()")
+@catches("an author in common overlooked beside others", "guards.options.have_shared_authors", ".any()", ".all()")
 def test_have_shared_authors_finds_one_author_in_common():
     train, held_out, nobody = make_dataset([1, 1, 1]), make_dataset([1, 1], seed=1), make_dataset([1], seed=2)
     foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)
     held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
-    assert options_share_authors(train, held_out) and options_share_authors(train, {"a": nobody, "b": held_out})
-    assert not options_share_authors(train, nobody) and not options_share_authors(train, None)
+    assert have_shared_authors(train, held_out) and have_shared_authors(train, {"a": nobody, "b": held_out})
+    assert not have_shared_authors(train, nobody) and not have_shared_authors(train, None)
 
 
 @pytest.mark.parametrize(

@@ -196,18 +196,14 @@ def test_arguments_of_trainer_that_are_not_followed_are_refused(name):
 
 @catches("batches thrown away by a later change", "guards.trainer_arguments.check_trainer_adapted",
     "trainer.args.gradient_accumulation_steps != 1 or ", "")  # fmt: skip
-def test_accumulation_changed_after_the_plan_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("gradient_accumulation_steps", 4, "gradient_accumulation_steps of DPTrainer"), ("max_grad_norm", 1.0, "--max_grad_norm")],
+)
+def test_options_changed_after_the_plan_are_checked_again(tmp_path, name, value, words):
     trainer = make_trainer(tmp_path)
-    trainer.args.gradient_accumulation_steps = 4
-    with pytest.raises(UserError, match="gradient_accumulation_steps of DPTrainer"):
-        trainer.train()
-    assert trainer.budget.ledger.steps == 0
-
-
-def test_options_changed_after_the_plan_are_checked_again(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.args.max_grad_norm = 1.0
-    with pytest.raises(UserError, match="--max_grad_norm"):
+    setattr(trainer.args, name, value)
+    with pytest.raises(UserError, match=words):
         trainer.train()
     assert trainer.budget.ledger.steps == 0
 
