@@ -160,9 +160,7 @@ def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None, ane
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
     """A tiny GPT-2 with GPT-2's own tokenizer, or the demo's where that is absent."""
-    tokenizer = GPT2TokenizerFast.from_pretrained(
-        SHARED / "gpt2-tokenizer" if SHARED.exists() else ROOT / "demo" / "model", local_files_only=True
-    )
+    tokenizer = GPT2TokenizerFast.from_pretrained(ROOT / "demo" / "model", local_files_only=True)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=16, n_layer=2, n_head=2))
     folder = tmp_path_factory.mktemp("checkpoint")
