@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import datasets
+import model_checks
 import mutation
 import numpy as np
 import pytest
@@ -159,7 +160,10 @@ def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None, ane
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
-    """A tiny GPT-2 with GPT-2's own tokenizer, or the demo's where that is absent."""
+    """A tiny GPT-2 with the demo's tokenizer, whose special tokens differ from those of its config, as if added later.
+
+    GPT-2's own tokenizer has 70 times as many tokens, whose logits would take half of the time of all runs.
+    """
     tokenizer = GPT2TokenizerFast.from_pretrained(ROOT / "demo" / "model", local_files_only=True)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=16, n_layer=2, n_head=2))
@@ -241,6 +245,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(mutation)
     config.pluginmanager.register(speed)
+    config.pluginmanager.register(model_checks)
 
 
 @pytest.hookimpl(trylast=True)

@@ -171,7 +171,7 @@ def check_below_rate_one(sigma, rate, steps, delta):
 @pytest.mark.integration
 @pytest.mark.parametrize("seed", range(5))
 def test_epsilon_is_never_below_the_truth_at_any_delta(seed):
-    for sigma, rate, steps, delta in settings(24 if seed else 6, seed):
+    for sigma, rate, steps, delta in settings(10 if seed else 4, seed):
         if rate == 1:
             check_at_rate_one(sigma, steps, delta)
         else:

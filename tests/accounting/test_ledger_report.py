@@ -146,7 +146,7 @@ def microsoft_bounds(q: float, steps: int, sigma: float, delta: float, error: fl
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("setting", settings(40), ids="q={0[0]:.2g} steps={0[1]} sigma={0[2]:.2g}".format)
+@pytest.mark.parametrize("setting", settings(20), ids="q={0[0]:.2g} steps={0[1]} sigma={0[2]:.2g}".format)
 def test_ledger_epsilon_agrees_with_other_accountants(tmp_path, monkeypatch, setting):
     """They agree within the errors that each of the three states; ours is an upper bound."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)

@@ -123,9 +123,9 @@ def test_dp_accounting_falls_below_where_pld_does_not():
     Which settings are too low depends on how the processor rounds, so their number is tested and not one of them.
     """
     below = 0
-    for steps in (30, 300, 3_000, 10_000, 20_000):
+    for steps in (300, 3_000, 20_000):
         for mu in (0.12, 0.45, 1.6, 4.0):
-            for delta in (1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-6):
+            for delta in (1e-12, 1e-11, 1e-10, 1e-6):
                 sigma = math.sqrt(steps) / mu
                 ours = LossDistribution([(sigma, NEARLY_ONE, steps)], delta).epsilon()
                 assert gaussian_delta_in_high_precision(math.sqrt(steps) / sigma, ours) <= delta

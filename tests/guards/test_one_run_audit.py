@@ -140,12 +140,12 @@ def test_audit_arguments_refuse_too_few_canaries(number):
 def audited_run(folder, **privacy) -> tuple[dict, float]:
     """Train on 200 authors and 200 canaries until an unprotected model memorizes them."""
     dataset, canaries = make_dataset([1] * 200), TextCanaries(200, 1, 10, VOCABULARY, KEY)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=48, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
                         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)  # fmt: skip
     trainer = make_trainer(
         folder, GPT2LMHeadModel(config), AuthorDataset(*canaries.join(*columns(dataset))),
-        privacy={"target_delta": 1e-5, **privacy}, max_steps=150, per_device_train_batch_size=1_000, optim="adamw_torch",
-        learning_rate=1e-2, logging_steps=50,
+        privacy={"target_delta": 1e-5, **privacy}, max_steps=60, per_device_train_batch_size=1_000, optim="adamw_torch",
+        learning_rate=2e-2, logging_steps=30,
     )  # fmt: skip
     canaries.start(trainer)
     trainer.train()

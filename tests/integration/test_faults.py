@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import read_report, run_script
 from script_runs import Program, command, small
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.training.checkpointing import latest_complete_checkpoint
@@ -173,9 +173,12 @@ def test_full_disk_stops_before_an_unrecorded_step(checkpoint, comments, tmp_pat
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="a small disk needs user namespaces")
 @pytest.mark.parametrize("size", ["2m", "7m"], ids=["model", "optimizer"])
 def test_small_disk_is_refused_before_the_first_step(checkpoint, comments, tmp_path, size):
-    status, stderr, steps = run_on_small_disk(
-        tmp_path / "out", size, *small(checkpoint, comments, tmp_path / "out", *NOISE, *LONG)
+    model, tokenizer = tmp_path / "model", AutoTokenizer.from_pretrained(checkpoint)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=168, n_layer=2, n_head=2)).save_pretrained(
+        model
     )
+    tokenizer.save_pretrained(model)  # 3 MB, and 6 of Adam's moments
+    status, stderr, steps = run_on_small_disk(tmp_path / "out", size, *small(model, comments, tmp_path / "out", *NOISE, *LONG))
     assert status == 2 and "the result and a checkpoint need" in stderr and "Traceback" not in stderr, stderr
     assert steps == 0
 

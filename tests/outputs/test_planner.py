@@ -106,7 +106,10 @@ def test_more_time_than_was_measured_is_left(capsys, few_rows):
     assert report["no_ground"] is None and report["command"]
     assert all(row["expected_batch"] * row["steps"] <= planner.MAX_SAMPLED for row in report["rows"])
     planner.main([*ASKED, "--hours", "1000", "--seconds_per_author", "0.001"])
-    assert "There is time for more" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "There is time for more" in out and "predicted alike" in out
+    report["rows"][0]["share"] -= 0.1
+    assert "predicted alike" not in planner.format_planner_report(report)
 
 
 def test_adapters_of_a_number_of_parameters_are_estimated(capsys, few_rows):
