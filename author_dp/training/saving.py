@@ -12,7 +12,9 @@ from typing import Any, Optional
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import align_special_tokens
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
@@ -167,10 +169,12 @@ class CertifiedTrainer(LogicalBatchTrainer):
             mark_checkpoint_newest(self.checkpoint)
 
     def load_finished(self) -> None:
-        """Load the model of a checkpoint at which the training has finished."""
+        """Load the model of a checkpoint at which the training has finished, with the special tokens that it was saved with."""
         logger.info(f"{self.checkpoint}: training already finished at this checkpoint; no privacy budget spent.")
         self.state = load_checkpoint_state(Path(str(self.checkpoint)))
         self._load_from_checkpoint(str(self.checkpoint))
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):  # as the Trainer does when it trains
+            align_special_tokens(self.model, self.processing_class)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
 
