@@ -267,8 +267,10 @@ def pick(runs: list[Run], shares: np.ndarray) -> float:
 
 
 def guide_loss(runs: list[Run]) -> float:
-    """Return the loss of the guide's start: the largest batch up to 256, the demo's rate, bands auto."""
+    """Return the loss of the guide's start: the largest batch up to 256, the demo's rate, bands auto; NaN if it was not run."""
     largest = max(run.key.batch for run in runs)
+    if largest < 128:
+        return math.nan
     of_guide = {run.key.bands: run.loss for run in runs if run.key.batch == largest and run.key.rate == 1e-2}
     return of_guide.get("auto", of_guide.get("1", math.nan))
 
@@ -288,9 +290,12 @@ def fit(args: argparse.Namespace) -> None:
             if chosen:
                 grid, found = [runs[index] for index in chosen], shares[chosen]
                 losses = [run.loss for run in grid]
-                regrets = [f"{loss - min(losses):.3f}" for loss in (pick(grid, found), guide_loss(grid))]
+                regrets = [loss - min(losses) for loss in (pick(grid, found), guide_loss(grid))]
                 spread = f"{max(losses) - min(losses):.2f}"
-                print_row(corpus, epsilon, len(grid), spread, f"{rank_correlation(grid, found):.2f}", *regrets)
+                rank = f"{rank_correlation(grid, found):.2f}" if len(grid) > 5 else "too few"
+                print_row(
+                    corpus, epsilon, len(grid), spread, rank, *("not run" if math.isnan(r) else f"{r:.3f}" for r in regrets)
+                )
     print(f"\nresiduals: 80 % within {np.quantile(np.abs(residuals), 0.8):.3f}, {len(residuals)} runs of left-out corpora")
     print(fit_constants(corpora))
 

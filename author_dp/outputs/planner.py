@@ -44,6 +44,7 @@ PLACEHOLDERS = {
 ROWS = 5  # of the table: each takes two exact calibrations
 MICROBATCH = 16  # authors in memory at once, in the command; it changes no result
 BYTES_PER_TRAINED = 16  # float32: the weight, its clipped sum, and Adam's two moments
+TOO_CLOSE = 0.02  # shares of the gain, far within the interval: the formula does not tell such rows apart
 GIB = 2**30
 
 
@@ -355,6 +356,11 @@ def format_planner_report(report: dict[str, Any]) -> str:
         notes.append("Minutes and GiB come from the dry run, so from private texts: do not publish them.")
     if task.is_lora and not report["no_ground"]:
         notes.append("LoRA was not swept: its predictions were 0.19 to 0.52 too high where they were checked (docs/planning.md).")
+    shares = [row["share"] for row in rows if row["share"] is not None]
+    if len(shares) > 1 and max(shares) - min(shares) < TOO_CLOSE:
+        notes.append(
+            "All rows are predicted alike: take a measured setting (docs/hyperparameters.md), or that with the least memory."
+        )
     if report["no_ground"]:
         notes.append(f"No prediction: {report['no_ground']}. Begin with docs/hyperparameters.md instead.")
     return "\n".join([*notes, *(["", f"* {report['command']}"] if report["command"] else [])])
