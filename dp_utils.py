@@ -193,8 +193,9 @@ class DPTrainer(UploadingTrainer):
         self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
         name, tokenizer = model_name or model.name_or_path, kwargs.get("processing_class")
         setup = set_up_run(
-            model, args, privacy, train_dataset, data_collator, sequence_len, gradient, full_shard, split_id, shared_authors,
-            program_args, tokenizer, name,
+            model, args, privacy, train_dataset=train_dataset, data_collator=data_collator, sequence_len=sequence_len,
+            canaries=gradient, full_shard=full_shard, split_id=split_id, shared_authors=shared_authors, program_args=program_args,
+            tokenizer=tokenizer, model_name=name,
         )  # fmt: skip
         self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors

@@ -165,17 +165,17 @@ def group_datasets(
         hashes = append_canary_sampling_hashes(hashes, len(grouped[1]) - 1 - len(hashes)) if hashes is not None else None
     if evaluation is None:
         return AuthorDataset(*grouped, hashes), None
-    held_out = AuthorDataset(evaluation, *group_by_author(get_column(evaluation, data_args.author_column)))
-    return AuthorDataset(*grouped, hashes), held_out
+    eval_dataset = AuthorDataset(evaluation, *group_by_author(get_column(evaluation, data_args.author_column)))
+    return AuthorDataset(*grouped, hashes), eval_dataset
 
 
 def make_text_samples(
-    tokenizer: PreTrainedTokenizerBase, held_out: Optional[AuthorDataset], data_args: DataArguments
+    tokenizer: PreTrainedTokenizerBase, eval_dataset: Optional[AuthorDataset], data_args: DataArguments
 ) -> TextSamples:
     """Return the writer of a few texts for the report, before and after training."""
     start = resolve_bos_token(tokenizer, data_args.prepend_bos)
     prompt = [] if start is None else [start]
-    return TextSamples(tokenizer, held_out, prompt, data_args.sequence_len, answers=data_args.has_loss_mask)
+    return TextSamples(tokenizer, eval_dataset, prompt, data_args.sequence_len, answers=data_args.has_loss_mask)
 
 
 def main() -> None:
@@ -199,14 +199,14 @@ def main() -> None:
         vocab_size=len(model.get_input_embeddings().weight), output_dir=training_args.output_dir, resume=resumes,
     )  # fmt: skip
     needs_hashes = resumes or privacy_args.noise_bands is not None or privacy_args.sampling is not None
-    train_dataset, held_out = group_datasets(train, evaluation, canaries, data_args, needs_hashes)
+    train_dataset, eval_dataset = group_datasets(train, evaluation, canaries, data_args, needs_hashes)
 
     trainer = DPTrainer(
         model,
         training_args,
         privacy_args,
         train_dataset=train_dataset,
-        eval_dataset=held_out,
+        eval_dataset=eval_dataset,
         data_collator=collate,
         sequence_len=data_args.sequence_len,
         canaries=canaries,
@@ -219,7 +219,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     writes_texts = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
-    texts = make_text_samples(tokenizer, held_out, data_args) if writes_texts else None
+    texts = make_text_samples(tokenizer, eval_dataset, data_args) if writes_texts else None
     statistics = RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts, cli.command_line())
     trainer.add_callback(statistics)
     if model_args.dry_run:

@@ -1,7 +1,7 @@
 """One model check for all trainings of the same model: it is two thirds of a training on a tiny model.
 
-A test with a planted bug gets checks of its own, and so does one that has replaced (by `monkeypatch`) what they depend on, and each
-process that a test starts.
+A test that replaced what they depend on, by `monkeypatch` or by a planted bug, has checks of its own. So has each process that it
+starts.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ CHECKED_BY = (  # where the code of a check is, and what it calls
     "author_dp.clipping", "author_dp.data", "author_dp.guards", "author_dp.mechanism", "author_dp.models", "author_dp.progress",
     "author_dp.training", "torch", "transformers", "peft", "opacus", "numpy",
 )  # fmt: skip
+SCALARS = (bool, int, float, str, type(None))
 
 
 def identity(model: nn.Module) -> tuple | None:
@@ -30,7 +31,9 @@ def identity(model: nn.Module) -> tuple | None:
     for module in model.modules():
         if "forward" in vars(module) or any(getattr(module, name) for name in hooks):
             return None
-    parts: list[Any] = [str(getattr(model, "config", None)), *map(type, model.modules())]
+    parts: list[Any] = [repr(model), str(getattr(model, "config", None))]
+    for module in model.modules():
+        parts += [type(module), *((name, value) for name, value in vars(module).items() if isinstance(value, SCALARS))]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, DTensor):
             return None
@@ -59,14 +62,11 @@ setup.verify_model = verify_once
 
 
 def shares_checks(item: pytest.Item) -> bool:
-    """Return whether a test has no bug, and has replaced nothing that a check could depend on."""
-    if hasattr(item, "bug"):
-        return False
+    """Return whether a test has replaced nothing that a check could depend on."""
     patch = getattr(item, "funcargs", {}).get("monkeypatch")
-    targets = (
-        [target if isinstance(target, ModuleType | type) else type(target) for target, *_ in patch._setattr] if patch else []
-    )
+    targets = [target for target, *_ in patch._setattr] if patch else []
     places = [target.__name__ if isinstance(target, ModuleType) else target.__module__ for target in targets]
+    places += [f"author_dp.{item.bug.function}"] if hasattr(item, "bug") else []
     return not any(place.startswith(CHECKED_BY) for place in places)
 
 

@@ -81,6 +81,7 @@ def set_up_run(
     model: PreTrainedModel,
     args: TrainingArguments,
     privacy: Any,
+    *,
     train_dataset: Any,
     data_collator: Callable,
     sequence_len: Optional[int],
