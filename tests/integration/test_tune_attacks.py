@@ -52,15 +52,17 @@ def interrupt(*_):
     'any(header.get("part_of_search") for header in ledger.runs)', 'ledger.last_run.get("part_of_search")')  # fmt: skip
 def test_run_of_a_search_that_restarts_outside_of_it_is_not_published(tmp_path):
     """Without a checkpoint, no options are compared; the ledger still knows."""
+    folder = tmp_path / "out"
+    folder.mkdir()
     for searched in (True, False):
         plan = PrivacyPlan(8.0, 1e-5, 4.0, 1.0, 1.0, 100, 3, 100, 200, 1, "ghost", 1, False, False, 1, searched)
-        budget = Budget(plan, PrivacyLedger(tmp_path / LEDGER_NAME), True)
+        budget = Budget(plan, PrivacyLedger(folder / LEDGER_NAME), True)
         budget.start()
         budget.record_step()
-    (tmp_path / "model.safetensors").write_text("weights")
-    write_json(tmp_path / "privacy.json", make_privacy_report(plan, budget.ledger) | {"weights": hash_weights(tmp_path)})
+    (folder / "model.safetensors").write_text("weights")
+    write_json(folder / "privacy.json", make_privacy_report(plan, budget.ledger) | {"weights": hash_weights(folder)})
     with pytest.raises(UserError, match="one run of a search"):
-        publish(tmp_path, tmp_path.with_name("copy"))
+        publish(folder, tmp_path / "copy")
 
 
 def test_search_whose_base_has_no_guarantee_is_refused_before_the_draw(tmp_path, monkeypatch, runs):
