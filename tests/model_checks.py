@@ -5,6 +5,7 @@ starts.
 """
 
 import hashlib
+import os
 from types import ModuleType
 from typing import Any
 
@@ -44,9 +45,10 @@ def identity(model: nn.Module) -> tuple | None:
 
 def verify_once(model: nn.Module, *options: Any) -> ModelCheck:
     """Do what `verify_model` does, and at the same model again only what it did to it."""
-    key = (identity(model), repr(options)) if RUNNING and shares_checks(RUNNING) else (None,)
-    if key[0] is None:
+    known = identity(model) if RUNNING and shares_checks(RUNNING) else None
+    if known is None:
         return verify_model(model, *options)
+    key = (known, repr(options))
     if key not in FOUND:
         check = verify_model(model, *options)
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -64,6 +66,8 @@ setup.verify_model = verify_once
 def shares_checks(item: pytest.Item) -> bool:
     """Return whether a test has replaced nothing that a check could depend on."""
     patch = getattr(item, "funcargs", {}).get("monkeypatch")
+    if patch and any(mapping is not os.environ for mapping, *_ in patch._setitem):  # the engines by name, for example
+        return False
     targets = [target for target, *_ in patch._setattr] if patch else []
     places = [target.__name__ if isinstance(target, ModuleType) else target.__module__ for target in targets]
     places += [f"author_dp.{item.bug.function}"] if hasattr(item, "bug") else []

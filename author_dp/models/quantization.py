@@ -35,7 +35,7 @@ from author_dp.models.bfloat16_layers import (
     bf16_class_for,
 )
 
-# --- storage -------------------------------------------------------------------------------------------
+# --- storage ----------------------------------------------------------------------------------------------
 
 
 def cast_parameters(model: Any, compute_dtype: Optional[torch.dtype] = None) -> Any:
@@ -148,7 +148,7 @@ def check_quantized_frozen(model: nn.Module, names: Optional[list[str]] = None) 
             )
 
 
-# --- dtypes -----------------------------------------------------------------------------------
+# --- dtypes -----------------------------------------------------------------------------------------------
 
 
 def computes_in_float32(model: nn.Module) -> bool:

@@ -359,7 +359,7 @@ def format_planner_report(report: dict[str, Any]) -> str:
     shares = [row["share"] for row in rows if row["share"] is not None]
     if len(shares) > 1 and max(shares) - min(shares) < TOO_CLOSE:
         notes.append(
-            "All rows are predicted alike: take a measured setting (docs/hyperparameters.md), or that with the least memory."
+            "All rows are predicted alike: take a measured setting (docs/hyperparameters.md), or the one with the least memory."
         )
     if report["no_ground"]:
         notes.append(f"No prediction: {report['no_ground']}. Begin with docs/hyperparameters.md instead.")
