@@ -45,7 +45,7 @@ from author_dp.data.splits import (
     split_id,
     subsample_split_authors,
 )
-from author_dp.data.storage import exit_on_sigterm, temp_dirs
+from author_dp.data.storage import exit_on_sigterm, make_private_temp_dir
 from author_dp.data.tokenization import tokenize
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
@@ -180,8 +180,7 @@ def load_author_datasets(
     folder = Path(tempfile.gettempdir()) / f"author-texts-{broadcast(secrets.token_hex(8))}-{os.environ.get('GROUP_RANK', 0)}"
     with training_args.main_process_first(desc="load and tokenize"):
         if training_args.local_process_index == 0:
-            folder.mkdir(mode=0o700)
-            temp_dirs.append(folder)
+            make_private_temp_dir(folder.name)
             with exit_on_sigterm():
                 tokens = load_tokens(args, training_args.seed, tokenizer, folder, eval_is_public)
                 (folder / "tokens").write_bytes(pickle.dumps(tokens))

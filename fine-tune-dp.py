@@ -144,8 +144,6 @@ def parse_arguments() -> tuple:
     check_output_is_not_model(Path(training_args.output_dir), model_args.model_name)
     _, ledger = find_checkpoint(training_args, privacy_args, lora_args.enable_lora, resumable_options(*groups))
     check_loss_release(release_args, training_args, privacy_args.disable_dp, data_args.has_evaluation, ledger)
-    if model_args.dry_run:
-        release_args.release_eval_epsilon = None  # a dry run releases nothing
     return groups
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 
-from author_dp.errors import NOT_SAVED, MechanismError, PeerLostError, SignalError, UserError, to_user_error
+from author_dp.errors import NOT_SAVED, MechanismError, PeerLostError, SignalError, UserError, first_line, to_user_error
 from author_dp.option_names import suggest_option
 
 OTHER_RANKS_WAIT = 10  # seconds; meanwhile rank 0 prints the same error, and its exit ends the other ranks
@@ -78,7 +78,7 @@ def parse_options(groups: Sequence[Any], arguments: Optional[Sequence[str]] = No
     except UserError:
         raise
     except (ValueError, TypeError, ImportError, OverflowError, OSError) as error:  # raised by Hugging Face's own checks
-        raise UserError(name_offending_options(str(error).strip().splitlines()[0], words)) from error
+        raise UserError(name_offending_options(first_line(error), words)) from error
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     given = set(vars(parser.parse_args(words)))
@@ -226,9 +226,10 @@ def exit_mechanism_error(error: MechanismError, name: str, rank: int, cleanup: C
     """Print that the guarantee is void, on one process only, and exit with status 3."""
     if rank > 0:
         time.sleep(OTHER_RANKS_WAIT)
+    kept = f". Delete these, which could be neither rewritten nor removed: {', '.join(error.not_voided)}"
     print(
         f"{name}: the mechanism is not what the ledger says: {error}. Nothing more was saved. What this run saved before has no "
-        "guarantee, and its privacy.json files now say so: do not publish it",
+        f"guarantee, and its privacy.json files now say so, or are removed: do not publish it{kept if error.not_voided else ''}",
         file=sys.stderr,
     )
     exit_process(3, cleanup)

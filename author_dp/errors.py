@@ -7,7 +7,7 @@ A `UserError` names the option, file or column and the remedy. A program prints 
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
@@ -55,7 +55,13 @@ class PeerLostError(UserError):
 
 
 class MechanismError(Exception):
-    """The run's mechanism is not what its ledger says: what it has released has no known guarantee."""
+    """The run's mechanism is not what its ledger says: what it has released has no known guarantee.
+
+    Attributes:
+        not_voided: files that still claim a guarantee, as they could be neither rewritten nor removed, each with the reason.
+    """
+
+    not_voided: Sequence[str] = ()
 
 
 class SignalError(Exception):

@@ -29,6 +29,17 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
     fsync_folder(path.parent)
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raise UserError if it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it") from error
+    return content
+
+
 def make_private(path: Path) -> None:
     """Set mode 0600 on `path`, which is created if missing, so that the mode marks it as private."""
     path.touch(mode=0o600)  # with the default mode, others could open a new file before chmod

@@ -202,8 +202,9 @@ def test_texts_are_left_nowhere(tmp_path, monkeypatch):
     storage.cleanup_temp_dirs()
     assert not folder.exists()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"^TMPDIR .*gone: no such folder"):  # instead of leaving them in /tmp
-        storage.make_private_temp_dir()
+    for name in (None, "author-texts-a"):
+        with pytest.raises(UserError, match=r"^TMPDIR .*gone: no such folder"):  # instead of leaving them in /tmp
+            storage.make_private_temp_dir(name)
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

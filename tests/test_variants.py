@@ -74,6 +74,6 @@ def test_scaled_optimizer_undoes_the_scale_and_sets_the_next(tmp_path, monkeypat
     make_trainer(tmp_path, tiny_gpt2(lora=True), make_dataset([1] * 6), privacy=privacy, **options).train()
     noise = 1e-6 * 10.0 / 6 * (1 / scales[1] + 1)  # of the second step, and of the first one
     assert bool(((used[0] - used[1]).abs() < 7 * noise).all())
-    assert float((used[0] / noise).abs().max()) > 100
+    assert float((used[0] / noise).abs().max()) > 20  # so the comparison above says something; 80 to 123 in 13 runs
     assert float(scales[0].std()) == 0 < float(scales[1].std())
     assert float(scales[1].square().mean()) == pytest.approx(1, rel=1e-4)

@@ -182,6 +182,11 @@ def round_up(*epsilons: float) -> float:
     return float(FOUR_DIGITS.create_decimal(sum(Decimal(repr(float(epsilon))) for epsilon in epsilons)))
 
 
+def round_down(epsilon: float) -> float:
+    """Return an epsilon rounded down to four significant digits, which `round_up` then leaves as it is."""
+    return float(decimal.Context(prec=4, rounding=decimal.ROUND_FLOOR).create_decimal(repr(float(epsilon))))
+
+
 def compute_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """Return an upper bound on the epsilon of `steps` steps at add-or-remove-one adjacency, rounded up to four digits.
 

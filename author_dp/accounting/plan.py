@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from author_dp.accounting.accountant import find_noise_multiplier
+from author_dp.accounting.accountant import find_noise_multiplier, round_down
 from author_dp.accounting.banded_mf import BAND_CHOICES, choose_bands, prefix_sum_rmse, toeplitz_coefficients
 from author_dp.accounting.events import MechanismEvent, check_delta, cyclic_event, cyclic_sample_rate, slot_event
 from author_dp.accounting.slot_certificates import (
@@ -171,7 +171,7 @@ def certify_plan(plan: PrivacyPlan, runs: Sequence[tuple[dict[str, Any], int]], 
         return replace(plan, noise_multiplier=last["noise_multiplier"], certificate=last["certificate"])
     assert plan.slots is not None and plan.target_epsilon is not None
     segments = tuple(slot_segment_of(header, taken) for header, taken in earlier)
-    claim = CertificateClaim(plan.coefficients(), plan.slots, steps, plan.target_epsilon, plan.delta, segments)
+    claim = CertificateClaim(plan.coefficients(), plan.slots, steps, round_down(plan.target_epsilon), plan.delta, segments)
     logger.info(
         f"Certify the noise of {format_count(steps, 'step')} in {plan.slots:,} slots: seconds, or minutes for a long epoch."
     )

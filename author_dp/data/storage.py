@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -55,16 +56,20 @@ def cleanup_temp_dirs() -> None:
         shutil.rmtree(temp_dirs.pop(), ignore_errors=True)
 
 
-def make_private_temp_dir() -> Path:
+def make_private_temp_dir(name: Optional[str] = None) -> Path:
     """Create a directory for texts of this run, in TMPDIR.
 
+    Args:
+        name: of the directory, where other processes must find it; a new one by default.
     Raises:
         UserError: if TMPDIR is no folder: Python would leave the texts elsewhere, without a word.
     """
     if (wanted := os.environ.get("TMPDIR")) and not os.path.isdir(wanted):
         raise UserError(f"TMPDIR {wanted}: no such folder. Create it, or unset TMPDIR")
-    temp_dirs.append(Path(tempfile.mkdtemp(prefix="author-texts-")))
-    return temp_dirs[-1]
+    folder = Path(tempfile.gettempdir()) / (name or f"author-texts-{secrets.token_hex(8)}")
+    folder.mkdir(mode=0o700)
+    temp_dirs.append(folder)
+    return folder
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Example:
     >>> trainer = DPTrainer(..., canaries=canaries)
 """
 
-import json
 import os
 import secrets
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.files import write_json
+from author_dp.files import read_json_object, write_json
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.validation import check_choice, option
@@ -86,6 +85,6 @@ def load_or_create_key(output_dir: str, resume: bool) -> int:
     key = secrets.randbits(128)
     if int(os.environ.get("RANK", 0)) == 0:
         if resume and path.exists():
-            key = json.loads(path.read_text(encoding="utf-8"))["key"]
+            key = read_json_object(path)["key"]
         write_json(path, {"key": key}, private=True)
     return broadcast(key)

@@ -13,7 +13,6 @@ these coordinates and the probe come:
   for a mechanism that is mu-GDP for some mu.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -27,6 +26,7 @@ from author_dp.accounting.gaussian import gaussian_epsilon
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.errors import UserError
+from author_dp.files import read_json_object
 from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.one_run_audit import CONFIDENCE, gaussian_mu_lower_bound, one_run_lower_bound
 from author_dp.guards.slot_monitors import SlotCanaryMonitor
@@ -187,7 +187,8 @@ def gradient_canary_result(monitor: CanaryMonitor | SlotCanaryMonitor, trainer: 
 def gradient_canary_intervals(trainer: Any) -> dict[str, Any]:
     """Return intervals for noise multiplier and epsilon at `CONFIDENCE`, from the probe; on the main process only.
 
-    With balls-in-bins sampling there is none for epsilon: each of its ends would need a certificate.
+    They are of this training; what earlier ones in the ledger spent counts as recorded. With balls-in-bins sampling there is none
+    for epsilon: each of its ends would need a certificate.
     """
     monitor = trainer.monitors.noise
     if not trainer.is_world_process_zero() or monitor is None or not monitor.steps:
@@ -196,9 +197,10 @@ def gradient_canary_intervals(trainer: Any) -> dict[str, Any]:
     of_noise = {"noise_multiplier_between": [factor * trainer.plan.noise_multiplier for factor in (low, high)]}
     if trainer.plan.slots:
         return of_noise
+    *earlier, event = trainer.budget.ledger.events
     epsilons = []
     for factor in (high, low):  # more noise gives less epsilon
-        events = [e._replace(noise_multiplier=e.noise_multiplier * factor) for e in trainer.budget.ledger.events]
+        events = [*earlier, event._replace(noise_multiplier=event.noise_multiplier * factor)]
         epsilons.append(EpsilonAccountant(events, trainer.plan.delta).epsilon)
     return {**of_noise, "epsilon_between": [epsilon if np.isfinite(epsilon) else None for epsilon in epsilons]}
 
@@ -206,5 +208,5 @@ def gradient_canary_intervals(trainer: Any) -> dict[str, Any]:
 def load_gradient_canary_result(trainer: Any) -> Optional[dict[str, Any]]:
     """Return the gradient audit in the output directory's privacy.json; None if it has none."""
     path = Path(str(trainer.args.output_dir)) / REPORT_NAME
-    audit = json.loads(path.read_text(encoding="utf-8")).get("audit") if path.exists() else None
+    audit = read_json_object(path).get("audit") if path.exists() else None
     return audit if audit and audit.get("kind") == "gradient" else None

@@ -10,7 +10,6 @@ References:
     [1] Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from author_dp.errors import UserError, first_line
+from author_dp.files import read_json_object
 from author_dp.models.bfloat16_layers import is_plain_linear
 from author_dp.models.quantization import check_quantized_frozen, is_quantized
 from author_dp.models.weights import ADAPTER_CONFIG, check_lfs_pointers
@@ -176,7 +176,7 @@ def load_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """
     folder = Path(name)
     check_lfs_pointers(folder)
-    peft_type = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    peft_type = read_json_object(folder / ADAPTER_CONFIG).get("peft_type")
     if peft_type != "LORA":
         raise UserError(f"--model_name {name}: it holds an adapter of type {peft_type}. Only LoRA adapters can be resumed")
     if not any((folder / f"adapter_model{suffix}").exists() for suffix in (".safetensors", ".bin")):

@@ -24,7 +24,7 @@ import torch
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.output_dir import has_checkpoint_name
 from author_dp.errors import UserError
-from author_dp.files import fsync_folder, sha256_of, to_absolute_model_path, write_json
+from author_dp.files import fsync_folder, read_json_object, sha256_of, to_absolute_model_path, write_json
 
 # Files that a library may load as weights, and files that say how: shard index, configuration, adapter configuration.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -125,7 +125,7 @@ def write_hashed_weights(
 def weights_have_no_guarantee(folder: Path) -> bool:
     """Return whether a folder's privacy.json says that its weights were trained without privacy."""
     path = folder / REPORT_NAME
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("disable_dp") is True
+    return path.exists() and read_json_object(path).get("disable_dp") is True
 
 
 def remove_weights_report(folder: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from author_dp.errors import UserError
-from author_dp.files import fsync_folder, sha256_of, write_json
-from author_dp.outputs.privacy_statement import read_statement_json, statement_path
+from author_dp.files import fsync_folder, read_json_object, sha256_of, write_json
+from author_dp.outputs.privacy_statement import statement_path
 
 
 class PartialFile:
@@ -53,7 +53,7 @@ class PartialFile:
 
     def _resume(self) -> None:
         """Read the state of an unfinished file, and cut off what was written after it."""
-        known = read_statement_json(self._state_path)
+        known = read_json_object(self._state_path)
         settings = known.get("settings", {})
         if changed := [name for name, value in self.state["settings"].items() if settings.get(name) != value]:
             raise UserError(

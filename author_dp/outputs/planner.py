@@ -29,10 +29,10 @@ from author_dp.accounting.run_planning import (
     planning_sum_error_ratio,
 )
 from author_dp.errors import UserError, first_line
+from author_dp.files import read_json_object
 from author_dp.hub_access import hub_is_reachable
 from author_dp.models.lora import LoraArguments
 from author_dp.outputs.html_page import STATISTICS_NAME
-from author_dp.outputs.privacy_statement import read_statement_json
 from author_dp.training.dry_run import MEASURED_NAME
 from author_dp.validation import check_exclusive, check_range, option
 
@@ -174,7 +174,7 @@ def count_model_for_planner(name: str, lora: LoraArguments) -> tuple[int, int]:
 def read_dry_run_for_planner(folder: Path) -> tuple[dict[str, Any], PlannerCosts, float]:
     """Return a dry run's public values, its costs, and how many authors the run that was asked for samples."""
     try:
-        report, measured = read_statement_json(folder / "privacy.json"), read_statement_json(folder / MEASURED_NAME)
+        report, measured = read_json_object(folder / "privacy.json"), read_json_object(folder / MEASURED_NAME)
         settings = report["settings"]
         found = {name: report.get(name) for name in ("num_authors", "target_epsilon", "delta", "noise_bands")}
         found |= {"parameters": settings["parameters"], "trained_parameters": settings["trained_parameters"]}
@@ -199,7 +199,7 @@ def planner_lora_options(lora: LoraArguments) -> list[str]:
 def planner_options_of_dry_run(folder: Path) -> list[str]:
     """Return the options of a dry run's command, from its private statistics; [] where they have none."""
     path = folder / STATISTICS_NAME
-    command = read_statement_json(path).get("command", "") if path.exists() else ""
+    command = read_json_object(path).get("command", "") if path.exists() else ""
     return without_planner_options(shlex.split(command)[2:], {"dry_run", "output_dir"})
 
 

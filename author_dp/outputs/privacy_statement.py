@@ -12,7 +12,6 @@ References:
     [1] Dwork and Roth 2014, The Algorithmic Foundations of Differential Privacy, Proposition 2.1
 """
 
-import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,7 +21,7 @@ from author_dp.accounting.output_dir import has_checkpoint_name
 from author_dp.accounting.privacy_report import recompute_privacy_report
 from author_dp.data.hub import cached_copy
 from author_dp.errors import UserError
-from author_dp.files import sha256_of
+from author_dp.files import read_json_object, sha256_of
 from author_dp.logs import get_logger
 from author_dp.models.weights import adapter_base_model, check_weights, public_model_name
 from author_dp.outputs.guarantee_table import format_guarantee_model, why_no_guarantee
@@ -71,7 +70,7 @@ def read_privacy_statement(folder: Path) -> Optional[dict[str, Any]]:
         report = recompute_privacy_report(path, ledger)
         report["alarm"] = ledger.failure
     else:
-        report = read_statement_json(path)
+        report = read_json_object(path)
         if not {"epsilon", "delta", "disable_dp"} <= report.keys():
             raise UserError(f"{path} is not a report of this program: restore it, or generate from another folder")
     if not report["disable_dp"]:
@@ -175,7 +174,7 @@ def check_statement(text: Path) -> dict[str, Any]:
     path = statement_path(text)
     if not path.exists():
         raise UserError(f"{text} has no {path.name} beside it: nothing says what it is. Copy both, or generate it again")
-    statement = read_statement_json(path)
+    statement = read_json_object(path)
     if statement.get("sha256") != sha256_of(text):
         raise UserError(
             f"{text} is not the text that {path.name} was written for, by its SHA-256: the statement does not hold for it. "
@@ -187,14 +186,3 @@ def check_statement(text: Path) -> dict[str, Any]:
             "be verified. Generate the text again"
         )
     return statement
-
-
-def read_statement_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raise UserError if it cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it") from error
-    return content

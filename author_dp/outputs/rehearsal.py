@@ -92,14 +92,16 @@ def rehearse_disk_space(trainer: Any) -> None:
     trained = sum(
         parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters() if parameter.requires_grad
     )
-    checkpoint = 0 if str(getattr(args.save_strategy, "value", args.save_strategy)) == "no" else result + adam * trained
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    checkpoint = 0 if strategy == "no" else result + adam * trained
     free, gib = shutil.disk_usage(existing_parent(trainer.folder)).free, 2**30
     if free < result + checkpoint:
         raise UserError(
             f"--output_dir {trainer.folder}: {free / gib:,.2f} GiB are free, and the result and a checkpoint need "
             f"{(result + checkpoint) / gib:,.2f}. Make room, or choose another --output_dir"
         )
-    every = args.save_steps if args.save_steps >= 1 else args.save_steps * args.max_steps
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * trainer.plan.steps
+    every = trainer.plan.steps_per_epoch if strategy == "epoch" else every
     number = max(1, int(trainer.plan.steps / max(every, 1)))
     number = min(number, args.save_total_limit + 1) if args.save_total_limit else number
     if checkpoint and free < result + number * checkpoint:

@@ -22,7 +22,7 @@ from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger,
 from author_dp.accounting.privacy_report import recompute_privacy_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError, first_line
-from author_dp.files import make_private, write_json
+from author_dp.files import make_private, read_json_object, write_json
 from author_dp.guards.one_run_audit import format_one_run_audit
 from author_dp.logs import get_logger
 from author_dp.models.weights import check_weights
@@ -30,7 +30,6 @@ from author_dp.outputs.figures import draw_figures
 from author_dp.outputs.guarantee_table import guarantee_is_tuned, report_has_guarantee
 from author_dp.outputs.html_page import PAGE_NAME, STATISTICS_NAME, make_html_page
 from author_dp.outputs.model_card import CARD_NAME, model_card
-from author_dp.outputs.privacy_statement import read_statement_json
 from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER
 from author_dp.outputs.samples import TextSamples
 from author_dp.training.loss_release import format_released_loss
@@ -81,7 +80,7 @@ class RunStatistics(TrainerCallback):
         """Merge `content` into the file, which may hold what was recorded before this run was resumed."""
         path = Path(folder) / STATISTICS_NAME
         finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-        write_json(path, deep_merge(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, finite), private=True)
+        write_json(path, deep_merge(read_json_object(path) if path.exists() else {}, finite), private=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Not earlier: only now does the run hold the lock of its output directory.
@@ -211,7 +210,7 @@ def write_report(folder: Path) -> dict[str, Any]:
         raise UserError(f"OUTPUT_DIR {folder} holds no {REPORT_NAME} or {LEDGER_NAME}: give the --output_dir of a run")
     report = read_report(folder / REPORT_NAME, ledger)
     path = folder / STATISTICS_NAME
-    statistics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    statistics = read_json_object(path) if path.exists() else {}
     figures = draw_figures(folder / "report", report, ledger, statistics)
     path = folder / PAGE_NAME
     make_private(path)
@@ -222,7 +221,7 @@ def write_report(folder: Path) -> dict[str, Any]:
 
 def read_report(path: Path, ledger: PrivacyLedger) -> dict[str, Any]:
     """Return the report at `path`: recomputed from the ledger, or as it is if it is the result of a search, which has none."""
-    if not ledger.runs and path.exists() and guarantee_is_tuned(report := read_statement_json(path)):
+    if not ledger.runs and path.exists() and guarantee_is_tuned(report := read_json_object(path)):
         return report
     return recompute_privacy_report(path, ledger)
 

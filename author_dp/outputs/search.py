@@ -7,7 +7,6 @@ is the best run, when all have ended. Runs have their settings from a file in th
 see these. All entries that a run adds are one folder deeper, as the number of links of a folder counts its subfolders for all.
 """
 
-import json
 import math
 import os
 import re
@@ -26,9 +25,9 @@ from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger,
 from author_dp.accounting.tradeoff import bounds_of_guarantee
 from author_dp.accounting.tuning import RunCount, SearchNoise, TuningRelease, run_rdp
 from author_dp.errors import SignalError, UserError
-from author_dp.files import write_json
+from author_dp.files import read_json_object, write_json
 from author_dp.outputs.guarantee_table import format_guarantee_model, guarantee_covers_base, guarantee_in_search
-from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_privacy_statement, read_statement_json
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_privacy_statement
 from author_dp.outputs.publish import check_publish_target, copy_publishable
 from author_dp.outputs.tune_options import TuneArguments
 from author_dp.permissions import owner_only
@@ -81,7 +80,7 @@ class Search:
             UserError: if the folder belongs to another search, or to one that has ended.
         """
         path = self.folder / PLAN_NAME
-        self.plan = read_statement_json(path) if path.exists() else {}
+        self.plan = read_json_object(path) if path.exists() else {}
         if self.plan.get("ended"):
             delete_search_runs(self.folder, self.plan)
             raise UserError(
@@ -115,7 +114,7 @@ class Search:
                 raise UserError(
                     f"--search: a dry run with {format_search_settings(settings)} failed with status {status}: {lines[0]}"
                 )
-            report = read_statement_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
+            report = read_json_object(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
             if not guarantee_covers_base(report):
                 raise UserError(
                     f"--model_name: {format_guarantee_model(report['base_model'])}, and no search gives it one. Choose another"
@@ -176,7 +175,7 @@ class Search:
                 with ledger.locked():  # fails if an earlier call of this program left it running
                     resumes = ledger.steps > 0
                 own = {"target_epsilon": self.plan["run_epsilon"], **({"resume_from_checkpoint": True} if resumes else {})}
-                own |= {"target_delta": self.plan["delta"], "noise_bands": self.plan["noise_bands"]}
+                own["target_delta"] = self.plan["delta"]
                 self.start(folder, run["settings"], own, folder.with_suffix(".log"))
             self.plan["scores"].append(self.score(folder))
             self.save()
@@ -187,7 +186,10 @@ class Search:
         own["release_eval_epsilon"] = self.args.release_eval_epsilon
         options = self.folder / OPTIONS_NAME
         write_json(options, {name: str(value) for name, value in {**settings, **own}.items()}, private=True)
-        return run_search_command([*shlex.split(self.args.launch), self.args.script, *self.words, "--config", str(options)], log)
+        # What the dry runs chose for all runs: another number, as for less free memory, would cost more than a run's share.
+        pinned = ["--noise_bands", str(self.plan["noise_bands"])] if self.plan else []
+        command = [*shlex.split(self.args.launch), self.args.script, *self.words, *pinned, "--config", str(options)]
+        return run_search_command(command, log)
 
     def score(self, folder: Path) -> Optional[float]:
         """Return the released loss of a finished run; None, the worst score, for a run that has none or broke its share.
@@ -227,7 +229,7 @@ class Search:
             assert guarantee is not None  # it had a score
             report = self.final_report(guarantee)
             released = self.out / REPORT_NAME
-            if not (released.exists() and json.loads(released.read_text("utf-8")) == report):  # otherwise an earlier call did it
+            if not (released.exists() and read_json_object(released) == report):  # otherwise an earlier call did it
                 check_publish_target(self.folder, self.out)
                 copy_publishable(folder, self.out, report)
         kept = self.plan if self.args.keep_runs else {}
@@ -262,7 +264,7 @@ def describe_search_law(count: RunCount) -> dict[str, Any]:
 
 def read_search_sample_hashes(folder: Path) -> dict[str, Any]:
     """Return the hashes of the samples of the run in `folder`; raise UserError if it has not come so far."""
-    return read_statement_json(folder / SAMPLES_NAME)
+    return read_json_object(folder / SAMPLES_NAME)
 
 
 def delete_search_runs(folder: Path, plan: dict[str, Any]) -> None:

@@ -9,9 +9,11 @@ from typing import Any, Optional
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from author_dp.errors import UserError
+from author_dp.outputs import rehearsal
+from author_dp.outputs.guarantee_table import why_no_guarantee
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.publish import publish_to_hub
-from author_dp.outputs.rehearsal import rehearse
 from author_dp.training.saving import CertifiedTrainer
 
 
@@ -19,8 +21,11 @@ class UploadingTrainer(CertifiedTrainer):
     """Replace the Trainer's uploads and its model card, which would publish private losses."""
 
     def rehearse(self) -> None:
-        """Try what follows the last step, before the first one."""
-        rehearse(self)
+        """Try what follows the last step, before the first one; raise UserError for an upload that would be refused then."""
+        if self.args.push_to_hub and self.is_world_process_zero():
+            if reason := why_no_guarantee(self.privacy_report()):
+                raise UserError(f"--push_to_hub: there will be no guarantee to publish: {reason}. Leave it out")
+        rehearsal.rehearse(self)
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -82,11 +82,20 @@ class LogicalBatchTrainer(Trainer):
         check_no_trial("all")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return this process's share of the evaluation texts, in batches of --per_device_eval_batch_size."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        """Return this process's share of the evaluation texts, in batches of --per_device_eval_batch_size.
+
+        Args:
+            eval_dataset: `data_utils.AuthorDataset`, or the name of one among several; default: the trainer's.
+        """
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # type: ignore[index]
         size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
         batches = EvalBatches(dataset, size, self.data_collator, rank, world_size)
         return DataLoader(batches, batch_size=None, pin_memory=self.args.dataloader_pin_memory)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return this process's share of the texts of `Trainer.predict`, whose metrics are those of `evaluate`."""
+        return self.get_eval_dataloader(test_dataset)
 
     def evaluation_loop(self, dataloader: DataLoader, *_, metric_key_prefix: str = "eval", **__) -> EvalLoopOutput:
         """Return losses that depend neither on the batch size nor on the number of processes (evaluation.py)."""

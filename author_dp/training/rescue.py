@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
+from author_dp.accounting.output_dir import RESCUED
 from author_dp.errors import RESUME_REMEDY, UserError, first_line, to_user_error
 from author_dp.models.weights import write_hashed_weights
 from author_dp.permissions import owner_only
@@ -72,7 +73,7 @@ def rescue_weights(trainer: Any, state_dict: Optional[dict[str, torch.Tensor]]) 
     for parent in (trainer.folder.absolute().parent, Path(tempfile.gettempdir())):
         place = None
         try:
-            place = Path(tempfile.mkdtemp(prefix=f"{trainer.folder.name}-rescued-", dir=parent))  # of mode 0700
+            place = Path(tempfile.mkdtemp(prefix=f"{trainer.folder.name}{RESCUED}", dir=parent))  # of mode 0700
             is_adapter = isinstance(trainer.model, PeftModel)
             with write_hashed_weights(place, is_adapter, trainer.privacy_report, trainer.plan.disable_dp), owner_only():
                 rescue_weights_only(trainer.model, place, state_dict)

@@ -141,10 +141,9 @@ def write_sample_hashes(trainer: Any) -> None:
     """Write hashes of the training and evaluation samples of a search's run to its folder: all of its runs need the same."""
     if trainer.privacy.part_of_search and trainer.is_world_process_zero():
         held_out = trainer.eval_dataset
-        hashes = {
-            "train": trainer.made_with["training"]["samples"],
-            "evaluation": None if held_out is None else hash_samples(held_out),
-        }
+        datasets = held_out if isinstance(held_out, dict) else {"": held_out}
+        of_evaluation = {name: hash_samples(dataset) for name, dataset in datasets.items() if dataset is not None}
+        hashes = {"train": trainer.made_with["training"]["samples"], "evaluation": of_evaluation}
         write_json(trainer.folder / SAMPLES_NAME, hashes, private=True)
 
 

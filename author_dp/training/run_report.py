@@ -3,7 +3,6 @@
 If a finished training is called again, with any options, it reports the run that took its steps.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -15,6 +14,7 @@ from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.plan import plan_of
 from author_dp.accounting.privacy_report import PLAN_KEYS, make_privacy_report
 from author_dp.errors import UserError
+from author_dp.files import read_json_object
 from author_dp.models.weights import check_same_base_weights, describe_base_weights
 from author_dp.training.resuming import load_checkpoint_state
 from author_dp.wording import format_count
@@ -61,10 +61,9 @@ class RunReport:
                 f"--max_steps or --num_train_epochs: {planned}, but {checkpoint} has {steps} already. Give at least as many, or "
                 "resume from an earlier checkpoint by its name"
             )
-        self.finished, final_path = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8")), self.folder / REPORT_NAME
-        if final_path.exists() and (final := json.loads(final_path.read_text(encoding="utf-8"))).get(
-            "weights"
-        ) == self.finished.get("weights"):
+        self.finished, final_path = read_json_object(checkpoint / REPORT_NAME), self.folder / REPORT_NAME
+        final = read_json_object(final_path) if final_path.exists() else {}
+        if final and final.get("weights") == self.finished.get("weights"):
             self.finished = final  # also holds the audit, if there was one
         self.audit = self.finished.get("audit")
         if not self.plan.disable_dp:
@@ -86,7 +85,7 @@ class RunReport:
             name = model.peft_config[model.active_adapter].base_model_name_or_path
             self.adapter_base = describe_base_weights(name, getattr(model.get_base_model().config, "_commit_hash", None))
         if checkpoint:
-            report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
+            report = read_json_object(checkpoint / REPORT_NAME)
             if not self.plan.disable_dp:
                 check_same_base_weights(self.adapter_base, report.get("adapter_base"))
                 self.secure_noise = self.secure_noise and report.get("secure_noise") is True  # of all steps behind the weights

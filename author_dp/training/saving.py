@@ -5,7 +5,6 @@ counts only when all of it is on disk. No file holds the state of a random gener
 saved in the output directory are saved beside it. (What may be uploaded: author_dp/outputs/uploads.py.)
 """
 
-import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,7 +21,7 @@ from author_dp.accounting.plan_text import format_plan, plan_utility_hint, plan_
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
 from author_dp.errors import to_user_error
-from author_dp.files import write_json
+from author_dp.files import read_json_object, write_json
 from author_dp.guards.model_check import check_trained_model_weights
 from author_dp.guards.monitors import RunMonitors
 from author_dp.logs import get_logger
@@ -136,7 +135,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
     def update_report(self) -> None:
         """Write privacy.json again, for the weights that are saved, when its other contents have changed; on rank 0 only."""
         path = self.folder / REPORT_NAME
-        write_json(path, {**self.privacy_report(), "weights": json.loads(path.read_text(encoding="utf-8"))["weights"]})
+        write_json(path, {**self.privacy_report(), "weights": read_json_object(path)["weights"]})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save a sharded optimizer's state as an unsharded one's."""

@@ -172,7 +172,8 @@ def test_certificate_is_repeated_by_its_key(monkeypatch):
         patched.setattr(slot_certificates, "attempt_certificate", lambda *args: seen.append(args) or made)
         seen: list = []
         slot_certificates.repeat_certificate(header, [])
-    assert seen[0][2:] == (1, header["certificate"]["draws"], int(last["key"], 16)) and len(last["key"]) == 32
+    number = len(header["certificate"]["attempts"])  # the first one can fail by chance
+    assert seen[0][2:] == (number, header["certificate"]["draws"], int(last["key"], 16)) and len(last["key"]) == 32
     assert not slot_certificates.repeat_certificate({**header, "noise_multiplier": 0.9 * header["noise_multiplier"]}, [])
     assert not slot_certificates.repeat_certificate(
         header, [SlotSegment(BANDS, 4, 9, header["noise_multiplier"])]

@@ -3,22 +3,26 @@
 import json
 import math
 import secrets
+from types import SimpleNamespace
 
 import bugs
 import numpy as np
 import pytest
 import torch
 from conftest import flat, make_dataset, read_report, run_script, tiny_gpt2, trainable, within
+from mutation import catches
 from planting import find, with_edit
 from scipy import stats
 from script_runs import PRIVACY, run_here, small
 from transformers import TrainingArguments
 
+from author_dp.accounting.accountant import epsilon_of
+from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.gaussian import gaussian_epsilon
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.canary_monitor import CanaryMonitor, CanaryScoreDistribution, canary_score_to_normal, score_canaries
-from author_dp.guards.gradient_canaries import GradientCanaries
+from author_dp.guards.gradient_canaries import GradientCanaries, gradient_canary_intervals
 from author_dp.guards.monitors import without_groups
 from author_dp.guards.one_run_audit import gaussian_mu_lower_bound, one_run_lower_bound, one_run_rejects_mu
 from author_dp.guards.sampling_monitor import SamplingMonitor
@@ -122,6 +126,22 @@ def test_correct_mechanism_passes_and_intervals_cover_it(tmp_path, clipping):
     assert within((low + high) / 2, 1.0, (high - low) / 4)  # 95 %: two standard errors each way
     assert audit["epsilon_between"][0] <= audit["epsilon_between"][1] and audit["steps_checked"] == 16
     assert audit["epsilon_lower_bound"] <= trainer.epsilon()
+
+
+@catches("noise of earlier trainings taken for seen", "guards.gradient_canaries.gradient_canary_intervals",
+    "events = [*earlier, event._replace",
+    "events = [*(e._replace(noise_multiplier=e.noise_multiplier * factor) for e in earlier), event._replace")  # fmt: skip
+def test_intervals_are_of_this_training_alone():
+    earlier, event = MechanismEvent(0.5, 0.1, 1_000), MechanismEvent(10.0, 0.1, 1)
+    monitor = SimpleNamespace(steps=1, confidence_interval=lambda confidence: (0.5, 2.0))
+    plan = SimpleNamespace(noise_multiplier=10.0, slots=None, delta=1e-5)
+    budget = SimpleNamespace(ledger=SimpleNamespace(events=[earlier, event]))
+    monitors = SimpleNamespace(noise=monitor)
+    trainer = SimpleNamespace(is_world_process_zero=lambda: True, monitors=monitors, plan=plan, budget=budget)
+    audit = gradient_canary_intervals(trainer)
+    exact = epsilon_of([earlier], 1e-5)
+    assert audit["noise_multiplier_between"] == [5.0, 20.0]
+    assert all(0.99 * exact < epsilon < 1.01 * exact for epsilon in audit["epsilon_between"])
 
 
 @pytest.mark.integration

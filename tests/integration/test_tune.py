@@ -130,7 +130,7 @@ def files_in(folder):
 
 
 @catches("scores without noise", "outputs.search.Search.score", 'return guarantee["evaluation_release"]["loss"]',
-    'return json.loads((folder / "run_statistics.json").read_text())["evaluation"]["after"]["eval_loss"]')  # fmt: skip
+    'return read_json_object(folder / "run_statistics.json")["evaluation"]["after"]["eval_loss"]')  # fmt: skip
 @catches("losers left behind", "outputs.search.Search.end", "delete_search_runs(self.folder, self.plan)", "pass")
 def test_best_run_is_released_by_its_released_loss(tmp_path, monkeypatch, runs):
     runs.before = lambda *_: check_modes(tmp_path / "out-search")
@@ -385,7 +385,7 @@ def test_whole_search_on_the_demo_with_two_processes(tmp_path, monkeypatch, caps
         tmp_path, "--launch", f"{sys.executable} -m torch.distributed.run --nproc_per_node 2", grid="learning_rate=1e-2",
         script=["--model_name", "demo/model", "--train_file", "demo/comments.jsonl", "--max_train_samples", "4000",
                 "--sequence_len", "32", "--per_device_train_batch_size", "32", "--max_steps", "3", "--eval_fraction", "0.1",
-                "--per_sample_max_grad_norm", "1", "--noise_bands", "auto", "--use_cpu", "True"],
+                "--max_eval_samples", "100", "--per_sample_max_grad_norm", "1", "--noise_bands", "auto", "--use_cpu", "True"],
     )  # fmt: skip
     report = read_report(tmp_path / "out")
     assert report["world_size"] == 2 and report["epsilon"] <= 8.0 and report["evaluation_release"]["loss"] > 0

@@ -57,6 +57,15 @@ def test_slots_are_a_whole_number_and_epochs_have_so_many_steps():
     assert plan.sampling == "balls-in-bins" and math.isnan(plan.noise_multiplier)  # until it is certified
 
 
+@catches("a certificate of more than can be shown", "accounting.plan.certify_plan", "round_down(plan.target_epsilon)",
+    "plan.target_epsilon")  # fmt: skip
+def test_any_target_can_be_certified(tmp_path):
+    """Epsilon is shown with four digits, rounded up, and must not exceed a target of more digits."""
+    plan = certify_plan(make_plan(arguments(target_epsilon=7.98765), Args, np.arange(25)), [], 3)
+    budget = Budget(plan, PrivacyLedger(tmp_path / "a"), True)
+    assert budget.affordable_steps(3) == 3 and budget.epsilon(3) == 7.987
+
+
 @catches("slots from the counted authors", "accounting.plan.make_plan", "resolve_plan_slots(privacy, earlier, sample_rate)",
     "resolve_plan_slots(privacy, earlier, batch_size / num_authors)")  # fmt: skip
 def test_hidden_counts_do_not_set_the_slots():
@@ -91,9 +100,7 @@ def certified(plan, **changed):
 @catches("other coefficients", "accounting.plan.certify_plan", "Claim(plan.coefficients(),", "Claim(plan.coefficients()[:1],")
 @catches("more slots", "accounting.plan.certify_plan", "plan.slots, steps,", "plan.slots + 1, steps,")
 @catches("a larger delta", "accounting.plan.certify_plan", "plan.delta, segments", "10 * plan.delta, segments")
-@catches(
-    "a larger epsilon", "accounting.plan.certify_plan", "plan.target_epsilon, plan.delta", "plan.target_epsilon + 1, plan.delta"
-)
+@catches("a larger epsilon", "accounting.plan.certify_plan", "round_down(plan.target_epsilon)", "plan.target_epsilon + 1")
 @catches("fewer steps before", "accounting.plan.certify_plan", "slot_segment_of(header, taken)",
     "slot_segment_of(header, taken - 1)")  # fmt: skip
 @catches("other noise before", "accounting.slot_certificates.slot_segment_of", 'header["noise_multiplier"]',

@@ -149,7 +149,7 @@ def test_text_of_a_model_without_privacy_is_loud_and_for_its_owner(folder, tmp_p
 
 
 @catches("an edited epsilon travels with the text", "outputs.privacy_statement.read_privacy_statement",
-    "report = recompute_privacy_report(path, ledger)", "report = read_statement_json(path)")  # fmt: skip
+    "report = recompute_privacy_report(path, ledger)", "report = read_json_object(path)")  # fmt: skip
 def test_epsilon_is_that_of_the_ledger_not_of_an_edited_report(folder):
     path, ledger = folder / "privacy.json", PrivacyLedger(folder / "privacy_ledger.jsonl")
     report = json.loads(path.read_text())

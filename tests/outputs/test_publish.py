@@ -16,6 +16,7 @@ from mutation import catches
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.models.weights import check_weights, hash_weights
 from author_dp.outputs.publish import main, publish
@@ -319,6 +320,18 @@ def test_uploads_of_more_or_without_a_guarantee_are_refused(tmp_path, monkeypatc
     FakeHub(monkeypatch)
     with pytest.raises(UserError, match=words):
         make_trainer(tmp_path, tiny_gpt2(), push_to_hub=True, **options)
+
+
+@catches("an upload that fails at its first checkpoint", "outputs.uploads.UploadingTrainer.rehearse", "self.args.push_to_hub",
+    "False")  # fmt: skip
+def test_an_upload_of_a_model_without_a_guarantee_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    FakeHub(monkeypatch)
+    trainer = make_trainer(tmp_path, tiny_gpt2(), push_to_hub=True, rehearsal=True)
+    trainer.run_report.base_model = {"name": "a", "covered": False, "reason": "no privacy"}
+    with pytest.raises(UserError, match=r"--push_to_hub: there will be no guarantee .*started from another one"):
+        trainer.train()
+        pytest.fail("trained")
+    assert not trainer.state.global_step and not PrivacyLedger(tmp_path / "privacy_ledger.jsonl").runs
 
 
 def test_messages_name_publish_and_not_the_folder():

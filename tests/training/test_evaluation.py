@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, make_dataset, make_trainer, tiny_gpt2
 from families import make_model
+from mutation import catches
 from test_processes import run_processes
 from transformers import TrainerCallback
 
@@ -61,6 +62,24 @@ def test_training_loss_is_the_mean_over_authors(tmp_path):
     logged = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
     trainer.model.eval()
     assert logged == pytest.approx(trainer.evaluate(dataset)["eval_author_loss"], rel=1e-4)
+
+
+@catches("the name of a data set taken for one", "training.base_trainer.LogicalBatchTrainer.get_eval_dataloader",
+    "if isinstance(dataset, str)", "if False")  # fmt: skip
+def test_several_data_sets_are_evaluated_by_name(tmp_path, monkeypatch):
+    """A run evaluates them at its steps, as the Trainer does; and `predict` gives the same losses."""
+    several = {"few": make_dataset([1, 2], seed=3), "many": make_dataset(COUNTS, seed=4)}
+    trainer = make_trainer(tmp_path, eval_dataset=several, eval_strategy="steps", eval_steps=1, learning_rate=0.0)
+    try:
+        trainer.train()
+    except AttributeError as error:
+        pytest.fail(str(error))
+    found = {name: value for row in trainer.state.log_history for name, value in row.items() if name.endswith("_loss")}
+    for name, dataset in several.items():
+        loss, author_loss = reference_losses(trainer.model, dataset)
+        assert found[f"eval_{name}_loss"] == pytest.approx(loss, abs=1e-4)
+        assert found[f"eval_{name}_author_loss"] == pytest.approx(author_loss, abs=1e-4)
+        assert trainer.predict(dataset).metrics["test_loss"] == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.integration
