@@ -324,9 +324,8 @@ class DPTrainer(UploadingTrainer):
         total = torch.zeros_like(self._step_loss)
         # All processes of a sharded model gather its layers together, so each needs as many rounds.
         missing = missing_fsdp_rounds(model, len(inputs.microbatches))
-        inputs = inputs._replace(microbatches=self.tracked(inputs.microbatches))
         with self.accelerator.autocast(), frozen_weights_cast(self.model):  # weights are cast once for all microbatches
-            for microbatch in inputs.microbatches:
+            for microbatch in self.tracked(inputs.microbatches):
                 microbatch = send_to_device(microbatch, self.args.device, non_blocking=True)
                 losses = author_losses(model, microbatch)
                 with torch.autocast(self.args.device.type, enabled=False):  # otherwise norms and sums would be rounded

@@ -12,7 +12,7 @@ Packages, each of which imports only those below it (docs/architecture.md):
     accounting   epsilon, the plan of a run, its ledger and its budget
 
 Read `mechanism` first, then `clipping` and `accounting`. Programs: `python -m author_dp.X FOLDER`, where X is ledger, report,
-generate, publish or synthetic_report.
+generate, publish, plan, tune or synthetic_report.
 """
 
 import logging

@@ -7,7 +7,7 @@ Example:
 
     >>> model_args, training_args = parse_options([ModelArguments, TrainingArguments])
     >>> if __name__ == "__main__":
-    ...     run(main)
+    ...     run(main, "fine-tune-dp.py", cleanup_temp_dirs)
 """
 
 import argparse

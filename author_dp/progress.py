@@ -91,20 +91,6 @@ def track(items: Collection[Any], name: str, bars: bool = True) -> Iterator[Any]
             progress.update()
 
 
-class TrackedList(list):
-    """A list that shows progress when it is iterated over; name and bars as for `Progress`."""
-
-    def __init__(self, items: Iterable[Any], name: str, bars: bool = True):
-        super().__init__(items)
-        self.name, self.bars = name, bars
-
-    def __iter__(self) -> Iterator[Any]:
-        with Progress(self.name, len(self), self.bars) as progress:
-            for item in super().__iter__():
-                yield item
-                progress.update()
-
-
 @contextmanager
 def track_calls(model: Any, name: str, expected: int) -> Iterator[None]:
     """Show progress by the calls of a model.

@@ -85,10 +85,7 @@ def train_and_evaluate(key: dict[str, Any], *, corpus: Corpus, model: Path) -> d
 SIZES = {"--authors": 64, "--steps": 16, "--tokens": 16, "--evaluated": 500, "--corpus_authors": 0}
 
 
-@table(
-    *run_options("way", WAYS, SIZES, repetitions=3),
-    option("--cache", type=Path, default=CACHE),
-)
+@table(*run_options("way", WAYS, SIZES, repetitions=3), option("--cache", type=Path, default=CACHE))
 def run(args: argparse.Namespace) -> None:
     """Measure ways, as often as asked for, where they are not in the cache. Sizes are the default's, as in user_level.py."""
     sizes = given_sizes(args, SIZES)

@@ -79,10 +79,7 @@ def measure_growth(row: str, size: dict[str, int], steps: int) -> list[float]:
     model = make_model(False, n_layer=4, n_embd=size["width"], n_head=4, n_positions=512, vocab_size=VOCABULARY)
     data = make_data(authors, k, size["tokens"], VOCABULARY)
     microbatch = min(MICROBATCH, authors // processes)
-    options = {
-        "per_device_train_batch_size": microbatch,
-        "gradient_accumulation_steps": -(-authors // (microbatch * processes)),
-    }
+    options = {"per_device_train_batch_size": microbatch, "gradient_accumulation_steps": -(-authors // (microbatch * processes))}
     with tempfile.TemporaryDirectory() as folder:
         trainer = {"callbacks": [times := StepTimes()]}
         make_trainer(row, model, data, folder, steps=steps, samples_per_author=k, trainer=trainer, **options).train()

@@ -129,11 +129,7 @@ def print_computed_precision() -> None:
         print_row(name, f"{adapters / 1e6:.0f} million", *cells)
 
 
-@table(
-    option("--authors", type=int, default=2),
-    option("--tokens", type=int, default=64),
-    COMPUTED,
-)
+@table(option("--authors", type=int, default=2), option("--tokens", type=int, default=64), COMPUTED)
 def precision(args: argparse.Namespace) -> None:
     """Memory of LoRA on a frozen base in float32, bfloat16 and 4 bits: of a random Llama, or computed for larger ones."""
     if args.computed:

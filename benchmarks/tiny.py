@@ -50,9 +50,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"num_key_value_heads": 4},
     {"num_hidden_layers": 4},
     {"num_hidden_layers": 6},
-    {
-        "head_dim": 8,
-    },
+    {"head_dim": 8},
     {"num_hidden_layers": 3, "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16},
     {"num_experts_per_tok": 1},
     {"num_kv_shared_layers": 0},

@@ -32,11 +32,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 VOCABULARY = 61
 COUNTS = [1, 2, 3, 1, 1, 5]  # samples of each author
-MODELS = {
-    "tied": {"tied": True},
-    "untied": {"tied": False},
-    "lora": {"lora": True},
-}
+MODELS = {"tied": {"tied": True}, "untied": {"tied": False}, "lora": {"lora": True}}
 
 torch.set_num_threads(1)  # of tiny models; two workers share two cores
 os.environ.pop("CI", None)  # where it is set, transformers says each line twice

@@ -8,10 +8,7 @@ import pytest
 from conftest import read_report, run_script
 from peft import PeftModel
 from script_runs import PRIVACY, run_here
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from author_dp.accounting.accountant import compute_epsilon
 from author_dp.accounting.ledger import PrivacyLedger

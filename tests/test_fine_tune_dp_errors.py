@@ -10,11 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, read_report, run_script, sample
 from script_runs import PRIVACY, run_here, small
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 # --- what the user can mend -----------------------------------------------------------------------------
 

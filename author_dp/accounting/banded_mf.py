@@ -3,7 +3,7 @@
 Later steps take back part of the noise of earlier ones.
 
 Guarantees: for every author, T steps with b bands are at most ceil(T / b) steps of the Poisson-subsampled Gaussian mechanism with
-sample rate b q and noise multiplier sigma (`accountant.cyclic_event`). b = 1 is the plain mechanism.
+sample rate b q and noise multiplier sigma (`events.cyclic_event`). b = 1 is the plain mechanism.
 
 Method: authors are assigned to b groups. Step t samples from group t mod b alone, each author with probability b q, so that the
 expected number of an author's samples is the same as without groups. The noise of step t is

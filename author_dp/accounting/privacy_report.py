@@ -2,7 +2,7 @@
 
 Example:
 
-    >>> make_report(plan, ledger)["epsilon"]
+    >>> make_privacy_report(plan, ledger)["epsilon"]
     7.98
 """
 

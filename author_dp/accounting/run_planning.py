@@ -5,8 +5,8 @@ multipliers. The settings that are shown get the one that a run with these optio
 
 Example:
 
-    >>> task = Task(10_000, 8.0, 1e-4, parameters=134_515_008, trained=2_442_240, is_lora=True, max_sampled=30_000)
-    >>> best = candidates(task)[0]
+    >>> task = PlanningTask(10_000, 8.0, 1e-4, parameters=134_515_008, trained=2_442_240, is_lora=True, max_sampled=30_000)
+    >>> best = planning_candidates(task)[0]
     >>> best.batch, best.steps, best.bands, best.learning_rate
     (32, 768, 64, 0.001)
 """

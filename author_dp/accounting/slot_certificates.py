@@ -10,7 +10,7 @@ header holds the key of every attempt, so that anybody can repeat it (`repeat_ce
 
 Example:
 
-    >>> claim = Claim(toeplitz_coefficients(16, 154), slots=77, steps=154, epsilon=8.0, delta=5.1e-5)
+    >>> claim = CertificateClaim(toeplitz_coefficients(16, 154), slots=77, steps=154, epsilon=8.0, delta=5.1e-5)
     >>> certificate = make_certificate(claim, earlier=[])
     >>> certificate["noise_multiplier"]
     0.575

@@ -11,7 +11,7 @@ the geometric, with at least one run (Theorem 2); and Poisson, with which no run
 Example:
 
     >>> count = RunCount(expected=6.0, eta=0.0)
-    >>> noise = calibrate_search([count], 0.02, steps=154, target_epsilon=8.0, delta=1e-5, release=Release(0.5))
+    >>> noise = calibrate_search([count], 0.02, steps=154, target_epsilon=8.0, delta=1e-5, release=TuningRelease(0.5))
     >>> noise.epsilon <= 8.0
     True
 

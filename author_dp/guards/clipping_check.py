@@ -18,12 +18,7 @@ from author_dp.clipping.ghost import GhostClipping
 from author_dp.errors import UserError
 from author_dp.guards.precision import precision_tolerance_factor
 from author_dp.guards.probing import model_errors_as_user_error, random_tokens
-from author_dp.mechanism.fsdp import (
-    FSDP_REMEDY,
-    autograd_gradients,
-    global_norm,
-    is_sharded,
-)
+from author_dp.mechanism.fsdp import FSDP_REMEDY, autograd_gradients, global_norm, is_sharded
 from author_dp.mechanism.fsdp_clipping import backward_on_one_rank, make_engine
 from author_dp.types import IGNORE_INDEX, Batch
 from author_dp.wording import format_names
@@ -245,12 +240,7 @@ def activation_checkpointing(model: Any, options: Optional[dict[str, Any]]) -> I
 
 
 def compare_clipping_to_reference(
-    clipping: str,
-    clip_norm: float,
-    norms: torch.Tensor,
-    expected: Iterable[tuple],
-    parameters: dict[Any, str],
-    tolerance: float,
+    clipping: str, clip_norm: float, norms: torch.Tensor, expected: Iterable[tuple], parameters: dict[Any, str], tolerance: float
 ) -> float:
     """Return the largest relative error of norms and clipped sum; subtract the reference from the sum in place.
 

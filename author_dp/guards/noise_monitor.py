@@ -17,7 +17,7 @@ predictable by other means than a seed, and a bug that spares the probe.
 Example:
 
     >>> monitor = NoiseMonitor(std=0.9 * 1.0 / 256)
-    >>> monitor.add(optimizer.probe)  # after each step
+    >>> monitor.add(optimizer.grad_buffer.probe)  # after each step
     >>> monitor.test()  # at log lines and at the end
 """
 

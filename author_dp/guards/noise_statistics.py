@@ -4,7 +4,7 @@ Each statistic takes one vector of values a step, and keeps sums only; `NoiseCor
 
 Example:
 
-    >>> shape = Shape()
+    >>> shape = NoiseShape()
     >>> shape.add(values)  # in each step
     >>> shape.p_values()
     {'shape': 0.42}

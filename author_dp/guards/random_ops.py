@@ -67,10 +67,7 @@ class RandomOpMode(TorchDispatchMode):
     """
 
     def __init__(
-        self,
-        sample_dims: Optional[list[Optional[int]]] = None,
-        other_seed: int = 0,
-        shared_outcome: Optional[int] = None,
+        self, sample_dims: Optional[list[Optional[int]]] = None, other_seed: int = 0, shared_outcome: Optional[int] = None
     ):
         super().__init__()
         self.ops: list[RandomOp] = []

@@ -127,10 +127,7 @@ class AuthorDPOptimizer(DPOptimizer):
         secure_noise: bool = False,
     ):
         super().__init__(
-            optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=clip_norm,
-            expected_batch_size=expected_batch_size,
+            optimizer, noise_multiplier=noise_multiplier, max_grad_norm=clip_norm, expected_batch_size=expected_batch_size
         )
         self.before_release, self.after_release = before_release, after_release
         self.noise = GaussianNoise(self.params[0].device, secure_noise)

@@ -28,12 +28,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from author_dp.errors import UserError
-from author_dp.models.bfloat16_layers import (
-    BF16Conv1D,
-    BF16Embedding,
-    BF16Linear,
-    bf16_class_for,
-)
+from author_dp.models.bfloat16_layers import BF16Conv1D, BF16Embedding, BF16Linear, bf16_class_for
 
 # --- storage ----------------------------------------------------------------------------------------------
 

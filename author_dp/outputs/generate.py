@@ -68,41 +68,22 @@ def make_generate_parser() -> OptionParser:
     prompts = parser.add_argument_group("prompts; without these options texts begin as in training")
     add = prompts.add_argument
     add("--prompts", metavar="FILE", help=".jsonl, .json, .csv or .parquet; its rows repeat if --number is larger")
-    add(
-        "--public_prompts",
-        action="store_true",
-        help="declare that prompts and fields are public, or made up",
-    )
+    add("--public_prompts", action="store_true", help="declare that prompts and fields are public, or made up")
     add("--private_prompts", action="store_true", help="declare that some are taken from private data: the text has no guarantee")
     add("--prompt_column", default="prompt", help="column of texts, or of lists of messages; default: %(default)s")
     add("--messages_column", help="column of conversations, whose last answer is generated; instead of --prompt_column")
     add("--prompt_template", help="a text, with {column}s of --prompts: 'about {topic}:'; instead of --prompt_column")
-    add(
-        "--keep_columns",
-        nargs="+",
-        default=[],
-        help="columns of --prompts to copy, beside those of the template",
-    )
+    add("--keep_columns", nargs="+", default=[], help="columns of --prompts to copy, beside those of the template")
     add("--chat", action="store_true", help="a prompt is a user message, rendered by the model's chat template")
     add("--with_prompt", action="store_true", help="write the prompt as the beginning of the text, not as a column")
     sampling = parser.add_argument_group("sampling, as in transformers' GenerationConfig")
     add = sampling.add_argument
-    add(
-        "--max_new_tokens",
-        type=int,
-        help=f"default: --sequence_len of the training, {DEFAULT_MAX_NEW_TOKENS} if unknown",
-    )
+    add("--max_new_tokens", type=int, help=f"default: --sequence_len of the training, {DEFAULT_MAX_NEW_TOKENS} if unknown")
     add("--temperature", type=float, default=1.0, help="0: greedy decoding; default: %(default)s")
     add("--top_p", type=float, default=1.0, help="default: %(default)s")
     add("--top_k", type=int, default=0, help="0: all tokens; default: %(default)s")
     add("--repetition_penalty", type=float, default=1.0, help="default: %(default)s")
-    add(
-        "--generation_options",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="others: no_repeat_ngram_size=3 min_p=0.05",
-    )
+    add("--generation_options", nargs="+", default=[], metavar="NAME=VALUE", help="others: no_repeat_ngram_size=3 min_p=0.05")
     report = parser.add_argument_group("report on the text (private), the same as of python -m author_dp.synthetic_report")
     report.add_argument("--report", nargs="+", metavar="FILE", help="the --train_file of the training")
     synthetic_report.add_options(report)

@@ -54,11 +54,7 @@ def make_html_page(
         accent=BLUE if report_has_guarantee(report) else RED,
         losses=html_loss_rows(statistics.get("log", []), statistics.get("evaluation", {})),
         figures=[
-            {
-                "name": name,
-                "png": base64.b64encode(path.read_bytes()).decode(),
-                "kind": PRIVATE if is_private else PUBLIC,
-            }
+            {"name": name, "png": base64.b64encode(path.read_bytes()).decode(), "kind": PRIVATE if is_private else PUBLIC}
             for name, (path, is_private) in figures.items()
         ],
         texts=html_text_sections(statistics.get("specimens", {}), report_has_guarantee(report)),

@@ -5,7 +5,7 @@ spelled like a special token is text. A row that makes no prompt is an error tha
 
 Example:
 
-    >>> prompts = make_prompts(tokenizer, None, Source(template="about chess:"))
+    >>> prompts = make_prompts(tokenizer, None, PromptSource(template="about chess:"))
     >>> prompts[0].row
     {'prompt': 'about chess:'}
 """

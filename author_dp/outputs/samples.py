@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from author_dp.logs import get_logger
-from author_dp.models.modes import deterministic_eval
+from author_dp.models.modes import deterministic_eval, temporarily_set
 from author_dp.progress import track_calls
 from author_dp.types import IGNORE_INDEX
 
@@ -97,19 +97,16 @@ def sample_rows(model: Any, rows: list[list[int]], max_new_tokens: int, eos_toke
     )  # fmt: skip
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # The model's own configuration may ask for beams and the like, which `generate` would merge into ours.
-    model_config, base.generation_config = base.generation_config, GenerationConfig()
+    own_config = temporarily_set((base, "generation_config", GenerationConfig()))
     generated: list[list[int]] = [[] for _ in rows]
-    try:
-        with deterministic_eval(model), torch.no_grad():  # no inference mode: layers may keep tensors for training
-            for length in sorted(set(map(len, rows))):
-                indices = [index for index, row in enumerate(rows) if len(row) == length]
-                prompts = torch.tensor([rows[index] for index in indices], device=model.device)  # (texts, length)
-                torch.manual_seed(SEED)
-                output = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
-                for index, row in zip(indices, output[:, length:].tolist()):
-                    generated[index] = row[: row.index(eos_token_id)] if eos_token_id in row else row
-    finally:
-        base.generation_config = model_config
+    with own_config, deterministic_eval(model), torch.no_grad():  # no inference mode: layers may keep tensors for training
+        for length in sorted(set(map(len, rows))):
+            indices = [index for index, row in enumerate(rows) if len(row) == length]
+            prompts = torch.tensor([rows[index] for index in indices], device=model.device)  # (texts, length)
+            torch.manual_seed(SEED)
+            output = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+            for index, row in zip(indices, output[:, length:].tolist()):
+                generated[index] = row[: row.index(eos_token_id)] if eos_token_id in row else row
     return generated
 
 

@@ -3,6 +3,7 @@
 `dp_utils.DPTrainer` computes per-author gradients; this module does not.
 """
 
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -16,7 +17,7 @@ from author_dp.errors import as_user_error
 from author_dp.guards.callbacks import check_no_trial
 from author_dp.logs import without_lines
 from author_dp.mechanism.microbatches import LogicalBatch
-from author_dp.progress import Progress, TrackedList
+from author_dp.progress import Progress, track
 from author_dp.training.console import TRAINER_LINES, set_up_console
 from author_dp.training.evaluation import EvalBatches, evaluate
 from author_dp.types import Batch
@@ -73,9 +74,9 @@ class LogicalBatchTrainer(Trainer):
         """Return the sum over the microbatches."""
         return sum(super(LogicalBatchTrainer, self).floating_point_ops(microbatch) for microbatch in inputs.microbatches)
 
-    def tracked(self, microbatches: list[Batch]) -> list[Batch]:
-        """Return the microbatches of the next step as a list that shows progress when it is iterated over."""
-        return TrackedList(microbatches, f"Step {self.state.global_step + 1}", not self.args.disable_tqdm)
+    def tracked(self, microbatches: list[Batch]) -> Iterator[Batch]:
+        """Yield the microbatches of the next step; show progress."""
+        return track(microbatches, f"Step {self.state.global_step + 1}", not self.args.disable_tqdm)
 
     def hyperparameter_search(self, *args, **kwargs) -> Any:
         """Raise UserError: each trial would cost privacy, and losses would choose the best one."""

@@ -28,6 +28,7 @@ from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.distributed import barrier
 from author_dp.files import fsync_folder, make_private, sha256_of, write_json
 from author_dp.logs import get_logger
+from author_dp.models.modes import temporarily_set
 from author_dp.models.weights import (
     COMPLETE_MARKER,
     read_weights_marker,
@@ -155,12 +156,9 @@ def atomic_checkpoint(
     if args.should_save and checkpoint.exists():  # from before a restart: the step with this number was lost
         remove_checkpoint(checkpoint)
     barrier()  # no process writes files before the old ones are gone
-    limit, args.save_total_limit = args.save_total_limit, None
-    try:
+    with temporarily_set((args, "save_total_limit", None)):
         yield
-    finally:
-        args.save_total_limit = limit
     barrier()  # all processes have written their files
     if args.should_save:
         mark_checkpoint_complete(checkpoint, made_with)
-        prune_checkpoints(checkpoint, limit, state.best_model_checkpoint)
+        prune_checkpoints(checkpoint, args.save_total_limit, state.best_model_checkpoint)

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from author_dp.accounting.output_dir import RESCUED
 from author_dp.errors import RESUME_REMEDY, UserError, first_line, to_user_error
+from author_dp.models.modes import temporarily_set
 from author_dp.models.weights import write_hashed_weights
 from author_dp.permissions import owner_only
 
@@ -91,11 +92,9 @@ def rescue_weights(trainer: Any, state_dict: Optional[dict[str, torch.Tensor]]) 
 def rescue_weights_only(model: Any, place: Path, state_dict: Optional[dict[str, torch.Tensor]]) -> None:
     """Save weights and configuration, without a generation configuration that may be the reason why saving failed."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    kept, base.generation_config = getattr(base, "generation_config", None), GenerationConfig()
-    try:
+    own = [(base, "generation_config", GenerationConfig())] if hasattr(base, "generation_config") else []
+    with temporarily_set(*own):
         model.save_pretrained(place, state_dict=state_dict)
-    finally:
-        base.generation_config = kept
 
 
 def rescue_message(error: Exception, folder: Path, place: Path) -> UserError:

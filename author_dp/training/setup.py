@@ -25,12 +25,7 @@ from author_dp.guards.callbacks import metric_driven_callback, metric_driven_sch
 from author_dp.guards.gradient_canaries import CollateWithGradientCanaries, GradientCanaries
 from author_dp.guards.model_check import ModelCheck, check_model, check_sharded_model, verify_model
 from author_dp.guards.monitors import RunMonitors
-from author_dp.guards.options import (
-    check_metric_options,
-    have_shared_authors,
-    metric_driven_option,
-    validate_options,
-)
+from author_dp.guards.options import check_metric_options, have_shared_authors, metric_driven_option, validate_options
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
 from author_dp.guards.process_agreement import check_processes_agree_at_start

@@ -162,12 +162,7 @@ def test_invalid_options_are_named(tmp_path, monkeypatch, capfd, options, named)
     assert status == 2 and named in stderr, stderr
 
 
-@catches(
-    "a number that a run without steps has told",
-    "training.setup.check_counts_hidden",
-    "if not steps",
-    "if False",
-)
+@catches("a number that a run without steps has told", "training.setup.check_counts_hidden", "if not steps", "if False")
 def test_a_run_that_took_no_step_has_told_the_number_too(tmp_path):
     options = {"dataset": make_dataset([3] * 40), "max_steps": 4}
     make_trainer(tmp_path, privacy={**HIDDEN, "hide_counts": False}, **options).budget.start()

@@ -118,10 +118,7 @@ def test_a_norm_of_a_tied_matrix_whose_two_uses_cancel(vocabulary, features):
 
 
 @catches(
-    "no room for what bfloat16 rounds, of tied weights",
-    "clipping.grad_factors.tied_grad_factors_norm",
-    "head.rounded",
-    "None",
+    "no room for what bfloat16 rounds, of tied weights", "clipping.grad_factors.tied_grad_factors_norm", "head.rounded", "None"
 )
 def test_a_tied_head_whose_tokens_cancel_is_given_room_for_bfloat16():
     tokens = torch.tensor([*[1.0, 1.015625, -2.015625] * 5, 2.0**-8])  # times most factors, rounded, they sum to something else

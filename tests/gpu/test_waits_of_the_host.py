@@ -26,7 +26,7 @@ def run(request):
 def test_waits_of_each_microbatch(run):
     assert run.microbatches > 2
     assert {key: times / run.microbatches for key, times in run.waits("microbatches").items()} == {
-        ("_local_scalar_dense", f"{GROUPS}:__init__"): 1,  # are all norms finite?
+        ("_local_scalar_dense", f"{GROUPS}:__init__"): 1  # are all norms finite?
     }
 
 

@@ -7,12 +7,7 @@ from conftest import COUNTS, make_dataset, make_trainer, tiny_gpt2
 from mutation import catches
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    DefaultFlowCallback,
-    EarlyStoppingCallback,
-    ProgressCallback,
-    TrainerCallback,
-)
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from author_dp.accounting.ledger import PrivacyLedger

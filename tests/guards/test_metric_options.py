@@ -7,10 +7,7 @@ import torch
 from mutation import catches
 from script_runs import PRIVACY, run_here, small
 from test_callbacks import header, trainer_with
-from transformers import (
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from author_dp.guards.options import STEP_ONLY, metric_driven_option

@@ -4,15 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    MODELS,
-    flat,
-    make_dataset,
-    make_trainer,
-    read_report,
-    tiny_gpt2,
-    trainable,
-)
+from conftest import MODELS, flat, make_dataset, make_trainer, read_report, tiny_gpt2, trainable
 from forked_runs import in_processes
 from transformers import GPT2LMHeadModel
 

@@ -10,14 +10,7 @@ import bugs
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    COUNTS,
-    as_arrays,
-    flat,
-    make_batch,
-    tiny_gpt2,
-    within,
-)
+from conftest import COUNTS, as_arrays, flat, make_batch, tiny_gpt2, within
 from mutation import catches
 from scipy import stats
 from torch import nn

@@ -14,12 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from author_dp.errors import UserError
 from author_dp.files import write_json
-from author_dp.models.weights import (
-    check_weights,
-    hash_weights,
-    weight_files,
-    write_hashed_weights,
-)
+from author_dp.models.weights import check_weights, hash_weights, weight_files, write_hashed_weights
 from author_dp.outputs import generate, report
 from author_dp.outputs import privacy_statement as sidecar
 from dp_utils import DPTrainer

@@ -17,13 +17,7 @@ from test_weights import PLAIN, STEPS, is_certified, make_model, run
 from author_dp.accounting import privacy_report
 from author_dp.accounting.ledger_report import main
 from author_dp.errors import UserError
-from author_dp.models.weights import (
-    check_base_weights,
-    check_weights,
-    describe_base_weights,
-    hash_weights,
-    weight_files,
-)
+from author_dp.models.weights import check_base_weights, check_weights, describe_base_weights, hash_weights, weight_files
 from author_dp.outputs import privacy_statement as sidecar
 from author_dp.outputs import report
 from author_dp.training.checkpointing import latest_complete_checkpoint, remove_checkpoint

@@ -13,9 +13,7 @@ from transformers import AutoModelForCausalLM
 from author_dp.data import hub
 from author_dp.errors import UserError
 from author_dp.files import write_json
-from author_dp.models.weights import (
-    COMPLETE_MARKER,
-)
+from author_dp.models.weights import COMPLETE_MARKER
 from author_dp.outputs import privacy_statement as sidecar
 from author_dp.outputs import report
 

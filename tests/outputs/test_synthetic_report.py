@@ -113,10 +113,7 @@ def test_the_split_is_that_of_the_training(fraction):
     rows = [{"author": f"a{n % 60}", "content": str(n)} for n in range(180)]
     samples = Dataset.from_list(rows).data
     train, held_out = split_by_author(samples.to_batches(), samples.schema, "author", 0.25, 42, fraction)
-    model = {
-        "split": DataArguments(eval_fraction=0.25).split_id(42),
-        "data": {"train_fraction": fraction, "row_limit": None},
-    }
+    model = {"split": DataArguments(eval_fraction=0.25).split_id(42), "data": {"train_fraction": fraction, "row_limit": None}}
     ours = split_synthetic_texts([SyntheticText(row["author"], row["content"]) for row in rows], model, Namespace(**OPTIONS))
     assert [[row.text for row in part] for part in ours] == [train["content"], held_out["content"]]
 
@@ -158,13 +155,7 @@ def make_files(tmp_path: Path, monkeypatch) -> tuple[Path, Path]:
     real.write_text("".join(json.dumps(row) + "\n" for row in rows))
     synthetic = tmp_path / "s.jsonl"
     synthetic.write_text("".join(json.dumps({"content": t, "animal": t.split()[1]}) + "\n" for t in sentences(50, 2)))
-    guarantee = {
-        "epsilon": 8.0,
-        "delta": 1e-5,
-        "disable_dp": False,
-        "split": split_id(42, 0.25, "author"),
-        "weights": {"a": "b"},
-    }
+    guarantee = {"epsilon": 8.0, "delta": 1e-5, "disable_dp": False, "split": split_id(42, 0.25, "author"), "weights": {"a": "b"}}
     write_json(statement_path(synthetic), {**make_statement(guarantee, "none"), "sha256": sha256_of(synthetic)})
     return synthetic, real
 

@@ -206,8 +206,7 @@ def test_user_error_releases_the_lock(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"),
-    [("a\0b", "null byte"), ("a\ud800b", "surrogates"), ("a" * 300, "too long"), ("a/" * 2_500, "too long")],
+    ("name", "problem"), [("a\0b", "null byte"), ("a\ud800b", "surrogates"), ("a" * 300, "too long"), ("a/" * 2_500, "too long")]
 )
 def test_find_checkpoint_refuses_impossible_paths(tmp_path, name, problem):
     with pytest.raises(UserError, match=f"^--output_dir .*{problem}"):

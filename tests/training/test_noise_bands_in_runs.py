@@ -14,9 +14,7 @@ from test_gradient_canaries import audited
 from test_noise_bands import CPU, KEY, make_sampler, matrix, participation
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
-from author_dp.accounting.banded_mf import (
-    toeplitz_coefficients,
-)
+from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.plan_text import format_plan
