@@ -39,20 +39,20 @@ from author_dp.accounting.output_dir import failures_recorded, lock_output_dir
 from author_dp.clipping import ENGINES
 from author_dp.distributed import all_reduce_gradients
 from author_dp.errors import UserError, as_user_error
-from author_dp.guards.callbacks import WatchedCallbacks, check_no_trial
+from author_dp.guards.callbacks import WatchedCallbacks
 from author_dp.guards.gradient_canaries import GradientCanaries
+from author_dp.guards.launchers import check_accelerate_launcher
 from author_dp.guards.loggers import redirect_loggers
-from author_dp.guards.options import check_accelerate_options
-from author_dp.guards.precision import deterministic_kernels, full_precision_sums
 from author_dp.guards.text_canaries import TextCanaries
-from author_dp.guards.trainer_arguments import check_optimizer, check_trainer_arguments
+from author_dp.guards.trainer_arguments import check_no_trial, check_optimizer, check_trainer_arguments
 from author_dp.mechanism.fsdp import missing_fsdp_rounds
 from author_dp.mechanism.fsdp_clipping import make_engine
 from author_dp.mechanism.losses import author_losses
 from author_dp.mechanism.microbatches import LogicalBatch, make_microbatch_shape
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
-from author_dp.models.modes import frozen_weights_cast
+from author_dp.mechanism.secret_generators import set_up_secret_generators
+from author_dp.models.modes import deterministic_kernels, frozen_weights_cast, full_precision_sums
 from author_dp.option_names import find_missing_options
 from author_dp.outputs.model_card import model_card_settings
 from author_dp.outputs.privacy_statement import statement_starting_model
@@ -63,7 +63,7 @@ from author_dp.training.dataloading import adapt_trainer_args, broadcast_paramet
 from author_dp.training.interruption import StopOnSignal, signals_end_with_message
 from author_dp.training.resuming import find_checkpoint
 from author_dp.training.run_report import RunReport
-from author_dp.training.setup import recheck_before_training, set_up_dp_optimizer, set_up_run, set_up_secret_generators
+from author_dp.training.setup import recheck_before_training, set_up_dp_optimizer, set_up_run
 from author_dp.validation import check_choice, check_exclusive, check_range, option
 
 __all__ = ["DPTrainer", "PrivacyArguments", "compute_epsilon", "find_noise_multiplier"]
@@ -211,7 +211,7 @@ class DPTrainer(UploadingTrainer):
         kwargs |= {"train_dataset": setup.train_dataset, "data_collator": setup.data_collator}
         super().__init__(model=model, args=args, **kwargs)
         args.max_steps = self.plan.steps  # set only now: otherwise the Trainer would log that it overrides --num_train_epochs
-        check_accelerate_options(self.accelerator, args.bf16)
+        check_accelerate_launcher(self.accelerator, args.bf16)
         if full_shard:  # otherwise bfloat16 copies of all gathered weights would be kept until the forward ends
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if not privacy.disable_dp:

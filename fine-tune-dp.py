@@ -44,19 +44,19 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from author_dp import cli
 from author_dp.accounting.output_dir import check_output_is_not_model
-from author_dp.data.chat import resolve_bos_token
 from author_dp.data.columns import get_column
 from author_dp.data.splits import author_hashes
 from author_dp.data.storage import cleanup_temp_dirs
 from author_dp.errors import UserError
 from author_dp.guards.canaries import AuditArguments, Canaries, make_canaries
-from author_dp.guards.options import check_launcher_variables, validate_options
+from author_dp.guards.launchers import check_launcher_variables
+from author_dp.guards.options import validate_options
 from author_dp.guards.text_canaries import TextCanaries
 from author_dp.logs import configure_logging, get_logger
 from author_dp.mechanism.sampling import append_canary_sampling_hashes
@@ -74,7 +74,7 @@ from author_dp.validation import option
 from data_utils import AuthorDataset, DataArguments, collate, group_by_author, load_author_datasets
 from dp_utils import DPTrainer, PrivacyArguments
 
-startup.end()
+startup.finish_startup()
 
 logger = get_logger(__name__)
 
@@ -167,15 +167,6 @@ def group_datasets(
     return AuthorDataset(*grouped, hashes), eval_dataset
 
 
-def make_text_samples(
-    tokenizer: PreTrainedTokenizerBase, eval_dataset: Optional[AuthorDataset], data_args: DataArguments
-) -> TextSamples:
-    """Return the writer of a few texts for the report, before and after training."""
-    start = resolve_bos_token(tokenizer, data_args.prepend_bos)
-    prompt = [] if start is None else [start]
-    return TextSamples(tokenizer, eval_dataset, prompt, data_args.sequence_len, answers=data_args.has_loss_mask)
-
-
 def main() -> None:
     model_args, lora_args, data_args, privacy_args, audit_args, release_args, training_args = parse_arguments()
     configure_logging(training_args)
@@ -217,7 +208,8 @@ def main() -> None:
         processing_class=tokenizer,
     )
     writes_texts = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
-    texts = make_text_samples(tokenizer, eval_dataset, data_args) if writes_texts else None
+    answers = data_args.has_loss_mask
+    texts = TextSamples(tokenizer, eval_dataset, data_args.sequence_len, answers=answers) if writes_texts else None
     statistics = RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts, cli.command_line())
     trainer.add_callback(statistics)
     if model_args.dry_run:

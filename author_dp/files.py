@@ -40,12 +40,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def make_private(path: Path) -> None:
-    """Set mode 0600 on `path`, which is created if missing, so that the mode marks it as private."""
-    path.touch(mode=0o600)  # with the default mode, others could open a new file before chmod
-    path.chmod(0o600)
-
-
 def fsync_folder(folder: Path) -> None:
     """Flush the directory entries of `folder` to disk, so that they survive a power cut; POSIX only."""
     if os.name == "posix":

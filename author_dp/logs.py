@@ -55,7 +55,7 @@ def get_logger(name: str) -> Any:
 
 
 @contextmanager
-def without_lines(logger: str, beginnings: tuple[str, ...]) -> Iterator[None]:
+def without_log_lines(logger: str, beginnings: tuple[str, ...]) -> Iterator[None]:
     """Inside, drop the log lines of a logger of transformers, such as "trainer", that begin with one of `beginnings`."""
 
     def is_kept(record: logging.LogRecord) -> bool:
@@ -82,7 +82,7 @@ def replace_log_handler() -> None:
             transformers_logging._default_handler = console  # so that `disable_default_handler` removes it
 
 
-def is_useful(record: Any) -> bool:
+def is_useful_log(record: Any) -> bool:
     """Return whether a log record starts with none of NOISY_LOG_PREFIXES."""
     return not record.getMessage().startswith(NOISY_LOG_PREFIXES)
 
@@ -99,7 +99,7 @@ def configure_logging(args: Any) -> None:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
     for name in NOISY_LOGGERS:
-        transformers_logging.get_logger(f"transformers.{name}").addFilter(is_useful)  # type: ignore[arg-type]
+        transformers_logging.get_logger(f"transformers.{name}").addFilter(is_useful_log)  # type: ignore[arg-type]
 
 
 replace_log_handler()

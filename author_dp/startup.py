@@ -2,8 +2,8 @@
 
 Garbage collection finds nothing while libraries are imported, and takes a fifth of the import's time. Without it, imports took
 4.3 s instead of 5.5 s on two CPU cores. A Ctrl-C during imports would print a traceback, or a library's `except` would swallow
-it. Here it ends the program. On a busy machine, imports take longer than five seconds: then a line says so. Call `end` after
-the imports: it undoes all of this.
+it. Here it ends the program. On a busy machine, imports take longer than five seconds: then a line says so. Call
+`finish_startup` after the imports: it undoes all of this.
 
 Before torch is imported, its allocator of GPU memory is told to grow its blocks: microbatches of several lengths would otherwise
 leave memory in pieces of which none is large enough. And oneDNN is told not to use AMX, whose products mix authors in
@@ -31,7 +31,7 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
     _handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def end() -> None:
+def finish_startup() -> None:
     """Collect garbage of new objects again, let Ctrl-C raise KeyboardInterrupt again, and keep quiet."""
     global _handler
     _line.cancel()

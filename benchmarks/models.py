@@ -22,9 +22,9 @@ from transformers.utils import logging
 from author_dp.clipping import ENGINES
 from author_dp.errors import UserError
 from author_dp.guards.model_check import check_model, verify_model
-from author_dp.guards.probing import deterministic_train_mode
 from author_dp.mechanism.losses import author_losses
 from author_dp.models.lora import add_lora_adapters
+from author_dp.models.modes import deterministic_train_mode
 
 TOLERANCE = 2e-4
 KINDS = (("full", "ghost"), ("full", "grad_sample"), ("lora", "ghost"))

@@ -53,11 +53,11 @@ from transformers import (  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from author_dp.clipping import ClippingEngine  # noqa: E402
-from author_dp.guards.precision import full_precision_sums  # noqa: E402
 from author_dp.mechanism.fsdp_clipping import make_engine  # noqa: E402
 from author_dp.mechanism.losses import author_losses  # noqa: E402
 from author_dp.mechanism.microbatches import make_microbatch_shape, make_microbatches  # noqa: E402
 from author_dp.models.fusion import fuse_operations  # noqa: E402
+from author_dp.models.modes import full_precision_sums  # noqa: E402
 from data_utils import AuthorDataset, collate, group_by_author  # noqa: E402
 from dp_utils import DPTrainer, PrivacyArguments  # noqa: E402
 

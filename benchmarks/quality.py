@@ -23,7 +23,7 @@ from common import ROOT, cache_option, cached, drawing, fine_tune, main, option,
 from transformers import TrainerCallback
 
 from author_dp.outputs.privacy_statement import check_statement
-from author_dp.outputs.synthetic_report import add_options, read_real, read_synthetic, split_synthetic_texts
+from author_dp.outputs.synthetic_report import add_synthetic_report_options, read_real, read_synthetic, split_synthetic_texts
 from dp_utils import DPTrainer
 
 # --- epsilon, recipe, LoRA, few authors -----------------------------------------------------------------------
@@ -365,7 +365,7 @@ def write_rows(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
     option("files", nargs="+", help="the --train_file of the training"),
     option("--text_column", default="content"),
     option("--messages_column"),
-    add_options,
+    add_synthetic_report_options,
     passes_on=True,
 )
 def synthetic_utility(args: argparse.Namespace) -> None:

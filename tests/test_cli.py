@@ -14,7 +14,7 @@ from author_dp import cli, option_names
 from author_dp.accounting import ledger_report
 from author_dp.errors import MechanismError, PeerLostError, SignalError, UserError
 from author_dp.guards.canaries import AuditArguments
-from author_dp.logs import is_useful
+from author_dp.logs import is_useful_log
 from author_dp.models.lora import LoraArguments
 from author_dp.outputs import generate, publish, report, synthetic_report, tune
 from author_dp.validation import option
@@ -101,7 +101,7 @@ def test_names_of_peft_and_trl_are_aliases(word):
 
 @pytest.mark.parametrize(("line", "is_shown"), [("Saving model checkpoint to out", False), ("Loading the best model", True)])
 def test_is_useful_drops_lines_that_say_nothing(line, is_shown):
-    assert is_useful(logging.makeLogRecord({"msg": line})) == is_shown
+    assert is_useful_log(logging.makeLogRecord({"msg": line})) == is_shown
 
 
 def test_name_offending_options_finds_names_without_dashes():

@@ -15,7 +15,7 @@ from transformers import ProgressCallback
 
 from author_dp import progress
 from author_dp.guards import model_check
-from author_dp.logs import without_lines
+from author_dp.logs import without_log_lines
 from author_dp.progress import Progress, track, track_calls
 from author_dp.training.console import TrainingBar
 
@@ -140,7 +140,7 @@ def test_tied_weights_are_not_said_to_be_missing(tmp_path, caplog, monkeypatch):
 def test_lines_are_dropped_inside_only():
     logger = logging.getLogger("transformers.trainer")
     record = logging.LogRecord(logger.name, logging.INFO, "", 0, "***** Running", (), None)
-    with without_lines("trainer", ("***",)):
+    with without_log_lines("trainer", ("***",)):
         assert not logger.filter(record)
     assert logger.filter(record)
 

@@ -11,9 +11,9 @@ Example:
     ...     budget.record_step()
 """
 
+import bisect
 import math
 import uuid
-from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, Optional
@@ -121,7 +121,11 @@ class Budget:
     def affordable_steps(self, steps: int) -> float:
         """Return how many of `steps` more steps the target allows, inf without a target; main process only."""
         target = self.plan.target_epsilon
-        return math.inf if target is None else bisect_largest(steps, lambda more: self.epsilon(more) <= target)
+        if target is None:
+            return math.inf
+        if self.epsilon(steps) <= target:
+            return steps
+        return bisect.bisect_left(range(1, steps), True, key=lambda more: self.epsilon(more) > target)
 
     def epsilon(self, more_steps: int = 0) -> float:
         """Return the epsilon of all steps in the ledger and `more_steps`; main process only."""
@@ -156,14 +160,3 @@ class StopAtTargetEpsilon(TrainerCallback):
         if self.budget.steps >= self.budget.allowed_steps and state.global_step < state.max_steps:
             logger.warning(f"Stopped at step {state.global_step} of {state.max_steps}: --target_epsilon is used up.")
             control.should_training_stop = True
-
-
-def bisect_largest(limit: int, allowed: Callable[[int], bool]) -> int:
-    """Return the largest allowed number up to `limit`, by bisection; 0 if none is allowed."""
-    low, high = 0, limit
-    if allowed(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if allowed(middle) else (low, middle)
-    return low

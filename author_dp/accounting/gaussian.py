@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import erfcx
+from scipy.special import erfcx, log_ndtr
 
 from author_dp.accounting.events import ULP, MechanismEvent
 
@@ -40,3 +40,22 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if gaussian_delta(mu, middle) <= delta else (middle, high)
     return high
+
+
+def normal_mass(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log of the standard normal's mass between `low` and `high`, and a bound on its relative error."""
+    mirrored = low + high > 0  # the smaller tail: no cancellation against 1
+    low, high = np.where(mirrored, -high, low), np.where(mirrored, -low, high)
+    log_high = log_ndtr(high)
+    share = -np.expm1(log_ndtr(low) - log_high)
+    return log_high + np.log(share), 16 * ULP * (1 + np.abs(log_high)) / share
+
+
+def gaussian_loss(loss: np.ndarray, rate: float) -> np.ndarray:
+    """Return the loss g without sampling that gives `loss` = log(1 - q + q exp(g)) with it; -inf below its range."""
+    if rate == 1:
+        return loss
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        far = loss - math.log(rate) + np.log1p(-(1 - rate) * np.exp(-loss))
+        near = np.log1p(np.maximum(np.expm1(loss) / rate, -1.0))
+    return np.where(loss > 1, far, near)

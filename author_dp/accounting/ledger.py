@@ -293,11 +293,6 @@ def ledger_is_certified(certificate: dict[str, Any], earlier: Sequence[tuple[dic
     return [[header["name"], taken] for header, taken in earlier] == certificate["earlier"] and steps <= certificate["steps"]
 
 
-def find_ledger_reports(folder: Path) -> list[Path]:
-    """Return the privacy.json of a run, if it saved its model, and those of its checkpoints."""
-    return sorted([*folder.glob(REPORT_NAME), *folder.glob(f"checkpoint-*/{REPORT_NAME}")])
-
-
 def read_ledger_private_count(folder: Path) -> Optional[int]:
     """Return the number of authors of the last run with --hide_counts in `folder`; None if unknown."""
     try:

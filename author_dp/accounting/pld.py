@@ -35,6 +35,7 @@ from scipy import fft
 from scipy.special import log_ndtr, logsumexp, ndtri_exp
 
 from author_dp.accounting.events import ULP
+from author_dp.accounting.gaussian import gaussian_loss, normal_mass
 
 TOLERANCE = 3e-4  # of epsilon: the discretization error that is accepted
 NEGLIGIBLE = 1e-9  # of delta: probability of losses beyond the grid, which count as infinite
@@ -61,25 +62,6 @@ class DiscretePLD(NamedTuple):
             exponents = np.log(self.mass) + tilt * cell * (self.start + np.arange(len(self.mass)))
         log_moment = float(logsumexp(exponents))
         return np.exp(exponents - log_moment), log_moment
-
-
-def normal_mass(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log of the standard normal's mass between `low` and `high`, and a bound on its relative error."""
-    mirrored = low + high > 0  # the smaller tail: no cancellation against 1
-    low, high = np.where(mirrored, -high, low), np.where(mirrored, -low, high)
-    log_high = log_ndtr(high)
-    share = -np.expm1(log_ndtr(low) - log_high)
-    return log_high + np.log(share), 16 * ULP * (1 + np.abs(log_high)) / share
-
-
-def gaussian_loss(loss: np.ndarray, rate: float) -> np.ndarray:
-    """Return the loss g without sampling that gives `loss` = log(1 - q + q exp(g)) with it; -inf below its range."""
-    if rate == 1:
-        return loss
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        far = loss - math.log(rate) + np.log1p(-(1 - rate) * np.exp(-loss))
-        near = np.log1p(np.maximum(np.expm1(loss) / rate, -1.0))
-    return np.where(loss > 1, far, near)
 
 
 def make_loss_grid(sigma: float, rate: float, cell: float, tail: float) -> tuple[int, np.ndarray, np.ndarray]:

@@ -15,7 +15,6 @@ Not noticed are weights written through `.data` or `.detach().numpy()`, which to
 and files that it deletes or saves itself.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, Optional
 
@@ -46,7 +45,7 @@ PARTS_OF_A_STEP = (Optimizer, GradBuffer, GaussianNoise, BandMFNoise)  # compare
 SCALARS = {bool, int, float, str, type(None)}
 
 
-# --- what callbacks and schedulers follow ---------------------------------------------------------------
+# --- what callbacks follow -----------------------------------------------------------------------------
 
 
 def get_declaration(callback: TrainerCallback) -> Optional[str]:
@@ -57,41 +56,6 @@ def get_declaration(callback: TrainerCallback) -> Optional[str]:
     if callback_class.__module__.startswith("transformers."):
         return TRANSFORMERS_CALLBACKS.get(callback_class.__qualname__)
     return vars(callback_class).get("follows")
-
-
-def metric_driven_callback(callbacks: Iterable[TrainerCallback]) -> Optional[str]:
-    """Return the name of a callback by which evaluation metrics steer the training; None without one."""
-    return next((f"callback {type(c).__name__}" for c in callbacks if get_declaration(c) == EVALUATION), None)
-
-
-def metric_driven_scheduler(trainer: Any) -> Optional[str]:
-    """Return the name of a given scheduler by which evaluation metrics steer the training; None without one.
-
-    Args:
-        trainer: dp_utils.DPTrainer.
-    Raises:
-        UserError: with privacy, for a scheduler that has not declared what it follows. It may read training losses.
-    """
-    scheduler = trainer.lr_scheduler
-    if scheduler is None or getattr(trainer, "_created_lr_scheduler", False):
-        return None
-    declared, name = vars(scheduler).get("follows", vars(type(scheduler)).get("follows")), type(scheduler).__name__
-    if declared not in (STEPS, EVALUATION) and not trainer.privacy.disable_dp:
-        raise UserError(
-            f"optimizers: the scheduler {name} did not declare what it follows. Nothing may follow training losses, which have "
-            f'no noise. If it follows step numbers alone, set scheduler.follows = "{STEPS}"; if metrics of held-out authors, '
-            f'"{EVALUATION}"'
-        )
-    return None if declared == STEPS else f"optimizers: {name}"
-
-
-def check_no_trial(trial: Any) -> None:
-    """Raise UserError for a hyperparameter search: every trial spends budget, and losses choose the best."""
-    if trial is not None:
-        raise UserError(
-            "hyperparameter_search: not supported, as every trial spends privacy budget, and so does choosing by its losses. "
-            "Call train() with fixed options"
-        )
 
 
 # --- what callbacks change ------------------------------------------------------------------------------

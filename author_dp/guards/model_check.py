@@ -29,15 +29,10 @@ from author_dp.guards.clipping_check import (
     freeze_unused,
     make_clipping_check_batch,
 )
-from author_dp.guards.probing import (
-    MIN_LEN,
-    deterministic_train_mode,
-    model_errors_as_user_error,
-    perturb_zero_params,
-    resolve_sequence_len,
-)
+from author_dp.guards.probing import MIN_LEN, model_errors_as_user_error, perturb_zero_params, resolve_sequence_len
 from author_dp.guards.sample_independence import MAX_LEN, check_sample_independence
 from author_dp.mechanism.fsdp import find_non_finite_shard
+from author_dp.models.modes import deterministic_train_mode
 from author_dp.models.quantization import check_quantized_frozen
 from author_dp.progress import track_calls
 from author_dp.wording import format_names
@@ -118,7 +113,7 @@ def check_model(model: nn.Module, call_model: bool = True) -> None:
     Args:
         call_model: whether to check that samples are independent, too. DPTrainer does so in `verify_model`.
     """
-    check_model_weights(model.named_parameters(), "--model_name: ", "Choose another model, or fix the checkpoint")
+    check_model_finite(model.named_parameters(), "--model_name: ", "Choose another model, or fix the checkpoint")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError("--model_name: an encoder-decoder model is not supported. Choose a decoder (causal language model)")
     for name, module in model.named_modules():
@@ -151,13 +146,13 @@ def check_sharded_model(model: nn.Module) -> None:
         raise UserError("--fsdp: all weights must be in float32, and on no device yet. Load the model without quantization")
 
 
-def check_trained_model_weights(model: nn.Module, step: int) -> None:
+def check_trained_model_finite(model: nn.Module, step: int) -> None:
     """Raise UserError if training has made a weight infinite or nan by `step`."""
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    check_model_weights(trained, f"--learning_rate: by step {step}, ", "Lower it, and restart")
+    check_model_finite(trained, f"--learning_rate: by step {step}, ", "Lower it, and restart")
 
 
-def check_model_weights(parameters: Iterable[tuple[str, nn.Parameter]], prefix: str, remedy: str) -> None:
+def check_model_finite(parameters: Iterable[tuple[str, nn.Parameter]], prefix: str, remedy: str) -> None:
     """Raise UserError if a weight is not finite. Weights are public, so the error discloses nothing about an author."""
     if (name := find_non_finite_shard(parameters)) is not None:
         raise UserError(f"{prefix}{name} holds weights that are not finite. {remedy}")

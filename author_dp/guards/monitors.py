@@ -34,7 +34,7 @@ from author_dp.guards.seed_checks import check_unseeded, check_unseeded_groups, 
 from author_dp.guards.slot_monitors import SlotCanaryMonitor, SlotMonitor
 from author_dp.mechanism.fsdp import local_shard
 from author_dp.mechanism.optimizer import PROBE_SIZE
-from author_dp.mechanism.sampling import PoissonAuthorSampler
+from author_dp.mechanism.sampling import PoissonAuthorSampler, sampler_groups, without_groups
 from author_dp.mechanism.secret_generators import sample_generators
 from author_dp.models.quantization import quant_scales
 
@@ -229,14 +229,3 @@ def checksum(tensor: torch.Tensor) -> int:
     aligned = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
     dtypes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(flat.view(dtypes[8 if aligned else flat.element_size()]).sum(dtype=torch.int64))
-
-
-def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
-    """Return the function that samples authors as one group; secret groups would hide that two samplers are seeded alike."""
-    return lambda: sampler.sample_indices(len(sampler.offsets) - 1)
-
-
-def sampler_groups(sampler: PoissonAuthorSampler) -> np.ndarray:
-    """Return the group of each author, with several groups."""
-    assert sampler.groups is not None
-    return sampler.groups

@@ -8,12 +8,8 @@ Example:
     >>> validate_options(args, privacy, full_shard=False)
 """
 
-import os
-from typing import Any, Optional, Protocol
+from typing import Optional, Protocol
 
-import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
@@ -21,30 +17,13 @@ from transformers.training_args import OptimizerNames
 from author_dp.accounting.plan import SAMPLINGS, check_plan_can_certify, check_planned_delta
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import TRANSFORMERS_MODULE
+from author_dp.guards.launchers import check_launcher
 from author_dp.guards.loggers import check_loggers
+from author_dp.guards.metric_driven import check_metric_options, metric_driven_option
 from author_dp.guards.precision import rounding_error, rounding_settings
 from author_dp.guards.trainer_arguments import check_optimizer_name, check_trainer_options
 from author_dp.mechanism.adam_bc import use_adam_bc
 from author_dp.validation import check_choice, check_range
-
-SUPPORTED_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
-
-MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
-OTHER_ENGINE = "it changes gradients that must be per author. Leave it out"
-LAUNCHER_VARIABLES = {  # of `accelerate launch`: its option, the value without it, and the problem with the remedy
-    MIXED_PRECISION: ("--mixed_precision", "no", "unknown to the run. Unset it; for 16-bit speed use --bf16"),
-    "ACCELERATE_DYNAMO_BACKEND": (
-        "--dynamo_backend", "no", "like --torch_compile it hides the layers from the clipping hooks, and enables TF32. Unset it"
-    ),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-        "--gradient_accumulation_steps", "1", "unknown to the run. Unset it, and give the script --gradient_accumulation_steps"
-    ),
-    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "false", OTHER_ENGINE),
-    "ACCELERATE_USE_FSDP": ("--use_fsdp", "false", f"{OTHER_ENGINE}, and give the script --fsdp full_shard"),
-    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "false", OTHER_ENGINE),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", "false", OTHER_ENGINE),
-    "ACCELERATE_USE_SAGEMAKER": ("with SageMaker", "false", OTHER_ENGINE),
-}  # fmt: skip
 
 # Optimizers that update each element by itself, so that a shard is updated as it would be in the full tensor.
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -72,17 +51,6 @@ RANGES = {
     "save_total_limit": "[1, 2147483648]",
     "seed": "[0, 4294967295]",
 }
-
-# Values that depend on step numbers alone. All others, those of later versions too, count as driven by metrics.
-STEP_ONLY = {
-    "lr_scheduler_type": {
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-        "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
-    },
-    "save_strategy": {"no", "steps", "epoch"},
-    "eval_strategy": {"no", "steps", "epoch"},
-    "logging_strategy": {"no", "steps", "epoch"},
-}  # fmt: skip
 
 
 class PrivacyOptions(Protocol):
@@ -120,7 +88,7 @@ def validate_options(
     check_trainer_options(args)
     check_option_ranges(args)
     check_checkpointing_options(args, privacy)
-    check_environment_options(args)
+    check_launcher(args)
     check_loggers(args)
     if args.push_to_hub:
         check_upload_options(args, privacy)
@@ -155,43 +123,6 @@ def check_option_ranges(args: TrainingArguments) -> None:
         raise UserError("--max_steps 0: nothing to train. Give a number above 0, or leave it out for --num_train_epochs")
     if args.max_steps < 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {args.num_train_epochs}: nothing to train. Give a number above 0, or --max_steps")
-
-
-def check_environment_options(args: TrainingArguments) -> None:
-    """Raise UserError where a launcher would start unconnected processes, or asks for what the run does not know."""
-    if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
-        raise UserError("--use_cpu: the processes of torch.distributed.run are not connected. On CPUs add --use_cpu")
-    check_processes_connected()
-    check_launcher_variables(args.bf16)
-
-
-def check_processes_connected() -> None:
-    """Raise UserError where a launcher was asked for several processes that know nothing of each other."""
-    if "RANK" in os.environ:
-        return
-    for variable, launcher in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun")):
-        if (number := os.environ.get(variable, "1")).isdecimal() and int(number) > 1:
-            raise UserError(
-                f"{variable} {number}: {launcher} started that many processes, each a run of its own. Start one "
-                "torch.distributed.run for each machine (docs/distributed.md)"
-            )
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ:
-        raise UserError(
-            "accelerate launch --cpu: it starts one process, whatever --num_processes says. On CPUs start them with "
-            "torch.distributed.run; for one process give --num_processes 1, and unset MASTER_ADDR"
-        )
-
-
-def check_launcher_variables(bf16: bool) -> None:
-    """Raise UserError for an environment variable by which `accelerate launch` asks for what the run does not know.
-
-    Args:
-        bf16: --bf16, with which bfloat16 is no surprise.
-    """
-    for name, (option, without, reason) in LAUNCHER_VARIABLES.items():
-        value = os.environ.get(name, without).lower()
-        if value not in (without, "", "false", "0") and not (name == MIXED_PRECISION and value == "bf16" and bf16):
-            raise UserError(f"{name} {value} (accelerate launch {option}): {reason}")
 
 
 def check_gradient_options(args: TrainingArguments, privacy: PrivacyOptions) -> None:
@@ -250,70 +181,3 @@ def check_fsdp_options(args: TrainingArguments, privacy: PrivacyOptions, base_pr
         raise UserError(f"--optim {name}: with --fsdp it may mix elements of shards. Use {ELEMENTWISE_OPTIMIZERS[0]}")
     if args.load_best_model_at_end:
         raise UserError("--load_best_model_at_end: not supported with --fsdp. Leave it out, and choose a checkpoint yourself")
-
-
-def check_accelerate_options(accelerator: Accelerator, bf16: bool) -> None:
-    """Raise UserError where accelerate's own configuration would change the mechanism.
-
-    Args:
-        bf16: --bf16, which alone decides whether the run computes in bfloat16.
-    """
-    is_supported = (
-        accelerator.mixed_precision == ("bf16" if bf16 else "no")
-        and accelerator.distributed_type in SUPPORTED_LAUNCHES
-        and getattr(accelerator, "parallelism_config", None) is None
-        and accelerator.gradient_accumulation_steps == 1
-    )
-    if accelerator.scaler is not None or not is_supported:
-        raise UserError(
-            f"accelerate launch: its configuration, or an Accelerator made before, asks for {accelerator.mixed_precision} "
-            f"precision, {accelerator.distributed_type.value}, or accumulation or parallelism of its own. Use --bf16, and start "
-            "processes with torch.distributed.run"
-        )
-
-
-# --- metrics that choose the model ----------------------------------------------------------------------
-
-
-def metric_driven_option(args: TrainingArguments) -> Optional[str]:
-    """Return the option by which evaluation metrics choose what is saved or trained; None if they only inform."""
-    if args.load_best_model_at_end:
-        return "--load_best_model_at_end"
-    for name, known in STEP_ONLY.items():
-        value = getattr(args, name)
-        value = str(getattr(value, "value", value))
-        if value not in known:
-            return f"--{name} {value}"
-    if args.metric_for_best_model is not None:  # --save_total_limit keeps the best checkpoint
-        return f"--metric_for_best_model {args.metric_for_best_model}"
-    return None
-
-
-def check_metric_options(allowed: bool, option: Optional[str], privacy: PrivacyOptions) -> None:
-    """Raise UserError where metrics of training authors, which have no noise, would choose the model.
-
-    Args:
-        allowed: --allow_shared_authors, or whether evaluation authors are training authors.
-        option: what lets metrics choose, like `metric_driven_option`.
-    """
-    if allowed and option is not None and not privacy.disable_dp:
-        raise UserError(
-            f"--allow_shared_authors: with {option}, losses of training authors would choose the model without noise. "
-            "Leave one of the two out"
-        )
-
-
-def have_shared_authors(train: Any, evaluation: Any) -> bool:
-    """Return whether evaluation authors are known to be training authors.
-
-    Args:
-        train: the training set, `data_utils.AuthorDataset`.
-        evaluation: another one, several by name, or None.
-    """
-    for dataset in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
-        train_hashes, eval_hashes = getattr(train, "hashes", None), getattr(dataset, "hashes", None)
-        if dataset is train:
-            return True
-        if train_hashes is not None and eval_hashes is not None and np.isin(eval_hashes, train_hashes).any():
-            return True
-    return False

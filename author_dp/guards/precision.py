@@ -22,9 +22,6 @@ Example:
 
 import itertools
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Optional
 
 import torch
@@ -226,39 +223,6 @@ def rounding_settings(device: str) -> list[str]:
         if os.environ.get(variable, "strict").lower() != "strict":
             settings.append(f"{variable}={os.environ[variable]}")
     return settings
-
-
-def float32_products() -> AbstractContextManager[None]:
-    """Disable TF32 and bfloat16 for float32 products and convolutions, however they were enabled."""
-    backends: Any = torch.backends
-    flags = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv]
-    return temporarily_set(*((flag, "fp32_precision", "ieee") for flag in flags))
-
-
-@contextmanager
-def deterministic_kernels(device: torch.device) -> Iterator[None]:
-    """Make CUDA compute the same twice, for two backward passes that must agree.
-
-    The backward pass of flash attention adds up in a random order by default. The norms of the first pass would bound the sums of
-    the second one to rounding only. Where an operation has no deterministic kernel, the default one runs.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings(), temporarily_set((torch.utils.deterministic, "fill_uninitialized_memory", False)):
-            warnings.filterwarnings("ignore", message=".*determinis")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def full_precision_sums() -> AbstractContextManager[None]:
-    """Make CUDA sum products of 16-bit factors in float32; by default it may add partial sums in 16 bits."""
-    flags = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
-    return temporarily_set(*((torch.backends.cuda.matmul, flag, False) for flag in flags))
 
 
 def precision_tolerance_factor(model: nn.Module) -> float:

@@ -12,10 +12,7 @@ import torch
 from torch import nn
 
 from author_dp.errors import UserError, first_line
-from author_dp.guards.precision import float32_products
 from author_dp.mechanism.fsdp import local_shard
-from author_dp.models.modes import is_dropout_rate, temporarily_set, training_mode
-from author_dp.models.quantization import quantized_float32_compute
 
 MODEL_CODE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 DEFAULT_LEN = 128  # tokens of the longest sample where nothing says how long samples are
@@ -50,23 +47,6 @@ def model_errors_as_user_error(problem: str) -> Iterator[None]:
 
 
 # --- states of the model --------------------------------------------------------------------------------
-
-
-@contextmanager
-def float32_train_mode(model: nn.Module) -> Iterator[None]:
-    """Use training mode, in which alone batch norm mixes samples, without autocast, TF32 or bfloat16 products."""
-    autocast = torch.autocast(next(model.parameters()).device.type, enabled=False)
-    with training_mode(model), autocast, quantized_float32_compute(model), float32_products():
-        yield
-
-
-@contextmanager
-def deterministic_train_mode(model: nn.Module) -> Iterator[None]:
-    """Use `float32_train_mode` without dropout; set every dropout rate of modules and configurations to 0."""
-    owners: dict[int, Any] = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if o is not None}
-    rates = [(o, name, type(v)(0)) for o in owners.values() for name, v in vars(o).items() if is_dropout_rate(o, name, v)]
-    with float32_train_mode(model), temporarily_set(*rates):
-        yield
 
 
 @contextmanager

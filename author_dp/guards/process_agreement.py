@@ -49,7 +49,7 @@ def check_processes_agree_at_start(plan: PrivacyPlan, dataset: Any, model: nn.Mo
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     fields = {**asdict(plan), "bf16": bf16, "trained parameters": shapes}
-    starts = gather({"data": hash_data(dataset), **fields})
+    starts = gather({"data": hash_process_data(dataset), **fields})
     if any(start["data"] != starts[0]["data"] for start in starts):
         raise UserError(
             "--train_file: processes have read different training data. Give the same files and options to all, on every machine"
@@ -59,7 +59,7 @@ def check_processes_agree_at_start(plan: PrivacyPlan, dataset: Any, model: nn.Mo
         raise UserError(f"--{option}: processes differ in {', '.join(differing)}. Give all of them the same options")
 
 
-def hash_data(dataset: Any) -> str:
+def hash_process_data(dataset: Any) -> str:
     """Return a hash of which samples belong to whom, and of the tokens of `HASHED_SAMPLES` samples."""
     positions = np.linspace(0, len(dataset.indices) - 1, min(HASHED_SAMPLES, len(dataset.indices))).astype(np.int64)
     fetched = dataset.__getitems__([dataset.indices[position : position + 1] for position in positions])
@@ -77,8 +77,8 @@ class AgreementBatch(NamedTuple):
     """A batch as it was sampled."""
 
     digest: bytes  # of the indices of all its authors
-    whole: int  # `set_hash` of all its authors
-    share: int  # `set_hash` of this process' authors
+    whole: int  # `hash_process_set` of all its authors
+    share: int  # `hash_process_set` of this process' authors
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,10 @@ class AgreementMonitor:
         starts = np.cumsum([0, *map(len, share)])[:-1]
         expected = np.repeat(sample_authors[starts], [len(samples) for samples in share])
         strays = sample_authors[sample_authors != expected]  # samples of another author than the first sample's
-        share_hash = set_hash(sample_authors[starts], index) + set_hash(strays, index)
-        self._sampled[index] = AgreementBatch(hashlib.sha256(authors.tobytes()).digest(), set_hash(authors, index), share_hash)
+        share_hash = hash_process_set(sample_authors[starts], index) + hash_process_set(strays, index)
+        self._sampled[index] = AgreementBatch(
+            hashlib.sha256(authors.tobytes()).digest(), hash_process_set(authors, index), share_hash
+        )
 
     def on_step(self, index: int, batch_size: int) -> None:
         """Add a step, with its batch's index and number of authors, without canaries."""
@@ -152,7 +154,7 @@ def find_process_mismatches(records: list[AgreementRecord]) -> list[str]:
     return [f"{words} (after {main.steps} steps)" for words in found]
 
 
-def set_hash(authors: np.ndarray, index: int) -> int:
+def hash_process_set(authors: np.ndarray, index: int) -> int:
     """Return the sum of hashes of a batch's authors modulo 2^64; sums of disjoint sets add up.
 
     The hash, of the author and the batch's index, is the finalizer of SplitMix64 [Steele, Lea and Flood 2014]. It protects

@@ -18,15 +18,9 @@ import torch
 
 from author_dp.errors import UserError
 from author_dp.guards.precision import BFloat16Watch, check_rows_are_separate, precision_tolerance_factor
-from author_dp.guards.probing import (
-    deterministic_train_mode,
-    float32_train_mode,
-    model_errors_as_user_error,
-    perturb_zero_params,
-    random_tokens,
-    resolve_sequence_len,
-)
+from author_dp.guards.probing import model_errors_as_user_error, perturb_zero_params, random_tokens, resolve_sequence_len
 from author_dp.guards.random_ops import BATCH_SIZE, RandomOpModelCall, check_random_ops
+from author_dp.models.modes import deterministic_train_mode, float32_train_mode
 
 LOGIT_TOLERANCE = 1e-4  # relative difference of logits that another order of summation may cause
 REPEAT_TOLERANCE = 1e-7  # the same for two computations on one text: kernels on a GPU may not be deterministic

@@ -203,3 +203,12 @@ def check_trainer_adapted(trainer: Any) -> None:
             "gradient_accumulation_steps of DPTrainer: it was changed after the plan was made, so sampled batches would be "
             "thrown away. Give it to TrainingArguments"
         )
+
+
+def check_no_trial(trial: Any) -> None:
+    """Raise UserError for a hyperparameter search: every trial spends budget, and losses choose the best."""
+    if trial is not None:
+        raise UserError(
+            "hyperparameter_search: not supported, as every trial spends privacy budget, and so does choosing by its losses. "
+            "Call train() with fixed options"
+        )

@@ -223,3 +223,14 @@ def assign_sampling_groups(hashes: np.ndarray, bands: int, key: bytes) -> np.nda
 def append_canary_sampling_hashes(hashes: Optional[np.ndarray], num_canaries: int) -> Optional[np.ndarray]:
     """Append hashes for canaries. They have no author value, so their index is used."""
     return None if hashes is None else np.concatenate([hashes, np.arange(num_canaries, dtype=np.uint64)])
+
+
+def without_groups(sampler: PoissonAuthorSampler) -> Callable[[], np.ndarray]:
+    """Return the function that samples authors as one group; secret groups would hide that two samplers are seeded alike."""
+    return lambda: sampler.sample_indices(len(sampler.offsets) - 1)
+
+
+def sampler_groups(sampler: PoissonAuthorSampler) -> np.ndarray:
+    """Return the group of each author, with several groups."""
+    assert sampler.groups is not None
+    return sampler.groups

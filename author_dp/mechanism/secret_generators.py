@@ -20,10 +20,12 @@ Example:
 import random
 import secrets
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Optional
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from author_dp.errors import MechanismError
 
@@ -103,3 +105,12 @@ def default_generators(devices: Iterable[torch.device]) -> list[torch.Generator]
         else:
             generators.append(module.default_generators[module.current_device() if device.index is None else device.index])
     return generators
+
+
+def set_up_secret_generators(
+    model: PreTrainedModel, device: torch.device, disable_dp: bool
+) -> AbstractContextManager[Optional[SecretGenerators]]:
+    """Return a context that makes random numbers inside the model secret; one without effect if `disable_dp`."""
+    if disable_dp:
+        return nullcontext()
+    return SecretGenerators({device, *(parameter.device for parameter in model.parameters())})

@@ -1,6 +1,7 @@
 """Switch a model's mode, or another setting, for a while."""
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import masking_utils
 from transformers.pytorch_utils import Conv1D
+
+from author_dp.models.quantization import quantized_float32_compute
 
 
 @contextmanager
@@ -106,3 +109,53 @@ def is_dropout_rate(owner: Any, name: str, value: Any) -> bool:
     """Return whether an attribute says how much is dropped, or jittered, at random in training."""
     is_rate = "drop" in name or "jitter" in name or (name == "p" and isinstance(owner, nn.modules.dropout._DropoutNd))
     return is_rate and isinstance(value, float) and value > 0
+
+
+def float32_products() -> AbstractContextManager[None]:
+    """Disable TF32 and bfloat16 for float32 products and convolutions, however they were enabled."""
+    backends: Any = torch.backends
+    flags = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv]
+    return temporarily_set(*((flag, "fp32_precision", "ieee") for flag in flags))
+
+
+@contextmanager
+def deterministic_kernels(device: torch.device) -> Iterator[None]:
+    """Make CUDA compute the same twice, for two backward passes that must agree.
+
+    The backward pass of flash attention adds up in a random order by default. The norms of the first pass would bound the sums of
+    the second one to rounding only. Where an operation has no deterministic kernel, the default one runs.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(), temporarily_set((torch.utils.deterministic, "fill_uninitialized_memory", False)):
+            warnings.filterwarnings("ignore", message=".*determinis")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def full_precision_sums() -> AbstractContextManager[None]:
+    """Make CUDA sum products of 16-bit factors in float32; by default it may add partial sums in 16 bits."""
+    flags = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    return temporarily_set(*((torch.backends.cuda.matmul, flag, False) for flag in flags))
+
+
+@contextmanager
+def float32_train_mode(model: nn.Module) -> Iterator[None]:
+    """Use training mode, in which alone batch norm mixes samples, without autocast, TF32 or bfloat16 products."""
+    autocast = torch.autocast(next(model.parameters()).device.type, enabled=False)
+    with training_mode(model), autocast, quantized_float32_compute(model), float32_products():
+        yield
+
+
+@contextmanager
+def deterministic_train_mode(model: nn.Module) -> Iterator[None]:
+    """Use `float32_train_mode` without dropout; set every dropout rate of modules and configurations to 0."""
+    owners: dict[int, Any] = {id(o): o for m in model.modules() for o in (m, getattr(m, "config", None)) if o is not None}
+    rates = [(o, name, type(v)(0)) for o in owners.values() for name, v in vars(o).items() if is_dropout_rate(o, name, v)]
+    with float32_train_mode(model), temporarily_set(*rates):
+        yield

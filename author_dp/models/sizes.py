@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from author_dp.models.quantization import quant_scales
@@ -22,3 +23,10 @@ def model_sizes(model: nn.Module) -> tuple[int, int]:
 def weight_bytes(model: nn.Module) -> int:
     """Return the memory of all weights in bytes, including quantization scales."""
     return sum(t.numel() * t.element_size() for p in model.parameters() for t in (p, *quant_scales(p)))
+
+
+def result_bytes(model: nn.Module) -> int:
+    """Return the size of the saved weights, about: of an adapter's trained parameters, or of all."""
+    is_adapter = isinstance(model, PeftModel)
+    sizes = (p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not is_adapter)
+    return sum(sizes)

@@ -12,8 +12,8 @@ import numpy as np
 from author_dp.accounting.accountant import epsilon_of, format_epsilon
 from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.ledger import PrivacyLedger, ledger_event_of_run
-from author_dp.files import make_private
 from author_dp.outputs.html_page import AUTHOR_LOSS, BLUE, GRAY, RED, STANDARD_ERRORS
+from author_dp.permissions import make_private
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -86,7 +86,7 @@ def make_generate_parser() -> OptionParser:
     add("--generation_options", nargs="+", default=[], metavar="NAME=VALUE", help="others: no_repeat_ngram_size=3 min_p=0.05")
     report = parser.add_argument_group("report on the text (private), the same as of python -m author_dp.synthetic_report")
     report.add_argument("--report", nargs="+", metavar="FILE", help="the --train_file of the training")
-    synthetic_report.add_options(report)
+    synthetic_report.add_synthetic_report_options(report)
     return parser
 
 
@@ -126,7 +126,7 @@ def check_generate_arguments(args: argparse.Namespace) -> None:
         raise UserError("--with_prompt has no effect on conversations, whose output is complete anyway: leave it out")
 
 
-def sampling_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str, Any]:
+def generation_options(args: argparse.Namespace, max_new_tokens: int) -> dict[str, Any]:
     """Return the options of transformers' GenerationConfig."""
     others: dict[str, Any] = {}
     for option in args.generation_options:
@@ -270,7 +270,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--text_column {args.text_column!r} is the name of another column of the output: choose another")
     number = args.number or (len(prompts) if args.prompts else 1_000)
     tokens = generation_token_budget(model, prompts, args.max_new_tokens, data.get("sequence_len"), bool(args.prompts))
-    options = sampling_options(args, tokens)
+    options = generation_options(args, tokens)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not args.use_cpu else None
     device = device or torch.device("cpu")
     settings = {
@@ -286,14 +286,14 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         logger.warning(warning)
     model.to(device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     ends = eos_token_ids(model, tokenizer, turn_end)
-    write_texts(model, tokenizer, prompts, output, number, args, GenerationConfig(**options, eos_token_id=ends or [-1]))
+    write_generated_texts(model, tokenizer, prompts, output, number, args, GenerationConfig(**options, eos_token_id=ends or [-1]))
     public = {**settings, **({"sha256_of_prompts": prompts_hash} if source == privacy_statement.PUBLIC else {})}
     content = {**statement, "file": args.out.name, "rows": number, "rows_that_end": output.state["ended"], "generated": public}
     output.finish(content)
     return content
 
 
-def write_texts(
+def write_generated_texts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
@@ -304,8 +304,8 @@ def write_texts(
 ) -> None:
     """Write the remaining ones of `number` texts in batches."""
     config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else max(0, config.eos_token_id[0])
-    is_useful: Any = lambda record: "attention_mask" not in record.getMessage()  # noqa: E731
-    logging.get_logger("transformers.modeling_utils").addFilter(is_useful)
+    is_useful_log: Any = lambda record: "attention_mask" not in record.getMessage()  # noqa: E731
+    logging.get_logger("transformers.modeling_utils").addFilter(is_useful_log)
     model.generation_config = GenerationConfig()  # otherwise options that are unset above come from the folder
     with tqdm(total=number, initial=output.rows, unit=" texts", desc="Generate") as bar:
         while output.rows < number:

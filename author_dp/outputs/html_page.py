@@ -7,7 +7,7 @@ from typing import Any, Optional
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from author_dp.data.splits import FEW_HELD_OUT
-from author_dp.outputs.guarantee_table import (
+from author_dp.outputs.guarantee import (
     guarantee_in_words,
     guarantee_is_tuned,
     guarantee_table_rows,

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from author_dp.models.sizes import model_sizes
-from author_dp.outputs.guarantee_table import (
+from author_dp.outputs.guarantee import (
     Row,
     guarantee_in_words,
     guarantee_is_tuned,

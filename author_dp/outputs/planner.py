@@ -262,7 +262,7 @@ def planner_memory(task: PlanningTask, bands: int, costs: PlannerCosts) -> float
     return (4 * (task.parameters - task.trained) + BYTES_PER_TRAINED * task.trained) / GIB + (bands - 1) * per_band
 
 
-def decided_options(task: PlanningTask, row: dict[str, Any]) -> dict[str, str]:
+def options_of_planner(task: PlanningTask, row: dict[str, Any]) -> dict[str, str]:
     """Return the options of a run that the planner decides."""
     at_once = min(MICROBATCH, row["expected_batch"])
     return {
@@ -309,7 +309,9 @@ def make_planner_report(args: PlanArguments, lora: LoraArguments, more: Sequence
         "memory_is_measured": costs.peak is not None,
         "trained_is_estimated": lora.enable_lora and args.parameters is not None and args.trained_parameters is None,
         "rows": rows,
-        "command": None if best is None else planner_command(decided_options(task, best), args, planner_lora_options(lora), more),
+        "command": None
+        if best is None
+        else planner_command(options_of_planner(task, best), args, planner_lora_options(lora), more),
     }
 
 

@@ -24,7 +24,7 @@ from author_dp.errors import UserError
 from author_dp.files import read_json_object, sha256_of
 from author_dp.logs import get_logger
 from author_dp.models.weights import adapter_base_model, check_weights, public_model_name
-from author_dp.outputs.guarantee_table import format_guarantee_model, why_no_guarantee
+from author_dp.outputs.guarantee import format_guarantee_model, why_no_guarantee
 
 logger = get_logger(__name__)
 

@@ -23,7 +23,7 @@ from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.models.weights import adapter_base_model, hash_weights, weight_name_pattern
-from author_dp.outputs.guarantee_table import guarantee_in_search, why_no_guarantee
+from author_dp.outputs.guarantee import guarantee_in_search, why_no_guarantee
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_privacy_statement, statement_ledger_path
 from author_dp.validation import check_usage

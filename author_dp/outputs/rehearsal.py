@@ -31,11 +31,11 @@ from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict
 from author_dp.models.modes import deterministic_eval
 from author_dp.models.quantization import computes_in_float32
-from author_dp.models.sizes import weight_bytes
+from author_dp.models.sizes import result_bytes, weight_bytes
 from author_dp.outputs.samples import sample_rows
 from author_dp.permissions import owner_only
 from author_dp.training.evaluation import EvalBatches, evaluate
-from author_dp.training.rescue import check_rescued, result_bytes
+from author_dp.training.rescue import check_rescued
 from author_dp.training.saving import CertifiedTrainer
 
 logger = get_logger(__name__)

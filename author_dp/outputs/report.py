@@ -18,20 +18,22 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from author_dp.accounting.accountant import format_guarantee
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
+from author_dp.accounting.ledger_report import find_ledger_reports
 from author_dp.accounting.privacy_report import recompute_privacy_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError, first_line
-from author_dp.files import make_private, read_json_object, write_json
+from author_dp.files import read_json_object, write_json
 from author_dp.guards.one_run_audit import format_one_run_audit
 from author_dp.logs import get_logger
 from author_dp.models.weights import check_weights
 from author_dp.outputs.figures import draw_figures
-from author_dp.outputs.guarantee_table import guarantee_is_tuned, report_has_guarantee
+from author_dp.outputs.guarantee import guarantee_is_tuned, report_has_guarantee
 from author_dp.outputs.html_page import PAGE_NAME, STATISTICS_NAME, make_html_page
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.rehearsal import PEFT_LOADER, PLAIN_LOADER
 from author_dp.outputs.samples import TextSamples
+from author_dp.permissions import make_private
 from author_dp.training.loss_release import format_released_loss
 from author_dp.validation import check_usage
 
@@ -80,7 +82,7 @@ class RunStatistics(TrainerCallback):
         """Merge `content` into the file, which may hold what was recorded before this run was resumed."""
         path = Path(folder) / STATISTICS_NAME
         finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-        write_json(path, deep_merge(read_json_object(path) if path.exists() else {}, finite), private=True)
+        write_json(path, merge_run_statistics(read_json_object(path) if path.exists() else {}, finite), private=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Not earlier: only now does the run hold the lock of its output directory.
@@ -112,9 +114,11 @@ class RunStatistics(TrainerCallback):
         )
 
 
-def deep_merge(old: dict, new: dict) -> dict:
+def merge_run_statistics(old: dict, new: dict) -> dict:
     """Return `old` updated by `new`; nested dictionaries are merged."""
-    merged = {name: deep_merge(old[name], value) for name, value in new.items() if isinstance(value, dict) and name in old}
+    merged = {
+        name: merge_run_statistics(old[name], value) for name, value in new.items() if isinstance(value, dict) and name in old
+    }
     return {**old, **new, **merged}
 
 
@@ -129,14 +133,14 @@ def evaluate_and_sample(trainer: Any, statistics: RunStatistics, when: str) -> d
     """
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if metrics:  # the Trainer's progress bar shows log lines during training only
-        logger.info(f"Evaluation loss {when} training: {format_losses(metrics)}")
+        logger.info(f"Evaluation loss {when} training: {format_reported_losses(metrics)}")
     if statistics.text_samples is not None:
         statistics.text_samples.write(trainer.model, when)
     statistics.record_evaluation(when, metrics)
     return metrics
 
 
-def format_losses(metrics: dict[str, float]) -> str:
+def format_reported_losses(metrics: dict[str, float]) -> str:
     """Return the loss, then a line with its standard error, which a single author does not have, and the other metrics."""
     error, author_error = (
         f", standard error {metrics[name]:.2g}" if name in metrics else ""

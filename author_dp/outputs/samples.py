@@ -10,7 +10,7 @@ Training is the same with and without them: random states and model are left as 
 
 Example:
 
-    >>> samples = TextSamples(tokenizer, held_out, start=[], sequence_len=64)
+    >>> samples = TextSamples(tokenizer, held_out, sequence_len=64)
     >>> samples.write(model, "before")
     >>> samples.found[UNCONDITIONAL]["before"]
     ['Honestly, the oven is too crisp for me!', ...]
@@ -43,7 +43,6 @@ class TextSamples:
     Args:
         tokenizer: of the model.
         held_out: `data_utils.AuthorDataset` of held-out authors; None: no continuations.
-        start: tokens that every training text began with.
         sequence_len: maximum tokens of a training text.
         answers: whether training has a loss on parts of texts only. Such a model has not learned to begin a text, and writes no
             unconditional ones.
@@ -51,12 +50,9 @@ class TextSamples:
         found: for each kind, UNCONDITIONAL and CONTINUATION, the texts "before" and "after"; for the latter also "prompts".
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, held_out: Any, start: list[int], sequence_len: int, answers: bool = False
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, held_out: Any, sequence_len: int, answers: bool = False):
         self.tokenizer, self.sequence_len = tokenizer, sequence_len
-        neutral = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
-        start = start or ([] if neutral is None else [neutral])
+        start = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
         self.prompts: dict[str, list[list[int]]] = {
             UNCONDITIONAL: [start] * NUM_TEXTS if start and not answers else [],
             CONTINUATION: [] if held_out is None else heldout_prompts(held_out, sequence_len),
@@ -116,14 +112,10 @@ def heldout_prompts(held_out: Any, sequence_len: int) -> list[list[int]]:
     prompts: list[list[int]] = []
     for (sample,) in held_out.__getitems__(authors):
         ids = sample["input_ids"].tolist()
-        prompt_length = first_target(sample.get("labels"))
+        labels = sample.get("labels")
+        prompt_length = None if labels is None else int((labels != IGNORE_INDEX).argmax())  # the first token that has a loss
         if prompt_length is None or prompt_length < 2:
             prompt_length = min(MAX_PROMPT_TOKENS, len(ids) // 2)
         if 0 < prompt_length < sequence_len:
             prompts.append(ids[:prompt_length])
     return prompts[:NUM_TEXTS]
-
-
-def first_target(labels: Optional[Any]) -> Optional[int]:
-    """Return the index of the first token that has a loss; None if all have."""
-    return None if labels is None else int((labels != IGNORE_INDEX).argmax())

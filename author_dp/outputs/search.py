@@ -26,7 +26,7 @@ from author_dp.accounting.tradeoff import bounds_of_guarantee
 from author_dp.accounting.tuning import RunCount, SearchNoise, TuningRelease, run_rdp
 from author_dp.errors import SignalError, UserError
 from author_dp.files import read_json_object, write_json
-from author_dp.outputs.guarantee_table import format_guarantee_model, guarantee_covers_base, guarantee_in_search
+from author_dp.outputs.guarantee import format_guarantee_model, guarantee_covers_base, guarantee_in_search
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_privacy_statement
 from author_dp.outputs.publish import check_publish_target, copy_publishable
 from author_dp.outputs.tune_options import TuneArguments

@@ -40,7 +40,7 @@ class SyntheticText(NamedTuple):
     text: str
 
 
-def add_options(parser: Any) -> None:
+def add_synthetic_report_options(parser: Any) -> None:
     """Add the options that describe the real text."""
     add = parser.add_argument
     add("--validation_file", nargs="+", help="held-out text, if the training had such a file")
@@ -240,6 +240,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--text_column", help="of the real text; default: that of the training")
     parser.add_argument("--messages_column", help="column of conversations in the real text, instead of --text_column")
     parser.add_argument("--synthetic_column", help="column of the synthetic text; default: the one that was generated")
-    add_options(parser)
+    add_synthetic_report_options(parser)
     args = parser.parse_args(arguments)
     print(format_synthetic_report(make_synthetic_report(args.synthetic, args.files, args)))

@@ -11,7 +11,7 @@ from transformers.utils import PushInProgress
 
 from author_dp.errors import UserError
 from author_dp.outputs import rehearsal
-from author_dp.outputs.guarantee_table import why_no_guarantee
+from author_dp.outputs.guarantee import why_no_guarantee
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.publish import publish_to_hub
 from author_dp.training.saving import CertifiedTrainer

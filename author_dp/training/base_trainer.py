@@ -14,8 +14,8 @@ from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.errors import as_user_error
-from author_dp.guards.callbacks import check_no_trial
-from author_dp.logs import without_lines
+from author_dp.guards.trainer_arguments import check_no_trial
+from author_dp.logs import without_log_lines
 from author_dp.mechanism.microbatches import LogicalBatch
 from author_dp.progress import Progress, track
 from author_dp.training.console import TRAINER_LINES, set_up_console
@@ -40,7 +40,7 @@ class LogicalBatchTrainer(Trainer):
 
     def _inner_training_loop(self, *args, **kwargs) -> Any:
         """Train, without the Trainer's lines in which authors are examples."""
-        with without_lines("trainer", TRAINER_LINES):
+        with without_log_lines("trainer", TRAINER_LINES):
             return super()._inner_training_loop(*args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
@@ -51,7 +51,7 @@ class LogicalBatchTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, *args, **kwargs) -> tuple[int, int]:
         """Restore a checkpoint's state, but save, evaluate and log as often as the options of this run say."""
-        with without_lines("trainer_utils", ("Warning: The following arguments do not match",)):  # they take effect
+        with without_log_lines("trainer_utils", ("Warning: The following arguments do not match",)):  # they take effect
             restored = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         return restored

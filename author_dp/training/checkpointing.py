@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.distributed import barrier
-from author_dp.files import fsync_folder, make_private, sha256_of, write_json
+from author_dp.files import fsync_folder, sha256_of, write_json
 from author_dp.logs import get_logger
 from author_dp.models.modes import temporarily_set
 from author_dp.models.weights import (
@@ -36,6 +36,7 @@ from author_dp.models.weights import (
     weight_files,
     weights_have_no_guarantee,
 )
+from author_dp.permissions import make_private
 
 logger = get_logger(__name__)
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainerCallback
+import torch
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.logs import get_logger
@@ -62,3 +63,11 @@ def set_up_console(trainer: Trainer, plan: PrivacyPlan) -> None:
     if has_bar is not None:
         trainer.add_callback(TrainingBar())
     trainer.add_callback(AnnounceTraining(plan))
+
+
+def format_devices(args: TrainingArguments) -> str:
+    """Return the number of processes, and the device of this one, for the summary."""
+    name = f" ({torch.cuda.get_device_name(args.device)})" if args.device.type == "cuda" else ""
+    if args.world_size == 1:
+        return f"1, on {args.device}{name}"
+    return f"{args.world_size}, {'on' if args.device.type == 'cpu' else 'one per device:'} {args.device.type}{name}"

@@ -101,14 +101,6 @@ def max_bands_in_memory(model: nn.Module, args: TrainingArguments) -> int:
     return broadcast(1 + int(free / 2 / band_bytes))
 
 
-def format_devices(args: TrainingArguments) -> str:
-    """Return the number of processes, and the device of this one, for the summary."""
-    name = f" ({torch.cuda.get_device_name(args.device)})" if args.device.type == "cuda" else ""
-    if args.world_size == 1:
-        return f"1, on {args.device}{name}"
-    return f"{args.world_size}, {'on' if args.device.type == 'cpu' else 'one per device:'} {args.device.type}{name}"
-
-
 def to_device(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
     """Move the model to the Trainer's device, unless it is spread over several devices."""
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)  # type: ignore[arg-type]

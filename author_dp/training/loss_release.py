@@ -41,7 +41,7 @@ from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.distributed import all_reduce_sum, broadcast
 from author_dp.errors import UserError
-from author_dp.guards.options import metric_driven_option
+from author_dp.guards.metric_driven import metric_driven_option
 from author_dp.mechanism.fsdp import dummy_forwards, missing_fsdp_rounds
 from author_dp.mechanism.losses import token_losses
 from author_dp.progress import track

@@ -13,7 +13,6 @@ from typing import Any, Optional
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
@@ -22,13 +21,6 @@ from author_dp.errors import RESUME_REMEDY, UserError, first_line, to_user_error
 from author_dp.models.modes import temporarily_set
 from author_dp.models.weights import write_hashed_weights
 from author_dp.permissions import owner_only
-
-
-def result_bytes(model: nn.Module) -> int:
-    """Return the size of the saved weights, about: of an adapter's trained parameters, or of all."""
-    is_adapter = isinstance(model, PeftModel)
-    sizes = (p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not is_adapter)
-    return sum(sizes)
 
 
 def check_rescued(folder: Path, model: Any, state_dict: Optional[dict[str, torch.Tensor]] = None) -> None:

@@ -27,12 +27,13 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from author_dp.accounting.hash_chain import HashChain
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
+from author_dp.accounting.ledger_report import find_ledger_reports
 from author_dp.accounting.output_dir import check_output_dir, has_checkpoint_name
 from author_dp.data.columns import get_column
 from author_dp.errors import UserError
 from author_dp.files import sha256_of, write_json
-from author_dp.guards.options import metric_driven_option
+from author_dp.guards.metric_driven import metric_driven_option
 from author_dp.logs import get_logger
 from author_dp.models.weights import (
     COMPLETE_MARKER,
@@ -235,7 +236,7 @@ def find_checkpoint(
     check_output_dir(folder)
     ledger = open_checkpoint_ledger(folder, metric_driven_option(args), privacy.disable_dp, is_main_process)
     if not args.resume_from_checkpoint:
-        check_unused(folder, ledger)
+        check_no_earlier_run(folder, ledger)
         return None, ledger
     check_checkpoint_kind(folder, ledger, privacy.disable_dp, adapter, is_main_process)
     checkpoint = choose_checkpoint(args.resume_from_checkpoint, folder, ledger, privacy.disable_dp)
@@ -277,7 +278,7 @@ def open_checkpoint_ledger(folder: Path, option: Optional[str], disable_dp: bool
     return ledger
 
 
-def check_unused(folder: Path, ledger: PrivacyLedger) -> None:
+def check_no_earlier_run(folder: Path, ledger: PrivacyLedger) -> None:
     """Raise UserError where `folder` holds steps, a model, a checkpoint or a privacy.json.
 
     They could pass for results of a run that starts there.

@@ -22,7 +22,7 @@ from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
 from author_dp.errors import to_user_error
 from author_dp.files import read_json_object, write_json
-from author_dp.guards.model_check import check_trained_model_weights
+from author_dp.guards.model_check import check_trained_model_finite
 from author_dp.guards.monitors import RunMonitors
 from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict, load_sharded_weights
@@ -32,7 +32,7 @@ from author_dp.models.weights import write_hashed_weights
 from author_dp.permissions import owner_only
 from author_dp.training.base_trainer import LogicalBatchTrainer
 from author_dp.training.checkpointing import atomic_checkpoint, mark_checkpoint_newest
-from author_dp.training.dataloading import format_devices
+from author_dp.training.console import format_devices
 from author_dp.training.rescue import check_rescued, rescue_message, rescue_weights
 from author_dp.training.resuming import check_ledger_covers_checkpoint, load_checkpoint_state
 from author_dp.training.run_report import RunReport
@@ -71,7 +71,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
             UserError: if weights are not finite.
         """
         self.monitors.test(full)
-        check_trained_model_weights(self.model, self.state.global_step)
+        check_trained_model_finite(self.model, self.state.global_step)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the epsilon spent so far to every line, and public statistics to those of training."""

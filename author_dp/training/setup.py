@@ -4,7 +4,6 @@ User errors are raised here, before the first step costs privacy.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -21,11 +20,17 @@ from author_dp.accounting.plan import PrivacyPlan, certify_plan, choose_plan_sam
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import broadcast
 from author_dp.errors import UserError
-from author_dp.guards.callbacks import metric_driven_callback, metric_driven_scheduler
 from author_dp.guards.gradient_canaries import CollateWithGradientCanaries, GradientCanaries
+from author_dp.guards.metric_driven import (
+    check_metric_options,
+    have_shared_authors,
+    metric_driven_callback,
+    metric_driven_option,
+    metric_driven_scheduler,
+)
 from author_dp.guards.model_check import ModelCheck, check_model, check_sharded_model, verify_model
 from author_dp.guards.monitors import RunMonitors
-from author_dp.guards.options import check_metric_options, have_shared_authors, metric_driven_option, validate_options
+from author_dp.guards.options import validate_options
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
 from author_dp.guards.process_agreement import check_processes_agree_at_start
@@ -34,7 +39,6 @@ from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC, use_adam_bc
 from author_dp.mechanism.fsdp import ShardedOptimizer, gather_in_bfloat16, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
-from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.training.dataloading import max_bands_in_memory, to_device
 from author_dp.training.resuming import (
     check_checkpoint_not_released,
@@ -203,15 +207,6 @@ def set_up_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> Autho
         canaries=trainer.gradient_canaries,
         secure_noise=privacy.secure_noise,
     )
-
-
-def set_up_secret_generators(
-    model: PreTrainedModel, device: torch.device, disable_dp: bool
-) -> AbstractContextManager[Optional[SecretGenerators]]:
-    """Return a context that makes random numbers inside the model secret; one without effect if `disable_dp`."""
-    if disable_dp:
-        return nullcontext()
-    return SecretGenerators({device, *(parameter.device for parameter in model.parameters())})
 
 
 def recheck_before_training(trainer: Any, shared_authors: bool) -> None:

@@ -19,7 +19,7 @@ from author_dp.accounting.ledger_report import format_joint_ledgers, format_ledg
 from author_dp.accounting.plan import make_plan
 from author_dp.errors import UserError
 from author_dp.models.weights import COMPLETE_MARKER
-from author_dp.outputs.guarantee_table import guarantee_table_rows
+from author_dp.outputs.guarantee import guarantee_table_rows
 from author_dp.outputs.report import RunStatistics, write_report
 from dp_utils import PrivacyArguments
 

@@ -10,8 +10,8 @@ from scipy import integrate
 from scipy.special import log_ndtr
 from test_accountant import gaussian_delta_in_high_precision
 
-from author_dp.accounting.gaussian import gaussian_epsilon
-from author_dp.accounting.pld import LossDistribution, normal_mass
+from author_dp.accounting.gaussian import gaussian_epsilon, normal_mass
+from author_dp.accounting.pld import LossDistribution
 
 DELTAS = [1e-3, 1e-9, 1e-15]
 

@@ -362,7 +362,13 @@ def test_more_steps_with_another_delta_report_that_delta(tmp_path):
 @pytest.mark.integration
 @catches("epsilon cut off at the target", "accounting.budget.Budget.epsilon", "return self.ledger.epsilon(",
     "return (lambda *spent: min(self.plan.target_epsilon or math.inf, self.ledger.epsilon(*spent)))(", bands=None)  # fmt: skip
-@catches("a step more than the target allows", "accounting.budget.bisect_largest", "return low", "return high", bands=None)
+@catches(
+    "a step more than the target allows",
+    "accounting.budget.Budget.affordable_steps",
+    "bisect.bisect_left",
+    "1 + bisect.bisect_left",
+    bands=None,
+)
 @pytest.mark.parametrize("bands", [None, "2"])
 def test_affordable_steps_is_the_most_under_the_target(tmp_path, bands):
     """The allowed steps agree with the epsilon reported afterwards, to the step."""

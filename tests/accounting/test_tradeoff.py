@@ -8,7 +8,7 @@ from scipy.special import ndtr, ndtri
 
 from author_dp.accounting.events import MechanismEvent
 from author_dp.accounting.tradeoff import FALSE_POSITIVE_RATES, PrivacyProfile, attack_bounds, gdp_mu_at
-from author_dp.outputs.guarantee_table import guarantee_attack_rows, guarantee_in_words
+from author_dp.outputs.guarantee import guarantee_attack_rows, guarantee_in_words
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.report import write_report
 

@@ -23,13 +23,12 @@ from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards.canary_monitor import CanaryMonitor, CanaryScoreDistribution, canary_score_to_normal, score_canaries
 from author_dp.guards.gradient_canaries import GradientCanaries, gradient_canary_intervals
-from author_dp.guards.monitors import without_groups
 from author_dp.guards.one_run_audit import gaussian_mu_lower_bound, one_run_lower_bound, one_run_rejects_mu
 from author_dp.guards.sampling_monitor import SamplingMonitor
 from author_dp.guards.seed_checks import check_unseeded_sampling
 from author_dp.mechanism.optimizer import PROBE_SIZE
-from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_sampling_groups
-from author_dp.outputs.guarantee_table import guarantee_table_rows
+from author_dp.mechanism.sampling import CyclicAuthorSampler, PoissonAuthorSampler, assign_sampling_groups, without_groups
+from author_dp.outputs.guarantee import guarantee_table_rows
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 

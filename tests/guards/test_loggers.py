@@ -95,7 +95,7 @@ def test_metrics_that_a_program_saves_are_its_owners(tmp_path):
     )
 
 
-@catches("private states that all may read", "files.make_private", "path.chmod(0o600)", "pass")
+@catches("private states that all may read", "permissions.make_private", "path.chmod(0o600)", "pass")
 @catches(
     "an older checkpoint's files stay everybody's",
     "training.checkpointing.mark_checkpoint_complete",

@@ -10,7 +10,7 @@ from test_callbacks import header, trainer_with
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from author_dp.guards.options import STEP_ONLY, metric_driven_option
+from author_dp.guards.metric_driven import STEP_ONLY, metric_driven_option
 
 # --- options -------------------------------------------------------------------------------------------------
 
@@ -22,8 +22,8 @@ def options(folder, **more) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], **more)
 
 
-@catches("a scheduler of a later version taken for harmless", "guards.options.metric_driven_option", "if value not in known:",
-    'if value in ("best", "reduce_lr_on_plateau"):', kind="greedy")  # fmt: skip
+@catches("a scheduler of a later version taken for harmless", "guards.metric_driven.metric_driven_option",
+    "if value not in known:", 'if value in ("best", "reduce_lr_on_plateau"):', kind="greedy")  # fmt: skip
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
 def test_metric_driven_option_knows_each_scheduler_type(tmp_path, kind):
     """In each version of transformers, listed schedulers step without metrics, by the number of steps alone."""
@@ -57,7 +57,7 @@ def test_step_only_lists_nothing_that_follows_metrics():
         assert {member.value for member in members} - STEP_ONLY[name] <= {"best"}
 
 
-@catches("the best checkpoint spared, and nobody told", "guards.options.metric_driven_option",
+@catches("the best checkpoint spared, and nobody told", "guards.metric_driven.metric_driven_option",
     "if args.metric_for_best_model is not None:", "if False:", given={"metric_for_best_model": "loss", "save_total_limit": 1},
     said="--metric_for_best_model loss")  # fmt: skip
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from transformers import (
 from author_dp.errors import UserError
 from author_dp.guards.clipping_check import strip_expert_index
 from author_dp.guards.model_check import ModelCheck, verify_model
-from author_dp.guards.probing import deterministic_train_mode
 from author_dp.guards.sample_independence import check_sample_independence
+from author_dp.models.modes import deterministic_train_mode
 
 # --- samples are independent, and causal ----------------------------------------------------------------
 

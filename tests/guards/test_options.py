@@ -12,8 +12,9 @@ from transformers import BertConfig, BertLMHeadModel, TrainingArguments
 
 from author_dp.errors import UserError
 from author_dp.guards import check_model
+from author_dp.guards.metric_driven import have_shared_authors
 from author_dp.guards.model_check import check_sharded_model
-from author_dp.guards.options import check_fsdp_options, have_shared_authors, validate_options
+from author_dp.guards.options import check_fsdp_options, validate_options
 from author_dp.guards.trainer_arguments import REFUSED_OPTIONS
 from dp_utils import PrivacyArguments
 
@@ -154,7 +155,7 @@ def test_check_model_refuses_what_mixes_authors_or_rounds_noise(tmp_path):
             make_trainer(tmp_path, model)
 
 
-@catches("an author in common overlooked beside others", "guards.options.have_shared_authors", ".any()", ".all()")
+@catches("an author in common overlooked beside others", "guards.metric_driven.have_shared_authors", ".any()", ".all()")
 def test_have_shared_authors_finds_one_author_in_common():
     train, held_out, nobody = make_dataset([1, 1, 1]), make_dataset([1, 1], seed=1), make_dataset([1], seed=2)
     foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)

@@ -11,9 +11,10 @@ from transformers import TrainerCallback
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError, UserError
 from author_dp.guards import precision
+from author_dp.guards.launchers import check_accelerate_launcher
 from author_dp.guards.model_check import verify_model
-from author_dp.guards.options import check_accelerate_options
-from author_dp.guards.precision import check_float32, exact_factors, find_rounding, full_precision_sums
+from author_dp.guards.precision import check_float32, exact_factors, find_rounding
+from author_dp.models.modes import full_precision_sums
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -292,7 +293,7 @@ def test_verify_model_disables_tf32_however_it_was_set(as_before, setting):
     assert before == [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
 
 
-@catches("sums in bfloat16 allowed on a GPU", "guards.precision.full_precision_sums",
+@catches("sums in bfloat16 allowed on a GPU", "models.modes.full_precision_sums",
     '("bf16", "fp16")', '("bf16",)', before=True)  # fmt: skip
 @pytest.mark.parametrize("before", [True, False])
 def test_train_sums_bfloat16_products_in_float32(tmp_path, before):
@@ -316,7 +317,7 @@ def test_shapes_of_follows_the_model():
     check_float32(tiny_gpt2(), bf16=True)
 
 
-@catches("a compiler that switches TF32 on", "guards.options.check_launcher_variables", '(without, "", "false", "0")',
+@catches("a compiler that switches TF32 on", "guards.launchers.check_launcher_variables", '(without, "", "false", "0")',
     '(without, "", "false", "0", "inductor")', backend="inductor")  # fmt: skip
 @pytest.mark.parametrize("backend", ["inductor", "eager"])
 def test_trainer_refuses_settings_of_accelerate(tmp_path, monkeypatch, backend):
@@ -327,7 +328,7 @@ def test_trainer_refuses_settings_of_accelerate(tmp_path, monkeypatch, backend):
     accelerator = make_trainer(tmp_path).accelerator
     monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp8")  # as accelerate launch --mixed_precision sets it
     with pytest.raises(UserError, match="fp8"):
-        check_accelerate_options(accelerator, bf16=False)
+        check_accelerate_launcher(accelerator, bf16=False)
 
 
 def test_trainer_refuses_bfloat16_of_accelerate_without_bf16(tmp_path, monkeypatch):

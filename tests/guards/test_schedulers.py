@@ -17,7 +17,7 @@ def given_scheduler(trainer):
     trainer.args.metric_for_best_model = None
 
 
-@catches("a callback that follows metrics not in the header", "guards.callbacks.metric_driven_callback", "== EVALUATION",
+@catches("a callback that follows metrics not in the header", "guards.metric_driven.metric_driven_callback", "== EVALUATION",
     "== 0", kind="callback", reason="shared authors")  # fmt: skip
 @catches("training data that evaluate", "training.setup.recheck_before_training",
     "shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)", "shared_authors", kind="option",
@@ -47,7 +47,7 @@ def test_where_nothing_pays_no_metrics_choose(tmp_path, kind, reason):
     assert trainer.budget.ledger.steps == 0
 
 
-@catches("a scheduler that was given taken for harmless", "guards.callbacks.metric_driven_scheduler",
+@catches("a scheduler that was given taken for harmless", "guards.metric_driven.metric_driven_scheduler",
     "if scheduler is None or", "if True or", kind="scheduler")  # fmt: skip
 @catches("a loss released of a model that it chose", "training.loss_release.release_eval_loss",
     "check_release_not_chosen(broadcast(trainer.budget.ledger.by_metrics))", "pass", kind="callback")  # fmt: skip
@@ -75,7 +75,7 @@ def with_scheduler(folder, **more):
     return trainer
 
 
-@catches("a given scheduler that reads training losses", "guards.callbacks.metric_driven_scheduler",
+@catches("a given scheduler that reads training losses", "guards.metric_driven.metric_driven_scheduler",
     "declared not in (STEPS, EVALUATION)", "False", more={})  # fmt: skip
 @pytest.mark.parametrize("more", [{}, {"lr_scheduler_type": "greedy"}])  # an option in the header does not cover it
 def test_given_scheduler_must_declare_what_it_follows(tmp_path, more):

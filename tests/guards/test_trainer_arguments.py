@@ -11,7 +11,8 @@ from transformers.training_args import OptimizerNames
 
 from author_dp.errors import UserError
 from author_dp.guards import trainer_arguments
-from author_dp.guards.options import LAUNCHER_VARIABLES, validate_options
+from author_dp.guards.launchers import LAUNCHER_VARIABLES
+from author_dp.guards.options import validate_options
 from author_dp.guards.trainer_arguments import NO_EFFECT, OPTIMIZERS, REFUSED_OPTIONS, WORKS, trainer_options_without_effect
 from dp_utils import PrivacyArguments
 

@@ -180,7 +180,7 @@ def test_settings_are_drawn_with_replacement_before_the_first_run(tmp_path, monk
     assert all(within(number, 100, 9.2) for number in found.values()) and within(repeated, 100, 9.2)
 
 
-@catches("the best of an unfinished search published", "outputs.guarantee_table.why_no_guarantee",
+@catches("the best of an unfinished search published", "outputs.guarantee.why_no_guarantee",
     "if guarantee_in_search(guarantee):", "if False:")  # fmt: skip
 def test_interrupted_search_resumes_as_it_was_drawn(tmp_path, monkeypatch, runs):
     def stop(number, folder, budget):

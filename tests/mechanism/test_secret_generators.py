@@ -41,7 +41,7 @@ def released_sum(folder, kind: str = "ghost", dropout: float = 0.1, authors: int
 
 
 @pytest.mark.integration
-@catches("dropout masks from --seed", "training.setup.set_up_secret_generators", "return SecretGenerators(",
+@catches("dropout masks from --seed", "mechanism.secret_generators.set_up_secret_generators", "return SecretGenerators(",
     "return nullcontext(__import__('types').SimpleNamespace(check=lambda: None)) or SecretGenerators(", kind="ghost")  # fmt: skip
 @catches("masks from a public state", "mechanism.secret_generators.randomize", "generator.set_state(state)",
     "generator.manual_seed(7)", kind="ghost")  # fmt: skip

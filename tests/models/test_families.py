@@ -14,7 +14,7 @@ from tiny import build, classes
 
 from author_dp.clipping.positions import shares_positions
 from author_dp.guards.model_check import verify_model
-from author_dp.guards.probing import deterministic_train_mode
+from author_dp.models.modes import deterministic_train_mode
 
 pytestmark = pytest.mark.integration  # the first one imports every class of transformers
 

@@ -21,7 +21,7 @@ from author_dp.outputs import report
 
 
 @pytest.mark.integration
-@catches("a private run among results without privacy", "training.resuming.check_unused", "if results:", "if False:",
+@catches("a private run among results without privacy", "training.resuming.check_no_earlier_run", "if results:", "if False:",
     lora=True, interrupted=False)  # fmt: skip
 @pytest.mark.parametrize("lora", [True, False], ids=["lora then full", "full then lora"])
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -149,7 +149,7 @@ def test_an_adapter_is_resumed_on_its_base_wherever_that_lies_now(tmp_path):
 @pytest.mark.integration
 @catches("a starting model without privacy not named", "training.run_report.RunReport.to_dict",
     '"base_model": self.base_model', '"base_model": None')  # fmt: skip
-@catches("text of a model that started from one without privacy is covered", "outputs.guarantee_table.why_no_guarantee",
+@catches("text of a model that started from one without privacy is covered", "outputs.guarantee.why_no_guarantee",
     "if not guarantee_covers_base(guarantee):", "if False:")  # fmt: skip
 def test_the_model_that_training_started_from_is_named_with_its_guarantee(tmp_path):
     for name, privacy in (("private", None), ("plain", PLAIN)):

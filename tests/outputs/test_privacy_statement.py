@@ -15,10 +15,10 @@ def test_the_word_on_prompts_decides():
         assert said["statement"].startswith("NO PRIVACY GUARANTEE" if is_private else "epsilon 2.00 at delta 1e-05")
 
 
-@catches("text of a model with infinite epsilon is covered", "outputs.guarantee_table.why_no_guarantee",
+@catches("text of a model with infinite epsilon is covered", "outputs.guarantee.why_no_guarantee",
     'if guarantee["epsilon"] is None:', "if False:", guarantee={"epsilon": None, "delta": 1e-05, "disable_dp": False},
     words="infinite")  # fmt: skip
-@catches("text of a model whose mechanism failed is covered", "outputs.guarantee_table.why_no_guarantee",
+@catches("text of a model whose mechanism failed is covered", "outputs.guarantee.why_no_guarantee",
     'if guarantee.get("alarm"):', "if False:",
     guarantee={"epsilon": 2.0, "delta": 1e-05, "disable_dp": False, "alarm": "half the noise"},
     words="half the noise")  # fmt: skip

@@ -19,7 +19,7 @@ from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.cli import command_line
 from author_dp.errors import UserError
 from author_dp.outputs.figures import figure_loss_points, first_steps
-from author_dp.outputs.guarantee_table import (
+from author_dp.outputs.guarantee import (
     format_interrupted_guarantee,
     guarantee_attack_rows,
     guarantee_in_words,
@@ -215,7 +215,7 @@ def report_run(folder, held_out, text_samples=None, release=None, resume=False):
 @pytest.mark.integration
 def test_report_of_a_run_holds_evaluations_and_texts(tmp_path, capsys):
     held_out = make_dataset([2] * 9, seed=1)
-    trainer, metrics = report_run(tmp_path, held_out, TextSamples(Tokenizer(), held_out, [], 16))
+    trainer, metrics = report_run(tmp_path, held_out, TextSamples(Tokenizer(), held_out, 16))
     found = json.loads((tmp_path / "_private_statistics.json").read_text())
     assert found["evaluation"]["after"]["eval_loss"] == metrics["eval_loss"] != found["evaluation"]["before"]["eval_loss"]
     assert all({"before", "after"} <= texts.keys() for texts in found["specimens"].values()) and len(found["specimens"]) == 2
@@ -228,7 +228,7 @@ def test_report_of_a_run_holds_evaluations_and_texts(tmp_path, capsys):
     )
     assert last.endswith(f", eval loss {metrics['eval_loss']:.2f}, saved to {tmp_path}")
     # Resumed after its last step: what was found before training stays.
-    _, again = report_run(tmp_path, held_out, TextSamples(Tokenizer(), held_out, [], 16), resume=True)
+    _, again = report_run(tmp_path, held_out, TextSamples(Tokenizer(), held_out, 16), resume=True)
     assert again["eval_loss"] == metrics["eval_loss"]
     found_again = json.loads((tmp_path / "_private_statistics.json").read_text())
     assert found_again["evaluation"]["before"] == found["evaluation"]["before"] and "free" in found_again["specimens"]

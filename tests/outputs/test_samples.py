@@ -26,7 +26,7 @@ class Tokenizer:
 
 
 def made(held_out=None, **options) -> TextSamples:
-    return TextSamples(Tokenizer(), held_out, start=[], sequence_len=16, **options)
+    return TextSamples(Tokenizer(), held_out, sequence_len=16, **options)
 
 
 def conversations(prompts: list[int]) -> AuthorDataset:
@@ -146,8 +146,9 @@ def test_what_is_written_is_no_html():
         assert "<script>" not in html and "&lt;script&gt;" in html and "they &amp; wrote" in html
 
 
-def test_a_real_tokenizer_begins_with_its_end_of_text():
+def test_texts_begin_with_the_start_token_or_else_the_end_of_text():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model", local_files_only=True)
-    samples = TextSamples(tokenizer, None, [], 64)
+    samples = TextSamples(tokenizer, None, 64)
     assert samples.prompts["free"] == [[tokenizer.eos_token_id]] * NUM_TEXTS
-    assert TextSamples(tokenizer, None, [5], 64).prompts["free"] == [[5]] * NUM_TEXTS
+    tokenizer.bos_token = tokenizer.decode([5])
+    assert TextSamples(tokenizer, None, 64).prompts["free"] == [[5]] * NUM_TEXTS

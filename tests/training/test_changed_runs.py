@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger
 from author_dp.accounting.privacy_report import recompute_privacy_report
-from author_dp.outputs.guarantee_table import guarantee_table_rows
+from author_dp.outputs.guarantee import guarantee_table_rows
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS
 
 STEPS = {"save_strategy": "steps", "save_steps": 1}

@@ -12,7 +12,7 @@ from test_loss_release import with_eval_data
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
-from author_dp.outputs.guarantee_table import guarantee_table_rows
+from author_dp.outputs.guarantee import guarantee_table_rows
 from author_dp.training.loss_release import release_eval_loss
 from data_utils import DataArguments, load_train_and_eval
 
