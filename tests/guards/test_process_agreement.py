@@ -31,8 +31,8 @@ BUGS = {
         "author_dp.mechanism.sampling.choose_samples", "offsets[authors][owners] + order",
         "offsets[authors][owners] - 1 + order", "shares"),
     "microbatches left out": (
-        TRAINING_STEP, "for microbatch in inputs.microbatches:",
-        "for microbatch in inputs.microbatches[: 0 if self.args.process_index else None]:", "clipped"),
+        TRAINING_STEP, "self.tracked(inputs.microbatches)",
+        "self.tracked(inputs.microbatches[: 0 if self.args.process_index else None])", "clipped"),
     "microbatches taken twice": (
         TRAINING_STEP, "self.tracked(inputs.microbatches)", "self.tracked(inputs.microbatches * 2)", "clipped"),
 }  # fmt: skip

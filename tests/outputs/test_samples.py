@@ -48,7 +48,7 @@ def test_free_texts_hang_on_nothing_private():
 
 
 @catches("texts for the report move the run's random numbers", "outputs.samples.sample_rows",
-    "with deterministic_eval(model), torch.no_grad():", "with torch.no_grad():")  # fmt: skip
+    "with own_config, deterministic_eval(model), torch.no_grad():", "with own_config, torch.no_grad():")  # fmt: skip
 def test_the_run_is_the_same_with_them():
     model = tiny_gpt2()
     model.train()
