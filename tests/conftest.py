@@ -16,7 +16,7 @@ import speed
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig, get_peft_model
-from script_runs import Program, command
+from script_runs import SCRIPT, Program, command
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, TrainerCallback, TrainingArguments
 
@@ -142,16 +142,11 @@ def flat(tensors) -> torch.Tensor:
     return torch.cat([(t.full_tensor() if isinstance(t, DTensor) else t).detach().flatten() for t in tensors])
 
 
-def run_script(*arguments: str, processes: int = 0, cwd: Path | None = None, anew: bool = False) -> subprocess.CompletedProcess:
-    """Run fine-tune-dp.py as a user would; with `processes`, through torch.distributed.run.
-
-    Args:
-        anew: start Python for it, whatever the seconds, for what happens before the script.
-    """
-    typed = command(*arguments, processes=processes)
-    if not anew:
-        return Program(*typed[1:], cwd=cwd).wait(300)
-    return subprocess.run(typed, capture_output=True, text=True, cwd=cwd, timeout=300)
+def run_script(
+    *arguments: str, processes: int = 0, cwd: Path | None = None, script: Path = SCRIPT
+) -> subprocess.CompletedProcess:
+    """Run fine-tune-dp.py, or another script, as a user would; with `processes`, through torch.distributed.run."""
+    return Program(*command(*arguments, processes=processes, script=script)[1:], cwd=cwd).wait(300)
 
 
 @pytest.fixture(scope="session")

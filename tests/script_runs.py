@@ -48,9 +48,9 @@ def run_here(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
     return 0, capfd.readouterr().err
 
 
-def command(*arguments: str, processes: int = 0) -> list[str]:
+def command(*arguments: str, processes: int = 0, script: Path = SCRIPT) -> list[str]:
     """Return what a user types; with `processes`, through torch.distributed.run."""
-    return [sys.executable, *launcher(processes), str(SCRIPT), *arguments]
+    return [sys.executable, *launcher(processes), str(script), *arguments]
 
 
 def launcher(processes: int) -> list[str]:

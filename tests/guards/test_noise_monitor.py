@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, make_dataset, make_trainer, read_report, run_script, sample
 from mutation import catches
 from planting import find, with_edit
+from script_runs import SCRIPT
 from transformers import TrainerCallback
 
 from author_dp.accounting.ledger import PrivacyLedger
@@ -160,16 +161,16 @@ def test_correct_runs_in_one_directory_pass(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("processes", [0, 2])
-def test_script_exits_with_status_3(tmp_path, checkpoint, comments, processes, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import author_dp.mechanism.noise as noise\nadd = noise.GaussianNoise.add_\n"
-        "noise.GaussianNoise.add_ = lambda self, total, std: add(self, total, std / 2)\n"
+def test_script_exits_with_status_3(tmp_path, checkpoint, comments, processes):
+    (script := tmp_path / "fine-tune-dp.py").write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport author_dp.mechanism.noise as noise\n"
+        "add = noise.GaussianNoise.add_\nnoise.GaussianNoise.add_ = lambda self, total, std: add(self, total, std / 2)\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     done = run_script(
         "--model_name", checkpoint, "--train_file", str(comments), "--output_dir", str(tmp_path / "out"),
         "--noise_multiplier", "1", "--per_sample_max_grad_norm", "1", "--max_steps", "3", "--sequence_len", "16",
-        "--eval_fraction", "0", processes=processes, anew=True,
+        "--eval_fraction", "0", processes=processes, script=script,
     )  # fmt: skip
     message = "fine-tune-dp.py: the mechanism is not what the ledger says"
     assert done.stderr.count(message) == 1 and "MechanismError" not in done.stderr

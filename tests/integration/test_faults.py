@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_report, run_script
-from script_runs import Program, command, small
+from conftest import ROOT, read_report, run_script
+from script_runs import SCRIPT, Program, command, small
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from author_dp.accounting.ledger import PrivacyLedger
@@ -234,8 +234,14 @@ def test_second_run_in_the_folder_is_refused(checkpoint, comments, tmp_path):
     arguments = small(checkpoint, comments, tmp_path / "out", *NOISE)
     process = start(*arguments, *LONG)
     wait_for_steps(process, tmp_path / "out", 4)
+    process.send_signal(signal.SIGSTOP)  # it keeps the folder, and takes no time from the others
+    (script := tmp_path / "fine-tune-dp.py").write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport author_dp.accounting.hash_chain as hash_chain\n"
+        f"hash_chain.LOCK_SECONDS = 1\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
     for more in ([], RESUME):
-        done = run_script(*arguments, *more)
+        done = run_script(*arguments, *more, script=script)
         assert done.returncode == 2 and "in use by another run" in done.stderr, done.stderr
+    process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGTERM)
     assert wait_for_end(process)[0] == 143 and PrivacyLedger(tmp_path / "out" / "privacy_ledger.jsonl").steps >= 4

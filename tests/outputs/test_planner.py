@@ -3,12 +3,11 @@
 import json
 import runpy
 import shlex
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import make_dataset, make_trainer, run_script, tiny_gpt2
+from conftest import ROOT, make_dataset, make_trainer, run_script, tiny_gpt2
 from mutation import catches
 
 from author_dp.accounting.banded_mf import banded_error_ratio
@@ -226,6 +225,9 @@ def test_the_command_runs(checkpoint, comments, tmp_path, capsys, few_rows):
     assert done.returncode == 0, done.stderr
 
 
-def test_errors_of_the_program_are_of_one_line():
-    done = subprocess.run([sys.executable, "-m", "author_dp.plan", *ASKED, "--hours", "2"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--hours" in done.stderr
+def test_errors_of_the_program_are_of_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["plan", *ASKED, "--hours", "2"])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_path(str(ROOT / "author_dp" / "plan.py"), run_name="__main__")
+    said = capfd.readouterr().err
+    assert exited.value.code == 2 and said.count("\n") == 1 and "--hours" in said

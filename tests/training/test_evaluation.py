@@ -1,18 +1,18 @@
 """evaluation.py: losses equal a loop over single texts, for any batch size, number of processes and model class."""
 
-import json
 import math
-import subprocess
-import sys
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_dataset, make_trainer, tiny_gpt2
+from conftest import make_dataset, make_trainer, tiny_gpt2
 from families import make_model
+from forked_runs import in_processes
 from mutation import catches
 from test_processes import run_processes
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from author_dp.training.evaluation import summarize_losses
 
@@ -92,33 +92,25 @@ def test_evaluate_is_the_same_with_two_processes(tmp_path):
         assert process["evaluation"] == pytest.approx(list(expected), abs=1e-4)
 
 
-PEAK = """
-import json, re, sys
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-import torch
-from conftest import make_dataset, make_trainer
-from transformers import GPT2Config, GPT2LMHeadModel
-model = GPT2LMHeadModel(GPT2Config(vocab_size=30_000, n_positions=64, n_embd=16, n_layer=1, n_head=1))
-dataset = make_dataset([1] * 64, longest=64)
-plain = {{"disable_dp": True, "noise_multiplier": None}}  # without the model check, whose peak would hide the others
-trainer = make_trainer({folder!r}, model, dataset, privacy=plain, per_device_train_batch_size=64, per_device_eval_batch_size=64)
-def peak():  # getrusage would start at the parent process's peak
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-before = peak()
-trainer.{what}
-print(json.dumps(peak() - before))
-"""
+def peak_growth(folder: Path, what: str) -> int:
+    """Return by how many KiB the peak of this process's memory grows in evaluation, or else in training."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=30_000, n_positions=64, n_embd=16, n_layer=1, n_head=1))
+    dataset = make_dataset([1] * 64, longest=64)
+    plain = {"disable_dp": True, "noise_multiplier": None}  # without the model check, whose peak would hide the others
+    trainer = make_trainer(folder, model, dataset, privacy=plain, per_device_train_batch_size=64, per_device_eval_batch_size=64)
+    Path("/proc/self/clear_refs").write_text("5")  # from here on
+    before = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    trainer.evaluate(dataset) if what == "evaluate" else trainer.train()
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before
 
 
 @pytest.mark.integration
 def test_evaluate_needs_no_more_memory_than_training(tmp_path):
     peaks = {}
-    for what in ("train()", "evaluate(dataset)"):
-        code = PEAK.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path / what[:5]), what=what)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-        peaks[what] = json.loads(done.stdout.splitlines()[-1])
-    assert 0 < peaks["evaluate(dataset)"] <= peaks["train()"]
+    for what in ("train", "evaluate"):
+        (tmp_path / what).mkdir()
+        (peaks[what],) = in_processes(tmp_path / what, 1, peak_growth, tmp_path / what / "out", what)
+    assert 0 < peaks["evaluate"] <= peaks["train"]
 
 
 def test_evaluate_reports_progress(tmp_path):
