@@ -64,24 +64,15 @@ BELOW_LORA = 0.55  # the distance below for LoRA, whose shares were predicted 0.
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
 
-def predicted_step_noise(setting: PredictionSetting) -> float:
-    """Return the norm of a step's noise over all trained parameters, in clip norms."""
-    return (
-        setting.noise_multiplier
-        * predicted_band_errors(setting.bands, setting.steps)[0]
-        * math.sqrt(setting.trained)
-        / setting.batch
-    )
+def predicted_noise(setting: PredictionSetting) -> tuple[float, float]:
+    """Return norms of the noise over all trained parameters, in clip norms.
 
-
-def predicted_sum_noise(setting: PredictionSetting) -> float:
-    """Return the root mean square norm of the noise in the sum of the first t updates, in clip norms."""
-    return (
-        setting.noise_multiplier
-        * predicted_band_errors(setting.bands, setting.steps)[1]
-        * math.sqrt(setting.trained)
-        / setting.batch
-    )
+    Returns:
+        that of a step, and the root mean square of those in the sums of the first t updates.
+    """
+    scale = setting.noise_multiplier * math.sqrt(setting.trained) / setting.batch
+    of_step, of_sums = predicted_band_errors(setting.bands, setting.steps)
+    return scale * of_step, scale * of_sums
 
 
 @functools.lru_cache(maxsize=1_024)
@@ -95,9 +86,10 @@ def predicted_gain(setting: PredictionSetting, constants: PredictionConstants = 
     """Return the predicted gain, of the largest that the model can make on a corpus: 0 to 1, the smaller the more noise."""
     c, rate = constants, setting.learning_rate / predicted_rate_unit(setting)
     left = c.correction if setting.bands > 1 else 1.0  # of the noise variance, in Adam's divisor
-    divisor = math.hypot(c.signal, math.sqrt(left) * predicted_step_noise(setting))
+    step_noise, sum_noise = predicted_noise(setting)
+    divisor = math.hypot(c.signal, math.sqrt(left) * step_noise)
     travel = rate * setting.steps * c.signal / divisor
-    wander = rate * predicted_sum_noise(setting) / divisor
+    wander = rate * sum_noise / divisor
     lost = (c.travel / travel) ** c.travel_power + c.steps / setting.steps
     lost += (wander / c.wander) ** c.wander_power + (wander / travel / c.ratio) ** c.ratio_power
     return 1 / (1 + lost)

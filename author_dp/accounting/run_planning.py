@@ -122,14 +122,11 @@ def planning_candidates(task: PlanningTask) -> list[PredictionSetting]:
 
 def planning_gain_without_privacy(task: PlanningTask) -> float:
     """Return the largest predicted gain without privacy, of all settings that fit the time."""
-    return max(predicted_gain(setting) for setting in planning_settings_without_noise(task))
-
-
-def planning_settings_without_noise(task: PlanningTask) -> Iterator[PredictionSetting]:
-    """Yield the settings that fit the time, without noise."""
-    for batch, steps, rate in itertools.product(BATCHES, STEPS, RATES):
-        if batch <= task.num_authors and batch * steps <= task.limit:
-            yield PredictionSetting(0.0, batch, steps, 1, rate, task.parameters, task.trained, task.is_lora)
+    return max(
+        predicted_gain(PredictionSetting(0.0, batch, steps, 1, rate, task.parameters, task.trained, task.is_lora))
+        for batch, steps, rate in itertools.product(BATCHES, STEPS, RATES)
+        if batch <= task.num_authors and batch * steps <= task.limit
+    )
 
 
 def find_planning_limits(task: PlanningTask, sampled: Optional[float] = None) -> str:

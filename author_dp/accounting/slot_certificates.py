@@ -21,7 +21,7 @@ References:
 
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -70,13 +70,6 @@ class CertificateEstimate(NamedTuple):
         return min(largest, (self.mean + self.deviation(failure_probability, self.draws)) * (1 + ROUNDING))
 
 
-def certificate_chunks(draws: int) -> Iterator[int]:
-    """Yield sizes of at most CHUNK that add up to `draws`."""
-    yield from [CHUNK] * (draws // CHUNK)
-    if draws % CHUNK:
-        yield draws % CHUNK
-
-
 def estimate_certified_delta(
     proposal: TiltedMixture | MeanShift, draws: int, generator: np.random.Generator
 ) -> CertificateEstimate:
@@ -87,7 +80,7 @@ def estimate_certified_delta(
     """
     total = squares = 0.0
     largest = math.exp(proposal.log_range)
-    for size in certificate_chunks(draws):
+    for size in (min(CHUNK, draws - start) for start in range(0, draws, CHUNK)):
         values = proposal.weigh(proposal.draw(size, generator))
         if not (values.min() >= 0 and values.max() <= largest * (1 + 1e-9)):
             raise ArithmeticError(f"weight times loss is {values.max():.6g}, above its bound {largest:.6g}")

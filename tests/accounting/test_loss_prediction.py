@@ -10,26 +10,25 @@ from author_dp.accounting.banded_mf import toeplitz_coefficients
 from author_dp.accounting.loss_prediction import (
     PredictionSetting,
     predicted_gain,
+    predicted_noise,
     predicted_share,
-    predicted_step_noise,
-    predicted_sum_noise,
     prediction_interval,
 )
 
 SETTING = PredictionSetting(0.8, 64, 20, 4, 3e-3, 400_000, 400_000, is_lora=False)
 
 
-@catches("a step's noise is not divided by the batch", "accounting.loss_prediction.predicted_step_noise", " / setting.batch", "")
-@catches("the sums' noise is that of a step", "accounting.loss_prediction.predicted_sum_noise", "[1]", "[0]")
+@catches("a step's noise is not divided by the batch", "accounting.loss_prediction.predicted_noise", " / setting.batch", "")
+@catches("the sums' noise is that of a step", "accounting.loss_prediction.predicted_noise", "scale * of_sums", "scale * of_step")
 @pytest.mark.parametrize("bands", [1, 4])
 def test_noise_is_that_of_the_mechanism(bands):
     setting = SETTING._replace(bands=bands)
     c = toeplitz_coefficients(bands, setting.steps)
     inverse = np.linalg.inv(sum(value * np.eye(setting.steps, k=-i) for i, value in enumerate(c)))  # row t: noise of step t
     scale = setting.noise_multiplier * math.sqrt(setting.trained) / setting.batch
-    assert predicted_step_noise(setting) == pytest.approx(scale * np.linalg.norm(inverse[-1]), rel=1e-9)
+    assert predicted_noise(setting)[0] == pytest.approx(scale * np.linalg.norm(inverse[-1]), rel=1e-9)
     sums = np.linalg.norm(np.cumsum(inverse, axis=0), axis=1)
-    assert predicted_sum_noise(setting) == pytest.approx(scale * np.sqrt((sums**2).mean()), rel=1e-9)
+    assert predicted_noise(setting)[1] == pytest.approx(scale * np.sqrt((sums**2).mean()), rel=1e-9)
 
 
 @pytest.mark.parametrize("rate", [1e-4, 1e-3, 1e-2, 1e-1])
