@@ -23,7 +23,13 @@ from common import ROOT, cache_option, cached, drawing, fine_tune, main, option,
 from transformers import TrainerCallback
 
 from author_dp.outputs.privacy_statement import check_statement
-from author_dp.outputs.synthetic_report import add_synthetic_report_options, read_real, read_synthetic, split_synthetic_texts
+from author_dp.outputs.synthetic_report import (
+    add_synthetic_report_options,
+    read_real,
+    read_synthetic,
+    split_synthetic_texts,
+    with_default_synthetic_columns,
+)
 from dp_utils import DPTrainer
 
 # --- epsilon, recipe, LoRA, few authors -----------------------------------------------------------------------
@@ -363,8 +369,9 @@ def write_rows(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
 @table(
     option("synthetic", type=Path, help="a file that author_dp.generate wrote"),
     option("files", nargs="+", help="the --train_file of the training"),
-    option("--text_column", default="content"),
+    option("--text_column", help="of the real text; default: that of the training"),
     option("--messages_column"),
+    option("--synthetic_column", help="of the synthetic text; default: the one that was generated"),
     add_synthetic_report_options,
     passes_on=True,
 )
@@ -375,9 +382,10 @@ def synthetic_utility(args: argparse.Namespace) -> None:
     fine-tune-dp.py, which trains twice without privacy (--disable_dp), from the same model, with the same number of texts and
     steps. The held-out authors are those of the training. All results are computed on private data: do not publish them.
     """
-    model = check_statement(args.synthetic).get("model") or {}
-    training, held_out = split_synthetic_texts(read_real("FILE", args.files, args), model, args)
-    texts = {"synthetic": read_synthetic(args.synthetic, args.text_column), "real": [row.text for row in training]}
+    statement = check_statement(args.synthetic)
+    args = with_default_synthetic_columns(args, statement)
+    training, held_out = split_synthetic_texts(read_real("FILE", args.files, args), statement.get("model") or {}, args)
+    texts = {"synthetic": read_synthetic(args.synthetic, args.synthetic_column), "real": [row.text for row in training]}
     number = min(map(len, texts.values()))
     metrics = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,14 +1,17 @@
 """synthetic_report.py and overlap.py: what synthetic text shares with training texts."""
 
+import importlib
 import itertools
 import json
 import random
 import stat
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from datasets import Dataset
 from mutation import catches
 
@@ -27,6 +30,7 @@ from author_dp.outputs.synthetic_report import (
 )
 from data_utils import DataArguments, split_by_author
 
+FILES = ("--train_file", "--validation_file")
 OPTIONS = {
     "text_column": None, "messages_column": None, "synthetic_column": None, "author_column": "author", "validation_file": None,
     "eval_fraction": 0.25, "split_seed": 42,
@@ -190,6 +194,35 @@ def test_conversations_are_compared_by_their_answers(tmp_path, files):
     write_json(statement_path(synthetic), {**json.loads(statement_path(synthetic).read_text()), "sha256": sha256_of(synthetic)})
     report = make_synthetic_report(synthetic, [str(real)], Namespace(**{**OPTIONS, "messages_column": "messages"}))
     assert report["words_per_text"] == {"synthetic": 6, "held_out": 6}
+
+
+def test_usefulness_is_compared_with_as_much_real_text(files, monkeypatch, capsys):
+    """benchmarks/quality.py synthetic_utility, without its two trainings."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    quality = importlib.import_module("quality")
+    trained = []
+
+    def fine_tune(*words):
+        rows = {name: [json.loads(row) for row in Path(words[words.index(name) + 1]).read_text().splitlines()] for name in FILES}
+        trained.append([[row["content"] for row in rows[name]] for name in FILES])
+        assert len({row["author"] for row in rows[FILES[0]]}) == len(rows[FILES[0]]) and words[-2:] == ("--model_name", "m")
+        return {when: {"eval_loss": 2.0, "eval_perplexity": 7.4} for when in ("before", "after")}
+
+    monkeypatch.setattr(quality, "fine_tune", fine_tune)
+    synthetic, real = map(str, files)
+    rows = [json.loads(row) for row in files[1].read_text().splitlines()]
+    files[1].write_text("".join(json.dumps({**row, "content": f"{row['content']} {n}"}) + "\n" for n, row in enumerate(rows)))
+    monkeypatch.setattr(sys, "argv", ["quality.py", synthetic, real, "--eval_fraction", "0.25", "--model_name", "m"])
+    quality.main("", quality.synthetic_utility)
+    (from_synthetic, held_out), (from_real, again) = trained
+    assert sorted(from_synthetic) == sorted(json.loads(row)["content"] for row in files[0].read_text().splitlines())
+    assert len(set(from_real)) == len(from_synthetic) == 50 and held_out == again
+    assert (
+        held_out
+        and not {*held_out} & {*from_real}
+        and {*held_out, *from_real} <= {f"{row['content']} {n}" for n, row in enumerate(rows)}
+    )
+    assert "do not publish" in capsys.readouterr().out
 
 
 def test_what_the_user_can_mend(files):
