@@ -133,7 +133,7 @@ class DataArguments:
         return min((limit for limit in (default, self.max_train_samples) if limit is not None), default=None)
 
     def column_spec(self, option: str, tokenizer: Optional[PreTrainedTokenizerBase]) -> ColumnSpec:
-        """Return the columns of `option`'s files; prompts and conversations become fields of `chat.Example`."""
+        """Return the columns of `option`'s files; prompts and conversations become fields of `chat.ChatExample`."""
         columns = ColumnSpec(option, self.text_column, self.author_column)
         if not self.has_loss_mask:
             return columns

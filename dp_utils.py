@@ -35,7 +35,8 @@ from transformers.training_args import OptimizerNames
 
 from author_dp.accounting.accountant import compute_epsilon, find_noise_multiplier
 from author_dp.accounting.budget import StopAtTargetEpsilon
-from author_dp.accounting.output_dir import failures_recorded, lock_output_dir
+from author_dp.accounting.output_dir import lock_output_dir
+from author_dp.accounting.voiding import guarantee_voided_on_failure
 from author_dp.clipping import ENGINES
 from author_dp.distributed import all_reduce_gradients
 from author_dp.errors import UserError, as_user_error
@@ -242,7 +243,7 @@ class DPTrainer(UploadingTrainer):
             self.canaries.start(self)
         self.add_callback(signals := StopOnSignal())
         try:
-            with lock_output_dir(self.budget), failures_recorded(self.budget, self.create_model_card):
+            with lock_output_dir(self.budget), guarantee_voided_on_failure(self.budget, self.create_model_card):
                 self.rehearse()
                 with (
                     set_up_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
@@ -340,7 +341,7 @@ class DPTrainer(UploadingTrainer):
         if self.privacy.disable_dp:
             all_reduce_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         else:
-            self.generators.check()  # type: ignore[union-attr]
+            self.monitors.record_failure(self.generators.check)  # type: ignore[union-attr]
             self.dp_optimizer.batch_index = inputs.batch_index
         self.norms.end_step()
         self.monitors.on_step(inputs.batch_size, inputs.batch_index)

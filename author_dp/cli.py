@@ -226,10 +226,10 @@ def exit_mechanism_error(error: MechanismError, name: str, rank: int, cleanup: C
     """Print that the guarantee is void, on one process only, and exit with status 3."""
     if rank > 0:
         time.sleep(OTHER_RANKS_WAIT)
-    kept = f". Delete these, which could be neither rewritten nor removed: {', '.join(error.not_voided)}"
+    kept = f". Delete these files, and the weights beside them; they may still claim one: {', '.join(error.not_voided)}"
     print(
         f"{name}: the mechanism is not what the ledger says: {error}. Nothing more was saved. What this run saved before has no "
-        f"guarantee, and its privacy.json files now say so, or are removed: do not publish it{kept if error.not_voided else ''}",
+        f"guarantee, and its privacy.json files now say so: do not publish it{kept if error.not_voided else ''}",
         file=sys.stderr,
     )
     exit_process(3, cleanup)

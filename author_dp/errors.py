@@ -58,7 +58,7 @@ class MechanismError(Exception):
     """The run's mechanism is not what its ledger says: what it has released has no known guarantee.
 
     Attributes:
-        not_voided: files that still claim a guarantee, as they could be neither rewritten nor removed, each with the reason.
+        not_voided: files that may still claim a guarantee, as they could be neither rewritten nor removed, each with the reason.
     """
 
     not_voided: Sequence[str] = ()

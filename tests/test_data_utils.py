@@ -205,6 +205,11 @@ def test_texts_are_left_nowhere(tmp_path, monkeypatch):
     for name in (None, "author-texts-a"):
         with pytest.raises(UserError, match=r"^TMPDIR .*gone: no such folder"):  # instead of leaving them in /tmp
             storage.make_private_temp_dir(name)
+    (tmp_path / "full").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "full"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # as Python does where that one cannot be written
+    with pytest.raises(UserError, match=r"^TMPDIR .*full: it cannot be written"):
+        storage.make_private_temp_dir()
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

@@ -86,13 +86,9 @@ class HashChain:
                 if os.fstat(descriptor).st_size != self._size:
                     raise OSError(0, "another program has written to it")
                 rest = memoryview(line)
-                try:
-                    while rest:
-                        rest = rest[os.write(descriptor, rest) :]  # after a partial write, the next one raises the reason
-                    os.fsync(descriptor)
-                except OSError:
-                    os.ftruncate(descriptor, self._size)  # so that another record can be written, when there is room
-                    raise
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]  # after a partial write, the next one raises the reason
+                os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             if created:

@@ -1,19 +1,16 @@
-"""Guard the output directory: check that it can be used, lock it, and void its guarantees if the mechanism fails."""
+"""Guard the output directory: check that it can be used, and lock it."""
 
-import glob
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from author_dp.accounting.budget import Budget
-from author_dp.accounting.ledger import REPORT_NAME, PrivacyLedger
 from author_dp.distributed import barrier
-from author_dp.errors import MechanismError, UserError
-from author_dp.files import read_json_object, write_json
+from author_dp.errors import UserError
 
 RESCUED = "-rescued-"  # in the name of a folder beside the output directory, with weights that could not be saved in it
 TRIAL_PREFIX = ".trial-"  # of a folder for what is tried before training
@@ -93,76 +90,3 @@ def lock_output_dir(budget: Budget) -> Iterator[None]:
                 f"--output_dir {ledger.path.parent}: another run wrote to it just now. Check what it wrote, then resume"
             )
         yield
-
-
-@contextmanager
-def failures_recorded(budget: Budget, write_card: Callable[[], None]) -> Iterator[None]:
-    """Within, a MechanismError voids the guarantees of the output directory before it propagates.
-
-    Args:
-        write_card: rewrites the model card, if an earlier run left one: its guarantee does not hold.
-    """
-    try:
-        yield
-    except MechanismError as error:
-        if budget.is_main_process:
-            error.not_voided = void_guarantee(budget.ledger, str(error))
-        if (card := budget.ledger.path.parent / "README.md").exists():
-            try:
-                write_card()
-            except Exception:  # a full disk, for example
-                error.not_voided = [*error.not_voided, *remove_files([card])]
-        raise
-
-
-def void_guarantee(ledger: PrivacyLedger, failure: str) -> list[str]:
-    """Record in the ledger, and in every report of this directory's weights, that nothing has a guarantee; main process only.
-
-    A report that cannot be rewritten is removed: weights without one are certified by nothing.
-
-    Returns:
-        what still claims a guarantee: what could be neither written nor removed, with the reason.
-    """
-    reports, not_voided = find_reports(ledger), []
-    try:
-        ledger.record_failure(failure)
-    except UserError:
-        not_voided = remove_files(reports)
-        try:
-            ledger.record_failure(failure)  # removing them may have made room
-        except UserError as error:
-            not_voided.append(str(error))
-        return not_voided
-    void = dict.fromkeys(("epsilon", "epsilon_with_evaluation", "mu_gdp", "tpr_at_fpr"))
-    # The hash of the failure's record: a ledger from which that record was removed is refused.
-    void |= {"alarm": failure, "ledger_link": ledger.record_hashes[-1]}
-    for path in reports:
-        try:
-            write_json(path, {**read_json_object(path), **void})
-        except (OSError, UserError):
-            not_voided += remove_files([path])
-    return not_voided
-
-
-def find_reports(ledger: PrivacyLedger) -> list[Path]:
-    """Return the reports beside and below a ledger, and those of its weights that were saved elsewhere (training/rescue.py)."""
-    folder = ledger.path.absolute().parent
-    rescued = f"{glob.escape(folder.name)}{RESCUED}*/{REPORT_NAME}"
-    elsewhere = {*folder.parent.glob(rescued), *Path(tempfile.gettempdir()).glob(rescued)}
-    ours = []
-    for path in elsewhere:  # the temporary folder may have those of another directory of this name
-        with suppress(UserError):
-            if read_json_object(path).get("ledger_link") in ledger.record_hashes:
-                ours.append(path)
-    return [*folder.glob(REPORT_NAME), *folder.glob(f"*/{REPORT_NAME}"), *ours]
-
-
-def remove_files(paths: Iterable[Path]) -> list[str]:
-    """Remove files; return those that cannot be removed, with the reason."""
-    kept = []
-    for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            kept.append(f"{path} ({error.strerror})")
-    return kept

@@ -23,7 +23,7 @@ class ColumnSpec(NamedTuple):
     text: str
     author: str
     prompt: Optional[str] = None  # precedes the text, as the first argument of `as_text`
-    as_text: Optional[Callable[..., Any]] = None  # makes a `chat.Example` of the values in `text_columns`; raises ValueError
+    as_text: Optional[Callable[..., Any]] = None  # makes a `chat.ChatExample` of the values in `text_columns`; raises ValueError
     text_option: str = "--text_column"
     prompt_option: str = "--prompt_column"
 
@@ -61,7 +61,7 @@ class ColumnRow(NamedTuple):
     """One sample as written in a file."""
 
     author: Optional[str]
-    text: Any  # a text, or the fields of a `chat.Example`; None where it is missing
+    text: Any  # a text, or the fields of a `chat.ChatExample`; None where it is missing
     author_type: str  # in words, for errors
     line: int  # where the row begins; 0 where only rows are counted
     number: int  # of the row, from 1

@@ -62,11 +62,13 @@ def make_private_temp_dir(name: Optional[str] = None) -> Path:
     Args:
         name: of the directory, where other processes must find it; a new one by default.
     Raises:
-        UserError: if TMPDIR is no folder: Python would leave the texts elsewhere, without a word.
+        UserError: if TMPDIR cannot be used: Python would leave the texts elsewhere, without a word.
     """
-    if (wanted := os.environ.get("TMPDIR")) and not os.path.isdir(wanted):
-        raise UserError(f"TMPDIR {wanted}: no such folder. Create it, or unset TMPDIR")
-    folder = Path(tempfile.gettempdir()) / (name or f"author-texts-{secrets.token_hex(8)}")
+    wanted, used = os.environ.get("TMPDIR"), tempfile.gettempdir()
+    if wanted and (not os.path.isdir(wanted) or not os.path.samefile(wanted, used)):
+        problem = "it cannot be written" if os.path.isdir(wanted) else "no such folder"
+        raise UserError(f"TMPDIR {wanted}: {problem}. Create it, with free space, or unset TMPDIR")
+    folder = Path(used) / (name or f"author-texts-{secrets.token_hex(8)}")
     folder.mkdir(mode=0o700)
     temp_dirs.append(folder)
     return folder

@@ -31,7 +31,7 @@ class TokenizeSpec(NamedTuple):
     end: list[int]  # token after each text, if any
     max_body_tokens: int  # of a piece, without `start`
     split: bool  # split long texts; otherwise truncate them
-    has_loss_mask: bool  # whether texts are the fields of a `chat.Example`, and samples have labels
+    has_loss_mask: bool  # whether texts are the fields of a `chat.ChatExample`, and samples have labels
 
 
 def tokenize(
@@ -58,8 +58,8 @@ def tokenize(
     Args:
         prepend_bos: begin each text with a start token, from `resolve_bos_token`.
         append_eos: end each text with the end-of-text token, where it fits.
-        has_loss_mask: whether texts are the fields of a `chat.Example`. The result then has `labels` too, IGNORE_INDEX outside
-            the targets. Samples without a target are dropped like those of one token.
+        has_loss_mask: whether texts are the fields of a `chat.ChatExample`. The result then has `labels` too, IGNORE_INDEX
+            outside the targets. Samples without a target are dropped like those of one token.
         option: named in the error where no text can be used.
         folder: where the samples are kept; None: beside `samples`, on disk or in memory.
     Raises:

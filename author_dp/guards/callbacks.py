@@ -1,4 +1,4 @@
-"""Refuse callbacks and schedulers that steer the training by losses that have no noise.
+"""Refuse callbacks that steer the training by losses that have no noise; schedulers: metric_driven.py.
 
 Guarantees: a callback that changes the training has declared what it follows, or the run ends before the change takes effect.
 Changes are noticed to when training stops or saves, options, the learning rate, the optimizer with its hooks and state, the

@@ -21,12 +21,12 @@ from torch import nn
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.clipping.norm_stats import NormStatistics
-from author_dp.distributed import gather
+from author_dp.distributed import gather, rank_and_world_size
 from author_dp.errors import MechanismError
 from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.noise_inversion import NoiseDecorrelator
-from author_dp.guards.noise_monitor import NoiseMonitor, make_noise_monitor
+from author_dp.guards.noise_monitor import NoiseMonitor, make_noise_monitor, sample_noise
 from author_dp.guards.precision import PrecisionMonitor
 from author_dp.guards.process_agreement import AgreementMonitor, find_process_mismatches
 from author_dp.guards.sampling_monitor import CyclicSamplingMonitor, SamplingMonitor
@@ -75,19 +75,23 @@ class RunMonitors:
         Args:
             sampler: makes a sampler as the run does.
             budget: of the run; its ledger's directory keeps the first probe.
-            device, secure_noise: as for `make_noise_monitor`.
+            device, secure_noise: as for the run's `GaussianNoise`.
         Raises:
-            MechanismError: if sampling, noise or random numbers inside the model follow a seed.
+            MechanismError: on all processes, if sampling, noise or random numbers inside the model of one follow a seed.
         """
         self.stop()
         if self.plan.disable_dp:
             return
         if not self.plan.slots:  # which draw nothing but groups
-            check_unseeded_sampling(lambda: without_groups(sampler()), self.plan.num_authors, self.plan.event(0).sample_rate)
+            rate = self.plan.event(0).sample_rate
+            self.record_failure(check_unseeded_sampling, lambda: without_groups(sampler()), self.plan.num_authors, rate)
         if (groups := self.plan.slots or self.plan.noise_bands) > 1:
-            check_unseeded_groups(lambda: sampler_groups(sampler()), groups)
-        check_unseeded(lambda: sample_generators([device], PROBE_SIZE), "randomness inside the model")
-        self.noise = make_noise_monitor(self.plan, budget.ledger.path.parent, device, secure_noise)
+            self.record_failure(check_unseeded_groups, lambda: sampler_groups(sampler()), groups)
+        self.record_failure(check_unseeded, lambda: sample_generators([device], PROBE_SIZE), "randomness inside the model")
+        if self.plan.noise_multiplier:
+            self.record_failure(check_unseeded, lambda: sample_noise(device, secure_noise), "noise")
+        self.test()
+        self.noise = make_noise_monitor(self.plan, budget.ledger.path.parent)
         self._decorrelate = NoiseDecorrelator(self.plan.coefficients())
         self._canary_monitor = None if self.canaries is None else self.canaries.start(self.plan)
         self._updates, self._precision = UpdateMonitor(budget), PrecisionMonitor(device)
@@ -97,6 +101,7 @@ class RunMonitors:
     def stop(self) -> None:
         """Test nothing from here on."""
         self._monitors, self._ranks, self._updates, self._precision, self._frozen = [], None, None, None, None
+        self._failures: list[str] = []  # of this process, until the next test
 
     def watch_sampler(self, sampler: PoissonAuthorSampler) -> None:
         """Monitor the batches of `sampler` from here on: the training's."""
@@ -155,8 +160,17 @@ class RunMonitors:
         if self._canary_monitor is not None:
             self._canary_monitor.add(row[PROBE_SIZE:])
 
+    def record_failure(self, check: Callable[..., None], *args: Any) -> None:
+        """Call a check. If it fails on one of several processes, the next `test` raises on all, so that the main one voids."""
+        try:
+            check(*args)
+        except MechanismError as error:
+            if rank_and_world_size()[1] == 1:
+                raise
+            self._failures.append(str(error))
+
     def test(self, full: bool = False) -> None:
-        """Raise MechanismError on all processes if a monitor of one fails. Collective.
+        """Raise MechanismError on all processes if a monitor, or another check, of one fails. Collective.
 
         Args:
             full: test the frozen weights and the ledger's file, too.
@@ -166,7 +180,7 @@ class RunMonitors:
         tests = [monitor.test for monitor in self._monitors]
         if full:
             tests += [monitor.test_full for monitor in (self._updates, self._frozen) if monitor is not None]
-        failures = []
+        failures = list(self._failures)
         for test in tests:
             try:
                 test()

@@ -39,7 +39,6 @@ from author_dp.guards.noise_statistics import (
     NoiseStatistic,
     NoiseTails,
 )
-from author_dp.guards.seed_checks import check_unseeded
 from author_dp.guards.sequential_test import SequentialTest
 from author_dp.mechanism.noise import GaussianNoise
 from author_dp.mechanism.optimizer import PROBE_SIZE
@@ -111,18 +110,19 @@ class NoiseMonitor(SequentialTest):
         return float(low), float(high)
 
 
-def make_noise_monitor(plan: PrivacyPlan, folder: Path, device: torch.device, secure: bool) -> Optional[NoiseMonitor]:
+def sample_noise(device: torch.device, secure: bool) -> torch.Tensor:
+    """Return noise of standard deviation 1 from a new source, (PROBE_SIZE,); arguments as for the run's `GaussianNoise`."""
+    return GaussianNoise(device, secure).add_(torch.zeros(PROBE_SIZE, device=device), 1.0)
+
+
+def make_noise_monitor(plan: PrivacyPlan, folder: Path) -> Optional[NoiseMonitor]:
     """Return the noise monitor of a run; None for a run without noise. Collective.
 
     Args:
         folder: output directory, with the first probes of earlier runs.
-        device, secure: as for the run's `GaussianNoise`.
-    Raises:
-        MechanismError: if the noise follows a seed.
     """
     if plan.disable_dp or plan.noise_multiplier == 0:
         return None
-    check_unseeded(lambda: GaussianNoise(device, secure).add_(torch.zeros(PROBE_SIZE, device=device), 1.0), "noise")
     monitor = NoiseMonitor(plan.noise_multiplier * plan.clip_norm / plan.expected_batch_size, folder / PROBES_NAME)
     barrier()  # every process has read the file before the main process writes it
     return monitor

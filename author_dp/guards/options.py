@@ -145,8 +145,10 @@ def check_upload_options(args: TrainingArguments, privacy: PrivacyOptions) -> No
             f"--hub_strategy {HubStrategy(args.hub_strategy).value}: it would publish private losses in trainer_state.json. Use "
             "every_save or end"
         )
-    if privacy.disable_dp or privacy.noise_multiplier == 0:
-        option = "--disable_dp" if privacy.disable_dp else "--noise_multiplier 0"
+    without = {"disable_dp": privacy.disable_dp, "noise_multiplier 0": privacy.noise_multiplier == 0}
+    if option := next(
+        (f"--{name}" for name, given in {**without, "part_of_search": privacy.part_of_search}.items() if given), None
+    ):
         raise UserError(f"--push_to_hub: it publishes models with a guarantee only, and {option} gives none. Leave one out")
 
 

@@ -1,7 +1,7 @@
-"""Put a model into the state in which checks compare its outputs, and restore it afterwards.
+"""What checks of a model have in common: tokens, the length of samples, perturbed weights, and errors of the model's code.
 
-Checks call the user's model on random tokens, never on the user's texts. They compare in float32, in training mode and, but for
-the check of random operations, without dropout. Modes, buffers, parameters and random generators are restored at the end.
+Checks call the user's model on random tokens, never on the user's texts, in a mode of models/modes.py. They compare in float32,
+in training mode and, but for the check of random operations, without dropout. All is restored at the end.
 """
 
 from collections.abc import Iterator

@@ -44,7 +44,7 @@ PLAIN_LOADER, PEFT_LOADER = "transformers.AutoModelForCausalLM", "peft.AutoPeftM
 LARGE = 2**30  # bytes; a larger model is neither saved nor loaded for a trial
 NUM_TOKENS = 8  # of the text whose logits are compared
 MAX_ERROR = 1e-3  # of logits, relative to the largest one: other kernels round otherwise
-TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # metrics that the Trainer adds
+TIMES = ("runtime", "samples_per_second", "steps_per_second")  # metrics that the Trainer adds
 PERTURBATION = 0.05  # of adapters before the trial: at first they do nothing, and what loading loses would not be seen
 
 
@@ -222,22 +222,25 @@ def rehearse_evaluation(trainer: Any) -> None:
     Raises:
         UserError: for a metric that does not exist, or too little memory.
     """
-    for dataset in trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]:
+    args, known = trainer.args, set[str]()
+    datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    for name, dataset in datasets.items():
         if dataset is None:
-            continue
-        args = trainer.args
+            return
         batches = EvalBatches(
             dataset, args.per_device_eval_batch_size, trainer.data_collator, args.process_index, args.world_size
         )
         batches.batches = batches.batches[-1:]  # sorted by length
         try:
             with deterministic_eval(trainer.model), trainer.accelerator.autocast():
-                found = evaluate(trainer.model, DataLoader(batches, batch_size=None), lambda: None, "eval").metrics
+                prefix = f"eval_{name}" if name else "eval"
+                found = evaluate(trainer.model, DataLoader(batches, batch_size=None), lambda: None, prefix).metrics
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"--per_device_eval_batch_size {args.per_device_eval_batch_size}: not enough memory to evaluate. Lower it"
             ) from error
-        rehearse_best_model_metric(args.metric_for_best_model, {*(found or {}), *TIMES})
+        known |= {*(found or {}), *(f"{prefix}_{time}" for time in TIMES)}
+    rehearse_best_model_metric(args.metric_for_best_model, known)
 
 
 def rehearse_best_model_metric(name: Optional[str], known: set[str]) -> None:

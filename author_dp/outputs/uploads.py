@@ -23,7 +23,7 @@ class UploadingTrainer(CertifiedTrainer):
     def rehearse(self) -> None:
         """Try what follows the last step, before the first one; raise UserError for an upload that would be refused then."""
         if self.args.push_to_hub and self.is_world_process_zero():
-            if reason := why_no_guarantee(self.privacy_report()):
+            if reason := "it is a dry run" if self.run_report.dry_run else why_no_guarantee(self.privacy_report()):
                 raise UserError(f"--push_to_hub: there will be no guarantee to publish: {reason}. Leave it out")
         rehearsal.rehearse(self)
 

@@ -121,6 +121,8 @@ def release_eval_loss(
     Raises:
         UserError: if held-out authors have chosen the model.
     """
+    if isinstance(trainer.eval_dataset, dict):
+        raise UserError("eval_dataset of DPTrainer: it names several, and one loss can be released. Give one")
     check_release_not_chosen(broadcast(trainer.budget.ledger.by_metrics))
     previous = broadcast(trainer.budget.ledger.current_release)
     upper = upper or math.log(len(trainer.model.get_input_embeddings().weight))  # type: ignore[arg-type]

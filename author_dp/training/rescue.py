@@ -63,10 +63,11 @@ def rescue_weights(trainer: Any, state_dict: Optional[dict[str, torch.Tensor]]) 
     Args:
         trainer: a saving.CertifiedTrainer.
     """
-    for parent in (trainer.folder.absolute().parent, Path(tempfile.gettempdir())):
+    folder = trainer.folder.resolve()
+    for parent in (folder.parent, Path(tempfile.gettempdir())):
         place = None
         try:
-            place = Path(tempfile.mkdtemp(prefix=f"{trainer.folder.name}{RESCUED}", dir=parent))  # of mode 0700
+            place = Path(tempfile.mkdtemp(prefix=f"{folder.name}{RESCUED}", dir=parent))  # of mode 0700
             is_adapter = isinstance(trainer.model, PeftModel)
             with write_hashed_weights(place, is_adapter, trainer.privacy_report, trainer.plan.disable_dp), owner_only():
                 rescue_weights_only(trainer.model, place, state_dict)

@@ -146,7 +146,7 @@ def test_check_unseeded_restores_every_generator(tmp_path):
 def test_reused_noise_of_an_earlier_run_ends_the_run(tmp_path, monkeypatch):
     code = with_edit(find(f"{NOISE}.__init__"), *bugs.THE_SAME_NOISE_IN_EVERY_RUN[1:])
     monkeypatch.setattr(find(f"{NOISE}.__init__"), "__code__", code)
-    monkeypatch.setattr("author_dp.guards.noise_monitor.check_unseeded", lambda *_: None)  # or it would find it first
+    monkeypatch.setattr("author_dp.guards.monitors.check_unseeded", lambda *_: None)  # or it would find it first
     make_run(tmp_path, save_strategy="steps", save_steps=6).train()
     with pytest.raises(MechanismError, match="correlation between this and earlier run 1"):
         make_run(tmp_path, save_strategy="steps", save_steps=6, resume_from_checkpoint=str(tmp_path / "checkpoint-6")).train()

@@ -1,4 +1,4 @@
-"""callbacks.py: schedulers that are given, and what is refused after metrics have chosen a model."""
+"""metric_driven.py: schedulers that are given, and what is refused after metrics have chosen a model."""
 
 import pytest
 import torch

@@ -87,7 +87,7 @@ def square_roots(bands: int) -> np.ndarray:
 
 
 def noises(bands: int, steps: int, size: int = 40_000, std: float = 0.5) -> np.ndarray:
-    """What `BandedNoise` adds in each step, (steps, size)."""
+    """What `BandMFNoise` adds in each step, (steps, size)."""
     noise, source = BandMFNoise(toeplitz_coefficients(bands, steps), size, CPU), GaussianNoise(CPU)
     source.chunk_size = 15_000  # parts, the last one smaller
     return np.stack([noise.add_(torch.zeros(size), source, std).numpy() for _ in range(steps)])

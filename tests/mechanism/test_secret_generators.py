@@ -3,6 +3,7 @@
 import random
 import secrets
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, set_seed
 
+from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import MechanismError
 from author_dp.mechanism.secret_generators import SecretGenerators, default_generators, randomize, sample_generators
 
@@ -91,6 +93,33 @@ def test_train_ends_where_a_callback_seeds_the_generators(tmp_path):
     with pytest.raises(MechanismError, match="seeded during training"):
         trainer.train()
     assert trainer.budget.ledger.steps == 1
+
+
+def train_where_one_process_is_seeded(folder: Path) -> str:
+    class Seed(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1 and args.process_index == 1:
+                set_seed(7)
+
+    trainer = make_trainer(folder, tiny_gpt2(dropout=0.1), max_steps=4, per_device_train_batch_size=2, logging_steps=2)
+    trainer.add_callback(Seed())
+    try:
+        trainer.train()
+    except MechanismError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.integration
+def test_a_failure_of_one_process_ends_all_and_is_recorded(tmp_path):
+    """Otherwise the main process would only know that another one has ended, and leave its reports as they are."""
+    try:
+        found = in_processes(tmp_path, 2, train_where_one_process_is_seeded, tmp_path / "run")
+    except (RuntimeError, OSError) as error:  # one failed, or one had to be killed
+        pytest.fail(str(error))
+    assert all("seeded during training" in message for message in found)
+    ledger = PrivacyLedger(tmp_path / "run" / "privacy_ledger.jsonl")
+    assert ledger.steps == 2 and "seeded" in ledger.failure
 
 
 def test_train_without_privacy_follows_the_seed_and_saves_the_states(tmp_path):

@@ -314,6 +314,7 @@ def test_the_hub_gets_what_publish_copies(tmp_path, monkeypatch, kind):
         ({"hub_strategy": "all_checkpoints"}, "--hub_strategy all_checkpoints"),
         ({"privacy": {"disable_dp": True}}, "--push_to_hub: it publishes models with a guarantee only, and --disable_dp"),
         ({"privacy": {"noise_multiplier": 0.0}}, "--noise_multiplier 0"),
+        ({"privacy": {"part_of_search": True}}, "--part_of_search"),
     ],
 )
 def test_uploads_of_more_or_without_a_guarantee_are_refused(tmp_path, monkeypatch, options, words):
@@ -326,12 +327,14 @@ def test_uploads_of_more_or_without_a_guarantee_are_refused(tmp_path, monkeypatc
     "False")  # fmt: skip
 def test_an_upload_of_a_model_without_a_guarantee_is_refused_before_the_first_step(tmp_path, monkeypatch):
     FakeHub(monkeypatch)
-    trainer = make_trainer(tmp_path, tiny_gpt2(), push_to_hub=True, rehearsal=True)
-    trainer.run_report.base_model = {"name": "a", "covered": False, "reason": "no privacy"}
-    with pytest.raises(UserError, match=r"--push_to_hub: there will be no guarantee .*started from another one"):
-        trainer.train()
-        pytest.fail("trained")
-    assert not trainer.state.global_step and not PrivacyLedger(tmp_path / "privacy_ledger.jsonl").runs
+    base = {"name": "a", "covered": False, "reason": "no privacy"}
+    for name, value, words in (("base_model", base, "started from another one"), ("dry_run", True, "a dry run")):
+        trainer = make_trainer(tmp_path, tiny_gpt2(), push_to_hub=True, rehearsal=True)
+        setattr(trainer.run_report, name, value)
+        with pytest.raises(UserError, match=f"--push_to_hub: there will be no guarantee .*{words}"):
+            trainer.train()
+            pytest.fail("trained")
+        assert not trainer.state.global_step and not PrivacyLedger(tmp_path / "privacy_ledger.jsonl").runs
 
 
 def test_messages_name_publish_and_not_the_folder():

@@ -14,7 +14,9 @@ from mutation import catches
 from test_processes import run_processes
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from author_dp.errors import UserError
 from author_dp.training.evaluation import summarize_losses
+from author_dp.training.loss_release import release_eval_loss
 
 COUNTS = [1, 3, 2, 1]
 
@@ -80,6 +82,30 @@ def test_several_data_sets_are_evaluated_by_name(tmp_path, monkeypatch):
         assert found[f"eval_{name}_loss"] == pytest.approx(loss, abs=1e-4)
         assert found[f"eval_{name}_author_loss"] == pytest.approx(author_loss, abs=1e-4)
         assert trainer.predict(dataset).metrics["test_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+@catches("metrics of several data sets not known", "outputs.rehearsal.rehearse_evaluation", 'f"eval_{name}" if name else "eval"',
+    '"eval"', metric="eval_a_loss")  # fmt: skip
+@pytest.mark.parametrize("metric", ["loss", "a_loss", "eval_a_loss"])
+def test_the_metric_of_the_best_model_is_that_of_one_of_several(tmp_path, metric):
+    several = {"a": make_dataset([1, 2], seed=3), "b": make_dataset(COUNTS, seed=4)}
+    for dataset in several.values():
+        dataset.hashes = None  # or they would be training authors
+    trainer = make_trainer(
+        tmp_path, eval_dataset=several, eval_strategy="steps", save_strategy="steps", save_steps=1, eval_steps=1, max_steps=2,
+        load_best_model_at_end=True, metric_for_best_model=metric, rehearsal=True,
+    )  # fmt: skip
+    if metric == "loss":  # of which one?
+        with pytest.raises(UserError, match=r"--metric_for_best_model loss: no such metric\. Give one of a_author_loss, a_loss"):
+            trainer.train()
+    else:
+        try:
+            trainer.train()
+        except (KeyError, UserError) as error:
+            pytest.fail(str(error))
+        assert trainer.state.best_model_checkpoint
+    with pytest.raises(UserError, match="it names several, and one loss can be released"):
+        release_eval_loss(trainer, 0.5, None, False)
 
 
 @pytest.mark.integration

@@ -1,0 +1,198 @@
+"""voiding.py: a failed mechanism leaves no file that claims a guarantee, or says which one may; other runs keep theirs."""
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_dataset, make_trainer, read_report
+from mutation import catches
+from test_ledger import make_ledger
+from transformers import TrainerCallback
+
+from author_dp import cli
+from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.voiding import guarantee_voided_on_failure, void_guarantee
+from author_dp.errors import MechanismError
+from author_dp.files import write_json
+from author_dp.mechanism.noise import GaussianNoise
+from author_dp.outputs.privacy_statement import read_privacy_statement
+
+FAILURE = "the noise has another scale"
+REPORT = {"epsilon": 8.0, "mu_gdp": 1.0, "delta": 1e-5, "disable_dp": False}
+
+
+def make_reports(ledger: PrivacyLedger, *places: Path) -> list[Path]:
+    """Write what certifies weights in each of the places."""
+    for place in places:
+        write_json(place / "privacy.json", {**REPORT, "ledger_link": ledger.record_hashes[-1]})
+    return [place / "privacy.json" for place in places]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> tuple[PrivacyLedger, list[Path], list[Path]]:
+    """A ledger; all reports of its weights; and reports of another run, in places where its own could lie."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    folder = tmp_path / "out[1]"  # brackets are no pattern
+    folder.mkdir()
+    ledger = make_ledger(folder)
+    places = (folder, folder / "checkpoint-2", folder / "exports" / "step-5", tmp_path / "out[1]-rescued-a",
+              temporary / "out[1]-rescued-b")  # fmt: skip
+    (folder / "second").mkdir()
+    other = make_ledger(folder / "second", noise_multiplier=0.8)
+    (tmp_path / "linked").mkdir()
+    (folder / "link").symlink_to(tmp_path / "linked")
+    of_other = make_reports(other, folder / "second", tmp_path / "linked", temporary / "out[1]-rescued-c")
+    return ledger, make_reports(ledger, *places), of_other
+
+
+def is_void(path: Path) -> bool:
+    report = json.loads(path.read_text()) if path.exists() and path.read_text() != "{" else {}
+    return report.get("alarm") == FAILURE and report["epsilon"] is None and report["mu_gdp"] is None
+
+
+def out_of_room(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@catches("weights saved elsewhere keep their epsilon", "accounting.voiding.find_voided_reports",
+    "*folder.parent.glob(rescued)", "")  # fmt: skip
+@catches("another run's weights lose their epsilon", "accounting.voiding.is_voided_report", "in record_hashes", "is not None")
+@catches("a damaged report that stays", "accounting.voiding.is_voided_report", "path.parent == folder or", "False and")
+def test_all_reports_of_a_ledger_are_voided(run):
+    ledger, reports, of_other = run
+    for content in ("{", '{"epsilon": NaN, "ledger_link": "a"}'):
+        damaged = ledger.path.parent / "checkpoint-1" / "privacy.json"
+        damaged.parent.mkdir(exist_ok=True)
+        damaged.write_text(content.replace('"a"', json.dumps(ledger.record_hashes[-1])))
+        assert void_guarantee(ledger, FAILURE) == []
+        assert all(map(is_void, [*reports, damaged]))
+    assert all(json.loads(path.read_text())["epsilon"] == 8.0 for path in of_other)
+    assert PrivacyLedger(ledger.path).failure == FAILURE
+
+
+@catches(
+    "a report that keeps its epsilon where there is no room", "accounting.voiding.void_report", "json.dump(void, file)", "pass"
+)
+@catches(
+    "the report that makes a model known removed", "accounting.voiding.void_report", "json.dump(void, file)", "path.unlink()"
+)
+def test_reports_are_voided_in_place_where_there_is_no_room(run, monkeypatch):
+    ledger, reports, _ = run
+    with monkeypatch.context() as patched:
+        patched.setattr("author_dp.accounting.voiding.write_json", out_of_room)
+        assert void_guarantee(ledger, FAILURE) == []
+    assert all(map(is_void, reports))
+
+
+@catches("pages that take the room", "accounting.voiding.void_guarantee", "for name in PAGES", "for name in ()")
+def test_on_a_full_disk_pages_make_room_for_the_alarm(run, monkeypatch):
+    ledger, reports, _ = run
+    figure = ledger.path.parent / "report" / "epsilon.png"
+    figure.parent.mkdir()
+    figure.write_bytes(b"")
+    write, calls = os.write, []
+
+    def write_if_room(descriptor: int, data) -> int:
+        calls.append(len(data))
+        if len(calls) == 1:  # the first attempt writes a part
+            return write(descriptor, data[:20])
+        return out_of_room() if figure.exists() or len(calls) == 2 else write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write_if_room)
+    assert void_guarantee(ledger, FAILURE) == []
+    monkeypatch.undo()
+    assert PrivacyLedger(ledger.path).failure == FAILURE and all(map(is_void, reports))
+
+
+@catches("an alarm for a ledger that was not read again", "accounting.voiding.record_alarm", "ledger.read()", "pass")
+def test_a_ledger_that_was_cut_gets_the_alarm(run):
+    ledger, *_ = run
+    ledger.path.write_bytes(b"".join(ledger.path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert void_guarantee(ledger, FAILURE) == []
+    assert PrivacyLedger(ledger.path).failure == FAILURE and PrivacyLedger(ledger.path).steps == 2
+
+
+@catches("a ledger without the alarm that nobody names", "accounting.voiding.record_alarm",
+    'return [f"{ledger.path} ({reason})"]', "return []")  # fmt: skip
+@catches("a report's alarm forgotten", "outputs.privacy_statement.read_privacy_statement", ' or report.get("alarm")', "")
+@catches("a card of a ledger without the alarm", "accounting.voiding.guarantee_voided_on_failure",
+    "budget.ledger.failure is not None", "True")  # fmt: skip
+def test_what_cannot_be_voided_is_named(run, monkeypatch, capfd):
+    ledger, reports, _ = run
+    card, page = ledger.path.parent / "README.md", ledger.path.parent / "report.html"
+    card.write_text("epsilon 8")
+    page.write_text("epsilon 8")
+    with monkeypatch.context() as patched, pytest.raises(MechanismError, match=FAILURE) as raised:
+        patched.setattr(os, "write", out_of_room)  # of the ledger
+        patched.setattr("author_dp.accounting.voiding.write_json", out_of_room)
+        patched.setattr(json, "dump", out_of_room)
+        patched.setattr(Path, "unlink", out_of_room)
+        with guarantee_voided_on_failure(SimpleNamespace(ledger=ledger, is_main_process=True), lambda: card.write_text("new")):
+            raise MechanismError(FAILURE)
+
+    def main():
+        raise raised.value
+
+    with pytest.raises(SystemExit) as exited:
+        cli.run(main, "fine-tune-dp.py", lambda: None)
+    said = capfd.readouterr().err
+    assert exited.value.code == 3 and FAILURE in said and "may still claim one" in said and "resume" not in said
+    assert all(f"{path} (No space left on device)" in said for path in [*reports, card, page, ledger.path])
+    assert card.read_text() == "epsilon 8"
+    write_json(reports[0], {**REPORT, "alarm": FAILURE, "ledger_link": ledger.record_hashes[-1], "weights": {}})
+    monkeypatch.setattr("author_dp.outputs.privacy_statement.check_weights", lambda *_: None)
+    assert read_privacy_statement(reports[0].parent)["alarm"] == FAILURE  # though the ledger has none
+
+
+@catches("a page that keeps its epsilon", "accounting.voiding.void_guarantee", "for name in PAGES", 'for name in ("README.md",)')
+@pytest.mark.parametrize("fails", [False, True])
+def test_pages_are_removed_and_the_card_is_written_anew(run, fails):
+    ledger, reports, _ = run
+    card, page, target = (ledger.path.parent / name for name in ("README.md", "report.html", "elsewhere.md"))
+    target.write_text("notes")
+    card.symlink_to(target)
+    page.write_text("epsilon 8")
+    write_card = out_of_room if fails else lambda: card.write_text("no guarantee")
+    with pytest.raises(MechanismError, match=FAILURE) as raised:
+        with guarantee_voided_on_failure(SimpleNamespace(ledger=ledger, is_main_process=True), write_card):
+            raise MechanismError(FAILURE)
+    assert list(raised.value.not_voided) == [] and not page.exists() and target.read_text() == "notes"
+    assert not card.exists() if fails else card.read_text() == "no guarantee"
+    assert is_void(reports[0])
+
+
+def rescued_run(folder: Path, monkeypatch) -> Path:
+    """Train a run whose weights are saved beside its folder; return where."""
+    trainer = make_trainer(folder, dataset=make_dataset([1] * 60), max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    with monkeypatch.context() as patched, pytest.raises(Exception, match="The weights of this step are in"):
+        patched.setattr("author_dp.training.saving.check_rescued", out_of_room)
+        trainer.save_model()
+    found = list(folder.resolve().parent.glob(f"{folder.resolve().name}-rescued-*"))
+    assert len(found) == 1
+    return found[0]
+
+
+@catches("rescued weights under a name that is not looked up", "training.rescue.rescue_weights",
+    "folder = trainer.folder.resolve()", "folder = trainer.folder")  # fmt: skip
+def test_weights_rescued_from_the_current_folder_are_voided(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    rescued = rescued_run(Path(), monkeypatch)
+    assert read_report(rescued)["epsilon"] > 0
+
+    class AddNoNoise(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            monkeypatch.setattr(GaussianNoise, "add_", lambda self, total, std: total)
+
+    trainer = make_trainer(Path(), dataset=make_dataset([1] * 60), max_steps=4, save_strategy="no", resume_from_checkpoint=True)
+    trainer.add_callback(AddNoNoise())
+    with pytest.raises(MechanismError):
+        trainer.train()
+    assert read_report(rescued)["epsilon"] is None
