@@ -177,8 +177,7 @@ def test_text_audit_finds_missing_noise(tmp_path, monkeypatch):
     errors = []
     monkeypatch.setattr("author_dp.guards.text_canaries.logger.error", errors.append)
     monkeypatch.setattr("author_dp.mechanism.noise.GaussianNoise.add_", lambda self, total, std: total)
-    monkeypatch.setattr(
-        "author_dp.guards.monitors.make_noise_monitor", lambda *_: None
-    )  # or it would find it before the first step
+    for name in ("make_noise_monitor", "check_unseeded"):  # or they would find it before the first step
+        monkeypatch.setattr(f"author_dp.guards.monitors.{name}", lambda *_: None)
     found, epsilon = audited_run(tmp_path, noise_multiplier=None, target_epsilon=2.0)
     assert found["epsilon_lower_bound"] > epsilon and "contradicts the guarantee" in errors[0]
