@@ -8,10 +8,12 @@ import torch
 from conftest import flat, make_dataset, make_trainer, resumable, train
 from mutation import catches
 from test_accountant import exact_epsilon
+from test_slots import Args, arguments
 from transformers import TrainerCallback
 
-from author_dp.accounting.budget import StopAtTargetEpsilon
+from author_dp.accounting.budget import Budget, StopAtTargetEpsilon
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.plan import certify_plan, make_plan
 from author_dp.errors import UserError
 
 
@@ -157,3 +159,12 @@ def test_record_step_refuses_steps_beyond_the_budget(tmp_path):
     with pytest.raises(RuntimeError, match="exceed"):
         trainer.budget.record_step()
     assert trainer.budget.ledger.steps == 6
+
+
+@catches("a certificate of more than can be shown", "accounting.plan.certify_plan", "round_down(plan.target_epsilon)",
+    "plan.target_epsilon")  # fmt: skip
+def test_any_target_can_be_certified(tmp_path):
+    """Epsilon is shown with four digits, rounded up, and must not exceed a target of more digits."""
+    plan = certify_plan(make_plan(arguments(target_epsilon=7.98765), Args, np.arange(25)), [], 3)
+    budget = Budget(plan, PrivacyLedger(tmp_path / "a"), True)
+    assert budget.affordable_steps(3) == 3 and budget.epsilon(3) == 7.987

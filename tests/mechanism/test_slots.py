@@ -57,15 +57,6 @@ def test_slots_are_a_whole_number_and_epochs_have_so_many_steps():
     assert plan.sampling == "balls-in-bins" and math.isnan(plan.noise_multiplier)  # until it is certified
 
 
-@catches("a certificate of more than can be shown", "accounting.plan.certify_plan", "round_down(plan.target_epsilon)",
-    "plan.target_epsilon")  # fmt: skip
-def test_any_target_can_be_certified(tmp_path):
-    """Epsilon is shown with four digits, rounded up, and must not exceed a target of more digits."""
-    plan = certify_plan(make_plan(arguments(target_epsilon=7.98765), Args, np.arange(25)), [], 3)
-    budget = Budget(plan, PrivacyLedger(tmp_path / "a"), True)
-    assert budget.affordable_steps(3) == 3 and budget.epsilon(3) == 7.987
-
-
 @catches("slots from the counted authors", "accounting.plan.make_plan", "resolve_plan_slots(privacy, earlier, sample_rate)",
     "resolve_plan_slots(privacy, earlier, batch_size / num_authors)")  # fmt: skip
 def test_hidden_counts_do_not_set_the_slots():
