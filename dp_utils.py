@@ -243,7 +243,7 @@ class DPTrainer(UploadingTrainer):
             self.canaries.start(self)
         self.add_callback(signals := StopOnSignal())
         try:
-            with lock_output_dir(self.budget), guarantee_voided_on_failure(self.budget, self.create_model_card):
+            with lock_output_dir(self.budget), guarantee_voided_on_failure(self.budget, self.create_model_card, self.hub_name):
                 self.rehearse()
                 with (
                     set_up_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,

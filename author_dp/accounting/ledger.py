@@ -21,7 +21,7 @@ import math
 import operator
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -29,6 +29,7 @@ from author_dp.accounting.accountant import epsilon_of, round_up
 from author_dp.accounting.events import MechanismEvent, cyclic_event, slot_event
 from author_dp.accounting.hash_chain import HashChain
 from author_dp.errors import UserError
+from author_dp.files import read_json_object
 from author_dp.logs import get_logger
 
 logger = get_logger(__name__)
@@ -81,6 +82,7 @@ class PrivacyLedger:
             raise UserError(
                 f"{self.path}: line {line} was changed after it was written. Restore the file, or use a new --output_dir"
             ) from error
+        self.failure = self.failure or find_reported_alarm(self.path.parent)
 
     def _apply(self, record: dict[str, Any]) -> None:
         """Update the attributes by one record; raise ValueError, KeyError, TypeError or IndexError for an invalid one."""
@@ -155,7 +157,11 @@ class PrivacyLedger:
         """The certificate of the last run with steps, if it is of all steps in the ledger (slot_certificates.py)."""
         runs = self.runs_with_steps
         certificate = runs[-1][0].get("certificate") if runs else None
-        return certificate if certificate and ledger_is_certified(certificate, runs[:-1], runs[-1][1]) else None
+        return (
+            certificate
+            if certificate and self.failure is None and ledger_is_certified(certificate, runs[:-1], runs[-1][1])
+            else None
+        )
 
     def certificate_at(self, delta: float) -> Optional[dict[str, Any]]:
         """Return `certificate` if it holds at that delta, too: at its own, and at any larger one."""
@@ -265,6 +271,15 @@ def interpret_truncated_ledger(tail: bytes, next_step: int) -> dict[str, Any]:
     if tail.startswith(b'{"record": "alarm"'):
         return {"record": "alarm", "found": "unknown, as its record is truncated"}
     return {"record": "step", "step": next_step, "torn": True}
+
+
+def find_reported_alarm(folder: Path) -> Optional[str]:
+    """Return the failure that a report beside a ledger, or of its checkpoints, knows of: the ledger could not be written then."""
+    for path in (folder / REPORT_NAME, *folder.glob(f"checkpoint-*/{REPORT_NAME}")):
+        with suppress(OSError, UserError):
+            if path.is_file() and (alarm := read_json_object(path).get("alarm")):
+                return str(alarm)
+    return None
 
 
 def ledger_event_of_run(header: dict[str, Any], steps: int) -> MechanismEvent:

@@ -13,6 +13,7 @@ from author_dp.distributed import barrier
 from author_dp.errors import UserError
 
 RESCUED = "-rescued-"  # in the name of a folder beside the output directory, with weights that could not be saved in it
+certified_folders: set[Path] = set()  # where this process has saved weights with a report
 TRIAL_PREFIX = ".trial-"  # of a folder for what is tried before training
 FOLDERS = ("report", "_logs")
 FILES = (

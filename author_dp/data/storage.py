@@ -62,12 +62,13 @@ def make_private_temp_dir(name: Optional[str] = None) -> Path:
     Args:
         name: of the directory, where other processes must find it; a new one by default.
     Raises:
-        UserError: if TMPDIR cannot be used: Python would leave the texts elsewhere, without a word.
+        UserError: if TMPDIR, or else TEMP or TMP, cannot be used: Python would leave the texts elsewhere, without a word.
     """
-    wanted, used = os.environ.get("TMPDIR"), tempfile.gettempdir()
-    if wanted and (not os.path.isdir(wanted) or not os.path.samefile(wanted, used)):
+    used = tempfile.gettempdir()
+    name_of, wanted = next(((n, os.environ[n]) for n in ("TMPDIR", "TEMP", "TMP") if os.environ.get(n)), ("", used))
+    if not os.path.isdir(wanted) or not os.path.samefile(wanted, used):
         problem = "it cannot be written" if os.path.isdir(wanted) else "no such folder"
-        raise UserError(f"TMPDIR {wanted}: {problem}. Create it, with free space, or unset TMPDIR")
+        raise UserError(f"{name_of} {wanted}: {problem}. Create it, with free space, or unset {name_of}")
     folder = Path(used) / (name or f"author-texts-{secrets.token_hex(8)}")
     folder.mkdir(mode=0o700)
     temp_dirs.append(folder)

@@ -22,7 +22,7 @@ from author_dp.accounting.budget import Budget
 from author_dp.accounting.plan import PrivacyPlan
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.distributed import gather, rank_and_world_size
-from author_dp.errors import MechanismError
+from author_dp.errors import MechanismError, UserError
 from author_dp.guards.canary_monitor import CanaryMonitor
 from author_dp.guards.gradient_canaries import GradientCanaries
 from author_dp.guards.noise_inversion import NoiseDecorrelator
@@ -180,16 +180,20 @@ class RunMonitors:
         tests = [monitor.test for monitor in self._monitors]
         if full:
             tests += [monitor.test_full for monitor in (self._updates, self._frozen) if monitor is not None]
-        failures = list(self._failures)
+        failures, user_errors = list(self._failures), list[str]()
         for test in tests:
             try:
                 test()
             except MechanismError as error:
                 failures.append(str(error))
-        gathered = gather((failures, None if self._ranks is None else self._ranks.record(self.norms.authors)))
-        mismatches = [] if self._ranks is None else find_process_mismatches([record for _, record in gathered])
-        if found := [*mismatches, *(failure for of_process, _ in gathered for failure in of_process)]:
+            except UserError as error:  # of a ledger that was edited, for example; it must not hide the others
+                user_errors.append(str(error))
+        gathered = gather((failures, user_errors, None if self._ranks is None else self._ranks.record(self.norms.authors)))
+        mismatches = [] if self._ranks is None else find_process_mismatches([record for _, _, record in gathered])
+        if found := [*mismatches, *(failure for of_process, _, _ in gathered for failure in of_process)]:
             raise MechanismError(found[0])
+        if unusable := [error for _, of_process, _ in gathered for error in of_process]:
+            raise UserError(unusable[0])
 
 
 class UpdateMonitor:

@@ -22,7 +22,7 @@ from typing import Any, Optional
 import torch
 
 from author_dp.accounting.ledger import REPORT_NAME
-from author_dp.accounting.output_dir import has_checkpoint_name
+from author_dp.accounting.output_dir import certified_folders, has_checkpoint_name
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, read_json_object, sha256_of, to_absolute_model_path, write_json
 
@@ -120,6 +120,7 @@ def write_hashed_weights(
             "Move that away, then add --resume_from_checkpoint True"
         )
     write_json(folder / REPORT_NAME, {**make_report(), "weights": hashes})
+    certified_folders.add(folder.resolve())
 
 
 def weights_have_no_guarantee(folder: Path) -> bool:

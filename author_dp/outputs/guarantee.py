@@ -216,7 +216,7 @@ def guarantee_audit_rows(report: dict[str, Any]) -> list[Row]:
 
 def summarize_guarantee(report: dict[str, Any]) -> str:
     """Return the guarantee in plain words, for readers who do not know differential privacy."""
-    if report["disable_dp"] or report["epsilon"] is None:
+    if report["disable_dp"] or report["epsilon"] is None or report.get("alarm"):
         return "This model was trained without a privacy guarantee. It may repeat what its authors wrote."
     if report.get("interrupted"):
         return f"Certified: {format_interrupted_guarantee(report)}."

@@ -68,7 +68,7 @@ def read_privacy_statement(folder: Path) -> Optional[dict[str, Any]]:
     ledger = PrivacyLedger(statement_ledger_path(folder))
     if ledger.runs:
         report = recompute_privacy_report(path, ledger)
-        report["alarm"] = ledger.failure or report.get("alarm")  # where the ledger could not be written
+        report["alarm"] = ledger.failure
     else:
         report = read_json_object(path)
         if not {"epsilon", "delta", "disable_dp"} <= report.keys():

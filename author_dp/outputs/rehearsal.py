@@ -226,7 +226,7 @@ def rehearse_evaluation(trainer: Any) -> None:
     datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     for name, dataset in datasets.items():
         if dataset is None:
-            return
+            continue
         batches = EvalBatches(
             dataset, args.per_device_eval_batch_size, trainer.data_collator, args.process_index, args.world_size
         )
@@ -240,12 +240,13 @@ def rehearse_evaluation(trainer: Any) -> None:
                 f"--per_device_eval_batch_size {args.per_device_eval_batch_size}: not enough memory to evaluate. Lower it"
             ) from error
         known |= {*(found or {}), *(f"{prefix}_{time}" for time in TIMES)}
-    rehearse_best_model_metric(args.metric_for_best_model, known)
+    if known:
+        rehearse_best_model_metric(args.metric_for_best_model, known)
 
 
 def rehearse_best_model_metric(name: Optional[str], known: set[str]) -> None:
     """Raise UserError where --metric_for_best_model `name` is none of the `known` metrics of an evaluation."""
-    if name is not None and name not in known and f"eval_{name}" not in known:
+    if name is not None and (name if name.startswith("eval_") else f"eval_{name}") not in known:
         names = ", ".join(sorted(metric.removeprefix("eval_") for metric in known if metric.endswith(("loss", "perplexity"))))
         raise UserError(f"--metric_for_best_model {name}: no such metric. Give one of {names}")
 

@@ -20,6 +20,11 @@ from author_dp.training.saving import CertifiedTrainer
 class UploadingTrainer(CertifiedTrainer):
     """Replace the Trainer's uploads and its model card, which would publish private losses."""
 
+    @property
+    def hub_name(self) -> Optional[str]:
+        """The hub repository that gets the checkpoints of this run, if any."""
+        return f"https://huggingface.co/{self.hub_model_id}" if self.args.push_to_hub else None
+
     def rehearse(self) -> None:
         """Try what follows the last step, before the first one; raise UserError for an upload that would be refused then."""
         if self.args.push_to_hub and self.is_world_process_zero():
