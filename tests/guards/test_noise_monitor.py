@@ -90,7 +90,7 @@ def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
 
     options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
     trainer = make_run(tmp_path, **options)
-    (tmp_path / "README.md").write_text("epsilon 1")
+    (tmp_path / "README.md").write_text("| Guarantee | epsilon 1 |")
     trainer.add_callback(AddNoNoiseFromStep4())
     with pytest.raises(MechanismError, match=r"scale.* \(after 6 steps"):
         trainer.train()
@@ -117,7 +117,7 @@ def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
         trainer.train()
     lines = (tmp_path / "privacy_ledger.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "privacy_ledger.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(UserError, match="lacks records"):  # the record of the failure alone is removed
+    with pytest.raises(UserError, match="was not as recorded"):  # though the record of the failure is removed
         make_run(tmp_path, resume_from_checkpoint=True, **options)
 
 
