@@ -116,6 +116,7 @@ def test_failed_run_saves_resumes_and_claims_nothing(tmp_path):
     with pytest.raises(UserError, match="the mechanism of a run"):
         trainer.train()
     lines = (tmp_path / "privacy_ledger.jsonl").read_text().splitlines(keepends=True)
+    assert '"record": "alarm"' in lines[-1]
     (tmp_path / "privacy_ledger.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match="was not as recorded"):  # though the record of the failure is removed
         make_run(tmp_path, resume_from_checkpoint=True, **options)

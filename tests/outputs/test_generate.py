@@ -264,14 +264,16 @@ def test_the_seed_decides_and_the_folders_own_sampling_does_not(folder, tmp_path
 
 def test_texts_of_a_batch_are_those_of_one_by_one(trained, tokenizer):
     model, _ = generate.load_generating_model(str(trained))
-    torch.manual_seed(0)
-    for parameter in model.parameters():  # trained with noise, it may write one word for every prompt
-        parameter.data.normal_(std=0.3)
     ids = [tokenizer(text)["input_ids"] for text in ("a", "the match was late", "goal")]
-    config = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=[0], pad_token_id=0)
-    together = generate.generate_batch(model, ids, config, 0)
-    alone = [generate.generate_batch(model, [row], config, 0) for row in ids]
-    assert together[0] == [texts[0] for texts, _ in alone] and len({tuple(row) for row in together[0]}) > 1
+    config, found = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=[0], pad_token_id=0), set()
+    for seed in range(20):  # some models write one word, whatever they read
+        torch.manual_seed(seed)
+        model.transformer.wte.weight.data.normal_()
+        together = generate.generate_batch(model, ids, config, 0)
+        alone = [generate.generate_batch(model, [row], config, 0) for row in ids]
+        assert together[0] == [texts[0] for texts, _ in alone]
+        found.add(len({tuple(row) for row in together[0]}))
+    assert max(found) > 1
 
 
 def test_a_text_ends_at_its_end():
