@@ -46,9 +46,10 @@ def guarantee_voided_on_failure(
             if budget.is_main_process:
                 error.not_voided = [f"{published} (uploads)"] if published else []
                 error.not_voided += void_guarantee(budget.ledger, str(error), write_card)
-            barrier()  # or a launcher would end the main process, as another one has ended with an error
         except Exception as problem:
             error.not_voided = [*error.not_voided, f"{budget.ledger.path.parent} ({first_line(problem)})"]
+        with suppress(Exception):  # of one that is lost
+            barrier()  # or a launcher would end the main process, as another one has ended with an error
         raise error
 
 
