@@ -11,8 +11,8 @@ from planting import find, with_edit
 from transformers import TrainerCallback
 
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.errors import MechanismError
-from author_dp.guards.monitors import FrozenWeightsMonitor
+from author_dp.errors import MechanismError, UserError
+from author_dp.guards.monitors import FrozenWeightsMonitor, UpdateMonitor
 
 
 class AtStepEnd(TrainerCallback):
@@ -166,3 +166,22 @@ def test_changed_quantized_base_or_scales_are_found(tmp_path, bits):
         next(p for p in model.parameters() if p.dtype == torch.bfloat16).data.view(-1)[0].add_(1)
     with pytest.raises(MechanismError, match="not trained"):
         monitor.test_full()
+
+
+@catches("a failure hidden by an edited ledger", "guards.monitors.RunMonitors.test", "except UserError as error:",
+    "except ZeroDivisionError as error:")  # fmt: skip
+def test_a_ledger_that_cannot_be_read_hides_no_failure(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monitors, path = trainer.monitors, tmp_path / "privacy_ledger.jsonl"
+    path.write_text("changed\n")
+    monitors._updates = UpdateMonitor(trainer.budget)
+    with pytest.raises(UserError, match="line 1 was changed"):
+        monitors.test(full=True)
+    monitors._monitors = [monitors._updates]
+    monitors._updates.updates = 1  # of which the ledger has none
+    try:
+        monitors.test(full=True)
+    except MechanismError as error:
+        assert "weights were updated 1 times" in str(error)
+    except UserError:
+        pytest.fail("hidden")
