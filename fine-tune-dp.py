@@ -208,8 +208,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     writes_texts = trainer.is_world_process_zero() and not training_args.full_shard and not model_args.dry_run
-    answers = data_args.has_loss_mask
-    texts = TextSamples(tokenizer, eval_dataset, data_args.sequence_len, answers=answers) if writes_texts else None
+    texts = TextSamples(tokenizer, eval_dataset, data_args.sequence_len, data_args.has_loss_mask) if writes_texts else None
     statistics = RunStatistics(trainer.norms, np.diff(train_dataset.offsets), texts, cli.command_line())
     trainer.add_callback(statistics)
     if model_args.dry_run:
