@@ -157,11 +157,8 @@ class PrivacyLedger:
         """The certificate of the last run with steps, if it is of all steps in the ledger (slot_certificates.py)."""
         runs = self.runs_with_steps
         certificate = runs[-1][0].get("certificate") if runs else None
-        return (
-            certificate
-            if certificate and self.failure is None and ledger_is_certified(certificate, runs[:-1], runs[-1][1])
-            else None
-        )
+        is_certified = certificate and self.failure is None and ledger_is_certified(certificate, runs[:-1], runs[-1][1])
+        return certificate if is_certified else None
 
     def certificate_at(self, delta: float) -> Optional[dict[str, Any]]:
         """Return `certificate` if it holds at that delta, too: at its own, and at any larger one."""
@@ -273,9 +270,14 @@ def interpret_truncated_ledger(tail: bytes, next_step: int) -> dict[str, Any]:
     return {"record": "step", "step": next_step, "torn": True}
 
 
+def find_ledger_reports(folder: Path) -> list[Path]:
+    """Return the privacy.json of a run, if it saved its model, and those of its checkpoints."""
+    return sorted([*folder.glob(REPORT_NAME), *folder.glob(f"checkpoint-*/{REPORT_NAME}")])
+
+
 def find_reported_alarm(folder: Path) -> Optional[str]:
     """Return the failure that a report beside a ledger, or of its checkpoints, knows of: the ledger could not be written then."""
-    for path in (folder / REPORT_NAME, *folder.glob(f"checkpoint-*/{REPORT_NAME}")):
+    for path in find_ledger_reports(folder):
         with suppress(OSError, UserError):
             if path.is_file() and (alarm := read_json_object(path).get("alarm")):
                 return str(alarm)

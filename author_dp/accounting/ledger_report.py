@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from author_dp.accounting.accountant import MIN_DELTA, epsilon_of, format_guarantee, round_up
 from author_dp.accounting.events import delta_promises_nothing
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, ledger_event_of_run
+from author_dp.accounting.ledger import LEDGER_NAME, PrivacyLedger, find_ledger_reports, ledger_event_of_run
 from author_dp.accounting.slot_certificates import certify_epsilon, repeat_certificate, slot_segment_of
 from author_dp.errors import UserError
 from author_dp.validation import check_usage
@@ -179,8 +179,3 @@ def main(arguments: list[str]) -> None:
             ledger.check_report(path)
         ledgers.append(ledger)
     print(format_ledger(ledgers[0], delta) if len(ledgers) == 1 else format_joint_ledgers(ledgers, delta))
-
-
-def find_ledger_reports(folder: Path) -> list[Path]:
-    """Return the privacy.json of a run, if it saved its model, and those of its checkpoints."""
-    return sorted([*folder.glob(REPORT_NAME), *folder.glob(f"checkpoint-*/{REPORT_NAME}")])

@@ -62,7 +62,7 @@ def void_guarantee(ledger: PrivacyLedger, failure: str, write_card: Callable[[],
     hashes, folder = set(ledger.record_hashes[1:]), ledger.path.parent  # the first hash is that of every empty ledger
     kept, has_card = record_alarm(ledger, failure), is_model_card(folder / CARD)
     kept_pages = remove_pages([folder / name for name in (CARD, *PAGES)])
-    kept = record_alarm(ledger, failure) if kept else []  # there may be room now
+    kept = record_alarm(ledger, failure) if kept else []  # there may be room now, and the ledger was read again
     void: dict[str, Any] = dict.fromkeys(("epsilon", "epsilon_with_evaluation", "mu_gdp", "tpr_at_fpr"))
     void |= {"alarm": failure, "certificate": None}
     if not kept:  # the hash of the alarm's record: a ledger from which that was removed is refused
@@ -80,17 +80,14 @@ def void_guarantee(ledger: PrivacyLedger, failure: str, write_card: Callable[[],
 
 
 def record_alarm(ledger: PrivacyLedger, failure: str) -> list[str]:
-    """Record a failure in the ledger, also in one that was cut meanwhile; return its path and the reason if that fails."""
-    reason: object = ""
-    for _ in range(2):
-        try:
-            ledger.record_failure(failure)
-            return []
-        except UserError as error:
-            reason = getattr(error.__cause__, "strerror", None) or error
-            with suppress(UserError):
-                ledger.read()
-    return [f"{ledger.path} ({reason})"]
+    """Record a failure in the ledger. If that fails, read it again, as it may have been cut; return its path and the reason."""
+    try:
+        ledger.record_failure(failure)
+        return []
+    except UserError as error:
+        with suppress(UserError):
+            ledger.read()
+        return [f"{ledger.path} ({getattr(error.__cause__, 'strerror', None) or error})"]
 
 
 def void_report(path: Path, void: dict[str, Any]) -> list[str]:

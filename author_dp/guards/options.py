@@ -145,10 +145,12 @@ def check_upload_options(args: TrainingArguments, privacy: PrivacyOptions) -> No
             f"--hub_strategy {HubStrategy(args.hub_strategy).value}: it would publish private losses in trainer_state.json. Use "
             "every_save or end"
         )
-    without = {"disable_dp": privacy.disable_dp, "noise_multiplier 0": privacy.noise_multiplier == 0}
-    if option := next(
-        (f"--{name}" for name, given in {**without, "part_of_search": privacy.part_of_search}.items() if given), None
-    ):
+    without = {
+        "--disable_dp": privacy.disable_dp,
+        "--noise_multiplier 0": privacy.noise_multiplier == 0,
+        "--part_of_search": privacy.part_of_search,
+    }
+    if option := next((name for name, given in without.items() if given), None):
         raise UserError(f"--push_to_hub: it publishes models with a guarantee only, and {option} gives none. Leave one out")
 
 

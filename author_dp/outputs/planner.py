@@ -309,9 +309,7 @@ def make_planner_report(args: PlanArguments, lora: LoraArguments, more: Sequence
         "memory_is_measured": costs.peak is not None,
         "trained_is_estimated": lora.enable_lora and args.parameters is not None and args.trained_parameters is None,
         "rows": rows,
-        "command": None
-        if best is None
-        else planner_command(options_of_planner(task, best), args, planner_lora_options(lora), more),
+        "command": best and planner_command(options_of_planner(task, best), args, planner_lora_options(lora), more),
     }
 
 

@@ -18,8 +18,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from author_dp.accounting.accountant import format_guarantee
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
-from author_dp.accounting.ledger_report import find_ledger_reports
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
 from author_dp.accounting.privacy_report import recompute_privacy_report
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError, first_line

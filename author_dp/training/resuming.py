@@ -27,8 +27,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from author_dp.accounting.hash_chain import HashChain
-from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger
-from author_dp.accounting.ledger_report import find_ledger_reports
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
 from author_dp.accounting.output_dir import check_output_dir, has_checkpoint_name
 from author_dp.data.columns import get_column
 from author_dp.errors import UserError
@@ -142,9 +141,10 @@ def write_sample_hashes(trainer: Any) -> None:
     """Write hashes of the training and evaluation samples of a search's run to its folder: all of its runs need the same."""
     if trainer.privacy.part_of_search and trainer.is_world_process_zero():
         held_out = trainer.eval_dataset
-        datasets = held_out if isinstance(held_out, dict) else {"": held_out}
-        of_evaluation = {name: hash_samples(dataset) for name, dataset in datasets.items() if dataset is not None}
-        hashes = {"train": trainer.made_with["training"]["samples"], "evaluation": of_evaluation}
+        hashes = {
+            "train": trainer.made_with["training"]["samples"],
+            "evaluation": None if held_out is None else hash_samples(held_out),
+        }
         write_json(trainer.folder / SAMPLES_NAME, hashes, private=True)
 
 
