@@ -15,7 +15,7 @@ Example:
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any, Optional
 
 from author_dp.errors import UserError
@@ -35,6 +35,13 @@ def option(default: Any, help_text: str, choices: Optional[Collection[str]] = No
     if alias:
         metadata["aliases"] = sorted({f"--{alias}", f"--{alias.replace('_', '-')}"})
     return field(default=default, metadata=metadata)
+
+
+def option_aliases(group: Any) -> dict[str, str]:
+    """Return the options of a dataclass by their other names, without dashes."""
+    return {
+        alias.removeprefix("--").replace("-", "_"): one.name for one in fields(group) for alias in one.metadata.get("aliases", [])
+    }
 
 
 def check_range(option: str, value: Optional[float], interval: str, hint: str = "") -> None:

@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,12 @@ from author_dp.data.authors import hash_to_unit
 HELD_OUT = 0.2  # of the authors
 PLANTED, PLANTED_TEXTS, DIGITS = 4, 100, 3  # authors with a code, texts of each, digits of a code
 PLANTED_PREFIX = "planted: "
+
+
+def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
+    """Write authors and texts as JSON lines."""
+    path.write_text("".join(json.dumps({"author": author, "content": text}) + "\n" for author, text in rows), encoding="utf-8")
+    return path
 
 
 class Corpus(NamedTuple):

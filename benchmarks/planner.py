@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import ROOT, cache_option, cached, main, option, print_head, print_row, table
-from quality import write_rows
+from corpora import write_rows
 from scipy.optimize import least_squares
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments

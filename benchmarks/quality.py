@@ -9,17 +9,16 @@ python benchmarks/quality.py synthetic_utility synthetic.jsonl comments.jsonl --
 
 import argparse
 import importlib.util
-import json
 import math
 import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from common import ROOT, cache_option, cached, drawing, fine_tune, main, option, parallel_option, print_head, print_row, table
+from corpora import write_rows
 from transformers import TrainerCallback
 
 from author_dp.outputs.privacy_statement import check_statement
@@ -359,11 +358,6 @@ def averaging(args: argparse.Namespace) -> None:
 # --- synthetic text -------------------------------------------------------------------------------------------
 
 OPTIONS = ["--disable_dp", "--save_strategy", "no", "--log_level", "warning", "--disable_tqdm", "True"]
-
-
-def write_rows(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
-    path.write_text("".join(json.dumps({"author": author, "content": text}) + "\n" for author, text in rows), encoding="utf-8")
-    return path
 
 
 @table(

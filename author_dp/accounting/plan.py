@@ -248,7 +248,7 @@ def resolve_plan_slots(privacy: Any, earlier: Optional[dict[str, Any]], sample_r
     asked = privacy.sampling
     if earlier is not None:
         before = "balls-in-bins" if earlier.get("slots") else "poisson"
-        if asked not in (None, before):
+        if asked not in (None, "auto", before):
             raise UserError(f"--sampling {asked}: the resumed run has {before}. Give that, or leave the option out")
         asked = before
     if asked != "balls-in-bins":

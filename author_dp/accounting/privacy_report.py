@@ -99,6 +99,7 @@ def privacy_report_of_spending(ledger: PrivacyLedger, delta: float) -> dict[str,
         "steps": ledger.steps,
         "accounted_steps": None if has_slots else ledger.accounted_steps,
         **({"certificate": certificate} if certificate else {}),
+        **({"split": ledger.runs[-1].get("split")} if ledger.runs else {}),
         **privacy_report_of_mechanism(ledger),
         **({} if ledger.failure is None else {"alarm": ledger.failure}),
         # Of any run: one that restarts without the option has the settings, and maybe steps, of one that a search ran.

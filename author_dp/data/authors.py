@@ -4,7 +4,7 @@ Guarantees: two samples have the same author if and only if their author values 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -31,14 +31,25 @@ def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
         UserError: for a missing author, or values that are not scalars of one type.
     """
     try:
-        values = authors.combine_chunks() if isinstance(authors, pa.ChunkedArray) else pa.array(authors)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        if isinstance(authors, pa.ChunkedArray):
+            values = authors.combine_chunks()
+        else:
+            check_author_types(authors)
+            values = pa.array(authors)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:  # also surrogates, and large integers
         raise UserError(f"authors: they must be scalars of one type ({error}). Write all of them as strings") from error
     if values.null_count or (pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py()):
         raise UserError("authors: one is missing. Remove such samples, or give each an author")
     if pa.types.is_nested(values.type):
         raise UserError(f"authors: they must be scalars of one type, not {values.type}. Write all of them as strings")
     return values.dictionary_encode()
+
+
+def check_author_types(authors: Iterable) -> None:
+    """Raise TypeError for values of several types: Arrow would make some equal, such as days and times, or text and bytes."""
+    found = {type(author).__name__ + (" with a time zone" if getattr(author, "tzinfo", None) else "") for author in authors}
+    if len(found - {"NoneType"}) > 1:
+        raise TypeError(f"not of {', '.join(sorted(found))}")
 
 
 def hash_authors(authors: list, prefix: str) -> np.ndarray:

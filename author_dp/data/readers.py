@@ -78,9 +78,9 @@ def read_rows(name: str, option: str = "--prompts") -> Iterator[dict[str, Any]]:
     columns = ColumnSpec(option, "", "")
     if suffix not in FORMATS:
         raise UserError(f"{option} {name}: unknown format. Give a {', '.join(FORMATS)} file (or these with .gz or .zst)")
-    if not Path(name).is_file():
-        raise UserError(f"{option} {name}: no such file. Check the path")
     with unreadable_as_user_error(name, columns):
+        if not Path(name).is_file():
+            raise UserError(f"{option} {name}: no such file. Check the path")
         if suffix == ".parquet":
             yield from read_parquet_rows(name, compression, columns)
         elif suffix == ".csv":

@@ -12,7 +12,6 @@ Generation is post-processing of the model: it spends no privacy budget, and --s
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -98,15 +97,19 @@ def check_generate_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < minimum:
             raise UserError(f"--{name} {getattr(args, name)} must be at least {minimum}")
     ranges = {
-        "temperature": ("0 or above", 0 <= args.temperature < math.inf), "top_k": ("0 or above", args.top_k >= 0),
+        "temperature": ("0, or 1e-4 to 1e4", args.temperature == 0 or 1e-4 <= args.temperature <= 1e4),
+        "top_k": ("0 or above", args.top_k >= 0),
         "top_p": ("above 0 and at most 1", 0 < args.top_p <= 1),
-        "repetition_penalty": ("above 0", 0 < args.repetition_penalty < math.inf),
+        "repetition_penalty": ("0.01 to 100", 0.01 <= args.repetition_penalty <= 100),
     }  # fmt: skip
     for name, (words, is_valid) in ranges.items():
         if not is_valid:
             raise UserError(f"--{name} {getattr(args, name)} must be {words}")
+    if args.out.suffix != ".jsonl":
+        raise UserError(f"--out {args.out}: JSON lines are written. Give a name that ends in .jsonl")
     if args.report:
         expand_files("--report", args.report)
+        expand_files("--validation_file", args.validation_file or [])
     if args.public_prompts and args.private_prompts:
         raise UserError("--public_prompts and --private_prompts exclude each other: if any prompt is private, give the latter")
     if args.prompts and not (args.public_prompts or args.private_prompts):
@@ -131,7 +134,7 @@ def generation_options(args: argparse.Namespace, max_new_tokens: int) -> dict[st
     others: dict[str, Any] = {}
     for option in args.generation_options:
         name, sign, value = option.partition("=")
-        if not sign or name in RESERVED_OPTIONS or not hasattr(GenerationConfig(), name):
+        if not sign or name in RESERVED_OPTIONS or name not in GenerationConfig().to_dict():
             reason = f"; {name} is not to be set here" if name in RESERVED_OPTIONS else ""
             raise UserError(f"--generation_options {option}: it must be NAME=VALUE, of an option of GenerationConfig{reason}")
         try:
@@ -141,7 +144,12 @@ def generation_options(args: argparse.Namespace, max_new_tokens: int) -> dict[st
     options: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": max_new_tokens}
     if options["do_sample"]:
         options |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    return {**options, "repetition_penalty": args.repetition_penalty, **others}
+    options |= {"repetition_penalty": args.repetition_penalty, **others}
+    try:
+        GenerationConfig(**options)
+    except (ValueError, TypeError, AttributeError) as error:  # raised by transformers
+        raise UserError(f"--generation_options {' '.join(args.generation_options)}: {first_line(error)}") from error
+    return options
 
 
 # --- The model --------------------------------------------------------------------------------------------
@@ -254,6 +262,9 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     """Write the file and its privacy statement; return the statement."""
     check_generate_arguments(args)
     guarantee = privacy_statement.read_privacy_statement(Path(args.folder))
+    if args.report:
+        real = synthetic_report.with_default_synthetic_columns(report_options(args), {"model": guarantee})
+        synthetic_report.check_synthetic_split(guarantee or {}, real)
     source = privacy_statement.statement_prompt_source(args.private_prompts, args.prompts, args.prompt_template)
     statement = privacy_statement.make_statement(guarantee, source)
     data = (guarantee or {}).get("data") or {}
@@ -289,6 +300,8 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     write_generated_texts(model, tokenizer, prompts, output, number, args, GenerationConfig(**options, eos_token_id=ends or [-1]))
     public = {**settings, **({"sha256_of_prompts": prompts_hash} if source == privacy_statement.PUBLIC else {})}
     content = {**statement, "file": args.out.name, "rows": number, "rows_that_end": output.state["ended"], "generated": public}
+    if statement["covered"]:
+        privacy_statement.check_still_covered(Path(args.folder))
     output.finish(content)
     return content
 
@@ -313,7 +326,15 @@ def write_generated_texts(
             seed = generation_batch_seed(args.seed, output.rows // args.batch_size)
             try:
                 tokens, ended = generate_batch(model, [prompt.ids for prompt in batch], config, seed)
-            except (ValueError, TypeError) as error:  # raised by transformers for its options
+            except (
+                ValueError,
+                TypeError,
+                ArithmeticError,
+                IndexError,
+                RuntimeError,
+            ) as error:  # by transformers, for its options
+                if not isinstance(error, (ValueError, TypeError)) and not args.generation_options:
+                    raise
                 raise UserError(f"--generation_options, --temperature and the like: {first_line(error)}") from error
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             output.add(
@@ -342,12 +363,16 @@ def make_generation_warnings(
     return warnings
 
 
+def report_options(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the options of --report: the columns that are given here are those of the output, not of the real text."""
+    return argparse.Namespace(**{**vars(args), **dict.fromkeys(synthetic_report.COLUMN_OPTIONS)})
+
+
 def main(arguments: list[str]) -> None:
     args = make_generate_parser().parse_args(arguments)
     content = generate(args)
     ended = f"{content['rows_that_end']:,} of {content['rows']:,} texts reach their end"
     print(f"{content['file']}: {ended}. {content['statement']}")
     if args.report:
-        # Here the columns are those of the output, not of the real text.
-        options = argparse.Namespace(**{**vars(args), **dict.fromkeys(synthetic_report.COLUMN_OPTIONS)})
-        print(synthetic_report.format_synthetic_report(synthetic_report.make_synthetic_report(args.out, args.report, options)))
+        report = synthetic_report.make_synthetic_report(args.out, args.report, report_options(args))
+        print(synthetic_report.format_synthetic_report(report))

@@ -7,6 +7,7 @@ statement first.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,14 +33,19 @@ class PartialFile:
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], mode: int):
-        if out.exists():
+        try:
+            exists = out.exists()
+        except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+            raise UserError(f"--out {str(out)[:100]}: it cannot be a file's name ({error}). Choose another") from error
+        if exists:
             raise UserError(f"--out {out} exists: choose another name, or move it away")
         self.out, self.part, self.mode = out, out.with_name(out.name + ".part"), mode
         self.state = {"settings": json.loads(json.dumps(settings)), "rows": 0, "ended": 0, "bytes": 0}
         self._state_path, self._hash = self.part.with_name(self.part.name + ".json"), hashlib.sha256()
         with self._write_errors():
-            if self._state_path.exists() and self.part.exists():
-                self._resume()
+            known = read_json_object(self._state_path) if self._state_path.exists() and self.part.exists() else {}
+            if known.get("rows"):
+                self._resume(known)
             else:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 self.part.unlink(missing_ok=True)
@@ -51,9 +57,8 @@ class PartialFile:
         """Number of rows written so far."""
         return int(self.state["rows"])
 
-    def _resume(self) -> None:
-        """Read the state of an unfinished file, and cut off what was written after it."""
-        known = read_json_object(self._state_path)
+    def _resume(self, known: dict[str, Any]) -> None:
+        """Take over the state of an unfinished file, and cut off what was written after it."""
         settings = known.get("settings", {})
         if changed := [name for name, value in self.state["settings"].items() if settings.get(name) != value]:
             raise UserError(
@@ -72,7 +77,7 @@ class PartialFile:
         Args:
             ended: number of texts of the batch that reached their end.
         """
-        content = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+        content = "".join(json.dumps(without_nan(row), ensure_ascii=False, default=str) + "\n" for row in rows).encode()
         with self._write_errors():
             with open(self.part, "ab") as file:
                 file.write(content)
@@ -105,3 +110,12 @@ class PartialFile:
             raise UserError(
                 f"--out {self.out} cannot be written ({error.strerror}): make room or choose another place, then resume"
             ) from error
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value with None, which JSON has, in place of floats that it has not: NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,9 +9,8 @@ run, whose times and memory come from private texts.
 """
 
 import json
-import shlex
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -29,20 +28,18 @@ from author_dp.accounting.run_planning import (
     planning_sum_error_ratio,
 )
 from author_dp.errors import UserError, first_line
-from author_dp.files import read_json_object
 from author_dp.hub_access import hub_is_reachable
 from author_dp.models.lora import LoraArguments
-from author_dp.outputs.html_page import STATISTICS_NAME
-from author_dp.training.dry_run import MEASURED_NAME
+from author_dp.outputs.planner_command import (
+    PlannerCosts,
+    options_of_planner,
+    planner_command,
+    planner_lora_options,
+    read_dry_run_for_planner,
+)
 from author_dp.validation import check_exclusive, check_range, option
 
-# The rest of the command: what the planner computes none of. Options after -- replace it.
-PLACEHOLDERS = {
-    "model_name": "MODEL", "train_file": "FILE", "output_dir": "OUT", "per_sample_max_grad_norm": "1.0",
-    "lr_scheduler_type": "constant",
-}  # fmt: skip
 ROWS = 5  # of the table: each takes two exact calibrations
-MICROBATCH = 16  # authors in memory at once, in the command; it changes no result
 BYTES_PER_TRAINED = 16  # float32: the weight, its clipped sum, and Adam's two moments
 TOO_CLOSE = 0.02  # shares of the gain, far within the interval: the formula does not tell such rows apart
 GIB = 2**30
@@ -79,7 +76,10 @@ class PlanArguments:
         check_range("--hours", self.hours, "(0, 1e6)")
         check_range("--seconds_per_author", self.seconds_per_author, "(0, 1e6)")
         check_exclusive(self, "model", "parameters")
-        check_exclusive(self, "from_dry_run", "seconds_per_author")
+        for name in ("seconds_per_author", "model", "parameters"):  # the command would be of another model than the plan
+            check_exclusive(self, "from_dry_run", name)
+        if (self.trained_parameters or 0) > (self.parameters or 0):
+            raise UserError("--trained_parameters: it is a part of --parameters, and at most as large. Give both")
         if self.seconds_per_author is not None and self.hours is None:
             raise UserError("--seconds_per_author: it limits nothing without --hours. Give --hours, too")
         if self.hours is not None and self.seconds_per_author is None and self.from_dry_run is None:
@@ -88,28 +88,20 @@ class PlanArguments:
             )
 
 
-@dataclass(frozen=True)
-class PlannerCosts:
-    """What a run costs beside privacy. None: unknown.
-
-    Attributes:
-        seconds_per_author: of a step, divided by its expected batch.
-        peak: GiB of a process in the dry run, and its noise bands.
-    """
-
-    seconds_per_author: Optional[float] = None
-    peak: Optional[tuple[float, int]] = None
-
-
 def resolve_planner_options(args: PlanArguments, lora: LoraArguments) -> tuple[PlanningTask, PlannerCosts]:
     """Return what is asked for, from the options and the files of the dry run.
 
     Raises:
         UserError: for what neither has, or a folder that holds no dry run.
     """
-    found, costs, sampled = (
-        read_dry_run_for_planner(Path(args.from_dry_run)) if args.from_dry_run is not None else ({}, PlannerCosts(), None)
-    )
+    found: dict[str, Any] = {}
+    costs, sampled = PlannerCosts(), None
+    if args.from_dry_run is not None:
+        found, costs, sampled = read_dry_run_for_planner(Path(args.from_dry_run))
+        if lora.enable_lora:
+            raise UserError("--enable_lora: the dry run says what is trained. Leave it out, or make another dry run")
+    elif args.trained_parameters is not None and not lora.enable_lora:
+        raise UserError("--trained_parameters: without --enable_lora, all parameters are trained. Add it, or leave this out")
     authors, epsilon = args.authors or found.get("num_authors"), args.target_epsilon or found.get("target_epsilon")
     if authors is None or epsilon is None:
         missing = [name for name, value in (("--authors", authors), ("--target_epsilon", epsilon)) if value is None]
@@ -117,7 +109,7 @@ def resolve_planner_options(args: PlanArguments, lora: LoraArguments) -> tuple[P
     parameters, trained = count_planner_parameters(args, lora, found)
     seconds = args.seconds_per_author or costs.seconds_per_author
     if args.hours is not None and seconds is not None:  # checked with the options
-        sampled, costs = 3600 * args.hours / seconds, PlannerCosts(seconds, costs.peak)
+        sampled, costs = 3600 * args.hours / seconds, costs._replace(seconds_per_author=seconds)
     delta = args.target_delta or (found.get("delta") if args.authors is None else None) or 1 / authors
     is_lora = lora.enable_lora or trained < parameters
     return PlanningTask(authors, epsilon, delta, parameters, trained, is_lora, sampled), costs
@@ -171,63 +163,18 @@ def count_model_for_planner(name: str, lora: LoraArguments) -> tuple[int, int]:
     return total, model_sizes(model)[0]
 
 
-def read_dry_run_for_planner(folder: Path) -> tuple[dict[str, Any], PlannerCosts, float]:
-    """Return a dry run's public values, its costs, and how many authors the run that was asked for samples."""
-    try:
-        report, measured = read_json_object(folder / "privacy.json"), read_json_object(folder / MEASURED_NAME)
-        settings = report["settings"]
-        found = {name: report.get(name) for name in ("num_authors", "target_epsilon", "delta", "noise_bands")}
-        found |= {"parameters": settings["parameters"], "trained_parameters": settings["trained_parameters"]}
-        batch = report["expected_batch_size"]
-        costs = PlannerCosts(measured["seconds_per_step"] / batch, (measured["peak_gib"], report["noise_bands"]))
-        return found, costs, measured["planned_steps"] * batch
-    except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--from_dry_run {folder}: it holds no dry run. Give the --output_dir of one (--dry_run)") from error
-
-
-def planner_lora_options(lora: LoraArguments) -> list[str]:
-    """Return the LoRA options that are given, as words of a command line."""
-    words = []
-    for one in fields(lora):
-        value = getattr(lora, one.name)
-        if value != one.default:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{one.name}", *([] if value is True else map(str, values))]
-    return words
-
-
-def planner_options_of_dry_run(folder: Path) -> list[str]:
-    """Return the options of a dry run's command, from its private statistics; [] where they have none."""
-    path = folder / STATISTICS_NAME
-    command = read_json_object(path).get("command", "") if path.exists() else ""
-    return without_planner_options(shlex.split(command)[2:], {"dry_run", "output_dir"})
-
-
-def planner_option_name(word: str) -> Optional[str]:
-    """Return the name of the option that a word of a command line is; None if it is a value."""
-    return word.partition("=")[0].removeprefix("--").replace("-", "_") if word.startswith("--") else None
-
-
-def without_planner_options(words: Sequence[str], names: Collection[str]) -> list[str]:
-    """Return the words of a command line without these options and their values. Abbreviations count as what they abbreviate."""
-    kept, is_kept = [], True
-    for word in words:
-        if (name := planner_option_name(word)) is not None:
-            is_kept = not any(option.startswith(name) for option in names)
-        if is_kept:
-            kept.append(word)
-    return kept
-
-
 # --- the table ------------------------------------------------------------------------------------------
 
 
 def make_planner_rows(task: PlanningTask, costs: PlannerCosts) -> list[dict[str, Any]]:
     """Return the best setting of each of the best batch sizes, the best one first; by batch size without ground to predict."""
-    settings, ground = planning_candidates(task)[:ROWS], find_planning_limits(task)
+    settings, ground = planning_candidates(task), find_planning_limits(task)
     if not settings:
         raise UserError("--hours: not even the smallest batch fits eight times. Raise it, or lower --seconds_per_author")
-    rows = [make_planner_row(task, setting, costs, not ground) for setting in settings]
+    divided = [setting for setting in settings if setting.batch % costs.processes == 0]
+    if not divided:
+        raise UserError(f"--from_dry_run: {costs.processes} processes divide no batch that fits. Make it with another number")
+    rows = [make_planner_row(task, setting, costs, not ground) for setting in divided[:ROWS]]
     return [{**row, "best": row is rows[0] and not ground} for row in rows]
 
 
@@ -262,46 +209,12 @@ def planner_memory(task: PlanningTask, bands: int, costs: PlannerCosts) -> float
     return (4 * (task.parameters - task.trained) + BYTES_PER_TRAINED * task.trained) / GIB + (bands - 1) * per_band
 
 
-def options_of_planner(task: PlanningTask, row: dict[str, Any]) -> dict[str, str]:
-    """Return the options of a run that the planner decides."""
-    at_once = min(MICROBATCH, row["expected_batch"])
-    return {
-        "target_epsilon": f"{task.epsilon!r}",
-        "target_delta": f"{task.delta!r}",
-        "per_device_train_batch_size": f"{at_once}",
-        "gradient_accumulation_steps": f"{row['expected_batch'] // at_once}",
-        "max_steps": f"{row['steps']}",
-        "noise_bands": f"{row['noise_bands']}",
-        "learning_rate": f"{row['learning_rate']:g}",
-    }
-
-
-def planner_command(decided: dict[str, str], args: PlanArguments, lora: Sequence[str], more: Sequence[str]) -> str:
-    """Return the command of a run: the decided options, those of the dry run, or placeholders, and what the caller adds.
-
-    Args:
-        lora: the LoRA options, as words.
-        more: further words of the command line, which replace the others.
-    Raises:
-        UserError: for an option that the planner decides.
-    """
-    given = [name for word in more if (name := planner_option_name(word))]
-    if clash := [name for name in given if any(option.startswith(name) for option in decided)]:
-        raise UserError(f"--{clash[0]}, after --: the planner itself sets it. Leave it out")
-    words = [] if args.from_dry_run is None else planner_options_of_dry_run(Path(args.from_dry_run))
-    words = without_planner_options(words, {*decided, *given, "num_train_epochs", "sample_rate", "noise_multiplier"})
-    words = [*words, *(lora if not words else []), *more]
-    defaults = PLACEHOLDERS | ({} if args.model is None else {"model_name": args.model})
-    present = {planner_option_name(word) for word in words}
-    named = {name: value for name, value in defaults.items() if name not in present} | decided
-    return shlex.join(["python", "fine-tune-dp.py", *(word for one in named.items() for word in (f"--{one[0]}", one[1])), *words])
-
-
 def make_planner_report(args: PlanArguments, lora: LoraArguments, more: Sequence[str]) -> dict[str, Any]:
     """Return what the planner prints: the task, rows, and the command of the best one."""
     task, costs = resolve_planner_options(args, lora)
-    rows = make_planner_rows(task, costs)
-    best = rows[0] if rows[0]["best"] else None
+    rows, command = make_planner_rows(task, costs), None
+    if rows[0]["best"]:
+        command = planner_command(options_of_planner(task, rows[0], costs), costs, args, planner_lora_options(lora), more)
     return {
         "task": task._asdict(),
         "no_ground": find_planning_limits(task) or None,
@@ -309,7 +222,7 @@ def make_planner_report(args: PlanArguments, lora: LoraArguments, more: Sequence
         "memory_is_measured": costs.peak is not None,
         "trained_is_estimated": lora.enable_lora and args.parameters is not None and args.trained_parameters is None,
         "rows": rows,
-        "command": best and planner_command(options_of_planner(task, best), args, planner_lora_options(lora), more),
+        "command": command,
     }
 
 
@@ -361,6 +274,8 @@ def format_planner_report(report: dict[str, Any]) -> str:
         notes.append(
             "All rows are predicted alike: take a measured setting (docs/hyperparameters.md), or the one with the least memory."
         )
+    if report["command"] is None and not report["no_ground"]:
+        notes.append("No command: the dry run was not one of fine-tune-dp.py. Set these options in your program.")
     if report["no_ground"]:
         notes.append(f"No prediction: {report['no_ground']}. Begin with docs/hyperparameters.md instead.")
     return "\n".join([*notes, *(["", f"* {report['command']}"] if report["command"] else [])])

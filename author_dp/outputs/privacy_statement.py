@@ -37,7 +37,7 @@ PUBLIC_KEYS = (
     "sample_rate", "expected_batch_size", "steps", "num_authors", "samples_per_author", "clipping", "world_size", "disable_dp",
     "noise_bands", "accounted_sample_rate", "accounted_steps", "mu_gdp", "tpr_at_fpr", "data", "ledger_link", "alarm",
     "weights", "adapter_base", "base_model", "secure_noise", "audit", "evaluation_release", "epsilon_with_evaluation", "settings",
-    "dry_run", "mechanisms", "tuning", "started", "slots", "certificate",
+    "dry_run", "mechanisms", "tuning", "started", "slots", "certificate", "split",
 )  # fmt: skip
 
 NOT_COVERED = (
@@ -75,8 +75,14 @@ def read_privacy_statement(folder: Path) -> Optional[dict[str, Any]]:
             raise UserError(f"{path} is not a report of this program: restore it, or generate from another folder")
     if not report["disable_dp"]:
         check_weights(folder, report)
-    split = {"split": ledger.runs[-1].get("split")} if ledger.runs else {}
-    return {**{key: report[key] for key in PUBLIC_KEYS if key in report}, **split, "ledger_was_read": bool(ledger.runs)}
+    return {**{key: report[key] for key in PUBLIC_KEYS if key in report}, "ledger_was_read": bool(ledger.runs)}
+
+
+def check_still_covered(folder: Path) -> None:
+    """Raise UserError where the guarantee of the weights in `folder` was voided since it was read: a run may have failed."""
+    report, ledger = read_json_object(folder / REPORT_NAME), PrivacyLedger(statement_ledger_path(folder))
+    if alarm := report.get("alarm") or ledger.failure:
+        raise UserError(f"FOLDER {folder}: its guarantee was voided meanwhile. A run found: {alarm}. Call this again")
 
 
 def statement_ledger_path(folder: Path) -> Path:

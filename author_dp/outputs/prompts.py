@@ -10,6 +10,7 @@ Example:
     {'prompt': 'about chess:'}
 """
 
+import json
 import string
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, Optional
 from transformers import PreTrainedTokenizerBase
 
 from author_dp.data.chat import ChatExample, ChatFormatter, resolve_bos_token, to_messages, tokenize_chat_examples
-from author_dp.data.readers import read_rows
+from author_dp.data.readers import is_encodable, read_rows
 from author_dp.errors import UserError
 
 
@@ -53,7 +54,7 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, start_token: Optional[str],
     formatter = ChatFormatter(tokenizer, "assistant")
     if (source.chat or source.messages) and formatter.template is None:
         raise UserError("--chat, or --messages_column: the tokenizer in FOLDER has no chat template; leave it out")
-    rendered = [render_prompt(row, source, fields, formatter, place) for place, row in prompt_rows(source)]
+    rendered = [render_encodable_prompt(row, source, fields, formatter, place) for place, row in prompt_rows(source)]
     if not rendered:
         raise UserError(f"--prompts {source.file} holds no rows: give a file with one prompt per row")
     start = prompt_start_ids(tokenizer, start_token)
@@ -73,6 +74,14 @@ def prompt_rows(source: PromptSource) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     for number, row in enumerate(read_rows(source.file), 1):
         yield f"--prompts {source.file}, row {number}", row
+
+
+def render_encodable_prompt(row: dict[str, Any], *source: Any) -> tuple[ChatExample, dict[str, Any]]:
+    """Return `render_prompt`; raise UserError where a text of it cannot be written as UTF-8."""
+    example, columns = render_prompt(row, *source)
+    if not is_encodable(json.dumps([example.text, columns], ensure_ascii=False, default=str)):
+        raise UserError(f"{source[-1]}: a text in it cannot be written as UTF-8 (half of a surrogate pair). Remove it")
+    return example, columns
 
 
 def render_prompt(

@@ -25,7 +25,7 @@ from author_dp.files import write_json
 from author_dp.models.weights import adapter_base_model, hash_weights, weight_name_pattern
 from author_dp.outputs.guarantee import guarantee_in_search, why_no_guarantee
 from author_dp.outputs.model_card import CARD_NAME, model_card
-from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_privacy_statement, statement_ledger_path
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, check_still_covered, read_privacy_statement, statement_ledger_path
 from author_dp.validation import check_usage
 
 # What transformers reads to load and use a model, beside the weights that privacy.json names. All of it is the base model's.
@@ -75,6 +75,7 @@ def copy_publishable(folder: Path, out: Path, report: dict[str, Any], name: str 
             write_json(temporary / REPORT_NAME, report)
             (temporary / CARD_NAME).write_text(model_card(report, name), encoding="utf-8")
             make_publishable(temporary)
+            check_still_covered(folder)
             os.replace(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

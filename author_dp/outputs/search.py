@@ -110,10 +110,7 @@ class Search:
             output = log.read_text("utf-8", errors="replace")
             runs = PrivacyLedger(folder / LEDGER_NAME).runs
             if status or not runs:
-                lines = [line for line in output.splitlines() if "error:" in line] or output.splitlines()[-1:] or ["no output"]
-                raise UserError(
-                    f"--search: a dry run with {format_search_settings(settings)} failed with status {status}: {lines[0]}"
-                )
+                raise dry_run_error(settings, status, output)
             report = read_json_object(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else {}
             if not guarantee_covers_base(report):
                 raise UserError(
@@ -127,9 +124,7 @@ class Search:
                 )
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink()
-        for name in ("sample_rate", "steps", "delta", "noise_bands", "noise_multiplier", "split", "samples"):
-            if any(header[name] != headers[0][name] for header in headers):
-                raise UserError(f"--search: its settings change {name}, but all runs must cost the same. Fix them, after --")
+        check_equal_cost(headers)
         return headers[0] | {"settings": settings_of_runs}, seconds
 
     def draw(self, header: dict[str, Any], noise: SearchNoise) -> None:
@@ -247,6 +242,19 @@ class Search:
         report["started"] = self.plan["started"]
         report["evaluation_release"] = {**report["evaluation_release"], "epsilon": epsilon}
         return report | bounds_of_guarantee(epsilon, delta) | {"tuning": self.plan["tuning"]}
+
+
+def dry_run_error(settings: dict[str, str], status: int, output: str) -> UserError:
+    """Return the error of a dry run that failed: with its first line that names one, or else its last line."""
+    lines = [line for line in output.splitlines() if "error:" in line] or output.splitlines()[-1:] or ["no output"]
+    return UserError(f"--search: a dry run with {format_search_settings(settings)} failed with status {status}: {lines[0]}")
+
+
+def check_equal_cost(headers: list[dict[str, Any]]) -> None:
+    """Raise UserError unless runs with these headers cost the same: the search is accounted as so many equal ones."""
+    for name in ("sample_rate", "steps", "delta", "noise_bands", "noise_multiplier", "split", "samples"):
+        if any(header[name] != headers[0][name] for header in headers):
+            raise UserError(f"--search: its settings change {name}, but all runs must cost the same. Fix them, after --")
 
 
 def describe_search_law(count: RunCount) -> dict[str, Any]:

@@ -98,6 +98,19 @@ def synthetic_assistant_example(messages: Any) -> ChatExample:
     return ChatExample("\n".join(answers), [], False)
 
 
+def check_synthetic_split(model: dict[str, Any], args: argparse.Namespace) -> None:
+    """Raise UserError if the run of the model held out other authors than the options say, as far as its guarantee tells."""
+    by_file, rule = args.validation_file is not None, model.get("split")
+    if "split" in model and by_file != (rule is None):
+        known = "by a file: give it, by --validation_file" if rule is None else "by the split: leave out --validation_file"
+        raise UserError(f"--validation_file: the run of this model held authors out {known}")
+    if rule is not None and rule != split_id(args.split_seed, args.eval_fraction, args.author_column):
+        raise UserError(
+            f"--split_seed {args.split_seed}, --eval_fraction {args.eval_fraction} and --author_column {args.author_column} are "
+            "not those of the run of this model, which held out others: give its --seed, --eval_fraction and --author_column"
+        )
+
+
 def split_synthetic_texts(
     real: list[SyntheticText], model: dict[str, Any], args: argparse.Namespace
 ) -> tuple[list[SyntheticText], list[SyntheticText]]:
@@ -108,20 +121,15 @@ def split_synthetic_texts(
     Raises:
         UserError: if the run held out other authors, or nobody.
     """
-    by_file, rule = args.validation_file is not None, model.get("split")
-    if "split" in model and by_file != (rule is None):
-        known = "by a file: give it, by --validation_file" if rule is None else "by the split: leave out --validation_file"
-        raise UserError(f"--validation_file: the run of this model held authors out {known}")
-    if rule is not None and rule != split_id(args.split_seed, args.eval_fraction, args.author_column):
-        raise UserError(
-            f"--split_seed {args.split_seed}, --eval_fraction {args.eval_fraction} and --author_column {args.author_column} are "
-            "not those of the run of this model, which held out others: give its --seed, --eval_fraction and --author_column"
-        )
+    check_synthetic_split(model, args)
+    by_file = args.validation_file is not None
     fraction = 0.0 if by_file else args.eval_fraction
     notes = model.get("data") or {}
     authors = sorted({row.author for row in real})
     score = dict(zip(authors, holdout_split_scores(authors, args.split_seed)))
     limit = fraction + (notes.get("train_fraction") or 1.0) * (1 - fraction)
+    if fraction and score:  # as `splits.split_by_author`, where no author's hash is below the fraction
+        fraction = max(fraction, float(np.nextafter(min(score.values()), 1)))
     training = [row for row in real if fraction <= score[row.author] < limit][: notes.get("row_limit")]
     if by_file:
         return training, read_real("--validation_file", args.validation_file, args)

@@ -14,8 +14,9 @@ from pathlib import Path
 from author_dp import cli
 from author_dp.accounting.tuning import RunCount
 from author_dp.errors import UserError
+from author_dp.models.lora import LoraArguments
 from author_dp.training.loss_release import LossReleaseArguments
-from author_dp.validation import check_choice, check_range
+from author_dp.validation import check_choice, check_range, option_aliases
 
 LAWS = {"auto": (0.0, 1.0), "logarithmic": (0.0,), "geometric": (1.0,), "poisson": (math.inf,)}
 # Options with which a run has the same sample rate, steps, noise multiplier and held-out authors as without.
@@ -83,9 +84,11 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[str]]:
 def split_script_options(words: Sequence[str], grid: dict[str, list[str]]) -> tuple[Path, list[str]]:
     """Return --output_dir and the other options of the script; raise UserError for those that the search decides.
 
-    Abbreviations count as what they abbreviate.
+    Abbreviations and other names count as what they stand for.
     """
     words, rest, out = cli.load_config_args(words), [], None
+    decided = {name: name for name in (*REFUSED, *grid, "output_dir")}
+    decided |= {alias: name for alias, name in option_aliases(LoraArguments).items() if name in decided}
     index = 0
     while index < len(words):
         name, equals, value = words[index].partition("=")
@@ -94,7 +97,7 @@ def split_script_options(words: Sequence[str], grid: dict[str, list[str]]) -> tu
             out = value if equals else words[index] if index < len(words) else None
         elif name.startswith("--"):
             plain = name[2:].replace("-", "_")
-            if refused := next((option for option in (*REFUSED, *grid, "output_dir") if option.startswith(plain)), None):
+            if refused := next((option for spelled, option in decided.items() if spelled.startswith(plain)), None):
                 raise UserError(
                     f"{name}, after --: the search itself sets --{refused}. Leave it out, or write another option in full"
                 )

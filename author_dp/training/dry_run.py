@@ -94,7 +94,8 @@ class DryRun(TrainerCallback):
         if state.is_world_process_zero:
             measured = {"seconds_per_step": self.seconds, "evaluation_seconds": self.evaluation_seconds, "peak_gib": self.peak()}
             path = Path(args.output_dir) / MEASURED_NAME
-            write_json(path, {**measured, "planned_steps": self.trainer.plan.steps}, private=True)
+            measured |= {"planned_steps": self.trainer.plan.steps, "authors_at_once": args.per_device_train_batch_size}
+            write_json(path, measured, private=True)
             if advice := self.advice():
                 logger.info(advice)
 
@@ -107,7 +108,7 @@ class DryRun(TrainerCallback):
     def advice(self) -> str:
         """Return the planner's advice for a run of as many sampled authors; empty where the formula does not apply."""
         plan, args, model = self.trainer.plan, self.trainer.args, self.trainer.model
-        if plan.target_epsilon is None or OptimizerNames(args.optim).value not in SUPPORTED:
+        if plan.target_epsilon is None or plan.samples_per_author > 1 or OptimizerNames(args.optim).value not in SUPPORTED:
             return ""
         trained, parameters = model_sizes(model)
         return format_planning_advice(plan, args.learning_rate, parameters, trained, isinstance(model, PeftModel))

@@ -112,8 +112,6 @@ def set_up_run(
     if model_name:
         check_output_is_not_model(Path(str(args.output_dir)), model_name)
     earlier = broadcast(ledger.runs if ledger.steps else [])  # a run without steps restricts nothing
-    if is_auto := privacy.sampling == "auto" and not privacy.disable_dp:
-        privacy = replace(privacy, sampling=None)
     if earlier and canaries is None:
         plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1])
         if not plan.slots:  # whose noise is found with the check
@@ -124,19 +122,7 @@ def set_up_run(
         raise UserError(f"sequence_len of DPTrainer: a sample is longer than {longest} tokens. Give sequence_len={found}")
     if canaries is not None:
         train_dataset, data_collator = canaries.join(train_dataset), CollateWithGradientCanaries(data_collator)
-    max_bands = max_bands_in_memory(model, args)
-    if is_auto and not earlier:  # a resumed run keeps what it has; the main process chooses for all
-        chosen = None if args.process_index else choose_plan_sampling(privacy, args, len(train_dataset), max_bands)
-        privacy = replace(privacy, sampling=broadcast(chosen))
-    plan = make_plan(privacy, args, train_dataset.offsets, earlier[-1] if earlier else None, max_bands)
-    if (plan.noise_bands > 1 or plan.slots) and getattr(train_dataset, "hashes", None) is None:
-        raise UserError(
-            "train_dataset: noise bands and balls-in-bins sampling need the hashes of all authors. Give AuthorDataset(..., "
-            "hashes=author_hashes(authors))"
-        )
-    if plan.slots:  # the main process draws for all
-        left = plan.steps - (load_checkpoint_state(checkpoint).global_step if checkpoint else 0)
-        plan = broadcast(certify_plan(plan, ledger.runs_with_steps, left) if args.process_index == 0 else plan)
+    plan = plan_and_certify(model, args, privacy, train_dataset, ledger, checkpoint, earlier[-1] if earlier else None)
     check_processes_agree_at_start(plan, train_dataset, model, args.bf16)
     hidden_count = broadcast(read_ledger_private_count(ledger.path.parent))
     check_author_count(earlier, hidden_count, plan.num_authors, privacy.hide_counts, privacy.allow_other_authors)
@@ -146,6 +132,37 @@ def set_up_run(
     norms = NormStatistics(plan.clip_norm, args.device)
     monitors = RunMonitors(plan, canaries, norms)
     return RunSetup(model_check, longest, checkpoint, made_with, train_dataset, data_collator, plan, budget, norms, monitors)
+
+
+def plan_and_certify(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    privacy: Any,
+    train_dataset: Any,
+    ledger: PrivacyLedger,
+    checkpoint: Optional[Path],
+    earlier: Optional[dict[str, Any]],
+) -> PrivacyPlan:
+    """Return the plan of a run, its sampling chosen and its noise certified where needed. Collective.
+
+    Args:
+        earlier: header of the run that this one resumes; None for a new one.
+        others: as for `set_up_run`.
+    """
+    max_bands = max_bands_in_memory(model, args)
+    if privacy.sampling == "auto" and not privacy.disable_dp and earlier is None:  # the main process chooses for all
+        chosen = None if args.process_index else choose_plan_sampling(privacy, args, len(train_dataset), max_bands)
+        privacy = replace(privacy, sampling=broadcast(chosen))
+    plan = make_plan(privacy, args, train_dataset.offsets, earlier, max_bands)
+    if (plan.noise_bands > 1 or plan.slots) and getattr(train_dataset, "hashes", None) is None:
+        raise UserError(
+            "train_dataset: noise bands and balls-in-bins sampling need the hashes of all authors. Give AuthorDataset(..., "
+            "hashes=author_hashes(authors))"
+        )
+    if plan.slots:  # the main process draws for all
+        left = plan.steps - (load_checkpoint_state(checkpoint).global_step if checkpoint else 0)
+        plan = broadcast(certify_plan(plan, ledger.runs_with_steps, left) if args.process_index == 0 else plan)
+    return plan
 
 
 def check_budget_left(budget: Budget, checkpoint: Optional[Path]) -> None:

@@ -328,6 +328,8 @@ def test_release_that_was_interrupted_is_completed(tmp_path, monkeypatch, runs):
         ("learning_rate=1,2", ("--learning_rate=1",), "sets --learning_rate"),
         ("learning_rate=1,2", ("--push_to_hub", "True"), "sets --push_to_hub"),
         ("learning_rate=1,2", ("--config", "{path}/options.yaml"), "sets --target_epsilon"),
+        ("lora_dim=4,8", ("--lora_r", "4"), "--lora_r, after --: the search itself sets --lora_dim"),
+        ("lora_dim=4,8", ("--lora-r=4",), "sets --lora_dim"),
         ("lora_dim=4,0", (), "--lora_dim 0: too small"),
     ],
 )

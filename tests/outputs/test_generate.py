@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from author_dp.accounting.ledger import PrivacyLedger
+from author_dp.accounting.voiding import void_guarantee
 from author_dp.data.chat import ChatFormatter, resolve_bos_token, tokenize_chat_examples
 from author_dp.data.readers import read_rows
 from author_dp.errors import UserError
@@ -347,42 +348,21 @@ def test_rows_of_each_format(tmp_path, suffix):
     assert [prompt.row["prompt"] for prompt in prompts] == ["3 for chess {x}", "5 for a, b {x}"]
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--prompts", "none.jsonl", "--public_prompts"], ["--prompts", "no such file"]),
-        (["--prompts", "P", "--public_prompts", "--private_prompts"], ["exclude each other"]),
-        (["--prompts", "P", "--public_prompts", "--prompt_column", "question"], ["row 1", "question", "topic"]),
-        (["--prompts", "P", "--public_prompts", "--prompt_template", "{topic.upper}"], ["--prompt_template", "name of a column"]),
-        (["--prompts", "P", "--public_prompts", "--prompt_template", "{topic"], ["--prompt_template", "braces"]),
-        (["--prompt_template", "about {topic}"], ["'topic'", "--prompts"]),
-        (["--prompts", "P", "--public_prompts", "--messages_column", "topic"], ["chat template"]),
-        (["--prompts", "P", "--public_prompts", "--prompt_column", "long"], ["row 1", "32 positions"]),
-        (["--prompts", "P", "--public_prompts", "--prompt_column", "topic", "--text_column", "prompt"], ["--text_column"]),
-        (["--public_prompts"], ["no effect"]),
-        (["--number", "0"], ["--number", "at least 1"]),
-        (["--generation_options", "num_return_sequences=2"], ["num_return_sequences", "not to be set"]),
-        (["--generation_options", "colour=red"], ["colour"]),
-        (["--generation_options", "min_p=7"], ["--generation_options", "min_p"]),
-        (["--top_p", "7"], ["top_p"]),
-        (["--report", "none.jsonl"], ["--report"]),
-        (["--colour"], ["--colour", "--help"]),
-    ],
-)
-def test_what_the_user_can_mend(trained, tmp_path, options, words):
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"topic": "chess", "long": "word " * 40}) + "\n")
-    with pytest.raises(UserError) as error:
-        run(trained, tmp_path / "s.jsonl", *[str(path) if word == "P" else word for word in options])
-    assert all(word in str(error.value) for word in words), error.value
+@catches("texts of a model whose guarantee was voided", "outputs.generate.generate", "check_still_covered(Path", "str(Path")
+def test_a_guarantee_that_is_voided_meanwhile_covers_no_text(folder, tmp_path, monkeypatch):
+    """The run is resumed while texts are generated, which takes hours, and finds that its mechanism failed."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    original = generate.write_generated_texts
+
+    def write_and_void(*args):
+        original(*args)
+        void_guarantee(PrivacyLedger(copy / "privacy_ledger.jsonl"), "half the noise")
+
+    monkeypatch.setattr(generate, "write_generated_texts", write_and_void)
+    with pytest.raises(UserError, match=r"voided meanwhile.*half the noise"):
+        run(copy, tmp_path / "s.jsonl", "--number", "2")
+        pytest.fail("not noticed")
     assert not (tmp_path / "s.jsonl").exists()
-
-
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"FOLDER .*config\.json"):
-        run(tmp_path, tmp_path / "s.jsonl")
-    with pytest.raises(UserError, match="FOLDER"):
-        run(tmp_path / "none", tmp_path / "s.jsonl")
 
 
 def test_a_file_whose_name_is_not_utf8_is_part_of_the_fingerprint(tmp_path):

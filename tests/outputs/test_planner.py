@@ -16,7 +16,7 @@ from author_dp.accounting.run_planning import format_planning_advice
 from author_dp.cli import parse_options
 from author_dp.errors import UserError
 from author_dp.outputs import planner
-from author_dp.outputs.planner import without_planner_options
+from author_dp.outputs.planner_command import without_planner_options
 from author_dp.training.dry_run import DryRun
 
 pytestmark = pytest.mark.integration  # each plan calibrates several noise multipliers exactly
@@ -98,6 +98,8 @@ def test_json_has_the_table_and_the_command(capsys, few_rows):
     assert best["minutes"] == pytest.approx(best["expected_batch"] * best["steps"] * 0.25 / 60) and best["minutes"] <= 30
     assert report["task"]["delta"] == 1 / 3000 and report["no_ground"] is None and not report["from_private_texts"]
     assert "--train_file mine.jsonl --sequence_len=64" in report["command"] and "FILE" not in report["command"]
+    from_hub = plan(capsys, *ASKED, *IN_TIME, "--", "--dataset_name", "me/data")["command"]
+    assert "--dataset_name me/data" in from_hub and "--train_file" not in from_hub
 
 
 def test_more_time_than_was_measured_is_left(capsys, few_rows):
@@ -149,12 +151,19 @@ def test_without_ground_nothing_is_predicted(capsys, monkeypatch, words, reason)
         ([*ASKED, "--hours", "0.001", "--seconds_per_author", "2"], "--hours: not even the smallest batch"),
         ([*ASKED, "--model", "here"], "they exclude each other"),
         (["--authors", "3000", "--target_epsilon", "8", "--model", "no-such-model"], "--model no-such-model"),
-        ([*ASKED, "--from_dry_run", "nowhere"], "--from_dry_run nowhere: it holds no dry run"),
+        (["--from_dry_run", "nowhere"], "--from_dry_run nowhere: it holds no dry run"),
         ([*ASKED, "--colour", "red"], "unknown option --colour"),
         ([*ASKED, "--authors", "many"], "--authors"),
         ([*ASKED, "--authors", "1"], "--authors 1: out of range"),
         ([*ASKED, "--target_delta", "0.5"], "--target_delta 0.5"),
         ([*ASKED, *IN_TIME, "--", "--max_steps", "3"], "--max_steps, after --"),
+        ([*ASKED, *IN_TIME, "--", "--sampling", "balls-in-bins"], "--sampling, after --: the run would not be the planned one"),
+        ([*ASKED, *IN_TIME, "--", "--sample_rate=0.5"], "--sample_rate, after --: the run would not be"),
+        ([*ASKED, *IN_TIME, "--", "--config", "run.yaml"], "--config, after --: the run would not be"),
+        ([*ASKED, *IN_TIME, "--", "--lora_r", "4"], "--lora_r, after --: it changes what is trained"),
+        ([*ASKED, *IN_TIME, "--", "--enable_lora"], "--enable_lora, after --: it changes what is trained"),
+        ([*ASKED, "--trained_parameters", "1e4"], "--trained_parameters: without --enable_lora"),
+        ([*ASKED, "--trained_parameters", "1e7", "--enable_lora"], "--trained_parameters: it is a part of --parameters"),
     ],
 )
 def test_errors_name_the_option(words, message, few_rows):
@@ -172,20 +181,91 @@ def test_a_dry_run_gives_times_memory_and_the_rest_of_the_command(tmp_path, caps
     trainer.add_callback(dry_run := DryRun(trainer))
     trainer.train()
     trainer.save_model()
-    command = "python fine-tune-dp.py --dry_run --output_dir dry --enable_lora --max_steps 100 --optim adamw_torch --bf16"
-    (folder / "_private_statistics.json").write_text(json.dumps({"command": command}))
+    write_dry_run_command(folder, "fine-tune-dp.py", *"--enable_lora --max_steps 100 --optim adamw_torch --bf16".split())
     assert "Planner: it predicts nothing here (a model of" in dry_run.advice()
-    report = plan(capsys, "--from_dry_run", str(folder), "--parameters", "4e5")
-    measured = json.loads((folder / "_dry_run.json").read_text())
-    assert (folder / "_dry_run.json").stat().st_mode & 0o077 == 0
+    measured, report = json.loads((folder / "_dry_run.json").read_text()), json.loads((folder / "privacy.json").read_text())
+    assert (folder / "_dry_run.json").stat().st_mode & 0o077 == 0 and measured["authors_at_once"] == 4
+    rewrite(folder / "privacy.json", settings={**report["settings"], "parameters": 400_000, "trained_parameters": 400_000})
+    report = plan(capsys, "--from_dry_run", str(folder))
     assert report["from_private_texts"] and report["memory_is_measured"] and measured["planned_steps"] == 100
     assert report["task"]["max_sampled"] == 400 and report["task"]["num_authors"] == 400 and report["task"]["delta"] == 1e-3
     row = report["rows"][0]
     assert row["minutes"] == pytest.approx(measured["seconds_per_step"] / 4 * row["expected_batch"] * row["steps"] / 60)
     assert row["memory_gib"] >= measured["peak_gib"]
     assert report["command"].endswith("--enable_lora --optim adamw_torch --bf16") and "dry" not in report["command"]
-    planner.main(["--from_dry_run", str(folder), "--parameters", "4e5"])
+    assert all(word not in report["command"] for word in ("MODEL", "FILE", "constant"))  # those of the dry run stay
+    planner.main(["--from_dry_run", str(folder)])
     assert "from private texts" in capsys.readouterr().out
+
+
+def rewrite(path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def write_dry_run_command(folder, program: str, *words: str) -> None:
+    command = shlex.join(["python", program, "--dry_run", "--output_dir", "dry", *words])
+    (folder / "_private_statistics.json").write_text(json.dumps({"command": command}))
+
+
+@pytest.fixture
+def tried(tmp_path):
+    """The files of a dry run: 4,000 authors, 2 at once in each of 4 processes."""
+    settings = {"parameters": 400_000, "trained_parameters": 400_000, "optim": "adamw_torch"}
+    public = {"num_authors": 4000, "target_epsilon": 8.0, "delta": 1e-4, "noise_bands": 1, "expected_batch_size": 16}
+    public |= {"world_size": 4, "samples_per_author": 1, "settings": settings}
+    (tmp_path / "privacy.json").write_text(json.dumps(public))
+    measured = {"seconds_per_step": 1.6, "peak_gib": 1.0, "planned_steps": 64, "authors_at_once": 2}
+    (tmp_path / "_dry_run.json").write_text(json.dumps(measured))
+    write_dry_run_command(tmp_path, "fine-tune-dp.py", "--train_file", "mine.jsonl", "--sampling", "auto")
+    return tmp_path
+
+
+@catches("the planner forgets the processes", "outputs.planner_command.options_of_planner", "// costs.processes", "// 1")
+def test_the_command_of_a_dry_run_is_of_its_processes_and_memory(tried, capsys, few_rows):
+    report = plan(capsys, "--from_dry_run", str(tried))
+    words = shlex.split(report["command"])
+    value = dict(zip(words, words[1:]))
+    assert (
+        words[:5] == ["python", "-m", "torch.distributed.run", "--nproc_per_node", "4"] and value["--train_file"] == "mine.jsonl"
+    )
+    at_once, steps = (int(value[f"--{name}"]) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    assert at_once == 2 and at_once * steps * 4 == report["rows"][0]["expected_batch"] and "--sampling" not in words
+    assert value["--train_file"] == "mine.jsonl"
+    rewrite(tried / "privacy.json", world_size=3)
+    with pytest.raises(UserError, match="3 processes divide no batch"):
+        planner.main(["--from_dry_run", str(tried)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--enable_lora"], "--enable_lora: the dry run says"),
+        (["--model", "here"], "they exclude each other"),
+        (["--parameters", "1e6"], "they exclude each other"),
+    ],
+)
+def test_a_dry_run_is_of_one_model(tried, words, message):
+    with pytest.raises(UserError, match=message):
+        planner.main(["--from_dry_run", str(tried), *words])
+
+
+def test_a_dry_run_that_cannot_be_planned_is_refused(tried, capsys, few_rows):
+    public = json.loads((tried / "privacy.json").read_text())
+    for changed, name in (
+        ({"samples_per_author": 4}, "--samples_per_author 4"),
+        ({"settings": {**public["settings"], "optim": "sgd"}}, "--optim sgd"),
+    ):
+        rewrite(tried / "privacy.json", **changed)
+        with pytest.raises(UserError, match=name):
+            planner.main(["--from_dry_run", str(tried)])
+        rewrite(tried / "privacy.json", **public)
+    write_dry_run_command(tried, "fine-tune-dp.py", "--config", "run.yaml")
+    with pytest.raises(UserError, match="its command has --config"):
+        planner.main(["--from_dry_run", str(tried)])
+    write_dry_run_command(tried, "mine.py")
+    assert plan(capsys, "--from_dry_run", str(tried))["command"] is None
+    planner.main(["--from_dry_run", str(tried)])
+    assert "No command: the dry run was not one of fine-tune-dp.py" in capsys.readouterr().out
 
 
 def test_the_dry_run_advises(tmp_path):

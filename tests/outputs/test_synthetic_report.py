@@ -112,17 +112,19 @@ def test_a_copied_text_of_one_author_shows():
 # --- who was held out -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_the_split_is_that_of_the_training(fraction):
+@pytest.mark.parametrize(("fraction", "eval_fraction"), [(1.0, 0.25), (0.5, 0.25), (1.0, 1e-4)])  # the last one holds out one
+def test_the_split_is_that_of_the_training(fraction, eval_fraction):
     rows = [{"author": f"a{n % 60}", "content": str(n)} for n in range(180)]
     samples = Dataset.from_list(rows).data
-    train, held_out = split_by_author(samples.to_batches(), samples.schema, "author", 0.25, 42, fraction)
-    model = {"split": DataArguments(eval_fraction=0.25).split_id(42), "data": {"train_fraction": fraction, "row_limit": None}}
-    ours = split_synthetic_texts([SyntheticText(row["author"], row["content"]) for row in rows], model, Namespace(**OPTIONS))
+    train, held_out = split_by_author(samples.to_batches(), samples.schema, "author", eval_fraction, 42, fraction)
+    split = DataArguments(eval_fraction=eval_fraction).split_id(42)
+    model = {"split": split, "data": {"train_fraction": fraction, "row_limit": None}}
+    options = Namespace(**{**OPTIONS, "eval_fraction": eval_fraction})
+    ours = split_synthetic_texts([SyntheticText(row["author"], row["content"]) for row in rows], model, options)
     assert [[row.text for row in part] for part in ours] == [train["content"], held_out["content"]]
 
 
-@catches("authors of the training taken for strangers", "outputs.synthetic_report.split_synthetic_texts",
+@catches("authors of the training taken for strangers", "outputs.synthetic_report.check_synthetic_split",
     "rule is not None and rule != split_id(args.split_seed, args.eval_fraction, args.author_column)", "False")  # fmt: skip
 def test_other_held_out_authors_than_the_runs_are_refused():
     rows = [SyntheticText(str(n), "a") for n in range(9)]
