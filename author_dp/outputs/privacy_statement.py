@@ -37,7 +37,7 @@ PUBLIC_KEYS = (
     "sample_rate", "expected_batch_size", "steps", "num_authors", "samples_per_author", "clipping", "world_size", "disable_dp",
     "noise_bands", "accounted_sample_rate", "accounted_steps", "mu_gdp", "tpr_at_fpr", "data", "ledger_link", "alarm",
     "weights", "adapter_base", "base_model", "secure_noise", "audit", "evaluation_release", "epsilon_with_evaluation", "settings",
-    "dry_run", "mechanisms", "tuning", "started", "slots", "certificate", "split",
+    "dry_run", "mechanisms", "tuning", "split", "started", "slots", "certificate",
 )  # fmt: skip
 
 NOT_COVERED = (
