@@ -325,10 +325,9 @@ class AuthorDataset(torch.utils.data.Dataset):
             return []
         fetched, rows = self.samples[np.concatenate(indices_by_author)], {}
         for name in self.columns:
-            column = fetched[name].combine_chunks()
-            bounds = column.offsets.to_numpy()
-            rows[name] = np.split(column.values.to_numpy(), bounds[1:-1])
-            rows[name][0] = rows[name][0][bounds[0] :]  # `values` also holds what precedes the first row
+            column = fetched[name]
+            lengths = pc.list_value_length(column).to_numpy()
+            rows[name] = np.split(pc.list_flatten(column).to_numpy(), np.cumsum(lengths)[:-1])
         samples = [dict(zip(rows, values)) for values in zip(*rows.values())]
         ends = np.cumsum([len(indices) for indices in indices_by_author])
         return [samples[end - len(indices) : end] for indices, end in zip(indices_by_author, ends)]

@@ -122,7 +122,7 @@ class PrivacyArguments:
         if self.noise_multiplier != 0:  # 0 is for no privacy
             check_range("--noise_multiplier", self.noise_multiplier, "[1e-6, 1e6]", "Often it is near 1; 0 is for no privacy")
         check_range("--sample_rate", self.sample_rate, "[1e-12, 1]")
-        check_range("--samples_per_author", self.samples_per_author, "[1, inf)")
+        check_range("--samples_per_author", self.samples_per_author, "[1, 65536]")
         check_choice("--clipping", self.clipping, ENGINES)
         if self.hide_counts and (self.sample_rate is None or self.target_delta is None):
             raise UserError(

@@ -25,8 +25,13 @@ RESUME = "interrupted; resume with --resume_from_checkpoint True"
 NOT_SAVED = "interrupted; no checkpoint was saved just now, and every step taken stays recorded"
 RESUME_REMEDY = "No recorded step is lost: resume with --resume_from_checkpoint True"
 
+MEMORY_REMEDY = (
+    "--per_device_train_batch_size: the memory is not enough ({text}). Lower it, and raise --gradient_accumulation_steps by the "
+    "same factor; or lower --sequence_len or --samples_per_author, or add --activation_checkpointing. {resume}"
+)
 KNOWN_FAULTS = {  # part of an error's message, or of its type's name: what the user can do
     "DataLoader worker": "--dataloader_num_workers: a worker ended, perhaps for lack of memory. Lower the number. {resume}",
+    **dict.fromkeys(("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator"), MEMORY_REMEDY),
     "to be installed. Run `pip": "--report_to: {text}",
     "`metric_for_best_model` training argument": "--metric_for_best_model: no such metric. Leave it out for eval_loss",
     "No usable temporary directory": "TMPDIR: {text}. Make one of them writable, with free space, or set TMPDIR to another",

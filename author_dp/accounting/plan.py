@@ -189,7 +189,9 @@ def planned_steps(args: Any, sample_rate: float, slots: Optional[int] = None) ->
     """Return the number of steps that --max_steps, or else --num_train_epochs, asks for."""
     if args.max_steps > 0:
         return args.max_steps
-    return math.ceil(args.num_train_epochs * slots - 1e-9) if slots else math.ceil(args.num_train_epochs / sample_rate)
+    if slots:
+        return math.ceil(args.num_train_epochs * slots - 1e-9)
+    return math.ceil(args.num_train_epochs / sample_rate * (1 - 1e-12))  # not one more, where this is a whole number, rounded
 
 
 def check_planned_delta(privacy: Any, args: Any) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from author_dp.accounting.accountant import MAX_PRV_EPSILON, epsilon_of
 from author_dp.accounting.events import MechanismEvent, merge_events
 from author_dp.accounting.gaussian import gaussian_delta, gaussian_mu
 from author_dp.accounting.pld import LossDistribution
@@ -97,8 +98,13 @@ def _attack_bounds(events: tuple[MechanismEvent, ...], delta: float) -> dict[str
     if all(event.sample_rate == 1 for event in events):
         mu = gaussian_mu(events)
         return {"mu_gdp": mu, "tpr_at_fpr": {f"{rate:g}": gdp_true_positive_rate(mu, rate) for rate in FALSE_POSITIVE_RATES}}
-    profile = PrivacyProfile(events, delta)
-    mu = profile.mu()
+    if (epsilon := epsilon_of(events, delta)) > MAX_PRV_EPSILON:  # it excludes no attack, and its profile would take minutes
+        return bounds_of_guarantee(epsilon, delta)
+    try:
+        profile = PrivacyProfile(events, delta)
+        mu = profile.mu()
+    except (ArithmeticError, ValueError, MemoryError):  # of grids for extreme noise: then the guarantee alone is a bound
+        return bounds_of_guarantee(epsilon, delta)
     rates = np.geomspace(max(delta, 1e-6), 0.5, 100)
     looseness = max(gdp_true_positive_rate(mu, rate) - profile.true_positive_rate(rate) for rate in rates)
     return {

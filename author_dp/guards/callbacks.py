@@ -147,7 +147,7 @@ def to_comparable_callback_value(value: Any) -> Any:
     if type(value) in SCALARS:
         return value
     if isinstance(value, torch.Tensor):
-        return id(value), count_callback_writes(value), (value,)
+        return id(value), count_callback_writes(value), value.requires_grad, (value,)
     if isinstance(value, (list, tuple)):
         return [to_comparable_callback_value(item) for item in value]
     if isinstance(value, dict):

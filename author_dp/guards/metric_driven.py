@@ -43,34 +43,42 @@ def metric_driven_option(args: TrainingArguments) -> Optional[str]:
     return None
 
 
-def check_metric_options(allowed: bool, option: Optional[str], privacy: Any) -> None:
+def check_metric_options(allowed: Optional[bool], option: Optional[str], privacy: Any) -> None:
     """Raise UserError where metrics of training authors, which have no noise, would choose the model.
 
     Args:
-        allowed: --allow_shared_authors, or whether evaluation authors are training authors.
+        allowed: --allow_shared_authors, or whether evaluation authors are training authors; None if that is unknown.
         option: what lets metrics choose, like `metric_driven_option`.
     """
-    if allowed and option is not None and not privacy.disable_dp:
+    if option is None or privacy.disable_dp:
+        return
+    if allowed is None:
+        raise UserError(
+            f"eval_dataset: with {option}, its losses choose the model, and whether its authors are training authors is unknown. "
+            "Give both data sets the hashes of their authors: AuthorDataset(..., hashes=author_hashes(authors))"
+        )
+    if allowed:
         raise UserError(
             f"--allow_shared_authors: with {option}, losses of training authors would choose the model without noise. "
             "Leave one of the two out"
         )
 
 
-def have_shared_authors(train: Any, evaluation: Any) -> bool:
-    """Return whether evaluation authors are known to be training authors.
+def have_shared_authors(train: Any, evaluation: Any) -> Optional[bool]:
+    """Return whether evaluation authors are training authors; None where a data set does not say who they are.
 
     Args:
         train: the training set, `data_utils.AuthorDataset`.
         evaluation: another one, several by name, or None.
     """
-    for dataset in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
+    datasets = [one for one in (evaluation.values() if isinstance(evaluation, dict) else [evaluation]) if one is not None]
+    for dataset in datasets:
         train_hashes, eval_hashes = getattr(train, "hashes", None), getattr(dataset, "hashes", None)
         if dataset is train:
             return True
         if train_hashes is not None and eval_hashes is not None and np.isin(eval_hashes, train_hashes).any():
             return True
-    return False
+    return None if any(getattr(one, "hashes", None) is None for one in [train, *datasets] if datasets) else False
 
 
 def metric_driven_callback(callbacks: Iterable[TrainerCallback]) -> Optional[str]:

@@ -193,7 +193,7 @@ def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_trainer_adapted(trainer: Any) -> None:
-    """Raise UserError where options were changed after DPTrainer was made, or accelerate accumulates.
+    """Raise UserError where options were changed after DPTrainer was made, accelerate accumulates, or a loss is not used.
 
     Args:
         trainer: dp_utils.DPTrainer, about to train.
@@ -202,6 +202,10 @@ def check_trainer_adapted(trainer: Any) -> None:
         raise UserError(
             "gradient_accumulation_steps of DPTrainer: it was changed after the plan was made, so sampled batches would be "
             "thrown away. Give it to TrainingArguments"
+        )
+    if type(trainer).compute_loss is not transformers.Trainer.compute_loss:
+        raise UserError(
+            f"compute_loss of {type(trainer).__name__}: it is never called, as training uses the losses of authors. Leave it out"
         )
 
 

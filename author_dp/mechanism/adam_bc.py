@@ -70,16 +70,26 @@ class AdamBC(torch.optim.AdamW):
         parameter.addcdiv_(mean, divisor, value=-lr / (1 - beta1**steps))
 
 
-def use_adam_bc(optim: str, requested: Optional[bool], num_bands: int) -> bool:
+def use_adam_bc(optim: str, requested: Optional[bool], num_bands: int, optimizer: Optional[torch.optim.Optimizer] = None) -> bool:
     """Return whether AdamBC corrects Adam's second moment: if asked for, or by default with noise bands.
 
     Args:
         optim, requested: --optim and --adam_noise_correction.
+        optimizer: the one to correct, where it exists: it may have been given as an object.
     Raises:
         UserError: if asked for with an optimizer other than AdamW.
     """
+    if optimizer is not None and not is_plain_adamw(optimizer):
+        optim = type(optimizer).__name__
     if not requested:
         return requested is None and num_bands > 1 and optim in SUPPORTED
     if optim not in SUPPORTED:
         raise UserError(f"--adam_noise_correction: it needs AdamW, not --optim {optim}. Use --optim {SUPPORTED[0]}")
     return True
+
+
+def is_plain_adamw(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer is torch's AdamW, with no option that changes its step."""
+    return type(optimizer) is torch.optim.AdamW and not any(
+        group.get("amsgrad") or group.get("maximize") for group in optimizer.param_groups
+    )

@@ -34,6 +34,7 @@ from author_dp.guards.options import validate_options
 from author_dp.guards.precision import check_float32
 from author_dp.guards.probing import resolve_sequence_len
 from author_dp.guards.process_agreement import check_processes_agree_at_start
+from author_dp.guards.sample_values import check_sample_lengths, check_samples_fit
 from author_dp.guards.trainer_arguments import check_trainer_adapted, trainer_options_without_effect
 from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC, use_adam_bc
@@ -118,8 +119,7 @@ def set_up_run(
             check_budget_left(Budget(plan, ledger, args.process_index == 0), checkpoint)
     model_check = check_and_place_model(model, args, privacy, sequence_len, full_shard)
     longest = resolve_sequence_len(model, sequence_len)
-    if sequence_len is None and (found := getattr(train_dataset, "longest", 0)) > longest:
-        raise UserError(f"sequence_len of DPTrainer: a sample is longer than {longest} tokens. Give sequence_len={found}")
+    check_sample_lengths(train_dataset, sequence_len, longest)
     if canaries is not None:
         train_dataset, data_collator = canaries.join(train_dataset), CollateWithGradientCanaries(data_collator)
     plan = plan_and_certify(model, args, privacy, train_dataset, ledger, checkpoint, earlier[-1] if earlier else None)
@@ -210,7 +210,7 @@ def set_up_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> Autho
             check_float32(trainer.model, args.bf16)
         trainer.budget.record_step()
 
-    if use_adam_bc(OptimizerNames(args.optim).value, privacy.adam_noise_correction, plan.noise_bands):
+    if use_adam_bc(OptimizerNames(args.optim).value, privacy.adam_noise_correction, plan.noise_bands, optimizer):
         logger.info("Adam's second moment has the noise variance subtracted (--adam_noise_correction).")
         optimizer = AdamBC(optimizer)
     trainer.monitors.count_updates(optimizer)
@@ -239,9 +239,10 @@ def recheck_before_training(trainer: Any, shared_authors: bool) -> None:
     """
     validate_options(trainer.args, trainer.privacy, full_shard=trainer.full_shard, shared_authors=shared_authors)
     check_trainer_adapted(trainer)
+    check_samples_fit(trainer)
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
-    shared = shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
+    shared = True if shared_authors else have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
     check_metric_options(shared, option, trainer.privacy)
     if not trainer.plan.disable_dp:
         check_checkpoint_not_released(trainer.budget.ledger, option)

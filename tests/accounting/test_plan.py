@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mutation import catches
 
-from author_dp.accounting.plan import make_plan
+from author_dp.accounting.plan import make_plan, planned_steps
 from author_dp.accounting.plan_text import format_plan, plan_utility_hint, plan_warnings
 from author_dp.errors import UserError
 from dp_utils import PrivacyArguments
@@ -134,3 +134,11 @@ def test_make_plan_refuses_an_epsilon_that_needs_no_noise(epsilon):
         make_calibrated_plan(target_epsilon=epsilon, sample_rate=1.0)
     large = make_calibrated_plan(target_epsilon=500.0, sample_rate=1.0)
     assert "--target_epsilon: epsilon 500 promises little" in "".join(plan_warnings(large))
+
+
+@pytest.mark.parametrize(("batch", "authors", "steps"), [(32, 56_672, 3_542), (32, 56_673, 3_543), (8, 1_000, 250)])
+def test_epochs_of_a_whole_number_of_steps_have_no_step_more(batch, authors, steps):
+    class Args:
+        max_steps, num_train_epochs = -1, 2
+
+    assert planned_steps(Args, batch / authors) == steps

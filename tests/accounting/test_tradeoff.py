@@ -6,8 +6,9 @@ from conftest import make_trainer, read_report
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from scipy.special import ndtr, ndtri
 
+from author_dp.accounting.accountant import epsilon_of
 from author_dp.accounting.events import MechanismEvent
-from author_dp.accounting.tradeoff import FALSE_POSITIVE_RATES, PrivacyProfile, attack_bounds, gdp_mu_at
+from author_dp.accounting.tradeoff import FALSE_POSITIVE_RATES, PrivacyProfile, attack_bounds, bounds_of_guarantee, gdp_mu_at
 from author_dp.outputs.guarantee import guarantee_attack_rows, guarantee_in_words
 from author_dp.outputs.model_card import model_card
 from author_dp.outputs.report import write_report
@@ -78,3 +79,12 @@ def test_report_and_card_show_attack_bounds(tmp_path):
     assert "finds at most 9.3 % of those who were" in guarantee_in_words(report)
     write_report(tmp_path)
     assert "at most 1.9 % at 0.1 % FPR" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("event", "delta"),
+    [(MechanismEvent(1e-4, 0.2, 20), 1e-5), (MechanismEvent(1e-3, 0.01, 1_000), 1e-5), (MechanismEvent(1e6, 0.9, 10**6), 0.1)],
+)
+def test_extreme_noise_has_the_bounds_that_epsilon_gives(event, delta):
+    bounds = attack_bounds([event], delta)
+    assert bounds["tpr_at_fpr"] == bounds_of_guarantee(epsilon_of([event], delta), delta)["tpr_at_fpr"]

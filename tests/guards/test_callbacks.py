@@ -19,7 +19,7 @@ from author_dp.guards.callbacks import TRANSFORMERS_CALLBACKS, get_declaration
 
 def trainer_with(folder, *callbacks, **more):
     evaluation = make_dataset([1, 1], seed=5)
-    evaluation.hashes = None  # who they are is not known
+    evaluation.hashes = ~evaluation.hashes  # of no training authors
     given = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, **more}
     trainer = make_trainer(folder, eval_dataset=evaluation, **given)
     for callback in callbacks:
@@ -229,6 +229,7 @@ DOORS = {  # what a callback that follows training losses may lead to, by other 
     "forward": (lambda t: setattr(dropout(t.model), "forward", lambda x: x * 0), "model"),
     "module hook": (lambda t: dropout(t.model).register_forward_hook(lambda *_: None), "model"),
     "buffer": (lambda t: next(t.model.buffers()).zero_(), "model"),
+    "freezes": (lambda t: next(t.model.parameters()).requires_grad_(False), "model"),
 }
 
 
@@ -258,6 +259,8 @@ class Door(TrainerCallback):
     ", to_comparable_callback_value(held)", "", name="options of the lambda", event="log")  # fmt: skip
 @catches("options that a callback changes", "guards.callbacks.WatchedCallbacks.snapshot", "vars(trainer.args).items()",
     "{}.items()", name="save_strategy", event="log")  # fmt: skip
+@catches("a callback that freezes layers", "guards.callbacks.to_comparable_callback_value", "value.requires_grad", "None",
+    name="freezes", event="log")  # fmt: skip
 @catches("a callback that brings another", "guards.callbacks.WatchedCallbacks.snapshot", "for other in self.callbacks",
     "for other in []", name="adds", event="log")  # fmt: skip
 @catches("a callback that changes dropout", "guards.callbacks.snapshot_callback_module", "type(value) in SCALARS",

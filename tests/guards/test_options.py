@@ -161,7 +161,20 @@ def test_have_shared_authors_finds_one_author_in_common():
     foreign = np.setdiff1d(np.arange(5).astype(train.hashes.dtype), train.hashes)
     held_out.hashes, nobody.hashes = np.append(foreign[:1], train.hashes[:1]), foreign[:1]
     assert have_shared_authors(train, held_out) and have_shared_authors(train, {"a": nobody, "b": held_out})
-    assert not have_shared_authors(train, nobody) and not have_shared_authors(train, None)
+    assert have_shared_authors(train, nobody) is False and have_shared_authors(train, None) is False
+
+
+@catches("authors who are not known taken for others", "guards.metric_driven.have_shared_authors",
+    "None if any(", "False if any(")  # fmt: skip
+def test_metrics_of_unknown_authors_choose_nothing(tmp_path):
+    unknown, steps = make_dataset([1, 1], seed=5), {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    unknown.hashes = None
+    for evaluation in (unknown, {"a": unknown}):
+        trainer = make_trainer(tmp_path, eval_dataset=evaluation, load_best_model_at_end=True, save_steps=1, **steps)
+        with pytest.raises(UserError, match=r"eval_dataset: with .*load_best_model_at_end, .* hashes"):
+            trainer.train()
+            pytest.fail("not noticed")
+    make_trainer(tmp_path, eval_dataset=unknown, **steps).train()  # they only inform
 
 
 @pytest.mark.parametrize(

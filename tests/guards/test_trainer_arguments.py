@@ -14,7 +14,7 @@ from author_dp.guards import trainer_arguments
 from author_dp.guards.launchers import LAUNCHER_VARIABLES
 from author_dp.guards.options import validate_options
 from author_dp.guards.trainer_arguments import NO_EFFECT, OPTIMIZERS, REFUSED_OPTIONS, WORKS, trainer_options_without_effect
-from dp_utils import PrivacyArguments
+from dp_utils import DPTrainer, PrivacyArguments
 
 # A value that is not the default, for each option that works and each without effect.
 OTHER_VALUES = {
@@ -242,3 +242,9 @@ def test_what_a_launcher_asks_for_by_the_environment_is_refused(args, privacy, m
     args.bf16 = True
     if option == "--mixed_precision":
         validate_options(args, privacy)
+
+
+def test_a_loss_of_ones_own_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPTrainer, "compute_loss", lambda *_: pytest.fail("called"))
+    with pytest.raises(UserError, match="compute_loss of DPTrainer: it is never called"):
+        make_trainer(tmp_path).train()

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer
+from conftest import make_dataset, make_trainer, tiny_gpt2
 from mutation import catches
 
 from author_dp.accounting.banded_mf import toeplitz_coefficients
@@ -184,3 +184,23 @@ def test_trainer_resumes_with_adam_bc(tmp_path):
     resumed.train()
     states = resumed.dp_optimizer.original_optimizer.state.values()
     assert all(float(state["step"]) == 4 and state["noise_variance"] > 0 for state in states)
+
+
+@catches("another optimizer replaced by AdamBC", "mechanism.adam_bc.is_plain_adamw",
+    "type(optimizer) is torch.optim.AdamW", "True", kind=torch.optim.SGD, options={})  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"), [(torch.optim.SGD, {}), (torch.optim.AdamW, {"amsgrad": True}), (torch.optim.AdamW, {"maximize": True})]
+)
+def test_an_optimizer_that_was_given_is_kept(tmp_path, kind, options):
+    for asked in (None, True):
+        model, privacy = tiny_gpt2(), {"noise_bands": "2", "adam_noise_correction": asked}
+        trainer = make_trainer(
+            tmp_path / str(asked), model, make_dataset([1] * 40), privacy=privacy, optim="adamw_torch", max_steps=2
+        )
+        trainer.optimizer = given = kind(model.parameters(), lr=0.1, **options)
+        if asked:
+            with pytest.raises(UserError, match=f"adam_noise_correction: it needs AdamW, not .*optim {kind.__name__}"):
+                trainer.train()
+            continue
+        trainer.train()
+        assert trainer.dp_optimizer.original_optimizer is given

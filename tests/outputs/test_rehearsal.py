@@ -87,7 +87,7 @@ def test_rehearse_refuses_a_folder_in_the_place_of_a_file(tmp_path):
 def test_rehearse_refuses_an_unknown_metric(tmp_path):
     options = {"eval_dataset": make_dataset([1, 2]), "eval_strategy": "steps", "eval_steps": 1}
     held_out = options["eval_dataset"]
-    held_out.hashes = None
+    held_out.hashes = ~held_out.hashes
     refused(
         make_trainer(tmp_path / "out", rehearsal=True, metric_for_best_model="accuracy", **options),
         "^--metric_for_best_model accuracy: no such metric. Give one of author_loss, loss, perplexity",
@@ -186,6 +186,14 @@ def test_full_temporary_folder_is_blamed_by_its_own_name(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     assert str(to_user_error(OSError(28, "No space left on device"))).startswith("TMPDIR")
     assert "TMPDIR" in str(to_user_error(FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_too_little_memory_is_the_batchs(error):
+    assert "--gradient_accumulation_steps" in str(to_user_error(error))
 
 
 # --- after the last step ----------------------------------------------------------------------------------

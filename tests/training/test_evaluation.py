@@ -90,7 +90,7 @@ def test_several_data_sets_are_evaluated_by_name(tmp_path, monkeypatch):
 def test_the_metric_of_the_best_model_is_that_of_one_of_several(tmp_path, metric):
     several = {"a": make_dataset([1, 2], seed=3), "b": make_dataset(COUNTS, seed=4)}
     for dataset in several.values():
-        dataset.hashes = None  # or they would be training authors
+        dataset.hashes = ~dataset.hashes  # or they would be training authors
     trainer = make_trainer(
         tmp_path, eval_dataset=several, eval_strategy="steps", save_strategy="steps", save_steps=1, eval_steps=1, max_steps=2,
         load_best_model_at_end=True, metric_for_best_model=metric, rehearsal=True,

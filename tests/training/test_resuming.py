@@ -156,7 +156,7 @@ def test_a_finished_run_loads_its_best_checkpoint_again(tmp_path):
     """Not its last one, which would replace the model that was saved."""
     options = {**STEPS, "max_steps": 3, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
     held_out = make_dataset([1, 1], seed=5)
-    held_out.hashes = None  # of no training authors
+    held_out.hashes = ~held_out.hashes  # of no training authors
     first = make_trainer(tmp_path, eval_dataset=held_out, learning_rate=50.0, **options)
     first.train()
     first.save_model()
