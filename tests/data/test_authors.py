@@ -48,7 +48,8 @@ DAY = datetime(2020, 1, 1)
         [DAY, DAY.date()], [DAY, DAY.replace(tzinfo=UTC)],
     ],
 )  # fmt: skip
-@catches("Arrow decides which authors are equal", "data.authors.encode_authors", "check_author_types(authors)", "pass")
+@catches("Arrow decides which authors are equal", "data.authors.encode_authors", "check_author_types(authors)", "pass",
+    authors=["a", b"a"])  # fmt: skip
 def test_group_by_author_refuses_what_is_no_author(authors):
     with pytest.raises(UserError):
         group_by_author(authors)

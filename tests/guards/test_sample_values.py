@@ -17,8 +17,6 @@ def dataset_of(input_ids: list[list[int]], **labels: list[list[int]]) -> AuthorD
     return AuthorDataset(datasets.Dataset.from_dict(columns), np.array([0, 1, 2]), np.array([0, 1]))
 
 
-@catches("token ids that the model does not have", "guards.sample_values.check_samples_fit",
-    'check_sample_values("train_dataset", trainer.train_dataset, vocabulary)', "pass")  # fmt: skip
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -32,10 +30,18 @@ def dataset_of(input_ids: list[list[int]], **labels: list[list[int]]) -> AuthorD
 def test_values_that_the_model_has_not_are_refused(tmp_path, given, words):
     with pytest.raises(UserError, match=words):
         make_trainer(tmp_path, dataset=given).train()
-        pytest.fail("not noticed")
     with pytest.raises(UserError, match=words.replace("train", "eval")):
         make_trainer(tmp_path, eval_dataset={"a": make_dataset([1]), "b": given}).train()
     assert not (tmp_path / "privacy_ledger.jsonl").exists()
+
+
+@catches("token ids that the model does not have", "guards.sample_values.check_samples_fit",
+    'check_sample_values("train_dataset", trainer.train_dataset, vocabulary)', "pass")  # fmt: skip
+def test_a_negative_label_is_no_other_token(tmp_path):
+    """Its loss would be that of token 0."""
+    with pytest.raises(UserError, match="labels are -1"):
+        make_trainer(tmp_path, dataset=dataset_of(ROWS, labels=[[1, 2, -1], [-100, 5]])).train()
+        pytest.fail("not noticed")
 
 
 def test_a_sample_that_is_too_long_is_refused_at_the_start(tmp_path, monkeypatch):

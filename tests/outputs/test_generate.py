@@ -348,7 +348,8 @@ def test_rows_of_each_format(tmp_path, suffix):
     assert [prompt.row["prompt"] for prompt in prompts] == ["3 for chess {x}", "5 for a, b {x}"]
 
 
-@catches("texts of a model whose guarantee was voided", "outputs.generate.generate", "check_still_covered(Path", "str(Path")
+@catches("texts of a model whose guarantee was voided", "outputs.generate.generate",
+    "privacy_statement.check_still_covered(Path(args.folder))", "pass")  # fmt: skip
 def test_a_guarantee_that_is_voided_meanwhile_covers_no_text(folder, tmp_path, monkeypatch):
     """The run is resumed while texts are generated, which takes hours, and finds that its mechanism failed."""
     copy = shutil.copytree(folder, tmp_path / "copy")
