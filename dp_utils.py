@@ -54,6 +54,7 @@ from author_dp.mechanism.optimizer import AuthorDPOptimizer
 from author_dp.mechanism.sampling import PoissonAuthorSampler
 from author_dp.mechanism.secret_generators import set_up_secret_generators
 from author_dp.models.modes import deterministic_kernels, frozen_weights_cast, full_precision_sums
+from author_dp.models.training_marks import has_training_mark
 from author_dp.option_names import find_missing_options
 from author_dp.outputs.model_card import model_card_settings
 from author_dp.outputs.privacy_statement import statement_starting_model
@@ -163,7 +164,7 @@ class DPTrainer(UploadingTrainer):
         model_name: hub name or folder that the model comes from; default: the one that it was loaded from.
         data_summary: how texts became samples, for privacy.json; public.
         split_id: of the rule that held authors out, from `DataArguments.split_id`.
-        shared_authors: whether evaluation authors may be training authors.
+        shared_authors: whether evaluation authors may be training authors; default: the hashes of both tell.
         program_args: dataclasses of further options, compared when a run resumes; other `kwargs` are the Trainer's.
     Raises:
         UserError: for options, a model or data under which the guarantee would not hold.
@@ -185,32 +186,31 @@ class DPTrainer(UploadingTrainer):
         model_name: Optional[str] = None,
         data_summary: Optional[dict[str, Any]] = None,
         split_id: Optional[str] = None,
-        shared_authors: bool = False,
+        shared_authors: Optional[bool] = None,
         program_args: Sequence[Any] = (),
         **kwargs,
     ):
         check_trainer_arguments(kwargs)
         self.privacy, self.full_shard, self.shared_authors, self.canaries = privacy, full_shard, shared_authors, canaries
         self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
-        name, tokenizer = model_name or model.name_or_path, kwargs.get("processing_class")
+        self.model_name, tokenizer = model_name or model.name_or_path, kwargs.get("processing_class")
         setup = set_up_run(
             model, args, privacy, train_dataset=train_dataset, data_collator=data_collator, sequence_len=sequence_len,
             canaries=gradient, full_shard=full_shard, split_id=split_id, shared_authors=shared_authors, program_args=program_args,
-            tokenizer=tokenizer, model_name=name,
+            tokenizer=tokenizer, model_name=self.model_name,
         )  # fmt: skip
         self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
         self.folder, self.made_with = Path(str(args.output_dir)), setup.made_with
         self.engine = PlainEngine(model, self.plan.expected_batch_size) if privacy.disable_dp else None
-        base_model = statement_starting_model(name) if args.process_index == 0 else None
-        settings = model_card_settings(args, model, name)
+        base_model = statement_starting_model(self.model_name, has_training_mark(model)) if args.process_index == 0 else None
+        settings = model_card_settings(args, model, self.model_name)
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
         self.run_report.adopt_finished_run(self.checkpoint)
         self._step_loss = torch.zeros((), device=args.device)
         redirect_loggers(args)
         args = adapt_trainer_args(args)
-        kwargs |= {"train_dataset": setup.train_dataset, "data_collator": setup.data_collator}
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, setup.data_collator, setup.train_dataset, **kwargs)
         args.max_steps = self.plan.steps  # set only now: otherwise the Trainer would log that it overrides --num_train_epochs
         check_accelerate_launcher(self.accelerator, args.bf16)
         if full_shard:  # otherwise bfloat16 copies of all gathered weights would be kept until the forward ends
@@ -242,8 +242,9 @@ class DPTrainer(UploadingTrainer):
         if isinstance(self.canaries, TextCanaries):
             self.canaries.start(self)
         self.add_callback(signals := StopOnSignal())
+        voided = guarantee_voided_on_failure(self.budget, self.create_model_card, self.hub_name, self.monitors.find_failure)
         try:
-            with lock_output_dir(self.budget), guarantee_voided_on_failure(self.budget, self.create_model_card, self.hub_name):
+            with lock_output_dir(self.budget), voided:
                 self.rehearse()
                 with (
                     set_up_secret_generators(self.model, self.args.device, self.privacy.disable_dp) as self.generators,
@@ -255,7 +256,7 @@ class DPTrainer(UploadingTrainer):
                     self.monitors.start(self._sampler, self.budget, self.args.device, self.privacy.secure_noise)
                     with owner_only():
                         result = super().train(str(self.checkpoint) if self.checkpoint else None, *args, **kwargs)
-                    self.check_run(full=True)
+                    self.finish_run()
         finally:
             self.checkpoint = self.generators = None
             self.monitors.stop()
@@ -263,8 +264,7 @@ class DPTrainer(UploadingTrainer):
             signals.restore()
             if self.engine is not None:
                 self.engine.close()
-            self.engine = self.engine if self.privacy.disable_dp else None
-            self.model_wrapped = self.model
+            self.engine, self.model_wrapped = self.engine if self.privacy.disable_dp else None, self.model
         signals.check(self)
         if self.canaries is not None:
             with signals_end_with_message(self, saved=False):

@@ -154,7 +154,8 @@ def check_no_shared_ledger_records(ledgers: list[PrivacyLedger]) -> None:
             if (other := owners.setdefault(one_hash, ledger.path)) is not ledger.path:
                 raise UserError(
                     f"OUTPUT_DIR {ledger.path.parent} and {other.parent}: they share records of one run, which would be counted "
-                    "twice. Give each directory once; of a run and its resumed copy, give only the one with all steps"
+                    "twice. Give each directory once; of a run and its resumed copy, the one with all steps. If both took "
+                    "further steps, give each alone, and add up their epsilons and deltas"
                 )
 
 
@@ -177,5 +178,9 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"OUTPUT_DIR {folder}: holds no {LEDGER_NAME} with a run in it. Give the --output_dir of a run")
         for path in find_ledger_reports(folder):
             ledger.check_report(path)
+        if ledger.failure is not None:  # imported here, as it takes seconds
+            from author_dp.accounting.voiding import void_again
+
+            void_again(ledger)
         ledgers.append(ledger)
     print(format_ledger(ledgers[0], delta) if len(ledgers) == 1 else format_joint_ledgers(ledgers, delta))

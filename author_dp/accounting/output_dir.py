@@ -11,13 +11,15 @@ from pathlib import Path
 from author_dp.accounting.budget import Budget
 from author_dp.distributed import barrier
 from author_dp.errors import UserError
+from author_dp.files import read_json_object, write_json
 
 RESCUED = "-rescued-"  # in the name of a folder beside the output directory, with weights that could not be saved in it
 certified_folders: set[Path] = set()  # where this process has saved weights with a report
+PLACES_NAME = "_other_places.json"  # in the output directory: where else its weights are
 TRIAL_PREFIX = ".trial-"  # of a folder for what is tried before training
 FOLDERS = ("report", "_logs")
 FILES = (
-    "README.md", "report.html", "_private_statistics.json", "_noise_check.npy", "_counts.json", "_dry_run.json",
+    "README.md", "report.html", "_private_statistics.json", "_noise_check.npy", "_counts.json", "_dry_run.json", PLACES_NAME,
     "training_args.bin",
 )  # fmt: skip
 
@@ -43,6 +45,21 @@ def check_output_dir(folder: Path) -> None:
 def has_checkpoint_name(folder: Path) -> bool:
     """Return whether a folder is named as the Trainer names a checkpoint."""
     return re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
+
+
+def record_other_place(folder: Path, place: Path) -> None:
+    """Record that weights of the run in `folder` are saved or published in `place`, to find them if its mechanism fails later."""
+    if not place.resolve().is_relative_to(folder.resolve()):
+        places = {*read_other_places(folder), place.resolve()}
+        write_json(folder / PLACES_NAME, {"places": sorted(map(str, places))}, private=True)
+
+
+def read_other_places(folder: Path) -> list[Path]:
+    """Return where else weights of the run in `folder` were saved."""
+    try:
+        return [Path(place) for place in read_json_object(folder / PLACES_NAME)["places"]]
+    except (UserError, KeyError, TypeError):  # none, or a file that was changed
+        return []
 
 
 def check_output_is_not_model(folder: Path, model_name: str) -> None:

@@ -1,7 +1,8 @@
 """Void the guarantee of a run whose mechanism failed: in its ledger, and in every file that claims it.
 
 Guarantees: afterwards no file of the run says that its weights have a guarantee: it was rewritten or removed, or the error
-names it. No file of another run is touched. The MechanismError is never replaced by another error.
+names it. No file of another run is touched. The MechanismError is never replaced by another error. What a kill leaves is voided
+by whoever reads the ledger next.
 
 Example:
 
@@ -19,7 +20,7 @@ from typing import Any, Optional
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME, PrivacyLedger
-from author_dp.accounting.output_dir import RESCUED, certified_folders, has_checkpoint_name
+from author_dp.accounting.output_dir import RESCUED, certified_folders, has_checkpoint_name, read_other_places
 from author_dp.distributed import barrier
 from author_dp.errors import MechanismError, UserError, first_line
 from author_dp.files import read_json_object, write_json
@@ -31,36 +32,66 @@ STATEMENT_SUFFIX = ".privacy.json"  # of synthetic texts
 
 @contextmanager
 def guarantee_voided_on_failure(
-    budget: Budget, write_card: Callable[[], None], published: Optional[str] = None
+    budget: Budget,
+    write_card: Callable[[], None],
+    published: Optional[str] = None,
+    find_failure: Callable[[], Optional[MechanismError]] = lambda: None,
 ) -> Iterator[None]:
-    """Within, a MechanismError, which all processes raise, voids the guarantees of the run before it propagates.
+    """Within, a MechanismError voids the guarantees of the run before it propagates, also one that other code has wrapped.
 
     Args:
         write_card: writes the model card anew, if an earlier run left one.
         published: where checkpoints have been uploaded to, or may be just now.
+        find_failure: returns a failure that this process can tell where the training ends by another error.
     """
     try:
         yield
-    except MechanismError as error:
+    except BaseException as error:
+        raised = find_mechanism_error(error)
+        if (failure := raised or find_failure()) is None:
+            raise
         try:
             if budget.is_main_process:
-                error.not_voided = [f"{published} (uploads)"] if published else []
-                error.not_voided += void_guarantee(budget.ledger, str(error), write_card)
-        except Exception as problem:
-            error.not_voided = [*error.not_voided, f"{budget.ledger.path.parent} ({first_line(problem)})"]
-        with suppress(Exception):  # of one that is lost
-            barrier()  # or a launcher would end the main process, as another one has ended with an error
-        raise error
+                failure.not_voided = [f"{published} (uploads)"] if published else []
+                failure.not_voided += void_guarantee(budget.ledger, str(failure), write_card)
+        except BaseException as problem:  # Ctrl-C, too: the failure is what must be known
+            failure.not_voided = [*failure.not_voided, f"{budget.ledger.path.parent} ({first_line(problem)})"]
+        if raised is not None:  # by all processes
+            with suppress(Exception):  # of one that is lost
+                barrier()  # or a launcher would end the main process, as another one has ended with an error
+        raise failure from (None if raised is not None else error)
 
 
-def void_guarantee(ledger: PrivacyLedger, failure: str, write_card: Callable[[], None] = lambda: None) -> list[str]:
+def find_mechanism_error(error: Optional[BaseException]) -> Optional[MechanismError]:
+    """Return the MechanismError that an error is, or that it was raised from."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MechanismError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def void_again(ledger: PrivacyLedger) -> None:
+    """Void what an interrupted process has left of the guarantees of a ledger that knows of a failure."""
+    if ledger.failure is not None and ledger.runs:
+        with suppress(OSError):
+            void_guarantee(ledger, ledger.failure, is_recorded=True)
+
+
+def void_guarantee(
+    ledger: PrivacyLedger, failure: str, write_card: Callable[[], None] = lambda: None, is_recorded: bool = False
+) -> list[str]:
     """Record a failure in the ledger and in every report of its weights; remove pages; main process only.
 
+    Args:
+        is_recorded: whether the ledger, or a report, says so already.
     Returns:
         what may still claim a guarantee, with the reason: what could be neither rewritten nor removed.
     """
     hashes, folder = set(ledger.record_hashes[1:]), ledger.path.parent  # the first hash is that of every empty ledger
-    kept, has_card = record_alarm(ledger, failure), is_model_card(folder / CARD)
+    kept, has_card = [] if is_recorded else record_alarm(ledger, failure), is_model_card(folder / CARD)
     kept_pages = remove_pages([folder / name for name in (CARD, *PAGES)])
     kept = record_alarm(ledger, failure) if kept else []  # there may be room now, and the ledger was read again
     void: dict[str, Any] = dict.fromkeys(("epsilon", "epsilon_with_evaluation", "mu_gdp", "tpr_at_fpr"))
@@ -113,17 +144,27 @@ def void_report(path: Path, void: dict[str, Any]) -> list[str]:
 def find_voided_files(folder: Path, record_hashes: set[str]) -> tuple[list[Path], list[Path]]:
     """Return the reports that were made from the records of a ledger, and the statements of texts by its weights.
 
-    They are below its folder; where weights were saved in this process; and where they were rescued (training/rescue.py), under
-    whatever name.
+    They are below its folder; where weights were saved or published; and where they were rescued (training/rescue.py), under
+    whatever name. Folders with such names that other users have made, as in a shared temporary folder, are left out.
     """
     below = set(files_below(folder))
-    found = {path for path in below if path.name == REPORT_NAME} | {place / REPORT_NAME for place in certified_folders}
+    found = {path for path in below if path.name == REPORT_NAME}
+    found |= {place / REPORT_NAME for place in certified_folders | set(read_other_places(folder))}
     with suppress(OSError):
         for parent in (folder.parent, Path(tempfile.gettempdir())):
-            found |= {Path(entry.path, REPORT_NAME) for entry in os.scandir(parent) if RESCUED in entry.name}
+            rescued = [Path(entry.path, REPORT_NAME) for entry in os.scandir(parent) if RESCUED in entry.name]
+            found |= {path for path in rescued if is_own(path)}
     statements = [path for path in below if path.name.endswith(STATEMENT_SUFFIX)]
     reports = sorted(path for path in found if is_voided_report(path, folder, record_hashes))
     return reports, sorted(path for path in statements if is_voided_report(path, None, record_hashes, "model"))
+
+
+def is_own(path: Path) -> bool:
+    """Return whether this user has made a file."""
+    try:
+        return os.name != "posix" or path.stat().st_uid == os.getuid()
+    except OSError:
+        return False
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -141,7 +182,7 @@ def is_voided_report(path: Path, folder: Optional[Path], record_hashes: set[str]
         keys: under which the report is, in a file of another kind.
     """
     try:
-        if not path.is_file() or (os.name == "posix" and path.stat().st_uid != os.getuid()):  # reading a pipe would not end
+        if not path.is_file():  # reading a pipe would not end
             return False
         content: Any = read_json_object(path)
         for key in keys:

@@ -55,7 +55,8 @@ def check_metric_options(allowed: Optional[bool], option: Optional[str], privacy
     if allowed is None:
         raise UserError(
             f"eval_dataset: with {option}, its losses choose the model, and whether its authors are training authors is unknown. "
-            "Give both data sets the hashes of their authors: AuthorDataset(..., hashes=author_hashes(authors))"
+            "Give both data sets the hashes of their authors, AuthorDataset(..., hashes=author_hashes(authors)), or "
+            "shared_authors=False if they have none in common"
         )
     if allowed:
         raise UserError(

@@ -102,6 +102,7 @@ class RunMonitors:
         """Test nothing from here on."""
         self._monitors, self._ranks, self._updates, self._precision, self._frozen = [], None, None, None, None
         self._failures: list[str] = []  # of this process, until the next test
+        self._raised: Optional[MechanismError] = None
 
     def watch_sampler(self, sampler: PoissonAuthorSampler) -> None:
         """Monitor the batches of `sampler` from here on: the training's."""
@@ -191,9 +192,25 @@ class RunMonitors:
         gathered = gather((failures, user_errors, None if self._ranks is None else self._ranks.record(self.norms.authors)))
         mismatches = [] if self._ranks is None else find_process_mismatches([record for _, _, record in gathered])
         if found := [*mismatches, *(failure for of_process, _, _ in gathered for failure in of_process)]:
-            raise MechanismError(found[0])
+            self._raised = MechanismError(found[0])
+            raise self._raised
         if unusable := [error for _, of_process, _ in gathered for error in of_process]:
             raise UserError(unusable[0])
+
+    def find_failure(self) -> Optional[MechanismError]:
+        """Return a failure that this process can tell, where the training ends by another error; None if there is none.
+
+        Not collective. Monitors that count are left out: the error may have come between two of their counts.
+        """
+        if self._updates is None or not self._updates.budget.steps or self._raised is not None:  # nothing was released
+            return self._raised
+        for monitor in (self._precision, self.noise):
+            try:
+                if monitor is not None:
+                    monitor.test()
+            except MechanismError as error:
+                return error
+        return MechanismError(self._failures[0]) if self._failures else None
 
 
 class UpdateMonitor:
@@ -239,6 +256,11 @@ class FrozenWeightsMonitor:
         now = self._checksums()
         if changed := [name for name, checksums in self.checksums.items() if now.get(name, checksums) != checksums]:
             raise MechanismError(f"{changed[0]} is not trained, but has changed ({len(changed)} tensors in all)")
+
+
+def sum_trained_weights(model: nn.Module) -> dict[str, int]:
+    """Return a checksum of each trained parameter; of a sharded one, of this process' shard."""
+    return {name: checksum(local_shard(one)) for name, one in model.named_parameters() if one.requires_grad}
 
 
 def checksum(tensor: torch.Tensor) -> int:

@@ -21,8 +21,9 @@ from typing import Any, Optional
 
 import torch
 
-from author_dp.accounting.ledger import REPORT_NAME
+from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME
 from author_dp.accounting.output_dir import certified_folders, has_checkpoint_name
+from author_dp.accounting.voiding import CARD, PAGES, remove_pages
 from author_dp.errors import UserError
 from author_dp.files import fsync_folder, read_json_object, sha256_of, to_absolute_model_path, write_json
 
@@ -94,21 +95,26 @@ def write_hashed_weights(
 ) -> Iterator[None]:
     """Certify the weights that the caller writes to `folder` inside.
 
-    Before, remove the folder's privacy.json and older weights. After, write a new privacy.json with the hashes.
+    Before, remove the folder's privacy.json with its pages, and older weights. After, write a new privacy.json with the hashes.
 
     Args:
         adapter: whether the weights are an adapter's.
         make_report: returns the rest of privacy.json.
         disable_dp: whether privacy.json certifies nothing. Then it is written before the weights: if the run was killed in
-            between, they would otherwise pass for weights of a base model.
+            between, they would otherwise pass for weights of a base model. So is one without a guarantee, where no ledger is.
     Raises:
         UserError: where the folder has weights of the other type, so that it is not clear which ones are loaded.
     """
     pattern = weight_name_pattern(adapter)
     if disable_dp:
         write_json(folder / REPORT_NAME, make_report())
-    else:
+    elif (folder / LEDGER_NAME).exists() or (folder.parent / LEDGER_NAME).exists():
         remove_weights_report(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / REPORT_NAME, {"disable_dp": False, "epsilon": None, "delta": None, "interrupted": True})
+    pages = (CARD, *PAGES) if (folder / LEDGER_NAME).exists() else (CARD,)
+    remove_pages([folder / name for name in pages])
     for path in weight_files(folder):
         if pattern.fullmatch(path.name):
             path.unlink()

@@ -75,6 +75,9 @@ def read_privacy_statement(folder: Path) -> Optional[dict[str, Any]]:
             raise UserError(f"{path} is not a report of this program: restore it, or generate from another folder")
     if not report["disable_dp"]:
         check_weights(folder, report)
+        if (base := adapter_base_model(str(folder))) is not None and (Path(base) / REPORT_NAME).exists():
+            found = statement_starting_model(base)  # its mechanism may have been found to have failed since
+            report |= {"base_model": found} if found is not None and not found["covered"] else {}
     return {**{key: report[key] for key in PUBLIC_KEYS if key in report}, "ledger_was_read": bool(ledger.runs)}
 
 
@@ -86,16 +89,39 @@ def check_still_covered(folder: Path) -> None:
 
 
 def statement_ledger_path(folder: Path) -> Path:
-    """Return the path of the ledger of a model: in its folder, or for a checkpoint in the folder above."""
-    return (folder.resolve().parent if has_checkpoint_name(folder) else folder) / LEDGER_NAME
+    """Return the path of the ledger of a model: in its folder, or for a checkpoint, whatever it is called now, in that above."""
+    above = folder.resolve().parent / LEDGER_NAME
+    if has_checkpoint_name(folder) or (above.exists() and not (folder / LEDGER_NAME).exists() and is_report_of(folder, above)):
+        return above
+    return folder / LEDGER_NAME
 
 
-def statement_starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
+def is_report_of(folder: Path, ledger: Path) -> bool:
+    """Return whether the privacy.json in a folder was made from the records of a ledger."""
+    try:
+        return read_json_object(folder / REPORT_NAME).get("ledger_link") in PrivacyLedger(ledger).record_hashes[1:]
+    except UserError:
+        return False
+
+
+def statement_starting_model(name: Optional[str], is_marked: bool = False) -> Optional[dict[str, Any]]:
     """Describe the guarantee of a model that training starts from; None if this program did not train it.
 
     Args:
         name: hub name or local folder.
+        is_marked: whether the model's configuration says that this program has trained it.
     """
+    found = describe_starting_model(name)
+    if found is None and is_marked:
+        reason = "this program has trained it, and its privacy.json is not beside it"
+        found = {"name": public_model_name(name or "the model"), "covered": False, "epsilon": None, "delta": None}
+        found |= {"reason": reason}
+        logger.warning(f"--model_name {name}: {format_guarantee_model(found)}")
+    return found
+
+
+def describe_starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
+    """Return `statement_starting_model`, as far as the folder of the model tells."""
     if not name or (folder := cached_copy(name, REPORT_NAME)) is None:
         return None
     reason: Optional[str]
@@ -111,7 +137,7 @@ def statement_starting_model(name: Optional[str]) -> Optional[dict[str, Any]]:
             reason = "it has a privacy ledger, but no privacy.json: its run did not finish"
         else:
             base = adapter_base_model(name)
-            return None if base is None else statement_starting_model(base)
+            return None if base is None else describe_starting_model(base)
     description: dict[str, Any] = {"name": public_model_name(name), "covered": reason is None, "epsilon": None, "delta": None}
     if reason is None and guarantee is not None:
         description |= {key: guarantee[key] for key in ("epsilon", "delta", "base_model") if key in guarantee}

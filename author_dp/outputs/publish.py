@@ -13,6 +13,7 @@ appears complete or not at all. Its modification times reveal nothing: they are 
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,6 +21,7 @@ from huggingface_hub import HfApi
 
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import REPORT_NAME
+from author_dp.accounting.output_dir import record_other_place
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.models.weights import adapter_base_model, hash_weights, weight_name_pattern
@@ -77,6 +79,9 @@ def copy_publishable(folder: Path, out: Path, report: dict[str, Any], name: str 
             make_publishable(temporary)
             check_still_covered(folder)
             os.replace(temporary, out)
+            if (ledger := statement_ledger_path(folder)).exists():
+                with suppress(OSError):  # of a folder that the publisher cannot write
+                    record_other_place(ledger.parent, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:

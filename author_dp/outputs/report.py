@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
 from author_dp.accounting.privacy_report import recompute_privacy_report
+from author_dp.accounting.voiding import void_again
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.errors import UserError, first_line
 from author_dp.files import read_json_object, write_json
@@ -233,6 +234,7 @@ def main(arguments: list[str]) -> None:
     check_usage(arguments, "author_dp.report OUTPUT_DIR", range(1, 2))
     folder = Path(arguments[0])
     ledger = PrivacyLedger(folder / LEDGER_NAME)
+    void_again(ledger)
     for path in find_ledger_reports(folder):
         if path.parent != folder:
             ledger.check_report(path)

@@ -29,6 +29,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from author_dp.accounting.hash_chain import HashChain
 from author_dp.accounting.ledger import LEDGER_NAME, REPORT_NAME, PrivacyLedger, find_ledger_reports
 from author_dp.accounting.output_dir import check_output_dir, has_checkpoint_name
+from author_dp.accounting.voiding import void_again
 from author_dp.data.columns import get_column
 from author_dp.errors import UserError
 from author_dp.files import sha256_of, write_json
@@ -271,6 +272,8 @@ def open_checkpoint_ledger(folder: Path, option: Optional[str], disable_dp: bool
     # Fails if another run uses the folder.
     with HashChain(path).locked() if is_main_process and path.exists() else nullcontext():
         ledger = PrivacyLedger(path)
+    if is_main_process:
+        void_again(ledger)
     ledger.check_no_failure()
     check_checkpoint_not_released(ledger, option)
     if ledger.steps and disable_dp:

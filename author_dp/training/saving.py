@@ -17,17 +17,19 @@ from transformers.trainer_utils import align_special_tokens
 
 from author_dp.accounting.budget import Budget
 from author_dp.accounting.ledger import REPORT_NAME
+from author_dp.accounting.output_dir import record_other_place
 from author_dp.accounting.plan_text import format_plan, plan_utility_hint, plan_warnings
 from author_dp.clipping.norm_stats import NormStatistics
 from author_dp.data.splits import format_data_summary
-from author_dp.errors import to_user_error
+from author_dp.errors import UserError, to_user_error
 from author_dp.files import read_json_object, write_json
 from author_dp.guards.model_check import check_trained_model_finite
-from author_dp.guards.monitors import RunMonitors
+from author_dp.guards.monitors import RunMonitors, sum_trained_weights
 from author_dp.logs import get_logger
 from author_dp.mechanism.fsdp import full_state_dict, load_sharded_weights
 from author_dp.mechanism.secret_generators import SecretGenerators
 from author_dp.models.sizes import model_sizes
+from author_dp.models.training_marks import mark_as_trained
 from author_dp.models.weights import write_hashed_weights
 from author_dp.permissions import owner_only
 from author_dp.training.base_trainer import LogicalBatchTrainer
@@ -62,6 +64,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
     train_dataset: Any
     loader: Optional[str] = None
     generators: Optional[SecretGenerators] = None
+    weight_sums: Optional[dict[str, int]] = None  # of the weights at the end of the training
 
     def check_run(self, full: bool = False) -> None:
         """Check sampling, clipping, noise and weights; with `full`, also frozen weights and the ledger file.
@@ -72,6 +75,11 @@ class CertifiedTrainer(LogicalBatchTrainer):
         """
         self.monitors.test(full)
         check_trained_model_finite(self.model, self.state.global_step)
+
+    def finish_run(self) -> None:
+        """Check the run at its end, and remember which weights it has made."""
+        self.check_run(full=True)
+        self.weight_sums = sum_trained_weights(self.model)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the epsilon spent so far to every line, and public statistics to those of training."""
@@ -106,6 +114,8 @@ class CertifiedTrainer(LogicalBatchTrainer):
 
     def privacy_report(self) -> dict[str, Any]:
         """Return the contents of privacy.json; on rank 0 only."""
+        if self.generators is None and not self.plan.disable_dp:  # not in training: another run may have written to the ledger
+            self.budget.ledger.read()
         return self.run_report.to_dict(self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -124,7 +134,14 @@ class CertifiedTrainer(LogicalBatchTrainer):
         if adapter and self.run_report.adapter_base is None:  # never trained
             self.run_report.identify_base(self.model, None)
         folder, disable_dp = Path(output_dir or self.folder), self.plan.disable_dp
+        if self.weight_sums not in (None, sum_trained_weights(self.model)) and not disable_dp:
+            raise UserError(
+                f"--output_dir {folder}: the weights have changed since the training ended, so its privacy.json would not be "
+                "true of them. Save them with model.save_pretrained, without a guarantee"
+            )
         try:
+            if not disable_dp:
+                record_other_place(self.folder, folder)
             with write_hashed_weights(folder, adapter, self.privacy_report, disable_dp), owner_only():
                 super()._save(output_dir, state_dict)
                 check_rescued(folder, self.model, state_dict)
@@ -163,7 +180,9 @@ class CertifiedTrainer(LogicalBatchTrainer):
         load_sharded_weights(self.model, Path(resume_from_checkpoint))
 
     def continue_from_checkpoint(self) -> None:
-        """Let the checkpoint from which this run starts be the newest: those of a branch that was left are older."""
+        """Mark the model, and let the checkpoint of this run be the newest: those of a branch that was left are older."""
+        self.weight_sums = None
+        mark_as_trained(self.model, self.budget.ledger.path)
         if self.checkpoint is not None and self.args.should_save and self.checkpoint.resolve().parent == self.folder.resolve():
             mark_checkpoint_newest(self.checkpoint)
 
@@ -172,10 +191,12 @@ class CertifiedTrainer(LogicalBatchTrainer):
         logger.info(f"{self.checkpoint}: training already finished at this checkpoint; no privacy budget spent.")
         self.state = load_checkpoint_state(Path(str(self.checkpoint)))
         self._load_from_checkpoint(str(self.checkpoint))
+        mark_as_trained(self.model, self.budget.ledger.path)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):  # as the Trainer does when it trains
             align_special_tokens(self.model, self.processing_class)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+        self.weight_sums = sum_trained_weights(self.model)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint, checked like a resumed one: trainer_state.json, which can be edited, names its folder."""

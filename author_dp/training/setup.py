@@ -40,6 +40,7 @@ from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC, use_adam_bc
 from author_dp.mechanism.fsdp import ShardedOptimizer, gather_in_bfloat16, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
+from author_dp.models.training_marks import check_origin_is_known
 from author_dp.training.dataloading import max_bands_in_memory, to_device
 from author_dp.training.resuming import (
     check_checkpoint_not_released,
@@ -88,7 +89,7 @@ def set_up_run(
     canaries: Optional[GradientCanaries],
     full_shard: bool,
     split_id: Optional[str],
-    shared_authors: bool,
+    shared_authors: Optional[bool],
     program_args: Sequence[Any],
     tokenizer: Any,
     model_name: Optional[str],
@@ -102,7 +103,7 @@ def set_up_run(
     Raises:
         UserError: if the guarantee would not hold for the options, the model, the data or the output directory.
     """
-    validate_options(args, privacy, full_shard=full_shard, shared_authors=shared_authors)
+    validate_options(args, privacy, full_shard=full_shard, shared_authors=bool(shared_authors))
     if names := trainer_options_without_effect(args):
         logger.info(f"Without effect here: {', '.join(names)} (docs/options.md).")
     made_with = {
@@ -226,23 +227,26 @@ def set_up_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> Autho
     )
 
 
-def recheck_before_training(trainer: Any, shared_authors: bool) -> None:
+def recheck_before_training(trainer: Any, shared_authors: Optional[bool]) -> None:
     """Check options once more, as they may have changed, and record the option by which metrics choose the model.
 
     A run of a search also records its samples.
 
     Args:
         trainer: dp_utils.DPTrainer, about to train.
-        shared_authors: whether evaluation authors may be training authors.
+        shared_authors: whether evaluation authors may be training authors; None: the hashes of both tell.
     Raises:
-        UserError: if an option is refused, or no epsilon covers that choice.
+        UserError: if an option is refused, no epsilon covers that choice, or the model or samples are not those of a run.
     """
-    validate_options(trainer.args, trainer.privacy, full_shard=trainer.full_shard, shared_authors=shared_authors)
+    validate_options(trainer.args, trainer.privacy, full_shard=trainer.full_shard, shared_authors=bool(shared_authors))
     check_trainer_adapted(trainer)
+    if not trainer.plan.disable_dp and trainer.checkpoint is None:
+        check_origin_is_known(trainer.model, trainer.model_name, trainer.budget.ledger.path)
     check_samples_fit(trainer)
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)
-    shared = True if shared_authors else have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
+    found = have_shared_authors(trainer.train_dataset, trainer.eval_dataset)
+    shared = bool(shared_authors or found) if shared_authors is not None else found
     check_metric_options(shared, option, trainer.privacy)
     if not trainer.plan.disable_dp:
         check_checkpoint_not_released(trainer.budget.ledger, option)

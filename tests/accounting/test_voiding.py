@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +15,16 @@ from test_ledger import make_ledger
 from transformers import TrainerCallback
 
 from author_dp import cli
+from author_dp.accounting import ledger_report
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.voiding import guarantee_voided_on_failure, void_guarantee
 from author_dp.errors import MechanismError, UserError
 from author_dp.files import write_json
 from author_dp.mechanism.noise import GaussianNoise
+from author_dp.outputs import report
 from author_dp.outputs.guarantee import summarize_guarantee
 from author_dp.outputs.privacy_statement import read_privacy_statement
+from author_dp.outputs.publish import publish
 
 FAILURE = "the noise has another scale"
 REPORT = {"epsilon": 8.0, "mu_gdp": 1.0, "delta": 1e-5, "disable_dp": False, "settings": {"a": "b" * 500}}
@@ -100,7 +104,7 @@ def test_texts_of_the_weights_are_named_and_pipes_are_not_read(run, tmp_path):
     "find_voided_files(ledger.path, set())\n    hashes, folder = ",
 )
 @catches("an error of voiding in place of the failure", "accounting.voiding.guarantee_voided_on_failure",
-    "except Exception as problem:", "except ZeroDivisionError as problem:")  # fmt: skip
+    "except BaseException as problem:", "except ZeroDivisionError as problem:")  # fmt: skip
 def test_an_error_while_voiding_leaves_the_failure_and_its_record(run, monkeypatch):
     ledger, *_ = run
 
@@ -241,3 +245,89 @@ def test_weights_rescued_from_the_current_folder_are_voided(tmp_path, monkeypatc
     with pytest.raises(MechanismError):
         trainer.train()
     assert read_report(rescued)["epsilon"] is None
+
+
+@catches("weights saved elsewhere by an earlier process", "accounting.voiding.find_voided_files",
+    "| set(read_other_places(folder))", "")  # fmt: skip
+@catches("where weights are is not recorded", "training.saving.CertifiedTrainer._save", "record_other_place(self.folder, folder)",
+    "pass")  # fmt: skip
+def test_weights_saved_or_published_elsewhere_before_are_voided(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    trainer = make_trainer(out, dataset=make_dataset([1] * 60), privacy={"noise_multiplier": None, "target_epsilon": 8.0})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "exported"))
+    trainer.save_model()
+    publish(out, tmp_path / "published")
+    monkeypatch.setattr("author_dp.accounting.voiding.certified_folders", set())  # a later process knows of none
+    assert void_guarantee(PrivacyLedger(out / "privacy_ledger.jsonl"), FAILURE) == []
+    for place in (out, tmp_path / "exported", tmp_path / "published"):
+        assert is_void(place / "privacy.json"), f"not noticed: {place}"
+    assert not (tmp_path / "published" / "README.md").exists()
+
+
+@catches("reports of another owner are left", "accounting.voiding.is_voided_report", "if not path.is_file():",
+    "if not path.is_file() or not is_own(path):")  # fmt: skip
+def test_reports_of_another_owner_are_voided_but_not_in_a_shared_folder(run, monkeypatch):
+    """A container runs as root on files of a user."""
+    ledger, reports, _ = run
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    void_guarantee(ledger, FAILURE)
+    assert [is_void(path) for path in reports] == ["-rescued-" not in str(path) for path in reports]
+
+
+@catches("what a kill has left", "accounting.voiding.void_again", "void_guarantee(ledger, ledger.failure, is_recorded=True)",
+    "pass")  # fmt: skip
+@pytest.mark.parametrize("reader", [ledger_report.main, report.main])
+def test_what_an_interrupted_voiding_left_is_voided_by_the_next_reader(run, reader, capsys):
+    ledger, reports, of_other = run
+    ledger.record_failure(FAILURE)  # and then the process was killed
+    for path in reports[:1]:
+        path.unlink()  # of the final weights, which this run has not saved
+    with suppress(UserError, TypeError):  # the ledger is not a whole one
+        reader([str(ledger.path.parent)])
+    assert all(map(is_void, reports[1:])), "not noticed"
+    assert PrivacyLedger(ledger.path).record_hashes == ledger.record_hashes  # there is one record of it
+    assert all(json.loads(path.read_text())["epsilon"] == 8.0 for path in of_other)
+
+
+@catches("a renamed checkpoint has no ledger", "outputs.privacy_statement.statement_ledger_path", "is_report_of(folder, above)",
+    "False")  # fmt: skip
+def test_a_renamed_checkpoint_is_of_its_run(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    best = (tmp_path / "checkpoint-1").rename(tmp_path / "best")
+    PrivacyLedger(tmp_path / "privacy_ledger.jsonl").record_failure(FAILURE)
+    found = read_privacy_statement(best)
+    assert found is not None and found.get("alarm") == FAILURE, "not noticed"
+
+
+@catches("the page of an earlier end", "models.weights.write_hashed_weights",
+    "remove_pages([folder / name for name in pages])", "pass")  # fmt: skip
+def test_newer_weights_have_no_older_pages(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    (tmp_path / "README.md").write_text(CARD)
+    (tmp_path / "report.html").write_text("epsilon 8")
+    trainer.save_model()
+    assert not (tmp_path / "README.md").exists() and not (tmp_path / "report.html").exists(), "not noticed"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "report.html").write_text("of somebody else")
+    trainer.save_model(str(elsewhere))
+    assert (elsewhere / "report.html").exists()
+
+
+@catches("Ctrl-C while guarantees are voided", "accounting.voiding.guarantee_voided_on_failure",
+    "except BaseException as problem:", "except Exception as problem:")  # fmt: skip
+def test_ctrl_c_while_voiding_leaves_the_failure(run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("author_dp.accounting.voiding.find_voided_files", interrupt)
+    try:
+        with guarantee_voided_on_failure(SimpleNamespace(ledger=run[0], is_main_process=True), lambda: None):
+            raise MechanismError(FAILURE)
+    except MechanismError as error:
+        assert error.not_voided == [f"{run[0].path.parent} (KeyboardInterrupt)"]
+    except KeyboardInterrupt:
+        pytest.fail("the failure was lost")

@@ -1,5 +1,6 @@
 """monitors.py: updates that the ledger lacks, and changes of frozen weights, end the run."""
 
+import copy
 import functools
 
 import pytest
@@ -102,7 +103,7 @@ def test_changed_saved_buffer_ends_the_run(tmp_path):
     model = tiny_gpt2()
     model.register_buffer("memory", torch.zeros(3))
     model.register_buffer("scratch", torch.zeros(3), persistent=False)
-    run(tmp_path / "scratch", model, lambda model, _: model.scratch.add_(1))
+    run(tmp_path / "scratch", copy.deepcopy(model), lambda model, _: model.scratch.add_(1))
     with pytest.raises(MechanismError, match="memory is not trained"):
         run(tmp_path / "memory", model, lambda model, _: model.memory.add_(1))
 
