@@ -22,7 +22,7 @@ DOOR = {"data_utils", "dp_utils", "fine-tune-dp"}
 # From the ground up: a module imports from its own level or those before it.
 LEVELS = [{""}, {"accounting"}, {"data", "models"}, {"clipping"}, {"mechanism"}, {"guards"}, {"training"}, {"outputs"}]
 # Files of a few lines that call a package's main.
-PROGRAMS = {"ledger", "report", "generate", "synthetic_report", "publish", "tune", "plan"}
+PROGRAMS = {"ledger", "report", "generate", "synthetic_report", "publish", "merge", "tune", "plan"}
 
 
 def level_of(module: str) -> int:
@@ -110,7 +110,7 @@ def test_names_that_outsiders_rely_on(names):
         assert hasattr(importlib.import_module(module), name)
 
 
-@pytest.mark.parametrize("program", ["ledger", "report", "publish", "generate", "synthetic_report", "tune", "plan"])
+@pytest.mark.parametrize("program", ["ledger", "report", "publish", "merge", "generate", "synthetic_report", "tune", "plan"])
 def test_programs_name_what_they_want(program, tmp_path, monkeypatch, capfd):
     for arguments in ([], [str(tmp_path)]):
         monkeypatch.setattr(sys, "argv", [program, *arguments])

@@ -47,7 +47,8 @@ def load_model(
     adapter_base = adapter_base_model(name)
     if adapter_base is not None and lora is None:
         raise UserError(
-            f"--model_name {name}: it holds a LoRA adapter. Add --enable_lora to resume it, or merge it into its base"
+            f"--model_name {name}: it holds a LoRA adapter. Add --enable_lora to resume it, or merge it into its base: "
+            "python -m author_dp.merge FOLDER OUT"
         )
     base = adapter_base or name
     compute_dtype = torch.bfloat16 if bf16 else torch.float32

@@ -27,6 +27,11 @@ def mark_as_trained(model: Any, ledger: Path) -> None:
         ledger: path of the ledger that counts the training.
     """
     marked_model(model)._trained_under = ledger.resolve()
+    set_training_mark(model)
+
+
+def set_training_mark(model: Any) -> None:
+    """Let a model's configuration say that this program has trained it."""
     setattr(marked_model(model).config, CONFIG_MARK, True)
 
 

@@ -27,6 +27,27 @@ def guarantee_covers_base(report: dict[str, Any]) -> bool:
     return report.get("base_model", {"covered": True})["covered"]
 
 
+def guarantee_with_base(report: dict[str, Any]) -> Optional[tuple[float, float]]:
+    """Return epsilon and delta for an author of this training and of those before, of the models that it started from.
+
+    They add up (basic composition; Dwork and Roth 2014, Theorem 3.16). None without such a model, or without a guarantee.
+    """
+    trainings, model = [report], report.get("base_model")
+    if model is None or report["epsilon"] is None or not guarantee_covers_base(report):
+        return None
+    while model is not None:
+        trainings.append(model)
+        model = model.get("base_model")
+    return round_up(*(one["epsilon"] for one in trainings)), sum(one["delta"] for one in trainings)
+
+
+def format_total_guarantee(report: dict[str, Any]) -> str:
+    """Return the guarantee of a report in a few words, with that of the models before."""
+    words = format_guarantee(report["epsilon"], report["delta"])
+    both = guarantee_with_base(report)
+    return f"{words}; with the training of its starting model, {format_guarantee(*both)}" if both else words
+
+
 def guarantee_in_search(report: dict[str, Any]) -> bool:
     """Return whether the model is one run of a search that has not ended, or not its best."""
     return "tuning" in report and not report["tuning"]["ended"]
@@ -52,6 +73,7 @@ def guarantee_table_rows(report: dict[str, Any]) -> list[Row]:
         *([("Certified", format_interrupted_guarantee(report))] if report.get("interrupted") else []),
         *([("Certified", IN_SEARCH)] if guarantee_in_search(report) else []),
         *([("Starting model", format_guarantee_model(report["base_model"]))] if "base_model" in report else []),
+        *([("With its training", format_guarantee(*both))] if (both := guarantee_with_base(report)) else []),
         ("Setting", "central: the trainer sees the data, the public sees the model"),
         ("Definition", "approximate DP, (epsilon, delta)"),
         ("Privacy unit", "one author with all samples"),
@@ -230,10 +252,12 @@ def summarize_guarantee(report: dict[str, Any]) -> str:
             f"{format_guarantee_model(report['base_model'])}. The model may repeat what the authors of that one wrote."
         )
     factor = f"{round_up(math.exp(min(report['epsilon'], 700))):,g}"
+    both = guarantee_with_base(report)
     return (
         f"Whatever anyone concludes from this model becomes at most {factor} times (e^epsilon) as likely by the presence or "
         "absence of any one author, with all of that author's texts, in the training data, except with probability "
         f"{report['delta']:.2g}."
+        + (f" For an author of the starting model's training, too, it is {format_guarantee(*both)}." if both else "")
     )
 
 
@@ -259,6 +283,7 @@ def guarantee_in_words(report: dict[str, Any]) -> str:
         f"{attack}On a common scale of epsilon (Ponomareva et al. 2023: up to 1 strong, up to 10 reasonable, above 10 weak by "
         f"itself), {format_epsilon(epsilon)} is {strength}. {delta}Each author is protected, not "
         "what many authors have written alike."
+        + (" All of this is of this training alone, without that of its starting model." if guarantee_with_base(report) else "")
     )
 
 

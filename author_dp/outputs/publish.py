@@ -19,13 +19,12 @@ from typing import Any, Optional
 
 from huggingface_hub import HfApi
 
-from author_dp.accounting.accountant import format_guarantee
 from author_dp.accounting.ledger import REPORT_NAME
 from author_dp.accounting.output_dir import record_other_place
 from author_dp.errors import UserError
 from author_dp.files import write_json
 from author_dp.models.weights import adapter_base_model, hash_weights, weight_name_pattern
-from author_dp.outputs.guarantee import guarantee_in_search, why_no_guarantee
+from author_dp.outputs.guarantee import format_total_guarantee, guarantee_in_search, why_no_guarantee
 from author_dp.outputs.model_card import CARD_NAME, model_card
 from author_dp.outputs.privacy_statement import PUBLIC_KEYS, check_still_covered, read_privacy_statement, statement_ledger_path
 from author_dp.validation import check_usage
@@ -50,7 +49,16 @@ def publish(folder: Path, out: Path, name: str = ".") -> list[str]:
         UserError: if the result has no guarantee, privacy.json does not certify its weights, or `out` cannot be used.
     """
     check_publish_target(folder, out)
-    return copy_publishable(folder, out, publishable_report(folder), name)
+    left_out = copy_publishable(folder, out, publishable_report(folder), name)
+    record_published_place(folder, out)
+    return left_out
+
+
+def record_published_place(folder: Path, out: Path) -> None:
+    """Record where a copy of a run's weights is, to find it if the mechanism of the run fails later."""
+    if (ledger := statement_ledger_path(folder)).exists():
+        with suppress(OSError):  # of a folder that the publisher cannot write
+            record_other_place(ledger.parent, out)
 
 
 def copy_publishable(folder: Path, out: Path, report: dict[str, Any], name: str = ".") -> list[str]:
@@ -79,9 +87,6 @@ def copy_publishable(folder: Path, out: Path, report: dict[str, Any], name: str 
             make_publishable(temporary)
             check_still_covered(folder)
             os.replace(temporary, out)
-            if (ledger := statement_ledger_path(folder)).exists():
-                with suppress(OSError):  # of a folder that the publisher cannot write
-                    record_other_place(ledger.parent, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -147,7 +152,7 @@ def publish_to_hub(
     temporary = Path(tempfile.mkdtemp(prefix="author-publish-"))
     job: Any = None
     try:
-        publish(folder, temporary / "model", repo)
+        copy_publishable(folder, temporary / "model", publishable_report(folder), repo)
         job = HfApi().upload_folder(  # type: ignore[call-overload]
             repo_id=repo, folder_path=temporary / "model", commit_message=message, token=token, revision=revision,
             run_as_future=in_background,
@@ -165,7 +170,7 @@ def main(arguments: list[str]) -> None:
     folder, out = map(Path, arguments)
     left_out = publish(folder, out)
     report = publishable_report(out)
-    print(f"{out}: {format_guarantee(report['epsilon'], report['delta'])}")
+    print(f"{out}: {format_total_guarantee(report)}")
     print(f"left out: {', '.join(left_out) or 'nothing'}")
     base = adapter_base_model(str(out))
     if base is not None and os.path.isdir(base):

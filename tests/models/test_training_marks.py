@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_dataset, make_trainer, tiny_gpt2
+from conftest import ROOT, make_dataset, make_trainer, tiny_gpt2
 from mutation import catches
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2TokenizerFast
 
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.accounting.voiding import void_guarantee
 from author_dp.errors import MechanismError, UserError
+from author_dp.outputs.merge import merge
+from author_dp.outputs.privacy_statement import read_privacy_statement
 from author_dp.outputs.publish import publish
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
@@ -70,6 +72,33 @@ def test_a_result_saved_by_hand_has_no_known_guarantee(tmp_path, adapter):
     assert not report(tmp_path / "two").get("base_model", {"covered": True})["covered"], "not noticed"
     with pytest.raises(UserError, match=r"its privacy\.json is not beside it"):
         publish(tmp_path / "two", tmp_path / "published")
+
+
+@pytest.mark.parametrize("privacy", [PRIVATE, {"noise_multiplier": None, "disable_dp": True}])
+def test_a_merged_adapter_has_its_guarantee(tmp_path, privacy):
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    GPT2TokenizerFast.from_pretrained(ROOT / "demo" / "model").save_pretrained(tmp_path / "base")
+    model = tiny_gpt2(lora=True)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    trainer = train(tmp_path / "one", model, privacy=privacy)
+    trainer.save_model()
+    GPT2TokenizerFast.from_pretrained(ROOT / "demo" / "model").save_pretrained(tmp_path / "one")
+    merge(tmp_path / "one", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    inputs = torch.arange(10)[None]
+    trainer.model.eval()
+    assert torch.allclose(merged(inputs).logits, trainer.model(inputs).logits, atol=1e-5)
+    found = read_privacy_statement(tmp_path / "merged")
+    assert found["epsilon"] == report(tmp_path / "one")["epsilon"] and "adapter_base" not in found
+    train(tmp_path / "two", merged).save_model()
+    started = report(tmp_path / "two")["base_model"]
+    assert started["covered"] == (privacy is PRIVATE) and started["epsilon"] == found["epsilon"]
+    if privacy is PRIVATE:
+        publish(tmp_path / "merged", tmp_path / "published")
+    for folder, words in ((tmp_path / "two", "holds no adapter"), (tmp_path / "merged", "holds no adapter")):
+        with pytest.raises(UserError, match=words):
+            merge(folder, tmp_path / "again")
 
 
 def test_an_adapter_names_its_training(tmp_path):

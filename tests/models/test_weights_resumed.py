@@ -165,6 +165,7 @@ def test_the_model_that_training_started_from_is_named_with_its_guarantee(tmp_pa
         assert said["covered"] == named["covered"] and "out has" in said["statement"]
         report.main([str(folder / "second")])
         page = (folder / "second" / "report.html").read_text()
+        assert ("For an author of the starting model" in page) == ("With its training" in page) == named["covered"]
         assert "Starting model" in page and ("none: " not in page if named["covered"] else "has no guarantee" in page)
         if name == "private":
             assert named["epsilon"] == pytest.approx(first.epsilon(), rel=3e-3) and named["delta"] == first.plan.delta

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from author_dp.accounting.ledger import PrivacyLedger
 from author_dp.errors import UserError
 from author_dp.models.weights import check_weights, hash_weights
+from author_dp.outputs.guarantee import guarantee_with_base
 from author_dp.outputs.publish import main, publish
 
 NAMES = {"privacy.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
@@ -68,9 +69,9 @@ def test_exactly_the_listed_files_are_copied(result, tmp_path, place):
     kind, folder = result
     for name in ("losses.csv", "model.safetensors.bak", "_secret.json", "tokenizer.json.tmp"):  # which no list could foresee
         (folder / place / name).write_text("private")
+    held = {path.name for path in (folder / place).iterdir()}
     left_out = publish(folder / place, tmp_path / "out")
-    assert names_in(tmp_path / "out") == FILES[kind]
-    assert set(left_out) == {path.name for path in (folder / place).iterdir()} - FILES[kind]
+    assert names_in(tmp_path / "out") == FILES[kind] and set(left_out) == held - FILES[kind]
     assert {"training_args.bin", "losses.csv"} <= set(left_out)
 
 
@@ -280,7 +281,8 @@ class FakeHub:
 
 
 @pytest.mark.integration
-@catches("the folder itself is uploaded", "outputs.publish.publish_to_hub", 'publish(folder, temporary / "model", repo)',
+@catches("the folder itself is uploaded", "outputs.publish.publish_to_hub",
+    'copy_publishable(folder, temporary / "model", publishable_report(folder), repo)',
     'shutil.copytree(folder, temporary / "model")', kind="full")  # fmt: skip
 @catches("the Trainer's own upload of checkpoints", "outputs.uploads.UploadingTrainer._push_from_checkpoint",
     "if not self.is_world_process_zero()",
@@ -343,3 +345,12 @@ def test_messages_name_publish_and_not_the_folder():
         text = path.read_text()
         assert "upload --output_dir" not in text, path
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@catches("the training of the starting model left out", "outputs.guarantee.guarantee_with_base", 'model = model.get("base_model")',
+    "model = None")  # fmt: skip
+def test_epsilons_of_all_trainings_add_up():
+    first = {"covered": True, "epsilon": 1.0, "delta": 1e-6}
+    second = {"covered": True, "epsilon": 2.0, "delta": 1e-5, "base_model": first}
+    assert guarantee_with_base({"epsilon": 3.0, "delta": 1e-4, "base_model": second}) == pytest.approx((6.0, 1.11e-4))
+    assert guarantee_with_base({"epsilon": 3.0, "delta": 1e-4}) is None
