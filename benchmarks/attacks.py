@@ -44,6 +44,13 @@ def clopper_pearson(hits: int, trials: int, confidence: float = 0.95) -> tuple[f
     return float(low), float(beta.ppf(1 - tail, hits + 1, trials - hits) if hits < trials else 1.0)
 
 
+def rate_at_threshold(others: int) -> tuple[float, float]:
+    """Return the 95 % interval of the true false-positive rate of `attack`: its threshold is an order statistic of others."""
+    allowed = math.floor(FALSE_POSITIVES * others)
+    low, high = beta.ppf((0.025, 0.975), allowed + 1, others - allowed)
+    return float(low), float(high)
+
+
 def attack(members: np.ndarray, others: np.ndarray) -> dict[str, float]:
     """Return how many members a threshold on the score finds that at most 1 % of the others are below.
 
@@ -67,6 +74,10 @@ def group_epsilon(sigma: float, rate: float, steps: int, samples: int, delta: fl
 
     for delta0 in (delta / 10**power for power in range(35)):
         epsilon = compute_epsilon(sigma, rate, steps, delta0)
+        if epsilon == 0:
+            if samples * delta0 <= delta:
+                return 0.0
+            continue
         if samples * epsilon > 1_000:
             break
         if math.log(delta0 / delta) + log_expm1(samples * epsilon) <= log_expm1(epsilon):

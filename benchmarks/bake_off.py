@@ -45,6 +45,7 @@ WAYS = {
     "rank 4": Way(rank=4),
     "rank 16": Way(rank=16),
     "rank 64": Way(rank=64),
+    "rank 64, rate x2": Way(rank=64, rate_factor=2),
     "batch x4": Way(batch_factor=4),
     "k = 4": Way(options="--samples_per_author 4"),
     "k = 16": Way(options="--samples_per_author 16"),
@@ -117,11 +118,19 @@ def winners(losses: dict[str, dict[str, list[float]]]) -> list[str]:
 
 @table(option("--cache", type=Path, default=CACHE))
 def results(args: argparse.Namespace) -> None:
-    """Print what was measured, and which ways win. Corpora of one table have the same model and sizes."""
-    groups: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    """Print what was measured, and which ways win; of a way with several options, those of the last run.
+
+    Corpora of one table have the same model and sizes.
+    """
+    groups: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(dict))
+    options: dict[tuple[str, ...], str] = {}
     for line in args.cache.read_text(encoding="utf-8").splitlines() if args.cache.exists() else []:
         key, result = json.loads(line)
-        groups[json.dumps([key["model"], key["sizes"]])][key["corpus"]][key["way"]].append(result["loss"])
+        place = json.dumps([key["model"], key["sizes"]]), key["corpus"], key["way"]
+        if options.get(place) != key["options"]:
+            groups[place[0]][place[1]][place[2]] = []
+        options[place] = key["options"]
+        groups[place[0]][place[1]][place[2]].append(result["loss"])
     for name, losses in groups.items():
         print(f"\n{name}\n")
         print_head("way", *losses)

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attacks import clopper_pearson, evaluate, evaluate_base, promise_to_authors, summarize
+from attacks import clopper_pearson, evaluate, evaluate_base, promise_to_authors, rate_at_threshold, summarize
 from common import ROOT, cached, fine_tune, format_head, format_row, main, option, print_head, print_row, table
 from corpora import Corpus, make_corpus, read_rows
 
@@ -67,6 +67,7 @@ ROWS = {
     "guide": Row("the guide's start, epsilon 8", "", f"{GUIDE} {private(8)}"),
     "planner": Row("the planner's pick (the options that `python -m author_dp.plan` prints)", "", private(8)),
 }
+EVERY_ROW = ("demo/model", "SmolLM2-135M-Instruct")  # models that all rows are of; others have a few
 BASELINES = {"LoRA": "none", "full": "none-full", "": "none"}  # of the share of the gain
 
 
@@ -241,11 +242,13 @@ def format_group(group: dict[str, Any], known: dict[str, list[dict[str, Any]]], 
     dates = sorted({one["date"] for one in every})
     members, others = every[0]["attack"]["members"], every[0]["attack"]["others"]
     title = f"**{group['corpus']}, {group['model']}** ({sizes}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {versions})"
-    lines = [f"{title}: {members} trained authors against {others} held-out ones.", "", format_head(*HEADS)]
+    low, high = rate_at_threshold(others)
+    against = f"{members} trained authors against {others} held-out ones, at a true FPR of {low:.1%} to {high:.1%} (95 %)"
+    lines = [f"{title}: {against}.", "", format_head(*HEADS)]
     for name, row in ROWS.items():
         if known.get(name):
             lines.append(format_results(name, known[name], known))
-        else:
+        elif group["model"] in EVERY_ROW:
             lines.append(format_row(row.title, "not yet run", *[""] * (len(HEADS) - 2)))
     promises = [one for one in known.get("text-8", []) if "promise" in one]
     lines += ["", *(f"Epsilon 8 {format_promise(one['promise'], one['privacy']['delta'])}." for one in promises[:1])]

@@ -347,8 +347,8 @@ def test_messages_name_publish_and_not_the_folder():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-@catches("the training of the starting model left out", "outputs.guarantee.guarantee_with_base", 'model = model.get("base_model")',
-    "model = None")  # fmt: skip
+@catches("the training of the starting model left out", "outputs.guarantee.guarantee_with_base",
+    'model = model.get("base_model")', "model = None")  # fmt: skip
 def test_epsilons_of_all_trainings_add_up():
     first = {"covered": True, "epsilon": 1.0, "delta": 1e-6}
     second = {"covered": True, "epsilon": 2.0, "delta": 1e-5, "base_model": first}
