@@ -146,7 +146,7 @@ def test_results_name_rows_that_are_missing(tmp_path):
         "lora-8": {**result, "privacy": guarantee},
         "text-8": {**result, "privacy": guarantee, "promise": promise},
     }
-    keys = [{"corpus": "roles", "model": "m", "row": row, "sizes": sizes, "options": ""} for row in found]
+    keys = [{"corpus": "roles", "model": "SmolLM2-135M-Instruct", "row": row, "sizes": sizes, "options": ""} for row in found]
     cache, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     cache.write_text("".join(json.dumps([key, found[key["row"]]]) + "\n" for key in keys))
     page.write_text(f"above\n{user_level.BEGIN}old\n{user_level.END}below\n")
@@ -190,3 +190,10 @@ def test_run_trains_evaluates_and_adds_a_row(tmp_path, monkeypatch):
     assert key["row"] == "text-8" and found["loss"] != before["loss"] and found["privacy"]["epsilon"] <= 8
     assert before["attack"] == {"found": 0, "members": 30, "others": 30}  # without training, all scores are zero
     assert len(found["exposures"]) == corpora.PLANTED and found["promise"]["median"]["epsilon"] >= 7.9
+
+
+def test_the_threshold_of_an_attack_has_a_false_positive_rate_of_its_own():
+    """Of uniform scores, the rate is the order statistic itself."""
+    low, high = attacks.rate_at_threshold(500)
+    rates = np.sort(np.random.default_rng(0).random((20_000, 500)), axis=1)[:, 5]  # five are below the threshold
+    assert np.mean(rates < low) == pytest.approx(0.025, abs=0.005) and np.mean(rates > high) == pytest.approx(0.025, abs=0.005)
