@@ -325,7 +325,9 @@ def test_several_gpus_in_one_process_become_one(tmp_path, monkeypatch):
     seen = []
     init = transformers.Trainer.__init__
     monkeypatch.setattr(
-        transformers.Trainer, "__init__", lambda self, *a, args, **k: seen.append(args._n_gpu) or init(self, *a, args=args, **k)
+        transformers.Trainer,
+        "__init__",
+        lambda self, model, args, *a, **k: seen.append(args._n_gpu) or init(self, model, args, *a, **k),
     )
     args = make_trainer(tmp_path / "a").args
     args._n_gpu = 4
