@@ -193,23 +193,23 @@ class DPTrainer(UploadingTrainer):
         check_trainer_arguments(kwargs)
         self.privacy, self.full_shard, self.shared_authors, self.canaries = privacy, full_shard, shared_authors, canaries
         self.gradient_canaries = gradient = canaries if isinstance(canaries, GradientCanaries) else None
-        self.model_name, tokenizer = model_name or model.name_or_path, kwargs.get("processing_class")
+        self.model_name, name, tokenizer = model_name, model_name or model.name_or_path, kwargs.get("processing_class")
         setup = set_up_run(
             model, args, privacy, train_dataset=train_dataset, data_collator=data_collator, sequence_len=sequence_len,
             canaries=gradient, full_shard=full_shard, split_id=split_id, shared_authors=shared_authors, program_args=program_args,
-            tokenizer=tokenizer, model_name=self.model_name,
+            tokenizer=tokenizer, model_name=name,
         )  # fmt: skip
         self.model_check, self.sequence_len, self.checkpoint = setup.model_check, setup.sequence_len, setup.checkpoint
         self.plan, self.budget, self.norms, self.monitors = setup.plan, setup.budget, setup.norms, setup.monitors
         self.folder, self.made_with = Path(str(args.output_dir)), setup.made_with
         self.engine = PlainEngine(model, self.plan.expected_batch_size) if privacy.disable_dp else None
-        base_model = statement_starting_model(self.model_name, has_training_mark(model)) if args.process_index == 0 else None
-        settings = model_card_settings(args, model, self.model_name)
+        is_marked = has_training_mark(model, bool(self.checkpoint))
+        base_model = statement_starting_model(name, is_marked) if args.process_index == 0 else None
+        settings = model_card_settings(args, model, name)
         self.run_report = RunReport(self.budget, settings, data_summary, base_model, privacy.secure_noise)
         self.run_report.adopt_finished_run(self.checkpoint)
         self._step_loss = torch.zeros((), device=args.device)
-        redirect_loggers(args)
-        args = adapt_trainer_args(args)
+        args = adapt_trainer_args(redirect_loggers(args))
         super().__init__(model, args, setup.data_collator, setup.train_dataset, **kwargs)
         args.max_steps = self.plan.steps  # set only now: otherwise the Trainer would log that it overrides --num_train_epochs
         check_accelerate_launcher(self.accelerator, args.bf16)

@@ -34,7 +34,6 @@ import torch.distributed as dist  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
 
-from author_dp.accounting.ledger import LEDGER_NAME  # noqa: E402
 from author_dp.models.training_marks import marked_model  # noqa: E402
 from author_dp.outputs.html_page import STATISTICS_NAME  # noqa: E402
 from data_utils import AuthorDataset, collate, group_by_author  # noqa: E402
@@ -291,9 +290,9 @@ def quiet(steps: int, batch_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def take_as_own(model: torch.nn.Module, folder: str) -> torch.nn.Module:
-    """Let a run take a model as its own: one of another row, or an adapter that begins at random, which are refused."""
-    marked_model(model)._trained_under = (Path(folder) / LEDGER_NAME).resolve()
+def take_as_new(model: torch.nn.Module) -> torch.nn.Module:
+    """Let a run start with the model of another row, which DPTrainer would refuse: only times and memory are measured."""
+    marked_model(model)._trained_under = None
     return model
 
 
@@ -311,10 +310,10 @@ def make_trainer(
     """
     settings = {"disable_dp": True} if row == "non-private" else {"clipping": row, **(privacy or {"noise_multiplier": 1.0})}
     return DPTrainer(
-        take_as_own(model, folder),
+        take_as_new(model),
         TrainingArguments(**{"output_dir": folder, **quiet(steps, len(data)), "max_grad_norm": 0.0, **options}),
         PrivacyArguments(**{"per_sample_max_grad_norm": 1.0, "samples_per_author": samples_per_author, **settings}),
-        **{"train_dataset": data, "data_collator": collate, **(trainer or {})},
+        **{"train_dataset": data, "data_collator": collate, "model_name": "random", **(trainer or {})},
     )
 
 

@@ -52,14 +52,12 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils import logging  # noqa: E402
 
-from author_dp.accounting.ledger import LEDGER_NAME  # noqa: E402
 from author_dp.clipping import ClippingEngine  # noqa: E402
 from author_dp.mechanism.fsdp_clipping import make_engine  # noqa: E402
 from author_dp.mechanism.losses import author_losses  # noqa: E402
 from author_dp.mechanism.microbatches import make_microbatch_shape, make_microbatches  # noqa: E402
 from author_dp.models.fusion import fuse_operations  # noqa: E402
 from author_dp.models.modes import full_precision_sums  # noqa: E402
-from author_dp.models.training_marks import marked_model  # noqa: E402
 from data_utils import AuthorDataset, collate, group_by_author  # noqa: E402
 from dp_utils import DPTrainer, PrivacyArguments  # noqa: E402
 
@@ -205,11 +203,9 @@ def make_trainer(row: str, kind: str, data: AuthorDataset, options: argparse.Nam
         return Trainer(model, arguments, default_data_collator, train_dataset=samples)
     fuse_operations(model)
     privacy = {"disable_dp": True} if row == "non-private" else {"target_epsilon": 8.0}
-    # Its adapter begins at random. Otherwise DPTrainer would ask where it was trained.
-    marked_model(model)._trained_under = (Path(folder) / LEDGER_NAME).resolve()
     return DPTrainer(
         model, arguments, PrivacyArguments(**privacy, per_sample_max_grad_norm=1.0), train_dataset=data, data_collator=collate,
-        sequence_len=TOKENS,
+        sequence_len=TOKENS, model_name="gpt2 at random",
     )  # fmt: skip
 
 

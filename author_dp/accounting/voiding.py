@@ -12,6 +12,7 @@ Example:
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,10 +45,11 @@ def guarantee_voided_on_failure(
         published: where checkpoints have been uploaded to, or may be just now.
         find_failure: returns a failure that this process can tell where the training ends by another error.
     """
+    outer = sys.exc_info()[1]  # of another training, in whose handler this one runs
     try:
         yield
     except BaseException as error:
-        raised = find_mechanism_error(error)
+        raised = find_mechanism_error(error, outer)
         if (failure := raised or find_failure()) is None:
             raise
         try:
@@ -62,9 +64,9 @@ def guarantee_voided_on_failure(
         raise failure from (None if raised is not None else error)
 
 
-def find_mechanism_error(error: Optional[BaseException]) -> Optional[MechanismError]:
-    """Return the MechanismError that an error is, or that it was raised from."""
-    seen = set[int]()
+def find_mechanism_error(error: Optional[BaseException], outer: Optional[BaseException] = None) -> Optional[MechanismError]:
+    """Return the MechanismError that an error is, or that it was raised from; none that was there before, `outer`."""
+    seen = {id(outer)}
     while error is not None and id(error) not in seen:
         if isinstance(error, MechanismError):
             return error
@@ -91,6 +93,8 @@ def void_guarantee(
         what may still claim a guarantee, with the reason: what could be neither rewritten nor removed.
     """
     hashes, folder = set(ledger.record_hashes[1:]), ledger.path.parent  # the first hash is that of every empty ledger
+    if is_recorded and all(map(has_alarm, find_voided_files(folder.resolve(), hashes)[0])):
+        return []
     kept, has_card = [] if is_recorded else record_alarm(ledger, failure), is_model_card(folder / CARD)
     kept_pages = remove_pages([folder / name for name in (CARD, *PAGES)])
     kept = record_alarm(ledger, failure) if kept else []  # there may be room now, and the ledger was read again
@@ -108,6 +112,14 @@ def void_guarantee(
         with suppress(Exception):  # no room, for example: then there is none
             write_card()
     return [*kept, *kept_pages, *(f"{path} (of synthetic texts)" for path in statements)]
+
+
+def has_alarm(path: Path) -> bool:
+    """Return whether a report says that its guarantee is void."""
+    try:
+        return bool(read_json_object(path).get("alarm"))
+    except UserError:
+        return False
 
 
 def record_alarm(ledger: PrivacyLedger, failure: str) -> list[str]:

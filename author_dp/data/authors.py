@@ -5,6 +5,7 @@ Guarantees: two samples have the same author if and only if their author values 
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,10 @@ PLACEHOLDER_AUTHORS = [
 PLACEHOLDER_TEXTS = ["[deleted]", "[removed]"]  # by Reddit, for a text that is gone
 LARGE_SHARE = 0.03  # of all samples
 BATCH_ROWS = 2**16
+SAME_TYPES: dict[type, tuple[type, ...]] = {  # bool before int, as Python's is a kind of it
+    bool: (bool, np.bool_), int: (int, np.integer), float: (float, np.floating), str: (str,), bytes: (bytes,),
+    datetime: (datetime,),
+}  # fmt: skip
 MIN_WORDS = 3  # of a text that is compared with others; shorter ones coincide by chance
 
 
@@ -47,7 +52,14 @@ def encode_authors(authors: Sequence | pa.ChunkedArray) -> pa.DictionaryArray:
 
 def check_author_types(authors: Iterable) -> None:
     """Raise TypeError for values of several types: Arrow would make some equal, such as days and times, or text and bytes."""
-    found = {type(author).__name__ + (" with a time zone" if getattr(author, "tzinfo", None) else "") for author in authors}
+    found = {
+        next((kind.__name__ for kind, others in SAME_TYPES.items() if issubclass(one, others)), one.__name__)
+        for one in {type(author) for author in authors}
+    }
+    if "datetime" in found:
+        zones = {getattr(author, "tzinfo", None) is None for author in authors if author is not None}
+        found |= {"datetime with a time zone"} if False in zones else set()
+        found -= set() if True in zones else {"datetime"}
     if len(found - {"NoneType"}) > 1:
         raise TypeError(f"not of {', '.join(sorted(found))}")
 

@@ -81,8 +81,8 @@ def get_logger_variable(variable: str) -> str | None:
     return None if value == _assigned.get(variable) else value
 
 
-def redirect_loggers(args: TrainingArguments) -> None:
-    """Create the directories of the loggers in use, and point the loggers to them; call before they start."""
+def redirect_loggers(args: TrainingArguments) -> TrainingArguments:
+    """Create the directories of the loggers in use, and point the loggers to them; call before they start. Return `args`."""
     used, logs = args.report_to or [], Path(str(args.output_dir)).resolve() / LOGS_NAME
     if used and args.process_index == 0:
         logs.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +96,7 @@ def redirect_loggers(args: TrainingArguments) -> None:
         logger.info(
             f"--report_to {' '.join(used)}: losses go to {logs}, and to these loggers' online services, if any. They are private."
         )
+    return args
 
 
 def make_private_logger_dir(directory: Path) -> None:

@@ -11,7 +11,7 @@ Example:
     >>> monitors.test()  # at log lines
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Optional
 
 import numpy as np
@@ -258,9 +258,10 @@ class FrozenWeightsMonitor:
             raise MechanismError(f"{changed[0]} is not trained, but has changed ({len(changed)} tensors in all)")
 
 
-def sum_trained_weights(model: nn.Module) -> dict[str, int]:
-    """Return a checksum of each trained parameter; of a sharded one, of this process' shard."""
-    return {name: checksum(local_shard(one)) for name, one in model.named_parameters() if one.requires_grad}
+def sum_trained_weights(model: nn.Module, names: Optional[Collection[str]] = None) -> dict[str, int]:
+    """Return a checksum of each trained parameter, or of those with these names; of a sharded one, of this process' shard."""
+    chosen = [(name, one) for name, one in model.named_parameters() if (one.requires_grad if names is None else name in names)]
+    return {name: checksum(local_shard(one)) for name, one in chosen}
 
 
 def checksum(tensor: torch.Tensor) -> int:

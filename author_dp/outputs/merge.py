@@ -18,7 +18,7 @@ from author_dp.models.training_marks import set_training_mark
 from author_dp.models.weights import adapter_base_model, write_hashed_weights
 from author_dp.outputs.generate import load_generating_model
 from author_dp.outputs.guarantee import format_total_guarantee, why_no_guarantee
-from author_dp.outputs.privacy_statement import PUBLIC_KEYS, read_privacy_statement
+from author_dp.outputs.privacy_statement import PUBLIC_KEYS, check_still_covered, read_privacy_statement
 from author_dp.outputs.publish import check_publish_target, record_published_place
 from author_dp.validation import check_usage
 
@@ -43,6 +43,8 @@ def merge(folder: Path, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     with write_hashed_weights(out, adapter=False, make_report=lambda: report, disable_dp=guarantee["disable_dp"]):
         model.save_pretrained(out)
+        if not guarantee["disable_dp"]:
+            check_still_covered(folder)
     tokenizer.save_pretrained(out)
     record_published_place(folder, out)
     reason = why_no_guarantee(guarantee)

@@ -81,6 +81,14 @@ class CertifiedTrainer(LogicalBatchTrainer):
         self.check_run(full=True)
         self.weight_sums = sum_trained_weights(self.model)
 
+    def check_weights_unchanged(self) -> None:
+        """Raise UserError where other code has changed the weights since the training ended: no epsilon is known of them."""
+        if self.weight_sums is not None and self.weight_sums != sum_trained_weights(self.model, self.weight_sums):
+            raise UserError(
+                "model of DPTrainer: the weights have changed since the training ended, so no epsilon is known of them. Save "
+                "before you change or cast them; or save them with model.save_pretrained, without a guarantee"
+            )
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the epsilon spent so far to every line, and public statistics to those of training."""
         if not self.plan.disable_dp:
@@ -134,11 +142,8 @@ class CertifiedTrainer(LogicalBatchTrainer):
         if adapter and self.run_report.adapter_base is None:  # never trained
             self.run_report.identify_base(self.model, None)
         folder, disable_dp = Path(output_dir or self.folder), self.plan.disable_dp
-        if self.weight_sums not in (None, sum_trained_weights(self.model)) and not disable_dp:
-            raise UserError(
-                f"--output_dir {folder}: the weights have changed since the training ended, so its privacy.json would not be "
-                "true of them. Save them with model.save_pretrained, without a guarantee"
-            )
+        if not disable_dp:
+            self.check_weights_unchanged()
         try:
             if not disable_dp:
                 record_other_place(self.folder, folder)
@@ -180,9 +185,10 @@ class CertifiedTrainer(LogicalBatchTrainer):
         load_sharded_weights(self.model, Path(resume_from_checkpoint))
 
     def continue_from_checkpoint(self) -> None:
-        """Mark the model, and let the checkpoint of this run be the newest: those of a branch that was left are older."""
+        """Let the checkpoint from which this run starts be the newest: those of a branch that was left are older."""
         self.weight_sums = None
-        mark_as_trained(self.model, self.budget.ledger.path)
+        if self.plan.disable_dp:  # with privacy, its first step does so
+            mark_as_trained(self.model, None)
         if self.checkpoint is not None and self.args.should_save and self.checkpoint.resolve().parent == self.folder.resolve():
             mark_checkpoint_newest(self.checkpoint)
 
@@ -191,7 +197,7 @@ class CertifiedTrainer(LogicalBatchTrainer):
         logger.info(f"{self.checkpoint}: training already finished at this checkpoint; no privacy budget spent.")
         self.state = load_checkpoint_state(Path(str(self.checkpoint)))
         self._load_from_checkpoint(str(self.checkpoint))
-        mark_as_trained(self.model, self.budget.ledger.path)
+        mark_as_trained(self.model, None if self.plan.disable_dp else self.budget.ledger)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):  # as the Trainer does when it trains
             align_special_tokens(self.model, self.processing_class)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:

@@ -40,7 +40,7 @@ from author_dp.logs import get_logger
 from author_dp.mechanism.adam_bc import AdamBC, use_adam_bc
 from author_dp.mechanism.fsdp import ShardedOptimizer, gather_in_bfloat16, shard_model
 from author_dp.mechanism.optimizer import AuthorDPOptimizer
-from author_dp.models.training_marks import check_origin_is_known
+from author_dp.models.training_marks import check_origin_is_known, mark_as_trained
 from author_dp.training.dataloading import max_bands_in_memory, to_device
 from author_dp.training.resuming import (
     check_checkpoint_not_released,
@@ -209,6 +209,7 @@ def set_up_dp_optimizer(optimizer: torch.optim.Optimizer, trainer: Any) -> Autho
     def record_step() -> None:
         if not trainer.budget.steps:  # by now the precision is final
             check_float32(trainer.model, args.bf16)
+            mark_as_trained(trainer.model, trainer.budget.ledger)
         trainer.budget.record_step()
 
     if use_adam_bc(OptimizerNames(args.optim).value, privacy.adam_noise_correction, plan.noise_bands, optimizer):
@@ -241,7 +242,8 @@ def recheck_before_training(trainer: Any, shared_authors: Optional[bool]) -> Non
     validate_options(trainer.args, trainer.privacy, full_shard=trainer.full_shard, shared_authors=bool(shared_authors))
     check_trainer_adapted(trainer)
     if not trainer.plan.disable_dp and trainer.checkpoint is None:
-        check_origin_is_known(trainer.model, trainer.model_name, trainer.budget.ledger.path)
+        check_origin_is_known(trainer.model, trainer.model_name is not None, trainer.budget.ledger)
+        trainer.check_weights_unchanged()
     check_samples_fit(trainer)
     scheduler = metric_driven_scheduler(trainer)
     option = metric_driven_option(trainer.args) or scheduler or metric_driven_callback(trainer.callback_handler.callbacks)

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from author_dp import cli
 from author_dp.accounting import ledger_report
 from author_dp.accounting.ledger import PrivacyLedger
-from author_dp.accounting.voiding import guarantee_voided_on_failure, void_guarantee
+from author_dp.accounting.voiding import guarantee_voided_on_failure, void_again, void_guarantee
 from author_dp.errors import MechanismError, UserError
 from author_dp.files import write_json
 from author_dp.mechanism.noise import GaussianNoise
@@ -331,3 +331,33 @@ def test_ctrl_c_while_voiding_leaves_the_failure(run, monkeypatch):
         assert error.not_voided == [f"{run[0].path.parent} (KeyboardInterrupt)"]
     except KeyboardInterrupt:
         pytest.fail("the failure was lost")
+
+
+@catches("the failure of another training", "accounting.voiding.find_mechanism_error", "seen = {id(outer)}", "seen = set()")
+def test_a_training_in_the_handler_of_another_failure_has_its_own_end(run):
+    ledger, reports, _ = run
+    try:
+        raise MechanismError("an earlier run")
+    except MechanismError:
+        with (
+            pytest.raises(RuntimeError, match="of this one"),
+            guarantee_voided_on_failure(SimpleNamespace(ledger=ledger, is_main_process=True), lambda: None),
+        ):
+            raise RuntimeError("of this one") from None
+        try:
+            with guarantee_voided_on_failure(SimpleNamespace(ledger=ledger, is_main_process=True), lambda: None):
+                raise RuntimeError("with the context")
+        except MechanismError:
+            pytest.fail("the failure of another run")
+        except RuntimeError:
+            pass
+    assert not PrivacyLedger(ledger.path).failure and not any(map(is_void, reports))
+
+
+def test_reading_a_failed_ledger_again_leaves_its_card(run):
+    ledger, *_ = run
+    card = ledger.path.parent / "README.md"
+    void_guarantee(ledger, FAILURE)
+    card.write_text("| Guarantee | none: the run found |")
+    void_again(PrivacyLedger(ledger.path))
+    assert card.exists()

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from mutation import catches
@@ -53,3 +54,8 @@ DAY = datetime(2020, 1, 1)
 def test_group_by_author_refuses_what_is_no_author(authors):
     with pytest.raises(UserError):
         group_by_author(authors)
+
+
+def test_scalars_of_one_kind_are_of_one_type():
+    for authors in ([1, np.int64(2)], ["a", np.str_("b")], [pd.Timestamp(2020, 1, 1), DAY, None][:2], [True, np.bool_(False)]):
+        assert len(group_by_author(authors)[0]) in (2, 3)
