@@ -65,8 +65,8 @@ def check_origin_is_known(model: Any, is_named: bool, ledger: PrivacyLedger) -> 
         )
     if isinstance(model, PeftModel) and trained_under is None and not is_named and any(gather(adapter_is_trained(model))):
         raise UserError(
-            "model of DPTrainer: its adapter is not a new one, and nothing says where it was trained. Give model_name=, the folder "
-            "or hub name of the adapter; or that of its base, if the adapter begins with values of your choice"
+            "model of DPTrainer: its adapter is not a new one, and nothing says where it was trained. Give model_name=, the "
+            "folder or hub name of the adapter; or that of its base, if the adapter begins with values of your choice"
         )
 
 
