@@ -259,7 +259,8 @@ class Door(TrainerCallback):
     ", to_comparable_callback_value(held)", "", name="options of the lambda", event="log")  # fmt: skip
 @catches("options that a callback changes", "guards.callbacks.WatchedCallbacks.snapshot", "vars(trainer.args).items()",
     "{}.items()", name="save_strategy", event="log")  # fmt: skip
-@catches("a callback that freezes layers", "guards.callbacks.to_comparable_callback_value", "value.requires_grad", "None",
+@catches("a callback that freezes layers", "guards.callbacks.snapshot_callback_module",
+    "if held.get(name)]", 'if held.get(name) and name != "_parameters"]',
     name="freezes", event="log")  # fmt: skip
 @catches("a callback that brings another", "guards.callbacks.WatchedCallbacks.snapshot", "for other in self.callbacks",
     "for other in []", name="adds", event="log")  # fmt: skip

@@ -20,7 +20,7 @@ def given_scheduler(trainer):
 @catches("a callback that follows metrics not in the header", "guards.metric_driven.metric_driven_callback", "== EVALUATION",
     "== 0", kind="callback", reason="shared authors")  # fmt: skip
 @catches("training data that evaluate", "training.setup.recheck_before_training",
-    "shared_authors or have_shared_authors(trainer.train_dataset, trainer.eval_dataset)", "shared_authors", kind="option",
+    "have_shared_authors(trainer.train_dataset, trainer.eval_dataset)", "shared_authors or False", kind="option",
     reason="same hashes")  # fmt: skip
 @catches("a callback chooses after a release", "training.setup.recheck_before_training",
     "check_checkpoint_not_released(trainer.budget.ledger, option)", "pass", kind="callback",
