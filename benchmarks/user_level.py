@@ -39,7 +39,7 @@ DELTA = 1e-5  # about 1 / (10 authors), see --target_delta in docs/hyperparamete
 
 LORA = "--enable_lora --lora_dim 8 --lora_alpha 16 --lora_target_modules all-linear"
 COMMON = "--lr_scheduler_type constant --eval_fraction 0 --save_strategy no --log_level warning --disable_tqdm True"
-GUIDE = f"--per_device_train_batch_size 16 --gradient_accumulation_steps 16 --num_train_epochs 3 --learning_rate 2e-3 {LORA}"
+GUIDE = f"--per_device_train_batch_size 16 --gradient_accumulation_steps 16 --num_train_epochs 3 --learning_rate 4e-3 {LORA}"
 RATES = {"demo": {"LoRA": "1e-2", "full": "1e-2"}, "commits": {"LoRA": "2e-3", "full": "2e-4"}}
 RATES["roles"] = RATES["commits"]
 
