@@ -104,7 +104,7 @@ class PrivacyLedger:
 
     @property
     def record_hashes(self) -> list[str]:
-        """The hash of every record so far. A report that names one of them was made from these records."""
+        """That of an empty ledger, then the hash of every record. A report that names one of the latter was made from these."""
         return self._chain.record_hashes
 
     @property
