@@ -19,6 +19,7 @@ from author_dp.outputs.publish import publish
 from data_utils import collate
 from dp_utils import DPTrainer, PrivacyArguments
 
+pytestmark = pytest.mark.integration  # whole runs
 PRIVATE = {"noise_multiplier": None, "target_epsilon": 2.0}
 
 
