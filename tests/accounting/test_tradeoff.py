@@ -81,6 +81,7 @@ def test_report_and_card_show_attack_bounds(tmp_path):
     assert "at most 1.9 % at 0.1 % FPR" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("event", "delta"),
     [(MechanismEvent(1e-4, 0.2, 20), 1e-5), (MechanismEvent(1e-3, 0.01, 1_000), 1e-5), (MechanismEvent(1e6, 0.9, 10**6), 0.1)],
